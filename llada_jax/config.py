@@ -1,0 +1,290 @@
+"""Every knob of a training run: its unit, its default, and what makes a set of them impossible.
+
+A run is described by one small Python file (see `configs/`) with `get_config()` that starts from `default_config()`
+and changes what differs; `--config.group.key=value` changes single knobs on the command line. Only verbs see the
+config; everything below them takes keyword arguments.
+"""
+
+import ast
+import runpy
+from pathlib import Path
+
+from ml_collections import ConfigDict
+
+from llada_jax.errors import UserError, did_you_mean
+
+AUTO = "auto"
+
+
+def default_config() -> ConfigDict:
+    """Returns the config in which every knob exists, at the published LLaDA pretraining defaults where there is one."""
+    config = ConfigDict()
+    config.seed = 0
+    config.num_steps = 0  # optimizer steps; 0: derived from num_tokens
+    config.num_tokens = 0  # nominal tokens, batch_size * sequence_length a step; 0: derived from num_steps
+
+    config.data = ConfigDict()
+    config.data.path = ""  # directory written by `llada-jax prepare`, or a mixture "dir_a=0.7,dir_b=0.3" (weights)
+    config.data.batch_size = 64  # global, in sequences, for one optimizer step
+    config.data.sequence_length = 4096  # tokens in a row; must be the records' own
+    config.data.random_length_probability = 0.01  # share of rows cut to their first U{1..T} tokens
+    config.data.attend_across_documents = True  # False: attention and positions stop at document boundaries
+    config.data.num_threads = 4  # reader threads a host
+    config.data.prefetch = 8  # batches read ahead a host
+
+    config.model = ConfigDict()
+    config.model.vocab_size = 0  # rows of the embedding; 0: the tokenizer's, rounded up to a multiple of 64
+    config.model.num_layers = 12
+    config.model.d_model = 768
+    config.model.num_heads = 12
+    config.model.num_kv_heads = 12  # fewer than num_heads: grouped-query attention
+    config.model.head_dim = 64
+    config.model.d_ff = 2048  # SwiGLU hidden width
+    config.model.rope_theta = 500_000.0
+    config.model.norm_eps = 1e-5
+    config.model.tie_embeddings = False
+    config.model.qk_norm = "none"  # none | full (over the whole q or k vector, as LLaDA's code) | per_head
+    config.model.dtype = AUTO  # compute dtype: bfloat16 | float32; auto: float32 on CPU, bfloat16 elsewhere
+    config.model.attention = AUTO  # xla | splash (TPU) | cudnn | triton (GPU); auto: from the mesh's platform
+    config.model.remat = "none"  # what is recomputed in the backward pass: none | dots | attention | full
+    config.model.nll_chunk = 1024  # positions of a row whose logits exist at one time
+
+    config.objective = ConfigDict()
+    config.objective.name = "masked_diffusion"  # masked_diffusion | autoregressive (the control experiment)
+    config.objective.eps = 1e-3  # p = (1 - eps) t + eps
+    config.objective.t_sampling = "stratified"  # stratified over the global batch | iid (as published)
+    config.objective.masking = "bernoulli"  # bernoulli | exact_count (k of L tokens, weight L/k)
+    config.objective.weight = "1/p"  # 1/p | none (training only; the reported NELBO always carries 1/p)
+
+    config.optimizer = ConfigDict()
+    config.optimizer.name = "adamw"  # adamw | lion | muon
+    config.optimizer.b1 = 0.9
+    config.optimizer.b2 = 0.95
+    config.optimizer.eps = 1e-8
+    config.optimizer.weight_decay = 0.1  # decoupled, times the learning rate
+    config.optimizer.weight_decay_multipliers = ((".*norm.*", 0.0), (".*", 1.0))  # (regex on the path, factor)
+    config.optimizer.learning_rate_multipliers = ((".*", 1.0),)  # (regex on the path, factor), first match counts
+    config.optimizer.clip_norm = 1.0  # of the global gradient; 0: no clipping
+    config.optimizer.ema_decay = 0.0  # exponential moving average of the parameters a step; 0: none is kept
+    config.optimizer.gradient_accumulation = 1  # microbatches a step; the update is that of the whole batch
+
+    config.schedule = ConfigDict()
+    config.schedule.name = "llada"  # llada | wsd | cosine | constant
+    config.schedule.learning_rate = 4e-4  # peak (wsd, cosine, constant)
+    config.schedule.warmup_steps = 2000  # linear from 0
+    config.schedule.final_learning_rate = 1e-5  # at the last step (wsd, cosine)
+    config.schedule.decay_fraction = 0.1  # of num_steps, the decay phase (wsd)
+    config.schedule.decay_shape = "linear"  # linear | 1-sqrt (wsd)
+    config.schedule.stages = (  # (until this token count, learning rate at its start, at its end)  (llada)
+        (1.2e12, 4e-4, 4e-4),
+        (2.0e12, 1e-4, 1e-4),
+        (2.3e12, 1e-4, 1e-5),
+    )
+
+    config.mesh = ConfigDict()  # sizes of the mesh axes; one may be -1: all remaining devices
+    config.mesh.data = 1  # replicas of the parameters
+    config.mesh.fsdp = -1  # parameters, optimizer state and batch are split
+    config.mesh.sequence = 1  # positions are split
+    config.mesh.tensor = 1  # heads, feed-forward width and vocabulary are split
+    config.mesh.expert = 1  # kept for mixture-of-experts layers; splits the batch until then
+
+    config.evaluation = ConfigDict()
+    config.evaluation.every_steps = 1000  # 0: never during training
+    config.evaluation.num_batches = 8  # of held-out rows; 0: the whole split
+    config.evaluation.final_num_batches = 0  # after the last step; 0: the whole split
+
+    config.samples = ConfigDict()
+    config.samples.every_steps = 0  # 0: never; texts go to TensorBoard
+    config.samples.prompts = ("",)
+    config.samples.gen_length = 64
+    config.samples.steps = 64
+    config.samples.block_length = 64
+    config.samples.temperature = 0.0
+
+    config.checkpoint = ConfigDict()
+    config.checkpoint.every_steps = 1000
+    config.checkpoint.keep = 2  # newest checkpoints kept
+    config.checkpoint.keep_every_steps = 0  # checkpoints at multiples of this are kept for ever; 0: none
+    config.checkpoint.restore = ""  # full state of another run: WORKDIR or WORKDIR@STEP
+    config.checkpoint.init_from = ""  # weights only, of another run: WORKDIR or WORKDIR@STEP
+
+    config.log = ConfigDict()
+    config.log.every_steps = 50  # metrics are means over this many steps
+    config.log.tensorboard = True
+    config.log.profile_at_step = 0  # first step of a profiler window; 0: none
+    config.log.profile_num_steps = 5
+    config.log.compilation_cache = AUTO  # directory; auto: ~/.cache/llada_jax; "": none
+    config.lock()
+    return config
+
+
+CHOICES = {
+    "model.qk_norm": ("none", "full", "per_head"),
+    "model.dtype": (AUTO, "bfloat16", "float32"),
+    "model.attention": (AUTO, "xla", "splash", "cudnn", "triton"),
+    "model.remat": ("none", "dots", "attention", "full"),
+    "objective.name": ("masked_diffusion", "autoregressive"),
+    "objective.t_sampling": ("stratified", "iid"),
+    "objective.masking": ("bernoulli", "exact_count"),
+    "objective.weight": ("1/p", "none"),
+    "optimizer.name": ("adamw", "lion", "muon"),
+    "schedule.name": ("llada", "wsd", "cosine", "constant"),
+    "schedule.decay_shape": ("linear", "1-sqrt"),
+}
+
+AT_LEAST = {
+    "data.batch_size": 1,
+    "data.sequence_length": 2,
+    "data.num_threads": 1,
+    "data.prefetch": 1,
+    "model.num_layers": 1,
+    "model.d_model": 1,
+    "model.num_heads": 1,
+    "model.num_kv_heads": 1,
+    "model.head_dim": 2,
+    "model.d_ff": 1,
+    "model.nll_chunk": 1,
+    "optimizer.gradient_accumulation": 1,
+    "checkpoint.every_steps": 1,
+    "checkpoint.keep": 1,
+    "log.every_steps": 1,
+}
+
+
+def load_config(path: str, overrides: list[str] = ()) -> ConfigDict:
+    """Returns the validated config of a file, with `overrides` such as "train.seed=3" (or "seed=3") applied.
+
+    Raises:
+        UserError: the file is missing or fails, a key or a type is wrong, or the knobs contradict each other.
+    """
+    file = Path(path)
+    if not file.is_file():
+        raise UserError(f"There is no config file {path!r}; pass --config with a Python file that defines get_config().")
+    try:
+        get_config = runpy.run_path(str(file))["get_config"]
+        config = get_config()
+    except KeyError as error:
+        if error.args == ("get_config",):
+            raise UserError(f"{path} defines no get_config(); it must return a changed default_config().") from error
+        raise UserError(f"{path} cannot be used: it looks up the missing key {error}.") from error
+    except Exception as error:  # whatever the user's file raises is the user's to mend: name the file and the reason
+        reason = " ".join(str(error).split())
+        raise UserError(f"{path} cannot be used: {type(error).__name__}: {reason}") from error
+    for override in overrides:
+        apply_override(config, override)
+    validate(config)
+    return config
+
+
+def apply_override(config: ConfigDict, override: str) -> None:
+    """Sets one knob from text such as "optimizer.b2=0.98"; the default's type decides how the value is read."""
+    path, equals, text = override.partition("=")
+    if not equals:
+        raise UserError(f"--config.{override} has no value; write --config.{override}=VALUE.")
+    *groups, key = path.split(".")
+    node = config
+    for group in groups:
+        if not isinstance(node.get(group), ConfigDict):
+            known = [k for k, v in node.items() if isinstance(v, ConfigDict)]
+            raise UserError(f"The config has no group {group!r} (in --config.{path}).{did_you_mean(group, known)}")
+        node = node[group]
+    if key not in node or isinstance(node[key], ConfigDict):
+        raise UserError(f"The config has no knob {path!r}.{did_you_mean(path, knobs(config))}")
+    node[key] = _parse(path, text, like=node[key])
+
+
+def _parse(path: str, text: str, *, like):
+    kind = type(like)
+    if kind is str:
+        return text
+    if kind is bool and text.lower() in ("true", "false"):
+        return text.lower() == "true"
+    try:
+        value = ast.literal_eval(text)
+    except (ValueError, SyntaxError):
+        value = text
+    if kind is int and isinstance(value, float) and value.is_integer():
+        value = int(value)  # 2.3e12 is how people write a token count
+    if kind is float and type(value) is int:
+        value = float(value)
+    if kind is tuple and isinstance(value, list):
+        value = tuple(value)
+    if type(value) is not kind:
+        raise UserError(f"--config.{path}={text} is no {kind.__name__}; the default is {like!r}.")
+    return value
+
+
+def knobs(config: ConfigDict, prefix: str = "") -> list[str]:
+    """Returns the dotted path of every knob."""
+    paths = []
+    for key, value in config.items():
+        paths += knobs(value, f"{prefix}{key}.") if isinstance(value, ConfigDict) else [f"{prefix}{key}"]
+    return paths
+
+
+def knob(config: ConfigDict, path: str):
+    """Returns the value at a dotted path."""
+    for key in path.split("."):
+        config = config[key]
+    return config
+
+
+def validate(config: ConfigDict) -> None:
+    """Raises UserError for knobs that contradict each other; what needs devices or data is checked where it is known."""
+    for path, choices in CHOICES.items():
+        value = knob(config, path)
+        if value not in choices:
+            raise UserError(f"config.{path}={value!r} is not known.{did_you_mean(value, choices)}")
+    for path, least in AT_LEAST.items():
+        if knob(config, path) < least:
+            raise UserError(f"config.{path}={knob(config, path)} must be at least {least}.")
+    if (config.num_steps > 0) == (config.num_tokens > 0):
+        raise UserError(
+            f"config.num_steps={config.num_steps} and config.num_tokens={config.num_tokens}: "
+            "set exactly one of them above 0 to say how long to train."
+        )
+    model = config.model
+    if model.num_heads % model.num_kv_heads:
+        raise UserError(
+            f"config.model.num_heads={model.num_heads} must be a multiple of num_kv_heads={model.num_kv_heads}; "
+            "set num_kv_heads to a divisor."
+        )
+    if model.head_dim % 2:
+        raise UserError(f"config.model.head_dim={model.head_dim} must be even: rotary embeddings turn pairs.")
+    if config.data.batch_size % config.optimizer.gradient_accumulation:
+        raise UserError(
+            f"config.data.batch_size={config.data.batch_size} must be a multiple of "
+            f"config.optimizer.gradient_accumulation={config.optimizer.gradient_accumulation}; change one of them."
+        )
+    if not 0 <= config.data.random_length_probability <= 1:
+        raise UserError(
+            f"config.data.random_length_probability={config.data.random_length_probability} must lie in [0, 1]."
+        )
+    if not 0 <= config.objective.eps < 1:
+        raise UserError(f"config.objective.eps={config.objective.eps} must lie in [0, 1); the published value is 1e-3.")
+    if not 0 <= config.optimizer.ema_decay < 1:
+        raise UserError(f"config.optimizer.ema_decay={config.optimizer.ema_decay} must lie in [0, 1); 0 keeps none.")
+    if config.checkpoint.restore and config.checkpoint.init_from:
+        raise UserError(
+            "config.checkpoint.restore and config.checkpoint.init_from are both set; restore continues a whole run, "
+            "init_from takes only its weights: keep one."
+        )
+
+
+def parse_sources(path: str) -> tuple[tuple[str, float], ...]:
+    """Returns ((directory, weight), ...) of config.data.path: "dir" or "dir_a=0.7,dir_b=0.3"."""
+    if not path:
+        raise UserError("config.data.path is empty; pass --config.data.path=DIR with a directory that prepare wrote.")
+    sources = []
+    for part in path.split(","):
+        directory, equals, weight = part.strip().rpartition("=")
+        if not equals:
+            sources.append((part.strip(), 1.0))
+            continue
+        try:
+            sources.append((directory, float(weight)))
+        except ValueError as error:
+            raise UserError(
+                f"config.data.path={path!r}: {weight!r} is no weight; write dir_a=0.7,dir_b=0.3."
+            ) from error
+    return tuple(sources)

@@ -1,0 +1,53 @@
+"""Errors that end a command on purpose, each with the exit status that launchers and schedulers act on.
+
+0 done, 2 the user's mistake (one sentence, no traceback), 3 the numbers went wrong, 42 preempted or a retryable
+distributed failure (start me again). Any other status, and any traceback, is a bug in llada_jax.
+"""
+
+import difflib
+import importlib
+
+
+class UserError(ValueError):
+    """The input cannot be used: the message gives the value, the constraint and the remedy in one sentence."""
+
+    exit_status = 2
+
+
+class NumericsError(ArithmeticError):
+    """A loss or gradient stopped being finite: the message names the step interval and the last good checkpoint."""
+
+    exit_status = 3
+
+
+class Preempted(RuntimeError):
+    """The run was asked to stop and has saved: starting the same command again continues it."""
+
+    exit_status = 42
+
+
+def did_you_mean(word: str, known) -> str:
+    """Returns ' Did you mean ...?' for the closest of `known`, otherwise ' Known: ...' with all of them."""
+    known = sorted(str(k) for k in known)
+    close = difflib.get_close_matches(str(word), known, n=1, cutoff=0.6)
+    if close:
+        return f" Did you mean {close[0]!r}?"
+    return f" Known: {', '.join(known)}."
+
+
+def look_up(table: dict, name: str, what: str):
+    """Returns `table[name]`; raises UserError that lists what exists when the name is not there."""
+    if name not in table:
+        raise UserError(f"Unknown {what} {name!r}.{did_you_mean(name, table)}")
+    return table[name]
+
+
+def require(module: str, *, extra: str):
+    """Imports an optional library and returns it; raises UserError with the line that installs it when it is missing."""
+    try:
+        return importlib.import_module(module)
+    except ImportError as error:
+        raise UserError(
+            f"This needs the Python library {module.split('.')[0]!r}, which is not installed: "
+            f"pip install 'llada_jax[{extra}]'."
+        ) from error

@@ -1,0 +1,60 @@
+"""The masked diffusion loss: a Monte Carlo bound on -log p(x) (LLaDA, arXiv 2502.09992, eq. 3; docs/math.md)."""
+
+import jax
+import jax.numpy as jnp
+
+from llada_jax.corruption import corrupt, corrupt_exactly_k, sample_t
+
+NUM_T_BUCKETS = 10
+
+
+def masked_diffusion(
+    nll_fn, params, batch: dict, key, row_B, *,
+    num_rows: int, mask_id: int, eps: float = 1e-3, t_sampling: str = "stratified", masking: str = "bernoulli",
+    weight: str = "1/p",
+):  # fmt: skip
+    """Returns the summed loss over masked tokens, the number of maskable tokens, and sums and counts to log.
+
+    Args:
+        nll_fn, params, batch, key, row_B, num_rows: see llada_jax.objectives.
+        mask_id: the token that stands for "masked".
+        eps: floor of the masking probability, p = (1 - eps) t + eps (Bernoulli masking only).
+        t_sampling: "stratified" or "iid".
+        masking: "bernoulli", or "exact_count" with weight L/k.
+        weight: "1/p" for the bound; "none" trains on the plain sum of nll over masked tokens, while the logged `nelbo`
+            always carries the weight.
+
+    A row that happens to have no masked token adds nothing to the sum and its tokens to the count, which keeps the
+    estimate unbiased; nothing is ever divided by a row's own number of masks.
+    """
+    tokens_BT, is_maskable_BT = batch["tokens"], batch["is_maskable"]
+    t_key, mask_key = jax.random.split(key)
+    # 1. how noisy each row is
+    t_B = sample_t(t_key, row_B, num_rows=num_rows, t_sampling=t_sampling)
+    # 2. which tokens are masked
+    if masking == "bernoulli":
+        noisy_BT, is_masked_BT, weight_B = corrupt(
+            mask_key, tokens_BT, t_B, is_maskable_BT, row_B, mask_id=mask_id, eps=eps
+        )
+    else:
+        assert masking == "exact_count", masking
+        noisy_BT, is_masked_BT, weight_B = corrupt_exactly_k(
+            mask_key, tokens_BT, t_B, is_maskable_BT, row_B, mask_id=mask_id
+        )
+    # 3. how surprised the network is by the tokens under the masks
+    scores = nll_fn(params, noisy_BT, tokens_BT, is_masked_BT, batch["segment_ids"], batch["positions"])
+    # 4. sums and counts; the global division happens in the train step
+    nll_B = scores.nll_BT.sum(axis=1)
+    num_masked_B = is_masked_BT.sum(axis=1).astype(jnp.float32)
+    num_maskable = is_maskable_BT.sum().astype(jnp.float32)
+    nelbo_sum = jnp.sum(weight_B * nll_B)
+    loss_sum = nelbo_sum if weight == "1/p" else jnp.sum(nll_B)
+    bucket_B = jnp.minimum((t_B * NUM_T_BUCKETS).astype(jnp.int32), NUM_T_BUCKETS - 1)
+    in_bucket = jax.nn.one_hot(bucket_B, NUM_T_BUCKETS, axis=0)
+    metrics = {
+        "loss": (loss_sum, num_maskable),
+        "nelbo": (nelbo_sum, num_maskable),
+        "masked_accuracy": (scores.is_correct_BT.sum().astype(jnp.float32), num_masked_B.sum()),
+        "nll_by_t": (in_bucket @ nll_B, in_bucket @ num_masked_B),  # unweighted, per masked token, [10] each
+    }
+    return loss_sum, num_maskable, metrics

@@ -1,0 +1,1 @@
+"""Samplers: the reverse process of masked diffusion. They know neither the network nor the tokenizer's text."""

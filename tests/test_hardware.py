@@ -1,0 +1,162 @@
+"""The hardware table against figures known elsewhere: JAX's own table of TPUs, the published slice names, libtpu."""
+
+import subprocess
+import sys
+from types import SimpleNamespace
+
+import pytest
+
+from llada_jax import hardware
+from llada_jax.errors import UserError
+
+
+def device(kind):
+    return SimpleNamespace(device_kind=kind)
+
+
+@pytest.mark.parametrize(
+    ("kind", "tflops"),
+    [
+        ("TPU v4", 275),
+        ("TPU v5 lite", 197),
+        ("TPU v5", 459),
+        ("TPU v5p", 459),
+        ("TPU v6 lite", 918),
+        ("TPU7x", 2307 / 2),  # two devices a chip
+        ("NVIDIA A100-SXM4-80GB", 312),
+        ("NVIDIA H100 80GB HBM3", 989),
+        ("NVIDIA H200", 989),
+        ("NVIDIA B200", 2250),
+    ],
+)
+def test_peak_of_a_device_is_the_published_dense_bf16_figure(kind, tflops):
+    assert hardware.peak_flops(device(kind)) == pytest.approx(tflops * 1e12)
+
+
+@pytest.mark.parametrize(
+    "kind", ["cpu", "TPU v99", "TPU", "NVIDIA H100 80GB HBM3 MIG 1g.10gb", "NVIDIA H200 NVL", "NVIDIA H100", ""]
+)
+def test_unknown_hardware_has_no_peak(kind):
+    assert hardware.peak_flops(device(kind)) is None
+
+
+def test_every_accelerator_is_found_by_its_own_device_kind_alone():
+    kinds = {
+        k: chip
+        for chip in hardware.ACCELERATORS.values()
+        for k in chip.device_kinds
+        if k.isprintable() and "|" not in k
+    }
+    assert len(kinds) >= 15
+    for kind, chip in kinds.items():
+        assert hardware.accelerator_of(device(kind)) is chip
+
+
+def test_tpu_figures_agree_with_the_table_inside_jax():
+    """jax._src is private: the comparison is skipped when it moves, our own table does not depend on it."""
+    tpu_info = pytest.importorskip("jax._src.pallas.mosaic.tpu_info")
+    version = tpu_info.ChipVersion
+    theirs = {
+        "v4": version.TPU_V4,
+        "v5e": version.TPU_V5E,
+        "v5p": version.TPU_V5P,
+        "v6e": version.TPU_V6E,
+        "tpu7x": version.TPU_7X,
+    }
+    for name, chip_version in theirs.items():
+        cores = 2 if name in ("v4", "v5p") else 1  # as one device of two cores (megacore); TPU7x: one core a device
+        info = tpu_info.get_tpu_info_for_chip(chip_version, cores)
+        ours = hardware.ACCELERATORS[name]
+        share = 1 / ours.devices_per_chip if name == "tpu7x" else 1
+        per_core = cores if name in ("v4", "v5p") else 1
+        assert ours.peak_flops * share == pytest.approx(info.bf16_ops_per_second * per_core, rel=0.01), name
+        assert ours.hbm_bytes * share == pytest.approx(info.hbm_capacity_bytes * per_core, rel=0.02), name
+        # JAX rounds the bandwidth of v5p down by a tenth
+        assert ours.hbm_bandwidth * share == pytest.approx(info.mem_bw_bytes_per_second * per_core, rel=0.13), name
+
+
+@pytest.mark.parametrize(
+    ("name", "chips", "hosts", "devices", "topology", "accelerator", "machine"),
+    [
+        ("v4-8", 4, 1, 4, "2x2x1", "tpu-v4-podslice", "ct4p-hightpu-4t"),
+        ("v4-128", 64, 16, 64, "4x4x4", "tpu-v4-podslice", "ct4p-hightpu-4t"),
+        ("v5litepod-8", 8, 2, 8, "2x4", "tpu-v5-lite-podslice", "ct5lp-hightpu-4t"),
+        ("v5litepod-256", 256, 64, 256, "16x16", "tpu-v5-lite-podslice", "ct5lp-hightpu-4t"),
+        ("v5p-8", 4, 1, 4, "2x2x1", "tpu-v5p-slice", "ct5p-hightpu-4t"),
+        ("v5p-64", 32, 8, 32, "2x4x4", "tpu-v5p-slice", "ct5p-hightpu-4t"),
+        ("v5p-128", 64, 16, 64, "4x4x4", "tpu-v5p-slice", "ct5p-hightpu-4t"),
+        ("v5p-1024", 512, 128, 512, "8x8x8", "tpu-v5p-slice", "ct5p-hightpu-4t"),
+        ("v5p-12288", 6144, 1536, 6144, "16x16x24", "tpu-v5p-slice", "ct5p-hightpu-4t"),
+        ("v6e-1", 1, 1, 1, "1x1", "tpu-v6e-slice", "ct6e-standard-1t"),
+        ("v6e-4", 4, 1, 4, "2x2", "tpu-v6e-slice", "ct6e-standard-4t"),
+        ("v6e-256", 256, 64, 256, "16x16", "tpu-v6e-slice", "ct6e-standard-4t"),
+        ("tpu7x-128", 64, 16, 128, "4x4x4", "tpu7x", "tpu7x-standard-4t"),
+        ("tpu7x-512", 256, 64, 512, "4x8x8", "tpu7x", "tpu7x-standard-4t"),
+    ],
+)
+def test_slices_have_the_published_shape(name, chips, hosts, devices, topology, accelerator, machine):
+    found = hardware.slice_named(name)
+    assert (found.num_chips, found.num_hosts, found.num_devices) == (chips, hosts, devices)
+    assert (found.topology_name, found.accelerator.gke_accelerator, found.machine_type) == (
+        topology,
+        accelerator,
+        machine,
+    )
+
+
+def test_every_slice_is_whole_hosts_of_a_machine_type_that_exists():
+    assert len(hardware.SLICES) > 40
+    for found in hardware.SLICES.values():
+        assert found.num_hosts * found.chips_per_host == found.num_chips
+        assert found.machine_type.endswith(f"-{found.chips_per_host}t")
+        assert found.accelerator.platform == "tpu"
+
+
+def test_eight_chip_tpu_vms_are_one_host():
+    assert [hardware.slice_named(n).num_tpu_vm_hosts for n in ("v5litepod-8", "v6e-8", "v6e-16", "v5p-16")] == [
+        1,
+        1,
+        4,
+        2,
+    ]
+    assert hardware.slice_named("tpu7x-8").num_tpu_vm_hosts == 0
+
+
+def test_rings_close_only_on_full_axes():
+    assert hardware.slice_named("v5p-64").wrapped_axes == (False, False, False)
+    assert hardware.slice_named("v5p-256").wrapped_axes == (True, True, True)
+    assert hardware.slice_named("v6e-128").wrapped_axes == (False, True)
+    assert hardware.slice_named("v6e-256").wrapped_axes == (True, True)
+
+
+def test_arguments_for_compiling_ahead_of_time():
+    assert hardware.slice_named("v5p-128").aot_arguments == {"platform": "tpu", "topology_name": "v5:4x4x4"}
+    assert hardware.slice_named("v5e-16").aot_arguments == {"platform": "tpu", "topology_name": "v5e:4x4"}
+    assert hardware.slice_named("v6e-1").aot_arguments["chips_per_host_bounds"] == (1, 1, 1)
+    assert hardware.slice_named("tpu7x-16").aot_arguments == {
+        "platform": "tpu",
+        "topology_name": "tpu7x:2x2x2",
+        "chip_config_name": "default",
+        "chips_per_host_bounds": (2, 2, 1),
+    }
+
+
+def test_v5e_is_read_as_v5litepod():
+    assert hardware.slice_named("v5e-16") is hardware.slice_named("v5litepod-16")
+
+
+def test_a_misspelt_slice_names_the_closest():
+    with pytest.raises(UserError, match=r"Unknown slice 'v5p-127'\. Did you mean 'v5p-12"):
+        hardware.slice_named("v5p-127")
+    with pytest.raises(UserError, match="Unknown slice 'dgx'.*Known: .*v6e-256"):
+        hardware.slice_named("dgx")
+
+
+def test_usable_memory_is_positive_and_at_most_what_the_chip_holds():
+    for chip in hardware.ACCELERATORS.values():
+        assert 0.85 * chip.hbm_bytes < chip.usable_hbm_bytes <= 1.01 * chip.hbm_bytes, chip.name
+
+
+def test_the_table_imports_without_jax():
+    code = "import sys, llada_jax.hardware; sys.exit('jax' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
