@@ -1,0 +1,1 @@
+"""The published Hugging Face layout of LLaDA checkpoints."""
