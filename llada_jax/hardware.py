@@ -1,15 +1,15 @@
 """Accelerators: what each chip can do, how many sit in a host, and what the slices are called.
 
-One table for everything that asks about hardware: the metrics (model FLOP utilisation), the plan (memory, time, compiling
-for an absent slice) and the launchers (machine types, topologies, hosts). Peaks are dense bfloat16 without sparsity. A
-figure that is not known is absent, never guessed: `peak_flops` answers None and no utilisation is reported.
+One table for everything that asks about hardware: the metrics (model FLOP utilisation), the plan (memory, time,
+compiling for an absent slice) and the launchers (machine types, topologies, hosts). Peaks are dense bfloat16 without
+sparsity. A figure that is not known is absent, never guessed: `peak_flops` answers None and no utilisation is reported.
 """
 
 import math
 import re
 from dataclasses import dataclass
 
-from llada_jax.errors import look_up
+from llada_jax.errors import UserError, look_up
 
 GIB = 2**30
 
@@ -20,7 +20,7 @@ class Accelerator:
 
     Attributes:
         name: what users call it: "v5p", "h100".
-        device_kinds: regular expressions that match `jax.Device.device_kind` in full.
+        device_kinds: every `jax.Device.device_kind` that it reports, exactly.
         peak_flops: dense bfloat16 FLOP/s.
         hbm_bytes: memory as sold. usable_hbm_bytes: what a program may fill.
         hbm_bandwidth: byte/s. link_bandwidth: byte/s over all ICI or NVLink links, both directions together.
@@ -92,7 +92,7 @@ class Slice:
 
     @property
     def num_tpu_vm_hosts(self) -> int:
-        """TPU VM workers; 0 where there is no TPU VM. NOTE v5litepod-8 and v6e-8 are one VM with 8 chips, two on GKE."""
+        """TPU VM workers (0: GKE only). NOTE v5litepod-8 and v6e-8 are one TPU VM with 8 chips, but two GKE nodes."""
         if not self.accelerator.tpu_vm_runtime:
             return 0
         return 1 if self.num_chips in self.accelerator.machine_types else self.num_hosts
@@ -206,7 +206,7 @@ _TPUS = (
 
 
 def _gpu(name, device_kinds, tflops, hbm_gib, hbm_tb_per_s, nvlink_gb_per_s, *, per_host=8, gke="", machine=""):
-    """A GPU row; a program may fill 90% of the memory (XLA_PYTHON_CLIENT_MEM_FRACTION=0.9, JAX's own default is 75%)."""
+    """A GPU's row; 90% of its memory is usable (XLA_PYTHON_CLIENT_MEM_FRACTION=0.9; JAX's own default is 75%)."""
     return Accelerator(
         name=name,
         device_kinds=device_kinds,
@@ -221,22 +221,22 @@ def _gpu(name, device_kinds, tflops, hbm_gib, hbm_tb_per_s, nvlink_gb_per_s, *, 
     )
 
 
-# GPUs: NVIDIA's data sheets, half of the "with sparsity" figure where only that is printed. The patterns match in full, so
-# that a MIG slice, a PCIe or an NVL card is not taken for the SXM module of the same name: a wrong guess is worse than none.
-_GPUS = (
-    _gpu(
-        "a100-40gb", ("NVIDIA A100-SXM4-40GB",), 312, 40, 1.555, 600, gke="nvidia-tesla-a100", machine="a2-highgpu-8g"
-    ),
+# GPUs: NVIDIA's data sheets, half of the "with sparsity" figure where only that is printed. The kinds match exactly, so
+# that a MIG slice, a PCIe or an NVL card is not taken for the SXM module of the same name.
+# fmt: off
+_GPUS = (  # name, device kinds, TFLOP/s, GiB, TB/s, GB/s of NVLink (PCIe where there is none)
+    _gpu("a100-40gb", ("NVIDIA A100-SXM4-40GB",), 312, 40, 1.56, 600, gke="nvidia-tesla-a100", machine="a2-highgpu-8g"),
     _gpu("a100-80gb", ("NVIDIA A100-SXM4-80GB",), 312, 80, 2.04, 600, gke="nvidia-a100-80gb", machine="a2-ultragpu-8g"),
     _gpu("h100-pcie", ("NVIDIA H100 PCIe",), 756, 80, 2.0, 128),
     _gpu("h100", ("NVIDIA H100 80GB HBM3",), 989, 80, 3.35, 900, gke="nvidia-h100-mega-80gb", machine="a3-megagpu-8g"),
-    _gpu("gh200", (r"NVIDIA GH200 (480|120)GB",), 989, 96, 4.0, 900, per_host=1),
+    _gpu("gh200", ("NVIDIA GH200 120GB", "NVIDIA GH200 480GB"), 989, 96, 4.0, 900, per_host=1),
     _gpu("h200", ("NVIDIA H200",), 989, 141, 4.8, 900, gke="nvidia-h200-141gb", machine="a3-ultragpu-8g"),
     _gpu("b200", ("NVIDIA B200",), 2250, 180, 8.0, 1800, gke="nvidia-b200", machine="a4-highgpu-8g"),
     _gpu("gb200", ("NVIDIA GB200",), 2500, 186, 8.0, 1800, per_host=4, gke="nvidia-gb200", machine="a4x-highgpu-4g"),
     _gpu("l40s", ("NVIDIA L40S",), 362, 48, 0.864, 64),
     _gpu("l4", ("NVIDIA L4",), 121, 24, 0.3, 64, gke="nvidia-l4", machine="g2-standard-96"),
 )
+# fmt: on
 
 ACCELERATORS = {chip.name: chip for chip in _TPUS + _GPUS}
 
@@ -244,16 +244,8 @@ ACCELERATORS = {chip.name: chip for chip in _TPUS + _GPUS}
 # (2 a chip each), and chips on v5e and v6e.
 _TORUS_2D = ((1, 1), (2, 2), (2, 4), (4, 4), (4, 8), (8, 8), (8, 16), (16, 16))
 _TORUS_3D = (
-    (2, 2, 1),
-    (2, 2, 2),
-    (2, 2, 4),
-    (2, 4, 4),
-    (4, 4, 4),
-    (4, 4, 8),
-    (4, 8, 8),
-    (8, 8, 8),
-    (8, 8, 16),
-    (8, 16, 16),
+    *((2, 2, 1), (2, 2, 2), (2, 2, 4), (2, 4, 4), (4, 4, 4)),
+    *((4, 4, 8), (4, 8, 8), (8, 8, 8), (8, 8, 16), (8, 16, 16)),
 )
 _SLICE_SERIES = (  # (prefix of the user's name, accelerator, what the number counts of each chip, topologies)
     ("v4", "v4", 2, _TORUS_3D),
@@ -273,15 +265,19 @@ SLICES = {
 def slice_named(name: str) -> Slice:
     """Returns the slice with the name that is ordered, e.g. "v5p-128"; "v5e-16" is read as "v5litepod-16".
 
-    Raises UserError that names the closest slice when there is none of this name.
+    Raises UserError with the sizes of the series, or with the closest name when the series is unknown too.
     """
-    return look_up(SLICES, re.sub(r"^v5e-", "v5litepod-", name), "slice")
+    name = re.sub(r"^v5e-", "v5litepod-", name)
+    series = [known for known in SLICES if known.split("-")[0] == name.split("-")[0]]
+    if series and name not in SLICES:
+        raise UserError(f"There is no slice {name!r}: choose one of {', '.join(series)}.")
+    return look_up(SLICES, name, "slice")
 
 
 def accelerator_of(device) -> Accelerator | None:
     """Returns the row for a `jax.Device`, or None for hardware that is not in the table (a CPU, say)."""
     for chip in ACCELERATORS.values():
-        if any(re.fullmatch(kind, device.device_kind) for kind in chip.device_kinds):
+        if device.device_kind in chip.device_kinds:
             return chip
     return None
 

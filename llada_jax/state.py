@@ -4,6 +4,7 @@ The state is a plain dict of arrays (what checkpoints, sharding rules and conver
 together inside `jax.jit` and never outlives it.
 """
 
+import dataclasses
 from collections.abc import Callable
 from typing import NamedTuple
 
@@ -31,7 +32,8 @@ class TrainState(NamedTuple):
     metrics: dict
 
 
-class Model(NamedTuple):
+@dataclasses.dataclass(frozen=True, eq=False)  # hashed by identity: its methods are static arguments of jitted functions
+class Model:
     """A Transformer without its numbers: `abstract` is a dict of ShapeDtypeStructs, `names` of logical axes."""
 
     build: Callable[[jax.Array], Transformer]
@@ -57,6 +59,13 @@ class Model(NamedTuple):
     def init(self, key: jax.Array) -> dict:
         """Returns freshly initialised parameters as a plain dict."""
         return nnx.to_pure_dict(nnx.split(self.build(key))[1])
+
+
+def compute_dtype(name: str, platform: str):
+    """Returns the dtype of config.model.dtype: "auto" is float32 on CPU and bfloat16 elsewhere."""
+    if name == "auto":
+        name = "float32" if platform == "cpu" else "bfloat16"
+    return jnp.dtype(name)
 
 
 def make_model(architecture: Architecture, **kwargs) -> Model:

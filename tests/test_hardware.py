@@ -41,12 +41,7 @@ def test_unknown_hardware_has_no_peak(kind):
 
 
 def test_every_accelerator_is_found_by_its_own_device_kind_alone():
-    kinds = {
-        k: chip
-        for chip in hardware.ACCELERATORS.values()
-        for k in chip.device_kinds
-        if k.isprintable() and "|" not in k
-    }
+    kinds = {kind: chip for chip in hardware.ACCELERATORS.values() for kind in chip.device_kinds}
     assert len(kinds) >= 15
     for kind, chip in kinds.items():
         assert hardware.accelerator_of(device(kind)) is chip
@@ -55,24 +50,16 @@ def test_every_accelerator_is_found_by_its_own_device_kind_alone():
 def test_tpu_figures_agree_with_the_table_inside_jax():
     """jax._src is private: the comparison is skipped when it moves, our own table does not depend on it."""
     tpu_info = pytest.importorskip("jax._src.pallas.mosaic.tpu_info")
-    version = tpu_info.ChipVersion
-    theirs = {
-        "v4": version.TPU_V4,
-        "v5e": version.TPU_V5E,
-        "v5p": version.TPU_V5P,
-        "v6e": version.TPU_V6E,
-        "tpu7x": version.TPU_7X,
-    }
+    names = {"v4": "TPU_V4", "v5e": "TPU_V5E", "v5p": "TPU_V5P", "v6e": "TPU_V6E", "tpu7x": "TPU_7X"}
+    theirs = {name: tpu_info.ChipVersion[version] for name, version in names.items()}
     for name, chip_version in theirs.items():
-        cores = 2 if name in ("v4", "v5p") else 1  # as one device of two cores (megacore); TPU7x: one core a device
-        info = tpu_info.get_tpu_info_for_chip(chip_version, cores)
+        cores_per_chip = 1 if name in ("v5e", "v6e") else 2
+        core = tpu_info.get_tpu_info_for_chip(chip_version, 1)
         ours = hardware.ACCELERATORS[name]
-        share = 1 / ours.devices_per_chip if name == "tpu7x" else 1
-        per_core = cores if name in ("v4", "v5p") else 1
-        assert ours.peak_flops * share == pytest.approx(info.bf16_ops_per_second * per_core, rel=0.01), name
-        assert ours.hbm_bytes * share == pytest.approx(info.hbm_capacity_bytes * per_core, rel=0.02), name
-        # JAX rounds the bandwidth of v5p down by a tenth
-        assert ours.hbm_bandwidth * share == pytest.approx(info.mem_bw_bytes_per_second * per_core, rel=0.13), name
+        assert ours.peak_flops == pytest.approx(core.bf16_ops_per_second * cores_per_chip, rel=0.01), name
+        assert ours.hbm_bytes == pytest.approx(core.hbm_capacity_bytes * cores_per_chip, rel=0.02), name
+        # the two tables differ by a tenth on v5p: 2.77 (Google's page) against 2.46 TB/s
+        assert ours.hbm_bandwidth == pytest.approx(core.mem_bw_bytes_per_second * cores_per_chip, rel=0.13), name
 
 
 @pytest.mark.parametrize(
@@ -145,11 +132,13 @@ def test_v5e_is_read_as_v5litepod():
     assert hardware.slice_named("v5e-16") is hardware.slice_named("v5litepod-16")
 
 
-def test_a_misspelt_slice_names_the_closest():
-    with pytest.raises(UserError, match=r"Unknown slice 'v5p-127'\. Did you mean 'v5p-12"):
+def test_an_unknown_slice_names_what_there_is():
+    with pytest.raises(UserError, match=r"no slice 'v5p-127': choose one of v5p-8, v5p-16, .*v5p-128"):
         hardware.slice_named("v5p-127")
-    with pytest.raises(UserError, match="Unknown slice 'dgx'.*Known: .*v6e-256"):
-        hardware.slice_named("dgx")
+    with pytest.raises(UserError, match=r"no slice 'v5litepod-3': choose one of v5litepod-1, "):
+        hardware.slice_named("v5e-3")
+    with pytest.raises(UserError, match="Unknown slice 'v6-256'. Did you mean 'v6e-256'"):
+        hardware.slice_named("v6-256")
 
 
 def test_usable_memory_is_positive_and_at_most_what_the_chip_holds():

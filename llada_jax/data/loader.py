@@ -7,8 +7,8 @@ the index, and the random length draws from a generator that is keyed by (seed, 
 the rows its devices own, so the same step holds the same rows on 1, 2 or 64 hosts, with any number of threads, and
 before and after a restart; the loader's whole state is `step`, and starting at a step replays nothing.
 
-Decoding a record takes 20 us at T = 128 and 32 us at T = 4096 (130 million tokens/s on one core of a 2-core machine),
-so threads suffice and no worker processes are started.
+Decoding a record takes 13 us at T = 128 and 26 us at T = 4096, and the whole pipeline about 130 us a row at either
+length (1 and 20-28 million tokens/s on one CPU core), so threads suffice and no worker processes are started.
 """
 
 import sys
@@ -56,7 +56,7 @@ def train_batches(
             may own rows that are not contiguous and, where the mesh replicates, rows that others own too.
         start_step: the step of the first batch.
         random_length_probability: how often a row keeps only its first U{1..T} tokens and the rest becomes padding
-            (1% in LLaDA, arXiv 2502.09992, section 2.2 and appendix B.1).
+            (1% in LLaDA, arXiv 2502.09992).
         attend_across_documents: True (as LLaDA published) makes all tokens of a row one segment with positions 0..T-1;
             False gives each document its own segment and positions.
         num_threads: threads that read ahead; 0 reads in the caller's thread.

@@ -12,6 +12,7 @@ import contextlib
 import errno
 import json
 import os
+import re
 from bisect import bisect_right
 from collections.abc import Iterable
 from dataclasses import dataclass
@@ -86,10 +87,12 @@ def decode_record(data: bytes, *, sequence_length: int, vocab_size: int) -> dict
     dtype = token_dtype(vocab_size)
     end = 4 + sequence_length * dtype.itemsize
     n = int.from_bytes(data[:4], "little")
-    tokens_T = np.frombuffer(data, dtype=dtype, count=sequence_length, offset=4).astype(np.int32)
+    stored_T = np.frombuffer(data, dtype=dtype, count=sequence_length, offset=4)
     bitmap = np.frombuffer(data, dtype=np.uint8, offset=end)
-    if not 1 <= n <= sequence_length or (largest := int(tokens_T.max())) >= vocab_size or largest < 0:
-        raise UserError(f"a record holds {n} tokens of at most {sequence_length}, or an id of {vocab_size} or more")
+    if not 1 <= n <= sequence_length:
+        raise UserError(f"a record claims {n} tokens, which must be 1 to {sequence_length}")
+    if stored_T.max() >= vocab_size:
+        raise UserError(f"a record holds the token id {stored_T.max()} of a vocabulary of {vocab_size}")
 
     (starts,) = np.nonzero(np.unpackbits(bitmap, count=n, bitorder="little"))
     # Without a start at 0 the row opens with the rest of a document of the row before, which is a segment too.
@@ -100,7 +103,7 @@ def decode_record(data: bytes, *, sequence_length: int, vocab_size: int) -> dict
     positions_T = np.zeros(sequence_length, dtype=np.int32)
     segment_ids_T[:n] = np.repeat(np.arange(1, len(bounds), dtype=np.int32), lengths)
     positions_T[:n] = np.arange(n, dtype=np.int32) - np.repeat(bounds[:-1], lengths)
-    return {"tokens": tokens_T, "segment_ids": segment_ids_T, "positions": positions_T}
+    return {"tokens": stored_T.astype(np.int32), "segment_ids": segment_ids_T, "positions": positions_T}
 
 
 def write_shard(path, records: Iterable[bytes]) -> int:
@@ -124,7 +127,7 @@ def write_shard(path, records: Iterable[bytes]) -> int:
         finally:
             _close(writer, path)
         _sync(partial)
-        partial.rename(path)
+        partial.replace(path)
     except BaseException:
         with contextlib.suppress(OSError):
             partial.unlink(missing_ok=True)
@@ -201,7 +204,7 @@ def write_dataset_json(directory, content: dict) -> None:
     partial = epath.Path(f"{path}.partial")
     try:
         partial.write_text(json.dumps(content, indent=2, ensure_ascii=False) + "\n")
-        partial.rename(path)
+        partial.replace(path)
     except OSError as error:
         with contextlib.suppress(OSError):
             partial.unlink(missing_ok=True)
@@ -327,10 +330,17 @@ class Records:
         try:
             return decode_record(self._source[index], **self._sizes)
         except (RuntimeError, ValueError, IndexError, OSError) as error:
-            number = bisect_right(self._ends, index)
-            shard = self._shards[number]
-            record = index - (self._ends[number] - shard.num_records)
-            raise UserError(
-                f"Record {record} of shard {shard.path} is damaged ({str(error).splitlines()[0]}): "
-                "delete the shard and run prepare again, which writes only what is missing."
-            ) from error
+            raise UserError(self._explain(index, str(error).splitlines()[0])) from error
+
+    def _explain(self, index: int, reason: str) -> str:
+        """Returns the sentence for a record that could not be read: which one, why, and what to do."""
+        number = bisect_right(self._ends, index)
+        shard = self._shards[number]
+        record = f"Record {index - (self._ends[number] - shard.num_records)} of shard {shard.path}"
+        # A system call that fails, "open() failed: Too many open files", says nothing against the shard.
+        if re.search(r"\w\(\) failed", reason):
+            return f"{record} cannot be read ({reason}): check the disk, the permissions and the limit of open files."
+        return (
+            f"{record} is damaged ({reason}): "
+            "delete the shard and run prepare again, which writes only what is missing."
+        )

@@ -1,1 +1,2 @@
-"""Samplers: the reverse process of masked diffusion. They know neither the network nor the tokenizer's text."""
+"""Samplers: the reverse process of masked diffusion. `denoise` and `remasking` know neither the
+network nor text; `text` and `show` stand between them and people."""

@@ -1,25 +1,28 @@
 """The reverse process: a canvas of masks becomes tokens, some in every step, one block after another.
 
-This is the sampler of LLaDA (arXiv 2502.09992, algorithms 4 and 5, section 2.4 and appendix B.4). With one block as long
-as the generation it is pure diffusion; with more blocks it is semi-autoregressive: later blocks are seen as masks while
-an earlier one is denoised. What was revealed is never revised.
+This is the sampler of LLaDA (arXiv 2502.09992, algorithms 4 and 5, section 2.4 and appendix B.4). With one block as
+long as the generation it is pure diffusion; with more blocks it is semi-autoregressive: later blocks are seen as masks
+while an earlier one is denoised. What was revealed is never revised.
 
 Three deliberate differences from the published code, none of which changes what it produces on ordinary input:
-- `mask_id` is never chosen. There, a position that draws the mask token silently stays hidden, its turn is lost, and masks
-  can remain in the result. Only the choice is restricted: confidences still come from the full softmax.
+- `mask_id` is never chosen. There, a position that draws the mask token silently stays hidden, its turn is lost, and
+  masks can remain in the result. Only the choice is restricted: confidences still come from the full softmax.
 - The prompt is what `is_fixed_BT` says, not what differs from `mask_id`, so a prompt may contain the mask token.
 - Confidences are float32 whatever the model computes in.
 """
 
 from collections.abc import Iterator, Sequence
+from contextlib import nullcontext
 from functools import partial
 from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.sharding import NamedSharding, PartitionSpec
 
 from llada_jax.errors import UserError, look_up
+from llada_jax.rng import keys_for_rows
 from llada_jax.samplers.remasking import REMASKING
 
 # Prompts are padded to a multiple of this many tokens, so that prompts of similar length share one compiled step.
@@ -49,8 +52,9 @@ class DenoiseStep(NamedTuple):
 def make_canvas(prompts: Sequence[Sequence[int]], *, gen_length: int, mask_id: int, pad_id: int) -> Canvas:
     """Lays out prompts of any lengths: padded on the LEFT to one bucket, each followed by `gen_length` masks.
 
-    Left padding keeps every prompt next to its generation and the generation at the same columns in all rows. The padding
-    has segment 0, so no real token attends to it, and positions start behind it: a row computes what it computes alone.
+    Left padding keeps every prompt next to its generation and the generation at the same columns in all rows. The
+    padding has segment 0, so no real token attends to it, and positions start behind it: a row computes what it
+    computes alone.
     """
     longest = max(len(prompt) for prompt in prompts)
     prompt_width = -(-longest // PROMPT_BUCKET) * PROMPT_BUCKET
@@ -112,10 +116,14 @@ def _pick_tokens(logits_BTV, keys_B, *, mask_id, temperature, is_stochastic):
 
 
 def _guided_logits(logits_fn, canvas_BT, fixed, *, mask_id, cfg_scale):
-    """Classifier-free guidance, un + (w + 1)(l - un), where `un` saw a fully masked prompt; one pass of twice the batch."""
+    """Classifier-free guidance: un + (w + 1)(l - un), where `un` saw the prompt masked; one pass of twice the batch."""
     unprompted_BT = jnp.where(fixed.is_fixed_BT, mask_id, canvas_BT)
-    both = [jnp.concatenate([a, b]) for a, b in ((canvas_BT, unprompted_BT), (fixed.segment_ids_BT,) * 2, (fixed.positions_BT,) * 2)]
-    logits_BTV, unprompted_BTV = jnp.split(logits_fn(*both).astype(jnp.float32), 2)
+    rows = (
+        jnp.concatenate([canvas_BT, unprompted_BT]),
+        jnp.tile(fixed.segment_ids_BT, (2, 1)),
+        jnp.tile(fixed.positions_BT, (2, 1)),
+    )
+    logits_BTV, unprompted_BTV = jnp.split(logits_fn(*rows).astype(jnp.float32), 2)
     return unprompted_BTV + (cfg_scale + 1) * (logits_BTV - unprompted_BTV)
 
 
@@ -144,7 +152,7 @@ class _Fixed(NamedTuple):
 def _denoise_step(
     logits_fn, canvas_BT, step, key, fixed, *, gen_length, block_length, remasking, is_stochastic, is_guided, sharding
 ):
-    """One step of the reverse process; returns (canvas_BT, is_new_BT, the next step's number, whether all is revealed)."""
+    """One step of the reverse process; returns (canvas_BT, is_new_BT, number of the next step, whether it is done)."""
     # 1. Where we are. Only the current block is read and written, so the noise and the softmax cover it alone.
     block, step_in_block = jnp.divmod(step, fixed.steps_per_block)
     steps_left = fixed.steps_per_block - step_in_block
@@ -164,8 +172,8 @@ def _denoise_step(
         logits_BTV = logits_fn(canvas_BT, fixed.segment_ids_BT, fixed.positions_BT).astype(jnp.float32)
     logits_BTV = in_block(logits_BTV)
 
-    # 3. Keys fold (row, step): neither the other rows of the batch nor the padding change what a row draws.
-    keys_B = jax.vmap(lambda row: jax.random.fold_in(jax.random.fold_in(key, row), step))(fixed.row_B)
+    # 3. Keys fold (step, row): neither the other rows of the batch nor the padding change what a row draws.
+    keys_B = keys_for_rows(jax.random.fold_in(key, step), fixed.row_B)
     token_keys_B, remasking_keys_B = jnp.unstack(jax.vmap(jax.random.split)(keys_B), axis=1)
 
     # 4. A proposal for every position, and the confidence in it.
@@ -175,8 +183,8 @@ def _denoise_step(
     confidence_BT = REMASKING[remasking](logits_BTV, choices_BT, remasking_keys_B)
     confidence_BT = jnp.where(is_hidden_BT, confidence_BT, -jnp.inf)
 
-    # 5. Reveal the most confident. ceil(hidden / steps left) is the published count: hidden // steps, and one more in each
-    #    of the first hidden % steps steps. Ranks instead of top_k, whose k would have to be static; ties to the left.
+    # 5. Reveal the most confident. ceil(hidden / steps left) is the published count: hidden // steps, and one more in
+    #    each of the first hidden % steps steps. Ranks, not top_k, whose k would have to be static; ties to the left.
     count_B = -(-jnp.sum(is_hidden_BT, axis=1) // steps_left)
     rank_BT = jnp.argsort(jnp.argsort(-confidence_BT, axis=1, stable=True), axis=1)
     is_revealed_BT = is_hidden_BT & (rank_BT < count_B[:, None])
@@ -194,13 +202,13 @@ def _denoise_step(
     return result if sharding is None else jax.lax.with_sharding_constraint(result, sharding)
 
 
-def _sharding_beside(logits_fn):
-    """Every device that holds the parameters inside `logits_fn`, with the canvas whole on each; None if it holds none."""
-    for leaf in jax.tree.leaves(logits_fn):
-        if isinstance(leaf, jax.Array):
-            on_mesh = isinstance(leaf.sharding, jax.sharding.NamedSharding)
-            return jax.sharding.NamedSharding(leaf.sharding.mesh, jax.sharding.PartitionSpec()) if on_mesh else leaf.sharding
-    return None
+def _sharding_beside(logits_fn) -> jax.sharding.Sharding | None:
+    """Where the canvas belongs: whole on every device that holds parameters of `logits_fn`; None if it holds none."""
+    shardings = [leaf.sharding for leaf in jax.tree.leaves(logits_fn) if isinstance(leaf, jax.Array)]
+    for sharding in shardings:
+        if isinstance(sharding, NamedSharding):
+            return NamedSharding(sharding.mesh, PartitionSpec())
+    return shardings[0] if shardings else None
 
 
 def denoise(
@@ -223,22 +231,23 @@ def denoise(
 ) -> Iterator[DenoiseStep]:
     """Runs the reverse process and yields after every step.
 
-    One step is compiled for each (batch, T, gen_length, block_length, remasking, temperature > 0, cfg_scale > 0); steps,
-    blocks, prompts, ids, temperatures and scales reuse it.
+    One step is compiled for each (batch, T, gen_length, block_length, remasking, temperature > 0, cfg_scale > 0);
+    steps, blocks, prompts, ids, temperatures and scales reuse it.
 
     Args:
-        logits_fn: (tokens_BT, segment_ids_BT, positions_BT) -> logits_BTV. Pass `jax.tree_util.Partial(fn, params)` for a
-            real model: its parameters are then arguments of the compiled step, not constants baked into it.
-        canvas_BT: int32; `mask_id` where a token is to be generated. The last `gen_length` columns are the generation.
-        key: random key; row r at step s draws from fold(key, first_row + r, s). Unused at temperature 0 with low_confidence.
+        logits_fn: (tokens_BT, segment_ids_BT, positions_BT) -> logits_BTV. Pass `jax.tree_util.Partial(fn, params)` for
+            a real model: its parameters are then arguments of the compiled step, not constants baked into it.
+        canvas_BT: int32; `mask_id` where a token is to be generated. The last `gen_length` columns are generated.
+        key: random key; row r at step s draws from fold(key, s, first_row + r). At temperature 0 with low_confidence
+            it changes nothing.
         is_fixed_BT: bool; padding and prompt (also given tokens inside the generation), never changed.
         segment_ids_BT, positions_BT: int32, handed to `logits_fn`; 0 is padding.
         gen_length, block_length, steps: block_length divides gen_length, the number of blocks divides steps.
         remasking: a name in REMASKING.
         temperature: 0 takes the most likely token, 1 samples the model's distribution.
         cfg_scale: guidance strength w; 0 means none, otherwise the network runs on twice the batch.
-        eos_id: ends a row: after a block that contains it, the rest of the row is filled with it, and when every row has
-            ended no further step runs. None (as published) generates all gen_length tokens.
+        eos_id: ends a row: after a block that contains it, the rest of the row is filled with it, and when every row
+            has ended no further step runs. None (as published) generates all gen_length tokens.
         first_row: number of the first row in the whole request, when the request is cut into batches.
 
     Raises:
@@ -264,20 +273,22 @@ def denoise(
     )
     sharding = _sharding_beside(logits_fn)
     canvas_BT, step, key, fixed = jax.device_put((np.asarray(canvas_BT, np.int32), np.int32(0), key, fixed), sharding)
+    on_mesh = isinstance(sharding, NamedSharding)
     for number in range(1, steps + 1):
-        canvas_BT, is_new_BT, step, is_complete = _denoise_step(
-            logits_fn,
-            canvas_BT,
-            step,
-            key,
-            fixed,
-            gen_length=gen_length,
-            block_length=block_length,
-            remasking=remasking,
-            is_stochastic=temperature > 0,
-            is_guided=cfg_scale > 0,
-            sharding=sharding if isinstance(sharding, jax.sharding.NamedSharding) else None,
-        )
+        with jax.set_mesh(sharding.mesh) if on_mesh else nullcontext():
+            canvas_BT, is_new_BT, step, is_complete = _denoise_step(
+                logits_fn,
+                canvas_BT,
+                step,
+                key,
+                fixed,
+                gen_length=gen_length,
+                block_length=block_length,
+                remasking=remasking,
+                is_stochastic=temperature > 0,
+                is_guided=cfg_scale > 0,
+                sharding=sharding if on_mesh else None,
+            )
         block = -(-number * num_blocks // steps)
         yield DenoiseStep(canvas_BT, is_new_BT, number, steps, block, num_blocks)
         # Reading a value waits for the device, so it is done once a block, and only if it can end the loop.

@@ -1,4 +1,4 @@
-"""Which of the tokens proposed in a step are kept: every rule gives a confidence, and the most confident are revealed."""
+"""Which of the tokens proposed in a step are kept: a rule gives confidences, and the most confident are revealed."""
 
 import jax
 import jax.numpy as jnp

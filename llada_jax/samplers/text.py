@@ -7,6 +7,7 @@ import jax
 import numpy as np
 
 from llada_jax.errors import UserError
+from llada_jax.rng import key_for
 from llada_jax.samplers.denoise import DenoiseStep, denoise, make_canvas
 
 
@@ -42,15 +43,16 @@ def generate_tokens(
     """Generates `gen_length` tokens after each prompt.
 
     Args:
-        logits_fn: (params, tokens_BT, segment_ids_BT, positions_BT) -> logits_BTV, the same object in every call, so that
-            its compiled step is found again.
+        logits_fn: (params, tokens_BT, segment_ids_BT, positions_BT) -> logits_BTV, equal in every call, so that its
+            compiled step is found again.
         params: its first argument.
         prompts: token ids, of any lengths, empty for unconditional generation.
         block_length, steps: None means gen_length: pure diffusion, one token a step.
         eos_id: see `denoise`; None does not stop.
         seed: row r of the request draws the same numbers whatever the batch size and the other prompts are.
         batch_size: rows in one pass; memory grows with batch_size * T * vocabulary.
-        on_step: called as on_step(rows, state) after each step; rows numbers the prompts in the first rows of the canvas.
+        on_step: called as on_step(rows, state) after each step; rows numbers the prompts that the first rows of the
+            canvas continue.
         The others: see `denoise`.
 
     Returns:
@@ -73,7 +75,7 @@ def generate_tokens(
         for state in denoise(
             jax.tree_util.Partial(logits_fn, params),
             canvas.tokens_BT,
-            jax.random.key(seed),
+            key_for("sampling", seed),
             mask_id=mask_id,
             is_fixed_BT=canvas.is_fixed_BT,
             segment_ids_BT=canvas.segment_ids_BT,
@@ -100,7 +102,7 @@ def cut_at_eos(tokens: Sequence[int], eos_id: int) -> list[int]:
 
 
 def decode_after(tokenizer, before: Sequence[int], tokens: Sequence[int]) -> str:
-    """Decodes `tokens` as the continuation of `before`: tokenizers drop the space in front of the first word they see."""
+    """Decodes `tokens` as what follows `before`: tokenizers drop the space in front of the first word they see."""
     before_text = tokenizer.decode(list(before))
     text = tokenizer.decode([*before, *tokens])
     # Not a prefix only when the tokens complete a character of which `before` holds the first bytes.
@@ -116,8 +118,8 @@ def generate_text(
         logits_fn, params: see `generate_tokens`.
         tokenizer: encode, decode, mask_id, pad_id, eos_id (see llada_jax.tokenizer).
         prompts: text; "" generates unconditionally.
-        stop_at_eos: end a text at EOS, and the sampling when all have ended. False generates all tokens, as published; the
-            text is what the tokenizer makes of all of them.
+        stop_at_eos: end a text at EOS, and the sampling when all have ended. False generates all tokens, as published;
+            the text is what the tokenizer makes of all of them.
         settings: gen_length and everything else that `generate_tokens` takes.
     """
     prompt_ids = [tokenizer.encode(prompt) for prompt in prompts]

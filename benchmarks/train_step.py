@@ -1,0 +1,395 @@
+"""How fast is a training step of llada_jax beside the same step in PyTorch, and how near to this CPU's peak are both?
+
+    python benchmarks/train_step.py [--size tiny 30m] [--repeats 5] [--seconds 4]
+
+The same model, batch, loss (masked cross-entropy over p, mean over all tokens), clipping and AdamW, in float32 on the
+CPU. Each library runs in a process of its own; all live at once and take turns, so that whatever else the machine does hits
+all of them alike; the median over the turns counts. PyTorch runs eagerly (as LLaDA's published guidelines write the
+step) and under torch.compile. Before timing, the parameters of llada_jax are handed to PyTorch and the losses of one
+fixed corrupted batch must agree to 1e-4 relative: what is compared is the same function. The peak is measured in the
+same run: the fastest float32 product of two large square matrices in either library.
+
+Needs the dev extra and torch (2.13.0 was used). Prints a Markdown table.
+"""
+
+import argparse
+import json
+import math
+import os
+import platform
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+import numpy as np
+
+SIZES = {
+    "tiny": {
+        "vocab_size": 1024, "num_layers": 4, "d_model": 128, "num_heads": 4, "head_dim": 32, "d_ff": 384,
+        "sequence_length": 128, "batch_size": 64,
+    },
+    "30m": {
+        "vocab_size": 4096, "num_layers": 8, "d_model": 512, "num_heads": 8, "head_dim": 64, "d_ff": 1408,
+        "sequence_length": 512, "batch_size": 4,
+    },
+}  # fmt: skip
+WORKERS = ("llada_jax", "torch eager", "torch compile")
+LEARNING_RATE, B1, B2, EPS, WEIGHT_DECAY, CLIP, P_MIN, NORM_EPS, THETA = (
+    1e-3,
+    0.9,
+    0.95,
+    1e-8,
+    0.1,
+    1.0,
+    1e-3,
+    1e-5,
+    5e5,
+)
+
+
+def make_batch(size: dict) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Returns tokens_BT, a fixed mask is_masked_BT and its probability p_mask_B, the same in every process."""
+    rng = np.random.default_rng(0)
+    B, T = size["batch_size"], size["sequence_length"]
+    tokens_BT = rng.integers(0, size["vocab_size"] - 1, (B, T), dtype=np.int32)
+    p_mask_B = ((1 - P_MIN) * (np.arange(B) + 0.5) / B + P_MIN).astype(np.float32)
+    return tokens_BT, rng.random((B, T)) < p_mask_B[:, None], p_mask_B
+
+
+# ------------------------------------------------------------------------------------------------------- the two sides
+
+
+class JaxSide:
+    """The train step that llada_jax.train runs: the same model, objective, optimizer and state."""
+
+    def __init__(self, size: dict, variant: str):
+        from functools import partial
+
+        import jax
+
+        from llada_jax import optim, sharding, state
+        from llada_jax.models.transformer import Architecture
+        from llada_jax.objectives.masked_diffusion import masked_diffusion
+
+        self.jax, self.size = jax, size
+        sizes = {name: value for name, value in size.items() if name not in ("sequence_length", "batch_size")}
+        architecture = Architecture(**sizes, num_kv_heads=size["num_heads"], rope_theta=THETA, norm_eps=NORM_EPS)
+        self.model = state.make_model(architecture)
+        schedule = optim.make_schedule(
+            name="constant", learning_rate=LEARNING_RATE, warmup_steps=0, final_learning_rate=0.0, decay_fraction=0.0,
+            decay_shape="linear", stages=(), num_steps=1, tokens_per_step=1,
+        )  # fmt: skip
+        optimizer = optim.make_optimizer(
+            schedule, name="adamw", b1=B1, b2=B2, eps=EPS, weight_decay=WEIGHT_DECAY,
+            weight_decay_multipliers=((".*norm.*", 0.0), (".*", 1.0)), learning_rate_multipliers=((".*", 1.0),),
+            clip_norm=CLIP,
+        )  # fmt: skip
+        objective = partial(masked_diffusion, mask_id=size["vocab_size"] - 1, eps=P_MIN)
+        B, T = size["batch_size"], size["sequence_length"]
+        jax.set_mesh(sharding.make_mesh(dict.fromkeys(sharding.AXES, 1)))
+        metrics = state.abstract_metrics(
+            objective, self.model.nll_fn, self.model.abstract, num_rows=B, sequence_length=T
+        )
+        abstract = state.abstract_state(self.model, optimizer, self._mesh(), metrics=metrics, keep_ema=False)
+        self.state = state.create_state(self.model, optimizer, abstract, seed=0)
+        train_step = state.make_train_step(
+            objective, self.model.nll_fn, optimizer, schedule, seed=0, num_rows=B, num_microbatches=1, ema_decay=0.0
+        )
+        self.step = jax.jit(train_step, donate_argnums=0)
+        self.tokens_BT, self.is_masked_BT, self.p_mask_B = make_batch(size)
+        ones_BT = np.ones((B, T), np.int32)
+        positions_BT = np.broadcast_to(np.arange(T, dtype=np.int32), (B, T))
+        batch = {
+            "tokens": self.tokens_BT,
+            "segment_ids": ones_BT,
+            "positions": positions_BT,
+            "is_maskable": ones_BT > 0,
+        }
+        self.batch = jax.device_put(batch)
+
+    def _mesh(self):
+        return self.jax.sharding.get_mesh()
+
+    def check(self, path: str) -> float:
+        """Saves the parameters to `path` and returns the loss of the fixed corrupted batch."""
+        flat = self.jax.tree_util.tree_leaves_with_path(self.state.params)
+        names = [self.jax.tree_util.keystr(key, simple=True, separator="/") for key, _ in flat]
+        np.savez(path, **dict(zip(names, (np.asarray(leaf) for _, leaf in flat))))
+        noisy_BT = np.where(self.is_masked_BT, self.size["vocab_size"] - 1, self.tokens_BT)
+        nll_fn = self.jax.jit(self.model.nll_fn)
+        scores = nll_fn(
+            self.state.params, noisy_BT, self.tokens_BT, self.is_masked_BT, self.batch["segment_ids"],
+            self.batch["positions"],
+        )  # fmt: skip
+        return float(np.sum(np.asarray(scores.nll_BT, np.float64) / self.p_mask_B[:, None]) / self.tokens_BT.size)
+
+    def run(self, num_steps: int) -> None:
+        for _ in range(num_steps):
+            self.state = self.step(self.state, self.batch)
+        self.jax.block_until_ready(self.state)
+
+    def matmul(self, n: int):
+        x = self.jax.device_put(np.random.default_rng(0).standard_normal((n, n), np.float32))
+        product = self.jax.jit(lambda x: x @ x)
+        return lambda: product(x).block_until_ready()
+
+
+class TorchSide:
+    """The same model and step in PyTorch, written as its users write them."""
+
+    def __init__(self, size: dict, variant: str):
+        import torch
+
+        torch.set_num_threads(os.cpu_count())
+        torch.manual_seed(0)
+        self.torch, self.size, self.variant = torch, size, variant
+        self.net = make_torch_model(size)
+        matrices = [p for p in self.net.parameters() if p.ndim > 1]
+        norms = [p for p in self.net.parameters() if p.ndim == 1]
+        self.optimizer = torch.optim.AdamW(
+            [{"params": matrices, "weight_decay": WEIGHT_DECAY}, {"params": norms, "weight_decay": 0.0}],
+            lr=LEARNING_RATE, betas=(B1, B2), eps=EPS, fused=True,
+        )  # fmt: skip
+        self.arrays = [torch.from_numpy(array) for array in make_batch(size)]
+        loss = self.loss_of_masked if variant == "torch eager" else torch.compile(self.loss_everywhere)
+        self.loss = loss
+
+    def loss_of_masked(self, tokens_BT, is_masked_BT, p_mask_B):
+        """As published: cross-entropy of the masked positions only. Shapes depend on the mask, so no compilation."""
+        logits_BTV = self.net(self.torch.where(is_masked_BT, self.size["vocab_size"] - 1, tokens_BT))
+        nll = self.torch.nn.functional.cross_entropy(
+            logits_BTV[is_masked_BT], tokens_BT[is_masked_BT].long(), reduction="none"
+        )
+        return (nll / p_mask_B[:, None].expand_as(is_masked_BT)[is_masked_BT]).sum() / tokens_BT.numel()
+
+    def loss_everywhere(self, tokens_BT, is_masked_BT, p_mask_B):
+        """The same with static shapes."""
+        logits_BTV = self.net(self.torch.where(is_masked_BT, self.size["vocab_size"] - 1, tokens_BT))
+        nll_BT = self.torch.nn.functional.cross_entropy(
+            logits_BTV.flatten(0, 1), tokens_BT.flatten().long(), reduction="none"
+        ).view_as(tokens_BT)
+        return (nll_BT * is_masked_BT / p_mask_B[:, None]).sum() / tokens_BT.numel()
+
+    def check(self, path: str) -> float:
+        load_parameters(self.net, np.load(path))
+        with self.torch.no_grad():
+            return float(self.loss(*self.arrays))
+
+    def run(self, num_steps: int) -> None:
+        torch, tokens_BT = self.torch, self.arrays[0]
+        for _ in range(num_steps):
+            p_mask_B = (1 - P_MIN) * torch.rand(len(tokens_BT)) + P_MIN
+            is_masked_BT = torch.rand(tokens_BT.shape) < p_mask_B[:, None]
+            self.optimizer.zero_grad(set_to_none=True)
+            self.loss(tokens_BT, is_masked_BT, p_mask_B).backward()
+            torch.nn.utils.clip_grad_norm_(self.net.parameters(), CLIP)
+            self.optimizer.step()
+
+    def matmul(self, n: int):
+        x = self.torch.from_numpy(np.random.default_rng(0).standard_normal((n, n), np.float32))
+        return lambda: x @ x
+
+
+def make_torch_model(size: dict):
+    """Returns the Transformer as an nn.Module: RMSNorm, rotate-half RoPE, bidirectional SDPA, SwiGLU, untied head."""
+    import torch
+    from torch import nn
+    from torch.nn import functional as F
+
+    D, N, H, V = size["d_model"], size["num_heads"], size["head_dim"], size["vocab_size"]
+
+    def rotate(x_BNTH, cos_TH, sin_TH):
+        first, second = x_BNTH.chunk(2, dim=-1)
+        return x_BNTH * cos_TH + torch.cat([-second, first], dim=-1) * sin_TH
+
+    class Block(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.attn_norm, self.ff_norm = nn.RMSNorm(D, eps=NORM_EPS), nn.RMSNorm(D, eps=NORM_EPS)
+            self.q, self.k, self.v = (nn.Linear(D, N * H, bias=False) for _ in range(3))
+            self.attn_out = nn.Linear(N * H, D, bias=False)
+            self.ff_gate, self.ff_up = (nn.Linear(D, size["d_ff"], bias=False) for _ in range(2))
+            self.ff_out = nn.Linear(size["d_ff"], D, bias=False)
+
+        def forward(self, x_BTD, cos_TH, sin_TH):
+            y_BTD = self.attn_norm(x_BTD)
+            q, k, v = (w(y_BTD).unflatten(-1, (N, H)).transpose(1, 2) for w in (self.q, self.k, self.v))
+            out_BNTH = F.scaled_dot_product_attention(rotate(q, cos_TH, sin_TH), rotate(k, cos_TH, sin_TH), v)
+            x_BTD = x_BTD + self.attn_out(out_BNTH.transpose(1, 2).flatten(2))
+            y_BTD = self.ff_norm(x_BTD)
+            return x_BTD + self.ff_out(F.silu(self.ff_gate(y_BTD)) * self.ff_up(y_BTD))
+
+    class Transformer(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.embed = nn.Embedding(V, D)
+            self.blocks = nn.ModuleList(Block() for _ in range(size["num_layers"]))
+            self.final_norm = nn.RMSNorm(D, eps=NORM_EPS)
+            self.lm_head = nn.Linear(D, V, bias=False)
+            frequency = THETA ** (-torch.arange(0, H, 2, dtype=torch.float32) / H)
+            angle_TH = torch.outer(torch.arange(size["sequence_length"]).float(), frequency).repeat(1, 2)
+            self.register_buffer("cos_TH", angle_TH.cos())
+            self.register_buffer("sin_TH", angle_TH.sin())
+
+        def forward(self, tokens_BT):
+            x_BTD = self.embed(tokens_BT)
+            for block in self.blocks:
+                x_BTD = block(x_BTD, self.cos_TH, self.sin_TH)
+            return self.lm_head(self.final_norm(x_BTD))
+
+    return Transformer()
+
+
+def load_parameters(net, arrays) -> None:
+    """Copies llada_jax parameters (layers stacked on the first dim, kernels as [in, out]) into the PyTorch model."""
+    import torch
+
+    def as_linear(array, num_inputs):  # [in..., out...] -> [out, in]
+        return array.reshape(num_inputs, -1).T
+
+    D = net.embed.weight.shape[1]
+    state = {
+        "embed.weight": arrays["embed"],
+        "final_norm.weight": arrays["final_norm"],
+        "lm_head.weight": as_linear(arrays["lm_head"], D),
+    }
+    for name in (name for name in arrays.files if name.startswith("blocks/")):
+        short = name.removeprefix("blocks/")
+        for layer, array in enumerate(arrays[name]):
+            num_inputs = {"attn_out": math.prod(array.shape[:-1]), "ff_out": array.shape[0]}.get(short, D)
+            weight = array if short.endswith("norm") else as_linear(array, num_inputs)
+            state[f"blocks.{layer}.{short}.weight"] = weight
+    tensors = {name: torch.from_numpy(np.array(array)) for name, array in state.items()}
+    net.load_state_dict({**net.state_dict(), **tensors})
+
+
+# ------------------------------------------------------------------------------------------------- processes in turns
+
+
+def serve(name: str, size: dict) -> None:
+    """A worker: answers one JSON line for each request line on stdin, until stdin ends."""
+    side = (JaxSide if name == "llada_jax" else TorchSide)(size, name)
+    for line in sys.stdin:
+        request, argument = json.loads(line)
+        begin = time.perf_counter()
+        if request == "matmul":
+            multiply = side.matmul(argument)
+            multiply()
+            answer = max(2 * argument**3 / timed(multiply) for _ in range(5))
+        else:
+            answer = getattr(side, request)(argument)
+        print(json.dumps([answer, time.perf_counter() - begin]), flush=True)
+
+
+def timed(call) -> float:
+    begin = time.perf_counter()
+    call()
+    return time.perf_counter() - begin
+
+
+class Worker:
+    """The parent's end of one worker process."""
+
+    def __init__(self, name: str, size_name: str):
+        root = Path(__file__).resolve().parents[1]
+        environment = {**os.environ, "JAX_PLATFORMS": "cpu", "PYTHONPATH": str(root)}
+        self.process = subprocess.Popen(
+            [sys.executable, __file__, "--worker", name, "--size", size_name],
+            stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env=environment,
+        )  # fmt: skip
+
+    def ask(self, request: str, argument):
+        """Returns (answer, seconds)."""
+        self.process.stdin.write(json.dumps([request, argument]) + "\n")
+        self.process.stdin.flush()
+        line = self.process.stdout.readline()
+        if not line:
+            raise SystemExit(f"the worker ended during {request!r}; its error stands above")
+        return json.loads(line)
+
+    def close(self):
+        self.process.stdin.close()
+        self.process.wait()
+
+
+def measure(size_name: str, *, repeats: int, seconds: float) -> str:
+    """Returns the Markdown table of one size."""
+    from llada_jax.metrics import flops_per_token, format_count
+
+    size = SIZES[size_name]
+    d_attention = size["num_heads"] * size["head_dim"]
+    per_layer = size["d_model"] * (4 * d_attention + 3 * size["d_ff"])
+    num_matmul = size["num_layers"] * per_layer + size["d_model"] * size["vocab_size"]
+    flops = flops_per_token(num_matmul, size["num_layers"], d_attention, size["sequence_length"])
+    tokens = size["batch_size"] * size["sequence_length"]
+
+    workers = {name: Worker(name, size_name) for name in WORKERS}
+    with tempfile.TemporaryDirectory() as directory:
+        parameters = os.path.join(directory, "parameters.npz")
+        losses = {name: worker.ask("check", parameters)[0] for name, worker in workers.items()}
+    for name, loss in losses.items():
+        if not math.isclose(loss, losses["llada_jax"], rel_tol=1e-4):
+            raise SystemExit(f"not the same model: loss {loss} in {name}, {losses['llada_jax']} in llada_jax")
+    first = {name: worker.ask("run", 1)[1] for name, worker in workers.items()}  # compiles
+    steps = {name: max(1, round(seconds / worker.ask("run", 1)[1])) for name, worker in workers.items()}
+    step_s = {name: [] for name in WORKERS}
+    peaks = []
+    for turn in range(repeats):
+        for name in WORKERS if turn % 2 == 0 else WORKERS[::-1]:
+            step_s[name].append(workers[name].ask("run", steps[name])[1] / steps[name])
+        peaks += [workers[name].ask("matmul", 2048)[0] for name in WORKERS[:2]]
+    for worker in workers.values():
+        worker.close()
+
+    median = {name: statistics.median(values) for name, values in step_s.items()}
+    best_torch = min(median["torch eager"], median["torch compile"])
+    shape = ", ".join(f"{key} {value}" for key, value in size.items())
+    lines = [
+        f"### {size_name}: {format_count(num_matmul + size['d_model'] * size['vocab_size'])} parameters",
+        "",
+        f"{shape}; {format_count(flops)} FLOP/token; measured float32 peak {max(peaks) / 1e9:.0f} GFLOP/s "
+        f"(JAX {max(peaks[::2]) / 1e9:.0f}, PyTorch {max(peaks[1::2]) / 1e9:.0f}); same loss "
+        f"{losses['llada_jax']:.5f}; {repeats} turns.",
+        "",
+        "| | tokens/s | s/step median (min to max) | share of peak | of the better PyTorch | first step |",
+        "|---|---|---|---|---|---|",
+    ]
+    for name in WORKERS:
+        rate = tokens / median[name]
+        lines.append(
+            f"| {name} | {rate:,.0f} | {median[name]:.3f} ({min(step_s[name]):.3f} to {max(step_s[name]):.3f}) "
+            f"| {rate * flops / max(peaks):.0%} | {best_torch / median[name]:.2f}x | {first[name]:.1f} s |"
+        )
+    return "\n".join(lines) + "\n"
+
+
+def machine() -> str:
+    """Returns the processor's name, its cores and the versions."""
+    import importlib.metadata
+
+    with open("/proc/cpuinfo") as file:
+        names = [line.split(":")[1].strip() for line in file if line.startswith("model name")]
+    versions = [f"{name} {importlib.metadata.version(name)}" for name in ("jax", "torch")]
+    return f"{names[0] if names else platform.processor()}, {os.cpu_count()} cores, {', '.join(versions)}"
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser.add_argument("--size", nargs="+", choices=SIZES, default=list(SIZES))
+    parser.add_argument("--repeats", type=int, default=5, help="turns of each library; the median counts")
+    parser.add_argument("--seconds", type=float, default=4.0, help="how long a turn lasts, about")
+    parser.add_argument("--worker", choices=WORKERS, help=argparse.SUPPRESS)
+    arguments = parser.parse_args()
+    if arguments.worker:
+        serve(arguments.worker, SIZES[arguments.size[0]])
+        return
+    print(f"Machine: {machine()}\n")
+    for size_name in arguments.size:
+        print(measure(size_name, repeats=arguments.repeats, seconds=arguments.seconds), flush=True)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,99 @@
+"""A trained model in memory: `llada_jax.load("runs/tiny")` gives logits, samples and the run's own record."""
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+from jax.sharding import Mesh
+
+from llada_jax import checkpoint as checkpoints
+from llada_jax import sharding
+from llada_jax.models.transformer import Architecture
+from llada_jax.samplers.text import generate_text, generate_tokens
+from llada_jax.state import Model, compute_dtype, make_model, parameter_shardings
+from llada_jax.tokenizer import load_tokenizer
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Pretrained:
+    """Parameters with all that is needed to use them.
+
+    tokenizer: of the run. config: the run's config as a nested dict. params: nested dict of sharded float32 arrays.
+    step: optimizer steps done. model: llada_jax.state.Model. run: run.json of the checkpoint. mesh: where params live.
+    """
+
+    tokenizer: object
+    config: dict
+    params: dict
+    step: int
+    model: Model
+    run: dict
+    mesh: Mesh
+
+    @property
+    def logits_fn(self):
+        """The pure function (params, tokens_BT, segment_ids_BT, positions_BT) -> logits_BTV."""
+        return self.model.logits_fn
+
+    def logits(self, tokens_BT, segment_ids_BT=None, positions_BT=None) -> jax.Array:
+        """Returns float32 logits [B, T, V]; segment 0 is padding, positions count from 0 by default."""
+        tokens_BT = jnp.asarray(tokens_BT, jnp.int32)
+        if segment_ids_BT is None:
+            segment_ids_BT = jnp.ones_like(tokens_BT)
+        if positions_BT is None:
+            positions_BT = jnp.broadcast_to(jnp.arange(tokens_BT.shape[1]), tokens_BT.shape)
+        return _logits(self.params, tokens_BT, jnp.asarray(segment_ids_BT), positions_BT, self.logits_fn)
+
+    def generate(self, prompts, *, gen_length: int = 64, **settings) -> list[str]:
+        """Returns the text that follows each prompt; settings are those of llada_jax.samplers.text.generate_text."""
+        completions = generate_text(
+            self.logits_fn, self.params, self.tokenizer, list(prompts), gen_length=gen_length, **settings
+        )
+        return [completion.text for completion in completions]
+
+    def generate_tokens(self, prompt_BT, *, gen_length: int = 64, **settings):
+        """Returns the generated ids [B, gen_length] for prompts given as ids; settings as in generate."""
+        settings = {"mask_id": self.tokenizer.mask_id, "pad_id": self.tokenizer.pad_id, **settings}
+        return generate_tokens(self.logits_fn, self.params, prompt_BT, gen_length=gen_length, **settings)[0]
+
+
+def _logits_impl(params, tokens_BT, segment_ids_BT, positions_BT, logits_fn):
+    return logits_fn(params, tokens_BT, segment_ids_BT, positions_BT)
+
+
+_logits = jax.jit(_logits_impl, static_argnames="logits_fn")
+
+
+def load(checkpoint: str, *, dtype: str = "auto", mesh: Mesh | None = None) -> Pretrained:
+    """Loads a checkpoint for sampling and scoring.
+
+    Args:
+        checkpoint: WORKDIR or WORKDIR@STEP.
+        dtype: of the matrix products: "auto" (float32 on CPU, bfloat16 elsewhere), "float32" or "bfloat16".
+        mesh: where to put the parameters (llada_jax.sharding.make_mesh); None: the first device.
+
+    The moving average of the parameters is taken where the run kept one.
+
+    Raises:
+        UserError: nothing is there, or it cannot be read.
+    """
+    found, step = checkpoints.find(checkpoint)
+    run = found.run(step)
+    if mesh is None:
+        mesh = sharding.make_mesh(dict.fromkeys(sharding.AXES, 1), devices=jax.local_devices()[:1])
+    config = run["config"]
+    platform = sharding.platform(mesh)
+    model = make_model(
+        Architecture(**run["architecture"]),
+        dtype=compute_dtype(dtype, platform),
+        attention="xla",  # a canvas has any length, and the kernels want whole blocks
+        causal=config["objective"]["name"] == "autoregressive",
+    )
+    abstract = jax.tree.map(
+        lambda leaf, place: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=place),
+        model.abstract,
+        parameter_shardings(model, mesh),
+    )
+    params = found.restore_params(step, abstract, ema=config["optimizer"]["ema_decay"] > 0)
+    tokenizer = load_tokenizer(found.directory.parent / "tokenizer")
+    return Pretrained(tokenizer, config, params, step, model, run, mesh)

@@ -1,0 +1,211 @@
+"""The canvas while it is denoised: animated on a terminal, a handful of lines in a log."""
+
+import time
+from collections.abc import Sequence
+from typing import NamedTuple, TextIO
+
+import jax
+import numpy as np
+
+from llada_jax.samplers.denoise import DenoiseStep
+from llada_jax.samplers.text import decode_after
+
+NUM_SNAPSHOTS = 8  # lines written where there is no terminal
+MAX_LINE = 160  # characters of text in such a line
+MIN_FRAME_SECONDS = 0.04  # a small model is slowed down to what an eye can follow: 64 steps last 2.5 seconds
+
+MASK_STYLE = "grey35"
+PROMPT_STYLE = "bold cyan"
+END_STYLE = "grey50"
+AGE_STYLES = ("bold grey7 on gold1", "bold gold1", "light_goldenrod1")  # by steps since the token was revealed
+
+
+class Cell(NamedTuple):
+    """Neighbouring columns that are drawn as one; `is_mask` and `is_end` say that they are no text."""
+
+    text: str
+    columns: range
+    is_mask: bool = False
+    is_end: bool = False
+
+
+class CanvasText:
+    """Turns a half-denoised row into text, token by token.
+
+    A token is decoded behind an ordinary one, because tokenizers drop the space in front of the first word. Tokens that
+    hold only some bytes of a character are decoded together with their neighbours; while a byte is still masked, the
+    others show as U+FFFD.
+    """
+
+    def __init__(self, tokenizer, stream: TextIO):
+        self.tokenizer = tokenizer
+        self.anchor = tokenizer.encode("a")
+        self.text_of = {}
+        can_draw = (getattr(stream, "encoding", None) or "").lower().startswith("utf")
+        block, self.end = ("░", "∎") if can_draw else ("_", "#")
+        self.mask = block if tokenizer.kind == "bytes" else f" {block * 3}"  # about as wide as what it hides
+
+    def decode(self, tokens: Sequence[int]) -> str:
+        return decode_after(self.tokenizer, self.anchor, tokens)
+
+    def is_partial(self, token: int) -> bool:
+        if token not in self.text_of:
+            self.text_of[token] = self.decode([token])
+        return "\ufffd" in self.text_of[token]
+
+    def cells(self, tokens: Sequence[int], is_masked: Sequence[bool]) -> list[Cell]:
+        """Returns the cells of one row, which cover every column once and in order."""
+        cells = []
+        column = 0
+        while column < len(tokens):
+            token = int(tokens[column])
+            stop = column + 1
+            if is_masked[column]:
+                cells.append(Cell(self.mask, range(column, stop), is_mask=True))
+            elif token == self.tokenizer.eos_id:
+                cells.append(Cell(self.end, range(column, stop), is_end=True))
+            elif self.is_partial(token):
+                while stop < len(tokens) and not is_masked[stop] and self.is_partial(int(tokens[stop])):
+                    stop += 1
+                cells.append(Cell(self.decode([int(t) for t in tokens[column:stop]]), range(column, stop)))
+            else:
+                cells.append(Cell(self.text_of[token], range(column, stop)))
+            column = stop
+        return cells
+
+
+class _Frame(NamedTuple):
+    """The generation of one batch after a step, on the host: arrays [rows, gen_length]."""
+
+    tokens_BT: np.ndarray
+    is_masked_BT: np.ndarray
+    is_new_BT: np.ndarray
+
+    @property
+    def share_revealed(self) -> float:
+        return 1 - self.is_masked_BT.mean()
+
+
+def _frame(rows: range, state: DenoiseStep, *, mask_id: int, gen_length: int) -> _Frame:
+    canvas_BT, is_new_BT = jax.device_get((state.canvas_BT, state.is_new_BT))
+    tokens_BT = canvas_BT[: len(rows), -gen_length:]
+    return _Frame(tokens_BT, tokens_BT == mask_id, is_new_BT[: len(rows), -gen_length:])
+
+
+class LogShow:
+    """Writes NUM_SNAPSHOTS lines a batch to a stream that is no terminal, showing the first row of the batch."""
+
+    def __init__(self, tokenizer, prompts: Sequence[str], *, gen_length: int, stream: TextIO):
+        self.tokenizer, self.prompts, self.gen_length, self.stream = tokenizer, prompts, gen_length, stream
+        self.canvas_text = CanvasText(tokenizer, stream)
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *exception):
+        return None
+
+    def on_step(self, rows: range, state: DenoiseStep) -> None:
+        is_snapshot = (
+            state.step * NUM_SNAPSHOTS // state.num_steps > (state.step - 1) * NUM_SNAPSHOTS // state.num_steps
+        )
+        if not is_snapshot:
+            return
+        frame = _frame(rows, state, mask_id=self.tokenizer.mask_id, gen_length=self.gen_length)
+        cells = self.canvas_text.cells(frame.tokens_BT[0], frame.is_masked_BT[0])
+        text = "".join([self.prompts[rows[0]], *(cell.text for cell in cells)]).replace("\n", " ")
+        text = text if len(text) <= MAX_LINE else text[: MAX_LINE - 3] + "..."
+        which = f"sample {rows[0] + 1}/{len(self.prompts)}, " if len(self.prompts) > 1 else ""
+        width = len(str(state.num_steps))
+        print(
+            f"{which}step {state.step:>{width}}/{state.num_steps} {frame.share_revealed:4.0%} | {text}",
+            file=self.stream,
+            flush=True,
+        )
+
+
+class LiveShow:
+    """Animates the canvas on a terminal: grey masks, and every token bright in the step that reveals it.
+
+    Args:
+        transient: take the picture away at the end, because the texts are printed on the same terminal next.
+    """
+
+    def __init__(self, tokenizer, prompts: Sequence[str], *, gen_length: int, console, transient: bool):
+        from rich.live import Live
+
+        self.tokenizer, self.prompts, self.gen_length, self.console = tokenizer, prompts, gen_length, console
+        self.canvas_text = CanvasText(tokenizer, console.file)
+        self.live = Live(console=console, auto_refresh=False, transient=transient, vertical_overflow="ellipsis")
+        self.rows, self.age_BT = None, None
+        self.last_frame = 0.0
+
+    def __enter__(self):
+        self.live.__enter__()
+        return self
+
+    def __exit__(self, *exception):
+        self.live.__exit__(*exception)
+
+    def on_step(self, rows: range, state: DenoiseStep) -> None:
+        frame = _frame(rows, state, mask_id=self.tokenizer.mask_id, gen_length=self.gen_length)
+        if rows != self.rows:
+            self.rows, self.age_BT = rows, np.zeros(frame.tokens_BT.shape, int)
+        self.age_BT = np.where(frame.is_new_BT | frame.is_masked_BT, 0, self.age_BT + 1)
+        time.sleep(max(0.0, self.last_frame + MIN_FRAME_SECONDS - time.monotonic()))
+        self.last_frame = time.monotonic()
+        self.live.update(self.picture(rows, state, frame), refresh=True)
+
+    def picture(self, rows: range, state: DenoiseStep, frame: _Frame):
+        """Returns a status line with a bar above one panel for each of the rows that fit the screen."""
+        from rich.console import Group
+        from rich.panel import Panel
+        from rich.progress_bar import ProgressBar
+        from rich.table import Table
+
+        header = Table.grid(padding=(0, 2))
+        header.add_row(
+            f"step {state.step:>{len(str(state.num_steps))}}/{state.num_steps}",
+            f"block {state.block}/{state.num_blocks}",
+            ProgressBar(total=1.0, completed=frame.share_revealed, width=30, complete_style="gold1"),
+            f"{frame.share_revealed:4.0%} revealed",
+        )
+        texts = [
+            self.row_text(rows[i], frame.tokens_BT[i], frame.is_masked_BT[i], self.age_BT[i]) for i in range(len(rows))
+        ]
+        panels, lines_left = [], self.console.height - 2
+        for row, text in zip(rows, texts):
+            height = 2 + len(text.wrap(self.console, self.console.width - 4))
+            if panels and height > lines_left:
+                break
+            lines_left -= height
+            title = f"sample {row + 1}/{len(self.prompts)}" if len(self.prompts) > 1 else None
+            panels.append(Panel(text, title=title, title_align="left", border_style=MASK_STYLE))
+        return Group(header, *panels)
+
+    def row_text(self, row: int, tokens, is_masked, age):
+        """Returns the prompt and the generation of one row as styled text; what follows the first EOS is left out."""
+        from rich.text import Text
+
+        text = Text(self.prompts[row], style=PROMPT_STYLE) if self.prompts[row] else Text()
+        text = Text().append_text(text)
+        for cell in self.canvas_text.cells(tokens, is_masked):
+            youngest = min(age[column] for column in cell.columns)
+            if cell.is_mask:
+                style = MASK_STYLE
+            elif youngest < len(AGE_STYLES):
+                style = AGE_STYLES[youngest]
+            else:
+                style = END_STYLE if cell.is_end else ""
+            text.append(cell.text, style=style)
+        return text
+
+
+def make_show(tokenizer, prompts: Sequence[str], *, gen_length: int, stream: TextIO, transient: bool):
+    """Returns the show that suits the stream: a context manager with the `on_step` that `generate_tokens` calls."""
+    from rich.console import Console
+
+    console = Console(file=stream, highlight=False)
+    if console.is_terminal and not console.is_dumb_terminal:
+        return LiveShow(tokenizer, prompts, gen_length=gen_length, console=console, transient=transient)
+    return LogShow(tokenizer, prompts, gen_length=gen_length, stream=stream)

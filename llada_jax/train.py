@@ -1,0 +1,497 @@
+"""`llada-jax train`: from a config and a workdir to a trained, resumable model."""
+
+import datetime
+import functools
+import itertools
+import json
+import platform
+import subprocess
+import time
+from collections import deque
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from etils import epath
+
+from llada_jax import __version__, hardware, likelihood, sharding
+from llada_jax import checkpoint as checkpoints
+from llada_jax import metrics as measure
+from llada_jax.command_line import Parser
+from llada_jax.config import AUTO, load_config, parse_sources
+from llada_jax.data.loader import describe, heldout_batches, train_batches
+from llada_jax.errors import NumericsError, Preempted, UserError, look_up
+from llada_jax.metrics import format_bytes, format_count
+from llada_jax.models.attention import choose
+from llada_jax.models.transformer import Architecture, num_matmul_parameters, num_parameters
+from llada_jax.objectives.autoregressive import autoregressive
+from llada_jax.objectives.masked_diffusion import masked_diffusion
+from llada_jax.optim import by_path, make_optimizer, make_schedule
+from llada_jax.preemption import StopRequest
+from llada_jax.samplers.text import generate_text
+from llada_jax.state import (
+    abstract_metrics, abstract_state, compute_dtype, create_state, make_model, make_train_step,
+)  # fmt: skip
+from llada_jax.tokenizer import Tokenizer, load_tokenizer
+
+MAX_STEPS_IN_FLIGHT = 2  # dispatched but not finished: enough to hide the host, few enough to stop promptly
+
+
+def main(argv: list[str]) -> None:
+    parser = Parser(
+        "train",
+        "Trains a model from a config file, or continues the run that the workdir holds.",
+        "llada-jax train --config configs/tiny.py --workdir runs/tiny --config.num_steps=200",
+    )
+    parser.add_argument("--config", required=True, metavar="FILE", help="Python file with get_config()")
+    parser.add_argument("--workdir", required=True, metavar="DIR", help="where the run lives; local or a URL")
+    parser.add_argument("--config.KEY", metavar="VALUE", dest="_", help="changes one knob, e.g. --config.seed=1")
+    overrides = [word.removeprefix("--config.") for word in argv if word.startswith("--config.")]
+    args = parser.parse_args([word for word in argv if not word.startswith("--config.")])
+    train(load_config(args.config, overrides), args.workdir)
+
+
+def train(config, workdir: str) -> None:
+    """Runs a config in a workdir until its last step; continues where the workdir's latest checkpoint stands.
+
+    Raises:
+        UserError: config, data, mesh and checkpoint do not fit together, or the disk refuses.
+        NumericsError: the loss or the gradient is not finite.
+        Preempted: SIGTERM or Ctrl-C; the state has been saved.
+    """
+    clock = measure.Clock()
+    # 1. Devices. The compilation cache comes first: it must be set before anything is compiled.
+    if config.log.compilation_cache:
+        cache = config.log.compilation_cache
+        jax.config.update("jax_compilation_cache_dir", str(Path.home() / ".cache/llada_jax") if cache == AUTO else cache)
+    sharding.initialize_distributed()
+    is_first = jax.process_index() == 0
+    mesh = sharding.make_mesh(config.mesh)
+    jax.set_mesh(mesh)
+
+    # 2. Data and tokenizer.
+    sources = parse_sources(config.data.path)
+    B, T = config.data.batch_size, config.data.sequence_length
+    summaries = describe(sources, sequence_length=T)
+    tokenizer = load_tokenizer(epath.Path(sources[0][0]) / "tokenizer")
+    num_steps = config.num_steps or max(1, config.num_tokens // (B * T))
+    bytes_per_token = sum(s.share * s.bytes_per_token["train"] for s in summaries)
+
+    # 3. Model, objective and optimizer, none of them with numbers yet.
+    architecture = architecture_of(config.model, tokenizer)
+    check_mesh(config, architecture, mesh)
+    is_causal = config.objective.name == "autoregressive"
+    attention = choose(
+        config.model.attention, platform=sharding.platform(mesh), packed=not config.data.attend_across_documents,
+        sequence_length=T,
+    )  # fmt: skip
+    dtype = compute_dtype(config.model.dtype, sharding.platform(mesh))
+    model = make_model(
+        architecture, dtype=dtype, attention=attention, remat=config.model.remat, nll_chunk=config.model.nll_chunk,
+        causal=is_causal,
+    )  # fmt: skip
+    objective = make_objective(config.objective, tokenizer)
+    schedule = make_schedule(**config.schedule, num_steps=num_steps, tokens_per_step=B * T)
+    optimizer = make_optimizer(schedule, **optimizer_knobs(config.optimizer))
+    for group in ("weight_decay_multipliers", "learning_rate_multipliers"):
+        by_path(model.abstract, config.optimizer[group], what=f"config.optimizer.{group}")
+    abstract = abstract_state(
+        model, optimizer, mesh, keep_ema=config.optimizer.ema_decay > 0,
+        metrics=abstract_metrics(objective, model.nll_fn, model.abstract, num_rows=B, sequence_length=T),
+    )  # fmt: skip
+
+    # 4. The state, from the first of four places that has one.
+    make_workdir(workdir)
+    saved = checkpoints.Checkpoints(
+        workdir, keep=config.checkpoint.keep, keep_every_steps=config.checkpoint.keep_every_steps
+    )
+    run = run_record(config, architecture, tokenizer, summaries)
+    state, origin = first_state(config, saved, run, abstract, functools.partial(create_state, model, optimizer, abstract))
+    start_step = int(state.step)
+    writer = measure.MetricsWriter(
+        workdir, enabled=is_first, resume_step=start_step if start_step else None, tensorboard=config.log.tensorboard
+    )
+    if is_first:
+        tokenizer.save(epath.Path(workdir) / "tokenizer")
+        (epath.Path(workdir) / "run.json").write_text(json.dumps(run, indent=1) + "\n")
+
+    # 5. The compiled step.
+    batch_sharding = sharding.batch_sharding(mesh)
+    train_step = make_train_step(
+        objective, model.nll_fn, optimizer, schedule, seed=config.seed, num_rows=B,
+        num_microbatches=config.optimizer.gradient_accumulation, ema_decay=config.optimizer.ema_decay,
+    )  # fmt: skip
+    progress = measure.Progress(num_steps=num_steps, start_step=start_step, enabled=is_first)
+    for line in plan(config, architecture, mesh, abstract, summaries, num_steps, attention, dtype, origin):
+        progress.say(line)
+    if start_step >= num_steps:
+        progress.say(f"the run is complete: step {start_step} of {num_steps}")
+    else:
+        with clock.span("compile"):
+            began = time.perf_counter()
+            compiled = compile_step(train_step, abstract, batch_sharding, (B, T))
+            progress.say(compilation_line(compiled, time.perf_counter() - began))
+
+    # 6. The loop.
+    rows = sharding.local_rows(batch_sharding, (B, T))
+    batches = train_batches(
+        sources, batch_size=B, sequence_length=T, seed=config.seed, rows=rows, start_step=start_step,
+        random_length_probability=config.data.random_length_probability,
+        attend_across_documents=config.data.attend_across_documents,
+        num_threads=config.data.num_threads, prefetch=config.data.prefetch,
+    )  # fmt: skip
+    evaluate = functools.partial(
+        evaluate_heldout, config, model, tokenizer, sources, summaries, rows=rows, batch_sharding=batch_sharding
+    )
+    flops_per_token = measure.flops_per_token(
+        num_matmul_parameters(architecture), architecture.num_layers, architecture.num_heads * architecture.head_dim, T,
+        causal=is_causal,
+    )  # fmt: skip
+    zero_metrics = jax.jit(
+        lambda sums: jax.tree.map(jnp.zeros_like, sums), out_shardings=jax.tree.map(lambda s: s.sharding, abstract.metrics)
+    )
+    in_flight, logged_step = deque(), start_step
+    profile_start = config.log.profile_at_step
+    profile_end = min(profile_start + config.log.profile_num_steps - 1, num_steps) if profile_start else 0
+    is_due = lambda step, every: every > 0 and (step % every == 0 or step == num_steps)  # noqa: E731
+    clock.start_training()
+    with progress, StopRequest() as stop:
+        for step in range(start_step + 1, num_steps + 1):
+            if step == profile_start:
+                jax.profiler.start_trace(str(epath.Path(workdir) / "profile"))
+            with clock.span("data"):
+                batch = sharding.place_batch(next(batches), rows, B, batch_sharding)
+            state, finished = compiled(state, batch)
+            in_flight.append(finished)
+            if len(in_flight) > MAX_STEPS_IN_FLIGHT:
+                jax.block_until_ready(in_flight.popleft())
+            if step == profile_end:
+                jax.block_until_ready(state.step)
+                jax.profiler.stop_trace()
+            progress.advance(step)
+            must_stop = stop.reached(step)
+            must_save = must_stop or is_due(step, config.checkpoint.every_steps)
+
+            # 6a. Metrics: written before the checkpoint of the same step, so that a resumed run can rely on them.
+            if must_save or is_due(step, config.log.every_steps):
+                sums = jax.device_get(state.metrics)
+                check_finite(sums, interval=(logged_step + 1, step), saved=saved)
+            if is_due(step, config.log.every_steps):
+                numbers = measure.means(sums)
+                numbers["bits_per_byte"] = measure.bits_per_byte(
+                    numbers["nll" if is_causal else "nelbo"], bytes_per_token=bytes_per_token
+                )
+                speed = measure.speed(
+                    clock, num_steps=step - logged_step, tokens_per_step=B * T, flops_per_token=flops_per_token,
+                    num_devices=mesh.size, peak_flops=hardware.peak_flops(mesh.devices.flat[0]),
+                )  # fmt: skip
+                writer.write(step, {"train": {**numbers, "tokens": step * B * T}, "speed": speed})
+                progress.report(step, numbers, speed)
+                state = state._replace(metrics=zero_metrics(state.metrics))
+                logged_step = step
+
+            # 6b. Held-out text and samples.
+            if config.evaluation.every_steps and step % config.evaluation.every_steps == 0 and step < num_steps:
+                with clock.span("evaluation"):
+                    for group, bound in evaluate(state.ema or state.params, config.evaluation.num_batches).items():
+                        writer.write(step, {group: bound})
+                        progress.say(f"step {step} {group} {bound_line(bound)}")
+            if is_due(step, config.samples.every_steps):
+                with clock.span("samples"):
+                    text = sample_markdown(config.samples, model, state.ema or state.params, tokenizer, mesh)
+                    writer.text(step, "samples", text)
+
+            # 6c. Save; then, if asked to, stop.
+            if must_save:
+                with clock.span("checkpoint"):
+                    writer.flush()
+                    saved.save(state, {**run, "step": step, "tokens": step * B * T})
+                if must_stop and step < num_steps:
+                    saved.close()
+                    writer.close()
+                    raise Preempted(f"asked to stop: step {step} of {num_steps} is saved; the same command continues.")
+                progress.say(f"step {step} saved")
+
+        # 7. The whole held-out split, once.
+        with clock.span("checkpoint"):
+            saved.wait()
+        if not measure.has_line(workdir, step=num_steps, group="final"):
+            for group, bound in evaluate(state.ema or state.params, config.evaluation.final_num_batches).items():
+                writer.write(num_steps, {group.replace("heldout", "final"): bound})
+                progress.say(f"final {group} {bound_line(bound)}")
+    saved.close()
+    writer.close()
+
+
+# ---------------------------------------------------------------------------------------------------- what main calls
+
+
+def architecture_of(knobs, tokenizer: Tokenizer) -> Architecture:
+    """Returns the Architecture of config.model; raises UserError when the vocabulary does not fit the tokenizer."""
+    fields = {name: knobs[name] for name in Architecture.__dataclass_fields__}
+    if not fields["vocab_size"]:
+        fields["vocab_size"] = -(-tokenizer.vocab_size // 64) * 64  # so that the head splits evenly over devices
+    if fields["vocab_size"] < tokenizer.vocab_size:
+        raise UserError(
+            f"config.model.vocab_size={fields['vocab_size']} is smaller than the tokenizer's {tokenizer.vocab_size} ids; "
+            "set it to 0 to take the tokenizer's."
+        )
+    return Architecture(**fields)
+
+
+def check_mesh(config, a: Architecture, mesh) -> None:
+    """Raises UserError when batch, sequence or model cannot be split as the mesh asks."""
+    microbatch = config.data.batch_size // config.optimizer.gradient_accumulation
+    sharding.check_divisible(
+        mesh,
+        {
+            "config.data.batch_size / config.optimizer.gradient_accumulation": ("act_batch", microbatch),
+            "config.data.sequence_length": ("act_position", config.data.sequence_length),
+            "config.model.d_model": ("embed", a.d_model),
+            "config.model.num_heads": ("heads", a.num_heads),
+            "config.model.num_kv_heads": ("kv_heads", a.num_kv_heads),
+            "config.model.d_ff": ("mlp", a.d_ff),
+            "config.model.vocab_size": ("vocab", a.vocab_size),
+        },
+    )
+
+
+def make_objective(knobs, tokenizer: Tokenizer):
+    """Returns the objective of config.objective with its settings bound."""
+    table = {
+        "masked_diffusion": lambda: functools.partial(
+            masked_diffusion, mask_id=tokenizer.mask_id, eps=knobs.eps, t_sampling=knobs.t_sampling,
+            masking=knobs.masking, weight=knobs.weight,
+        ),
+        "autoregressive": lambda: functools.partial(autoregressive, bos_id=tokenizer.bos_id),
+    }  # fmt: skip
+    return look_up(table, knobs.name, "objective")()
+
+
+def optimizer_knobs(knobs) -> dict:
+    """Returns the arguments of make_optimizer from config.optimizer."""
+    return {name: value for name, value in knobs.items() if name not in ("ema_decay", "gradient_accumulation")}
+
+
+def make_workdir(workdir: str) -> None:
+    """Creates the workdir; raises UserError when it cannot be written."""
+    path = epath.Path(workdir)
+    try:
+        path.mkdir(parents=True, exist_ok=True)
+        if jax.process_index() == 0:
+            probe = path / ".writable"
+            probe.write_text("")
+            probe.unlink()
+    except OSError as error:
+        raise UserError(
+            f"The workdir {workdir} cannot be written ({error.strerror or error}); choose another --workdir, free space, or "
+            "change its permissions."
+        ) from error
+
+
+def run_record(config, a: Architecture, tokenizer: Tokenizer, summaries) -> dict:
+    """Returns run.json: what a checkpoint was made from, as plain JSON values."""
+    commit = subprocess.run(
+        ["git", "-C", str(Path(__file__).parent), "rev-parse", "HEAD"], capture_output=True, text=True, check=False
+    ).stdout.strip()
+    record = {
+        "config": config.to_dict(),
+        "architecture": {name: getattr(a, name) for name in Architecture.__dataclass_fields__},
+        "tokenizer": {"kind": tokenizer.kind, "vocab_size": tokenizer.vocab_size, "fingerprint": tokenizer.fingerprint},
+        "data": {s.directory: s.fingerprint for s in summaries},
+        "versions": {"llada_jax": __version__, "python": platform.python_version(), "jax": jax.__version__},
+        "commit": commit,
+        "started": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
+    }
+    return json.loads(json.dumps(record))
+
+
+def first_state(config, saved, run: dict, abstract, create):
+    """Returns the state to start from and where it comes from.
+
+    The order: 1. this workdir's latest step; 2. config.checkpoint.restore, the full state of another run;
+    3. config.checkpoint.init_from, the weights of another run; 4. initialisation from the seed.
+    """
+    if saved.steps:
+        step = saved.steps[-1]
+        check_continues(saved.run(step), run, saved.directory)
+        return saved.restore(step, abstract), f"step {step} of {saved.directory.parent}"
+    if config.checkpoint.restore:
+        other, step = checkpoints.find(config.checkpoint.restore)
+        check_continues(other.run(step), run, other.directory)
+        return other.restore(step, abstract), f"step {step} of {other.directory.parent} (config.checkpoint.restore)"
+    if config.checkpoint.init_from:
+        other, step = checkpoints.find(config.checkpoint.init_from)
+        theirs = other.run(step)
+        check_fits(theirs, run, other.directory)
+        has_ema = theirs["config"]["optimizer"]["ema_decay"] > 0
+        params = other.restore_params(step, abstract.params, ema=has_ema)
+        state = create(seed=config.seed)._replace(params=params)
+        if state.ema:
+            state = state._replace(ema=jax.tree.map(jnp.copy, params))
+        # one pass through jit makes buffers that the train step may take over (see Checkpoints.restore)
+        shardings = jax.tree.map(lambda leaf: leaf.sharding, abstract)
+        state = jax.jit(lambda s: s, out_shardings=shardings, donate_argnums=0)(state)
+        return state, f"weights of step {step} of {other.directory.parent} (config.checkpoint.init_from)"
+    return create(seed=config.seed), f"initialisation from seed {config.seed}"
+
+
+def check_fits(theirs: dict, ours: dict, directory) -> None:
+    """Raises UserError when a checkpoint is of another architecture or tokenizer."""
+    checkpoints.check_same(
+        f"The checkpoint in {directory} is of another architecture", ours["architecture"], theirs["architecture"],
+        remedy="set config.model to match it, or choose another --workdir",
+    )  # fmt: skip
+    checkpoints.check_same(
+        f"The checkpoint in {directory} was trained with another tokenizer", ours["tokenizer"], theirs["tokenizer"],
+        remedy="use data prepared with its tokenizer (WORKDIR/tokenizer), or choose another --workdir",
+    )  # fmt: skip
+
+
+def check_continues(theirs: dict, ours: dict, directory) -> None:
+    """Raises UserError when continuing would not continue the same run: other network, tokenizer, data or state."""
+    check_fits(theirs, ours, directory)
+    checkpoints.check_same(
+        f"The run in {directory} was trained on other data",
+        {"fingerprints": sorted(ours["data"].values())}, {"fingerprints": sorted(theirs["data"].values())},
+        remedy="give the same config.data.path, or start a new --workdir with config.checkpoint.init_from",
+    )  # fmt: skip
+    decides = {  # what the order of the data, the noise or the layout of the optimizer state follow from
+        "": ("seed",),
+        "data": ("batch_size", "sequence_length", "random_length_probability", "attend_across_documents"),
+        "optimizer": ("name",),
+        "objective": ("name",),
+    }
+
+    def chosen(config):
+        picked = {
+            f"config.{group}.{key}".replace("..", "."): (config[group] if group else config)[key]
+            for group, keys in decides.items() for key in keys
+        }  # fmt: skip
+        return {**picked, "keeps an EMA": config["optimizer"]["ema_decay"] > 0}
+
+    checkpoints.check_same(
+        f"The run in {directory} cannot be continued with another config", chosen(ours["config"]), chosen(theirs["config"]),
+        remedy="undo the change, or start a new --workdir with config.checkpoint.init_from",
+    )  # fmt: skip
+
+
+def plan(config, a, mesh, abstract, summaries, num_steps, attention, dtype, origin) -> list[str]:
+    """Returns the lines printed before the first step: the run in numbers, with their arithmetic."""
+    B, T = config.data.batch_size, config.data.sequence_length
+    num_matmul = num_matmul_parameters(a)
+    d_attention = a.num_heads * a.head_dim
+    is_causal = config.objective.name == "autoregressive"
+    flops = measure.flops_per_token(num_matmul, a.num_layers, d_attention, T, causal=is_causal)
+    device = mesh.devices.flat[0]
+    peak = hardware.peak_flops(device)
+    state_bytes = sum(
+        int(np.prod(leaf.sharding.shard_shape(leaf.shape))) * leaf.dtype.itemsize for leaf in jax.tree.leaves(abstract)
+    )
+    axes = " x ".join(f"{axis} {size}" for axis, size in mesh.shape.items() if size > 1) or "one device"
+    accumulation = config.optimizer.gradient_accumulation
+    attention_term = f"{6 if is_causal else 12} * {a.num_layers} layers * {d_attention} * {T}"
+    lines = [
+        f"start       {origin}",
+        f"model       {format_count(num_parameters(a))} parameters, {format_count(num_matmul)} in matrix products",
+        f"step        {B} rows * {T} = {B * T:,} tokens" + (f" in {accumulation} microbatches" if accumulation > 1 else ""),
+        f"run         {num_steps:,} steps = {format_count(num_steps * B * T)} tokens, "
+        f"{format_count(flops * num_steps * B * T)} FLOPs",
+        f"FLOPs       6 * {format_count(num_matmul)} + {attention_term} = {format_count(flops)} a token",
+        f"mesh        {axes} ({mesh.size} x {device.device_kind}, {jax.process_count()} process)",
+        f"memory      {format_bytes(state_bytes)} a device for parameters and optimizer state",
+        f"compute     {jnp.dtype(dtype).name}, attention {attention}, remat {config.model.remat}, "
+        + (f"peak {peak / 1e12:.0f} TFLOP/s a device" if peak else f"no MFU: the peak of {device.device_kind!r} is unknown"),
+    ]
+    for s in summaries:
+        lines.append(
+            f"data        {s.directory}: {format_count(s.num_tokens)} tokens in {s.num_records:,} rows, "
+            f"{s.bytes_per_token['train']:.2f} bytes a token, {s.num_epochs(num_steps * B):.2f} epochs"
+        )
+    replicated = sharding.replicated_by_accident(abstract.params, mesh)
+    if replicated:
+        lines.append(f"warning     whole on every device although the mesh shards: {', '.join(replicated)}")
+    return lines
+
+
+def compile_step(train_step, abstract, batch_sharding, shape):
+    """Compiles (state, batch) -> (state, a small array that is ready when the step is)."""
+
+    def step(state, batch):
+        state = train_step(state, batch)
+        return state, state.step + 0
+
+    dtypes = {"tokens": jnp.int32, "segment_ids": jnp.int32, "positions": jnp.int32, "is_maskable": jnp.bool_}
+    batch = {name: jax.ShapeDtypeStruct(shape, dtype, sharding=batch_sharding) for name, dtype in dtypes.items()}
+    shardings = jax.tree.map(lambda leaf: leaf.sharding, abstract)
+    jitted = jax.jit(step, donate_argnums=0, out_shardings=(shardings, None))
+    return jitted.lower(abstract, batch).compile()
+
+
+def compilation_line(compiled, seconds: float) -> str:
+    memory = compiled.memory_analysis()
+    if memory is None:
+        return f"compiled    in {measure.format_seconds(seconds)}"
+    temporary = format_bytes(memory.temp_size_in_bytes)
+    return f"compiled    in {measure.format_seconds(seconds)}; {temporary} a device for activations and gradients"
+
+
+def check_finite(sums: dict, *, interval: tuple[int, int], saved) -> None:
+    """Raises NumericsError that names the steps in which loss or gradient stopped being finite."""
+    for name in ("loss", "grad_norm"):
+        if not np.isfinite(sums[name][0]):
+            saved.wait()
+            good = saved.steps[-1] if saved.steps else "none"
+            raise NumericsError(
+                f"{name} is {sums[name][0]} somewhere in steps {interval[0]} to {interval[1]}; the last good checkpoint is "
+                f"step {good}: lower config.schedule.learning_rate and start the same command again."
+            )
+
+
+def evaluate_heldout(config, model, tokenizer, sources, summaries, params, num_batches, *, rows, batch_sharding) -> dict:
+    """Returns {group: {nelbo or nll, standard_error, bits_per_byte, ...}} for the held-out split of each dataset."""
+    B, T = config.data.batch_size, config.data.sequence_length
+    objective, name = heldout_objective(config.objective.name, tokenizer)
+    results = {}
+    for (directory, _), summary in zip(sources, summaries):
+        if "heldout" not in summary.bytes_per_token:
+            continue
+        batches = heldout_batches(
+            directory, batch_size=B, sequence_length=T, rows=rows, max_batches=num_batches or None,
+            attend_across_documents=config.data.attend_across_documents,
+        )  # fmt: skip
+        placed = (sharding.place_batch(batch, rows, B, batch_sharding) for batch in batches)
+        bound = likelihood.bound(objective, model.nll_fn, params, placed, name=name, num_rows=B)
+        group = "heldout" if len(sources) == 1 else f"heldout_{Path(directory).name}"
+        results[group] = {
+            name: bound.nats_per_token,
+            "standard_error": bound.standard_error,
+            "bits_per_byte": measure.bits_per_byte(
+                bound.nats_per_token, bytes_per_token=summary.bytes_per_token["heldout"]
+            ),
+        }
+    return results
+
+
+@functools.cache
+def heldout_objective(name: str, tokenizer: Tokenizer):
+    """Returns the same objective in every call, so that its compiled form is found again."""
+    return likelihood.bound_objective(name, mask_id=tokenizer.mask_id, bos_id=tokenizer.bos_id)
+
+
+def bound_line(bound: dict) -> str:
+    nats = bound.get("nelbo", bound.get("nll"))
+    return f"{bound['bits_per_byte']:.3f} bits/byte ({nats:.3f} nats/token +- {bound['standard_error']:.3f})"
+
+
+def sample_markdown(knobs, model, params, tokenizer, mesh) -> str:
+    """Returns generated texts as Markdown for TensorBoard."""
+    ways = sharding.axis_size(mesh, "act_batch")
+    num_rows = -(-len(knobs.prompts) // ways) * ways  # every device gets the same number of rows
+    prompts = list(itertools.islice(itertools.cycle(knobs.prompts), num_rows))
+    completions = generate_text(
+        model.logits_fn, params, tokenizer, prompts, gen_length=knobs.gen_length, steps=knobs.steps,
+        block_length=knobs.block_length, temperature=knobs.temperature, batch_size=num_rows,
+    )  # fmt: skip
+    return "\n\n---\n\n".join(f"**{c.prompt}**{c.text}" for c in completions[: len(knobs.prompts)])
