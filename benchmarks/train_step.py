@@ -3,11 +3,11 @@
     python benchmarks/train_step.py [--size tiny 30m] [--repeats 5] [--seconds 4]
 
 The same model, batch, loss (masked cross-entropy over p, mean over all tokens), clipping and AdamW, in float32 on the
-CPU. Each library runs in a process of its own; all live at once and take turns, so that whatever else the machine does hits
-all of them alike; the median over the turns counts. PyTorch runs eagerly (as LLaDA's published guidelines write the
-step) and under torch.compile. Before timing, the parameters of llada_jax are handed to PyTorch and the losses of one
-fixed corrupted batch must agree to 1e-4 relative: what is compared is the same function. The peak is measured in the
-same run: the fastest float32 product of two large square matrices in either library.
+CPU. Each library runs in a process of its own; all live at once and take turns, so that whatever else the machine does
+hits all of them alike; the median over the turns counts. PyTorch runs eagerly (as LLaDA's published guidelines write
+the step) and under torch.compile. Before timing, the parameters of llada_jax are handed to PyTorch and the losses of
+one fixed corrupted batch must agree to 1e-4 relative: what is compared is the same function. The peak is measured in
+the same run: the fastest float32 product of two large square matrices in either library.
 
 Needs the dev extra and torch (2.13.0 was used). Prints a Markdown table.
 """
@@ -36,7 +36,7 @@ SIZES = {
         "sequence_length": 512, "batch_size": 4,
     },
 }  # fmt: skip
-WORKERS = ("llada_jax", "torch eager", "torch compile")
+WORKERS = ("llada_jax", "llada_jax remat=dots", "torch eager", "torch compile")
 LEARNING_RATE, B1, B2, EPS, WEIGHT_DECAY, CLIP, P_MIN, NORM_EPS, THETA = (
     1e-3,
     0.9,
@@ -77,7 +77,7 @@ class JaxSide:
         self.jax, self.size = jax, size
         sizes = {name: value for name, value in size.items() if name not in ("sequence_length", "batch_size")}
         architecture = Architecture(**sizes, num_kv_heads=size["num_heads"], rope_theta=THETA, norm_eps=NORM_EPS)
-        self.model = state.make_model(architecture)
+        self.model = state.make_model(architecture, remat=variant.partition("remat=")[2] or "none")
         schedule = optim.make_schedule(
             name="constant", learning_rate=LEARNING_RATE, warmup_steps=0, final_learning_rate=0.0, decay_fraction=0.0,
             decay_shape="linear", stages=(), num_steps=1, tokens_per_step=1,
@@ -271,17 +271,17 @@ def load_parameters(net, arrays) -> None:
 
 def serve(name: str, size: dict) -> None:
     """A worker: answers one JSON line for each request line on stdin, until stdin ends."""
-    side = (JaxSide if name == "llada_jax" else TorchSide)(size, name)
+    side = (JaxSide if name.startswith("llada_jax") else TorchSide)(size, name)
     for line in sys.stdin:
         request, argument = json.loads(line)
-        begin = time.perf_counter()
+        begin, cpu_begin = time.perf_counter(), time.process_time()
         if request == "matmul":
             multiply = side.matmul(argument)
             multiply()
             answer = max(2 * argument**3 / timed(multiply) for _ in range(5))
         else:
             answer = getattr(side, request)(argument)
-        print(json.dumps([answer, time.perf_counter() - begin]), flush=True)
+        print(json.dumps([answer, time.perf_counter() - begin, time.process_time() - cpu_begin]), flush=True)
 
 
 def timed(call) -> float:
@@ -302,7 +302,7 @@ class Worker:
         )  # fmt: skip
 
     def ask(self, request: str, argument):
-        """Returns (answer, seconds)."""
+        """Returns (answer, seconds, seconds of processor time over all cores)."""
         self.process.stdin.write(json.dumps([request, argument]) + "\n")
         self.process.stdin.flush()
         line = self.process.stdout.readline()
@@ -335,12 +335,14 @@ def measure(size_name: str, *, repeats: int, seconds: float) -> str:
             raise SystemExit(f"not the same model: loss {loss} in {name}, {losses['llada_jax']} in llada_jax")
     first = {name: worker.ask("run", 1)[1] for name, worker in workers.items()}  # compiles
     steps = {name: max(1, round(seconds / worker.ask("run", 1)[1])) for name, worker in workers.items()}
-    step_s = {name: [] for name in WORKERS}
+    step_s, cpu_s = {name: [] for name in WORKERS}, {name: [] for name in WORKERS}
     peaks = []
     for turn in range(repeats):
         for name in WORKERS if turn % 2 == 0 else WORKERS[::-1]:
-            step_s[name].append(workers[name].ask("run", steps[name])[1] / steps[name])
-        peaks += [workers[name].ask("matmul", 2048)[0] for name in WORKERS[:2]]
+            _, wall, cpu = workers[name].ask("run", steps[name])
+            step_s[name].append(wall / steps[name])
+            cpu_s[name].append(cpu / steps[name])
+        peaks += [workers[name].ask("matmul", 2048)[0] for name in ("llada_jax", "torch eager")]
     for worker in workers.values():
         worker.close()
 
@@ -354,26 +356,29 @@ def measure(size_name: str, *, repeats: int, seconds: float) -> str:
         f"(JAX {max(peaks[::2]) / 1e9:.0f}, PyTorch {max(peaks[1::2]) / 1e9:.0f}); same loss "
         f"{losses['llada_jax']:.5f}; {repeats} turns.",
         "",
-        "| | tokens/s | s/step median (min to max) | share of peak | of the better PyTorch | first step |",
-        "|---|---|---|---|---|---|",
+        "| | tokens/s | s/step median (min to max) | CPU s/step | share of peak | of the better PyTorch | first step |",
+        "|---|---|---|---|---|---|---|",
     ]
     for name in WORKERS:
         rate = tokens / median[name]
-        lines.append(
-            f"| {name} | {rate:,.0f} | {median[name]:.3f} ({min(step_s[name]):.3f} to {max(step_s[name]):.3f}) "
-            f"| {rate * flops / max(peaks):.0%} | {best_torch / median[name]:.2f}x | {first[name]:.1f} s |"
-        )
+        spread = f"{min(step_s[name]):.3f} to {max(step_s[name]):.3f}"
+        cells = [
+            name, f"{rate:,.0f}", f"{median[name]:.3f} ({spread})", f"{statistics.median(cpu_s[name]):.3f}",
+            f"{rate * flops / max(peaks):.0%}", f"{best_torch / median[name]:.2f}x", f"{first[name]:.1f} s",
+        ]  # fmt: skip
+        lines.append(f"| {' | '.join(cells)} |")
     return "\n".join(lines) + "\n"
 
 
 def machine() -> str:
-    """Returns the processor's name, its cores and the versions."""
+    """Returns the processor's name, its cores, the versions and how busy the machine is."""
     import importlib.metadata
 
     with open("/proc/cpuinfo") as file:
         names = [line.split(":")[1].strip() for line in file if line.startswith("model name")]
     versions = [f"{name} {importlib.metadata.version(name)}" for name in ("jax", "torch")]
-    return f"{names[0] if names else platform.processor()}, {os.cpu_count()} cores, {', '.join(versions)}"
+    load = f"load average {os.getloadavg()[0]:.1f} at the start"
+    return f"{names[0] if names else platform.processor()}, {os.cpu_count()} cores, {', '.join(versions)}; {load}"
 
 
 def main() -> None:

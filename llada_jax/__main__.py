@@ -39,7 +39,7 @@ def main(argv: list[str] | None = None) -> int:
         print(f"llada-jax: {error}", file=sys.stderr)
         return error.exit_status
     except KeyboardInterrupt:
-        print("llada-jax: interrupted; the last saved step is kept, and the same command continues from it.", file=sys.stderr)
+        print("llada-jax: interrupted.", file=sys.stderr)
         return 130
     except BrokenPipeError:  # the reader of our stdout (head, less) has gone: not an error
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())

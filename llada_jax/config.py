@@ -159,7 +159,9 @@ def load_config(path: str, overrides: list[str] = ()) -> ConfigDict:
     """
     file = Path(path)
     if not file.is_file():
-        raise UserError(f"There is no config file {path!r}; pass --config with a Python file that defines get_config().")
+        raise UserError(
+            f"There is no config file {path!r}; pass --config with a Python file that defines get_config()."
+        )
     try:
         get_config = runpy.run_path(str(file))["get_config"]
         config = get_config()

@@ -1,8 +1,8 @@
 """The verb prepare: raw text -> tokenizer and packed records, in parallel, restartable at every file it has finished.
 
-The inputs are grouped into units. A unit is read, tokenized and packed by one process into its own shards, and counts as
-done once its receipt is written; dataset.json comes last. So the result depends on neither the number of processes nor
-the number of interruptions.
+The inputs are grouped into units. A unit is read, tokenized and packed by one process into its own shards, and counts
+as done once its receipt is written; dataset.json comes last. So the result depends on neither the number of processes
+nor the number of interruptions.
 """
 
 import concurrent.futures
@@ -41,9 +41,9 @@ COUNTS = ("num_records", "num_tokens", "num_bytes", "num_documents", "num_paddin
 UNIT_BYTES = 64_000_000
 # Documents are tokenized in batches of about this many characters: the libraries' fixed costs vanish in it.
 BATCH_CHARS = 1_000_000
-# A tokenizer is trained on at most this many characters. More hardly changes the pieces, and unigram training takes
-# about 25 bytes of memory and 0.5 microseconds a character.
-SAMPLE_CHARS = 32_000_000
+# A tokenizer is trained on at most this many characters: unigram training takes about 25 bytes of memory and, on one or
+# two cores, 4 microseconds a character (32 million: 0.8 GB, two minutes).
+SAMPLE_CHARS = 20_000_000
 
 RECEIPTS = "receipts"
 LOCK_SECONDS = 5.0  # how long the processes of a killed run are given to notice it
@@ -163,9 +163,10 @@ def summary(output, content: dict) -> str:
     """Returns what was written, in a few lines."""
     splits = content["splits"]
     total = {name: sum(split[name] for split in splits.values()) for name in COUNTS}
+    bytes_per_token = total["num_bytes"] / total["num_tokens"]
     lines = [
         f"{output}: {total['num_documents']:,} documents, {total['num_bytes']:,} bytes, {total['num_tokens']:,} tokens "
-        f"({total['num_bytes'] / total['num_tokens']:.3f} bytes/token), vocabulary {content['tokenizer']['vocab_size']:,}"
+        f"({bytes_per_token:.3f} bytes/token), vocabulary {content['tokenizer']['vocab_size']:,}"
     ]
     for name, split in splits.items():
         padding = split["num_padding"] / max(1, split["num_records"] * content["sequence_length"])
@@ -197,7 +198,12 @@ def _parse_tokenizer(spec: str, *, add_mask_token: bool) -> tuple[Callable[[Iter
     if model_type and colon:
         if not size.isdecimal():
             raise UserError(f"--tokenizer {spec}: {size!r} is no vocabulary size; write for example {kind}:8000.")
-        return lambda texts: train_sentencepiece(texts, vocab_size=int(size), model_type=model_type), spec
+
+        def train(texts: Iterable[str]) -> Tokenizer:
+            print(f"prepare: training {spec} on at most {SAMPLE_CHARS / 1e6:.0f} MB of the text", file=sys.stderr)
+            return train_sentencepiece(texts, vocab_size=int(size), model_type=model_type)
+
+        return train, spec
     tokenizer = load_tokenizer(spec, add_mask_token=add_mask_token)
     # The fingerprint rather than the path: the same model may have moved.
     name = spec if tokenizer.kind == "bytes" else f"{tokenizer.kind} {tokenizer.fingerprint[:16]}"
@@ -303,7 +309,7 @@ def _sample(inputs: list[Input], cut: Cut, *, heldout: float) -> Iterator[str]:
     for i, file in enumerate(sorted(inputs, key=lambda file: (file.size, file.path))):
         share = budget // (len(inputs) - i)
         for text in read_documents(file.path, cut):
-            if is_heldout(text, fraction=heldout):
+            if not text.strip() or is_heldout(text, fraction=heldout):
                 continue
             yield text[:share]
             share, budget = share - len(text[:share]), budget - len(text[:share])
@@ -318,8 +324,8 @@ def _writing(output: Path):
         yield
     except OSError as error:
         raise UserError(
-            f"{error.filename or output} cannot be written ({error.strerror or error}); free some space or give another "
-            "--output, and run prepare again: what is finished is kept."
+            f"{error.filename or output} cannot be written ({error.strerror or error}); free some space or give "
+            "another --output, and run prepare again: what is finished is kept."
         ) from error
 
 
@@ -364,9 +370,9 @@ class Job:
 
 def _units(inputs: list[Input], job: Job, tokenizer_fingerprint: str) -> list[Unit]:
     """Groups consecutive inputs: up to UNIT_BYTES together, a larger one alone."""
-    groups, size = [], UNIT_BYTES
+    groups, size = [], 0
     for file in inputs:
-        if size + file.size > UNIT_BYTES:
+        if not groups or size + file.size > UNIT_BYTES:
             groups.append([])
             size = 0
         groups[-1].append(file)
@@ -423,18 +429,21 @@ def _write_unit(unit: Unit, job: Job, tokenizer: Tokenizer, on_progress: Callabl
         for texts in _batches(unit, job, on_progress):
             full = [text for text in texts if text.strip()]
             num_empty += len(texts) - len(full)
-            arrays = tokenizer.encode_arrays(full)
-            on_progress(text_bytes=sum(len(t.encode()) for t in full), tokens=sum(len(a) + 1 for a in arrays))
-            for text, ids in zip(full, arrays):
+            batch_bytes = batch_tokens = 0
+            for text, ids in zip(full, tokenizer.encode_arrays(full)):
                 split = "heldout" if is_heldout(text, fraction=job.heldout) else "train"
+                num_bytes, num_tokens = len(text.encode()), len(ids) + 1
                 counts[split]["num_documents"] += 1
-                counts[split]["num_bytes"] += len(text.encode())
-                counts[split]["num_tokens"] += len(ids) + 1
+                counts[split]["num_bytes"] += num_bytes
+                counts[split]["num_tokens"] += num_tokens
+                batch_bytes += num_bytes
+                batch_tokens += num_tokens
                 if split == "train":
                     yield ids
                 else:
                     np.array([len(ids)], dtype=np.int64).tofile(spool)
                     ids.tofile(spool)
+            on_progress(text_bytes=batch_bytes, tokens=batch_tokens)
 
     def heldout_documents(spool) -> Iterator[np.ndarray]:
         spool.seek(0)
@@ -530,8 +539,8 @@ def _run_units(units: list[Unit], job: Job, *, workers: int, num_bytes_done: int
                     progress.show()
             except BrokenProcessPool as error:
                 raise UserError(
-                    f"A worker of prepare was killed, most likely for memory; run the same command with fewer --workers "
-                    f"than {workers}: what is finished is kept."
+                    "A worker of prepare was killed, most likely for memory; run the same command with fewer "
+                    f"--workers than {workers}: what is finished is kept."
                 ) from error
             finally:
                 counters[3] = 1

@@ -4,6 +4,7 @@ import dataclasses
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax.sharding import Mesh
 
 from llada_jax import checkpoint as checkpoints
@@ -52,9 +53,11 @@ class Pretrained:
         return [completion.text for completion in completions]
 
     def generate_tokens(self, prompt_BT, *, gen_length: int = 64, **settings):
-        """Returns the generated ids [B, gen_length] for prompts given as ids; settings as in generate."""
+        """Returns the canvas [B, T + gen_length] for prompts given as ids [B, T]; settings as in generate."""
         settings = {"mask_id": self.tokenizer.mask_id, "pad_id": self.tokenizer.pad_id, **settings}
-        return generate_tokens(self.logits_fn, self.params, prompt_BT, gen_length=gen_length, **settings)[0]
+        prompt_BT = np.asarray(prompt_BT, np.int32)
+        generated_BT, _ = generate_tokens(self.logits_fn, self.params, prompt_BT, gen_length=gen_length, **settings)
+        return np.concatenate([prompt_BT, generated_BT], axis=1)
 
 
 def _logits_impl(params, tokens_BT, segment_ids_BT, positions_BT, logits_fn):

@@ -11,7 +11,7 @@ from llada_jax.pretrained import load
 from llada_jax.samplers.denoise import check_schedule
 from llada_jax.samplers.remasking import REMASKING
 from llada_jax.samplers.show import make_show
-from llada_jax.samplers.text import Completion, generate_text
+from llada_jax.samplers.text import Completion, check_request, generate_text
 
 
 def make_parser() -> Parser:
@@ -135,6 +135,7 @@ def main(argv: list[str]) -> None:
     settings |= {"remasking": args.remasking, "seed": args.seed, "batch_size": args.batch_size}
     settings["stop_at_eos"] = not args.ignore_eos
     prompts = [p for p in read_prompts(args.prompt, args.prompt_file) for _ in range(args.num_samples)]
+    check_request(num_prompts=len(prompts), batch_size=args.batch_size, seed=args.seed)
 
     # 2. the model
     pretrained = load(args.checkpoint)

@@ -171,5 +171,3 @@ def replicated_by_accident(tree, mesh: Mesh, *, num_elements: int = 1 << 20) -> 
 def platform(mesh: Mesh) -> str:
     """Returns "cpu", "gpu" or "tpu" of the mesh's devices, which need not be present (ahead-of-time compilation)."""
     return mesh.devices.flat[0].platform
-
-

@@ -32,7 +32,9 @@ class TrainState(NamedTuple):
     metrics: dict
 
 
-@dataclasses.dataclass(frozen=True, eq=False)  # hashed by identity: its methods are static arguments of jitted functions
+@dataclasses.dataclass(
+    frozen=True, eq=False
+)  # hashed by identity: its methods are static arguments of jitted functions
 class Model:
     """A Transformer without its numbers: `abstract` is a dict of ShapeDtypeStructs, `names` of logical axes."""
 
@@ -175,7 +177,10 @@ def make_train_step(
         value_and_grad = jax.value_and_grad(loss_of, has_aux=True)
 
         def add_part(sums, part):
-            part = {name: constrain(array, "act_batch", *["act_position"] * (array.ndim - 1)) for name, array in part.items()}
+            part = {
+                name: constrain(array, "act_batch", *["act_position"] * (array.ndim - 1))
+                for name, array in part.items()
+            }
             (_, (count, metrics)), grads = value_and_grad(state.params, part)
             return jax.tree.map(jnp.add, sums, (grads, count, metrics)), None
 

@@ -2,7 +2,6 @@
 
 import datetime
 import functools
-import itertools
 import json
 import platform
 import subprocess
@@ -31,7 +30,12 @@ from llada_jax.optim import by_path, make_optimizer, make_schedule
 from llada_jax.preemption import StopRequest
 from llada_jax.samplers.text import generate_text
 from llada_jax.state import (
-    abstract_metrics, abstract_state, compute_dtype, create_state, make_model, make_train_step,
+    abstract_metrics,
+    abstract_state,
+    compute_dtype,
+    create_state,
+    make_model,
+    make_train_step,
 )  # fmt: skip
 from llada_jax.tokenizer import Tokenizer, load_tokenizer
 
@@ -64,7 +68,9 @@ def train(config, workdir: str) -> None:
     # 1. Devices. The compilation cache comes first: it must be set before anything is compiled.
     if config.log.compilation_cache:
         cache = config.log.compilation_cache
-        jax.config.update("jax_compilation_cache_dir", str(Path.home() / ".cache/llada_jax") if cache == AUTO else cache)
+        jax.config.update(
+            "jax_compilation_cache_dir", str(Path.home() / ".cache/llada_jax") if cache == AUTO else cache
+        )
     sharding.initialize_distributed()
     is_first = jax.process_index() == 0
     mesh = sharding.make_mesh(config.mesh)
@@ -91,6 +97,8 @@ def train(config, workdir: str) -> None:
         architecture, dtype=dtype, attention=attention, remat=config.model.remat, nll_chunk=config.model.nll_chunk,
         causal=is_causal,
     )  # fmt: skip
+    # a canvas is padded on the left and of any length, which only the reference attention takes
+    sampling_model = make_model(architecture, dtype=dtype, attention="xla")
     objective = make_objective(config.objective, tokenizer)
     schedule = make_schedule(**config.schedule, num_steps=num_steps, tokens_per_step=B * T)
     optimizer = make_optimizer(schedule, **optimizer_knobs(config.optimizer))
@@ -107,7 +115,9 @@ def train(config, workdir: str) -> None:
         workdir, keep=config.checkpoint.keep, keep_every_steps=config.checkpoint.keep_every_steps
     )
     run = run_record(config, architecture, tokenizer, summaries)
-    state, origin = first_state(config, saved, run, abstract, functools.partial(create_state, model, optimizer, abstract))
+    state, origin = first_state(
+        config, saved, run, abstract, functools.partial(create_state, model, optimizer, abstract)
+    )
     start_step = int(state.step)
     writer = measure.MetricsWriter(
         workdir, enabled=is_first, resume_step=start_step if start_step else None, tensorboard=config.log.tensorboard
@@ -149,7 +159,8 @@ def train(config, workdir: str) -> None:
         causal=is_causal,
     )  # fmt: skip
     zero_metrics = jax.jit(
-        lambda sums: jax.tree.map(jnp.zeros_like, sums), out_shardings=jax.tree.map(lambda s: s.sharding, abstract.metrics)
+        lambda sums: jax.tree.map(jnp.zeros_like, sums),
+        out_shardings=jax.tree.map(lambda s: s.sharding, abstract.metrics),
     )
     in_flight, logged_step = deque(), start_step
     profile_start = config.log.profile_at_step
@@ -197,9 +208,9 @@ def train(config, workdir: str) -> None:
                     for group, bound in evaluate(state.ema or state.params, config.evaluation.num_batches).items():
                         writer.write(step, {group: bound})
                         progress.say(f"step {step} {group} {bound_line(bound)}")
-            if is_due(step, config.samples.every_steps):
+            if is_due(step, config.samples.every_steps) and not is_causal:
                 with clock.span("samples"):
-                    text = sample_markdown(config.samples, model, state.ema or state.params, tokenizer, mesh)
+                    text = sample_markdown(config.samples, sampling_model, state.ema or state.params, tokenizer)
                     writer.text(step, "samples", text)
 
             # 6c. Save; then, if asked to, stop.
@@ -211,7 +222,7 @@ def train(config, workdir: str) -> None:
                     saved.close()
                     writer.close()
                     raise Preempted(f"asked to stop: step {step} of {num_steps} is saved; the same command continues.")
-                progress.say(f"step {step} saved")
+                progress.say(f"saving step {step}")
 
         # 7. The whole held-out split, once.
         with clock.span("checkpoint"):
@@ -395,14 +406,19 @@ def plan(config, a, mesh, abstract, summaries, num_steps, attention, dtype, orig
     lines = [
         f"start       {origin}",
         f"model       {format_count(num_parameters(a))} parameters, {format_count(num_matmul)} in matrix products",
-        f"step        {B} rows * {T} = {B * T:,} tokens" + (f" in {accumulation} microbatches" if accumulation > 1 else ""),
+        f"step        {B} rows * {T} = {B * T:,} tokens"
+        + (f" in {accumulation} microbatches" if accumulation > 1 else ""),
         f"run         {num_steps:,} steps = {format_count(num_steps * B * T)} tokens, "
         f"{format_count(flops * num_steps * B * T)} FLOPs",
         f"FLOPs       6 * {format_count(num_matmul)} + {attention_term} = {format_count(flops)} a token",
         f"mesh        {axes} ({mesh.size} x {device.device_kind}, {jax.process_count()} process)",
         f"memory      {format_bytes(state_bytes)} a device for parameters and optimizer state",
         f"compute     {jnp.dtype(dtype).name}, attention {attention}, remat {config.model.remat}, "
-        + (f"peak {peak / 1e12:.0f} TFLOP/s a device" if peak else f"no MFU: the peak of {device.device_kind!r} is unknown"),
+        + (
+            f"peak {peak / 1e12:.0f} TFLOP/s a device"
+            if peak
+            else f"no MFU: the peak of {device.device_kind!r} is unknown"
+        ),
     ]
     for s in summaries:
         lines.append(
@@ -449,7 +465,9 @@ def check_finite(sums: dict, *, interval: tuple[int, int], saved) -> None:
             )
 
 
-def evaluate_heldout(config, model, tokenizer, sources, summaries, params, num_batches, *, rows, batch_sharding) -> dict:
+def evaluate_heldout(
+    config, model, tokenizer, sources, summaries, params, num_batches, *, rows, batch_sharding
+) -> dict:
     """Returns {group: {nelbo or nll, standard_error, bits_per_byte, ...}} for the held-out split of each dataset."""
     B, T = config.data.batch_size, config.data.sequence_length
     objective, name = heldout_objective(config.objective.name, tokenizer)
@@ -485,13 +503,10 @@ def bound_line(bound: dict) -> str:
     return f"{bound['bits_per_byte']:.3f} bits/byte ({nats:.3f} nats/token +- {bound['standard_error']:.3f})"
 
 
-def sample_markdown(knobs, model, params, tokenizer, mesh) -> str:
+def sample_markdown(knobs, model, params, tokenizer) -> str:
     """Returns generated texts as Markdown for TensorBoard."""
-    ways = sharding.axis_size(mesh, "act_batch")
-    num_rows = -(-len(knobs.prompts) // ways) * ways  # every device gets the same number of rows
-    prompts = list(itertools.islice(itertools.cycle(knobs.prompts), num_rows))
     completions = generate_text(
-        model.logits_fn, params, tokenizer, prompts, gen_length=knobs.gen_length, steps=knobs.steps,
-        block_length=knobs.block_length, temperature=knobs.temperature, batch_size=num_rows,
+        model.logits_fn, params, tokenizer, list(knobs.prompts), gen_length=knobs.gen_length, steps=knobs.steps,
+        block_length=knobs.block_length, temperature=knobs.temperature,
     )  # fmt: skip
-    return "\n\n---\n\n".join(f"**{c.prompt}**{c.text}" for c in completions[: len(knobs.prompts)])
+    return "\n\n---\n\n".join(f"**{c.prompt}**{c.text}" for c in completions)

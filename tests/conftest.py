@@ -1,18 +1,157 @@
-"""Eight CPU devices for every test, so that meshes can be compared inside one process."""
+"""What several test files share: eight CPU devices, the published fixture, a small dataset, and real training runs."""
 
+import json
 import os
+import socket
+import subprocess
+import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
 
-import jax  # noqa: E402
+import jax
 
 jax.config.update("jax_num_cpu_devices", 8)
+
+from llada_jax.data.records import encode_record, write_dataset_json, write_shard  # noqa: E402
+from llada_jax.tokenizer import load_tokenizer  # noqa: E402
+
+SEQUENCE_LENGTH = 32
+
+SMALL_RUN = """
+from llada_jax.config import default_config
+
+def get_config():
+    config = default_config()
+    config.num_steps = 20
+    config.data.batch_size = 16
+    config.data.sequence_length = 32
+    config.data.random_length_probability = 0.2
+    config.model.num_layers = 2
+    config.model.d_model = 32
+    config.model.num_heads = 4
+    config.model.num_kv_heads = 2
+    config.model.head_dim = 8
+    config.model.d_ff = 64
+    config.model.nll_chunk = 8
+    config.schedule.name = "cosine"
+    config.schedule.learning_rate = 1e-2
+    config.schedule.warmup_steps = 5
+    config.evaluation.every_steps = 10
+    config.evaluation.num_batches = 2
+    config.checkpoint.every_steps = 10
+    config.log.every_steps = 1
+    return config
+"""
 
 
 @pytest.fixture(scope="session")
 def published() -> Path:
     """A tiny LLaDA checkpoint in the published layout, with what the published PyTorch code computes from it."""
     return Path(__file__).parent / "fixtures" / "llada_official_tiny"
+
+
+def write_dataset(directory: Path, tokens: dict[str, np.ndarray], *, sequence_length: int = SEQUENCE_LENGTH) -> Path:
+    """Writes a dataset of byte tokens, {split: tokens}, each split one document in one shard."""
+    tokenizer = load_tokenizer("bytes")
+    tokenizer.save(directory / "tokenizer")
+    splits = {}
+    for name, stream in tokens.items():
+        rows = [stream[i : i + sequence_length] for i in range(0, len(stream), sequence_length)]
+        starts = [np.arange(len(row)) == 0 for row in rows]
+        file = f"{name}-00000.arrayrecord"
+        write_shard(
+            directory / file,
+            (
+                encode_record(row, start, sequence_length=sequence_length, vocab_size=tokenizer.vocab_size)
+                for row, start in zip(rows, starts)
+            ),
+        )
+        size = os.path.getsize(directory / file)
+        splits[name] = {
+            "num_records": len(rows),
+            "num_tokens": len(stream),
+            "num_bytes": len(stream),
+            "num_documents": 1,
+            "num_padding": len(rows) * sequence_length - len(stream),
+            "shards": [{"file": file, "num_records": len(rows), "num_bytes_on_disk": size}],
+        }
+    ids = {name: getattr(tokenizer, name) for name in ("mask_id", "eos_id", "bos_id", "pad_id")}
+    described = {"kind": "bytes", "fingerprint": tokenizer.fingerprint, "vocab_size": tokenizer.vocab_size, **ids}
+    content = {"format": 1, "sequence_length": sequence_length, "fingerprint": "0" * 32, "tokenizer": described}
+    write_dataset_json(directory, {**content, "splits": splits, "source": {}})
+    return directory
+
+
+@pytest.fixture(scope="session")
+def small_dataset(tmp_path_factory) -> Path:
+    """Letters that mostly go round in a circle, so that there is something to learn."""
+    rng = np.random.default_rng(0)
+    moves = rng.choice([1, 2, 5], p=[0.7, 0.2, 0.1], size=40_000)
+    letters = (97 + np.cumsum(moves) % 26).astype(np.int32)
+    directory = tmp_path_factory.mktemp("small") / "data"
+    directory.mkdir()
+    return write_dataset(directory, {"train": letters[:36_000], "heldout": letters[36_000:]})
+
+
+class Runs:
+    """Starts `llada-jax train` in processes of its own, as users do."""
+
+    def __init__(self, directory: Path, dataset: Path):
+        self.directory, self.dataset = directory, dataset
+        (directory / "small.py").write_text(SMALL_RUN)
+
+    def start(
+        self, workdir, *overrides: str, num_devices: int = 1, environment: dict | None = None
+    ) -> subprocess.Popen:
+        """Starts one process with `num_devices` CPU devices."""
+        knobs = {"data.path": str(self.dataset), "log.compilation_cache": str(self.directory / "xla")}
+        words = [f"--config.{key}={value}" for key, value in knobs.items()]
+        words += [f"--config.{override}" for override in overrides]
+        command = [sys.executable, "-m", "llada_jax", "train", "--config", str(self.directory / "small.py")]
+        return subprocess.Popen(
+            [*command, "--workdir", str(workdir), *words],
+            env={**os.environ, "JAX_NUM_CPU_DEVICES": str(num_devices), **(environment or {})},
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+
+    def train(self, workdir, *overrides: str, num_devices: int = 1, num_processes: int = 1, status: int = 0) -> str:
+        """Runs to the end on `num_processes` processes and returns the stderr of the first."""
+        if num_processes == 1:
+            processes = [self.start(workdir, *overrides, num_devices=num_devices)]
+        else:
+            with socket.socket() as free:
+                free.bind(("localhost", 0))
+                address = f"localhost:{free.getsockname()[1]}"
+            team = {"JAX_COORDINATOR_ADDRESS": address, "JAX_NUM_PROCESSES": str(num_processes)}
+            processes = [
+                self.start(workdir, *overrides, num_devices=num_devices, environment={**team, "JAX_PROCESS_ID": str(i)})
+                for i in range(num_processes)
+            ]
+        outputs = [process.communicate(timeout=600) for process in processes]
+        for process, (_, log) in zip(processes, outputs):
+            assert process.returncode == status, log
+        return outputs[0][1]
+
+
+@pytest.fixture(scope="session")
+def runs(tmp_path_factory, small_dataset) -> Runs:
+    return Runs(tmp_path_factory.mktemp("runs"), small_dataset)
+
+
+def metric_lines(workdir: Path, *groups: str) -> list[dict]:
+    """Returns the lines of metrics.jsonl without the measurements of the machine; only lines with `groups`, if given."""
+    lines = [json.loads(line) for line in (Path(workdir) / "metrics.jsonl").read_text().splitlines()]
+    for line in lines:
+        line.pop("speed", None)
+    return [line for line in lines if not groups or any(group in line for group in groups)]
+
+
+def losses(workdir: Path) -> np.ndarray:
+    """Returns the training loss of every logged step, float64."""
+    return np.array([line["train"]["loss"] for line in metric_lines(workdir, "train")])

@@ -268,6 +268,17 @@ def test_a_foreign_file_is_refused_and_kept(tmp_path, content):
     assert path.read_bytes() == before
 
 
+def test_a_line_of_a_step_is_found_by_the_beginning_of_its_group(tmp_path):
+    assert not metrics.has_line(tmp_path, step=20, group="final")
+    writer = metrics.MetricsWriter(tmp_path, tensorboard=False)
+    write_steps(writer, [10, 20], speed=1.0)
+    writer.write(20, {"final_books": {"nelbo": 1.0}})
+    writer.close()
+    assert metrics.has_line(tmp_path, step=20, group="final")
+    assert metrics.has_line(tmp_path, step=20, group="heldout")
+    assert not metrics.has_line(tmp_path, step=10, group="heldout")
+
+
 def test_only_the_first_process_writes(tmp_path):
     writer = metrics.MetricsWriter(tmp_path / "run", enabled=False)
     writer.write(1, {"train": {"loss": 1.0}})

@@ -300,10 +300,11 @@ def _xz_blocks(file) -> Iterator[bytes]:
 
 
 def _zstd_blocks(file) -> Iterator[bytes]:
-    # The library's own stream reader takes a truncated file for a complete one.
+    # The library's own stream reader takes a truncated file for a complete one. What it is given here is decompressed
+    # at once, whatever it grows to, hence in small steps: of ordinary text a few kB, never more than 32 MB.
     zstandard = require("zstandard", extra="data")
     frame = None
-    for block in _plain_blocks(file, BLOCK_BYTES // 16):  # a block is decompressed at once, whatever it grows to
+    for block in _plain_blocks(file, 1024):
         while block:
             frame = frame or zstandard.ZstdDecompressor(max_window_size=1 << 31).decompressobj()
             yield frame.decompress(block)

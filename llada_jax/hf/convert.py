@@ -74,5 +74,7 @@ def read_published(directory) -> tuple[Architecture, dict]:
         ours: np.stack([transform(take(f"blocks/{ours}", layer), a) for layer in range(a.num_layers)])
         for ours, (_, transform) in BLOCK.items()
     }
-    top = {ours: transform(take(ours)) for ours, (_, transform) in TOP.items() if ours != "lm_head" or not a.tie_embeddings}
+    top = {
+        ours: transform(take(ours)) for ours, (_, transform) in TOP.items() if ours != "lm_head" or not a.tie_embeddings
+    }
     return a, {"blocks": blocks, **top}

@@ -171,9 +171,7 @@ class Transformer(nnx.Module):
 
         def run_block(x_BTD, params):
             block = nnx.merge(graphdef, params)
-            x_BTD = block(
-                x_BTD, cos, sin, segment_ids_BT, a=self.a, attention=self.attention, causal=self.causal
-            )
+            x_BTD = block(x_BTD, cos, sin, segment_ids_BT, a=self.a, attention=self.attention, causal=self.causal)
             return x_BTD, None
 
         if self.remat != "none":
@@ -185,9 +183,7 @@ class Transformer(nnx.Module):
         """Returns float32 logits [..., V]."""
         kernel_DV = self.embed[...].T if self.a.tie_embeddings else self.lm_head[...]
         with jax.named_scope("head"):
-            return jnp.einsum(
-                "...D,DV->...V", x_BTD, kernel_DV.astype(self.dtype), preferred_element_type=jnp.float32
-            )
+            return jnp.einsum("...D,DV->...V", x_BTD, kernel_DV.astype(self.dtype), preferred_element_type=jnp.float32)
 
     def __call__(self, tokens_BT: Array, segment_ids_BT: Array | None, positions_BT: Array) -> Array:
         """Returns float32 logits [B, T, V] for int32 tokens, segment ids (0 is padding) and positions [B, T]."""
@@ -220,7 +216,8 @@ class Transformer(nnx.Module):
             return jnp.moveaxis(array.reshape(B, T // num_chunks, num_chunks, *array.shape[2:]), 2, 0)
 
         scores = jax.lax.map(
-            lambda chunk: jax.checkpoint(score, prevent_cse=False)(*chunk), jax.tree.map(chunked, (x_BTD, targets_BT, where_BT))
+            lambda chunk: jax.checkpoint(score, prevent_cse=False)(*chunk),
+            jax.tree.map(chunked, (x_BTD, targets_BT, where_BT)),
         )
         return jax.tree.map(lambda array_nBC: jnp.moveaxis(array_nBC, 0, 2).reshape(B, T), scores)
 

@@ -35,15 +35,19 @@ class CanvasText:
     A token is decoded behind an ordinary one, because tokenizers drop the space in front of the first word. Tokens that
     hold only some bytes of a character are decoded together with their neighbours; while a byte is still masked, the
     others show as U+FFFD.
+
+    Args:
+        stream: where the text will go; one that cannot write Unicode gets ASCII in place of the blocks.
+        mask_width: blocks that stand for one masked token, unless tokens are bytes.
     """
 
-    def __init__(self, tokenizer, stream: TextIO):
+    def __init__(self, tokenizer, stream: TextIO, *, mask_width: int):
         self.tokenizer = tokenizer
         self.anchor = tokenizer.encode("a")
         self.text_of = {}
-        can_draw = (getattr(stream, "encoding", None) or "").lower().startswith("utf")
+        can_draw = (getattr(stream, "encoding", None) or "utf-8").lower().startswith("utf")
         block, self.end = ("░", "∎") if can_draw else ("_", "#")
-        self.mask = block if tokenizer.kind == "bytes" else f" {block * 3}"  # about as wide as what it hides
+        self.mask = block if tokenizer.kind == "bytes" else " " + block * mask_width
 
     def decode(self, tokens: Sequence[int]) -> str:
         return decode_after(self.tokenizer, self.anchor, tokens)
@@ -54,7 +58,7 @@ class CanvasText:
         return "\ufffd" in self.text_of[token]
 
     def cells(self, tokens: Sequence[int], is_masked: Sequence[bool]) -> list[Cell]:
-        """Returns the cells of one row, which cover every column once and in order."""
+        """Returns the cells of one row, which cover every column once and in order; a run of EOS is one cell."""
         cells = []
         column = 0
         while column < len(tokens):
@@ -63,6 +67,8 @@ class CanvasText:
             if is_masked[column]:
                 cells.append(Cell(self.mask, range(column, stop), is_mask=True))
             elif token == self.tokenizer.eos_id:
+                while stop < len(tokens) and not is_masked[stop] and tokens[stop] == token:
+                    stop += 1
                 cells.append(Cell(self.end, range(column, stop), is_end=True))
             elif self.is_partial(token):
                 while stop < len(tokens) and not is_masked[stop] and self.is_partial(int(tokens[stop])):
@@ -97,7 +103,7 @@ class LogShow:
 
     def __init__(self, tokenizer, prompts: Sequence[str], *, gen_length: int, stream: TextIO):
         self.tokenizer, self.prompts, self.gen_length, self.stream = tokenizer, prompts, gen_length, stream
-        self.canvas_text = CanvasText(tokenizer, stream)
+        self.canvas_text = CanvasText(tokenizer, stream, mask_width=1)
 
     def __enter__(self):
         return self
@@ -135,7 +141,7 @@ class LiveShow:
         from rich.live import Live
 
         self.tokenizer, self.prompts, self.gen_length, self.console = tokenizer, prompts, gen_length, console
-        self.canvas_text = CanvasText(tokenizer, console.file)
+        self.canvas_text = CanvasText(tokenizer, console.file, mask_width=3)  # about as wide as what it hides
         self.live = Live(console=console, auto_refresh=False, transient=transient, vertical_overflow="ellipsis")
         self.rows, self.age_BT = None, None
         self.last_frame = 0.0
@@ -184,11 +190,10 @@ class LiveShow:
         return Group(header, *panels)
 
     def row_text(self, row: int, tokens, is_masked, age):
-        """Returns the prompt and the generation of one row as styled text; what follows the first EOS is left out."""
+        """Returns the prompt and the generation of one row as styled text."""
         from rich.text import Text
 
-        text = Text(self.prompts[row], style=PROMPT_STYLE) if self.prompts[row] else Text()
-        text = Text().append_text(text)
+        text = Text().append(self.prompts[row], style=PROMPT_STYLE)
         for cell in self.canvas_text.cells(tokens, is_masked):
             youngest = min(age[column] for column in cell.columns)
             if cell.is_mask:

@@ -22,6 +22,16 @@ def _ignore(rows: range, state: DenoiseStep) -> None:
     """The listener of those who only want the result."""
 
 
+def check_request(*, num_prompts: int, batch_size: int, seed: int) -> None:
+    """Raises UserError for a request that cannot be cut into batches or seeded."""
+    if num_prompts < 1:
+        raise UserError("There are 0 prompts, and sampling needs at least one; an empty one generates from nothing.")
+    if batch_size < 1:
+        raise UserError(f"batch_size={batch_size} must be at least 1.")
+    if not 0 <= seed < 2**32:
+        raise UserError(f"seed={seed} must lie between 0 and 2**32 - 1.")
+
+
 def generate_tokens(
     logits_fn,
     params,
@@ -58,12 +68,7 @@ def generate_tokens(
     Returns:
         tokens int32 [number of prompts, gen_length], and the number of steps run for each, int32.
     """
-    if batch_size < 1:
-        raise UserError(f"batch_size={batch_size} must be at least 1.")
-    if not 0 <= seed < 2**32:
-        raise UserError(f"seed={seed} must lie between 0 and 2**32 - 1.")
-    if len(prompts) == 0:
-        raise UserError("There are 0 prompts and sampling needs at least one; pass [[]] to generate from nothing.")
+    check_request(num_prompts=len(prompts), batch_size=batch_size, seed=seed)
     batch_size = min(batch_size, len(prompts))
     tokens_BT = np.empty((len(prompts), gen_length), np.int32)
     num_steps_B = np.empty(len(prompts), np.int32)

@@ -1,0 +1,38 @@
+# make demo: corpus to samples in about five minutes on a 2-core CPU.  make test: lint and all tests.  make clean: start over.
+PYTHON ?= python3
+BIN := .venv/bin
+RUN := runs/tiny
+CORPUS := llada_jax/data/austen6.txt.xz
+
+.PHONY: demo test lint clean
+
+demo: .venv/installed
+	$(BIN)/llada-jax prepare --input $(CORPUS) --output $(RUN)/data --tokenizer spm-bpe:512 --sequence-length 64 \
+		--document-start '^(CHAPTER|Chapter) ' --heldout 0.05
+	$(BIN)/llada-jax train --config configs/tiny.py --workdir $(RUN)/run
+	$(BIN)/llada-jax evaluate --checkpoint $(RUN)/run --data $(RUN)/data --baselines
+	$(BIN)/llada-jax sample --checkpoint $(RUN)/run --gen-length 48 --temperature 0.6 --seed 1 --show \
+		--prompt "She was determined"
+	@echo "curves and samples: $(BIN)/pip install tensorboard && $(BIN)/tensorboard --logdir $(RUN)/run"
+
+test: .venv/installed-dev
+	$(BIN)/python -m pytest
+
+lint: .venv/installed-dev
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+
+clean:
+	rm -rf .venv runs
+
+.venv/bin/python:
+	$(PYTHON) -c 'import sys; v = sys.version_info; assert v >= (3, 11), f"Python {v.major}.{v.minor} is too old: 3.11 or newer is needed; try make PYTHON=python3.12"'
+	$(PYTHON) -m venv .venv
+
+.venv/installed: .venv/bin/python setup.py
+	$(BIN)/pip install --quiet -e .
+	touch $@
+
+.venv/installed-dev: .venv/installed
+	$(BIN)/pip install --quiet -e '.[dev]'
+	touch $@

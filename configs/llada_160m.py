@@ -1,0 +1,30 @@
+"""A 160M-parameter model with LLaDA's recipe, for one accelerator or one host of them.
+
+    llada-jax prepare --input 'corpus/*.jsonl.zst' --output data/corpus --tokenizer spm:32000 --sequence-length 2048
+    llada-jax train --config configs/llada_160m.py --workdir runs/llada_160m --config.data.path=data/corpus
+
+12 layers of width 768 (113M in matrix products with the head at 32,000 tokens), 256 rows * 2048 = 524,288 tokens a step,
+10.5B tokens in 20,000 steps: 20,000 * 524,288 * 1.04 GFLOP = 1.1e19 FLOPs. Hardware, time and result: unmeasured.
+"""
+
+from llada_jax.config import default_config
+
+
+def get_config():
+    config = default_config()
+    config.num_steps = 20_000
+    config.data.path = "data/corpus"
+    config.data.batch_size = 256
+    config.data.sequence_length = 2048
+    config.model.num_layers = 12
+    config.model.d_model = 768
+    config.model.num_heads = config.model.num_kv_heads = 12
+    config.model.head_dim = 64
+    config.model.d_ff = 2048
+    config.schedule.name = "wsd"
+    config.schedule.learning_rate = 6e-4
+    config.schedule.final_learning_rate = 1e-5
+    config.schedule.warmup_steps = 1000
+    config.schedule.decay_fraction = 0.2
+    config.samples.every_steps = 2000
+    return config

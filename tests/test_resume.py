@@ -1,0 +1,132 @@
+"""A run that is killed and started again is the run that was never killed: every parameter and metric, bit for bit."""
+
+import json
+import signal
+import time
+from pathlib import Path
+
+import jax
+import numpy as np
+import pytest
+from conftest import losses, metric_lines
+from orbax.checkpoint import v1 as ocp
+
+NUM_STEPS = 40
+
+
+def saved_arrays(workdir: Path, step: int = NUM_STEPS) -> dict[str, np.ndarray]:
+    """Returns every array of a checkpoint, read by Orbax alone onto one device."""
+    checkpointer = ocp.training.Checkpointer(Path(workdir) / "checkpoints")
+    here = jax.sharding.SingleDeviceSharding(jax.devices()[0])
+    described = checkpointer.checkpointables_metadata(step).metadata
+    abstract = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=here), dict(described))
+    leaves = jax.tree_util.tree_leaves_with_path(checkpointer.load_checkpointables(step, abstract))
+    checkpointer.close()
+    return {jax.tree_util.keystr(path): np.asarray(leaf) for path, leaf in leaves}
+
+
+def last_logged_step(workdir: Path) -> int:
+    file = Path(workdir) / "metrics.jsonl"
+    lines = file.read_text().splitlines() if file.exists() else []
+    steps = [json.loads(line)["step"] for line in lines if line.endswith("}")]
+    return max(steps, default=0)
+
+
+def is_committed(workdir: Path, step: int) -> bool:
+    return (Path(workdir) / "checkpoints" / str(step) / "commit_success.txt").exists()
+
+
+def kill_when(process, condition, how=signal.SIGKILL) -> None:
+    """Sends a signal as soon as the condition holds; the process must not have ended before."""
+    deadline = time.monotonic() + 300
+    while not condition():
+        assert process.poll() is None, process.stderr.read()
+        assert time.monotonic() < deadline
+        time.sleep(0.002)
+    process.send_signal(how)
+    process.wait()
+
+
+@pytest.fixture(scope="module")
+def straight(runs) -> Path:
+    workdir = runs.directory / "straight"
+    runs.train(workdir, f"num_steps={NUM_STEPS}", "optimizer.ema_decay=0.9")
+    return workdir
+
+
+def assert_same_run(workdir: Path, straight: Path) -> None:
+    expected = saved_arrays(straight)
+    assert len(expected) > 50  # parameters, two moments and the average of each, and the counters
+    actual = saved_arrays(workdir)
+    assert actual.keys() == expected.keys()
+    for name, array in expected.items():
+        np.testing.assert_array_equal(actual[name], array, err_msg=name)
+    assert metric_lines(workdir) == metric_lines(straight)
+
+
+@pytest.mark.slow
+def test_forty_steps_straight_equal_twenty_and_a_kill_and_twenty_more(runs, straight):
+    workdir = runs.directory / "killed"
+    process = runs.start(workdir, f"num_steps={NUM_STEPS}", "optimizer.ema_decay=0.9")
+    kill_when(process, lambda: is_committed(workdir, 20) and last_logged_step(workdir) >= 23)
+    log = runs.train(workdir, f"num_steps={NUM_STEPS}", "optimizer.ema_decay=0.9")
+    assert "start       step 20 of" in log
+    assert_same_run(workdir, straight)
+
+
+@pytest.mark.slow
+def test_a_checkpoint_inside_a_log_interval_keeps_the_sums_of_the_interval(runs):
+    words = ["num_steps=14", "log.every_steps=7", "checkpoint.every_steps=5", "evaluation.every_steps=0"]
+    whole, killed = runs.directory / "interval", runs.directory / "interval-killed"
+    runs.train(whole, *words)
+    process = runs.start(killed, *words)
+    kill_when(process, lambda: is_committed(killed, 5))
+    runs.train(killed, *words)
+    assert metric_lines(killed) == metric_lines(whole)
+
+
+@pytest.mark.slow
+def test_kills_in_the_middle_of_asynchronous_saves(runs, straight):
+    """Saves are asynchronous and follow each other closely here, so that most kills hit one that is half done."""
+    workdir = runs.directory / "random-kills"
+    words = [f"num_steps={NUM_STEPS}", "optimizer.ema_decay=0.9", "checkpoint.every_steps=1"]
+    checkpoints = workdir / "checkpoints"
+    num_half_written = 0
+    for target in (3, 9, 17, 28):
+        process = runs.start(workdir, *words)
+        kill_when(process, lambda target=target: last_logged_step(workdir) >= target)
+        steps = [path for path in checkpoints.iterdir() if path.is_dir()]
+        num_half_written += sum(not (path / "commit_success.txt").exists() for path in steps)
+    log = runs.train(workdir, *words)
+    assert "start       step" in log
+    assert num_half_written > 0
+    assert_same_run(workdir, straight)
+
+
+@pytest.mark.slow
+def test_resuming_on_another_mesh_and_another_number_of_processes_continues_the_curve(runs, straight):
+    workdir = runs.directory / "moved"
+    words = [f"num_steps={NUM_STEPS}", "optimizer.ema_decay=0.9", "evaluation.every_steps=0"]
+    settings = [
+        (10, dict(num_devices=1), []),
+        (20, dict(num_devices=8), ["mesh.data=2", "mesh.fsdp=2", "mesh.tensor=2"]),
+    ]
+    for step, devices, mesh in settings:
+        process = runs.start(workdir, *words, *mesh, **devices)
+        kill_when(process, lambda step=step: is_committed(workdir, step))
+    log = runs.train(workdir, *words, num_devices=4, num_processes=2)
+    assert "start       step" in log
+    np.testing.assert_allclose(losses(workdir), losses(straight), rtol=1e-5)
+    expected = saved_arrays(straight)
+    for name, array in saved_arrays(workdir).items():
+        np.testing.assert_allclose(array, expected[name], rtol=1e-2, atol=1e-4, err_msg=name)
+
+
+@pytest.mark.slow
+def test_a_finished_run_says_so_and_changes_nothing(runs, straight):
+    before = {path: path.read_bytes() for path in straight.glob("checkpoints/**/*") if path.is_file()}
+    lines = metric_lines(straight)
+    log = runs.train(straight, f"num_steps={NUM_STEPS}", "optimizer.ema_decay=0.9")
+    assert "the run is complete: step 40 of 40" in log
+    assert metric_lines(straight) == lines
+    assert before == {path: path.read_bytes() for path in straight.glob("checkpoints/**/*") if path.is_file()}
