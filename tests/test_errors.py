@@ -194,6 +194,7 @@ OVERRIDES = {
     "steps and tokens": (["num_tokens=1000"], ["num_steps=4", "num_tokens=1000", "exactly one"]),
     "heads": (["model.num_heads=3", "model.num_kv_heads=2"], ["num_heads=3", "multiple of num_kv_heads=2"]),
     "accumulation": (["optimizer.gradient_accumulation=3"], ["batch_size=8", "gradient_accumulation=3"]),
+    "samples": (["samples.every_steps=2", "samples.gen_length=5", "samples.block_length=2"], ["block_length=2", "divide"]),
     "restore and init": (["checkpoint.restore=a", "checkpoint.init_from=b"], ["restore", "init_from", "keep one"]),
     "batch on the mesh": (["data.batch_size=12"], ["data.batch_size", "12", "8 ways", "multiple of 8"]),
     "microbatch on the mesh": (["optimizer.gradient_accumulation=2"], ["gradient_accumulation=4", "8 ways"]),
@@ -308,7 +309,7 @@ DATASETS = {
     truncated_shard: ["train-00000.arrayrecord", "bytes instead of", "delete it and run prepare again"],
     no_tokenizer: ["no tokenizer at", "tokenizer"],
     damaged_tokenizer: ["tokenizer", "is damaged", "prepare the data again"],
-    other_special_ids: ["tokenizer", "prepare"],
+    other_special_ids: ["data/tokenizer", "the records were written with", "put that one back"],
 }
 
 
@@ -445,6 +446,25 @@ def test_a_replaced_tokenizer_in_the_workdir_is_refused_by_load_and_sample(home,
         llada_jax.load(run)
 
 
+def test_a_replaced_tokenizer_in_the_workdir_stops_train(home, tmp_path, refused):
+    run = copy(home / "run", tmp_path / "run")
+    shutil.rmtree(run / "tokenizer")
+    copy(home / "spm" / "tokenizer", run / "tokenizer")
+    refused(train_argv(home, run, "num_steps=8"), says=[f"{run}/tokenizer", "records were written"], keeps=[run])
+
+
+def test_evaluating_on_records_that_do_not_fit_is_refused(home, tmp_path, refused):
+    cases = {
+        str(home / "spm"): ["spm", "another tokenizer", "--tokenizer"],
+        str(home / "absent"): ["holds no dataset.json", "prepare"],
+    }
+    for data, says in cases.items():
+        argv = ["evaluate", "--checkpoint", home / "run", "--data", data]
+        refused(argv, says=says, keeps=[home / "run", home / "spm"])
+    argv = ["evaluate", "--checkpoint", home / "run", "--data", home / "data", "--split", "held-out"]
+    refused(argv, says=["'held-out'", "Did you mean 'heldout'?"])
+
+
 def test_a_workdir_without_the_wanted_checkpoint_is_refused(home, tmp_path, refused):
     cases = {
         str(tmp_path / "absent"): ["absent", "holds no checkpoints", "llada-jax train"],
@@ -543,6 +563,12 @@ def test_a_half_written_step_is_never_read(home, tmp_path, capfd):
     assert f"start       step 2 of {run}" in capfd.readouterr().err
 
 
+def test_train_gives_back_the_mesh_of_its_caller(home, tmp_path):
+    assert main(train_argv(home, home / "run")) == 0
+    assert jax.sharding.get_abstract_mesh().empty
+    assert llada_jax.load(home / "run").logits(np.zeros((1, 8), np.int32)).shape == (1, 8, 320)
+
+
 def test_metrics_of_something_else_in_the_workdir_are_kept(home, tmp_path, refused):
     run = tmp_path / "run"
     run.mkdir()
@@ -630,12 +656,14 @@ def test_a_full_disk_stops_the_first_start_of_a_run(home, mount, refused):
 def test_a_full_disk_never_costs_the_run_its_tokenizer_or_record(home, mount, refused):
     disk = mount(*tmpfs("2m"))
     run = copy(home / "run", disk / "run")
-    filler = fill(disk, leave=0)
     argv = train_argv(home, run, "num_steps=60", "checkpoint.every_steps=60", "log.every_steps=1")
-    says = ["disk", "full while writing metrics", "free some space", "same command"]
-    refused(argv, says=says, keeps=[run / "checkpoints", run / "tokenizer"], is_late=True)
-    filler.unlink()
-    assert json.loads((run / "run.json").read_text())["tokenizer"]["kind"] == "bytes"
+    # Without any room the run cannot even begin again; with one page it can, and comes as far as the metrics.
+    cases = {0: ["No space left", "free"], 4096: ["full while writing metrics", "free some space", "same command"]}
+    for leave, says in cases.items():
+        filler = fill(disk, leave=leave)
+        refused(argv, says=["disk", *says], keeps=[run / "checkpoints", run / "tokenizer"], is_late=True)
+        assert json.loads((run / "run.json").read_text())["tokenizer"]["kind"] == "bytes"
+        filler.unlink()
     assert main(argv) == 0
     steps = [json.loads(line)["step"] for line in (run / "metrics.jsonl").read_text().splitlines()]
     assert sorted(set(steps)) == [2, 4, *range(5, 61)]
@@ -668,15 +696,15 @@ def exploding(home: Path, tmp_path: Path, rate: str) -> list[str]:
     return train_argv(home, tmp_path / "run", *every, config="exploding.py")
 
 
-@pytest.mark.parametrize("rate", ["1e15", "1e25", "float('inf')"])
+@pytest.mark.parametrize("rate", ["1e25", "1e39"])
 def test_not_a_number_exits_3_with_the_interval_and_a_last_good_step_that_is_good(rate, home, tmp_path, refused):
     argv = exploding(home, tmp_path, rate)
     says = ["lower config.schedule.learning_rate", "start the same command again"]
     sentence = refused(argv, status=3, says=says, is_late=True)
     first, last, good = map(int, re.search(r"steps (\d+) to (\d+);.* step (\d+)[: ]", sentence).groups())
     assert first <= last
-    assert last in (5, 6)  # step 5 is the first with the wild rate: its update is wild, its own loss is not
-    assert good < last
+    assert last == 5  # the first with the wild rate: its own loss is finite, what its update leaves behind is not
+    assert good == 4
     params = llada_jax.load(tmp_path / "run").params
     assert Checkpoints(tmp_path / "run").steps[-1] == good
     assert all(np.isfinite(leaf).all() for leaf in jax.tree.leaves(params))
@@ -703,7 +731,7 @@ class Run:
     """`llada-jax train` in a process of its own, with the lines of its stderr as they come."""
 
     def __init__(self, argv: list[str]):
-        environment = {**os.environ, "JAX_PLATFORMS": "cpu", "XLA_FLAGS": "--xla_force_host_platform_device_count=2"}
+        environment = {**os.environ, "JAX_PLATFORMS": "cpu", "JAX_NUM_CPU_DEVICES": "1"}
         self.process = subprocess.Popen(
             [sys.executable, "-m", "llada_jax", *argv], stderr=subprocess.PIPE, stdout=subprocess.PIPE, text=True,
             env=environment,
@@ -737,29 +765,29 @@ class Run:
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
 def test_a_signal_saves_the_step_and_the_same_command_continues_to_the_end(number, home, tmp_path):
     run = tmp_path / "run"
-    argv = train_argv(home, run, "num_steps=3000", "checkpoint.every_steps=100000", "log.every_steps=50")
+    argv = train_argv(home, run, "num_steps=1500", "checkpoint.every_steps=100000", "log.every_steps=50")
     stopped = Run(argv)
-    stopped.wait_for("step 50/3000")
+    stopped.wait_for("step 50/1500")
     stopped.process.send_signal(number)
     assert stopped.end() == 42
-    says = ["asked to stop", "of 3000 is saved", "the same command continues"]
+    says = ["asked to stop", "of 1500 is saved", "the same command continues"]
     check_sentence(stopped.lines[-1], says)
-    step = int(re.search(r"step (\d+) of 3000", stopped.lines[-1]).group(1))
+    step = int(re.search(r"step (\d+) of 1500", stopped.lines[-1]).group(1))
     assert Checkpoints(run).steps == [step]
-    assert 50 <= step < 3000
+    assert 50 <= step < 1500
 
     continued = Run(argv)
     assert continued.end() == 0
     assert continued.lines[0] == f"start       step {step} of {run}"
-    assert Checkpoints(run).steps == [step, 3000]
+    assert Checkpoints(run).steps == [step, 1500]
     lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
-    assert [line["step"] for line in lines if "train" in line] == list(range(50, 3001, 50))
+    assert [line["step"] for line in lines if "train" in line] == list(range(50, 1501, 50))
 
 
 @pytest.mark.slow
 def test_a_signal_before_the_first_step_asks_to_be_started_again(home, tmp_path):
     # Another width than all other runs here, so that the step is compiled and not found in the cache.
-    stopped = Run(train_argv(home, tmp_path / "run", "num_steps=3000", "model.d_ff=48"))
+    stopped = Run(train_argv(home, tmp_path / "run", "num_steps=1500", "model.d_ff=48"))
     stopped.wait_for("start ")
     stopped.process.send_signal(signal.SIGTERM)
     assert stopped.end() == 42
@@ -770,9 +798,9 @@ def test_a_signal_before_the_first_step_asks_to_be_started_again(home, tmp_path)
 def test_a_second_interrupt_ends_at_once_and_the_last_saved_step_continues(home, tmp_path):
     run = copy(home / "run", tmp_path / "run")
     # The step is slow enough that two signals reach the same one.
-    argv = train_argv(home, run, "num_steps=3000", "checkpoint.every_steps=100000", "log.every_steps=1")
+    argv = train_argv(home, run, "num_steps=1500", "checkpoint.every_steps=100000", "log.every_steps=1")
     stopped = Run(argv)
-    stopped.wait_for("step 5/3000")
+    stopped.wait_for("step 5/1500")
     stopped.process.send_signal(signal.SIGINT)
     stopped.process.send_signal(signal.SIGINT)
     status = stopped.end()

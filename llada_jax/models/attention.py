@@ -16,19 +16,22 @@ from llada_jax.sharding import RULES, spec
 
 
 def xla_attention(q_BTNH: Array, k_BSKH: Array, v_BSKH: Array, segment_ids_BT: Array | None, *, causal: bool) -> Array:
-    """The reference: softmax(q k^T / sqrt(H)) v in float32, materialising the scores [B, K, N/K, T, S]."""
+    """The reference: softmax(q k^T / sqrt(H)) v in float32, materialising the scores [B, K, G, T, S], G = N / K."""
     B, T, N, H = q_BTNH.shape
     K = k_BSKH.shape[2]
-    q_BTKGH = q_BTNH.reshape(B, T, K, N // K, H)  # G query heads share a key/value head
-    scores_BKGTS = jnp.einsum("BTKGH,BSKH->BKGTS", q_BTKGH, k_BSKH, preferred_element_type=jnp.float32) * H**-0.5
+    # heads first, once: batched matrix products on CPUs want their batch dims in front
+    q_BKGTH = jnp.moveaxis(q_BTNH.reshape(B, T, K, N // K, H), 1, 3)
+    k_BKSH, v_BKSH = jnp.swapaxes(k_BSKH, 1, 2), jnp.swapaxes(v_BSKH, 1, 2)
+    scores_BKGTS = jnp.einsum("BKGTH,BKSH->BKGTS", q_BKGTH, k_BKSH, preferred_element_type=jnp.float32) * H**-0.5
+    lowest = jnp.finfo(jnp.float32).min
     if segment_ids_BT is not None:
         attend_BTS = segment_ids_BT[:, :, None] == segment_ids_BT[:, None, :]
-        scores_BKGTS = jnp.where(attend_BTS[:, None, None], scores_BKGTS, jnp.finfo(jnp.float32).min)
+        scores_BKGTS = jnp.where(attend_BTS[:, None, None], scores_BKGTS, lowest)
     if causal:
-        attend_TS = jnp.tril(jnp.ones((T, T), bool))
-        scores_BKGTS = jnp.where(attend_TS, scores_BKGTS, jnp.finfo(jnp.float32).min)
+        scores_BKGTS = jnp.where(jnp.tril(jnp.ones((T, T), bool)), scores_BKGTS, lowest)
     weights_BKGTS = jax.nn.softmax(scores_BKGTS, axis=-1).astype(v_BSKH.dtype)
-    return jnp.einsum("BKGTS,BSKH->BTKGH", weights_BKGTS, v_BSKH).reshape(B, T, N, H)
+    out_BKGTH = jnp.einsum("BKGTS,BKSH->BKGTH", weights_BKGTS, v_BKSH)
+    return jnp.moveaxis(out_BKGTH, 3, 1).reshape(B, T, N, H)
 
 
 def splash_attention(q_BTNH, k_BSKH, v_BSKH, segment_ids_BT, *, causal: bool, interpret: bool = False) -> Array:
