@@ -11,6 +11,7 @@ import pytest
 
 from llada_jax.__main__ import VERBS
 from llada_jax.config import CHOICES, apply_override, default_config, knob, knobs, load_config
+from llada_jax.models.transformer import Architecture, num_parameters
 
 ROOT = Path(__file__).parent.parent
 DOCUMENTS = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md")), *sorted((ROOT / "benchmarks").glob("*.md"))]
@@ -40,7 +41,7 @@ def commands(text: str) -> list[list[str]]:
     """Returns the words of every `llada-jax VERB ...` in a text, continued lines joined, comments and [ ] dropped."""
     text = re.sub(r"\\\n\s*", " ", text)
     found = []
-    for line in re.findall(r"llada-jax ((?:%s)\b[^`\n]*)" % "|".join(VERBS), text):
+    for line in re.findall(rf"llada-jax ((?:{'|'.join(VERBS)})\b[^`\n]*)", text):
         try:
             words = shlex.split(line.replace("[", " ").replace("]", " "), comments=True)
         except ValueError:  # the apostrophe of a sentence: prose that mentions a verb
@@ -77,7 +78,9 @@ def table_rows(text: str) -> dict[str, tuple[str, str]]:
 @every_document
 def test_every_file_and_function_that_is_named_exists(document):
     for path, name in re.findall(r"`([\w./-]+\.py)(?::([\w.]+))?`", document.read_text()):
-        file = next((base / path for base in (ROOT, document.parent) if (base / path).is_file()), None)
+        file = next(
+            (base / path for base in (ROOT, document.parent, ROOT / "llada_jax") if (base / path).is_file()), None
+        )
         assert file, f"{document.name} names {path}, which does not exist"
         assert not name or name in defined_names(file.read_text()), f"{document.name}: {path} defines no {name}"
 
@@ -108,10 +111,17 @@ def test_every_command_has_flags_that_exist_and_knobs_that_take_the_value(file, 
             flag = word.partition("=")[0]
             if flag.startswith("--config."):
                 assert verb == "train", f"{file.name}: {verb} takes no {flag}"
-                if "=" in word:
-                    apply_override(default_config(), word.removeprefix("--config."))
+                config, path = default_config(), flag.removeprefix("--config.")
+                if "=" in word and path != "KEY":
+                    apply_override(config, word.removeprefix("--config."))
+                    assert knob(config, path) in CHOICES.get(path, [knob(config, path)]), word
             elif flag.startswith("--"):
                 assert flag in flags_of_verb[verb], f"{file.name}: llada-jax {verb} has no {flag}"
+
+
+def test_readme_shows_a_command_of_every_verb():
+    found = commands((ROOT / "README.md").read_text())
+    assert {verb for verb, *flags in found if flags} == set(VERBS)
 
 
 @every_document
@@ -132,6 +142,21 @@ def test_every_config_that_is_named_exists(document):
 def test_readme_lists_every_config():
     named = set(re.findall(r"configs/(\w+)\.py", (ROOT / "README.md").read_text()))
     assert named >= {path.stem for path in (ROOT / "configs").glob("*.py")}
+
+
+@pytest.mark.parametrize(
+    ("name", "vocab_size"), [("debug", 320), ("tiny", 512), ("llada_160m", 50_048), ("llada_1b", 0), ("llada_8b", 0)]
+)
+def test_readme_tells_the_size_of_every_config(name, vocab_size):
+    config = load_config(str(ROOT / "configs" / f"{name}.py"))
+    fields = {key: config.model[key] for key in Architecture.__dataclass_fields__}
+    architecture = Architecture(**{**fields, "vocab_size": config.model.vocab_size or vocab_size})
+    num_tokens = config.num_tokens or config.num_steps * config.data.batch_size * config.data.sequence_length
+    (row,) = re.findall(rf"^\| \[configs/{name}.py\].*", (ROOT / "README.md").read_text(), flags=re.MULTILINE)
+    parameters, tokens = row.split(" | ")[2:4]
+    for text, number in ((parameters, num_parameters(architecture)), (tokens, num_tokens)):
+        digits, unit = re.match(r"([\d.]+) ([MBT])\b", text).groups()
+        assert float(digits) * {"M": 1e6, "B": 1e9, "T": 1e12}[unit] == pytest.approx(number, rel=0.03), (text, number)
 
 
 @every_document
@@ -177,7 +202,7 @@ def test_config_example_is_a_config(tmp_path):
 
 def test_numerical_check_of_the_mathematics_holds(capsys):
     (check,) = python_blocks(ROOT / "docs/math.md")
-    exec(compile(check, "docs/math.md", "exec"), {"__name__": "check"})  # noqa: S102 (our own document; it asserts)
+    exec(compile(check, "docs/math.md", "exec"), {"__name__": "check"})
     assert capsys.readouterr().out.count("exact bound") == 2
 
 

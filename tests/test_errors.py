@@ -25,7 +25,7 @@ from llada_jax.checkpoint import Checkpoints
 from llada_jax.errors import UserError
 from llada_jax.tokenizer import load_tokenizer
 
-CONFIG = '''
+CONFIG = """
 from llada_jax.config import default_config
 
 
@@ -54,9 +54,9 @@ def get_config():
     config.log.compilation_cache = {cache!r}
     {change}
     return config
-'''
+"""
 
-WORDS = ["it", "is", "a", "truth", "universally", "acknowledged", "that", "a", "single", "man", "in", "possession", "of", "a", "good", "fortune", "wants", "a", "wife"]
+WORDS = ["truth", "universally", "acknowledged", "single", "man", "possession", "of", "a", "good", "fortune"]
 IS_ROOT = hasattr(os, "geteuid") and os.geteuid() == 0 and sys.platform == "linux"
 needs_root = pytest.mark.skipif(not IS_ROOT, reason="a full or read-only disk is mounted, which takes root on Linux")
 
@@ -194,7 +194,10 @@ OVERRIDES = {
     "steps and tokens": (["num_tokens=1000"], ["num_steps=4", "num_tokens=1000", "exactly one"]),
     "heads": (["model.num_heads=3", "model.num_kv_heads=2"], ["num_heads=3", "multiple of num_kv_heads=2"]),
     "accumulation": (["optimizer.gradient_accumulation=3"], ["batch_size=8", "gradient_accumulation=3"]),
-    "samples": (["samples.every_steps=2", "samples.gen_length=5", "samples.block_length=2"], ["block_length=2", "divide"]),
+    "samples": (
+        ["samples.every_steps=2", "samples.gen_length=5", "samples.block_length=2"],
+        ["block_length=2", "divide"],
+    ),
     "restore and init": (["checkpoint.restore=a", "checkpoint.init_from=b"], ["restore", "init_from", "keep one"]),
     "batch on the mesh": (["data.batch_size=12"], ["data.batch_size", "12", "8 ways", "multiple of 8"]),
     "microbatch on the mesh": (["optimizer.gradient_accumulation=2"], ["gradient_accumulation=4", "8 ways"]),

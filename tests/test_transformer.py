@@ -123,9 +123,8 @@ def test_every_token_sees_every_other_unless_causal():
     for causal in (False, True):
         model = make_model(SMALL, causal=causal)
         params = perturbed(model)
-        difference = np.abs(
-            model.logits_fn(params, tokens, segments, positions) - model.logits_fn(params, changed, segments, positions)
-        )
+        logits = jax.jit(model.logits_fn)
+        difference = np.abs(logits(params, tokens, segments, positions) - logits(params, changed, segments, positions))
         assert (difference[:, :-1].max(axis=(1, 2)) > 1e-4).all() != causal
 
 
@@ -147,8 +146,8 @@ def test_chunked_nll_and_its_gradient_equal_the_log_softmax_of_the_logits(nll_ch
     (ours, our_grad), (theirs, their_grad) = (jax.jit(jax.value_and_grad(f))(params) for f in (chunked, direct))
     np.testing.assert_allclose(ours, theirs, rtol=1e-5)
     jax.tree.map(functools.partial(np.testing.assert_allclose, rtol=1e-3, atol=1e-5), our_grad, their_grad)
-    scores = model.nll_fn(params, tokens, targets, where, segments, positions)
-    best = jnp.argmax(model.logits_fn(params, tokens, segments, positions), axis=-1)
+    scores = jax.jit(model.nll_fn)(params, tokens, targets, where, segments, positions)
+    best = np.argmax(jax.jit(model.logits_fn)(params, tokens, segments, positions), axis=-1)
     np.testing.assert_array_equal(scores.is_correct_BT, (best == targets) & where)
 
 
@@ -184,7 +183,7 @@ def test_bfloat16_stays_close_to_float32():
     tokens, segments, positions = random_inputs(SMALL)
     full, half = (make_model(SMALL, dtype=dtype) for dtype in (jnp.float32, jnp.bfloat16))
     params = perturbed(full)
-    exact, rough = (m.logits_fn(params, tokens, segments, positions) for m in (full, half))
+    exact, rough = (jax.jit(m.logits_fn)(params, tokens, segments, positions) for m in (full, half))
     assert rough.dtype == jnp.float32
     assert 1e-4 < np.linalg.norm(rough - exact) / np.linalg.norm(exact) < 0.03
 
