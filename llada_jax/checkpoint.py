@@ -200,7 +200,7 @@ def find(checkpoint: str) -> tuple[Checkpoints, int]:
     """Returns the checkpoints of "WORKDIR[@STEP]" and the step meant; UserError when there is none."""
     workdir, step = parse(checkpoint)
     if not (workdir.expanduser() / FOLDER).exists():
-        raise UserError(f"{workdir} holds no checkpoints; give a --workdir that `llada-jax train` has saved to.")
+        raise UserError(f"{workdir} holds no checkpoints; give the workdir of a run that `llada-jax train` has saved.")
     checkpoints = Checkpoints(workdir, owned=False)
     steps = checkpoints.steps
     if not steps:
@@ -222,7 +222,7 @@ def _plain(value):
     return json.loads(json.dumps(value))  # a tuple saved as JSON comes back as a list
 
 
-def _drop_echoes() -> None:
+def drop_echoes() -> None:
     """Keeps off the screen what Orbax and its event loop say about a failed read or save, late, in many tracebacks and from
     threads of their own; the one sentence of the UserError says it.
     """
@@ -238,6 +238,3 @@ def _drop_echoes() -> None:
             report(unraisable)
 
     sys.unraisablehook = hook
-
-
-_drop_echoes()

@@ -6,6 +6,8 @@ config; everything below them takes keyword arguments.
 """
 
 import ast
+import math
+import re
 import runpy
 from pathlib import Path
 
@@ -148,6 +150,21 @@ AT_LEAST = {
     "checkpoint.every_steps": 1,
     "checkpoint.keep": 1,
     "log.every_steps": 1,
+    "log.profile_at_step": 0,
+    "log.profile_num_steps": 1,
+    "num_steps": 0,
+    "num_tokens": 0,
+    "seed": 0,
+    "model.vocab_size": 0,
+    "optimizer.clip_norm": 0,
+    "optimizer.weight_decay": 0,
+    "schedule.learning_rate": 0,
+    "schedule.warmup_steps": 0,
+    "evaluation.every_steps": 0,
+    "evaluation.num_batches": 0,
+    "evaluation.final_num_batches": 0,
+    "samples.every_steps": 0,
+    "checkpoint.keep_every_steps": 0,
 }
 
 
@@ -165,17 +182,33 @@ def load_config(path: str, overrides: list[str] = ()) -> ConfigDict:
     try:
         get_config = runpy.run_path(str(file))["get_config"]
         config = get_config()
-    except KeyError as error:
-        if error.args == ("get_config",):
-            raise UserError(f"{path} defines no get_config(); it must return a changed default_config().") from error
-        raise UserError(f"{path} cannot be used: it looks up the missing key {error}.") from error
     except Exception as error:  # whatever the user's file raises is the user's to mend: name the file and the reason
-        reason = " ".join(str(error).split())
-        raise UserError(f"{path} cannot be used: {type(error).__name__}: {reason}") from error
+        if isinstance(error, KeyError) and error.args == ("get_config",):
+            raise UserError(f"{path} defines no get_config(); it must return a changed default_config().") from error
+        raise UserError(f"{path} cannot be used: {_reason(error)}") from error
+    if not isinstance(config, ConfigDict):
+        raise UserError(
+            f"get_config() of {path} returns a {type(config).__name__}; it must return a changed default_config()."
+        )
+    if lost := sorted(set(knobs(default_config())) - set(knobs(config))):
+        raise UserError(f"get_config() of {path} returns no knob {lost[0]!r}; it must start from default_config().")
     for override in overrides:
         apply_override(config, override)
     validate(config)
     return config
+
+
+def _reason(error: Exception) -> str:
+    """Returns what is wrong in a config file, as the end of a sentence; ConfigDict's own words fill a screen."""
+    text = " ".join(str(error.args[0] if error.args else error).split())
+    unknown = re.match(r"""['"\\]*(?:Key )?['"\\]+(\w+)""", text)
+    if unknown and isinstance(error, AttributeError | KeyError):
+        known = {word for path in knobs(default_config()) for word in path.split(".")}
+        return f"the config has no {unknown.group(1)!r}.{did_you_mean(unknown.group(1), known)}"
+    cast = re.fullmatch(r"Could not override field '(\w+)' .*?\. (.*) is of original .* to type <class '(.*)'>", text)
+    if cast:
+        return f"it sets {cast.group(1)} to {cast.group(2)}, which is no {cast.group(3).rpartition('.')[2]}; mend it."
+    return f"{type(error).__name__}: {text.rstrip('.')}; mend it."
 
 
 def apply_override(config: ConfigDict, override: str) -> None:
@@ -203,7 +236,7 @@ def _parse(path: str, text: str, *, like):
         return text.lower() == "true"
     try:
         value = ast.literal_eval(text)
-    except (ValueError, SyntaxError):
+    except (ValueError, SyntaxError, TypeError, MemoryError, RecursionError):  # all that literal_eval documents
         value = text
     if kind is int and isinstance(value, float) and value.is_integer():
         value = int(value)  # 2.3e12 is how people write a token count
@@ -240,6 +273,10 @@ def validate(config: ConfigDict) -> None:
     for path, least in AT_LEAST.items():
         if knob(config, path) < least:
             raise UserError(f"config.{path}={knob(config, path)} must be at least {least}.")
+    for path in knobs(config):
+        value = knob(config, path)
+        if isinstance(value, float) and not math.isfinite(value):
+            raise UserError(f"config.{path}={value} must be a finite number.")
     if (config.num_steps > 0) == (config.num_tokens > 0):
         raise UserError(
             f"config.num_steps={config.num_steps} and config.num_tokens={config.num_tokens}: "
@@ -266,6 +303,15 @@ def validate(config: ConfigDict) -> None:
         raise UserError(f"config.objective.eps={config.objective.eps} must lie in [0, 1); the published value is 1e-3.")
     if not 0 <= config.optimizer.ema_decay < 1:
         raise UserError(f"config.optimizer.ema_decay={config.optimizer.ema_decay} must lie in [0, 1); 0 keeps none.")
+    schedule = config.schedule
+    if not 0 < schedule.decay_fraction <= 1:
+        raise UserError(f"config.schedule.decay_fraction={schedule.decay_fraction} must lie in (0, 1].")
+    ends = [stage[0] for stage in schedule.stages if isinstance(stage, tuple | list) and len(stage) == 3]
+    if not ends or len(ends) < len(schedule.stages) or any(b <= a for a, b in zip([0, *ends], ends)):
+        raise UserError(
+            f"config.schedule.stages={schedule.stages} must be ((until_tokens, first rate, last rate), ...) with growing "
+            "token counts."
+        )
     if config.checkpoint.restore and config.checkpoint.init_from:
         raise UserError(
             "config.checkpoint.restore and config.checkpoint.init_from are both set; restore continues a whole run, "

@@ -1,7 +1,7 @@
 """Errors that end a command on purpose, each with the exit status that launchers and schedulers act on.
 
-0 done, 2 the user's mistake (one sentence, no traceback), 3 the numbers went wrong, 42 preempted or a retryable
-distributed failure (start me again). Any other status, and any traceback, is a bug in llada_jax.
+0 done, 2 the user's mistake (one sentence, no traceback), 3 the numbers went wrong, 42 asked to stop and saved (start
+me again). Any other status, and any traceback, is a bug in llada_jax.
 """
 
 import difflib

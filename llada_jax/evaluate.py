@@ -4,6 +4,7 @@ import json
 
 from llada_jax import likelihood, pretrained, sharding
 from llada_jax.baselines import unigram_bits_per_byte, xz_bits_per_byte
+from llada_jax.checkpoint import drop_echoes
 from llada_jax.command_line import Parser
 from llada_jax.data.loader import heldout_batches
 from llada_jax.data.records import read_dataset
@@ -22,7 +23,6 @@ def main(argv: list[str]) -> None:
     parser.add_argument("--split", default="heldout", help="train or heldout (default)")
     parser.add_argument("--mc-samples", type=int, default=1, metavar="N", help="corruptions drawn of each row (1)")
     parser.add_argument("--batch-size", type=int, default=64, metavar="B", help="rows at a time (64)")
-    parser.add_argument("--max-batches", type=int, default=0, metavar="N", help="only the first N batches (0: all)")
     parser.add_argument("--seed", type=int, default=0, help="of the corruptions (0)")
     parser.add_argument("--baselines", action="store_true", help="also unigram and xz -9 on the same text")
     parser.add_argument("--json", action="store_true", help="one JSON object on stdout")
@@ -30,6 +30,7 @@ def main(argv: list[str]) -> None:
     for flag in ("mc_samples", "batch_size"):
         if getattr(args, flag) < 1:
             raise UserError(f"--{flag.replace('_', '-')} {getattr(args, flag)} must be at least 1.")
+    drop_echoes()
     result = evaluate(args)
     if args.json:
         print(json.dumps(result))
@@ -52,7 +53,7 @@ def evaluate(args) -> dict:
     split = info.split(args.split)
     batches = heldout_batches(
         args.data, split=args.split, batch_size=args.batch_size, sequence_length=info.sequence_length,
-        attend_across_documents=model.config["data"]["attend_across_documents"], max_batches=args.max_batches or None,
+        attend_across_documents=model.config["data"]["attend_across_documents"],
     )  # fmt: skip
     place = sharding.batch_sharding(model.mesh)
     rows = list(range(args.batch_size))
@@ -85,8 +86,8 @@ def report(result: dict) -> str:
     """Returns the result as aligned lines."""
     lines = [
         f"bits per byte of the {result['split']} text ({result['num_tokens']:,} tokens), lower is better",
-        f"  {result['bits_per_byte']:.3f} +- {result['bits_per_byte_standard_error']:.3f}  this model, an upper bound, "
-        f"step {result['step']}",
+        f"  {result['bits_per_byte']:.3f} +- {result['bits_per_byte_standard_error']:.3f}  this model at step "
+        f"{result['step']}, {'an upper bound' if 'nelbo_nats_per_token' in result else 'exactly'}",
     ]
     named = {
         "unigram_bits_per_byte": "token frequencies of the training text",

@@ -148,7 +148,7 @@ def muon_dimensions(params):
 
 
 def muon(*, b1: float, b2: float, eps: float) -> optax.GradientTransformation:
-    """Muon for the matrices of the blocks, Adam for embedding, head and norms, at one common learning rate.
+    """Muon for the matrices of the blocks, Nesterov Adam for embedding, head and norms, at one common learning rate.
 
     The update's root mean square is scaled to 0.2 so that AdamW's learning rate fits (Liu et al., arXiv 2502.16982).
     """

@@ -9,6 +9,7 @@ from jax.sharding import Mesh
 
 from llada_jax import checkpoint as checkpoints
 from llada_jax import sharding
+from llada_jax.errors import UserError
 from llada_jax.models.transformer import Architecture
 from llada_jax.samplers.text import generate_text, generate_tokens
 from llada_jax.state import Model, compute_dtype, make_model, parameter_shardings
@@ -47,6 +48,8 @@ class Pretrained:
 
     def generate(self, prompts, *, gen_length: int = 64, **settings) -> list[str]:
         """Returns the text that follows each prompt; settings are those of llada_jax.samplers.text.generate_text."""
+        if isinstance(prompts, str):
+            raise UserError(f"prompts={prompts!r} is one text; pass a list, as in generate([{prompts!r}]).")
         completions = generate_text(
             self.logits_fn, self.params, self.tokenizer, list(prompts), gen_length=gen_length, **settings
         )
@@ -99,4 +102,9 @@ def load(checkpoint: str, *, dtype: str = "auto", mesh: Mesh | None = None) -> P
     )
     params = found.restore_params(step, abstract, ema=config["optimizer"]["ema_decay"] > 0)
     tokenizer = load_tokenizer(found.directory.parent / "tokenizer")
+    if tokenizer.fingerprint != run["tokenizer"]["fingerprint"]:
+        raise UserError(
+            f"{found.directory.parent / 'tokenizer'} ({tokenizer.fingerprint[:12]}) is not the tokenizer of the checkpoint "
+            f"({run['tokenizer']['fingerprint'][:12]}); copy the one from the data set that it was trained on."
+        )
     return Pretrained(tokenizer, config, params, step, model, run, mesh)

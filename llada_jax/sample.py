@@ -5,6 +5,7 @@ import sys
 import time
 from contextlib import nullcontext
 
+from llada_jax.checkpoint import drop_echoes
 from llada_jax.command_line import Parser
 from llada_jax.errors import UserError, look_up
 from llada_jax.pretrained import load
@@ -22,7 +23,7 @@ def make_parser() -> Parser:
     )
     parser.usage = "llada-jax sample --checkpoint CKPT [flags]"
     add = parser.add_argument
-    add("--checkpoint", required=True, metavar="CKPT", help="workdir, WORKDIR@STEP or a Hugging Face directory")
+    add("--checkpoint", required=True, metavar="CKPT", help="WORKDIR or WORKDIR@STEP")
     add("--prompt", nargs="+", metavar="P", help="one or more prompts")
     add("--prompt-file", metavar="FILE", help="file with one prompt a line, empty lines skipped; - is stdin")
     add("--gen-length", type=int, default=64, metavar="N", help="tokens to generate after each prompt (default 64)")
@@ -119,6 +120,7 @@ def print_json(args, step: int, settings: dict, completions: list[Completion]) -
 
 
 def main(argv: list[str]) -> None:
+    drop_echoes()
     # 1. what is asked for; every mistake in it is found before the model is loaded
     args = make_parser().parse_args(argv)
     settings = {

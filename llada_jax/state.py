@@ -202,6 +202,7 @@ def make_train_step(
         # 5. what is logged
         metrics |= {
             "grad_norm": (optax.global_norm(grads), jnp.float32(1)),
+            "param_norm": (optax.global_norm(params), jnp.float32(1)),  # after the update: of what a checkpoint holds
             "learning_rate": (jnp.float32(schedule(state.step)), jnp.float32(1)),
         }
         metrics = jax.tree.map(jnp.add, state.metrics, metrics)
@@ -221,4 +222,4 @@ def abstract_metrics(objective, nll_fn, abstract_params, *, num_rows: int, seque
         abstract_params, batch, rows,
     )  # fmt: skip
     scalar = jax.ShapeDtypeStruct((), jnp.float32)
-    return {**metrics, "grad_norm": (scalar, scalar), "learning_rate": (scalar, scalar)}
+    return {**metrics, **dict.fromkeys(("grad_norm", "param_norm", "learning_rate"), (scalar, scalar))}

@@ -5,6 +5,7 @@ imported only when a tokenizer of its kind is made.
 """
 
 import hashlib
+import importlib
 import io
 import json
 import os
@@ -129,7 +130,7 @@ def _load_saved(path) -> Tokenizer:
             return Tokenizer(_Bytes(), special_ids)
         codec = {"sentencepiece": _SentencePiece, "huggingface": _HuggingFace}[kind]
         return Tokenizer(codec((path / codec.file).read_bytes(), name=str(path)), special_ids)
-    except (KeyError, TypeError, json.JSONDecodeError, OSError) as error:
+    except (KeyError, TypeError, AttributeError, json.JSONDecodeError, OSError) as error:
         raise UserError(
             f"The tokenizer at {str(path)!r} is damaged ({type(error).__name__}: {error}); restore the folder or "
             "prepare the data again."
@@ -211,7 +212,7 @@ class _SentencePiece:
     file = "sentencepiece.model"
 
     def __init__(self, model: bytes, *, name: str):
-        sentencepiece = require("sentencepiece", extra="data")
+        sentencepiece = importlib.import_module("sentencepiece")
         self.files = {self.file: model}
         try:
             self._processor = sentencepiece.SentencePieceProcessor(model_proto=model)
@@ -362,7 +363,7 @@ def train_sentencepiece(texts: Iterable[str], *, vocab_size: int, model_type: st
     Raises:
         UserError: the texts are empty, or hold too few or too many distinct pieces for vocab_size.
     """
-    sentencepiece = require("sentencepiece", extra="data")
+    sentencepiece = importlib.import_module("sentencepiece")
     model = io.BytesIO()
     try:
         sentencepiece.SentencePieceTrainer.train(

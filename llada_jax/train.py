@@ -1,8 +1,11 @@
 """`llada-jax train`: from a config and a workdir to a trained, resumable model."""
 
+import contextlib
 import datetime
 import functools
+import hashlib
 import json
+import math
 import platform
 import subprocess
 import time
@@ -13,6 +16,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from etils import epath
+from jax.experimental import multihost_utils
 
 from llada_jax import __version__, hardware, likelihood, sharding
 from llada_jax import checkpoint as checkpoints
@@ -20,6 +24,7 @@ from llada_jax import metrics as measure
 from llada_jax.command_line import Parser
 from llada_jax.config import AUTO, load_config, parse_sources
 from llada_jax.data.loader import describe, heldout_batches, train_batches
+from llada_jax.data.records import read_dataset
 from llada_jax.errors import NumericsError, Preempted, UserError, look_up
 from llada_jax.metrics import format_bytes, format_count
 from llada_jax.models.attention import choose
@@ -28,6 +33,7 @@ from llada_jax.objectives.autoregressive import autoregressive
 from llada_jax.objectives.masked_diffusion import masked_diffusion
 from llada_jax.optim import by_path, make_optimizer, make_schedule
 from llada_jax.preemption import StopRequest
+from llada_jax.samplers.denoise import check_schedule
 from llada_jax.samplers.text import generate_text
 from llada_jax.state import (
     abstract_metrics,
@@ -51,7 +57,11 @@ def main(argv: list[str]) -> None:
     parser.add_argument("--config", required=True, metavar="FILE", help="Python file with get_config()")
     parser.add_argument("--workdir", required=True, metavar="DIR", help="where the run lives; local or a URL")
     parser.add_argument("--config.KEY", metavar="VALUE", dest="_", help="changes one knob, e.g. --config.seed=1")
+    checkpoints.drop_echoes()
     overrides = [word.removeprefix("--config.") for word in argv if word.startswith("--config.")]
+    for override in overrides:
+        if "=" not in override:
+            raise UserError(f"--config.{override} has no value; write --config.{override}=VALUE.")
     args = parser.parse_args([word for word in argv if not word.startswith("--config.")])
     train(load_config(args.config, overrides), args.workdir)
 
@@ -72,15 +82,20 @@ def train(config, workdir: str) -> None:
             "jax_compilation_cache_dir", str(Path.home() / ".cache/llada_jax") if cache == AUTO else cache
         )
     sharding.initialize_distributed()
-    is_first = jax.process_index() == 0
     mesh = sharding.make_mesh(config.mesh)
-    jax.set_mesh(mesh)
+    with jax.set_mesh(mesh), StopRequest() as stop:
+        train_on(mesh, config, workdir, clock, stop)
 
+
+def train_on(mesh, config, workdir: str, clock: measure.Clock, stop: StopRequest) -> None:
+    """The rest of `train`: within the mesh, and with its signals caught from before the first compilation."""
+    is_first = jax.process_index() == 0
     # 2. Data and tokenizer.
     sources = parse_sources(config.data.path)
     B, T = config.data.batch_size, config.data.sequence_length
     summaries = describe(sources, sequence_length=T)
     tokenizer = load_tokenizer(epath.Path(sources[0][0]) / "tokenizer")
+    check_tokenizer(tokenizer, sources[0][0], written=read_dataset(sources[0][0]).tokenizer["fingerprint"])
     num_steps = config.num_steps or max(1, config.num_tokens // (B * T))
     bytes_per_token = sum(s.share * s.bytes_per_token["train"] for s in summaries)
 
@@ -88,15 +103,19 @@ def train(config, workdir: str) -> None:
     architecture = architecture_of(config.model, tokenizer)
     check_mesh(config, architecture, mesh)
     is_causal = config.objective.name == "autoregressive"
+    dtype = compute_dtype(config.model.dtype, sharding.platform(mesh))
     attention = choose(
         config.model.attention, platform=sharding.platform(mesh), packed=not config.data.attend_across_documents,
-        sequence_length=T,
+        sequence_length=T, head_dim=architecture.head_dim, dtype=dtype,
     )  # fmt: skip
-    dtype = compute_dtype(config.model.dtype, sharding.platform(mesh))
     model = make_model(
         architecture, dtype=dtype, attention=attention, remat=config.model.remat, nll_chunk=config.model.nll_chunk,
         causal=is_causal,
     )  # fmt: skip
+    if config.samples.every_steps:  # now, and not after hours of training
+        check_schedule(
+            **{k: config.samples[k] for k in ("gen_length", "block_length", "steps", "temperature")}, cfg_scale=0.0
+        )
     # a canvas is padded on the left and of any length, which only the reference attention takes
     sampling_model = make_model(architecture, dtype=dtype, attention="xla")
     objective = make_objective(config.objective, tokenizer)
@@ -119,12 +138,13 @@ def train(config, workdir: str) -> None:
         config, saved, run, abstract, functools.partial(create_state, model, optimizer, abstract)
     )
     start_step = int(state.step)
+    if (epath.Path(workdir) / "tokenizer").exists():
+        check_tokenizer(load_tokenizer(epath.Path(workdir) / "tokenizer"), workdir, written=tokenizer.fingerprint)
     writer = measure.MetricsWriter(
         workdir, enabled=is_first, resume_step=start_step if start_step else None, tensorboard=config.log.tensorboard
     )
     if is_first:
-        tokenizer.save(epath.Path(workdir) / "tokenizer")
-        (epath.Path(workdir) / "run.json").write_text(json.dumps(run, indent=1) + "\n")
+        describe_run(workdir, tokenizer, run)
 
     # 5. The compiled step.
     batch_sharding = sharding.batch_sharding(mesh)
@@ -138,10 +158,13 @@ def train(config, workdir: str) -> None:
     if start_step >= num_steps:
         progress.say(f"the run is complete: step {start_step} of {num_steps}")
     else:
+        check_same_everywhere(config)
         with clock.span("compile"):
             began = time.perf_counter()
             compiled = compile_step(train_step, abstract, batch_sharding, (B, T))
             progress.say(compilation_line(compiled, time.perf_counter() - began))
+        if stop.reached(start_step):
+            raise Preempted(f"asked to stop before step {start_step + 1}: nothing is lost; the same command continues.")
 
     # 6. The loop.
     rows = sharding.local_rows(batch_sharding, (B, T))
@@ -152,7 +175,7 @@ def train(config, workdir: str) -> None:
         num_threads=config.data.num_threads, prefetch=config.data.prefetch,
     )  # fmt: skip
     evaluate = functools.partial(
-        evaluate_heldout, config, model, tokenizer, sources, summaries, rows=rows, batch_sharding=batch_sharding
+        evaluate_heldout, config, model, tokenizer, sources, summaries, batch_sharding=batch_sharding
     )
     flops_per_token = measure.flops_per_token(
         num_matmul_parameters(architecture), architecture.num_layers, architecture.num_heads * architecture.head_dim, T,
@@ -162,26 +185,28 @@ def train(config, workdir: str) -> None:
         lambda sums: jax.tree.map(jnp.zeros_like, sums),
         out_shardings=jax.tree.map(lambda s: s.sharding, abstract.metrics),
     )
-    in_flight, logged_step = deque(), start_step
+    in_flight, logged_step, is_profiling = deque(), start_step, False
     profile_start = config.log.profile_at_step
     profile_end = min(profile_start + config.log.profile_num_steps - 1, num_steps) if profile_start else 0
     is_due = lambda step, every: every > 0 and (step % every == 0 or step == num_steps)  # noqa: E731
     clock.start_training()
-    with progress, StopRequest() as stop:
+    with progress:
         for step in range(start_step + 1, num_steps + 1):
             if step == profile_start:
                 jax.profiler.start_trace(str(epath.Path(workdir) / "profile"))
+                is_profiling = True
             with clock.span("data"):
                 batch = sharding.place_batch(next(batches), rows, B, batch_sharding)
             state, finished = compiled(state, batch)
             in_flight.append(finished)
             if len(in_flight) > MAX_STEPS_IN_FLIGHT:
                 jax.block_until_ready(in_flight.popleft())
-            if step == profile_end:
-                jax.block_until_ready(state.step)
-                jax.profiler.stop_trace()
             progress.advance(step)
             must_stop = stop.reached(step)
+            if is_profiling and (step == profile_end or must_stop):
+                jax.block_until_ready(state.step)
+                jax.profiler.stop_trace()
+                is_profiling = False
             must_save = must_stop or is_due(step, config.checkpoint.every_steps)
 
             # 6a. Metrics: written before the checkpoint of the same step, so that a resumed run can rely on them.
@@ -204,6 +229,7 @@ def train(config, workdir: str) -> None:
 
             # 6b. Held-out text and samples.
             if config.evaluation.every_steps and step % config.evaluation.every_steps == 0 and step < num_steps:
+                jax.block_until_ready(state.step)
                 with clock.span("evaluation"):
                     for group, bound in evaluate(state.ema or state.params, config.evaluation.num_batches).items():
                         writer.write(step, {group: bound})
@@ -228,14 +254,24 @@ def train(config, workdir: str) -> None:
         with clock.span("checkpoint"):
             saved.wait()
         if not measure.has_line(workdir, step=num_steps, group="final"):
-            for group, bound in evaluate(state.ema or state.params, config.evaluation.final_num_batches).items():
-                writer.write(num_steps, {group.replace("heldout", "final"): bound})
+            bounds = evaluate(state.ema or state.params, config.evaluation.final_num_batches)
+            for group, bound in bounds.items():
                 progress.say(f"final {group} {bound_line(bound)}")
+            writer.write(num_steps, {group.replace("heldout", "final"): bound for group, bound in bounds.items()})
     saved.close()
     writer.close()
 
 
 # ---------------------------------------------------------------------------------------------------- what main calls
+
+
+def check_tokenizer(tokenizer: Tokenizer, directory: str, *, written: str) -> None:
+    """Raises UserError when the tokenizer in a directory is not the one that the records were written with."""
+    if tokenizer.fingerprint != written:
+        raise UserError(
+            f"The tokenizer in {directory}/tokenizer ({tokenizer.fingerprint[:12]}) is not the one that the records were "
+            f"written with ({written[:12]}); put that one back, or use a new directory."
+        )
 
 
 def architecture_of(knobs, tokenizer: Tokenizer) -> Architecture:
@@ -288,12 +324,30 @@ def optimizer_knobs(knobs) -> dict:
 def make_workdir(workdir: str) -> None:
     """Creates the workdir; raises UserError when it cannot be written."""
     path = epath.Path(workdir)
-    try:
+    with writing(workdir):
         path.mkdir(parents=True, exist_ok=True)
         if jax.process_index() == 0:
             probe = path / ".writable"
             probe.write_text("")
             probe.unlink()
+
+
+def describe_run(workdir: str, tokenizer: Tokenizer, run: dict) -> None:
+    """Writes WORKDIR/tokenizer and run.json, each whole or not at all."""
+    path = epath.Path(workdir)
+    with writing(workdir):
+        if not (path / "tokenizer").exists():
+            tokenizer.save(path / "tokenizer.partial")
+            (path / "tokenizer.partial").rename(path / "tokenizer")
+        (path / "run.json.partial").write_text(json.dumps(run, indent=1) + "\n")
+        (path / "run.json.partial").replace(path / "run.json")
+
+
+@contextlib.contextmanager
+def writing(workdir: str):
+    """Turns what the file system refuses into a UserError."""
+    try:
+        yield
     except OSError as error:
         raise UserError(
             f"The workdir {workdir} cannot be written ({error.strerror or error}); choose another --workdir, free space, or "
@@ -303,19 +357,30 @@ def make_workdir(workdir: str) -> None:
 
 def run_record(config, a: Architecture, tokenizer: Tokenizer, summaries) -> dict:
     """Returns run.json: what a checkpoint was made from, as plain JSON values."""
-    commit = subprocess.run(
-        ["git", "-C", str(Path(__file__).parent), "rev-parse", "HEAD"], capture_output=True, text=True, check=False
-    ).stdout.strip()
     record = {
         "config": config.to_dict(),
         "architecture": {name: getattr(a, name) for name in Architecture.__dataclass_fields__},
         "tokenizer": {"kind": tokenizer.kind, "vocab_size": tokenizer.vocab_size, "fingerprint": tokenizer.fingerprint},
-        "data": {s.directory: s.fingerprint for s in summaries},
+        "data": [{"directory": s.directory, "fingerprint": s.fingerprint, "share": s.share} for s in summaries],
         "versions": {"llada_jax": __version__, "python": platform.python_version(), "jax": jax.__version__},
-        "commit": commit,
+        "commit": git_commit(),
         "started": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
     }
     return json.loads(json.dumps(record))
+
+
+def git_commit() -> str:
+    """Returns the commit of the checkout that this package lies in; "" for an installed package, or without git."""
+    root = Path(__file__).parent.parent
+    if not (root / ".git").exists():
+        return ""
+    try:
+        told = subprocess.run(
+            ["git", "-C", str(root), "rev-parse", "HEAD"], capture_output=True, text=True, check=False
+        )
+    except OSError:  # no git here, as in most containers
+        return ""
+    return told.stdout.strip()
 
 
 def first_state(config, saved, run: dict, abstract, create):
@@ -365,7 +430,7 @@ def check_continues(theirs: dict, ours: dict, directory) -> None:
     check_fits(theirs, ours, directory)
     checkpoints.check_same(
         f"The run in {directory} was trained on other data",
-        {"fingerprints": sorted(ours["data"].values())}, {"fingerprints": sorted(theirs["data"].values())},
+        mixture_of(ours), mixture_of(theirs),
         remedy="give the same config.data.path, or start a new --workdir with config.checkpoint.init_from",
     )  # fmt: skip
     decides = {  # what the order of the data, the noise or the layout of the optimizer state follow from
@@ -386,6 +451,24 @@ def check_continues(theirs: dict, ours: dict, directory) -> None:
         f"The run in {directory} cannot be continued with another config", chosen(ours["config"]), chosen(theirs["config"]),
         remedy="undo the change, or start a new --workdir with config.checkpoint.init_from",
     )  # fmt: skip
+
+
+def mixture_of(run: dict) -> dict:
+    """Returns what decides which record is read when, whatever the directories are called."""
+    return {"datasets": [s["fingerprint"] for s in run["data"]], "weights": [s["share"] for s in run["data"]]}
+
+
+def check_same_everywhere(config) -> None:
+    """Raises UserError when the processes of a run were started with different configs, which would hang later."""
+    if jax.process_count() > 1:
+        digest = np.frombuffer(hashlib.sha256(repr(config).encode()).digest(), np.uint8)
+        try:
+            multihost_utils.assert_equal(digest, "config")
+        except AssertionError as error:
+            raise UserError(
+                f"Process {jax.process_index()} of {jax.process_count()} was started with another config than the first; "
+                "start all of them with the same command."
+            ) from error
 
 
 def plan(config, a, mesh, abstract, summaries, num_steps, attention, dtype, origin) -> list[str]:
@@ -455,7 +538,7 @@ def compilation_line(compiled, seconds: float) -> str:
 
 def check_finite(sums: dict, *, interval: tuple[int, int], saved) -> None:
     """Raises NumericsError that names the steps in which loss or gradient stopped being finite."""
-    for name in ("loss", "grad_norm"):
+    for name in ("loss", "grad_norm", "param_norm"):
         if not np.isfinite(sums[name][0]):
             saved.wait()
             good = saved.steps[-1] if saved.steps else "none"
@@ -465,14 +548,16 @@ def check_finite(sums: dict, *, interval: tuple[int, int], saved) -> None:
             )
 
 
-def evaluate_heldout(
-    config, model, tokenizer, sources, summaries, params, num_batches, *, rows, batch_sharding
-) -> dict:
-    """Returns {group: {nelbo or nll, standard_error, bits_per_byte, ...}} for the held-out split of each dataset."""
-    B, T = config.data.batch_size, config.data.sequence_length
+def evaluate_heldout(config, model, tokenizer, sources, summaries, params, num_batches, *, batch_sharding) -> dict:
+    """Returns {group: {nelbo or nll, standard_error, bits_per_byte, ...}} for the held-out split of each dataset.
+
+    In batches as large as a microbatch of training, which is known to fit.
+    """
+    B, T = config.data.batch_size // config.optimizer.gradient_accumulation, config.data.sequence_length
+    rows = sharding.local_rows(batch_sharding, (B, T))
     objective, name = heldout_objective(config.objective.name, tokenizer)
     results = {}
-    for (directory, _), summary in zip(sources, summaries):
+    for number, ((directory, _), summary) in enumerate(zip(sources, summaries)):
         if "heldout" not in summary.bytes_per_token:
             continue
         batches = heldout_batches(
@@ -481,10 +566,11 @@ def evaluate_heldout(
         )  # fmt: skip
         placed = (sharding.place_batch(batch, rows, B, batch_sharding) for batch in batches)
         bound = likelihood.bound(objective, model.nll_fn, params, placed, name=name, num_rows=B)
-        group = "heldout" if len(sources) == 1 else f"heldout_{Path(directory).name}"
+        group = "heldout" if len(sources) == 1 else f"heldout_{number}_{Path(directory).name}"
+        error = {} if math.isnan(bound.standard_error) else {"standard_error": bound.standard_error}
         results[group] = {
             name: bound.nats_per_token,
-            "standard_error": bound.standard_error,
+            **error,
             "bits_per_byte": measure.bits_per_byte(
                 bound.nats_per_token, bytes_per_token=summary.bytes_per_token["heldout"]
             ),
@@ -500,7 +586,8 @@ def heldout_objective(name: str, tokenizer: Tokenizer):
 
 def bound_line(bound: dict) -> str:
     nats = bound.get("nelbo", bound.get("nll"))
-    return f"{bound['bits_per_byte']:.3f} bits/byte ({nats:.3f} nats/token +- {bound['standard_error']:.3f})"
+    error = f" +- {bound['standard_error']:.3f}" if "standard_error" in bound else ""
+    return f"{bound['bits_per_byte']:.3f} bits/byte ({nats:.3f} nats/token{error})"
 
 
 def sample_markdown(knobs, model, params, tokenizer) -> str:

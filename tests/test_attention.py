@@ -67,8 +67,12 @@ def test_the_reference_equals_jax_nn():
     ],
 )
 def test_auto_follows_the_platform_of_the_mesh(platform, packed, sequence_length, chosen):
-    assert choose("auto", platform=platform, packed=packed, sequence_length=sequence_length) == chosen
-    assert choose("xla", platform=platform, packed=packed, sequence_length=sequence_length) == "xla"
+    shape = dict(platform=platform, packed=packed, sequence_length=sequence_length)
+    assert choose("auto", **shape, head_dim=128, dtype="bfloat16") == chosen
+    assert choose("xla", **shape, head_dim=128, dtype="bfloat16") == "xla"
+    if platform != "tpu":
+        assert choose("auto", **shape, head_dim=128, dtype="float32") == "xla"
+        assert choose("auto", **shape, head_dim=256, dtype="bfloat16") == "xla"
 
 
 @pytest.mark.slow

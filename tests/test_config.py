@@ -36,8 +36,7 @@ from llada_jax.optim import OPTIMIZERS, make_optimizer, make_schedule
 from llada_jax.state import compute_dtype, make_model
 from llada_jax.train import make_objective, optimizer_knobs
 
-settings.register_profile("busy machine", deadline=None, suppress_health_check=[HealthCheck.too_slow])
-settings.load_profile("busy machine")
+patient = settings(deadline=None, suppress_health_check=[HealthCheck.too_slow])  # the machine may be busy
 
 CONFIGS = sorted((Path(__file__).parent.parent / "configs").glob("*.py"))
 DEFAULT = default_config()
@@ -73,6 +72,7 @@ def written(value) -> str:
     return value if isinstance(value, str) else repr(value)
 
 
+@patient
 @given(st.data())
 def test_an_override_reads_back_what_python_writes(data):
     path = data.draw(st.sampled_from(PATHS))
@@ -86,6 +86,7 @@ def test_an_override_reads_back_what_python_writes(data):
         assert other == path or knob(config, other) == knob(DEFAULT, other)
 
 
+@patient
 @given(st.sampled_from(PATHS), st.text())
 @example("num_steps", "{[]}")
 @example("num_steps", "{1: [], []: 2}")
@@ -134,6 +135,7 @@ def test_overrides_as_people_write_them(override, value):
     assert type(result) is type(value)
 
 
+@patient
 @given(st.sampled_from(PATHS), st.data())
 def test_a_misspelt_knob_names_the_one_that_was_meant(path, data):
     group, dot, key = path.rpartition(".")
@@ -388,10 +390,13 @@ def test_every_config_loads_is_valid_and_says_how_to_run_it(path):
     assert config.data.batch_size >= 1
     docstring = ast.get_docstring(ast.parse(path.read_text()))
     if "make demo" in docstring:  # then the commands stand in the Makefile
-        docstring += (path.parent.parent / "Makefile").read_text()
+        makefile = (path.parent.parent / "Makefile").read_text()
+        docstring += makefile.replace("$(RUN)", re.search(r"^RUN := (.*)$", makefile, flags=re.MULTILINE).group(1))
     assert f"train --config configs/{path.name}" in docstring
     data = parse_sources(config.data.path)[0][0] if config.data.path else "--config.data.path="
     assert data in docstring, "the docstring says where the data come from"
+    for prepared in re.findall(r"--sequence-length (\d+)", docstring):
+        assert int(prepared) == config.data.sequence_length
 
 
 @pytest.mark.parametrize("path", CONFIGS, ids=lambda path: path.stem)
@@ -423,12 +428,14 @@ DIRECTORIES = st.text(st.characters(blacklist_characters=",=", blacklist_categor
 WEIGHTS = st.floats(min_value=1e-6, max_value=1e6)
 
 
+@patient
 @given(st.lists(st.tuples(DIRECTORIES, WEIGHTS), min_size=1))
 def test_a_mixture_reads_back_as_written(sources):
     path = ",".join(f"{directory}={weight!r}" for directory, weight in sources)
     assert parse_sources(path) == tuple(sources)
 
 
+@patient
 @given(DIRECTORIES)
 def test_one_directory_needs_no_weight(directory):
     assert parse_sources(directory) == ((directory, 1.0),)

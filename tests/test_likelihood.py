@@ -98,9 +98,7 @@ def test_the_standard_error_is_that_of_independent_repetitions():
     bounds = []
     for seed in range(60):
         batches = [rows_of(32, rng) for _ in range(12)]
-        bounds.append(
-            likelihood.bound(scorer, noisy_model, surprise, batches, name=metric, num_rows=32, seed=seed)
-        )
+        bounds.append(likelihood.bound(scorer, noisy_model, surprise, batches, name=metric, num_rows=32, seed=seed))
     spread = np.std([b.nats_per_token for b in bounds])
     reported = math.sqrt(np.mean([b.standard_error**2 for b in bounds]))
     assert 0.7 < reported / spread < 1.4

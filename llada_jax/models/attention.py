@@ -75,10 +75,13 @@ def splash_attention(q_BTNH, k_BSKH, v_BSKH, segment_ids_BT, *, causal: bool, in
 def cudnn_attention(q_BTNH, k_BSKH, v_BSKH, segment_ids_BT, *, causal: bool) -> Array:
     """cuDNN flash attention; padding as lengths (rows are right-padded), never as a bool mask, which becomes a bias."""
     lengths = None if segment_ids_BT is None else (segment_ids_BT > 0).sum(axis=1).astype(jnp.int32)
-    return jax.nn.dot_product_attention(
+    out_BTNH = jax.nn.dot_product_attention(
         q_BTNH, k_BSKH, v_BSKH, is_causal=causal, query_seq_lengths=lengths, key_value_seq_lengths=lengths,
         implementation="cudnn",
     )  # fmt: skip
+    if segment_ids_BT is None:
+        return out_BTNH
+    return jnp.where((segment_ids_BT > 0)[:, :, None, None], out_BTNH, 0)  # rows beyond the length are not written
 
 
 def triton_attention(q_BTNH, k_BSKH, v_BSKH, segment_ids_BT, *, causal: bool, interpret: bool = False) -> Array:
@@ -98,18 +101,20 @@ IMPLEMENTATIONS = {
 }
 
 
-def choose(name: str, *, platform: str, packed: bool, sequence_length: int) -> str:
+def choose(name: str, *, platform: str, packed: bool, sequence_length: int, head_dim: int, dtype) -> str:
     """Returns the implementation for "auto" on the mesh's platform; any other name is returned as it is.
 
     Args:
         platform: of the mesh's devices, not of this process' default backend: compiling for absent devices works.
         packed: whether segment ids above 1 occur, which cuDNN's lengths cannot express.
+        dtype: of q, k and v. The GPU kernels take 16 bits and heads of at most 128, cuDNN in multiples of 8.
     """
     if name != "auto":
         return name
     if platform == "tpu" and sequence_length % 128 == 0:
         return "splash"
-    if platform in ("gpu", "cuda") and sequence_length >= 128:
+    is_half = jnp.dtype(dtype).itemsize == 2
+    if platform in ("gpu", "cuda") and sequence_length % 128 == 0 and is_half and head_dim % 8 == 0 and head_dim <= 128:
         return "triton" if packed else "cudnn"
     return "xla"
 
