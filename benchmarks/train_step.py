@@ -26,10 +26,10 @@ from pathlib import Path
 
 import numpy as np
 
-SIZES = {
+SIZES = {  # tiny: the network of configs/tiny.py
     "tiny": {
-        "vocab_size": 1024, "num_layers": 4, "d_model": 128, "num_heads": 4, "head_dim": 32, "d_ff": 384,
-        "sequence_length": 128, "batch_size": 64,
+        "vocab_size": 512, "num_layers": 4, "d_model": 128, "num_heads": 4, "head_dim": 32, "d_ff": 384,
+        "sequence_length": 64, "batch_size": 64,
     },
     "30m": {
         "vocab_size": 4096, "num_layers": 8, "d_model": 512, "num_heads": 8, "head_dim": 64, "d_ff": 1408,

@@ -164,6 +164,9 @@ AT_LEAST = {
     "evaluation.num_batches": 0,
     "evaluation.final_num_batches": 0,
     "samples.every_steps": 0,
+    "samples.gen_length": 1,
+    "samples.steps": 1,
+    "samples.block_length": 1,
     "checkpoint.keep_every_steps": 0,
 }
 
@@ -321,14 +324,16 @@ def validate(config: ConfigDict) -> None:
 
 def parse_sources(path: str) -> tuple[tuple[str, float], ...]:
     """Returns ((directory, weight), ...) of config.data.path: "dir" or "dir_a=0.7,dir_b=0.3"."""
-    if not path:
-        raise UserError("config.data.path is empty; pass --config.data.path=DIR with a directory that prepare wrote.")
     sources = []
     for part in path.split(","):
         directory, equals, weight = part.strip().rpartition("=")
         if not equals:
-            sources.append((part.strip(), 1.0))
-            continue
+            directory, weight = weight, "1"
+        if not directory:
+            raise UserError(
+                f"config.data.path={path!r} names no directory; pass --config.data.path=DIR with one that prepare wrote, or a "
+                "mixture such as dir_a=0.7,dir_b=0.3."
+            )
         try:
             sources.append((directory, float(weight)))
         except ValueError as error:

@@ -21,7 +21,7 @@ FLAGS = {
     "train": "--config --workdir --config.KEY",
     "sample": """--checkpoint --prompt --prompt-file --gen-length --block-length --steps --temperature --remasking --cfg-scale
         --num-samples --batch-size --seed --ignore-eos --show --json""",
-    "evaluate": "--checkpoint --data --split --mc-samples --batch-size --max-batches --seed --baselines --json",
+    "evaluate": "--checkpoint --data --split --mc-samples --batch-size --seed --baselines --json",
 }  # fmt: skip
 
 REQUIRED = {

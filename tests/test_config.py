@@ -371,8 +371,12 @@ def test_every_dtype_is_one_and_auto_depends_on_the_platform():
 @pytest.mark.parametrize("packed", [False, True])
 @pytest.mark.parametrize("sequence_length", [16, 128, 4096])
 def test_auto_attention_is_an_implementation(platform, packed, sequence_length):
-    name = choose(AUTO, platform=platform, packed=packed, sequence_length=sequence_length)
-    assert name in IMPLEMENTATIONS
+    for name in CHOICES["model.dtype"]:
+        chosen = choose(
+            AUTO, platform=platform, packed=packed, sequence_length=sequence_length, head_dim=64,
+            dtype=compute_dtype(name, platform),
+        )  # fmt: skip
+        assert chosen in IMPLEMENTATIONS
 
 
 # --------------------------------------------------------------------------------------------------- the config files

@@ -166,23 +166,17 @@ def test_the_core_imports_without_the_libraries_that_only_verbs_need():
     python(BLOCK + "".join(f"import llada_jax.{module}\n" for module in core))
 
 
-def test_a_missing_tokenizer_library_is_answered_by_the_line_that_installs_it(tmp_path):
-    (tmp_path / "spm.model").write_bytes(b"x")
+def test_a_missing_optional_library_is_answered_by_the_line_that_installs_it(tmp_path):
     (tmp_path / "tokenizer.json").write_text("{}")
-    code = BLOCK + (
-        "from llada_jax.tokenizer import load_tokenizer\n"
-        "for path in sys.argv[1:] or PATHS:\n"
-        "    try:\n"
-        "        load_tokenizer(path)\n"
-        "    except Exception as error:\n"
-        "        print(type(error).__name__, error)\n"
-    )
-    paths = [str(tmp_path / "spm.model"), str(tmp_path)]
-    lines = python(f"PATHS = {paths!r}\n" + code).splitlines()
-    assert len(lines) == 2
-    for line, library in zip(lines, ("sentencepiece", "tokenizers")):
-        assert line.startswith("UserError")
-        assert f"{library!r}, which is not installed: pip install 'llada_jax[" in line
+    code = f"""{BLOCK}
+from llada_jax.errors import UserError
+from llada_jax.tokenizer import load_tokenizer
+try:
+    load_tokenizer({str(tmp_path)!r})
+except UserError as error:
+    print(error)
+"""
+    assert "'tokenizers', which is not installed: pip install 'llada_jax[hf]'" in python(code)
 
 
 @pytest.mark.parametrize(
@@ -218,6 +212,6 @@ def test_every_library_that_is_imported_is_declared():
         for node in ast.walk(ast.parse(path.read_text()))
         if isinstance(node, ast.Call) and getattr(node.func, "id", "") == "require"
     }
-    assert {"sentencepiece", "tokenizers"} <= optional
+    assert {"tokenizers", "zstandard"} <= optional
     loaded = {name.split(".")[0] for path in FILES.values() for name in imported(path)}
     assert (loaded | optional) - declared - set(sys.stdlib_module_names) == {"llada_jax"}
