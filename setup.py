@@ -4,7 +4,7 @@ from setuptools import find_packages, setup
 
 DATA = ["pyarrow>=17", "zstandard>=0.22", "fsspec>=2024.6"]
 HF = ["tokenizers>=0.20", "safetensors>=0.4.5"]
-DEV = ["pytest>=8", "hypothesis>=6.100", "ruff>=0.12", "tensorboard>=2.18"]
+DEV = ["pytest>=8", "pytest-xdist>=3.6", "hypothesis>=6.100", "ruff>=0.12", "tensorboard>=2.18"]
 
 setup(
     name="llada_jax",

@@ -315,6 +315,11 @@ def validate(config: ConfigDict) -> None:
             f"config.schedule.stages={schedule.stages} must be ((until_tokens, first rate, last rate), ...) with growing "
             "token counts."
         )
+    if config.samples.every_steps and config.objective.name == "autoregressive":
+        raise UserError(
+            f"config.samples.every_steps={config.samples.every_steps}: only masked_diffusion models are sampled; set it to 0 "
+            "for the autoregressive control."
+        )
     if config.checkpoint.restore and config.checkpoint.init_from:
         raise UserError(
             "config.checkpoint.restore and config.checkpoint.init_from are both set; restore continues a whole run, "
@@ -331,8 +336,8 @@ def parse_sources(path: str) -> tuple[tuple[str, float], ...]:
             directory, weight = weight, "1"
         if not directory:
             raise UserError(
-                f"config.data.path={path!r} names no directory; pass --config.data.path=DIR with one that prepare wrote, or a "
-                "mixture such as dir_a=0.7,dir_b=0.3."
+                f"config.data.path={path!r} names no directory; pass --config.data.path=DIR with one that prepare wrote, "
+                "or a mixture such as dir_a=0.7,dir_b=0.3."
             )
         try:
             sources.append((directory, float(weight)))

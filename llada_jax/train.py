@@ -113,9 +113,8 @@ def train_on(mesh, config, workdir: str, clock: measure.Clock, stop: StopRequest
         causal=is_causal,
     )  # fmt: skip
     if config.samples.every_steps:  # now, and not after hours of training
-        check_schedule(
-            **{k: config.samples[k] for k in ("gen_length", "block_length", "steps", "temperature")}, cfg_scale=0.0
-        )
+        knobs = {name: config.samples[name] for name in ("gen_length", "block_length", "steps", "temperature")}
+        check_schedule(**knobs, cfg_scale=0.0)
     # a canvas is padded on the left and of any length, which only the reference attention takes
     sampling_model = make_model(architecture, dtype=dtype, attention="xla")
     objective = make_objective(config.objective, tokenizer)
@@ -234,7 +233,7 @@ def train_on(mesh, config, workdir: str, clock: measure.Clock, stop: StopRequest
                     for group, bound in evaluate(state.ema or state.params, config.evaluation.num_batches).items():
                         writer.write(step, {group: bound})
                         progress.say(f"step {step} {group} {bound_line(bound)}")
-            if is_due(step, config.samples.every_steps) and not is_causal:
+            if is_due(step, config.samples.every_steps):
                 with clock.span("samples"):
                     text = sample_markdown(config.samples, sampling_model, state.ema or state.params, tokenizer)
                     writer.text(step, "samples", text)
@@ -253,7 +252,7 @@ def train_on(mesh, config, workdir: str, clock: measure.Clock, stop: StopRequest
         # 7. The whole held-out split, once.
         with clock.span("checkpoint"):
             saved.wait()
-        if not measure.has_line(workdir, step=num_steps, group="final"):
+        if not on_first_process(functools.partial(measure.has_line, workdir, step=num_steps, group="final")):
             bounds = evaluate(state.ema or state.params, config.evaluation.final_num_batches)
             for group, bound in bounds.items():
                 progress.say(f"final {group} {bound_line(bound)}")
@@ -456,6 +455,12 @@ def check_continues(theirs: dict, ours: dict, directory) -> None:
 def mixture_of(run: dict) -> dict:
     """Returns what decides which record is read when, whatever the directories are called."""
     return {"datasets": [s["fingerprint"] for s in run["data"]], "weights": [s["share"] for s in run["data"]]}
+
+
+def on_first_process(question) -> bool:
+    """Returns the first process' answer in every process: files that it writes may not be seen by the others yet."""
+    answer = question() if jax.process_index() == 0 else False
+    return bool(multihost_utils.broadcast_one_to_all(np.array(answer)))
 
 
 def check_same_everywhere(config) -> None:

@@ -105,13 +105,18 @@ class Runs:
         (directory / "small.py").write_text(SMALL_RUN)
 
     def start(
-        self, workdir, *overrides: str, num_devices: int = 1, environment: dict | None = None
+        self,
+        workdir,
+        *overrides: str,
+        num_devices: int = 1,
+        environment: dict | None = None,
+        config: Path | None = None,
     ) -> subprocess.Popen:
         """Starts one process with `num_devices` CPU devices."""
         knobs = {"data.path": str(self.dataset), "log.compilation_cache": str(self.directory / "xla")}
         words = [f"--config.{key}={value}" for key, value in knobs.items()]
         words += [f"--config.{override}" for override in overrides]
-        command = [sys.executable, "-m", "llada_jax", "train", "--config", str(self.directory / "small.py")]
+        command = [sys.executable, "-m", "llada_jax", "train", "--config", str(config or self.directory / "small.py")]
         return subprocess.Popen(
             [*command, "--workdir", str(workdir), *words],
             env={**os.environ, "JAX_NUM_CPU_DEVICES": str(num_devices), **(environment or {})},
@@ -120,10 +125,12 @@ class Runs:
             text=True,
         )
 
-    def train(self, workdir, *overrides: str, num_devices: int = 1, num_processes: int = 1, status: int = 0) -> str:
+    def train(
+        self, workdir, *overrides: str, num_devices: int = 1, num_processes: int = 1, config: Path | None = None
+    ) -> str:
         """Runs to the end on `num_processes` processes and returns the stderr of the first."""
         if num_processes == 1:
-            processes = [self.start(workdir, *overrides, num_devices=num_devices)]
+            processes = [self.start(workdir, *overrides, num_devices=num_devices, config=config)]
         else:
             with socket.socket() as free:
                 free.bind(("localhost", 0))
@@ -135,7 +142,7 @@ class Runs:
             ]
         outputs = [process.communicate(timeout=600) for process in processes]
         for process, (_, log) in zip(processes, outputs):
-            assert process.returncode == status, log
+            assert process.returncode == 0, log
         return outputs[0][1]
 
 

@@ -198,6 +198,28 @@ OVERRIDES = {
         ["samples.every_steps=2", "samples.gen_length=5", "samples.block_length=2"],
         ["block_length=2", "divide"],
     ),
+    "no prompts": (["samples.prompts=()"], ["samples.prompts=()", "at least one"]),
+    "prompts of numbers": (["samples.prompts=(1, 2)"], ["samples.prompts=(1, 2)", "texts"]),
+    "a rule that is no pair": (
+        ["optimizer.weight_decay_multipliers=('.*',)"],
+        ["weight_decay_multipliers", "(regex, factor)"],
+    ),
+    "a factor of text": (["optimizer.learning_rate_multipliers=(('.*', 'x'),)"], ["('.*', 'x')", "(regex, factor)"]),
+    "no regex": (
+        ["optimizer.learning_rate_multipliers=(('(', 1.0),)"],
+        ["learning_rate_multipliers", "regular expression"],
+    ),
+    "a rate of text": (["schedule.name=llada", "schedule.stages=((1e9, 'a', 1),)"], ["schedule.stages", "'a'", "rate"]),
+    "huge seed": (["seed=4294967296"], ["seed=4294967296", "2**32"]),
+    "kernel of a GPU": (["model.attention=cudnn"], ["'cudnn'", "gpu", "the mesh is of cpu", "config.model.attention"]),
+    "kernel of a TPU": (
+        ["model.attention=splash"],
+        ["'splash'", "tpu", "the mesh is of cpu", "config.model.attention"],
+    ),
+    "samples without masks": (
+        ["objective.name=autoregressive", "samples.every_steps=2", "samples.block_length=1"],
+        ["samples.every_steps=2", "masked_diffusion"],
+    ),
     "restore and init": (["checkpoint.restore=a", "checkpoint.init_from=b"], ["restore", "init_from", "keep one"]),
     "batch on the mesh": (["data.batch_size=12"], ["data.batch_size", "12", "8 ways", "multiple of 8"]),
     "microbatch on the mesh": (["optimizer.gradient_accumulation=2"], ["gradient_accumulation=4", "8 ways"]),
@@ -326,7 +348,7 @@ def test_a_missing_foreign_or_damaged_dataset_is_refused(damage, home, tmp_path,
 
 def test_datasets_that_do_not_fit_the_config_are_refused(home, tmp_path, refused):
     cases = {
-        "data.path=": ["config.data.path is empty", "--config.data.path=DIR"],
+        "data.path=": ["config.data.path=", "names no directory", "--config.data.path=DIR"],
         f"data.path={home / 'data'}=much": ["'much' is no weight", "dir_a=0.7,dir_b=0.3"],
         f"data.path={home / 'data'}=-1": ["weight -1.0", "positive"],
         f"data.path={home / 'data'}=0.5,{home / 'spm'}=0.5": ["different tokenizers", "prepare both"],
@@ -699,6 +721,7 @@ def exploding(home: Path, tmp_path: Path, rate: str) -> list[str]:
     return train_argv(home, tmp_path / "run", *every, config="exploding.py")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("rate", ["1e25", "1e39"])
 def test_not_a_number_exits_3_with_the_interval_and_a_last_good_step_that_is_good(rate, home, tmp_path, refused):
     argv = exploding(home, tmp_path, rate)
