@@ -1,6 +1,6 @@
 """How fast is a training step of llada_jax beside the same step in PyTorch, and how near to this CPU's peak are both?
 
-    python benchmarks/train_step.py [--size tiny 30m] [--repeats 5] [--seconds 4]
+    python benchmarks/train_step.py [--size tiny 30m] [--cores 2] [--repeats 5] [--seconds 4]
 
 The same model, batch, loss (masked cross-entropy over p, mean over all tokens), clipping and AdamW, in float32 on the
 CPU. Each library runs in a process of its own; all live at once and take turns, so that whatever else the machine does
@@ -8,6 +8,9 @@ hits all of them alike; the median over the turns counts. PyTorch runs eagerly (
 the step) and under torch.compile. Before timing, the parameters of llada_jax are handed to PyTorch and the losses of
 one fixed corrupted batch must agree to 1e-4 relative: what is compared is the same function. The peak is measured in
 the same run: the fastest float32 product of two large square matrices in either library.
+
+The machine must be idle: threads of PyTorch (OpenMP) wait for one another spinning, so that other load slows it several
+times more than JAX. Where it cannot be idle, `--cores 1` and the column of processor time compare fairly.
 
 Needs the dev extra and torch (2.13.0 was used). Prints a Markdown table.
 """
@@ -143,7 +146,7 @@ class TorchSide:
     def __init__(self, size: dict, variant: str):
         import torch
 
-        torch.set_num_threads(os.cpu_count())
+        torch.set_num_threads(len(os.sched_getaffinity(0)))
         torch.manual_seed(0)
         self.torch, self.size, self.variant = torch, size, variant
         self.net = make_torch_model(size)
@@ -293,11 +296,11 @@ def timed(call) -> float:
 class Worker:
     """The parent's end of one worker process."""
 
-    def __init__(self, name: str, size_name: str):
+    def __init__(self, name: str, size_name: str, num_cores: int):
         root = Path(__file__).resolve().parents[1]
         environment = {**os.environ, "JAX_PLATFORMS": "cpu", "PYTHONPATH": str(root)}
         self.process = subprocess.Popen(
-            [sys.executable, __file__, "--worker", name, "--size", size_name],
+            [sys.executable, __file__, "--worker", name, "--size", size_name, "--cores", str(num_cores)],
             stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env=environment,
         )  # fmt: skip
 
@@ -315,7 +318,7 @@ class Worker:
         self.process.wait()
 
 
-def measure(size_name: str, *, repeats: int, seconds: float) -> str:
+def measure(size_name: str, *, num_cores: int, repeats: int, seconds: float) -> str:
     """Returns the Markdown table of one size."""
     from llada_jax.metrics import flops_per_token, format_count
 
@@ -326,7 +329,7 @@ def measure(size_name: str, *, repeats: int, seconds: float) -> str:
     flops = flops_per_token(num_matmul, size["num_layers"], d_attention, size["sequence_length"])
     tokens = size["batch_size"] * size["sequence_length"]
 
-    workers = {name: Worker(name, size_name) for name in WORKERS}
+    workers = {name: Worker(name, size_name, num_cores) for name in WORKERS}
     with tempfile.TemporaryDirectory() as directory:
         parameters = os.path.join(directory, "parameters.npz")
         losses = {name: worker.ask("check", parameters)[0] for name, worker in workers.items()}
@@ -371,29 +374,37 @@ def measure(size_name: str, *, repeats: int, seconds: float) -> str:
 
 
 def machine() -> str:
-    """Returns the processor's name, its cores, the versions and how busy the machine is."""
+    """Returns the processor's name, its cores and the versions."""
     import importlib.metadata
 
     with open("/proc/cpuinfo") as file:
         names = [line.split(":")[1].strip() for line in file if line.startswith("model name")]
     versions = [f"{name} {importlib.metadata.version(name)}" for name in ("jax", "torch")]
-    load = f"load average {os.getloadavg()[0]:.1f} at the start"
-    return f"{names[0] if names else platform.processor()}, {os.cpu_count()} cores, {', '.join(versions)}; {load}"
+    return f"{names[0] if names else platform.processor()}, {os.cpu_count()} cores, {', '.join(versions)}"
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--size", nargs="+", choices=SIZES, default=list(SIZES))
+    parser.add_argument("--cores", type=int, default=os.cpu_count(), help="that each library may use")
     parser.add_argument("--repeats", type=int, default=5, help="turns of each library; the median counts")
     parser.add_argument("--seconds", type=float, default=4.0, help="how long a turn lasts, about")
     parser.add_argument("--worker", choices=WORKERS, help=argparse.SUPPRESS)
     arguments = parser.parse_args()
     if arguments.worker:
+        os.sched_setaffinity(0, sorted(os.sched_getaffinity(0))[: arguments.cores])  # before a library counts them
         serve(arguments.worker, SIZES[arguments.size[0]])
         return
-    print(f"Machine: {machine()}\n")
+    print(f"Machine: {machine()}; each library may use {arguments.cores}.\n")
+    if os.getloadavg()[0] > 0.5:
+        print(
+            f"NOTE the load average is {os.getloadavg()[0]:.1f}: this machine is not idle, and PyTorch suffers more.\n"
+        )
     for size_name in arguments.size:
-        print(measure(size_name, repeats=arguments.repeats, seconds=arguments.seconds), flush=True)
+        print(
+            measure(size_name, num_cores=arguments.cores, repeats=arguments.repeats, seconds=arguments.seconds),
+            flush=True,
+        )
 
 
 if __name__ == "__main__":

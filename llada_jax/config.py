@@ -309,12 +309,21 @@ def validate(config: ConfigDict) -> None:
     schedule = config.schedule
     if not 0 < schedule.decay_fraction <= 1:
         raise UserError(f"config.schedule.decay_fraction={schedule.decay_fraction} must lie in (0, 1].")
-    ends = [stage[0] for stage in schedule.stages if isinstance(stage, tuple | list) and len(stage) == 3]
+    ends = [stage[0] for stage in schedule.stages if _is_row(stage, (float, float, float))]
     if not ends or len(ends) < len(schedule.stages) or any(b <= a for a, b in zip([0, *ends], ends)):
         raise UserError(
             f"config.schedule.stages={schedule.stages} must be ((until_tokens, first rate, last rate), ...) with growing "
             "token counts."
         )
+    for group in ("weight_decay_multipliers", "learning_rate_multipliers"):
+        rules = config.optimizer[group]
+        if not all(_is_row(rule, (str, float)) for rule in rules):
+            raise UserError(f"config.optimizer.{group}={rules} must be ((regex, factor), ...), as in (('.*', 1.0),).")
+    prompts = config.samples.prompts
+    if not prompts or not all(isinstance(prompt, str) for prompt in prompts):
+        raise UserError(f"config.samples.prompts={prompts} must be texts, at least one; ('',) samples from nothing.")
+    if config.seed >= 2**32:
+        raise UserError(f"config.seed={config.seed} must be less than 2**32.")
     if config.samples.every_steps and config.objective.name == "autoregressive":
         raise UserError(
             f"config.samples.every_steps={config.samples.every_steps}: only masked_diffusion models are sampled; set it to 0 "
@@ -325,6 +334,16 @@ def validate(config: ConfigDict) -> None:
             "config.checkpoint.restore and config.checkpoint.init_from are both set; restore continues a whole run, "
             "init_from takes only its weights: keep one."
         )
+
+
+def _is_row(row, kinds: tuple[type, ...]) -> bool:
+    """Whether a row of a table in the config has entries of these types; an int is a number too."""
+    accepted = {float: (int, float), str: (str,)}
+    return (
+        isinstance(row, tuple | list)
+        and len(row) == len(kinds)
+        and all(type(entry) in accepted[kind] for entry, kind in zip(row, kinds))
+    )
 
 
 def parse_sources(path: str) -> tuple[tuple[str, float], ...]:
