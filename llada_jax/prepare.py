@@ -31,6 +31,7 @@ from llada_jax.data.packing import is_heldout, pack
 from llada_jax.data.records import FORMAT, JSON_NAME, encode_record, write_dataset_json, write_shard
 from llada_jax.data.text import Cut, Input, check_cut, find_inputs, read_documents
 from llada_jax.errors import UserError
+from llada_jax.file_lock import try_lock
 from llada_jax.tokenizer import Tokenizer, load_tokenizer, train_sentencepiece
 
 SPLITS = ("train", "heldout")
@@ -242,24 +243,14 @@ def _lock(output: Path):
     """Holds the directory against other prepare commands, and against processes of a killed one that still write."""
     with _writing(output), open(output / RECEIPTS / "lock", "a") as file:
         deadline = time.monotonic() + LOCK_SECONDS
-        while not _try_lock(file, fcntl.LOCK_EX):
+        while not try_lock(file, fcntl.LOCK_EX):
             if time.monotonic() > deadline:
                 raise UserError(
                     f"Another prepare is writing into {output}; wait for it to end, or give another --output."
                 )
             time.sleep(0.05)
-        _try_lock(file, fcntl.LOCK_SH)  # shared from here on with the workers, see _start_worker
+        try_lock(file, fcntl.LOCK_SH)  # shared from here on with the workers, see _start_worker
         yield
-
-
-def _try_lock(file, how: int) -> bool:
-    try:
-        fcntl.flock(file, how | fcntl.LOCK_NB)
-    except BlockingIOError:
-        return False
-    except OSError:  # a file system without locks: two commands at once are then the user's to avoid
-        return True
-    return True
 
 
 def _refuse_other_settings(output: Path, source: dict) -> None:
@@ -570,7 +561,7 @@ def _start_worker(job: Job, counters) -> None:
             raise _Stopped
 
     lock = open(job.output / RECEIPTS / "lock", "a")  # noqa: SIM115 (held as long as this process lives)
-    _try_lock(lock, fcntl.LOCK_SH)
+    try_lock(lock, fcntl.LOCK_SH)
     tokenizer = load_tokenizer(job.output / "tokenizer")
     _worker.update(job=job, tokenizer=tokenizer, on_progress=_counting(counters, stop_if_told), lock=lock)
 

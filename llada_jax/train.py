@@ -2,6 +2,7 @@
 
 import contextlib
 import datetime
+import fcntl
 import functools
 import hashlib
 import json
@@ -26,6 +27,7 @@ from llada_jax.config import AUTO, load_config, parse_sources
 from llada_jax.data.loader import describe, heldout_batches, train_batches
 from llada_jax.data.records import read_dataset
 from llada_jax.errors import NumericsError, Preempted, UserError, look_up
+from llada_jax.file_lock import try_lock
 from llada_jax.metrics import format_bytes, format_count
 from llada_jax.models.attention import choose
 from llada_jax.models.transformer import Architecture, num_matmul_parameters, num_parameters
@@ -63,6 +65,8 @@ def main(argv: list[str]) -> None:
         if "=" not in override:
             raise UserError(f"--config.{override} has no value; write --config.{override}=VALUE.")
     args = parser.parse_args([word for word in argv if not word.startswith("--config.")])
+    if not args.workdir:
+        raise UserError("--workdir is empty; give the directory where the run is to live.")
     train(load_config(args.config, overrides), args.workdir)
 
 
@@ -83,11 +87,13 @@ def train(config, workdir: str) -> None:
         )
     sharding.initialize_distributed()
     mesh = sharding.make_mesh(config.mesh)
-    with jax.set_mesh(mesh), StopRequest() as stop:
-        train_on(mesh, config, workdir, clock, stop)
+    with jax.set_mesh(mesh), StopRequest() as stop, contextlib.ExitStack() as until_end:
+        train_on(mesh, config, workdir, clock, stop, until_end)
 
 
-def train_on(mesh, config, workdir: str, clock: measure.Clock, stop: StopRequest) -> None:
+def train_on(
+    mesh, config, workdir: str, clock: measure.Clock, stop: StopRequest, until_end: contextlib.ExitStack
+) -> None:
     """The rest of `train`: within the mesh, and with its signals caught from before the first compilation."""
     is_first = jax.process_index() == 0
     # 2. Data and tokenizer.
@@ -129,6 +135,7 @@ def train_on(mesh, config, workdir: str, clock: measure.Clock, stop: StopRequest
 
     # 4. The state, from the first of four places that has one.
     make_workdir(workdir)
+    until_end.enter_context(only_run_in(workdir))
     saved = checkpoints.Checkpoints(
         workdir, keep=config.checkpoint.keep, keep_every_steps=config.checkpoint.keep_every_steps
     )
@@ -137,6 +144,11 @@ def train_on(mesh, config, workdir: str, clock: measure.Clock, stop: StopRequest
         config, saved, run, abstract, functools.partial(create_state, model, optimizer, abstract)
     )
     start_step = int(state.step)
+    if start_step > num_steps:
+        raise UserError(
+            f"The run in {workdir} is at step {start_step} and the config ends at {num_steps}; raise config.num_steps, or "
+            "start a new --workdir from a checkpoint with config.checkpoint.restore=WORKDIR@STEP."
+        )
     if (epath.Path(workdir) / "tokenizer").exists():
         check_tokenizer(load_tokenizer(epath.Path(workdir) / "tokenizer"), workdir, written=tokenizer.fingerprint)
     writer = measure.MetricsWriter(
@@ -256,7 +268,8 @@ def train_on(mesh, config, workdir: str, clock: measure.Clock, stop: StopRequest
             bounds = evaluate(state.ema or state.params, config.evaluation.final_num_batches)
             for group, bound in bounds.items():
                 progress.say(f"final {group} {bound_line(bound)}")
-            writer.write(num_steps, {group.replace("heldout", "final"): bound for group, bound in bounds.items()})
+            if bounds:
+                writer.write(num_steps, {group.replace("heldout", "final"): bound for group, bound in bounds.items()})
     saved.close()
     writer.close()
 
@@ -329,6 +342,20 @@ def make_workdir(workdir: str) -> None:
             probe = path / ".writable"
             probe.write_text("")
             probe.unlink()
+
+
+@contextlib.contextmanager
+def only_run_in(workdir: str):
+    """Keeps a second `train` out of a local workdir: each would remove what the other is saving."""
+    if jax.process_index() > 0 or "://" in workdir:
+        yield
+        return
+    with writing(workdir):
+        file = open(Path(workdir) / ".lock", "a")  # noqa: SIM115 (closed below)
+    with file:
+        if not try_lock(file, fcntl.LOCK_EX):
+            raise UserError(f"Another train is writing into {workdir}; wait for it to end, or give another --workdir.")
+        yield
 
 
 def describe_run(workdir: str, tokenizer: Tokenizer, run: dict) -> None:
@@ -546,10 +573,12 @@ def check_finite(sums: dict, *, interval: tuple[int, int], saved) -> None:
     for name in ("loss", "grad_norm", "param_norm"):
         if not np.isfinite(sums[name][0]):
             saved.wait()
-            good = saved.steps[-1] if saved.steps else "none"
+            good = (
+                f"the last good checkpoint is step {saved.steps[-1]}" if saved.steps else "no checkpoint was saved yet"
+            )
             raise NumericsError(
-                f"{name} is {sums[name][0]} somewhere in steps {interval[0]} to {interval[1]}; the last good checkpoint is "
-                f"step {good}: lower config.schedule.learning_rate and start the same command again."
+                f"{name} is {sums[name][0]} somewhere in steps {interval[0]} to {interval[1]}; "
+                f"{good}: lower config.schedule.learning_rate and start the same command again."
             )
 
 

@@ -745,7 +745,7 @@ def test_not_a_number_exits_3_with_the_interval_and_a_last_good_step_that_is_goo
 
 def test_not_a_number_before_the_first_save_says_that_there_is_none(home, tmp_path, refused):
     argv = train_argv(home, tmp_path / "run", "schedule.learning_rate=1e25", "checkpoint.every_steps=4")
-    says = ["steps 1 to 2", "last good checkpoint", "none", "config.schedule.learning_rate"]
+    says = ["steps 1 to 2", "no checkpoint was saved yet", "config.schedule.learning_rate"]
     refused(argv, status=3, says=says, is_late=True)
     assert Checkpoints(tmp_path / "run").steps == []
 

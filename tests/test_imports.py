@@ -18,6 +18,7 @@ CONFIGS = PACKAGE.parent / "configs"
 LEVELS = {
     "leaf": (
         "llada_jax", "errors", "command_line", "config", "rng", "hardware", "sharding", "tokenizer", "metrics", "preemption",
+        "file_lock",
     ),
     "noun": ("corruption", "models", "data", "objectives", "samplers", "likelihood", "baselines", "optim", "hf"),
     "run state": ("state", "checkpoint", "pretrained"),

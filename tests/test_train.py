@@ -204,3 +204,26 @@ def test_the_python_api_loads_scores_and_samples(small_run):
     assert canvas.shape == (2, 12)
     np.testing.assert_array_equal(canvas[:, :8], [ids, ids])
     assert (canvas != model.tokenizer.mask_id).all()
+
+
+@pytest.mark.slow
+def test_a_second_train_in_the_same_workdir_is_refused_and_harms_nothing(runs):
+    workdir = runs.directory / "twice"
+    first = runs.start(workdir, "num_steps=100000", "checkpoint.every_steps=1")
+    while not (workdir / "checkpoints" / "2").exists():
+        assert first.poll() is None, first.stderr.read()
+    second = runs.start(workdir, "num_steps=100000", "checkpoint.every_steps=1")
+    _, log = second.communicate(timeout=120)
+    assert second.returncode == 2
+    assert f"Another train is writing into {workdir}" in log
+    first.terminate()
+    _, log = first.communicate(timeout=120)
+    assert first.returncode == 42, log
+
+
+@pytest.mark.slow
+def test_fewer_steps_than_are_done_are_refused(runs, small_run):
+    process = runs.start(small_run, "num_steps=5")
+    _, log = process.communicate(timeout=120)
+    assert process.returncode == 2
+    assert "is at step 20 and the config ends at 5" in log
