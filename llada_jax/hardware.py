@@ -121,7 +121,7 @@ class Slice:
         return {"platform": "tpu", **arguments}
 
 
-# TPUs. Peaks, memory and ICI: the Cloud TPU architecture pages of each generation. Usable memory: what the compiler of
+# TPUs. Peaks, memory and ICI: the Cloud TPU pages, where they state them. Usable memory: what the compiler of
 # libtpu 0.0.42 states when a program does not fit. DCN: the same pages (v5e 6.4 Tbit/s and v6e 25.6 Tbit/s a pod of 256
 # chips, v5p 50 and TPU7x 100 Gbit/s a chip); v4 from 25 GB/s a host of 4 chips (the "How to Scale Your Model" book).
 _TPUS = (
