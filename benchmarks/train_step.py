@@ -31,8 +31,8 @@ import numpy as np
 
 SIZES = {  # tiny: the network of configs/tiny.py
     "tiny": {
-        "vocab_size": 512, "num_layers": 4, "d_model": 128, "num_heads": 4, "head_dim": 32, "d_ff": 384,
-        "sequence_length": 64, "batch_size": 64,
+        "vocab_size": 4096, "num_layers": 2, "d_model": 192, "num_heads": 4, "head_dim": 48, "d_ff": 512,
+        "sequence_length": 64, "batch_size": 32,
     },
     "30m": {
         "vocab_size": 4096, "num_layers": 8, "d_model": 512, "num_heads": 8, "head_dim": 64, "d_ff": 1408,

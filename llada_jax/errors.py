@@ -42,12 +42,12 @@ def look_up(table: dict, name: str, what: str):
     return table[name]
 
 
-def require(module: str, *, extra: str):
+def require(module: str, *, extra: str = ""):
     """Imports an optional library and returns it; raises UserError with the line that installs it when it is missing."""
     try:
         return importlib.import_module(module)
     except ImportError as error:
         raise UserError(
             f"This needs the Python library {module.split('.')[0]!r}, which is not installed: "
-            f"pip install 'llada_jax[{extra}]'."
+            f"pip install 'llada_jax{f'[{extra}]' if extra else ''}'."
         ) from error

@@ -4,7 +4,7 @@ import fcntl
 
 
 def try_lock(file, how: int) -> bool:
-    """Locks an open file with fcntl.LOCK_EX or LOCK_SH; returns whether that was possible without waiting."""
+    """Locks an open file or descriptor with fcntl.LOCK_EX or LOCK_SH; returns whether that was possible at once."""
     try:
         fcntl.flock(file, how | fcntl.LOCK_NB)
     except BlockingIOError:

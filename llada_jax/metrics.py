@@ -397,7 +397,7 @@ class Progress:
             redirect_stdout=sys.stdout.isatty(),  # a result that goes to a pipe must not land in the bar
             expand=True,
         )
-        task = bar.add_task("", total=self._num_steps, completed=self._start_step, numbers="compiling")
+        task = bar.add_task("", total=self._num_steps, completed=self._start_step, numbers="first steps")
         bar.start()
         return bar, task
 

@@ -201,8 +201,8 @@ def make_train_step(
         ema = jax.tree.map(lambda e, p: ema_decay * e + (1.0 - ema_decay) * p, state.ema, params) if state.ema else {}
         # 5. what is logged
         metrics |= {
-            "grad_norm": (optax.global_norm(grads), jnp.float32(1)),
-            "param_norm": (optax.global_norm(params), jnp.float32(1)),  # after the update: of what a checkpoint holds
+            "grad_norm": (optax.tree.norm(grads), jnp.float32(1)),
+            "param_norm": (optax.tree.norm(params), jnp.float32(1)),  # after the update: of what a checkpoint holds
             "learning_rate": (jnp.float32(schedule(state.step)), jnp.float32(1)),
         }
         metrics = jax.tree.map(jnp.add, state.metrics, metrics)

@@ -5,7 +5,6 @@ imported only when a tokenizer of its kind is made.
 """
 
 import hashlib
-import importlib
 import io
 import json
 import os
@@ -212,7 +211,7 @@ class _SentencePiece:
     file = "sentencepiece.model"
 
     def __init__(self, model: bytes, *, name: str):
-        sentencepiece = importlib.import_module("sentencepiece")
+        sentencepiece = require("sentencepiece")
         self.files = {self.file: model}
         try:
             self._processor = sentencepiece.SentencePieceProcessor(model_proto=model)
@@ -363,7 +362,7 @@ def train_sentencepiece(texts: Iterable[str], *, vocab_size: int, model_type: st
     Raises:
         UserError: the texts are empty, or hold too few or too many distinct pieces for vocab_size.
     """
-    sentencepiece = importlib.import_module("sentencepiece")
+    sentencepiece = require("sentencepiece")
     model = io.BytesIO()
     try:
         sentencepiece.SentencePieceTrainer.train(

@@ -7,6 +7,7 @@ import functools
 import hashlib
 import json
 import math
+import os
 import platform
 import subprocess
 import time
@@ -350,12 +351,13 @@ def only_run_in(workdir: str):
     if jax.process_index() > 0 or "://" in workdir:
         yield
         return
-    with writing(workdir):
-        file = open(Path(workdir) / ".lock", "a")  # noqa: SIM115 (closed below)
-    with file:
-        if not try_lock(file, fcntl.LOCK_EX):
+    directory = os.open(workdir, os.O_RDONLY)  # the directory itself is what is locked: nothing is left behind
+    try:
+        if not try_lock(directory, fcntl.LOCK_EX):
             raise UserError(f"Another train is writing into {workdir}; wait for it to end, or give another --workdir.")
         yield
+    finally:
+        os.close(directory)
 
 
 def describe_run(workdir: str, tokenizer: Tokenizer, run: dict) -> None:

@@ -321,4 +321,4 @@ except UserError as error:
 assert "jax" not in sys.modules
 """
     result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
-    assert "pip install 'llada_jax[data]'" in result.stdout
+    assert "pip install 'llada_jax'" in result.stdout
