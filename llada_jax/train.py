@@ -121,8 +121,8 @@ def train_on(
     )  # fmt: skip
     if config.samples.every_steps and jax.process_count() > 1:
         raise UserError(
-            f"config.samples.every_steps={config.samples.every_steps}: a run of {jax.process_count()} processes cannot sample "
-            "while it trains; set it to 0 and use llada-jax sample on its checkpoints."
+            f"config.samples.every_steps={config.samples.every_steps}: a run of {jax.process_count()} processes cannot "
+            "sample while it trains; set it to 0 and use llada-jax sample on its checkpoints."
         )
     if config.samples.every_steps:  # now, and not after hours of training
         knobs = {name: config.samples[name] for name in ("gen_length", "block_length", "steps", "temperature")}
