@@ -15,12 +15,11 @@ from llada_jax.sharding import constrain
 
 
 class Bound(NamedTuple):
-    """nats_per_token: the mean bound; standard_error: of it, over independent draws; means: every logged sum / count."""
+    """nats_per_token: the mean bound; standard_error: of it, over independent draws; num_tokens: scored, each once."""
 
     nats_per_token: float
     standard_error: float
     num_tokens: int
-    means: dict
 
 
 @functools.partial(jax.jit, static_argnames=("objective", "nll_fn", "num_rows"))
@@ -55,7 +54,7 @@ def bound(objective, nll_fn, params, batches, *, name: str, num_rows: int, seed:
     The standard error treats (batch, draw) pairs as independent and weights them by their tokens (the ratio estimator);
     rows are few per batch, so give it at least ten pairs before you trust it.
     """
-    pairs, total = [], None
+    pairs = []
     for number, batch in enumerate(batches):
         for draw in range(num_draws):
             key = key_for("likelihood", seed, number, draw)
@@ -64,12 +63,9 @@ def bound(objective, nll_fn, params, batches, *, name: str, num_rows: int, seed:
                 batch_sums(params, batch, key, rows, objective=objective, nll_fn=nll_fn, num_rows=num_rows)
             )
             pairs.append(sums[name])
-            sums = jax.tree.map(np.float64, sums)
-            total = sums if total is None else jax.tree.map(np.add, total, sums)
     nats, tokens = np.array(pairs, np.float64).T
     mean = nats.sum() / tokens.sum()
     residual = nats - mean * tokens
     variance = np.sum(residual**2) / max(len(pairs) - 1, 1) * len(pairs) / tokens.sum() ** 2
-    means = {key: sums / np.where(count > 0, count, np.nan) for key, (sums, count) in total.items()}
     error = math.sqrt(variance) if len(pairs) > 1 else math.nan
-    return Bound(float(mean), error, int(tokens.sum() / num_draws), means)
+    return Bound(float(mean), error, int(tokens.sum() / num_draws))

@@ -227,3 +227,22 @@ def test_fewer_steps_than_are_done_are_refused(runs, small_run):
     _, log = process.communicate(timeout=120)
     assert process.returncode == 2
     assert "is at step 20 and the config ends at 5" in log
+
+
+@pytest.mark.slow
+def test_sampling_while_several_processes_train_is_refused_before_the_first_step(runs):
+    import socket
+
+    with socket.socket() as free:
+        free.bind(("localhost", 0))
+        address = f"localhost:{free.getsockname()[1]}"
+    team = {"JAX_COORDINATOR_ADDRESS": address, "JAX_NUM_PROCESSES": "2"}
+    workdir = runs.directory / "samples-of-two"
+    processes = [
+        runs.start(workdir, "samples.every_steps=5", environment={**team, "JAX_PROCESS_ID": str(i)}) for i in range(2)
+    ]
+    for process in processes:
+        _, log = process.communicate(timeout=120)
+        assert process.returncode == 2, log
+        assert "a run of 2 processes cannot sample while it trains" in log
+    assert not workdir.exists()
