@@ -1,7 +1,7 @@
 """Starts one command as several processes on this machine, each with its own devices, joined into one run.
 
     python launch/local.py --processes 2 --devices 4 --logs runs/two/logs -- \
-        llada-jax train --config configs/debug.py --workdir runs/two/run --config.samples.every_steps=0
+        llada-jax train --config configs/debug.py --workdir runs/two/run
 
 Every process gets JAX_COORDINATOR_ADDRESS, JAX_NUM_PROCESSES and JAX_PROCESS_ID, which `llada-jax train` reads. The first
 process writes to the terminal, the others to LOGS/process-N.log. When one fails the others are ended; SIGTERM and

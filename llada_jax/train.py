@@ -27,25 +27,15 @@ from llada_jax.command_line import Parser
 from llada_jax.config import AUTO, load_config, parse_sources
 from llada_jax.data.loader import describe, heldout_batches, train_batches
 from llada_jax.data.records import read_dataset
-from llada_jax.errors import NumericsError, Preempted, UserError, look_up
+from llada_jax.errors import NumericsError, Preempted, UserError
 from llada_jax.file_lock import try_lock
 from llada_jax.metrics import format_bytes, format_count
-from llada_jax.models.attention import choose
 from llada_jax.models.transformer import Architecture, num_matmul_parameters, num_parameters
-from llada_jax.objectives.autoregressive import autoregressive
-from llada_jax.objectives.masked_diffusion import masked_diffusion
-from llada_jax.optim import by_path, make_optimizer, make_schedule
 from llada_jax.preemption import StopRequest
+from llada_jax.recipe import Recipe, compile_step, make_recipe
 from llada_jax.samplers.denoise import check_schedule
 from llada_jax.samplers.text import generate_text
-from llada_jax.state import (
-    abstract_metrics,
-    abstract_state,
-    compute_dtype,
-    create_state,
-    make_model,
-    make_train_step,
-)  # fmt: skip
+from llada_jax.state import create_state, make_model
 from llada_jax.tokenizer import Tokenizer, load_tokenizer
 
 MAX_STEPS_IN_FLIGHT = 2  # dispatched but not finished: enough to hide the host, few enough to stop promptly
@@ -103,41 +93,18 @@ def train_on(
     summaries = describe(sources, sequence_length=T)
     tokenizer = load_tokenizer(epath.Path(sources[0][0]) / "tokenizer")
     check_tokenizer(tokenizer, sources[0][0], written=read_dataset(sources[0][0]).tokenizer["fingerprint"])
-    num_steps = config.num_steps or max(1, config.num_tokens // (B * T))
     bytes_per_token = sum(s.share * s.bytes_per_token["train"] for s in summaries)
 
     # 3. Model, objective and optimizer, none of them with numbers yet.
-    architecture = architecture_of(config.model, tokenizer)
-    check_mesh(config, architecture, mesh)
+    recipe = make_recipe(config, tokenizer, mesh)
+    model, abstract, num_steps = recipe.model, recipe.abstract, recipe.num_steps
+    architecture, batch_sharding = recipe.architecture, recipe.batch_sharding
     is_causal = config.objective.name == "autoregressive"
-    dtype = compute_dtype(config.model.dtype, sharding.platform(mesh))
-    attention = choose(
-        config.model.attention, platform=sharding.platform(mesh), packed=not config.data.attend_across_documents,
-        sequence_length=T, head_dim=architecture.head_dim, dtype=dtype,
-    )  # fmt: skip
-    model = make_model(
-        architecture, dtype=dtype, attention=attention, remat=config.model.remat, nll_chunk=config.model.nll_chunk,
-        causal=is_causal,
-    )  # fmt: skip
-    if config.samples.every_steps and jax.process_count() > 1:
-        raise UserError(
-            f"config.samples.every_steps={config.samples.every_steps}: a run of {jax.process_count()} processes cannot "
-            "sample while it trains; set it to 0 and use llada-jax sample on its checkpoints."
-        )
     if config.samples.every_steps:  # now, and not after hours of training
         knobs = {name: config.samples[name] for name in ("gen_length", "block_length", "steps", "temperature")}
         check_schedule(**knobs, cfg_scale=0.0)
     # a canvas is padded on the left and of any length, which only the reference attention takes
-    sampling_model = make_model(architecture, dtype=dtype, attention="xla")
-    objective = make_objective(config.objective, tokenizer)
-    schedule = make_schedule(**config.schedule, num_steps=num_steps, tokens_per_step=B * T)
-    optimizer = make_optimizer(schedule, **optimizer_knobs(config.optimizer))
-    for group in ("weight_decay_multipliers", "learning_rate_multipliers"):
-        by_path(model.abstract, config.optimizer[group], what=f"config.optimizer.{group}")
-    abstract = abstract_state(
-        model, optimizer, mesh, keep_ema=config.optimizer.ema_decay > 0,
-        metrics=abstract_metrics(objective, model.nll_fn, model.abstract, num_rows=B, sequence_length=T),
-    )  # fmt: skip
+    sampling_model = make_model(architecture, dtype=recipe.dtype, attention="xla")
 
     # 4. The state, from the first of four places that has one.
     make_workdir(workdir)
@@ -147,7 +114,7 @@ def train_on(
     )
     run = run_record(config, architecture, tokenizer, summaries)
     state, origin = first_state(
-        config, saved, run, abstract, functools.partial(create_state, model, optimizer, abstract)
+        config, saved, run, abstract, functools.partial(create_state, model, recipe.optimizer, abstract)
     )
     start_step = int(state.step)
     if start_step > num_steps:
@@ -164,13 +131,8 @@ def train_on(
         describe_run(workdir, tokenizer, run)
 
     # 5. The compiled step.
-    batch_sharding = sharding.batch_sharding(mesh)
-    train_step = make_train_step(
-        objective, model.nll_fn, optimizer, schedule, seed=config.seed, num_rows=B,
-        num_microbatches=config.optimizer.gradient_accumulation, ema_decay=config.optimizer.ema_decay,
-    )  # fmt: skip
     progress = measure.Progress(num_steps=num_steps, start_step=start_step, enabled=is_first)
-    for line in plan(config, architecture, mesh, abstract, summaries, num_steps, attention, dtype, origin):
+    for line in plan(config, recipe, mesh, summaries, origin):
         progress.say(line)
     if start_step >= num_steps:
         progress.say(f"the run is complete: step {start_step} of {num_steps}")
@@ -178,7 +140,7 @@ def train_on(
         check_same_everywhere(config)
         with clock.span("compile"):
             began = time.perf_counter()
-            compiled = compile_step(train_step, abstract, batch_sharding, (B, T))
+            compiled = compile_step(recipe, (B, T))
             progress.say(compilation_line(compiled, time.perf_counter() - began))
         if stop.reached(start_step):
             raise Preempted(f"asked to stop before step {start_step + 1}: nothing is lost; the same command continues.")
@@ -290,53 +252,6 @@ def check_tokenizer(tokenizer: Tokenizer, directory: str, *, written: str) -> No
             f"The tokenizer in {directory}/tokenizer ({tokenizer.fingerprint[:12]}) is not the one that the records were "
             f"written with ({written[:12]}); put that one back, or use a new directory."
         )
-
-
-def architecture_of(knobs, tokenizer: Tokenizer) -> Architecture:
-    """Returns the Architecture of config.model; raises UserError when the vocabulary does not fit the tokenizer."""
-    fields = {name: knobs[name] for name in Architecture.__dataclass_fields__}
-    if not fields["vocab_size"]:
-        fields["vocab_size"] = -(-tokenizer.vocab_size // 64) * 64  # so that the head splits evenly over devices
-    if fields["vocab_size"] < tokenizer.vocab_size:
-        raise UserError(
-            f"config.model.vocab_size={fields['vocab_size']} is smaller than the tokenizer's {tokenizer.vocab_size} ids; "
-            "set it to 0 to take the tokenizer's."
-        )
-    return Architecture(**fields)
-
-
-def check_mesh(config, a: Architecture, mesh) -> None:
-    """Raises UserError when batch, sequence or model cannot be split as the mesh asks."""
-    microbatch = config.data.batch_size // config.optimizer.gradient_accumulation
-    sharding.check_divisible(
-        mesh,
-        {
-            "config.data.batch_size / config.optimizer.gradient_accumulation": ("act_batch", microbatch),
-            "config.data.sequence_length": ("act_position", config.data.sequence_length),
-            "config.model.d_model": ("embed", a.d_model),
-            "config.model.num_heads": ("heads", a.num_heads),
-            "config.model.num_kv_heads": ("kv_heads", a.num_kv_heads),
-            "config.model.d_ff": ("mlp", a.d_ff),
-            "config.model.vocab_size": ("vocab", a.vocab_size),
-        },
-    )
-
-
-def make_objective(knobs, tokenizer: Tokenizer):
-    """Returns the objective of config.objective with its settings bound."""
-    table = {
-        "masked_diffusion": lambda: functools.partial(
-            masked_diffusion, mask_id=tokenizer.mask_id, eps=knobs.eps, t_sampling=knobs.t_sampling,
-            masking=knobs.masking, weight=knobs.weight,
-        ),
-        "autoregressive": lambda: functools.partial(autoregressive, bos_id=tokenizer.bos_id),
-    }  # fmt: skip
-    return look_up(table, knobs.name, "objective")()
-
-
-def optimizer_knobs(knobs) -> dict:
-    """Returns the arguments of make_optimizer from config.optimizer."""
-    return {name: value for name, value in knobs.items() if name not in ("ema_decay", "gradient_accumulation")}
 
 
 def make_workdir(workdir: str) -> None:
@@ -510,8 +425,9 @@ def check_same_everywhere(config) -> None:
             ) from error
 
 
-def plan(config, a, mesh, abstract, summaries, num_steps, attention, dtype, origin) -> list[str]:
+def plan(config, recipe: Recipe, mesh, summaries, origin) -> list[str]:
     """Returns the lines printed before the first step: the run in numbers, with their arithmetic."""
+    a, abstract, num_steps = recipe.architecture, recipe.abstract, recipe.num_steps
     B, T = config.data.batch_size, config.data.sequence_length
     num_matmul = num_matmul_parameters(a)
     d_attention = a.num_heads * a.head_dim
@@ -535,7 +451,7 @@ def plan(config, a, mesh, abstract, summaries, num_steps, attention, dtype, orig
         f"FLOPs       6 * {format_count(num_matmul)} + {attention_term} = {format_count(flops)} a token",
         f"mesh        {axes} ({mesh.size} x {device.device_kind}, {jax.process_count()} process)",
         f"memory      {format_bytes(state_bytes)} a device for parameters and optimizer state",
-        f"compute     {jnp.dtype(dtype).name}, attention {attention}, remat {config.model.remat}, "
+        f"compute     {jnp.dtype(recipe.dtype).name}, attention {recipe.attention}, remat {config.model.remat}, "
         + (
             f"peak {peak / 1e12:.0f} TFLOP/s a device"
             if peak
@@ -551,20 +467,6 @@ def plan(config, a, mesh, abstract, summaries, num_steps, attention, dtype, orig
     if replicated:
         lines.append(f"warning     whole on every device although the mesh shards: {', '.join(replicated)}")
     return lines
-
-
-def compile_step(train_step, abstract, batch_sharding, shape):
-    """Compiles (state, batch) -> (state, a small array that is ready when the step is)."""
-
-    def step(state, batch):
-        state = train_step(state, batch)
-        return state, state.step + 0
-
-    dtypes = {"tokens": jnp.int32, "segment_ids": jnp.int32, "positions": jnp.int32, "is_maskable": jnp.bool_}
-    batch = {name: jax.ShapeDtypeStruct(shape, dtype, sharding=batch_sharding) for name, dtype in dtypes.items()}
-    shardings = jax.tree.map(lambda leaf: leaf.sharding, abstract)
-    jitted = jax.jit(step, donate_argnums=0, out_shardings=(shardings, None))
-    return jitted.lower(abstract, batch).compile()
 
 
 def compilation_line(compiled, seconds: float) -> str:

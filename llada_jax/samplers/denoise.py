@@ -11,6 +11,7 @@ Three deliberate differences from the published code, none of which changes what
 - Confidences are float32 whatever the model computes in.
 """
 
+from collections import deque
 from collections.abc import Iterator, Sequence
 from contextlib import nullcontext
 from functools import partial
@@ -27,6 +28,10 @@ from llada_jax.samplers.remasking import REMASKING
 
 # Prompts are padded to a multiple of this many tokens, so that prompts of similar length share one compiled step.
 PROMPT_BUCKET = 32
+
+# Dispatched but not finished: enough to hide the host. Dozens of them stand still for ever where several processes share a
+# mesh of CPU devices: the programs that wait for their turn hold the threads on which the collectives would meet.
+MAX_STEPS_IN_FLIGHT = 2
 
 
 class Canvas(NamedTuple):
@@ -274,6 +279,7 @@ def denoise(
     sharding = _sharding_beside(logits_fn)
     canvas_BT, step, key, fixed = jax.device_put((np.asarray(canvas_BT, np.int32), np.int32(0), key, fixed), sharding)
     on_mesh = isinstance(sharding, NamedSharding)
+    in_flight = deque()
     for number in range(1, steps + 1):
         with jax.set_mesh(sharding.mesh) if on_mesh else nullcontext():
             canvas_BT, is_new_BT, step, is_complete = _denoise_step(
@@ -289,6 +295,9 @@ def denoise(
                 is_guided=cfg_scale > 0,
                 sharding=sharding if on_mesh else None,
             )
+        in_flight.append(is_complete)
+        if len(in_flight) > MAX_STEPS_IN_FLIGHT:
+            jax.block_until_ready(in_flight.popleft())
         block = -(-number * num_blocks // steps)
         yield DenoiseStep(canvas_BT, is_new_BT, number, steps, block, num_blocks)
         # Reading a value waits for the device, so it is done once a block, and only if it can end the loop.
