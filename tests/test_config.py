@@ -33,8 +33,8 @@ from llada_jax.models.attention import IMPLEMENTATIONS, choose
 from llada_jax.models.transformer import REMAT_POLICIES, Architecture
 from llada_jax.objectives.masked_diffusion import masked_diffusion
 from llada_jax.optim import OPTIMIZERS, make_optimizer, make_schedule
+from llada_jax.recipe import make_objective, optimizer_knobs
 from llada_jax.state import compute_dtype, make_model
-from llada_jax.train import make_objective, optimizer_knobs
 
 patient = settings(deadline=None, suppress_health_check=[HealthCheck.too_slow])  # the machine may be busy
 

@@ -240,14 +240,9 @@ def sampled_texts(workdir) -> list[str]:
 
 @pytest.mark.slow
 def test_several_processes_sample_while_they_train_what_one_samples(runs):
-    # 64 steps: dispatched all at once, they stood still for ever
-    knobs = (
-        "num_steps=6",
-        "samples.every_steps=3",
-        "samples.gen_length=64",
-        "samples.steps=64",
-        "samples.block_length=64",
-    )
+    # so many denoising steps stood still for ever when they were dispatched all at once
+    lengths = [f"samples.{name}=48" for name in ("gen_length", "steps", "block_length")]
+    knobs = ("num_steps=6", "samples.every_steps=6", *lengths)
     alone, together = runs.directory / "samples-of-one", runs.directory / "samples-of-two"
     runs.train(alone, *knobs)
     runs.train(together, *knobs, num_devices=4, num_processes=2)
