@@ -18,7 +18,9 @@ def main(argv: list[str]) -> None:
         "Prints the bound on the likelihood of a split: nats per token and bits per byte.",
         "llada-jax evaluate --checkpoint runs/tiny/run --data runs/tiny/data --mc-samples 4",
     )
-    parser.add_argument("--checkpoint", required=True, metavar="CKPT", help="WORKDIR or WORKDIR@STEP")
+    parser.add_argument(
+        "--checkpoint", required=True, metavar="CKPT", help="WORKDIR, WORKDIR@STEP or Hugging Face directory"
+    )
     parser.add_argument("--data", required=True, metavar="DIR", help="directory written by prepare")
     parser.add_argument("--split", default="heldout", help="train or heldout (default)")
     parser.add_argument("--mc-samples", type=int, default=1, metavar="N", help="corruptions drawn of each row (1)")

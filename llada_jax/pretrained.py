@@ -1,19 +1,127 @@
 """A trained model in memory: `llada_jax.load("runs/tiny")` gives logits, samples and the run's own record."""
 
 import dataclasses
+import json
+import platform
+from pathlib import Path
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
 
+from llada_jax import __version__, sharding
 from llada_jax import checkpoint as checkpoints
-from llada_jax import sharding
+from llada_jax.config import default_config
 from llada_jax.errors import UserError
+from llada_jax.hf import read
+from llada_jax.hf.convert import WRITTEN
 from llada_jax.models.transformer import Architecture
 from llada_jax.samplers.text import generate_text, generate_tokens
-from llada_jax.state import Model, compute_dtype, make_model, parameter_shardings
-from llada_jax.tokenizer import load_tokenizer
+from llada_jax.state import Model, abstract_parameters, compute_dtype, make_model
+from llada_jax.tokenizer import Tokenizer, load_tokenizer
+
+
+class HuggingFace:
+    """A Hugging Face directory, seen as a run that has not done a step: answers what llada_jax.checkpoint.Checkpoints does.
+
+    Args:
+        directory: with config.json, safetensors and a tokenizer.
+        causal: what Llama and Qwen weights are taken for. True: what they are, an autoregressive model. False: the start of
+            a masked diffusion model, with shifted output and a mask token whose row is new (DiffuLLaMA, arXiv 2410.17891).
+        mask_token: a token of the tokenizer that is to be the mask; "" takes what it has, or adds one to a causal model's.
+
+    Raises:
+        UserError: config.json or the tokenizer cannot be used.
+    """
+
+    steps = (0,)
+
+    def __init__(self, directory, *, causal: bool, mask_token: str = ""):
+        self.directory = Path(directory)
+        self.hf_config, self.layout, self._stored = read.read_config(directory)
+        self.is_causal = causal and self.layout not in WRITTEN
+        self.is_new_mask = not causal and self.layout not in WRITTEN
+        self.tokenizer = load_tokenizer(directory, add_mask_token=self.layout not in WRITTEN, mask_token=mask_token)
+        rows = self._stored.vocab_size
+        if self.tokenizer.vocab_size > rows:
+            if self.layout in WRITTEN:
+                raise UserError(
+                    f"{directory}: the tokenizer has {self.tokenizer.vocab_size} ids and the embedding {rows} rows; fetch "
+                    "both from the same revision."
+                )
+            rows = -(-self.tokenizer.vocab_size // 64) * 64  # so that the head splits evenly over devices
+        shift = self._stored.output_shift or self.is_new_mask
+        self.architecture = dataclasses.replace(self._stored, vocab_size=rows, output_shift=shift)
+
+    def run(self, step: int) -> dict:
+        """Returns what stands in run.json of a checkpoint, as plain JSON values."""
+        config = default_config()
+        for name, value in dataclasses.asdict(self.architecture).items():
+            config.model[name] = value
+        config.objective.name = "autoregressive" if self.is_causal else "masked_diffusion"
+        lengths = (self.hf_config.get(key) for key in ("max_sequence_length", "max_position_embeddings"))
+        config.data.sequence_length = next((n for n in lengths if n), config.data.sequence_length)
+        record = {
+            "config": config.to_dict(),
+            "architecture": dataclasses.asdict(self.architecture),
+            "tokenizer": {
+                "kind": self.tokenizer.kind,
+                "vocab_size": self.tokenizer.vocab_size,
+                "fingerprint": self.tokenizer.fingerprint,
+            },
+            "special_ids": special_ids(self.tokenizer),
+            "chat_template": chat_template(self.tokenizer),
+            "data": [],
+            "source": {"from": str(self.directory), "layout": self.layout, "config": self.hf_config},
+            "versions": {"llada_jax": __version__, "python": platform.python_version(), "jax": jax.__version__},
+            "step": 0,
+            "tokens": 0,
+        }
+        return json.loads(json.dumps(record))
+
+    def restore_params(self, step: int, abstract_params: dict, *, ema: bool = False) -> dict:
+        """Returns the parameters in the given shardings; UserError when they cannot be read. `ema` is for runs alone."""
+        params = read.read_params(self.directory, abstract_params)
+        row_V = np.arange(self.architecture.vocab_size)
+        is_new_V = row_V >= self._stored.vocab_size
+        is_new_V |= self.is_new_mask & (row_V == self.tokenizer.mask_id)
+        if not is_new_V.any():
+            return params
+        # Qwen has more rows than tokens: those beyond the tokens were never trained
+        return read.fill_rows(params, is_new_V=is_new_V, is_trained_V=row_V < self.tokenizer.vocab_size)
+
+
+# How published tokenizers call the token that ends a turn of a conversation.
+END_OF_TURN = ("<|eot_id|>", "<|im_end|>", "<|role_end|>")
+
+
+def special_ids(tokenizer: Tokenizer) -> dict[str, int]:
+    """Returns the ids of mask, eos, bos, pad and, where the tokenizer has one, eot (end of turn)."""
+    ids = {"mask": tokenizer.mask_id, "eos": tokenizer.eos_id, "bos": tokenizer.bos_id, "pad": tokenizer.pad_id}
+    turns = [i for i in map(tokenizer.id_of, END_OF_TURN) if i is not None]
+    return {**ids, "eot": turns[0]} if turns else ids
+
+
+def chat_template(tokenizer: Tokenizer) -> str | None:
+    """Returns the Jinja template of conversations that came with the tokenizer, if one did."""
+    if "chat_template.jinja" in tokenizer.files:
+        return tokenizer.files["chat_template.jinja"].decode()
+    return json.loads(tokenizer.files.get("tokenizer_config.json", b"{}")).get("chat_template")
+
+
+def find(checkpoint: str, *, causal: bool):
+    """Returns the checkpoints of "WORKDIR[@STEP]" or of a Hugging Face directory, and the step meant.
+
+    Args:
+        causal: see HuggingFace.
+
+    Raises:
+        UserError: there is none.
+    """
+    if read.is_huggingface(checkpoint):
+        return HuggingFace(checkpoint, causal=causal), 0
+    return checkpoints.find(checkpoint)
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -74,7 +182,7 @@ def load(checkpoint: str, *, dtype: str = "auto", mesh: Mesh | None = None) -> P
     """Loads a checkpoint for sampling and scoring.
 
     Args:
-        checkpoint: WORKDIR or WORKDIR@STEP.
+        checkpoint: WORKDIR, WORKDIR@STEP, or a Hugging Face directory; Llama and Qwen are loaded as what they are, causal.
         dtype: of the matrix products: "auto" (float32 on CPU, bfloat16 elsewhere), "float32" or "bfloat16".
         mesh: where to put the parameters (llada_jax.sharding.make_mesh); None: the first device.
 
@@ -83,7 +191,7 @@ def load(checkpoint: str, *, dtype: str = "auto", mesh: Mesh | None = None) -> P
     Raises:
         UserError: nothing is there, or it cannot be read.
     """
-    found, step = checkpoints.find(checkpoint)
+    found, step = find(checkpoint, causal=True)
     run = found.run(step)
     if mesh is None:
         mesh = sharding.make_mesh(dict.fromkeys(sharding.AXES, 1), devices=jax.local_devices()[:1])
@@ -95,13 +203,10 @@ def load(checkpoint: str, *, dtype: str = "auto", mesh: Mesh | None = None) -> P
         attention="xla",  # a canvas has any length, and the kernels want whole blocks
         causal=config["objective"]["name"] == "autoregressive",
     )
-    abstract = jax.tree.map(
-        lambda leaf, place: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=place),
-        model.abstract,
-        parameter_shardings(model, mesh),
+    params = found.restore_params(step, abstract_parameters(model, mesh), ema=config["optimizer"]["ema_decay"] > 0)
+    tokenizer = (
+        found.tokenizer if isinstance(found, HuggingFace) else load_tokenizer(found.directory.parent / "tokenizer")
     )
-    params = found.restore_params(step, abstract, ema=config["optimizer"]["ema_decay"] > 0)
-    tokenizer = load_tokenizer(found.directory.parent / "tokenizer")
     if tokenizer.fingerprint != run["tokenizer"]["fingerprint"]:
         raise UserError(
             f"{found.directory.parent / 'tokenizer'} ({tokenizer.fingerprint[:12]}) is not the tokenizer of the checkpoint "

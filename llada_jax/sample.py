@@ -23,7 +23,7 @@ def make_parser() -> Parser:
     )
     parser.usage = "llada-jax sample --checkpoint CKPT [flags]"
     add = parser.add_argument
-    add("--checkpoint", required=True, metavar="CKPT", help="WORKDIR or WORKDIR@STEP")
+    add("--checkpoint", required=True, metavar="CKPT", help="WORKDIR, WORKDIR@STEP or Hugging Face directory")
     add("--prompt", nargs="+", metavar="P", help="one or more prompts")
     add("--prompt-file", metavar="FILE", help="file with one prompt a line, empty lines skipped; - is stdin")
     add("--gen-length", type=int, default=64, metavar="N", help="tokens to generate after each prompt (default 64)")

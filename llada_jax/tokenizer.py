@@ -18,6 +18,12 @@ from llada_jax.errors import UserError, require
 
 SPECIAL_IDS = "special_ids.json"  # beside the model's own file in a saved directory
 
+# What may lie beside a tokenizer.json and tells transformers how to use it: kept with the tokenizer, never read for ids.
+COMPANIONS = (
+    "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json", "chat_template.jinja", "chat_template.json",
+    "tokenizer.model", "vocab.json", "merges.txt", "vocab.txt",
+)  # fmt: skip
+
 # How published tokenizers call their special tokens, the likeliest first. Consulted after what the tokenizer declares.
 SPECIAL_NAMES = {
     "mask": ("<mask>", "[MASK]", "<|mdm_mask|>", "<|mask|>", "<[MASK]>", "<|mask_token|>"),
@@ -79,11 +85,29 @@ class Tokenizer:
         ids = ids[(ids >= 0) & (ids < self._codec.num_ids)]
         return self._codec.decode(ids[~self._is_special_V[ids]].tolist())
 
+    def id_of(self, token: str) -> int | None:
+        """Returns the id of a token as the tokenizer writes it, such as "<|eot_id|>"; None when it has no such token."""
+        return self._codec.id_of(token)
+
+    @property
+    def files(self) -> dict[str, bytes]:
+        """The tokenizer's own files by name, as they were given: the SentencePiece model, or tokenizer.json with what lay
+        beside it; none for bytes.
+        """
+        return {**self._codec.files, **self._codec.beside}
+
+    @property
+    def special_tokens(self) -> dict[str, str]:
+        """How "mask", "eos", "bos" and "pad" are written; the usual name where the model itself has none."""
+        ids = {"mask": self.mask_id, "eos": self.eos_id, "bos": self.bos_id, "pad": self.pad_id}
+        ours = {i: SPECIAL_NAMES[what][0] for what, i in reversed(ids.items())}
+        return {what: self._codec.piece(i) if i < self._codec.num_ids else ours[i] for what, i in ids.items()}
+
     def save(self, directory) -> None:
         """Writes the directory that `load_tokenizer` reads."""
         directory = epath.Path(directory)
         directory.mkdir(parents=True, exist_ok=True)
-        for name, content in self._codec.files.items():
+        for name, content in self.files.items():
             (directory / name).write_bytes(content)
         (directory / SPECIAL_IDS).write_bytes(self._meta())
 
@@ -92,12 +116,15 @@ class Tokenizer:
         return (json.dumps({"kind": self.kind, "special_ids": ids}, indent=2) + "\n").encode()
 
 
-def load_tokenizer(path, *, add_mask_token: bool = False) -> Tokenizer:
+def load_tokenizer(path, *, add_mask_token: bool = False, mask_token: str = "") -> Tokenizer:
     """Loads "bytes", a directory written by `Tokenizer.save`, a SentencePiece .model or a folder with tokenizer.json.
+
+    In a folder with a checkpoint, the special ids of its config.json count: the model was trained with them.
 
     Args:
         path: what to load; local or any URL that epath reads.
         add_mask_token: gives a tokenizer that lacks them a mask id, and an end-of-text id, after its last id.
+        mask_token: a token of it that is to be the mask; "" leaves that to what it declares and to the usual names.
 
     Raises:
         UserError: nothing there, an unreadable model, or no mask token and add_mask_token is False.
@@ -109,16 +136,22 @@ def load_tokenizer(path, *, add_mask_token: bool = False) -> Tokenizer:
         return _load_saved(path)
     if path.name.endswith(".model") and path.is_file():
         codec = _SentencePiece(path.read_bytes(), name=str(path))
-        declared = codec.declared()
+        declared, stated = codec.declared(), {}
     elif (path / "tokenizer.json").exists():
-        codec = _HuggingFace((path / "tokenizer.json").read_bytes(), name=str(path))
-        declared = _declared_in_config(path)
+        codec = _HuggingFace((path / "tokenizer.json").read_bytes(), name=str(path), companions=_companions(path))
+        declared, stated = _declared_in_config(path), _stated_in_model_config(path, num_ids=codec.num_ids)
     else:
         raise UserError(
             f"There is no tokenizer at {str(path)!r}: give 'bytes', a SentencePiece .model file, a folder with a "
             "tokenizer.json, or the tokenizer folder of a prepared data set."
         )
-    return _with_special_ids(codec, declared, name=str(path), add_mask_token=add_mask_token)
+    if mask_token:
+        stated["mask"] = codec.id_of(mask_token)
+        if stated["mask"] is None:
+            raise UserError(
+                f"Tokenizer {str(path)!r} has no token {mask_token!r} that could be the mask; name another."
+            )
+    return _with_special_ids(codec, declared, stated, name=str(path), add_mask_token=add_mask_token)
 
 
 def _load_saved(path) -> Tokenizer:
@@ -127,7 +160,10 @@ def _load_saved(path) -> Tokenizer:
         kind, special_ids = meta["kind"], meta["special_ids"]
         if kind == "bytes":
             return Tokenizer(_Bytes(), special_ids)
-        codec = {"sentencepiece": _SentencePiece, "huggingface": _HuggingFace}[kind]
+        if kind == "huggingface":
+            content = (path / _HuggingFace.file).read_bytes()
+            return Tokenizer(_HuggingFace(content, name=str(path), companions=_companions(path)), special_ids)
+        codec = {"sentencepiece": _SentencePiece}[kind]
         return Tokenizer(codec((path / codec.file).read_bytes(), name=str(path)), special_ids)
     except (KeyError, TypeError, AttributeError, json.JSONDecodeError, OSError) as error:
         raise UserError(
@@ -136,10 +172,16 @@ def _load_saved(path) -> Tokenizer:
         ) from error
 
 
-def _with_special_ids(codec, declared: dict[str, str], *, name: str, add_mask_token: bool) -> Tokenizer:
-    """Finds the special tokens by the names the model declares, then by the usual ones, and appends what is missing."""
-    special_ids = {}
+def _with_special_ids(
+    codec, declared: dict[str, str], stated: dict[str, int], *, name: str, add_mask_token: bool
+) -> Tokenizer:
+    """Takes the ids that are stated, then finds special tokens by the names the model declares, then by the usual ones,
+    and appends what is missing.
+    """
+    special_ids = dict(stated)
     for what, usual in SPECIAL_NAMES.items():
+        if what in special_ids:
+            continue
         names = [declared[what], *usual] if what in declared else usual
         known = [i for i in map(codec.id_of, names) if i is not None]
         if known:
@@ -157,6 +199,11 @@ def _with_special_ids(codec, declared: dict[str, str], *, name: str, add_mask_to
     return Tokenizer(codec, special_ids)
 
 
+def _companions(folder) -> dict[str, bytes]:
+    """Returns the COMPANIONS that lie in a folder."""
+    return {name: (folder / name).read_bytes() for name in COMPANIONS if (folder / name).exists()}
+
+
 def _declared_in_config(folder) -> dict[str, str]:
     """Returns {"mask": "<mask>", ...} as far as tokenizer_config.json beside a tokenizer.json declares them."""
     file = folder / "tokenizer_config.json"
@@ -171,6 +218,22 @@ def _declared_in_config(folder) -> dict[str, str]:
     return {what: name for what, name in names.items() if name}
 
 
+def _stated_in_model_config(folder, *, num_ids: int) -> dict[str, int]:
+    """Returns {"mask": 126336, ...} as far as the config.json of a checkpoint beside a tokenizer.json states ids of it."""
+    file = folder / "config.json"
+    if not file.exists():
+        return {}
+    try:
+        config = json.loads(file.read_text())
+    except json.JSONDecodeError as error:
+        raise UserError(f"{file} is not valid JSON ({error}); mend it or remove it.") from error
+    ids = {what: config.get(f"{what}_token_id") for what in SPECIAL_NAMES}
+    ids = {
+        what: i[0] if isinstance(i, list) and i else i for what, i in ids.items()
+    }  # the first of several ends a text
+    return {what: i for what, i in ids.items() if type(i) is int and 0 <= i < num_ids}
+
+
 def _digest(files: dict[str, bytes]) -> str:
     digest = hashlib.sha256()
     for name in sorted(files):
@@ -179,14 +242,19 @@ def _digest(files: dict[str, bytes]) -> str:
 
 
 # A codec is what differs between the kinds: `kind`, `num_ids` (its own ids are 0..num_ids-1), `files` (name -> content
-# of what must be saved), encode(texts) -> int32 arrays, decode(ordinary ids) -> text, piece(id) -> how a token is
-# written, id_of(piece) -> its id or None, append(what, new_id) makes room for a special token after the last id.
+# of what decides text -> ids), `beside` (what else is saved, in their place or beside them), encode(texts) -> int32
+# arrays, decode(ordinary ids) -> text, piece(id) -> how a token is written, id_of(piece) -> its id or None,
+# append(what, new_id) makes room for a special token after the last id.
 
 
 class _Bytes:
     kind = "bytes"
     num_ids = 256
     files = {}
+    beside = {}
+
+    def id_of(self, piece):
+        return None
 
     def encode(self, texts):
         return [np.frombuffer(text.encode(), dtype=np.uint8).astype(np.int32) for text in texts]
@@ -209,6 +277,7 @@ SEGMENT_CHARS = 1000
 class _SentencePiece:
     kind = "sentencepiece"
     file = "sentencepiece.model"
+    beside = {}
 
     def __init__(self, model: bytes, *, name: str):
         sentencepiece = require("sentencepiece")
@@ -224,7 +293,8 @@ class _SentencePiece:
         self._segments = None
         self._starts_with_space = self.decode(self._plain(["a"])[0]) == " a"
         self._mark_ids = [self._processor.piece_to_id(f"<0x{byte:02X}>") for byte in SPACE_MARK.encode()]
-        if self._is_lossless() and not any("\n" in piece and piece != "\n" for piece in self._pieces):
+        is_cut_at_lines = not any("\n" in piece and piece != "\n" for piece in self._pieces)
+        if is_cut_at_lines and not self._starts_with_space and self._is_lossless():
             # No piece crosses a line feed, so encoding group by group gives the ids of the whole. A literal mark is a
             # segment of its own, spelled in bytes.
             self._segments = re.compile(
@@ -289,8 +359,9 @@ class _HuggingFace:
     kind = "huggingface"
     file = "tokenizer.json"
 
-    def __init__(self, content: bytes, *, name: str):
+    def __init__(self, content: bytes, *, name: str, companions: dict[str, bytes]):
         self._name = name
+        self.beside = {self.file: content, **companions}  # tokenizer.json is saved as it was given
         try:
             self._json = json.loads(content)
         except ValueError as error:
@@ -337,6 +408,10 @@ class _HuggingFace:
             }
         )
         self._build()
+        self.beside.pop(self.file, None)  # from here on tokenizer.json is the one that we wrote
+        if "tokenizer_config.json" in self.beside:
+            config = {**json.loads(self.beside["tokenizer_config.json"]), f"{what}_token": name}
+            self.beside["tokenizer_config.json"] = (json.dumps(config, indent=2, ensure_ascii=False) + "\n").encode()
         if self.id_of(name) != new_id:
             raise UserError(
                 f"{self._name}: a {what} token cannot be appended as id {new_id}, because the ids of tokenizer.json "
@@ -388,8 +463,29 @@ def train_sentencepiece(texts: Iterable[str], *, vocab_size: int, model_type: st
         )
     except RuntimeError as error:
         raise _training_error(str(error), vocab_size=vocab_size, model_type=model_type) from error
-    codec = _SentencePiece(model.getvalue(), name="trained model")
-    return _with_special_ids(codec, codec.declared(), name="trained model", add_mask_token=False)
+    codec = _SentencePiece(_on_grid(model.getvalue()), name="trained model")
+    return _with_special_ids(codec, codec.declared(), {}, name="trained model", add_mask_token=False)
+
+
+def _on_grid(model: bytes) -> bytes:
+    """Rounds the scores of a unigram model to multiples of 1/64, so that sums of them are exact in float32.
+
+    Otherwise "===" is "==" "=" in one place and "=" "==" in another, as the last bit of the sum falls, and no other
+    library, whose sums are float64, gives the same ids. The line feed becomes an ordinary piece, since SentencePiece
+    takes 0.1 from the score of a user-defined one; no other piece holds it, so it stays alone. BPE models stay as they are.
+    """
+    protobuf = require("sentencepiece.sentencepiece_model_pb2")
+    content = protobuf.ModelProto.FromString(model)
+    if content.trainer_spec.model_type != content.trainer_spec.UNIGRAM:
+        return model
+    kinds = protobuf.ModelProto.SentencePiece
+    normal = [piece for piece in content.pieces if piece.type == kinds.NORMAL]
+    for piece in normal:
+        piece.score = round(piece.score * 64) / 64
+    for piece in content.pieces:
+        if piece.type == kinds.USER_DEFINED:
+            piece.type, piece.score = kinds.NORMAL, max(p.score for p in normal)
+    return content.SerializeToString(deterministic=True)
 
 
 def _lines_for_training(texts: Iterable[str]) -> Iterable[str]:

@@ -9,7 +9,9 @@ import numpy as np
 import pytest
 from flax import nnx
 
+from llada_jax.config import default_config
 from llada_jax.models.transformer import Architecture, num_matmul_parameters, num_parameters
+from llada_jax.optim import by_path
 from llada_jax.state import make_model
 
 SMALL = Architecture(vocab_size=97, num_layers=3, d_model=32, num_heads=4, num_kv_heads=2, head_dim=8, d_ff=48)
@@ -53,7 +55,7 @@ def reference_logits(a: Architecture, params, tokens_BT, segment_ids_BT, positio
         for layer in range(a.num_layers):
             w = {name: stacked[layer] for name, stacked in p["blocks"].items()}
             y = norm(x, w["attn_norm"])
-            q, k, v = (np.einsum("td,dnh->tnh", y, w[name]) for name in "qkv")
+            q, k, v = (np.einsum("td,dnh->tnh", y, w[name]) + w.get(f"{name}_bias", 0) for name in "qkv")
             if a.qk_norm != "none":
                 axes = (-2, -1) if a.qk_norm == "full" else (-1,)
                 q, k = norm(q, w["q_norm"], axes), norm(k, w["k_norm"], axes)
@@ -70,12 +72,15 @@ def reference_logits(a: Architecture, params, tokens_BT, segment_ids_BT, positio
                     ) / math.sqrt(a.head_dim)
                     weights = np.exp(scores - scores.max())
                     out[t, head] = (weights / weights.sum()) @ v[visible, shared]
-            x = x + np.einsum("tnh,nhd->td", out, w["attn_out"])
+            x = x + np.einsum("tnh,nhd->td", out, w["attn_out"]) + w.get("attn_out_bias", 0)
             y = norm(x, w["ff_norm"])
             gate, up = y @ w["ff_gate"], y @ w["ff_up"]
             x = x + (gate / (1 + np.exp(-gate)) * up) @ w["ff_out"]
         head = p["embed"].T if a.tie_embeddings else p["lm_head"]
-        logits.append(norm(x, p["final_norm"]) @ head)
+        row = norm(x, p["final_norm"]) @ head
+        if a.output_shift:
+            row = np.stack([row[t - 1 if t and segments[t - 1] == segments[t] else t] for t in range(T)])
+        logits.append(row)
     return np.array(logits)
 
 
@@ -88,7 +93,8 @@ def reference_logits(a: Architecture, params, tokens_BT, segment_ids_BT, positio
         {"num_kv_heads": 1},
         {"tie_embeddings": True},
         {"qk_norm": "full"},
-        {"qk_norm": "per_head"},
+        {"qk_norm": "per_head", "attention_bias": "qkvo"},
+        {"attention_bias": "qkv", "output_shift": True},
     ],
     ids=str,
 )
@@ -103,6 +109,30 @@ def test_logits_equal_a_float64_reference(changes, causal):
     expected = reference_logits(a, params, tokens, segments, positions, causal=causal)
     assert logits.dtype == jnp.float32
     np.testing.assert_allclose(logits, expected, atol=2e-5)
+
+
+def test_a_shifted_output_shifts_the_loss_like_the_logits():
+    model = make_model(variant(output_shift=True), nll_chunk=4)
+    params = perturbed(model)
+    tokens, segments, positions = random_inputs(SMALL)
+    segments = segments.at[:, 7:].set(2)
+    scores = jax.jit(model.nll_fn)(params, tokens, tokens, tokens >= 0, segments, positions)
+    log_p = jax.nn.log_softmax(jax.jit(model.logits_fn)(params, tokens, segments, positions))
+    expected = -np.take_along_axis(np.asarray(log_p), np.asarray(tokens)[..., None], -1)[..., 0]
+    np.testing.assert_allclose(scores.nll_BT, expected, atol=1e-5)
+
+
+def test_biases_start_at_zero_and_are_not_decayed():
+    model = make_model(variant(attention_bias="qkvo", qk_norm="per_head"))
+    params = jax.jit(model.init)(jax.random.key(0))
+    rules = default_config().optimizer.weight_decay_multipliers
+    factors = by_path(model.abstract, rules, what="weight_decay_multipliers")["blocks"]
+    names = [name for name in params["blocks"] if name.endswith("bias")]
+    assert sorted(names) == ["attn_out_bias", "k_bias", "q_bias", "v_bias"]
+    assert all((params["blocks"][name] == 0).all() for name in names)
+    assert {name for name, factor in factors.items() if not factor} == {
+        *names, "attn_norm", "ff_norm", "q_norm", "k_norm",
+    }  # fmt: skip
 
 
 def test_padding_and_other_documents_do_not_change_a_token():
@@ -237,7 +267,14 @@ def test_the_published_sizes_have_the_published_number_of_parameters(sizes, tota
 
 
 @pytest.mark.parametrize(
-    "changes", [{}, {"tie_embeddings": True}, {"qk_norm": "full"}, {"qk_norm": "per_head"}], ids=str
+    "changes",
+    [
+        {},
+        {"tie_embeddings": True, "output_shift": True},
+        {"qk_norm": "full", "attention_bias": "qkv"},
+        {"qk_norm": "per_head", "attention_bias": "qkvo"},
+    ],
+    ids=str,
 )
 def test_parameter_counts_equal_those_of_the_tree(changes):
     a = variant(**changes)

@@ -1,80 +1,362 @@
-"""ONE table between our parameter paths and the tensor names of the published LLaDA-8B layout (`LLaDAModelLM`).
+"""ONE table between our parameter paths and the tensor names of Hugging Face checkpoints, walked in both directions.
 
-A published linear weight is [out, in]; ours is [in, out] with the heads as dims of their own.
+Two ways of naming the same network exist: that of the published LLaDA-8B (layout "llada"), and that of Llama, which iLLaDA
+("illada"), Llama, Qwen2 and Qwen3 share. A layout is chosen, written and read by the keys of config.json.
 """
 
-import json
-from pathlib import Path
+import dataclasses
+import math
 
-import numpy as np
-
-from llada_jax.errors import UserError, require
+from llada_jax.errors import UserError, did_you_mean
 from llada_jax.models.transformer import Architecture
 
-# our name -> (published name inside a block, how the published tensor becomes ours)
-BLOCK = {
-    "attn_norm": ("attn_norm", lambda w, a: w),
-    "q": ("q_proj", lambda w, a: w.T.reshape(a.d_model, a.num_heads, a.head_dim)),
-    "k": ("k_proj", lambda w, a: w.T.reshape(a.d_model, a.num_kv_heads, a.head_dim)),
-    "v": ("v_proj", lambda w, a: w.T.reshape(a.d_model, a.num_kv_heads, a.head_dim)),
-    "attn_out": ("attn_out", lambda w, a: w.T.reshape(a.num_heads, a.head_dim, a.d_model)),
-    "ff_norm": ("ff_norm", lambda w, a: w),
-    "ff_gate": ("ff_proj", lambda w, a: w.T),
-    "ff_up": ("up_proj", lambda w, a: w.T),
-    "ff_out": ("ff_out", lambda w, a: w.T),
-}
-TOP = {
-    "embed": ("wte", lambda w: w),
-    "final_norm": ("ln_f", lambda w: w),
-    "lm_head": ("ff_out", lambda w: w.T),
-}
-PREFIX = "model.transformer"
+# Our path, its dims, the dims of the published tensor (those that stand together are one dim of it), and its two names.
+# V vocabulary, D width, N query heads, K key/value heads, H head width, F feed-forward width; the layer is left out.
+TABLE = (
+    ("embed", "VD", "V D", "wte.weight", "embed_tokens.weight"),
+    ("blocks/attn_norm", "D", "D", "attn_norm.weight", "input_layernorm.weight"),
+    ("blocks/q", "DNH", "NH D", "q_proj.weight", "self_attn.q_proj.weight"),
+    ("blocks/q_bias", "NH", "NH", None, "self_attn.q_proj.bias"),
+    ("blocks/k", "DKH", "KH D", "k_proj.weight", "self_attn.k_proj.weight"),
+    ("blocks/k_bias", "KH", "KH", None, "self_attn.k_proj.bias"),
+    ("blocks/v", "DKH", "KH D", "v_proj.weight", "self_attn.v_proj.weight"),
+    ("blocks/v_bias", "KH", "KH", None, "self_attn.v_proj.bias"),
+    ("blocks/q_norm", "NH", "NH", "q_norm.weight", "self_attn.q_norm.weight"),
+    ("blocks/k_norm", "KH", "KH", "k_norm.weight", "self_attn.k_norm.weight"),
+    ("blocks/attn_out", "NHD", "D NH", "attn_out.weight", "self_attn.o_proj.weight"),
+    ("blocks/attn_out_bias", "D", "D", None, "self_attn.o_proj.bias"),
+    ("blocks/ff_norm", "D", "D", "ff_norm.weight", "post_attention_layernorm.weight"),
+    ("blocks/ff_gate", "DF", "F D", "ff_proj.weight", "mlp.gate_proj.weight"),
+    ("blocks/ff_up", "DF", "F D", "up_proj.weight", "mlp.up_proj.weight"),
+    ("blocks/ff_out", "FD", "D F", "ff_out.weight", "mlp.down_proj.weight"),
+    ("final_norm", "D", "D", "ln_f.weight", "norm.weight"),
+    ("lm_head", "DV", "V D", "ff_out.weight", "lm_head.weight"),
+)
+
+WRITTEN = ("llada", "illada")
+READ = (*WRITTEN, "llama", "qwen2", "qwen3")
 
 
-def published_name(path: str, layer: int | None = None) -> str:
-    """Returns the published tensor name of one of our paths, such as ("blocks/q", 3) or ("embed",)."""
-    if path.startswith("blocks/"):
-        return f"{PREFIX}.blocks.{layer}.{BLOCK[path.removeprefix('blocks/')][0]}.weight"
-    return f"{PREFIX}.{TOP[path][0]}.weight"
+@dataclasses.dataclass(frozen=True)
+class Tensor:
+    """One tensor of a checkpoint.
+
+    path: ours, such as "blocks/q". layer: its row of our stacked array, None outside of the blocks. name: in the file.
+    dims: ours, one letter each. hf_dims: those of the file, such as "NH D". sizes: {letter: size}.
+    """
+
+    path: str
+    layer: int | None
+    name: str
+    dims: str
+    hf_dims: str
+    sizes: dict[str, int] = dataclasses.field(repr=False, compare=False)
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """Of our array, without the dim of the layers."""
+        return tuple(self.sizes[letter] for letter in self.dims)
+
+    @property
+    def hf_shape(self) -> tuple[int, ...]:
+        """Of the tensor in the file."""
+        return tuple(math.prod(self.sizes[letter] for letter in group) for group in self.hf_dims.split())
+
+    def of(self, params: dict):
+        """Returns our array (one layer of it) in a nested dict of parameters."""
+        if self.layer is None:
+            return params[self.path]
+        return params["blocks"][self.path.removeprefix("blocks/")][self.layer]
+
+    def to_hf(self, array):
+        """Returns the file's tensor of our array (one layer of it), of any dtype."""
+        return array.transpose([self.dims.index(letter) for letter in self._hf_letters]).reshape(self.hf_shape)
+
+    def from_hf(self, array):
+        """Returns our array (one layer of it) of the file's tensor, of any dtype."""
+        letters = self._hf_letters
+        split = array.reshape([self.sizes[letter] for letter in letters])
+        return split.transpose([letters.index(letter) for letter in self.dims])
+
+    @property
+    def _hf_letters(self) -> str:
+        return self.hf_dims.replace(" ", "")
 
 
-def read_published(directory) -> tuple[Architecture, dict]:
-    """Reads a dense checkpoint of the published layout into memory.
+def tensors(layout: str, a: Architecture) -> list[Tensor]:
+    """Returns every tensor of a checkpoint in the order of the network: embedding, layer by layer, head."""
+    sizes = {
+        "V": a.vocab_size, "D": a.d_model, "N": a.num_heads, "K": a.num_kv_heads, "H": a.head_dim, "F": a.d_ff,
+    }  # fmt: skip
+    absent = {
+        "lm_head": a.tie_embeddings,
+        "blocks/q_norm": a.qk_norm == "none",
+        "blocks/k_norm": a.qk_norm == "none",
+        "blocks/q_bias": a.attention_bias == "none",
+        "blocks/k_bias": a.attention_bias == "none",
+        "blocks/v_bias": a.attention_bias == "none",
+        "blocks/attn_out_bias": a.attention_bias != "qkvo",
+    }
+    found = {None: [], **{layer: [] for layer in range(a.num_layers)}}
+    for path, dims, hf_dims, llada_name, llama_name in TABLE:
+        if absent.get(path):
+            continue
+        if a.qk_norm == "per_head" and path in ("blocks/q_norm", "blocks/k_norm"):
+            dims = hf_dims = "H"
+        for layer in range(a.num_layers) if path.startswith("blocks/") else (None,):
+            name = _full_name(layout, path, layer, llada_name if layout == "llada" else llama_name)
+            found[layer].append(Tensor(path, layer, name, dims, hf_dims, sizes))
+    embed, *rest = found.pop(None)
+    return [embed, *(tensor for layer in found.values() for tensor in layer), *rest]
 
-    Returns:
-        its Architecture and its parameters as a nested dict of float32 arrays, the layers stacked.
+
+def _full_name(layout: str, path: str, layer: int | None, name: str) -> str:
+    if layout == "llada":
+        return f"model.transformer.blocks.{layer}.{name}" if layer is not None else f"model.transformer.{name}"
+    if path == "lm_head":
+        return name
+    return f"model.layers.{layer}.{name}" if layer is not None else f"model.{name}"
+
+
+# ------------------------------------------------------------------------------------------------ config.json -> ours
+
+
+def layout_of(hf_config: dict) -> str:
+    """Returns the layout of a config.json, one of READ.
 
     Raises:
-        UserError: a tensor is missing or a key of config.json asks for what the network does not have.
+        UserError: a mixture of experts, or another network.
     """
-    directory = Path(directory)
-    config = json.loads((directory / "config.json").read_text())
-    wanted = {"block_type": "llama", "activation_type": "silu", "layer_norm_type": "rms", "rope": True, "alibi": False}
-    for key, value in wanted.items():
-        if config.get(key) != value:
-            raise UserError(f"{directory}/config.json: {key}={config.get(key)!r}; only {value!r} is LLaDA's network.")
-    a = Architecture(
-        vocab_size=config["embedding_size"], num_layers=config["n_layers"], d_model=config["d_model"],
-        num_heads=config["n_heads"], num_kv_heads=config["n_kv_heads"], head_dim=config["d_model"] // config["n_heads"],
-        d_ff=config["mlp_hidden_size"], rope_theta=config["rope_theta"], norm_eps=config["rms_norm_eps"],
-        tie_embeddings=config["weight_tying"], qk_norm="full" if config["attention_layer_norm"] else "none",
+    kind = hf_config.get("model_type")
+    experts = [key for key in ("num_experts", "num_local_experts", "n_routed_experts") if hf_config.get(key)]
+    if experts or "moe" in str(kind).lower():  # LLaDA-MoE calls itself "llada" too; only its keys tell
+        raise UserError(
+            f"config.json: model_type={kind!r}"
+            + "".join(f" with {key}={hf_config[key]}" for key in experts[:1])
+            + " is a "
+            "mixture of experts, which this network is not; give a dense checkpoint."
+        )
+    if kind not in READ:
+        raise UserError(f"config.json: model_type={kind!r} is another network; give one of {', '.join(READ)}.")
+    return kind
+
+
+def architecture_from(hf_config: dict) -> Architecture:
+    """Returns the Architecture that a config.json describes.
+
+    Raises:
+        UserError: a key is missing, or asks for what the network does not have.
+    """
+    return _from_llada(hf_config) if layout_of(hf_config) == "llada" else _from_llama(hf_config)
+
+
+def _need(hf_config: dict, *keys: str, kind: type | tuple = object) -> None:
+    """Raises UserError where a key is absent or of another kind."""
+    missing = [key for key in keys if hf_config.get(key) is None]
+    if missing:
+        raise UserError(
+            f"config.json has no {', '.join(missing)}; fetch the whole file: what is not written cannot be guessed."
+        )
+    for key in keys:
+        value = hf_config[key]
+        if not isinstance(value, kind) or (kind is not object and not value > 0):
+            raise UserError(f"config.json: {key}={value!r} must be a positive number; fetch the file again.")
+
+
+def _refuse(hf_config: dict, possible: dict[str, tuple]) -> None:
+    """Raises UserError for a key whose value the network cannot express; the first value is that of an absent key."""
+    for key, values in possible.items():
+        value = hf_config.get(key, values[0])
+        if value not in values:
+            raise UserError(
+                f"config.json: {key}={value!r} is not possible here, only {values[0]!r}; this checkpoint cannot be used."
+            )
+
+
+def _from_llada(hf_config: dict) -> Architecture:
+    vocab_key = "vocab_size" if hf_config.get("embedding_size") is None else "embedding_size"
+    _need(hf_config, vocab_key, "d_model", "n_heads", "n_layers", "mlp_hidden_size", kind=int)
+    _need(hf_config, "rope_theta", "rms_norm_eps", kind=(int, float))
+    _need(hf_config, "weight_tying", "block_type", "activation_type", "layer_norm_type", "rope")
+    _refuse(hf_config, {
+        "block_type": ("llama",), "activation_type": ("silu",), "layer_norm_type": ("rms",), "rope": (True,),
+        "alibi": (False,), "block_group_size": (1,), "include_bias": (False,), "include_qkv_bias": (False, None),
+        "bias_for_layer_norm": (False, None), "layer_norm_with_affine": (True,), "input_emb_norm": (False,),
+        "attention_layer_norm_with_affine": (True,), "scale_logits": (False,), "rope_scaling": (None,),
+    })  # fmt: skip
+    heads = hf_config["n_heads"]
+    # multi_query_attention is the older way to say it, with null for "see n_kv_heads"
+    kv_heads = 1 if hf_config.get("multi_query_attention") else hf_config.get("n_kv_heads") or heads
+    return Architecture(
+        vocab_size=hf_config[vocab_key], num_layers=hf_config["n_layers"],
+        d_model=hf_config["d_model"], num_heads=heads, num_kv_heads=kv_heads,
+        head_dim=_head_dim(hf_config["d_model"], heads), d_ff=hf_config["mlp_hidden_size"],
+        rope_theta=float(hf_config["rope_theta"]), norm_eps=hf_config["rms_norm_eps"],
+        tie_embeddings=hf_config["weight_tying"], qk_norm="full" if hf_config.get("attention_layer_norm") else "none",
     )  # fmt: skip
-    safetensors = require("safetensors.numpy", extra="hf")
-    tensors = {}
-    for file in sorted(directory.glob("*.safetensors")):
-        tensors |= safetensors.load_file(file)
 
-    def take(path, layer=None):
-        name = published_name(path, layer)
-        if name not in tensors:
-            raise UserError(f"{directory} lacks the tensor {name}; copy all of its *.safetensors files.")
-        return np.asarray(tensors[name], np.float32)
 
-    blocks = {
-        ours: np.stack([transform(take(f"blocks/{ours}", layer), a) for layer in range(a.num_layers)])
-        for ours, (_, transform) in BLOCK.items()
+# What transformers takes where a Llama-style config.json is silent, where it differs from "no such thing".
+SILENT_HEAD_DIM = {"qwen3": 128}
+BIAS = {"none": "none", "qkv": "qkv", "qkvo": "qkvo", True: "qkvo", False: "none", None: "none"}
+
+
+def _from_llama(hf_config: dict) -> Architecture:
+    layout = layout_of(hf_config)
+    _need(
+        hf_config,
+        "vocab_size",
+        "hidden_size",
+        "intermediate_size",
+        "num_hidden_layers",
+        "num_attention_heads",
+        kind=int,
+    )
+    _need(hf_config, "rms_norm_eps", kind=float)
+    if layout == "illada":
+        _need(hf_config, "rope_theta", "tie_word_embeddings")
+    _refuse(hf_config, {
+        "hidden_act": ("silu",), "mlp_bias": (False,), "use_sliding_window": (False, None),
+        "partial_rotary_factor": (1.0, None), "attention_bias": tuple(BIAS)[::-1],
+        "qk_norm": ("none", "per_head", "full"), "output_shift": (False, True),
+    })  # fmt: skip
+    if odd := sorted(set(hf_config.get("layer_types") or ()) - {"full_attention"}):
+        raise UserError(f"config.json: layer_types holds {odd[0]!r}; only full_attention is possible here.")
+    width, heads = hf_config["hidden_size"], hf_config["num_attention_heads"]
+    return Architecture(
+        vocab_size=hf_config["vocab_size"], num_layers=hf_config["num_hidden_layers"], d_model=width, num_heads=heads,
+        num_kv_heads=hf_config.get("num_key_value_heads") or heads,
+        head_dim=hf_config.get("head_dim") or SILENT_HEAD_DIM.get(layout) or _head_dim(width, heads),
+        d_ff=hf_config["intermediate_size"], rope_theta=_rope_theta(hf_config), norm_eps=hf_config["rms_norm_eps"],
+        tie_embeddings=bool(hf_config.get("tie_word_embeddings", False)),
+        qk_norm="per_head" if layout == "qwen3" else hf_config.get("qk_norm", "none"),
+        attention_bias="qkv" if layout == "qwen2" else BIAS[hf_config.get("attention_bias", False)],
+        output_shift=hf_config.get("output_shift", False),
+    )  # fmt: skip
+
+
+def _head_dim(width: int, heads: int) -> int:
+    if width % heads:
+        raise UserError(f"config.json: a width of {width} is no multiple of {heads} heads; the file is damaged.")
+    return width // heads
+
+
+def _rope_theta(hf_config: dict) -> float:
+    """Returns the base of the rotary frequencies; transformers 5 writes it into `rope_parameters`, 4 beside `rope_scaling`.
+
+    Frequencies that are rescaled (llama3, yarn, linear, dynamic, longrope) are refused.
+    """
+    described = {**(hf_config.get("rope_scaling") or {}), **(hf_config.get("rope_parameters") or {})}
+    kind = described.get("rope_type", described.get("type", "default"))
+    if kind != "default" or any(isinstance(value, dict) for value in described.values()):
+        key = "rope_parameters" if hf_config.get("rope_parameters") else "rope_scaling"
+        raise UserError(
+            f"config.json: {key}={hf_config[key]!r} is not possible here, only unscaled rotary frequencies; this checkpoint "
+            "cannot be used."
+        )
+    if described.get("partial_rotary_factor", 1.0) != 1.0:
+        factor = described["partial_rotary_factor"]
+        raise UserError(f"config.json: partial_rotary_factor={factor} is not possible here, only 1.0.")
+    return float(described.get("rope_theta", hf_config.get("rope_theta", 10_000.0)))
+
+
+# ------------------------------------------------------------------------------------------------ ours -> config.json
+
+
+def cannot_hold(layout: str, a: Architecture) -> str:
+    """Returns why a written layout cannot hold an Architecture; "" when it can."""
+    if layout == "illada":
+        return ""
+    reasons = {
+        f"head_dim={a.head_dim} is not d_model / num_heads = {a.d_model} / {a.num_heads}": (
+            a.head_dim * a.num_heads != a.d_model
+        ),
+        "qk_norm='per_head' has no place in it": a.qk_norm == "per_head",
+        f"attention_bias={a.attention_bias!r} has no place in it": a.attention_bias != "none",
+        "output_shift=True has no place in it": a.output_shift,
     }
-    top = {
-        ours: transform(take(ours)) for ours, (_, transform) in TOP.items() if ours != "lm_head" or not a.tie_embeddings
-    }
-    return a, {"blocks": blocks, **top}
+    return next((reason for reason, holds in reasons.items() if holds), "")
+
+
+def choose_layout(a: Architecture, wanted: str = "auto") -> str:
+    """Returns the layout in which an Architecture is written: "llada" where that can hold it, otherwise "illada".
+
+    Raises:
+        UserError: the wanted layout is unknown, or cannot hold it.
+    """
+    if wanted == "auto":
+        return "illada" if cannot_hold("llada", a) else "llada"
+    if wanted not in WRITTEN:
+        raise UserError(f"Layout {wanted!r} cannot be written.{did_you_mean(wanted, ('auto', *WRITTEN))}")
+    if reason := cannot_hold(wanted, a):
+        raise UserError(f"Layout {wanted!r} cannot hold this model: {reason}; leave it at auto.")
+    return wanted
+
+
+def hf_config(
+    a: Architecture, layout: str, *, mask_id: int, eos_id: int, bos_id: int, pad_id: int, max_sequence_length: int,
+    dtype: str, source: dict | None = None,
+) -> dict:  # fmt: skip
+    """Returns config.json, every key written: the published classes have the defaults of another network.
+
+    Args:
+        layout: "llada" or "illada".
+        max_sequence_length: in tokens.
+        dtype: of the tensors in the file, "float32" or "bfloat16".
+        source: the config.json of the same layout that the model was imported from; keys of it that say nothing about
+            the network (who wrote it, dropouts, initialisation) are carried through.
+    """
+    ids = {"bos_token_id": bos_id, "eos_token_id": eos_id, "pad_token_id": pad_id, "mask_token_id": mask_id}
+    write = {"llada": _to_llada, "illada": _to_illada}[layout]
+    silent, stated = write(a, max_sequence_length)
+    carried = source if source and source.get("model_type") == layout else {}
+    return dict(sorted({**silent, **carried, **stated, **ids, "torch_dtype": dtype}.items()))
+
+
+def _auto_map(stem: str, config: str, model: str) -> dict:
+    both = f"modeling_{stem}.{model}"
+    return {"AutoConfig": f"configuration_{stem}.{config}", "AutoModel": both, "AutoModelForCausalLM": both}
+
+
+def _to_llada(a: Architecture, max_sequence_length: int) -> tuple[dict, dict]:
+    """Returns the keys that say nothing about the network, at their published values, and those that do."""
+    silent = {
+        "attention_dropout": 0.0, "embedding_dropout": 0.0, "residual_dropout": 0.0, "flash_attention": False,
+        "alibi_bias_max": 8.0, "init_cutoff_factor": None, "init_device": "meta", "init_fn": "mitchell",
+        "init_std": 0.02, "mlp_ratio": 4, "multi_query_attention": None, "precision": "amp_bf16",
+        "transformers_version": "4.49.0", "use_cache": False,
+    }  # fmt: skip
+    stated = {
+        "activation_type": "silu", "alibi": False, "architectures": ["LLaDAModelLM"],
+        "attention_layer_norm": a.qk_norm == "full", "attention_layer_norm_with_affine": True,
+        "auto_map": _auto_map("llada", "LLaDAConfig", "LLaDAModelLM"), "bias_for_layer_norm": False,
+        "block_group_size": 1, "block_type": "llama", "d_model": a.d_model, "embedding_size": a.vocab_size,
+        "include_bias": False, "include_qkv_bias": False, "input_emb_norm": False, "layer_norm_type": "rms",
+        "layer_norm_with_affine": True, "max_sequence_length": max_sequence_length, "mlp_hidden_size": a.d_ff,
+        "model_type": "llada", "n_heads": a.num_heads, "n_kv_heads": a.num_kv_heads, "n_layers": a.num_layers,
+        "rms_norm_eps": a.norm_eps, "rope": True, "rope_full_precision": True, "rope_theta": a.rope_theta,
+        "scale_logits": False, "vocab_size": a.vocab_size, "weight_tying": a.tie_embeddings,
+    }  # fmt: skip
+    return silent, stated
+
+
+def _to_illada(a: Architecture, max_sequence_length: int) -> tuple[dict, dict]:
+    """The same for the Llama-style names; keys that the published iLLaDA lacks are written only where they say something."""
+    silent = {"attention_dropout": 0.0, "initializer_range": 0.02, "transformers_version": "4.49.0", "use_cache": False}
+    stated = {
+        "architectures": ["ILLaDAModelLM"], "auto_map": _auto_map("illada", "ILLaDAConfig", "ILLaDAModelLM"),
+        "hidden_act": "silu", "hidden_size": a.d_model, "intermediate_size": a.d_ff,
+        "max_position_embeddings": max_sequence_length, "model_type": "illada", "num_attention_heads": a.num_heads,
+        "num_hidden_layers": a.num_layers, "num_key_value_heads": a.num_kv_heads, "rms_norm_eps": a.norm_eps,
+        "rope_scaling": None, "rope_theta": a.rope_theta, "tie_word_embeddings": a.tie_embeddings,
+        "vocab_size": a.vocab_size,
+    }  # fmt: skip
+    if a.head_dim * a.num_heads != a.d_model:
+        stated["head_dim"] = a.head_dim
+    if a.attention_bias != "none":
+        stated["attention_bias"] = a.attention_bias
+    if a.qk_norm != "none":
+        stated["qk_norm"] = a.qk_norm
+    if a.output_shift:
+        stated["output_shift"] = True
+    return silent, stated

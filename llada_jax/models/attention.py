@@ -55,7 +55,7 @@ def splash_attention(q_BTNH, k_BSKH, v_BSKH, segment_ids_BT, *, causal: bool, in
     num_masks = N if k_BSKH.shape[2] == N else N // k_BSKH.shape[2]
     kernel = make(
         mask=masks.MultiHeadMask([head_mask] * num_masks), block_sizes=blocks, head_shards=1, q_seq_shards=1,
-        interpret=interpret,
+        interpret=interpret, residual_checkpoint_name="attention",  # output and normaliser: what its backward pass reads
     )  # fmt: skip
 
     def one_row(q_NTH, k_KSH, v_KSH, segments):

@@ -1,7 +1,8 @@
-"""The LLaDA Transformer in Flax NNX: pre-norm RMSNorm, rotary positions, bidirectional attention, SwiGLU, no biases.
+"""The LLaDA Transformer in Flax NNX: pre-norm RMSNorm, rotary positions, bidirectional attention, SwiGLU.
 
-The block is that of the published LLaDA-8B (arXiv 2502.09992, section 2.2 and appendix B.2). The network receives tokens
-and returns scores of tokens: what a mask is, and how much of the row is masked, it is never told.
+The block is that of the published LLaDA-8B (arXiv 2502.09992, section 2.2 and appendix B.2), which has no biases; biases,
+norms of queries and keys, and the shifted output are there for weights that come from Llama, Qwen2 and Qwen3. The network
+receives tokens and returns scores of tokens: what a mask is, and how much of the row is masked, it is never told.
 
 Parameters are float32 and carry logical axis names (llada_jax.sharding.RULES); the L blocks are stacked on one leading
 dim and run by one scan. Norms, rotary embedding, softmax and the loss are float32, matrix products in `dtype`.
@@ -18,7 +19,7 @@ from jax import Array
 from jax.ad_checkpoint import checkpoint_name
 
 from llada_jax.models.attention import attend
-from llada_jax.sharding import constrain
+from llada_jax.sharding import RULES, constrain
 
 # what the backward pass keeps; everything else of a block is computed again
 REMAT_POLICIES = {
@@ -30,7 +31,12 @@ REMAT_POLICIES = {
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Architecture:
-    """What a checkpoint must agree on; two models of the same Architecture have the same parameters."""
+    """What a checkpoint must agree on; two models of the same Architecture have the same parameters.
+
+    attention_bias: "none", "qkv" (as Qwen2), or "qkvo" (as Llama with attention_bias: true).
+    output_shift: the scores at position i come from position i - 1, as autoregressive weights predict (Dream, arXiv
+        2508.15487); the first position of a segment keeps its own.
+    """
 
     vocab_size: int
     num_layers: int
@@ -43,6 +49,8 @@ class Architecture:
     norm_eps: float = 1e-5
     tie_embeddings: bool = False
     qk_norm: str = "none"
+    attention_bias: str = "none"
+    output_shift: bool = False
 
 
 class TokenScores(NamedTuple):
@@ -52,10 +60,10 @@ class TokenScores(NamedTuple):
     is_correct_BT: Array
 
 
-def parameter(key: Array | None, shape: tuple[int, ...], names: tuple[str, ...], std=0.0) -> nnx.Param:
-    """Returns a float32 parameter: ones where `key` is None, otherwise a normal truncated at 3 standard deviations."""
+def parameter(key: Array | None, shape: tuple[int, ...], names: tuple[str, ...], std=0.0, *, fill=1.0) -> nnx.Param:
+    """Returns a float32 parameter: `fill` where `key` is None, otherwise a normal truncated at 3 standard deviations."""
     if key is None:
-        return nnx.Param(jnp.ones(shape, jnp.float32), logical=names)
+        return nnx.Param(jnp.full(shape, fill, jnp.float32), logical=names)
     return nnx.Param(std * jax.random.truncated_normal(key, -3.0, 3.0, shape, jnp.float32), logical=names)
 
 
@@ -97,11 +105,21 @@ def rotate(x_BTNH: Array, cos: Array, sin: Array) -> Array:
     return rotated.astype(x_BTNH.dtype)
 
 
+def shift(x_BTD: Array, segment_ids_BT: Array | None) -> Array:
+    """Moves every position's vector to the next one; the first position of each segment keeps its own."""
+    before_BTD = jnp.concatenate([x_BTD[:, :1], x_BTD[:, :-1]], axis=1)
+    if segment_ids_BT is not None:
+        before_BT = jnp.concatenate([segment_ids_BT[:, :1], segment_ids_BT[:, :-1]], axis=1)
+        before_BTD = jnp.where((before_BT == segment_ids_BT)[..., None], before_BTD, x_BTD)
+    return constrain(before_BTD, "act_batch", "act_position", "act_embed")
+
+
 class Block(nnx.Module):
     """One layer: x + attention(norm(x)), then x + SwiGLU(norm(x)).
 
     Initialisation ("mitchell", as in the published config): every matrix has standard deviation 1/sqrt(its input width);
-    the two that write to the residual stream have it divided by sqrt(2 (layer + 1)), layer counted from 0; norms are 1.
+    the two that write to the residual stream have it divided by sqrt(2 (layer + 1)), layer counted from 0; norms are 1,
+    biases 0.
     """
 
     def __init__(self, a: Architecture, key: Array, layer: Array):
@@ -113,6 +131,12 @@ class Block(nnx.Module):
         self.k = parameter(keys[1], (D, K, H), ("embed", "kv_heads", "head"), D**-0.5)
         self.v = parameter(keys[2], (D, K, H), ("embed", "kv_heads", "head"), D**-0.5)
         self.attn_out = parameter(keys[3], (N, H, D), ("heads", "head", "embed"), (N * H) ** -0.5 * residual)
+        if a.attention_bias != "none":
+            self.q_bias = parameter(None, (N, H), ("heads", "head"), fill=0.0)
+            self.k_bias = parameter(None, (K, H), ("kv_heads", "head"), fill=0.0)
+            self.v_bias = parameter(None, (K, H), ("kv_heads", "head"), fill=0.0)
+        if a.attention_bias == "qkvo":
+            self.attn_out_bias = parameter(None, (D,), ("norm",), fill=0.0)
         if a.qk_norm == "full":  # over the whole vector before the split into heads, as `attention_layer_norm`
             self.q_norm = parameter(None, (N, H), ("heads", "head"))
             self.k_norm = parameter(None, (K, H), ("kv_heads", "head"))
@@ -130,6 +154,10 @@ class Block(nnx.Module):
             q_BTNH = project(y_BTD, self.q[...])
             k_BSKH = project(y_BTD, self.k[...])
             v_BSKH = project(y_BTD, self.v[...])
+            if a.attention_bias != "none":
+                q_BTNH = q_BTNH + self.q_bias[...].astype(q_BTNH.dtype)
+                k_BSKH = k_BSKH + self.k_bias[...].astype(k_BSKH.dtype)
+                v_BSKH = v_BSKH + self.v_bias[...].astype(v_BSKH.dtype)
             if a.qk_norm != "none":
                 num_dims = 2 if a.qk_norm == "full" else 1
                 q_BTNH = rms_norm(q_BTNH, self.q_norm[...], a.norm_eps, num_dims)
@@ -137,8 +165,11 @@ class Block(nnx.Module):
             q_BTNH = constrain(rotate(q_BTNH, cos, sin), "act_batch", "act_position", "act_heads", None)
             k_BSKH = rotate(k_BSKH, cos, sin)
             out_BTNH = attend(q_BTNH, k_BSKH, v_BSKH, segment_ids_BT, implementation=attention, causal=causal)
-            out_BTNH = checkpoint_name(out_BTNH, "attention")
+            if attention != "splash":  # which names what it saves itself, or it would run again in the backward pass
+                out_BTNH = checkpoint_name(out_BTNH, "attention")
             x_BTD = x_BTD + project(out_BTNH, self.attn_out[...], 2)
+            if a.attention_bias == "qkvo":
+                x_BTD = x_BTD + self.attn_out_bias[...].astype(x_BTD.dtype)
             x_BTD = constrain(x_BTD, "act_batch", "act_position", "act_embed")
         with jax.named_scope("feed_forward"):
             y_BTD = rms_norm(x_BTD, self.ff_norm[...], a.norm_eps)
@@ -159,7 +190,7 @@ class Transformer(nnx.Module):
         dtype: of the matrix products.
         attention: implementation, a key of llada_jax.models.attention.IMPLEMENTATIONS.
         remat: "none" or a key of REMAT_POLICIES.
-        nll_chunk: positions of a row whose logits exist at one time in `token_nll`.
+        nll_chunk: `token_nll` holds as many logits at one time as this many positions of a row have.
         causal: positions see only earlier ones; for the autoregressive control experiment alone.
     """
 
@@ -179,7 +210,7 @@ class Transformer(nnx.Module):
             self.lm_head = parameter(head_key, (D, V), ("embed", "vocab"), D**-0.5)
 
     def hidden(self, tokens_BT: Array, segment_ids_BT: Array | None, positions_BT: Array) -> Array:
-        """Returns what the head reads: [B, T, D] in `dtype`, after the final norm."""
+        """Returns what the head reads: [B, T, D] in `dtype`, after the final norm and, if there is one, the shift."""
         cos, sin = rotary_angles(positions_BT, self.a.head_dim, self.a.rope_theta)
         x_BTD = constrain(self.embed[...].astype(self.dtype)[tokens_BT], "act_batch", "act_position", "act_embed")
         graphdef, stacked = nnx.split(self.blocks)
@@ -192,13 +223,17 @@ class Transformer(nnx.Module):
         if self.remat != "none":
             run_block = jax.checkpoint(run_block, policy=REMAT_POLICIES[self.remat], prevent_cse=False)
         x_BTD, _ = jax.lax.scan(run_block, x_BTD, stacked)
-        return rms_norm(x_BTD, self.final_norm[...], self.a.norm_eps)
+        x_BTD = rms_norm(x_BTD, self.final_norm[...], self.a.norm_eps)
+        return shift(x_BTD, segment_ids_BT) if self.a.output_shift else x_BTD
+
+    def head_kernel(self) -> Array:
+        """Returns what the hidden vectors are multiplied by, float32 [D, V]."""
+        return self.embed[...].T if self.a.tie_embeddings else self.lm_head[...]
 
     def head(self, x_BTD: Array) -> Array:
         """Returns float32 logits [..., V]."""
-        kernel_DV = self.embed[...].T if self.a.tie_embeddings else self.lm_head[...]
         with jax.named_scope("head"):
-            return project(x_BTD, kernel_DV, out_dtype=jnp.float32)
+            return project(x_BTD, self.head_kernel(), out_dtype=jnp.float32)
 
     def __call__(self, tokens_BT: Array, segment_ids_BT: Array | None, positions_BT: Array) -> Array:
         """Returns float32 logits [B, T, V] for int32 tokens, segment ids (0 is padding) and positions [B, T]."""
@@ -209,36 +244,60 @@ class Transformer(nnx.Module):
     ) -> TokenScores:
         """Returns -log p(target) at the positions `where_BT`, zero elsewhere, without ever holding [B, T, V].
 
-        The row is cut into chunks of at most `nll_chunk` positions; their logits are computed again in the backward
-        pass. Chunks are strided (position i * num_chunks + j is in chunk j), so that a sharded T stays where it is.
+        The vocabulary is cut into n pieces, so many that [B, T, V/n] is no more than `nll_chunk` positions of all logits;
+        the logits of a piece are computed again in the backward pass. Pieces and not chunks of the row, because the
+        gradient of a piece of the head is then complete when its turn is over: it is reduced over the devices once a
+        step, in pieces, and neither the whole kernel nor its whole gradient is ever on one device. Pieces are strided
+        (token i * n + j is in piece j), so that a sharded V stays where it is. The tensor axis splits positions here, or
+        the gradient of every position would be reduced once a piece.
         """
         x_BTD = self.hidden(noisy_BT, segment_ids_BT, positions_BT)
-        B, T = targets_BT.shape
-        num_chunks = next(n for n in range(max(1, -(-T // self.nll_chunk)), T + 1) if T % n == 0)
+        x_BTD = constrain(x_BTD, "act_batch", "act_head_position", "act_embed")
+        kernel_DV, V = self.head_kernel(), self.a.vocab_size
+        mesh = jax.sharding.get_abstract_mesh()
+        ways = 1 if mesh.empty else mesh.shape[RULES["vocab"]]
+        num_pieces = min(-(-targets_BT.shape[1] // self.nll_chunk), max(1, V // ways))
 
-        def score(x_BCD, targets_BC, where_BC):
-            logits_BCV = constrain(self.head(x_BCD), "act_batch", "act_position", "act_vocab")
-            is_target_BCV = jnp.arange(logits_BCV.shape[-1]) == targets_BC[..., None]  # no gather: V may be sharded
-            target_logit_BC = jnp.sum(jnp.where(is_target_BCV, logits_BCV, 0.0), axis=-1)
-            nll_BC = jax.nn.logsumexp(logits_BCV, axis=-1) - target_logit_BC
-            is_correct_BC = target_logit_BC >= jax.lax.stop_gradient(logits_BCV).max(axis=-1)
-            return TokenScores(jnp.where(where_BC, nll_BC, 0.0), is_correct_BC & where_BC)
+        def score(x_BTD, kernel_DC, token_C):
+            """Returns of one piece, [B, T] each: logsumexp, logit of the target (0 when it is elsewhere), largest logit."""
+            with jax.named_scope("head"):
+                x_BTD, kernel_DC = x_BTD.astype(self.dtype), kernel_DC.astype(self.dtype)
+                if ways == 1:
+                    logits_BTC = project(x_BTD, kernel_DC, out_dtype=jnp.float32)
+                else:  # the positions are split, so that they cannot be merged with the rows
+                    logits_BTC = jnp.tensordot(x_BTD, kernel_DC, 1, preferred_element_type=jnp.float32)
+                logits_BTC = jnp.where(token_C < V, logits_BTC, jnp.finfo(jnp.float32).min)
+                logits_BTC = constrain(logits_BTC, "act_batch", "act_head_position", None)
+                is_target_BTC = token_C == targets_BT[..., None]
+                target_logit_BT = jnp.sum(jnp.where(is_target_BTC, logits_BTC, 0.0), axis=-1)
+                best_BT = jax.lax.stop_gradient(logits_BTC).max(axis=-1)
+                return jax.nn.logsumexp(logits_BTC, axis=-1), target_logit_BT, best_BT
 
-        if num_chunks == 1:
-            return score(x_BTD, targets_BT, where_BT)
+        if num_pieces == 1:
+            normalizer_BT, target_logit_BT, best_BT = score(x_BTD, kernel_DV, jnp.arange(V))
+        else:
+            padding = -V % (num_pieces * ways)  # tokens that do not exist, so that the pieces are alike
+            padded_DV = jnp.pad(kernel_DV.astype(self.dtype), ((0, 0), (0, padding)))
 
-        def chunked(array):
-            return jnp.moveaxis(array.reshape(B, T // num_chunks, num_chunks, *array.shape[2:]), 2, 0)
+            def pieces(array):
+                return jnp.moveaxis(array.reshape(*array.shape[:-1], -1, num_pieces), -1, 0)
 
-        scores = jax.lax.map(
-            lambda chunk: jax.checkpoint(score, prevent_cse=False)(*chunk),
-            jax.tree.map(chunked, (x_BTD, targets_BT, where_BT)),
-        )
-        return jax.tree.map(lambda array_nBC: jnp.moveaxis(array_nBC, 0, 2).reshape(B, T), scores)
+            x_BTD = x_BTD.astype(jnp.float32)  # so is its gradient, a sum over the pieces
+            piece = jax.checkpoint(score, prevent_cse=False)
+            normalizers_nBT, target_logits_nBT, bests_nBT = jax.lax.map(
+                lambda kernel_and_tokens: piece(x_BTD, *kernel_and_tokens),
+                (pieces(padded_DV), pieces(jnp.arange(V + padding))),
+            )
+            normalizer_BT = jax.nn.logsumexp(normalizers_nBT, axis=0)
+            target_logit_BT, best_BT = target_logits_nBT.sum(axis=0), bests_nBT.max(axis=0)
+        nll_BT = jnp.where(where_BT, normalizer_BT - target_logit_BT, 0.0)
+        return TokenScores(nll_BT, (target_logit_BT >= best_BT) & where_BT)
 
 
 def num_matmul_parameters(a: Architecture) -> int:
-    """Returns how many parameters a token is multiplied by: all matrices with the head, without the embedding lookup."""
+    """Returns how many parameters a token is multiplied by: all matrices with the head, without the embedding lookup, the
+    norms and the biases.
+    """
     attention = a.d_model * a.head_dim * 2 * (a.num_heads + a.num_kv_heads)
     feed_forward = 3 * a.d_model * a.d_ff
     return a.num_layers * (attention + feed_forward) + a.d_model * a.vocab_size
@@ -252,5 +311,10 @@ def num_parameters(a: Architecture) -> int:
         "full": a.num_layers * a.head_dim * (a.num_heads + a.num_kv_heads),
         "per_head": a.num_layers * a.head_dim * 2,
     }[a.qk_norm]
+    biases = {
+        "none": 0,
+        "qkv": a.num_layers * a.head_dim * (a.num_heads + 2 * a.num_kv_heads),
+        "qkvo": a.num_layers * (a.head_dim * (a.num_heads + 2 * a.num_kv_heads) + a.d_model),
+    }[a.attention_bias]
     embedding = 0 if a.tie_embeddings else a.d_model * a.vocab_size
-    return num_matmul_parameters(a) + embedding + norms
+    return num_matmul_parameters(a) + embedding + norms + biases

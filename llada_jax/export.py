@@ -1,0 +1,455 @@
+"""`llada-jax export`: a checkpoint becomes a Hugging Face directory that loads without this package.
+
+Weights go from the checkpoint to the files one stacked parameter at a time, so that a host holds one of them and not the
+model. All is written into OUTPUT.partial, which takes its name only when it is whole.
+"""
+
+import collections
+import contextlib
+import fcntl
+import json
+import os
+import re
+import shutil
+import sys
+from pathlib import Path
+from typing import NamedTuple
+
+import jax
+import numpy as np
+from etils import epath
+from jax.experimental import multihost_utils
+
+from llada_jax import checkpoint as checkpoints
+from llada_jax import distributed, sharding
+from llada_jax.command_line import Parser
+from llada_jax.data.records import JSON_NAME, Records, read_dataset
+from llada_jax.errors import UserError, require
+from llada_jax.file_lock import try_lock
+from llada_jax.hf import verify
+from llada_jax.hf.card import heldout_result, model_card
+from llada_jax.hf.convert import Tensor, choose_layout, hf_config, tensors
+from llada_jax.hf.tokenizer import tokenizer_files
+from llada_jax.hf.write import DTYPES, Shard, begin, plan_shards, put, small_files, sync
+from llada_jax.metrics import format_bytes, format_count
+from llada_jax.models.transformer import Architecture, num_parameters
+from llada_jax.state import abstract_parameters, make_model
+from llada_jax.tokenizer import Tokenizer, load_tokenizer
+
+UNITS = {f"{prefix}{b}": n**power for b, n in (("B", 1000), ("iB", 1024)) for power, prefix in enumerate("KMGT", 1)}
+VERIFIED = (4, 64)  # rows and positions whose logits --verify compares
+
+
+def main(argv: list[str]) -> None:
+    parser = Parser(
+        "export",
+        "Writes a checkpoint as a Hugging Face directory: weights, PyTorch code, tokenizer, model card.",
+        "llada-jax export --checkpoint runs/tiny/run --output exports/tiny --verify",
+    )
+    parser.usage = "llada-jax export --checkpoint WORKDIR[@STEP] --output DIR [flags]"
+    add = parser.add_argument
+    add("--checkpoint", required=True, metavar="CKPT", help="WORKDIR or WORKDIR@STEP")
+    add("--output", required=True, metavar="DIR", help="local directory that the export becomes")
+    add("--dtype", default="bfloat16", choices=tuple(DTYPES), help="of the weights in the files (bfloat16)")
+    add("--shard-size", default="5GB", metavar="SIZE", help="most bytes of weights in a file (5GB)")
+    add("--ema", action="store_true", help="the moving average of the parameters, where the run kept one")
+    add("--layout", default="auto", metavar="NAME", help="llada, illada or auto (default): llada where it can")
+    add("--chat-template", metavar="FILE", help="Jinja template to put into the tokenizer's config")
+    add("--force", action="store_true", help="replace an export that DIR holds")
+    add("--verify", action="store_true", help="compare its logits in PyTorch with the checkpoint's")
+    add("--push-to-hub", metavar="REPO", help="upload it, as NAME/MODEL; a new repository is private")
+    add("--dry-run", action="store_true", help="say what would be written and uploaded, and do neither")
+    add("--json", action="store_true", help="one JSON object on stdout")
+    args = parser.parse_args(argv)
+    checkpoints.drop_echoes()
+    distributed.initialize()
+    plan = make_plan(args)
+    if not args.dry_run:
+        plan = plan._replace(result=carry_out(args, plan))
+    if jax.process_index() == 0:
+        print(json.dumps(plan.result) if args.json else report(plan.result))
+
+
+class Plan(NamedTuple):
+    """What an export will be, before anything is written."""
+
+    found: checkpoints.Checkpoints
+    step: int
+    run: dict
+    architecture: Architecture
+    tokenizer: Tokenizer
+    weights: str  # "params" or "ema": which item of the checkpoint
+    tensors: list[Tensor]
+    shards: list[Shard]
+    files: dict[str, bytes]  # everything but the weights
+    result: dict  # what is reported
+
+
+def make_plan(args) -> Plan:
+    """Reads what the checkpoint says of itself and refuses what cannot be done.
+
+    Raises:
+        UserError: for every mistake that can be known before the weights are read.
+    """
+    check_output(args.output, force=args.force)
+    check_upload(args.push_to_hub)
+    shard_size = parse_size(args.shard_size)
+    template = read_template(args.chat_template)
+    if args.verify and jax.process_count() > 1:
+        raise UserError("--verify needs the whole model in one process; leave it out when exporting with several.")
+    found, step = checkpoints.find(args.checkpoint)
+    run = {"step": step, **found.run(step)}
+    if run["config"]["objective"]["name"] == "autoregressive":
+        raise UserError(
+            f"{args.checkpoint} was trained with objective.name='autoregressive', and the layouts of LLaDA attend in both "
+            "directions; export a checkpoint of masked_diffusion."
+        )
+    keeps_ema = run["config"]["optimizer"]["ema_decay"] > 0
+    if args.ema and not keeps_ema:
+        raise UserError(f"--ema: {args.checkpoint} kept no moving average (optimizer.ema_decay=0); leave the flag out.")
+    tokenizer = load_tokenizer(found.directory.parent / "tokenizer")
+    if tokenizer.fingerprint != run["tokenizer"]["fingerprint"]:
+        raise UserError(
+            f"{found.directory.parent / 'tokenizer'} ({tokenizer.fingerprint[:12]}) is not the tokenizer of the checkpoint "
+            f"({run['tokenizer']['fingerprint'][:12]}); put that one back."
+        )
+    a = Architecture(**run["architecture"])
+    layout = choose_layout(a, args.layout)
+    listed = tensors(layout, a)
+    shards = plan_shards(listed, dtype=args.dtype, shard_size=shard_size)
+    max_length = run["config"]["data"]["sequence_length"]
+    ids = {name: getattr(tokenizer, name) for name in ("mask_id", "eos_id", "bos_id", "pad_id")}
+    config = hf_config(
+        a, layout, **ids, max_sequence_length=max_length, dtype=args.dtype, source=run.get("source", {}).get("config")
+    )
+    name = args.push_to_hub or Path(args.output).absolute().name
+    files = small_files(shards, config, layout)
+    files |= tokenizer_files(tokenizer, max_length=max_length, chat_template=template)
+    files["README.md"] = model_card(
+        name=name, a=a, layout=layout, dtype=args.dtype, run=run, hf_config=config,
+        weights="moving average of the parameters" if args.ema else "parameters",
+        result=heldout_result(read_metrics(found.directory.parent), step), special_tokens=tokenizer.special_tokens,
+    ).encode()  # fmt: skip
+    sizes = {**{shard.name: shard.size for shard in shards}, **{name: len(content) for name, content in files.items()}}
+    result = {
+        "checkpoint": args.checkpoint, "step": step, "output": args.output, "layout": layout, "dtype": args.dtype,
+        "weights": "ema" if args.ema else "params", "parameters": num_parameters(a), "keeps_ema": keeps_ema,
+        "files": dict(sorted(sizes.items())), "dry_run": args.dry_run, "repository": args.push_to_hub,
+    }  # fmt: skip
+    return Plan(found, step, run, a, tokenizer, result["weights"], listed, shards, files, result)
+
+
+def carry_out(args, plan: Plan) -> dict:
+    """Writes, verifies and uploads; returns what is reported."""
+    result = plan.result
+    say(result)
+    with becoming(Path(args.output).absolute()) as partial:
+        write_weights(partial, plan, dtype=args.dtype)
+        if jax.process_index() == 0:
+            for name, content in plan.files.items():
+                (partial / name).write_bytes(content)
+                sync(partial / name)
+            sync(partial)
+        if args.verify:
+            result = {**result, "verify": compare_with_torch(partial, plan, dtype=args.dtype)}
+    if args.push_to_hub and jax.process_index() == 0:
+        upload(args.output, args.push_to_hub)
+    return result
+
+
+# ------------------------------------------------------------------------------------------------- what is asked for
+
+
+def parse_size(text: str) -> int:
+    """Returns the bytes of "5GB" or "512MiB"."""
+    match = re.fullmatch(r"(\d+(?:\.\d+)?) ?([KMGT]i?B)", text)
+    if not match or not float(match[1]):
+        raise UserError(f"--shard-size {text!r} is no size; write for example 5GB or 512MiB.")
+    return int(float(match[1]) * UNITS[match[2]])
+
+
+def check_output(output: str, *, force: bool) -> None:
+    """Raises UserError when the output cannot become an export, or is one and --force is not given."""
+    if "://" in output:
+        raise UserError(
+            f"--output {output} must be a local or mounted directory; copy the finished one, or give --push-to-hub."
+        )
+    path = Path(output)
+    if path.exists() and not path.is_dir():
+        raise UserError(f"--output {output} is a file; give a directory.")
+    if not path.exists() or not any(path.iterdir()):
+        return
+    if not (path / "config.json").exists():  # --force must never delete somebody's home
+        raise UserError(f"--output {output} is not empty and holds no export; give a new directory.")
+    if not force:
+        raise UserError(f"--output {output} holds an export already; give another, or --force to replace it.")
+
+
+def check_upload(repo: str | None) -> None:
+    """Raises UserError unless the hub takes what is to be uploaded; asked before the work, not after it."""
+    if repo is None or jax.process_index() > 0:
+        return
+    if not re.fullmatch(r"[\w.-]+/[\w.-]+", repo):
+        raise UserError(f"--push-to-hub {repo!r} must be a repository such as your-name/your-model.")
+    hub = require("huggingface_hub", extra="hf")
+    try:
+        hub.HfApi().whoami()
+    except Exception as error:  # the hub raises its own, its HTTP library's and the system's errors
+        raise UserError(
+            f"--push-to-hub {repo}: the hub does not know you ({reason(error)}); run `hf auth login`."
+        ) from error
+
+
+def read_template(path: str | None) -> str | None:
+    """Returns the Jinja source in a file, of which jinja2 has found no fault."""
+    if path is None:
+        return None
+    jinja2 = require("jinja2", extra="hf")
+    try:
+        template = Path(path).read_text()
+        jinja2.Environment().parse(template)
+    except (OSError, UnicodeDecodeError) as error:
+        raise UserError(f"--chat-template {path} cannot be read ({reason(error)}); give a text file.") from error
+    except jinja2.TemplateSyntaxError as error:
+        raise UserError(
+            f"--chat-template {path} is no Jinja template (line {error.lineno}: {error}); mend it."
+        ) from error
+    return template
+
+
+def read_metrics(workdir: epath.Path) -> list[dict]:
+    """Returns the lines of metrics.jsonl, without a last one that a killed run left unfinished; [] where there is none."""
+    file = workdir / "metrics.jsonl"
+    lines = []
+    for line in file.read_text().splitlines() if file.exists() else ():
+        with contextlib.suppress(ValueError):
+            lines.append(json.loads(line))
+    return lines
+
+
+# ------------------------------------------------------------------------------------------------------- the directory
+
+
+@contextlib.contextmanager
+def becoming(output: Path):
+    """Yields OUTPUT.partial, which becomes OUTPUT if all goes well in every process and is removed otherwise.
+
+    Raises:
+        UserError: the disk refuses, another export writes there, or another process has failed.
+    """
+    is_first = jax.process_index() == 0
+    partial, replaced = output.with_name(output.name + ".partial"), output.with_name(output.name + ".replaced")
+    with contextlib.ExitStack() as until_end:
+        with everywhere(output):
+            if is_first:
+                begin_directory(partial, output, replaced, until_end)
+        with everywhere(output):
+            yield partial
+        with everywhere(output):
+            if is_first:
+                move(partial, output, replaced)
+
+
+@contextlib.contextmanager
+def everywhere(output: Path):
+    """Ends in all processes together, and raises in each of them when one has failed."""
+    failure = None
+    try:
+        yield
+    except OSError as error:
+        failure = UserError(
+            f"--output {output} cannot be written ({error.strerror or error}); free some space, change its permissions, or "
+            "give another."
+        )
+        failure.__cause__ = error
+    except UserError as error:
+        failure = error
+    if jax.process_count() > 1:
+        has_failed = multihost_utils.process_allgather(np.array(failure is not None))
+        if failure is None and has_failed.any():
+            number = int(np.flatnonzero(has_failed)[0])
+            failure = UserError(f"{output} was not written, because process {number} failed; its log says why.")
+    if failure is not None:
+        raise failure
+
+
+def begin_directory(partial: Path, output: Path, replaced: Path, until_end: contextlib.ExitStack) -> None:
+    """Makes an empty OUTPUT.partial that is locked against other exports, and removed at the end if it is still there."""
+    partial.mkdir(parents=True, exist_ok=True)
+    descriptor = os.open(partial, os.O_RDONLY)
+    until_end.callback(os.close, descriptor)
+    if not try_lock(descriptor, fcntl.LOCK_EX):
+        raise UserError(f"Another export is writing into {partial}; wait for it to end, or give another --output.")
+    until_end.callback(shutil.rmtree, partial, ignore_errors=True)
+    for leftover in partial.iterdir():  # of an export that was killed
+        leftover.unlink()
+    if replaced.exists() and not output.exists():  # killed between the two renames of `move`
+        replaced.rename(output)
+    shutil.rmtree(replaced, ignore_errors=True)
+
+
+def move(partial: Path, output: Path, replaced: Path) -> None:
+    """Gives the finished directory its name; what bore it is removed once that has succeeded."""
+    if output.exists():
+        output.rename(replaced)
+    partial.rename(output)
+    sync(output.parent)
+    shutil.rmtree(replaced, ignore_errors=True)
+
+
+# --------------------------------------------------------------------------------------------------------- the weights
+
+
+def write_weights(directory: Path, plan: Plan, *, dtype: str) -> None:
+    """Writes the shards; of several processes each writes the tensors of its own.
+
+    All of them read all parameters, in the same order, because Orbax reads together; each holds one at a time.
+    """
+    number, count = jax.process_index(), jax.process_count()
+    mine = [shard for i, shard in enumerate(plan.shards) if i * count // len(plan.shards) == number]
+    shard_of = {name: shard for shard in mine for name in shard.start}
+    shapes = {"/".join(path): leaf.shape for path, leaf in flatten(make_model(plan.architecture).abstract)}
+    by_path = collections.defaultdict(list)
+    for tensor in plan.tensors:
+        by_path[tensor.path].append(tensor)
+    failure = None
+    try:
+        for shard in mine:
+            begin(directory, shard)
+    except OSError as error:
+        failure = error
+    for path, group in by_path.items():
+        group = [tensor for tensor in group if tensor.name in shard_of and failure is None]
+        try:
+            read_and_put(directory, plan, path, shapes[path], group, shard_of, dtype=dtype)
+        except OSError as error:
+            failure = error  # the others still wait for this process to read
+    if failure is not None:
+        raise failure
+    for shard in mine:
+        sync(directory / shard.name)
+
+
+def read_and_put(directory: Path, plan: Plan, path: str, shape, group: list[Tensor], shard_of: dict, *, dtype: str):
+    """Reads one stacked parameter and writes its tensors; when it returns, nothing of it is held any more."""
+    array = plan.found.read_array(plan.step, f"{plan.weights}/{path}", shape)
+    for tensor in group:
+        layer = array if tensor.layer is None else array[tensor.layer]
+        put(directory, shard_of[tensor.name], tensor, layer, dtype=dtype)
+
+
+def flatten(tree: dict) -> list[tuple[tuple[str, ...], jax.ShapeDtypeStruct]]:
+    """Returns ((key, key, ...), leaf) of a nested dict."""
+    return [(tuple(key.key for key in path), leaf) for path, leaf in jax.tree_util.tree_leaves_with_path(tree)]
+
+
+# -------------------------------------------------------------------------------------------------------------- verify
+
+
+def compare_with_torch(directory: Path, plan: Plan, *, dtype: str) -> dict:
+    """Returns how far PyTorch's logits of an export are from the checkpoint's, see llada_jax.hf.verify.compare.
+
+    Raises:
+        NumericsError: too far, or the export cannot be loaded.
+    """
+    tokens_BT, origin = tokens_to_compare(plan.run, plan.tokenizer)
+    model = make_model(plan.architecture, attention="xla")
+    mesh = sharding.make_mesh(dict.fromkeys(sharding.AXES, 1), devices=jax.local_devices()[:1])
+    params = plan.found.restore_params(plan.step, abstract_parameters(model, mesh), ema=plan.weights == "ema")
+    positions_BT = np.broadcast_to(np.arange(tokens_BT.shape[1]), tokens_BT.shape)
+
+    @jax.jit
+    def logits(params):
+        return model.logits_fn(params, tokens_BT, np.ones_like(tokens_BT), positions_BT)
+
+    with jax.default_matmul_precision("highest"):
+        ours_BTV = np.asarray(logits(params))
+        rounded = jax.tree.map(lambda leaf: leaf.astype(DTYPES[dtype][1]).astype(leaf.dtype), params)
+        rounded_BTV = np.asarray(logits(rounded))
+    del params, rounded
+    found = verify.compare(ours_BTV, rounded_BTV, verify.torch_logits(directory, tokens_BT))
+    verify.check(found, dtype=dtype)
+    return {**found, "num_tokens": tokens_BT.size, "tokens": origin}
+
+
+def tokens_to_compare(run: dict, tokenizer: Tokenizer) -> tuple[np.ndarray, str]:
+    """Returns int32 tokens [B, T], every second one masked, and where they come from: held-out text if it is at hand."""
+    B, T = VERIFIED
+    rng = np.random.default_rng(0)
+    tokens_BT, origin = rng.integers(tokenizer.vocab_size, size=(B, T), dtype=np.int32), "random"
+    directories = [epath.Path(data["directory"]) for data in run["data"]]
+    if directories and (directories[0] / JSON_NAME).exists():
+        info = read_dataset(directories[0])
+        if "heldout" in info.splits and info.tokenizer["fingerprint"] == tokenizer.fingerprint:
+            rows = Records(info, split="heldout")
+            records = (rows[i] for i in range(len(rows)))
+            stream, size = [], 0
+            for record in records:
+                stream.append(record["tokens"][record["segment_ids"] > 0])
+                size += len(stream[-1])
+                if size >= B * T:
+                    tokens_BT, origin = np.concatenate(stream)[: B * T].reshape(B, T).astype(np.int32), "held-out"
+                    break
+    return np.where(rng.random((B, T)) < 0.5, tokenizer.mask_id, tokens_BT).astype(np.int32), origin
+
+
+# --------------------------------------------------------------------------------------------------------------- upload
+
+
+def upload(directory: str, repo: str) -> None:
+    """Uploads an export; UserError when the hub refuses it."""
+    api = require("huggingface_hub", extra="hf").HfApi()
+    try:
+        api.create_repo(repo, repo_type="model", private=True, exist_ok=True)
+        api.upload_folder(repo_id=repo, folder_path=directory, commit_message="Export from llada_jax")
+    except Exception as error:  # as in check_upload
+        raise UserError(
+            f"{directory} is complete, but {repo} did not take it ({reason(error)}); try again with "
+            f"`hf upload {repo} {directory}`."
+        ) from error
+
+
+def reason(error: BaseException) -> str:
+    """Returns the first line of what a library says, short enough to be read."""
+    return " ".join((getattr(error, "strerror", None) or str(error) or type(error).__name__).split())[:250].rstrip(".")
+
+
+# ------------------------------------------------------------------------------------------------------------- the words
+
+
+def say(result: dict) -> None:
+    """Says on stderr what is being written, from which weights."""
+    if jax.process_index() > 0:
+        return
+    if result["keeps_ema"] and result["weights"] == "params":
+        print("llada-jax: the run keeps a moving average, which `sample` takes; --ema exports that.", file=sys.stderr)
+    print(f"llada-jax: {summary(result)}", file=sys.stderr)
+
+
+def summary(result: dict) -> str:
+    """Returns the layout chosen and what goes into it, in one line."""
+    size, count = sum(result["files"].values()), sum(name.endswith(".safetensors") for name in result["files"])
+    return (
+        f"layout {result['layout']}: {format_count(result['parameters'])} parameters of step {result['step']} in "
+        f"{result['dtype']}, {format_bytes(size)}, {count} file{'s' if count > 1 else ''} of weights -> {result['output']}"
+    )
+
+
+def report(result: dict) -> str:
+    """Returns what is printed at the end."""
+    if result["dry_run"]:
+        lines = [f"would write {summary(result)}"]
+        lines += [f"  {size:>15,}  {name}" for name, size in result["files"].items()]
+        return "\n".join(
+            [*lines, *([f"would upload all of it to {result['repository']}"] if result["repository"] else [])]
+        )
+    lines = [summary(result)]
+    if "verify" in result:
+        found = result["verify"]
+        lines.append(
+            f"verified on {found['num_tokens']} {found['tokens']} tokens: logits differ by at most "
+            f"{found['max_difference']:.2g}, KL(checkpoint || export) {found['kl_nats']:.2g} nats"
+        )
+    if result["repository"]:
+        lines.append(f"uploaded to {result['repository']}")
+    return "\n".join(lines)

@@ -1,0 +1,126 @@
+"""Writes safetensors one tensor at a time, in any order: every size is known before the first number is.
+
+The format (https://huggingface.co/docs/safetensors): eight bytes with the length of the header, the header as JSON, then
+the tensors without gaps. Files and index are named, and tensors dealt out, as transformers does.
+"""
+
+import dataclasses
+import json
+import os
+from pathlib import Path
+
+import jax.numpy as jnp
+import numpy as np
+
+from llada_jax.errors import UserError
+from llada_jax.hf.convert import Tensor
+from llada_jax.hf.read import INDEX, SINGLE
+
+DTYPES = {"bfloat16": ("BF16", np.dtype(jnp.bfloat16)), "float32": ("F32", np.dtype(np.float32))}
+
+
+@dataclasses.dataclass(frozen=True)
+class Shard:
+    """One file to be written. header: its first bytes. start: {name: where in the file the tensor begins}. size: bytes."""
+
+    name: str
+    header: bytes
+    start: dict[str, int]
+    size: int
+
+
+def plan_shards(tensors: list[Tensor], *, dtype: str, shard_size: int) -> list[Shard]:
+    """Returns the files of a checkpoint; a file has at most `shard_size` bytes of tensors, unless one alone is larger."""
+    groups, filled = [[]], 0
+    for tensor in tensors:
+        size = num_bytes(tensor, dtype)
+        if groups[-1] and filled + size > shard_size:
+            groups.append([])
+            filled = 0
+        groups[-1].append(tensor)
+        filled += size
+    count = len(groups)
+    names = [SINGLE] if count == 1 else [f"model-{i:05d}-of-{count:05d}.safetensors" for i in range(1, count + 1)]
+    return [_shard(name, group, dtype) for name, group in zip(names, groups)]
+
+
+def _shard(name: str, tensors: list[Tensor], dtype: str) -> Shard:
+    content, position = {"__metadata__": {"format": "pt"}}, 0
+    for tensor in tensors:
+        end = position + num_bytes(tensor, dtype)
+        offsets = [position, end]
+        content[tensor.name] = {"dtype": DTYPES[dtype][0], "shape": tensor.hf_shape, "data_offsets": offsets}
+        position = end
+    header = json.dumps(content, separators=(",", ":")).encode()
+    header += b" " * (-len(header) % 8)  # so that the numbers are aligned
+    header = len(header).to_bytes(8, "little") + header
+    start = {t.name: len(header) + content[t.name]["data_offsets"][0] for t in tensors}
+    return Shard(name, header, start, len(header) + position)
+
+
+def num_bytes(tensor: Tensor, dtype: str) -> int:
+    """Returns the bytes of a tensor in a file."""
+    return int(np.prod(tensor.hf_shape, dtype=np.int64)) * DTYPES[dtype][1].itemsize
+
+
+def index_json(shards: list[Shard]) -> bytes:
+    """Returns model.safetensors.index.json."""
+    total = sum(shard.size - len(shard.header) for shard in shards)
+    places = {name: shard.name for shard in shards for name in shard.start}
+    content = {"metadata": {"total_size": total}, "weight_map": places}
+    return (json.dumps(content, indent=2, sort_keys=True) + "\n").encode()
+
+
+def small_files(shards: list[Shard], hf_config: dict, layout: str) -> dict[str, bytes]:
+    """Returns, by name, what stands beside weights and tokenizer: configs, the index of several shards, PyTorch code."""
+    keys = ("bos_token_id", "eos_token_id", "pad_token_id", "transformers_version")
+    files = {
+        "config.json": hf_config,
+        "generation_config.json": {key: hf_config[key] for key in keys},
+    }
+    files = {name: (json.dumps(content, indent=2) + "\n").encode() for name, content in files.items()}
+    if len(shards) > 1:
+        files[INDEX] = index_json(shards)
+    here = Path(__file__).parent
+    for name in (f"configuration_{layout}.py", f"modeling_{layout}.py", "masked_diffusion.py"):
+        files[name] = (here / name).read_bytes()
+    return files
+
+
+def begin(directory: Path, shard: Shard) -> None:
+    """Creates a shard at its full size, so that a disk without the room for it says so at once; OSError if it does."""
+    with open(directory / shard.name, "wb") as file:
+        file.write(shard.header)
+        file.flush()
+        if hasattr(os, "posix_fallocate"):
+            os.posix_fallocate(file.fileno(), 0, shard.size)
+
+
+def put(directory: Path, shard: Shard, tensor: Tensor, array: np.ndarray, *, dtype: str) -> None:
+    """Writes one tensor into its place.
+
+    Args:
+        array: ours, one layer of it; any float dtype.
+
+    Raises:
+        UserError: it holds NaN or infinity in the dtype of the file.
+        OSError: of the disk.
+    """
+    content = np.ascontiguousarray(tensor.to_hf(array.astype(DTYPES[dtype][1])))
+    if not np.isfinite(content).all():
+        raise UserError(
+            f"{tensor.path}{'' if tensor.layer is None else f' of layer {tensor.layer}'} holds NaN or infinity in {dtype}; "
+            "export an earlier step, with --checkpoint WORKDIR@STEP."
+        )
+    with open(directory / shard.name, "r+b") as file:
+        file.seek(shard.start[tensor.name])
+        file.write(content.view(np.uint8).data)
+
+
+def sync(path: Path) -> None:
+    """Waits until a file, or the names in a directory, are on the disk."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
