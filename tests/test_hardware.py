@@ -1,7 +1,9 @@
 """The hardware table against figures known elsewhere: JAX's own table of TPUs, the published slice names, libtpu."""
 
+import os
 import subprocess
 import sys
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
@@ -149,3 +151,75 @@ def test_usable_memory_is_positive_and_at_most_what_the_chip_holds():
 def test_the_table_imports_without_jax():
     code = "import sys, llada_jax.hardware; sys.exit('jax' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
+
+
+def test_gpus_are_named_by_their_number():
+    found = hardware.machines_named("64xh100")
+    assert (found.accelerator.name, found.num_chips, found.num_hosts, found.chips_per_host) == ("h100", 64, 8, 8)
+    assert found.machine_type == "a3-megagpu-8g"
+    assert hardware.machines_named("4xgh200").num_hosts == 4
+    assert hardware.machines_named("2xa100-80gb").num_hosts == 1
+    assert hardware.machines_named("v5p-128") is hardware.slice_named("v5p-128")
+    with pytest.raises(
+        UserError, match="12xh100 is no whole number of hosts: a host has 8 h100; choose a multiple of 8"
+    ):
+        hardware.machines_named("12xh100")
+    with pytest.raises(UserError, match="Unknown GPU 'v5p'"):
+        hardware.machines_named("8xv5p")
+
+
+# ------------------------------------------------------------------------------------------- presets of compiler flags
+
+
+def test_presets_join_into_one_environment():
+    both = hardware.flags_named("v6e+multislice")["LIBTPU_INIT_ARGS"]
+    assert both == " ".join(hardware.FLAGS[name]["LIBTPU_INIT_ARGS"] for name in ("v6e", "multislice"))
+    assert hardware.flags_named("hopper")["CUDA_DEVICE_MAX_CONNECTIONS"] == "1"
+    assert hardware.flags_named("") == {}
+    with pytest.raises(UserError, match="Unknown preset of compiler flags 'v6'. Did you mean 'v6e'"):
+        hardware.flags_named("v6")
+
+
+def words_of(platform_variable: str) -> str:
+    presets = [name for name, environment in hardware.FLAGS.items() if platform_variable in environment]
+    assert presets
+    return hardware.flags_named("+".join(presets))[platform_variable]
+
+
+def finished(code: str, **environment: str) -> subprocess.CompletedProcess:
+    environment = {**os.environ, "JAX_PLATFORMS": "cpu", **environment}
+    return subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, check=False)
+
+
+def test_gpu_flags_are_known_to_the_installed_compiler():
+    start = "import jax; jax.devices()"
+    done = finished(start, XLA_FLAGS=words_of("XLA_FLAGS"))
+    assert done.returncode == 0, done.stderr
+    misspelt = finished(start, XLA_FLAGS="--xla_gpu_enable_latency_hiding_schedulers=true")
+    assert misspelt.returncode != 0, "an unknown flag is no longer refused: this test shows nothing"
+    assert "Unknown flag" in misspelt.stderr
+
+
+def test_tpu_flags_are_known_to_libtpu():
+    """The presets of all chips at once; libtpu reads them when it is loaded, and ends the process at one it does not know."""
+    libtpu = Path(sys.prefix) / "libtpu"
+    path = {"PYTHONPATH": f"{libtpu}:{os.environ.get('PYTHONPATH', '')}"}
+    if finished("import libtpu", **path).returncode:
+        assert os.environ.get("LLADA_JAX_REQUIRE_ALL") != "1", "libtpu is not installed"
+        pytest.skip(f"libtpu is not installed: pip install --no-deps --target {libtpu} 'libtpu==0.0.42.*'")
+    load = (
+        "import sys; from llada_jax import aot, hardware; aot.load_libtpu({'LIBTPU_INIT_ARGS': sys.stdin.read()})\n"
+        "aot.absent_mesh(dict(data=1, fsdp=-1, sequence=1, tensor=1, expert=1), hardware.slice_named('v5p-8'), 1)"
+    )
+
+    def loaded(flags: str) -> subprocess.CompletedProcess:
+        return subprocess.run(
+            [sys.executable, "-c", load], input=flags, capture_output=True, text=True, check=False,
+            env={**os.environ, "JAX_PLATFORMS": "cpu", **path},
+        )  # fmt: skip
+
+    done = loaded(words_of("LIBTPU_INIT_ARGS"))
+    assert done.returncode == 0, done.stderr
+    misspelt = loaded("--xla_tpu_enable_async_collective_fusions=true")
+    assert misspelt.returncode != 0, "an unknown flag is no longer refused: this test shows nothing"
+    assert "Unknown command line flag" in misspelt.stderr
