@@ -1,21 +1,24 @@
 """Starts one command as several processes on this machine, each with its own devices, joined into one run.
 
-    python launch/local.py --processes 2 --devices 4 --logs runs/two/logs -- \
+    python launch/local.py --processes 2 --devices 4 --logs runs/two/logs -- \\
         llada-jax train --config configs/debug.py --workdir runs/two/run
 
-Every process gets JAX_COORDINATOR_ADDRESS, JAX_NUM_PROCESSES and JAX_PROCESS_ID, which `llada-jax train` reads. The first
-process writes to the terminal, the others to LOGS/process-N.log. When one fails the others are ended; SIGTERM and
-Ctrl-C are passed on to all, so that they save the same step. The exit status is that of the first process that failed.
+Every process gets JAX_COORDINATOR_ADDRESS, JAX_NUM_PROCESSES and JAX_PROCESS_ID, which `llada-jax train` reads, and appends
+what it says to LOGS/process-N.log; the first one's words also reach the terminal. When one fails the others are ended;
+SIGTERM and Ctrl-C are passed on to all, so that they save the same step, and a second Ctrl-C kills them. The exit
+status is that of the first process that failed.
 """
 
 import argparse
 import contextlib
 import os
 import shlex
+import shutil
 import signal
 import socket
 import subprocess
 import sys
+import threading
 import time
 from pathlib import Path
 
@@ -35,53 +38,68 @@ def environments(num_processes: int, num_devices: int | None, address: str) -> l
     if num_devices is not None:
         team |= {"JAX_PLATFORMS": "cpu", "JAX_NUM_CPU_DEVICES": str(num_devices)}
     each = [{**team, "JAX_PROCESS_ID": str(number)} for number in range(num_processes)]
-    if num_devices is None:  # one GPU a process
-        each = [{**env, "CUDA_VISIBLE_DEVICES": str(number)} for number, env in enumerate(each)]
+    if num_devices is None:  # one GPU a process, of those in CUDA_VISIBLE_DEVICES
+        each = [{**env, "JAX_LOCAL_DEVICE_IDS": str(number)} for number, env in enumerate(each)]
     return each
 
 
-def start(command: list[str], envs: list[dict[str, str]], logs: Path) -> list[subprocess.Popen]:
-    """Starts the processes, each in a session of its own so that the terminal's Ctrl-C reaches only the launcher."""
-    processes = []
-    for number, env in enumerate(envs):
-        log = contextlib.nullcontext() if number == 0 else open(logs / f"process-{number}.log", "wb")  # noqa: SIM115
-        with log as file:
-            processes.append(
-                subprocess.Popen(
-                    command, env={**os.environ, **env}, stdout=file, stderr=file and subprocess.STDOUT,
-                    start_new_session=True,
-                )
-            )  # fmt: skip
-    return processes
+def copy(stream, log: Path, terminal) -> None:
+    """Writes what a process says to its log and to the terminal, until the process ends."""
+    with open(log, "ab", buffering=0) as file:
+        for chunk in iter(lambda: stream.read1(1 << 16), b""):
+            file.write(chunk)
+            with contextlib.suppress(OSError):  # a closed terminal must not stop the run
+                terminal.write(chunk)
+                terminal.flush()
+
+
+def start(command: list[str], env: dict[str, str], log: Path, *, is_shown: bool) -> subprocess.Popen:
+    """Starts one process, in a session of its own so that the terminal's Ctrl-C reaches only the launcher."""
+    with open(log, "ab") as file:
+        out = subprocess.PIPE if is_shown else file
+        process = subprocess.Popen(command, env={**os.environ, **env}, stdout=out, stderr=out, start_new_session=True)
+    if is_shown:
+        for pair in ((process.stdout, sys.stdout.buffer), (process.stderr, sys.stderr.buffer)):
+            threading.Thread(target=copy, args=(pair[0], log, pair[1]), daemon=True).start()
+    return process
 
 
 def wait(processes: list[subprocess.Popen], grace_seconds: float) -> int:
     """Returns the exit status of the first process that fails, after the others have ended or been ended; 0 if none."""
     status, deadline = 0, None
-    while any(process.poll() is None for process in processes):
-        failed = [process for process in processes if process.poll() not in (None, 0)]
+    while True:
+        codes = [process.poll() for process in processes]
+        failed = [code for code in codes if code]
         if failed and deadline is None:
-            status, deadline = failed[0].returncode, time.monotonic() + grace_seconds
+            # of those that failed together, 42 and signals come last: they follow from the others
+            status = min(failed, key=lambda code: code == 42 or code < 0)
+            deadline = time.monotonic() + grace_seconds
+        if None not in codes:
+            return status if status >= 0 else 128 - status  # killed by a signal: as shells count it
         if deadline is not None and time.monotonic() > deadline:
-            for process in processes:
-                process.kill()
+            kill(processes)
         time.sleep(POLL_SECONDS)
-    status = status or next((process.returncode for process in processes if process.returncode), 0)
-    return status if status >= 0 else 128 - status  # killed by a signal: as shells count it
 
 
-def main(argv: list[str]) -> int:
+def kill(processes: list[subprocess.Popen]) -> None:
+    """Kills those that still run, with the processes that they have started."""
+    for process in processes:
+        if process.poll() is None:
+            os.killpg(process.pid, signal.SIGKILL)
+
+
+def parse(argv: list[str]) -> tuple[argparse.Namespace, list[str]]:
+    """Returns the flags and the command; a mistake ends the program with status 2 and a sentence."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
     )
-    parser.add_argument("--processes", type=int, required=True, metavar="N", help="how many to start")
-    parser.add_argument(
-        "--devices", type=int, metavar="M", help="CPU devices of each; without it, process i gets GPU i"
-    )
-    parser.add_argument("--logs", type=Path, default=Path("logs"), metavar="DIR", help="of all processes but the first")
-    parser.add_argument("--grace", type=float, default=30.0, metavar="S", help="seconds for the others to end (30)")
-    parser.add_argument("--dry-run", action="store_true", help="print what would be started")
-    parser.add_argument("command", nargs=argparse.REMAINDER, metavar="-- COMMAND", help="what each process runs")
+    add = parser.add_argument
+    add("--processes", type=int, required=True, metavar="N", help="how many to start")
+    add("--devices", type=int, metavar="M", help="CPU devices of each; without it, process i gets GPU i")
+    add("--logs", type=Path, default=Path("logs"), metavar="DIR", help="one file a process (logs)")
+    add("--grace", type=float, default=30.0, metavar="S", help="seconds for the others to end (30)")
+    add("--dry-run", action="store_true", help="print what would be started")
+    add("command", nargs=argparse.REMAINDER, metavar="-- COMMAND", help="what each process runs")
     args = parser.parse_args(argv)
     command = args.command[1:] if args.command[:1] == ["--"] else args.command
     if not command:
@@ -89,24 +107,41 @@ def main(argv: list[str]) -> int:
     for flag in ("processes", "devices"):
         if getattr(args, flag) is not None and getattr(args, flag) < 1:
             parser.error(f"--{flag} {getattr(args, flag)} must be at least 1")
+    if not args.dry_run and not shutil.which(command[0]):
+        parser.error(f"there is no program {command[0]!r} here")
+    return args, command
+
+
+def main(argv: list[str]) -> int:
+    args, command = parse(argv)
     envs = environments(args.processes, args.devices, f"localhost:{free_port()}")
     if args.dry_run:
         for env in envs:
             print(*(f"{name}={shlex.quote(value)}" for name, value in env.items()), shlex.join(command))
         return 0
     args.logs.mkdir(parents=True, exist_ok=True)
-    processes = start(command, envs, args.logs)
+    processes, num_interrupts = [], 0
 
     def pass_on(number, frame):
+        nonlocal num_interrupts
+        num_interrupts += number == signal.SIGINT
+        if num_interrupts > 1:
+            return kill(processes)
         for process in processes:
             if process.poll() is None:
-                process.send_signal(signal.SIGTERM)
+                process.terminate()
 
-    for number in (signal.SIGTERM, signal.SIGINT):
-        signal.signal(number, pass_on)
+    for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):
+        if signal.getsignal(number) != signal.SIG_IGN:  # as nohup leaves SIGHUP
+            signal.signal(number, pass_on)
+    for number, env in enumerate(envs):
+        processes.append(start(command, env, args.logs / f"process-{number}.log", is_shown=number == 0))
     status = wait(processes, args.grace)
+    for thread in set(threading.enumerate()) - {threading.main_thread()}:
+        thread.join(timeout=5)  # the last words; what a process leaves running may hold the pipe for ever
     if status:
-        print(f"launch: ended with status {status}; the other processes wrote to {args.logs}", file=sys.stderr)
+        failed = ", ".join(str(number) for number, process in enumerate(processes) if process.returncode)
+        print(f"launch: ended with status {status}; failed: process {failed}; logs: {args.logs}", file=sys.stderr)
     return status
 
 
