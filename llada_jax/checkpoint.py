@@ -9,19 +9,28 @@ Saving is asynchronous; a step counts only once Orbax has committed it, so a kil
 The files hold no checksum of the numbers themselves, so run.json carries one of every array.
 """
 
+import functools
+import itertools
 import json
 import logging
+import math
+import os
 import re
 import sys
+import time
 import traceback
 import warnings
 
 import jax
 import jax.numpy as jnp
+import numpy as np
+import tensorstore
 from etils import epath
+from jax.experimental import multihost_utils
 from orbax.checkpoint import v1 as ocp
 
-from llada_jax.errors import UserError
+from llada_jax import distributed, remote
+from llada_jax.errors import LostPeer, UserError
 from llada_jax.state import TrainState
 
 FOLDER = "checkpoints"
@@ -32,10 +41,10 @@ def parse(checkpoint: str) -> tuple[epath.Path, int | None]:
     """Returns (workdir, step) of "WORKDIR" or "WORKDIR@STEP"; step None means the latest."""
     workdir, at, step = str(checkpoint).rpartition("@")
     if not at:
-        return epath.Path(checkpoint), None
+        return remote.path_of(checkpoint), None
     if not step.isdigit():
         raise UserError(f"{checkpoint!r}: the part after @ must be a step number, as in {workdir}@1000.")
-    return epath.Path(workdir), int(step)
+    return remote.path_of(workdir), int(step)
 
 
 class Checkpoints:
@@ -54,14 +63,26 @@ class Checkpoints:
         kept = [policies.LatestN(keep)]
         if keep_every_steps:
             kept.append(policies.EveryNSteps(keep_every_steps))
-        self.directory = epath.Path(workdir).expanduser().resolve() / FOLDER
+        self._is_remote = remote.is_remote(workdir)
+        if self._is_remote:  # the workdir itself: epath would resolve a URL to a folder of the current directory
+            self.directory = remote.path_of(workdir) / FOLDER
+            teach_orbax_s3()
+        else:
+            self.directory = epath.Path(workdir).expanduser().resolve() / FOLDER
+        is_writer = self._is_remote and owned and jax.process_index() == 0
+        self._claim = remote.Claim(self.directory.parent) if is_writer else None
+        context = ocp.Context()
+        if self._is_remote:  # a folder of objects cannot be renamed at once: a last file marks a step as committed
+            context.atomicity.mode = ocp.options.AtomicityMode.COMMIT_FILE
         self._checkpointer = ocp.training.Checkpointer(
             self.directory,
             save_decision_policy=ocp.training.save_decision_policies.FixedIntervalPolicy(1),  # train.py decides when
             preservation_policy=policies.AnyPreservationPolicy(kept),
             cleanup_tmp_directories=owned,
+            context=context,
         )
         self._pending = None  # the response of the save under way, and its step
+        self.measured = {}  # of the last save that was committed: numbers for the group "speed" of the metrics
 
     @property
     def steps(self) -> list[int]:
@@ -70,7 +91,9 @@ class Checkpoints:
 
     def save(self, state: TrainState, run: dict) -> None:
         """Begins to save; returns when the arrays have been copied and may be donated. A failed earlier save raises."""
+        began = time.monotonic()
         self.wait()
+        self._check_claim()
         step = int(state.step)
         items = items_of(state)
         run = {**run, "checksums": checksums(items)}
@@ -78,6 +101,14 @@ class Checkpoints:
             response = self._checkpointer.save_checkpointables_async(step, items, custom_metadata=run, overwrite=True)
         except Exception as error:
             raise self._failed(step, error) from error
+        blocked = time.monotonic() - began
+        gib = sum(leaf.nbytes for leaf in jax.tree.leaves(items)) / 2**30
+
+        def measure(_):
+            seconds = time.monotonic() - began
+            self.measured = {"checkpoint_s": seconds, "checkpoint_blocked_s": blocked, "checkpoint_gib": gib}
+
+        response.on_complete(measure)
         self._pending = (step, response)
 
     def wait(self) -> None:
@@ -97,7 +128,23 @@ class Checkpoints:
         self.wait()
         self._checkpointer.close()
 
-    def _failed(self, step: int, error: Exception) -> UserError:
+    def _check_claim(self) -> None:
+        """Raises UserError, in every process of the run, when a newer `train` has taken the remote workdir over."""
+        if not self._is_remote:
+            return
+        is_ours = np.array(self._claim.is_ours() if self._claim else True)
+        if not multihost_utils.broadcast_one_to_all(is_ours):
+            raise UserError(
+                f"Another train has started in {self.directory.parent} since, and continues this run; give another "
+                "--workdir to train beside it."
+            )
+
+    def _failed(self, step: int, error: Exception) -> UserError | LostPeer:
+        if distributed.is_lost_peer(_root(error)):  # no fault of the disk
+            return LostPeer(
+                f"Another process of this run is gone, and step {step} is not saved ({_reason(error)}); the same command "
+                "continues."
+            )
         good = [s for s in self.steps if s != step]
         return UserError(
             f"Step {step} could not be saved in {self.directory} ({_reason(error)}); the last good step is "
@@ -120,6 +167,33 @@ class Checkpoints:
         """Returns only the parameters, or their moving average, of a step; UserError when they cannot be read."""
         name = "ema" if ema else "params"
         return self._load(step, {name: abstract_params})[name]
+
+    def read_array(self, step: int, path: str, shape: tuple[int, ...]) -> np.ndarray:
+        """Returns one float32 array of a step in the memory of this host, checked against its checksum.
+
+        Read from Orbax's files with tensorstore: Orbax would hold all chunks of an array at once beside the array itself,
+        and waits for the other processes of a run at each call.
+
+        Args:
+            path: as in the checksums of run.json, such as "params/blocks/q" or "ema/embed".
+
+        Raises:
+            UserError: it cannot be read, or is not what was saved.
+        """
+        item, _, key = path.partition("/")
+        base = self.directory / str(step) / item
+        kvstore = {"driver": "ocdbt", "base": kvstore_of(str(base)), "path": key.replace("/", ".") + "/"}
+        try:
+            store = tensorstore.open({"driver": "zarr3", "kvstore": kvstore}, open=True).result()
+            array = read_chunks(store)
+        except Exception as error:  # as in _load
+            raise self._damaged(step, _reason(error)) from error
+        if array.shape != tuple(shape) or array.dtype != np.float32:
+            raise self._damaged(step, f"{path} is {array.dtype}{list(array.shape)} and not float32{list(shape)}")
+        number = int(array.view(np.uint32).sum(dtype=np.uint64)) % 2**32
+        if number != self.run(step)["checksums"][item].get(key):
+            raise self._damaged(step, f"{path} has not the checksum with which it was saved")
+        return array
 
     def _load(self, step: int, items: dict) -> dict:
         """Returns the items of a step, each of which has the checksum with which it was saved."""
@@ -187,13 +261,79 @@ def _sums_of_bits(tree):
     return jax.tree.map(sum_of_bits, tree)
 
 
-def _reason(error: BaseException) -> str:
-    """Returns the root of a chain of errors, on one line and not longer than anyone reads."""
+def _root(error: BaseException) -> BaseException:
+    """Returns the first of a chain of errors."""
     while below := error.__cause__ or (None if error.__suppress_context__ else error.__context__):
         error = below
-    text = " ".join((str(error) or type(error).__name__).split())
+    return error
+
+
+def _reason(error: BaseException) -> str:
+    """Returns the root of a chain of errors, on one line and not longer than anyone reads."""
+    root = _root(error)
+    text = " ".join((str(root) or type(root).__name__).split())
     text = re.sub(r" \[(tensorstore_spec|source locations)=.*", "", text).rstrip(".")  # pages of JSON
     return text if len(text) <= 250 else f"{text[:80]} ... {text[-160:]}"
+
+
+def kvstore_of(directory: str) -> dict:
+    """Returns tensorstore's description of a directory; local, gs:// or s3://."""
+    scheme, colon, rest = directory.partition("://")
+    if not colon:
+        return {"driver": "file", "path": f"{directory}/"}
+    if scheme == "s3":
+        return s3_spec(f"{directory}/")
+    bucket, _, path = rest.partition("/")
+    return {"driver": "gcs", "bucket": bucket, "path": f"{path}/"}
+
+
+READ_BYTES = 256 << 20  # of chunks on their way at a time: enough to hide the latency of an object store
+
+
+def read_chunks(store: tensorstore.TensorStore) -> np.ndarray:
+    """Returns all of an array, holding beside it no more than READ_BYTES of its chunks, or one if that is larger."""
+    chunk = store.chunk_layout.read_chunk.shape
+    starts = list(itertools.product(*(range(0, size, step) for size, step in zip(store.shape, chunk))))
+    if len(starts) == 1:
+        return np.ascontiguousarray(store.read().result())
+    array = np.empty(store.shape, store.dtype.numpy_dtype)
+    at_once = max(1, READ_BYTES // (math.prod(chunk) * array.itemsize))
+    for i in range(0, len(starts), at_once):
+        boxes = [
+            tuple(slice(first, min(first + step, size)) for first, step, size in zip(start, chunk, store.shape))
+            for start in starts[i : i + at_once]
+        ]
+        for box, reading in [(box, store[box].read()) for box in boxes]:
+            array[box] = reading.result()
+    return array
+
+
+@functools.cache
+def teach_orbax_s3() -> None:
+    """Lets Orbax hand s3:// to tensorstore, which can write it; Orbax 0.12 itself passes on gs:// and local paths only.
+
+    The two functions replaced are where Orbax chooses the driver (google/orbax#2739 proposes the same to its authors).
+    """
+    from orbax.checkpoint._src.path import gcs_utils
+    from orbax.checkpoint._src.serialization import tensorstore_utils
+
+    is_gcs, gcs_spec = tensorstore_utils._use_gcs_driver, gcs_utils.get_kvstore_for_gcs
+    is_s3 = lambda directory: directory.startswith("s3:/")  # noqa: E731 (normalised by Orbax: s3:/bucket/...)
+    tensorstore_utils._use_gcs_driver = lambda directory: is_gcs(directory) or is_s3(directory)
+    gcs_utils.get_kvstore_for_gcs = lambda directory: (s3_spec if is_s3(directory) else gcs_spec)(directory)
+
+
+def s3_spec(url: str) -> dict:
+    """Returns tensorstore's description of s3://bucket/path, with the endpoint that AWS' own tools would use."""
+    bucket, _, path = url.removeprefix("s3:").lstrip("/").partition("/")
+    spec = {"driver": "s3", "bucket": bucket, "path": path}
+    if "AWS_ACCESS_KEY_ID" in os.environ:  # the default looks for files first, and complains when there are none
+        spec["aws_credentials"] = {"type": "environment"}
+    endpoint = os.environ.get("AWS_ENDPOINT_URL_S3") or os.environ.get("AWS_ENDPOINT_URL")
+    if endpoint:  # of AWS itself, tensorstore finds endpoint and region by the bucket's name
+        spec["endpoint"] = endpoint
+        spec["aws_region"] = os.environ.get("AWS_REGION") or os.environ.get("AWS_DEFAULT_REGION") or "us-east-1"
+    return spec
 
 
 def find(checkpoint: str) -> tuple[Checkpoints, int]:

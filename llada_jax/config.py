@@ -46,10 +46,12 @@ def default_config() -> ConfigDict:
     config.model.norm_eps = 1e-5
     config.model.tie_embeddings = False
     config.model.qk_norm = "none"  # none | full (over the whole q or k vector, as LLaDA's code) | per_head
+    config.model.attention_bias = "none"  # none | qkv (as Qwen2) | qkvo (as Llama with attention_bias)
+    config.model.output_shift = False  # True: position i is predicted from position i - 1, for autoregressive weights
     config.model.dtype = AUTO  # compute dtype: bfloat16 | float32; auto: float32 on CPU, bfloat16 elsewhere
     config.model.attention = AUTO  # xla | splash (TPU) | cudnn | triton (GPU); auto: from the mesh's platform
     config.model.remat = "none"  # what is recomputed in the backward pass: none | dots | attention | full
-    config.model.nll_chunk = 1024  # positions of a row whose logits exist at one time
+    config.model.nll_chunk = 1024  # as many logits exist at one time as this many positions of a row have
 
     config.objective = ConfigDict()
     config.objective.name = "masked_diffusion"  # masked_diffusion | autoregressive (the control experiment)
@@ -64,10 +66,15 @@ def default_config() -> ConfigDict:
     config.optimizer.b2 = 0.95
     config.optimizer.eps = 1e-8
     config.optimizer.weight_decay = 0.1  # decoupled, times the learning rate
-    config.optimizer.weight_decay_multipliers = ((".*norm.*", 0.0), (".*", 1.0))  # (regex on the path, factor)
+    config.optimizer.weight_decay_multipliers = (  # (regex on the path, factor), first match counts
+        (".*norm.*", 0.0),
+        (".*bias", 0.0),
+        (".*", 1.0),
+    )
     config.optimizer.learning_rate_multipliers = ((".*", 1.0),)  # (regex on the path, factor), first match counts
     config.optimizer.clip_norm = 1.0  # of the global gradient; 0: no clipping
     config.optimizer.ema_decay = 0.0  # exponential moving average of the parameters a step; 0: none is kept
+    config.optimizer.max_skipped_updates = 0  # steps with a gradient not finite that one log interval may skip; 0: none
     config.optimizer.gradient_accumulation = 1  # microbatches a step; the update is that of the whole batch
 
     config.schedule = ConfigDict()
@@ -90,6 +97,11 @@ def default_config() -> ConfigDict:
     config.mesh.tensor = 1  # heads, feed-forward width and vocabulary are split
     config.mesh.expert = 1  # kept for mixture-of-experts layers; splits the batch until then
 
+    config.distributed = ConfigDict()  # only runs of several processes, but for the last
+    config.distributed.initialization_timeout_s = 300  # how long the processes wait for each other at the start
+    config.distributed.heartbeat_timeout_s = 100  # a process not heard for so long is lost, and all others end with 42
+    config.distributed.step_timeout_s = 1800  # nothing has happened for so long: stacks, status 42; 0: wait for ever
+
     config.evaluation = ConfigDict()
     config.evaluation.every_steps = 1000  # 0: never during training
     config.evaluation.num_batches = 8  # of held-out rows; 0: the whole split
@@ -107,8 +119,10 @@ def default_config() -> ConfigDict:
     config.checkpoint.every_steps = 1000
     config.checkpoint.keep = 2  # newest checkpoints kept
     config.checkpoint.keep_every_steps = 0  # checkpoints at multiples of this are kept for ever; 0: none
+    config.checkpoint.local_directory = ""  # on a disk of each host, for frequent copies; "": none
+    config.checkpoint.local_every_steps = 0  # steps between those copies
     config.checkpoint.restore = ""  # full state of another run: WORKDIR or WORKDIR@STEP
-    config.checkpoint.init_from = ""  # weights only, of another run: WORKDIR or WORKDIR@STEP
+    config.checkpoint.init_from = ""  # weights only: WORKDIR, WORKDIR@STEP, or a Hugging Face directory
 
     config.log = ConfigDict()
     config.log.every_steps = 50  # metrics are means over this many steps
@@ -122,6 +136,7 @@ def default_config() -> ConfigDict:
 
 CHOICES = {
     "model.qk_norm": ("none", "full", "per_head"),
+    "model.attention_bias": ("none", "qkv", "qkvo"),
     "model.dtype": (AUTO, "bfloat16", "float32"),
     "model.attention": (AUTO, "xla", "splash", "cudnn", "triton"),
     "model.remat": ("none", "dots", "attention", "full"),
@@ -147,6 +162,7 @@ AT_LEAST = {
     "model.d_ff": 1,
     "model.nll_chunk": 1,
     "optimizer.gradient_accumulation": 1,
+    "optimizer.max_skipped_updates": 0,
     "checkpoint.every_steps": 1,
     "checkpoint.keep": 1,
     "log.every_steps": 1,
@@ -168,6 +184,10 @@ AT_LEAST = {
     "samples.steps": 1,
     "samples.block_length": 1,
     "checkpoint.keep_every_steps": 0,
+    "distributed.initialization_timeout_s": 1,
+    "distributed.heartbeat_timeout_s": 1,
+    "distributed.step_timeout_s": 0,
+    "checkpoint.local_every_steps": 0,
 }
 
 
@@ -293,6 +313,11 @@ def validate(config: ConfigDict) -> None:
         )
     if model.head_dim % 2:
         raise UserError(f"config.model.head_dim={model.head_dim} must be even: rotary embeddings turn pairs.")
+    if model.output_shift and config.objective.name == "autoregressive":
+        raise UserError(
+            "config.model.output_shift=True is for masked diffusion, and the autoregressive objective shifts by itself; set "
+            "it to False."
+        )
     if config.data.batch_size % config.optimizer.gradient_accumulation:
         raise UserError(
             f"config.data.batch_size={config.data.batch_size} must be a multiple of "
@@ -328,6 +353,18 @@ def validate(config: ConfigDict) -> None:
         raise UserError(
             f"config.samples.every_steps={config.samples.every_steps}: only masked_diffusion models are sampled; set it to 0 "
             "for the autoregressive control."
+        )
+    checkpoint = config.checkpoint
+    if bool(checkpoint.local_directory) != bool(checkpoint.local_every_steps):
+        raise UserError(
+            f"config.checkpoint.local_directory={checkpoint.local_directory!r} and "
+            f"config.checkpoint.local_every_steps={checkpoint.local_every_steps}: set both for copies on local disks, or "
+            "neither."
+        )
+    if "://" in checkpoint.local_directory:
+        raise UserError(
+            f"config.checkpoint.local_directory={checkpoint.local_directory!r} must be on a disk of this host, such as "
+            "/dev/shm/llada_jax; what is remote goes into --workdir."
         )
     if config.checkpoint.restore and config.checkpoint.init_from:
         raise UserError(

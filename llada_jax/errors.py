@@ -1,7 +1,7 @@
 """Errors that end a command on purpose, each with the exit status that launchers and schedulers act on.
 
-0 done, 2 the user's mistake (one sentence, no traceback), 3 the numbers went wrong, 42 asked to stop and saved (start
-me again). Any other status, and any traceback, is a bug in llada_jax.
+0 done, 2 the user's mistake (one sentence, no traceback), 3 the numbers went wrong, 42 stopped without having failed:
+asked to stop, or another process is gone (start me again). Any other status, and any traceback, is a bug in llada_jax.
 """
 
 import difflib
@@ -22,6 +22,12 @@ class NumericsError(ArithmeticError):
 
 class Preempted(RuntimeError):
     """The run was asked to stop and has saved: starting the same command again continues it."""
+
+    exit_status = 42
+
+
+class LostPeer(RuntimeError):
+    """Another process of the run is gone or stuck: starting all of them again continues from the last checkpoint."""
 
     exit_status = 42
 

@@ -12,9 +12,11 @@ import math
 import os
 import resource
 import sys
+import tempfile
 import time
 from collections import defaultdict
 
+from llada_jax import remote
 from llada_jax.errors import UserError
 
 FLUSH_SECONDS = 30.0  # how long TensorBoard events, and lines for a remote workdir, may stay in memory
@@ -139,8 +141,7 @@ def speed(
 
     Returns:
         tokens_per_s and step_s over the time of steps and of waiting for data; data_wait_share: the loader's part of
-        that time; tflops_per_device; mfu only where the peak is known; rss_gib: memory of this process on this host;
-        goodput: productive seconds / all seconds since the start; lost_*_s: the seconds that were not, by cause.
+        that time; tflops_per_device; mfu only where the peak is known; rss_gib: memory of this process on this host.
     """
     interval = clock.interval()
     data_s = interval.get("data", 0.0)
@@ -156,14 +157,7 @@ def speed(
     }
     if peak_flops:
         result["mfu"] = flops_per_device / peak_flops
-    return result | goodput(clock)
-
-
-def goodput(clock: Clock) -> dict[str, float]:
-    """Returns the productive share of all time since the start, and the seconds lost, by cause."""
-    seconds = clock.seconds()
-    lost = {f"lost_{activity}_s": total for activity, total in sorted(seconds.items()) if activity != "step"}
-    return {"goodput": seconds.get("step", 0.0) / max(sum(seconds.values()), 1e-9), **lost}
+    return result
 
 
 def host_rss_bytes() -> int:
@@ -203,11 +197,9 @@ class MetricsWriter:
         self._enabled = enabled
         if not enabled:
             return
-        from etils import epath
-
-        self._workdir = epath.Path(workdir)
+        self._workdir = remote.path_of(workdir)
         self._path = self._workdir / "metrics.jsonl"
-        self._is_remote = _is_remote(workdir)
+        self._is_remote = remote.is_remote(workdir)
         self._events = None
         self._last_flush = time.monotonic()
         with self._disk():
@@ -251,9 +243,10 @@ class MetricsWriter:
 
         directory = self._workdir / "tensorboard"
         directory.mkdir(parents=True, exist_ok=True)
-        self._events = EventsWriter(
-            os.path.join(os.fspath(directory), "events"), filename_suffix=f".{os.getpid()}.{first_step}"
-        )
+        # an object cannot grow: events for a remote workdir gather on this disk, and the whole file is sent at each flush
+        self._spool = tempfile.TemporaryDirectory() if self._is_remote else None
+        folder = self._spool.name if self._is_remote else os.fspath(directory)
+        self._events = EventsWriter(os.path.join(folder, "events"), filename_suffix=f".{os.getpid()}.{first_step}")
         start = SessionLog(status=SessionLog.START)  # TensorBoard hides events of these steps in older files
         self._events.write_event(Event(step=first_step, wall_time=time.time(), session_log=start))
 
@@ -320,6 +313,8 @@ class MetricsWriter:
                 self._path.write_text(self._text)
             if self._events:
                 self._events.flush()
+                if self._is_remote:
+                    remote.upload(self._spool.name, self._workdir / "tensorboard")
         self._last_flush = time.monotonic()
 
     def close(self) -> None:
@@ -331,6 +326,8 @@ class MetricsWriter:
                 self._file.close()
             if self._events:
                 self._events.close()
+                if self._is_remote:
+                    self._spool.cleanup()
 
 
 def has_line(workdir, *, step: int, group: str) -> bool:
@@ -341,10 +338,6 @@ def has_line(workdir, *, step: int, group: str) -> bool:
     lines = path.read_text().splitlines() if path.exists() else []
     entries = (json.loads(line) for line in lines)
     return any(entry["step"] == step and any(key.startswith(group) for key in entry) for entry in entries)
-
-
-def _is_remote(workdir) -> bool:
-    return "://" in os.fspath(workdir)
 
 
 def _plain(values: dict) -> dict:

@@ -79,6 +79,7 @@ def make_recipe(config, tokenizer, mesh: Mesh) -> Recipe:
     train_step = make_train_step(
         objective, model.nll_fn, optimizer, schedule, seed=config.seed, num_rows=B,
         num_microbatches=config.optimizer.gradient_accumulation, ema_decay=config.optimizer.ema_decay,
+        skip_nonfinite=config.optimizer.max_skipped_updates > 0,
     )  # fmt: skip
     return Recipe(
         architecture, num_steps, dtype, attention, model, optimizer, abstract, train_step, sharding.batch_sharding(mesh)
@@ -129,7 +130,8 @@ def make_objective(knobs, tokenizer):
 
 def optimizer_knobs(knobs) -> dict:
     """Returns the arguments of make_optimizer from config.optimizer."""
-    return {name: value for name, value in knobs.items() if name not in ("ema_decay", "gradient_accumulation")}
+    elsewhere = ("ema_decay", "gradient_accumulation", "max_skipped_updates")
+    return {name: value for name, value in knobs.items() if name not in elsewhere}
 
 
 def compile_step(recipe: Recipe, shape: tuple[int, int], compiler_options: dict | None = None):

@@ -4,10 +4,11 @@ Every mesh axis always exists, at size 1 when unused. The partitioner propagates
 sharding is stated are the parameters, the batch and the few `constrain` calls in the model.
 """
 
-import os
+import math
 
 import jax
 import numpy as np
+from jax.experimental import mesh_utils
 from jax.sharding import AxisType, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
@@ -30,57 +31,58 @@ RULES = {
     "act_embed": None,
     "act_heads": "tensor",
     "act_mlp": "tensor",
-    "act_vocab": "tensor",
+    "act_head_position": ("sequence", "tensor"),
 }
 
 
-def initialize_distributed() -> None:
-    """Joins the other processes when the environment names them; does nothing on a single process.
-
-    Reads JAX_COORDINATOR_ADDRESS, JAX_NUM_PROCESSES and JAX_PROCESS_ID (all three, or none), as set by a launcher.
+def mesh_shape(sizes: dict[str, int], num_devices: int) -> tuple[int, ...]:
+    """Returns the size of each of AXES on `num_devices` devices; one of `sizes` may be -1: what the others leave.
 
     Raises:
-        UserError: some but not all of the three are set, or one is no number.
+        UserError: the sizes do not multiply to the number of devices.
     """
-    names = ("JAX_COORDINATOR_ADDRESS", "JAX_NUM_PROCESSES", "JAX_PROCESS_ID")
-    given = {name: os.environ[name] for name in names if os.environ.get(name)}
-    if not given or jax.distributed.is_initialized():
-        return
-    missing = [name for name in names if name not in given]
-    if missing:
-        raise UserError(f"{', '.join(given)} is set but {', '.join(missing)} is not; set all three or none.")
-    try:
-        num_processes, process_id = int(given[names[1]]), int(given[names[2]])
-    except ValueError as error:
-        raise UserError(f"{names[1]}={given[names[1]]} and {names[2]}={given[names[2]]} must be integers.") from error
-    jax.distributed.initialize(given[names[0]], num_processes, process_id)
+    shape = [int(sizes[axis]) for axis in AXES]
+    stated = math.prod(n for n in shape if n != -1)
+    written = " x ".join(f"{axis}={n}" for axis, n in zip(AXES, shape))
+    if shape.count(-1) > 1 or any(n < 1 and n != -1 for n in shape):
+        raise UserError(f"The mesh {written} is not possible: sizes are at least 1, and at most one is -1 (the rest).")
+    if -1 in shape:
+        if num_devices % stated:
+            raise UserError(
+                f"The mesh {written} needs a multiple of {stated} devices, and there are {num_devices}; "
+                "change config.mesh so that the stated sizes divide the devices."
+            )
+        shape[shape.index(-1)] = num_devices // stated
+    if math.prod(shape) != num_devices:
+        raise UserError(
+            f"The mesh {written} needs {math.prod(shape)} devices, and there are {num_devices}; "
+            "change config.mesh, or leave one axis at -1."
+        )
+    return tuple(shape)
 
 
 def make_mesh(sizes: dict[str, int], devices=None) -> Mesh:
     """Returns a mesh over all devices with the given size for each of AXES; one size may be -1.
 
+    Several TPU slices lie along the data axis, whose gradients are all that crosses the data centre network.
+
     Raises:
-        UserError: the sizes do not multiply to the number of devices.
+        UserError: the sizes do not multiply to the number of devices, or data is no multiple of the slices.
     """
     devices = jax.devices() if devices is None else devices
-    shape = [int(sizes[axis]) for axis in AXES]
-    stated = int(np.prod([n for n in shape if n != -1]))
-    written = " x ".join(f"{axis}={n}" for axis, n in zip(AXES, shape))
-    if shape.count(-1) > 1 or any(n < 1 and n != -1 for n in shape):
-        raise UserError(f"The mesh {written} is not possible: sizes are at least 1, and at most one is -1 (the rest).")
-    if -1 in shape:
-        if len(devices) % stated:
-            raise UserError(
-                f"The mesh {written} needs a multiple of {stated} devices, and there are {len(devices)}; "
-                "change config.mesh so that the stated sizes divide the devices."
-            )
-        shape[shape.index(-1)] = len(devices) // stated
-    if int(np.prod(shape)) != len(devices):
+    shape = mesh_shape(sizes, len(devices))
+    types = (AxisType.Auto,) * len(AXES)
+    num_slices = len({getattr(d, "slice_index", 0) for d in devices}) if devices[0].platform == "tpu" else 1
+    if num_slices == 1:
+        return jax.make_mesh(shape, AXES, axis_types=types, devices=devices)
+    data, *others = shape
+    if data % num_slices:
         raise UserError(
-            f"The mesh {written} needs {int(np.prod(shape))} devices, and there are {len(devices)}; "
-            "change config.mesh, or leave one axis at -1."
+            f"config.mesh.data={data} is no multiple of the {num_slices} slices, which are joined along data; set "
+            f"config.mesh.data={num_slices}."
         )
-    return jax.make_mesh(shape, AXES, axis_types=(AxisType.Auto,) * len(AXES), devices=devices)
+    within, across = (data // num_slices, *others), (num_slices, *[1] * len(others))
+    return Mesh(mesh_utils.create_hybrid_device_mesh(within, across, devices), AXES, axis_types=types)
 
 
 def spec(names: tuple[str | None, ...]) -> P:

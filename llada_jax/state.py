@@ -89,6 +89,14 @@ def parameter_shardings(model: Model, mesh: Mesh) -> dict:
     return jax.tree.map(lambda names: NamedSharding(mesh, spec(names)), model.names, is_leaf=lambda x: type(x) is tuple)
 
 
+def abstract_parameters(model: Model, mesh: Mesh) -> dict:
+    """Returns the parameters as ShapeDtypeStructs with shardings: what is read from files."""
+    return jax.tree.map(
+        lambda leaf, place: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=place),
+        model.abstract, parameter_shardings(model, mesh),
+    )  # fmt: skip
+
+
 def abstract_state(model: Model, optimizer, mesh: Mesh, *, metrics: dict, keep_ema: bool) -> TrainState:
     """Returns the TrainState as ShapeDtypeStructs with shardings: what is created, restored and compiled against.
 
@@ -152,8 +160,9 @@ def split_microbatches(batch: dict, num_microbatches: int) -> dict:
 
 
 def make_train_step(
-    objective, nll_fn, optimizer, schedule, *, seed: int, num_rows: int, num_microbatches: int, ema_decay: float
-):
+    objective, nll_fn, optimizer, schedule, *, seed: int, num_rows: int, num_microbatches: int, ema_decay: float,
+    skip_nonfinite: bool = False,
+):  # fmt: skip
     """Returns train_step(state, batch) -> state, a pure function to be jitted.
 
     Args:
@@ -161,6 +170,8 @@ def make_train_step(
         num_rows: of the global batch.
         num_microbatches: gradients of this many parts are summed; the update is that of the whole batch, because sums
             and counts are added up first and divided once.
+        skip_nonfinite: a step whose loss or gradient is not finite changes nothing but the step number and the metric
+            "skipped", the share of such steps.
     """
 
     def train_step(state: TrainState, batch: dict) -> TrainState:
@@ -200,11 +211,20 @@ def make_train_step(
         params = optax.apply_updates(state.params, updates)
         ema = jax.tree.map(lambda e, p: ema_decay * e + (1.0 - ema_decay) * p, state.ema, params) if state.ema else {}
         # 5. what is logged
+        grad_norm = optax.tree.norm(grads)
         metrics |= {
-            "grad_norm": (optax.tree.norm(grads), jnp.float32(1)),
+            "grad_norm": (grad_norm, jnp.float32(1)),
             "param_norm": (optax.tree.norm(params), jnp.float32(1)),  # after the update: of what a checkpoint holds
             "learning_rate": (jnp.float32(schedule(state.step)), jnp.float32(1)),
         }
+        is_skipped = jnp.bool_(False)
+        if skip_nonfinite:
+            is_finite = jnp.isfinite(grad_norm) & jnp.isfinite(metrics["loss"][0])
+            is_skipped = ~is_finite
+            old = (state.params, state.opt_state, state.ema, jax.tree.map(jnp.zeros_like, metrics))
+            kept = jax.tree.map(lambda n, o: jnp.where(is_finite, n, o), (params, opt_state, ema, metrics), old)
+            params, opt_state, ema, metrics = kept
+        metrics["skipped"] = (jnp.float32(is_skipped), jnp.float32(1))  # always there: the knob may change in a run
         metrics = jax.tree.map(jnp.add, state.metrics, metrics)
         return TrainState(state.step + 1, params, opt_state, ema, metrics)
 
@@ -222,4 +242,4 @@ def abstract_metrics(objective, nll_fn, abstract_params, *, num_rows: int, seque
         abstract_params, batch, rows,
     )  # fmt: skip
     scalar = jax.ShapeDtypeStruct((), jnp.float32)
-    return {**metrics, **dict.fromkeys(("grad_norm", "param_norm", "learning_rate"), (scalar, scalar))}
+    return {**metrics, **dict.fromkeys(("grad_norm", "param_norm", "learning_rate", "skipped"), (scalar, scalar))}

@@ -2,14 +2,13 @@
 
 import contextlib
 import datetime
-import fcntl
 import functools
 import hashlib
 import json
 import math
-import os
 import platform
 import subprocess
+import tempfile
 import time
 from collections import deque
 from pathlib import Path
@@ -20,15 +19,18 @@ import numpy as np
 from etils import epath
 from jax.experimental import multihost_utils
 
-from llada_jax import __version__, hardware, likelihood, sharding
+from llada_jax import __version__, distributed, hardware, likelihood, pretrained, remote, sharding
 from llada_jax import checkpoint as checkpoints
 from llada_jax import metrics as measure
 from llada_jax.command_line import Parser
 from llada_jax.config import AUTO, load_config, parse_sources
 from llada_jax.data.loader import describe, heldout_batches, train_batches
 from llada_jax.data.records import read_dataset
-from llada_jax.errors import NumericsError, Preempted, UserError
-from llada_jax.file_lock import try_lock
+from llada_jax.data.skipped import as_rollbacks, batch_of_step, read_rollbacks
+from llada_jax.errors import LostPeer, NumericsError, Preempted, UserError
+from llada_jax.file_lock import only_run_in
+from llada_jax.goodput import Ledger
+from llada_jax.local_checkpoint import LocalCheckpoints
 from llada_jax.metrics import format_bytes, format_count
 from llada_jax.models.transformer import Architecture, num_matmul_parameters, num_parameters
 from llada_jax.preemption import StopRequest
@@ -36,7 +38,7 @@ from llada_jax.recipe import Recipe, compile_step, make_recipe
 from llada_jax.samplers.denoise import check_schedule
 from llada_jax.samplers.text import generate_text
 from llada_jax.state import create_state, make_model
-from llada_jax.tokenizer import Tokenizer, load_tokenizer
+from llada_jax.tokenizer import SPECIAL_IDS, Tokenizer, load_tokenizer
 
 MAX_STEPS_IN_FLIGHT = 2  # dispatched but not finished: enough to hide the host, few enough to stop promptly
 
@@ -68,6 +70,7 @@ def train(config, workdir: str) -> None:
         UserError: config, data, mesh and checkpoint do not fit together, or the disk refuses.
         NumericsError: the loss or the gradient is not finite.
         Preempted: SIGTERM or Ctrl-C; the state has been saved.
+        LostPeer: another process of the run is gone.
     """
     clock = measure.Clock()
     # 1. Devices. The compilation cache comes first: it must be set before anything is compiled.
@@ -76,10 +79,20 @@ def train(config, workdir: str) -> None:
         jax.config.update(
             "jax_compilation_cache_dir", str(Path.home() / ".cache/llada_jax") if cache == AUTO else cache
         )
-    sharding.initialize_distributed()
+    distributed.initialize(
+        initialization_timeout_s=config.distributed.initialization_timeout_s,
+        heartbeat_timeout_s=config.distributed.heartbeat_timeout_s,
+    )
     mesh = sharding.make_mesh(config.mesh)
     with jax.set_mesh(mesh), StopRequest() as stop, contextlib.ExitStack() as until_end:
-        train_on(mesh, config, workdir, clock, stop, until_end)
+        try:
+            train_on(mesh, config, workdir, clock, stop, until_end)
+        except (jax.errors.JaxRuntimeError, ValueError) as error:
+            if not distributed.is_lost_peer(error):
+                raise
+            raise LostPeer(
+                f"Another process of this run is gone ({str(error).splitlines()[0]}); the same command continues."
+            ) from error
 
 
 def train_on(
@@ -108,27 +121,45 @@ def train_on(
 
     # 4. The state, from the first of four places that has one.
     make_workdir(workdir)
-    until_end.enter_context(only_run_in(workdir))
+    if is_first:
+        until_end.enter_context(only_run_in(workdir))
     saved = checkpoints.Checkpoints(
         workdir, keep=config.checkpoint.keep, keep_every_steps=config.checkpoint.keep_every_steps
     )
     run = run_record(config, architecture, tokenizer, summaries)
-    state, origin = first_state(
-        config, saved, run, abstract, functools.partial(create_state, model, recipe.optimizer, abstract)
+    local = None
+    if config.checkpoint.local_directory:
+        local = LocalCheckpoints(config.checkpoint.local_directory, saved.directory.parent)
+        until_end.callback(local.close)
+    rollbacks = read_rollbacks(workdir)
+    state, origin, theirs = first_state(
+        config,
+        saved,
+        local,
+        run,
+        rollbacks.count,
+        abstract,
+        functools.partial(create_state, model, recipe.optimizer, abstract),
     )
     start_step = int(state.step)
+    if not rollbacks.count and "rollbacks" in theirs:  # of the run that was restored here
+        rollbacks = as_rollbacks(theirs["rollbacks"])
+    run["rollbacks"] = rollbacks._asdict()
+    if local:
+        local.drop_after(start_step)
     if start_step > num_steps:
         raise UserError(
             f"The run in {workdir} is at step {start_step} and the config ends at {num_steps}; raise config.num_steps, or "
             "start a new --workdir from a checkpoint with config.checkpoint.restore=WORKDIR@STEP."
         )
-    if (epath.Path(workdir) / "tokenizer").exists():
+    if (epath.Path(workdir) / "tokenizer" / SPECIAL_IDS).exists():
         check_tokenizer(load_tokenizer(epath.Path(workdir) / "tokenizer"), workdir, written=tokenizer.fingerprint)
     writer = measure.MetricsWriter(
         workdir, enabled=is_first, resume_step=start_step if start_step else None, tensorboard=config.log.tensorboard
     )
     if is_first:
         describe_run(workdir, tokenizer, run)
+    ledger = Ledger(workdir, clock, start_step=start_step, enabled=is_first)
 
     # 5. The compiled step.
     progress = measure.Progress(num_steps=num_steps, start_step=start_step, enabled=is_first)
@@ -141,6 +172,7 @@ def train_on(
         with clock.span("compile"):
             began = time.perf_counter()
             compiled = compile_step(recipe, (B, T))
+            distributed.meet("compiled", timeout_s=config.distributed.step_timeout_s)
             progress.say(compilation_line(compiled, time.perf_counter() - began))
         if stop.reached(start_step):
             raise Preempted(f"asked to stop before step {start_step + 1}: nothing is lost; the same command continues.")
@@ -148,7 +180,8 @@ def train_on(
     # 6. The loop.
     rows = sharding.local_rows(batch_sharding, (B, T))
     batches = train_batches(
-        sources, batch_size=B, sequence_length=T, seed=config.seed, rows=rows, start_step=start_step,
+        sources, batch_size=B, sequence_length=T, seed=config.seed, rows=rows,
+        start_step=batch_of_step(start_step + 1, rollbacks.skipped) - 1,
         random_length_probability=config.data.random_length_probability,
         attend_across_documents=config.data.attend_across_documents,
         num_threads=config.data.num_threads, prefetch=config.data.prefetch,
@@ -166,13 +199,19 @@ def train_on(
     )
     in_flight, logged_step, is_profiling = deque(), start_step, False
     profile_start = config.log.profile_at_step
+    profile = (
+        epath.Path(workdir) / "profile"
+    )  # the profiler writes to a disk, from where it is copied to a remote workdir
+    is_remote = remote.is_remote(workdir)
+    trace = until_end.enter_context(tempfile.TemporaryDirectory()) if is_remote else str(profile)
     profile_end = min(profile_start + config.log.profile_num_steps - 1, num_steps) if profile_start else 0
     is_due = lambda step, every: every > 0 and (step % every == 0 or step == num_steps)  # noqa: E731
     clock.start_training()
-    with progress:
+    with progress, distributed.Watchdog(config.distributed.step_timeout_s) as watchdog:
+        evaluate = functools.partial(evaluate, on_batch=lambda: watchdog.beat("a held-out batch"))
         for step in range(start_step + 1, num_steps + 1):
             if step == profile_start:
-                jax.profiler.start_trace(str(epath.Path(workdir) / "profile"))
+                jax.profiler.start_trace(trace)
                 is_profiling = True
             with clock.span("data"):
                 batch = sharding.place_batch(next(batches), rows, B, batch_sharding)
@@ -180,20 +219,27 @@ def train_on(
             in_flight.append(finished)
             if len(in_flight) > MAX_STEPS_IN_FLIGHT:
                 jax.block_until_ready(in_flight.popleft())
+            watchdog.beat(f"step {step} was begun")
             progress.advance(step)
             must_stop = stop.reached(step)
             if is_profiling and (step == profile_end or must_stop):
                 jax.block_until_ready(state.step)
                 jax.profiler.stop_trace()
+                if is_remote:
+                    remote.upload(trace, profile)
                 is_profiling = False
             must_save = must_stop or is_due(step, config.checkpoint.every_steps)
+            must_copy = local and step % config.checkpoint.local_every_steps == 0
 
             # 6a. Metrics: written before the checkpoint of the same step, so that a resumed run can rely on them.
-            if must_save or is_due(step, config.log.every_steps):
+            if must_save or must_copy or is_due(step, config.log.every_steps):
                 sums = jax.device_get(state.metrics)
                 check_finite(sums, interval=(logged_step + 1, step), saved=saved)
+                check_skipped(sums, config.optimizer.max_skipped_updates, interval=(logged_step + 1, step))
             if is_due(step, config.log.every_steps):
                 numbers = measure.means(sums)
+                if not config.optimizer.max_skipped_updates:
+                    del numbers["skipped"]
                 numbers["bits_per_byte"] = measure.bits_per_byte(
                     numbers["nll" if is_causal else "nelbo"], bytes_per_token=bytes_per_token
                 )
@@ -201,7 +247,10 @@ def train_on(
                     clock, num_steps=step - logged_step, tokens_per_step=B * T, flops_per_token=flops_per_token,
                     num_devices=mesh.size, peak_flops=hardware.peak_flops(mesh.devices.flat[0]),
                 )  # fmt: skip
-                writer.write(step, {"train": {**numbers, "tokens": step * B * T}, "speed": speed})
+                writer.write(
+                    step,
+                    {"train": {**numbers, "tokens": step * B * T}, "speed": speed | saved.measured | ledger.report()},
+                )
                 progress.report(step, numbers, speed)
                 state = state._replace(metrics=zero_metrics(state.metrics))
                 logged_step = step
@@ -215,18 +264,28 @@ def train_on(
                         progress.say(f"step {step} {group} {bound_line(bound)}")
             if is_due(step, config.samples.every_steps):
                 with clock.span("samples"):
-                    text = sample_markdown(config.samples, sampling_model, state.ema or state.params, tokenizer)
+                    text = sample_markdown(
+                        config.samples, sampling_model, state.ema or state.params, tokenizer,
+                        on_step=lambda *_: watchdog.beat("a denoising step"),
+                    )  # fmt: skip
                     writer.text(step, "samples", text)
 
             # 6c. Save; then, if asked to, stop.
-            if must_save:
+            if must_save or must_copy:
+                record = {**run, "step": step, "tokens": step * B * T}
                 with clock.span("checkpoint"):
                     writer.flush()
-                    saved.save(state, {**run, "step": step, "tokens": step * B * T})
+                    ledger.mark(step)
+                    if must_copy:
+                        local.save(state, record)
+                    if must_save:
+                        saved.save(state, record)
+            if must_save:
                 if must_stop and step < num_steps:
                     saved.close()
                     writer.close()
                     raise Preempted(f"asked to stop: step {step} of {num_steps} is saved; the same command continues.")
+                watchdog.beat(f"step {step} was given to the disk")
                 progress.say(f"saving step {step}")
 
         # 7. The whole held-out split, once.
@@ -238,6 +297,8 @@ def train_on(
                 progress.say(f"final {group} {bound_line(bound)}")
             if bounds:
                 writer.write(num_steps, {group.replace("heldout", "final"): bound for group, bound in bounds.items()})
+        ledger.mark(num_steps)
+        progress.say(ledger.line())
     saved.close()
     writer.close()
 
@@ -256,7 +317,7 @@ def check_tokenizer(tokenizer: Tokenizer, directory: str, *, written: str) -> No
 
 def make_workdir(workdir: str) -> None:
     """Creates the workdir; raises UserError when it cannot be written."""
-    path = epath.Path(workdir)
+    path = remote.path_of(workdir)
     with writing(workdir):
         path.mkdir(parents=True, exist_ok=True)
         if jax.process_index() == 0:
@@ -265,29 +326,22 @@ def make_workdir(workdir: str) -> None:
             probe.unlink()
 
 
-@contextlib.contextmanager
-def only_run_in(workdir: str):
-    """Keeps a second `train` out of a local workdir: each would remove what the other is saving."""
-    if jax.process_index() > 0 or "://" in workdir:
-        yield
-        return
-    directory = os.open(workdir, os.O_RDONLY)  # the directory itself is what is locked: nothing is left behind
-    try:
-        if not try_lock(directory, fcntl.LOCK_EX):
-            raise UserError(f"Another train is writing into {workdir}; wait for it to end, or give another --workdir.")
-        yield
-    finally:
-        os.close(directory)
-
-
 def describe_run(workdir: str, tokenizer: Tokenizer, run: dict) -> None:
     """Writes WORKDIR/tokenizer and run.json, each whole or not at all."""
     path = epath.Path(workdir)
     with writing(workdir):
+        text = json.dumps(run, indent=1) + "\n"
+        if remote.is_remote(
+            workdir
+        ):  # each object is whole, and the one that makes a folder a tokenizer is written last
+            if not (path / "tokenizer" / SPECIAL_IDS).exists():
+                tokenizer.save(path / "tokenizer")
+            (path / "run.json").write_text(text)
+            return
         if not (path / "tokenizer").exists():
             tokenizer.save(path / "tokenizer.partial")
             (path / "tokenizer.partial").rename(path / "tokenizer")
-        (path / "run.json.partial").write_text(json.dumps(run, indent=1) + "\n")
+        (path / "run.json.partial").write_text(text)
         (path / "run.json.partial").replace(path / "run.json")
 
 
@@ -331,22 +385,35 @@ def git_commit() -> str:
     return told.stdout.strip()
 
 
-def first_state(config, saved, run: dict, abstract, create):
-    """Returns the state to start from and where it comes from.
+def first_state(config, saved, local, run: dict, num_rollbacks: int, abstract, create):
+    """Returns the state to start from, where it comes from, and the record of the run that it continues ({} if none).
 
-    The order: 1. this workdir's latest step; 2. config.checkpoint.restore, the full state of another run;
-    3. config.checkpoint.init_from, the weights of another run; 4. initialisation from the seed.
+    The order: 1. the latest step of this workdir or, where they are newer, of the local copies;
+    2. config.checkpoint.restore, the full state of another run; 3. config.checkpoint.init_from, the weights of another
+    run or of a Hugging Face directory; 4. the seed.
     """
+    note = ""
+    if local:
+        state, theirs, note = local.restore(abstract, newer_than=saved.steps[-1] if saved.steps else 0)
+        note = note and f" ({note})"
+        if state is not None and theirs.get("rollbacks", {}).get("count", 0) < num_rollbacks:
+            state, note = None, " (the local copies are from before the rollback)"
+        if state is not None:
+            check_continues(theirs, run, local.directory)
+            return state, f"step {int(state.step)} of {local.directory}{note}", theirs
     if saved.steps:
         step = saved.steps[-1]
-        check_continues(saved.run(step), run, saved.directory)
-        return saved.restore(step, abstract), f"step {step} of {saved.directory.parent}"
+        theirs = saved.run(step)
+        check_continues(theirs, run, saved.directory)
+        return saved.restore(step, abstract), f"step {step} of {saved.directory.parent}{note}", theirs
     if config.checkpoint.restore:
         other, step = checkpoints.find(config.checkpoint.restore)
-        check_continues(other.run(step), run, other.directory)
-        return other.restore(step, abstract), f"step {step} of {other.directory.parent} (config.checkpoint.restore)"
+        theirs = other.run(step)
+        check_continues(theirs, run, other.directory)
+        origin = f"step {step} of {other.directory.parent} (config.checkpoint.restore)"
+        return other.restore(step, abstract), origin, theirs
     if config.checkpoint.init_from:
-        other, step = checkpoints.find(config.checkpoint.init_from)
+        other, step = pretrained.find(config.checkpoint.init_from, causal=config.objective.name == "autoregressive")
         theirs = other.run(step)
         check_fits(theirs, run, other.directory)
         has_ema = theirs["config"]["optimizer"]["ema_decay"] > 0
@@ -357,14 +424,15 @@ def first_state(config, saved, run: dict, abstract, create):
         # one pass through jit makes buffers that the train step may take over (see Checkpoints.restore)
         shardings = jax.tree.map(lambda leaf: leaf.sharding, abstract)
         state = jax.jit(lambda s: s, out_shardings=shardings, donate_argnums=0)(state)
-        return state, f"weights of step {step} of {other.directory.parent} (config.checkpoint.init_from)"
-    return create(seed=config.seed), f"initialisation from seed {config.seed}"
+        return state, f"weights of step {step} of {config.checkpoint.init_from} (config.checkpoint.init_from)", {}
+    return create(seed=config.seed), f"initialisation from seed {config.seed}{note}", {}
 
 
 def check_fits(theirs: dict, ours: dict, directory) -> None:
     """Raises UserError when a checkpoint is of another architecture or tokenizer."""
     checkpoints.check_same(
-        f"The checkpoint in {directory} is of another architecture", ours["architecture"], theirs["architecture"],
+        f"The checkpoint in {directory} is of another architecture", ours["architecture"],
+        vars(Architecture(**theirs["architecture"])),  # what an older version did not write has its default
         remedy="set config.model to match it, or choose another --workdir",
     )  # fmt: skip
     checkpoints.check_same(
@@ -491,7 +559,20 @@ def check_finite(sums: dict, *, interval: tuple[int, int], saved) -> None:
             )
 
 
-def evaluate_heldout(config, model, tokenizer, sources, summaries, params, num_batches, *, batch_sharding) -> dict:
+def check_skipped(sums: dict, limit: int, *, interval: tuple[int, int]) -> None:
+    """Raises NumericsError when more updates of an interval were skipped than config.optimizer.max_skipped_updates."""
+    num_skipped = int(sums["skipped"][0])
+    if num_skipped > limit:
+        raise NumericsError(
+            f"{num_skipped} updates in steps {interval[0]} to {interval[1]} were not finite and were skipped, and "
+            f"config.optimizer.max_skipped_updates allows {limit}; lower config.schedule.learning_rate, or leave these data "
+            "out with `llada-jax rollback`."
+        )
+
+
+def evaluate_heldout(
+    config, model, tokenizer, sources, summaries, params, num_batches, *, batch_sharding, on_batch
+) -> dict:
     """Returns {group: {nelbo or nll, standard_error, bits_per_byte, ...}} for the held-out split of each dataset.
 
     In batches as large as a microbatch of training, which is known to fit.
@@ -507,8 +588,13 @@ def evaluate_heldout(config, model, tokenizer, sources, summaries, params, num_b
             directory, batch_size=B, sequence_length=T, rows=rows, max_batches=num_batches or None,
             attend_across_documents=config.data.attend_across_documents,
         )  # fmt: skip
-        placed = (sharding.place_batch(batch, rows, B, batch_sharding) for batch in batches)
-        bound = likelihood.bound(objective, model.nll_fn, params, placed, name=name, num_rows=B)
+
+        def placed(batches=batches):
+            for batch in batches:
+                on_batch()
+                yield sharding.place_batch(batch, rows, B, batch_sharding)
+
+        bound = likelihood.bound(objective, model.nll_fn, params, placed(), name=name, num_rows=B)
         group = "heldout" if len(sources) == 1 else f"heldout_{number}_{Path(directory).name}"
         error = {} if math.isnan(bound.standard_error) else {"standard_error": bound.standard_error}
         results[group] = {
@@ -533,10 +619,10 @@ def bound_line(bound: dict) -> str:
     return f"{bound['bits_per_byte']:.3f} bits/byte ({nats:.3f} nats/token{error})"
 
 
-def sample_markdown(knobs, model, params, tokenizer) -> str:
+def sample_markdown(knobs, model, params, tokenizer, *, on_step) -> str:
     """Returns generated texts as Markdown for TensorBoard."""
     completions = generate_text(
         model.logits_fn, params, tokenizer, list(knobs.prompts), gen_length=knobs.gen_length, steps=knobs.steps,
-        block_length=knobs.block_length, temperature=knobs.temperature,
+        block_length=knobs.block_length, temperature=knobs.temperature, on_step=on_step,
     )  # fmt: skip
     return "\n\n---\n\n".join(f"**{c.prompt}**{c.text}" for c in completions)

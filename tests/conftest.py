@@ -86,15 +86,18 @@ def write_dataset(directory: Path, tokens: dict[str, np.ndarray], *, sequence_le
     return directory
 
 
-@pytest.fixture(scope="session")
-def small_dataset(tmp_path_factory) -> Path:
+def circle_dataset(directory: Path) -> Path:
     """Letters that mostly go round in a circle, so that there is something to learn."""
     rng = np.random.default_rng(0)
     moves = rng.choice([1, 2, 5], p=[0.7, 0.2, 0.1], size=40_000)
     letters = (97 + np.cumsum(moves) % 26).astype(np.int32)
-    directory = tmp_path_factory.mktemp("small") / "data"
     directory.mkdir()
     return write_dataset(directory, {"train": letters[:36_000], "heldout": letters[36_000:]})
+
+
+@pytest.fixture(scope="session")
+def small_dataset(tmp_path_factory) -> Path:
+    return circle_dataset(tmp_path_factory.mktemp("small") / "data")
 
 
 class Runs:

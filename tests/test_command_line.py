@@ -19,16 +19,28 @@ FLAGS = {
     "prepare": """--input --output --sequence-length --tokenizer --text-field --documents --document-start --heldout --workers
         --add-mask-token --json""",
     "train": "--config --workdir --config.KEY",
+    "rollback": "--workdir --to --skip",
     "sample": """--checkpoint --prompt --prompt-file --gen-length --block-length --steps --temperature --remasking --cfg-scale
         --num-samples --batch-size --seed --ignore-eos --show --json""",
     "evaluate": "--checkpoint --data --split --mc-samples --batch-size --seed --baselines --json",
+    "import": "--from --output --mesh --mask-token --causal --json",
+    "export": """--checkpoint --output --dtype --shard-size --ema --layout --chat-template --force --verify --push-to-hub
+        --dry-run --json""",
+    "plan": "--config --topology --slices --vocab-size --compile --search --flags --json --config.KEY",
+    "sweep": """--config --workdir --list --index --run --optuna --table --fit --parallel --plot --dry-run --json
+        --config.KEY""",
 }  # fmt: skip
 
 REQUIRED = {
     "prepare": ["--input", "x", "--output", "y", "--sequence-length", "16", "--tokenizer", "bytes"],
     "train": ["--config", "x.py", "--workdir", "y"],
+    "rollback": ["--workdir", "x", "--to", "1"],
     "sample": ["--checkpoint", "x"],
     "evaluate": ["--checkpoint", "x", "--data", "y"],
+    "import": ["--from", "x", "--output", "y"],
+    "export": ["--checkpoint", "x", "--output", "y"],
+    "plan": ["--config", "x.py", "--topology", "v5p-8"],
+    "sweep": ["--config", "x.py", "--workdir", "y"],
 }
 
 

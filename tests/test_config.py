@@ -396,7 +396,8 @@ def test_every_config_loads_is_valid_and_says_how_to_run_it(path):
     if "make demo" in docstring:  # then the commands stand in the Makefile
         makefile = (path.parent.parent / "Makefile").read_text()
         docstring += makefile.replace("$(RUN)", re.search(r"^RUN := (.*)$", makefile, flags=re.MULTILINE).group(1))
-    assert f"train --config configs/{path.name}" in docstring
+    verb = "sweep" if "sweep" in runpy.run_path(str(path)) else "train"
+    assert f"{verb} --config configs/{path.name}" in docstring
     data = parse_sources(config.data.path)[0][0] if config.data.path else "--config.data.path="
     assert data in docstring, "the docstring says where the data come from"
     for prepared in re.findall(r"--sequence-length (\d+)", docstring):

@@ -9,6 +9,7 @@ import signal
 import subprocess
 import sys
 import time
+from pathlib import Path
 
 import jax
 import jax.numpy as jnp
@@ -315,9 +316,14 @@ def test_a_workdir_that_is_a_file_is_one_sentence(tmp_path):
         metrics.MetricsWriter(tmp_path / "file" / "run")
 
 
+def take_for_remote(monkeypatch) -> None:
+    """A local path stands in for the object store: what is tested is the way without appending (and see test_remote)."""
+    monkeypatch.setattr(metrics.remote, "is_remote", lambda path: True)
+    monkeypatch.setattr(metrics.remote, "path_of", Path)
+
+
 def test_a_remote_workdir_is_written_whole_at_each_flush(tmp_path, monkeypatch):
-    """A local path stands in for the object store: what is tested is the way without appending."""
-    monkeypatch.setattr(metrics, "_is_remote", lambda path: True)
+    take_for_remote(monkeypatch)
     writer = metrics.MetricsWriter(tmp_path, tensorboard=False)
     write_steps(writer, range(10, 60, 10), speed=1.0)
     assert not (tmp_path / "metrics.jsonl").exists()
@@ -329,14 +335,8 @@ def test_a_remote_workdir_is_written_whole_at_each_flush(tmp_path, monkeypatch):
     assert [entry["step"] for entry in lines_of(tmp_path)] == [10, 20, 20, 30]
 
 
-def test_urls_are_remote_and_paths_are_not(tmp_path):
-    assert metrics._is_remote("gs://bucket/run")
-    assert not metrics._is_remote(tmp_path)
-    assert not metrics._is_remote("runs/tiny")
-
-
 def test_lines_wait_in_memory_no_longer_than_the_flush_interval(tmp_path, monkeypatch):
-    monkeypatch.setattr(metrics, "_is_remote", lambda path: True)
+    take_for_remote(monkeypatch)
     monkeypatch.setattr(metrics, "FLUSH_SECONDS", 0.0)
     writer = metrics.MetricsWriter(tmp_path, tensorboard=False)
     time.sleep(0.01)

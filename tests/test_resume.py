@@ -123,6 +123,29 @@ def test_resuming_on_another_mesh_and_another_number_of_processes_continues_the_
 
 
 @pytest.mark.slow
+def test_one_run_over_one_two_and_four_processes_and_three_meshes_keeps_its_curve(runs):
+    words = ["schedule.name=constant", "evaluation.every_steps=0", "evaluation.final_num_batches=1"]
+    straight, chain = runs.directory / "chain-straight", runs.directory / "chain"
+    runs.train(straight, "num_steps=15", *words)
+    links = [  # each is told to end where the next goes on
+        (3, dict(num_devices=1), []),
+        (6, dict(num_devices=2, num_processes=2), []),
+        (9, dict(num_devices=1, num_processes=4), []),
+        (12, dict(num_devices=8), ["mesh.fsdp=8"]),
+        (15, dict(num_devices=8), ["mesh.data=2", "mesh.fsdp=2", "mesh.tensor=2"]),
+    ]
+    before = 0
+    for step, devices, mesh in links:
+        log = runs.train(chain, f"num_steps={step}", *words, *mesh, **devices)
+        assert before == 0 or f"start       step {before} of" in log
+        before = step
+    np.testing.assert_allclose(losses(chain), losses(straight), rtol=1e-5)
+    expected = saved_arrays(straight, 15)
+    for name, array in saved_arrays(chain, 15).items():
+        np.testing.assert_allclose(array, expected[name], rtol=1e-2, atol=1e-4, err_msg=name)
+
+
+@pytest.mark.slow
 def test_a_finished_run_says_so_and_changes_nothing(runs, straight):
     before = {path: path.read_bytes() for path in straight.glob("checkpoints/**/*") if path.is_file()}
     lines = metric_lines(straight)
