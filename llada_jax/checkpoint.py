@@ -287,7 +287,7 @@ def kvstore_of(directory: str) -> dict:
     return {"driver": "gcs", "bucket": bucket, "path": f"{path}/"}
 
 
-READ_BYTES = 256 << 20  # of chunks on their way at a time: enough to hide the latency of an object store
+READ_BYTES = 64 << 20  # of chunks on their way at a time: enough to hide the latency of an object store
 
 
 def read_chunks(store: tensorstore.TensorStore) -> np.ndarray:

@@ -473,7 +473,7 @@ def describe(p: dict) -> list[str]:
         lines.append("            the network between GPU hosts is not known and not in the time")
     if "compiled" in p:
         lines += describe_compiled(p["compiled"])
-    for choice in p.get("search", ()):
+    for choice in p.get("search", ())[:12]:
         lines.append("choice      " + describe_choice(choice))
     return lines
 
@@ -483,7 +483,8 @@ def describe_mesh(shape: dict[str, int]) -> str:
 
 
 def describe_choice(choice: dict) -> str:
-    words = f"{describe_mesh(choice['mesh'])}, remat {choice['remat']}, {choice['microbatches']} microbatches"
+    number = choice["microbatches"]
+    words = f"{describe_mesh(choice['mesh'])}, remat {choice['remat']}, {number} microbatch{'es' if number > 1 else ''}"
     if "peak" not in choice:
         return words
     fast, slow = choice["seconds_per_step"]["fast"], choice["seconds_per_step"]["slow"]

@@ -177,8 +177,12 @@ class Cloud:
 
 
 @pytest.fixture
-def cloud(tmp_path) -> Cloud:
-    return Cloud(tmp_path, num_workers=SLICES["v5litepod-16"].num_tpu_vm_hosts)
+def cloud(tmp_path):
+    yield Cloud(tmp_path, num_workers=SLICES["v5litepod-16"].num_tpu_vm_hosts)
+    for file in tmp_path.glob("workers/*/*/llada_jax.pid"):  # what a test has left on its workers would run for ever
+        pid = file.read_text().strip()
+        if pid and os.path.realpath(f"/proc/{pid}/cwd") == str(file.parent / "llada_jax"):
+            os.kill(int(pid), signal.SIGKILL)
 
 
 def until(is_true, *, seconds: float = 60) -> None:
