@@ -8,6 +8,7 @@ import re
 from dataclasses import dataclass
 
 from llada_jax.errors import UserError
+from llada_jax.hardware import flags_named
 
 # Google's automatic firewall rule for TPUs opens 8476; JAX's own choice since 0.8, 8482, is closed on many networks and the
 # processes then wait for each other in vain (jax issue 35905).
@@ -60,6 +61,14 @@ def parse_env(text: str) -> tuple[str, str]:
     return name, value
 
 
+def parse_flags(names: str) -> dict[str, str]:
+    """Reads "v6e" or "v6e+multislice", names of llada_jax.hardware.FLAGS."""
+    try:
+        return flags_named(names)
+    except UserError as error:
+        raise argparse.ArgumentTypeError(str(error)) from error
+
+
 def make_parser(description: str) -> argparse.ArgumentParser:
     """Returns a parser with the flags of both launchers; the command is what stands after `--`."""
     parser = argparse.ArgumentParser(
@@ -76,6 +85,9 @@ def make_parser(description: str) -> argparse.ArgumentParser:
         help="on-demand (the default), spot, reservation[:NAME] or flex[:DURATION]",
     )
     parser.add_argument("--env", type=parse_env, action="append", default=[], metavar="NAME=VALUE", help="repeatable")
+    parser.add_argument(
+        "--flags", type=parse_flags, default={}, metavar="PRESET", help="compiler flags of llada_jax.hardware, e.g. v6e"
+    )
     parser.add_argument("--max-restarts", type=int, default=10, metavar="N", help="give up after so many (10)")
     parser.add_argument(
         "--grace", type=int, default=300, metavar="S", help="seconds to save in when asked to stop (300)"

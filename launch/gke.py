@@ -259,7 +259,8 @@ def manifest_of(args: argparse.Namespace) -> dict:
     else:
         hosts = tpu_hosts(args.topology, args.slices)
     template = pod_template(
-        name=args.name, hosts=hosts, image=args.image, command=command, capacity=args.capacity, env=dict(args.env),
+        name=args.name, hosts=hosts, image=args.image, command=command, capacity=args.capacity,
+        env=args.flags | dict(args.env),
         mounts=mounts_of(args.gcs_fuse, args.ramdisk), node_selector=dict(args.node_selector), priority=args.priority,
         service_account=args.service_account, grace_seconds=args.grace,
     )  # fmt: skip

@@ -44,12 +44,12 @@ def environments(num_processes: int, num_devices: int | None, address: str) -> l
 
 
 def copy(stream, log: Path, terminal) -> None:
-    """Writes what a process says to its log and to the terminal, until the process ends."""
+    """Writes what a process says to its log and to the terminal, line by line, until the process ends."""
     with open(log, "ab", buffering=0) as file:
-        for chunk in iter(lambda: stream.read1(1 << 16), b""):
-            file.write(chunk)
+        for line in stream:
+            file.write(line)
             with contextlib.suppress(OSError):  # a closed terminal must not stop the run
-                terminal.write(chunk)
+                terminal.write(line)
                 terminal.flush()
 
 

@@ -17,6 +17,9 @@ import subprocess
 import sys
 from pathlib import Path
 
+from llada_jax.errors import UserError
+from llada_jax.hardware import flags_named
+
 INDEX = "$SLURM_ARRAY_TASK_ID"  # the one thing that the shell of the job expands in the command
 
 # Why the place in the run is told explicitly, although JAX recognizes SLURM: JAX would give every task only the GPU of
@@ -100,7 +103,7 @@ def render(args: argparse.Namespace, command: list[str]) -> str:
         "output": f"{log}-task%t.log",
     }
     env = {"XLA_PYTHON_CLIENT_MEM_FRACTION": "0.9"} if args.gpus_per_node else {}
-    env |= dict(pair.split("=", 1) for pair in args.env)
+    env |= args.flags | dict(pair.split("=", 1) for pair in args.env)
     is_distributed = args.nodes * args.tasks_per_node > 1
     place = PLACE_IN_RUN if is_distributed else ""
     if is_distributed and args.gpus_per_node:
@@ -134,6 +137,7 @@ def parse(argv: list[str]) -> tuple[argparse.Namespace, list[str]]:
     add("--container-image", metavar="IMAGE", help="run in this image (needs pyxis)")
     add("--container-mounts", metavar="A:B,..", help="what the image sees (needs pyxis)")
     add("--env", action="append", default=[], metavar="NAME=VALUE", help="environment of the command; may be repeated")
+    add("--flags", default="", metavar="PRESET", help="compiler flags of llada_jax.hardware, e.g. gpu")
     add("--sbatch", action="append", default=[], metavar="=OPTION", help="any other option, e.g. --sbatch=--qos=high")
     add("--max-restarts", type=int, default=50, metavar="N", help="requeues that the job may ask for (50)")
     add("--name", default="llada-jax", metavar="NAME", help="of the job and its logs (llada-jax)")
@@ -154,6 +158,10 @@ def parse(argv: list[str]) -> tuple[argparse.Namespace, list[str]]:
             f"--gpus-per-node {args.gpus_per_node} cannot be shared by --tasks-per-node {args.tasks_per_node}; "
             "every process needs the same number of GPUs"
         )
+    try:
+        args.flags = flags_named(args.flags)
+    except UserError as error:
+        parser.error(f"--flags: {error}")
     for pair in args.env:
         if not re.match(r"[A-Za-z_]\w*=", pair):
             parser.error(f"--env {pair} must be NAME=VALUE")

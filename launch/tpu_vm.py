@@ -435,7 +435,7 @@ def main(argv: list[str]) -> int:
     try:
         command = command_of(args)
         target = target_of(args)
-        script = run_script(command, dict(args.env))
+        script = run_script(command, args.flags | dict(args.env))
         if args.dry_run:
             dry_run(target, script, delete=args.delete)
             return 0

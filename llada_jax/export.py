@@ -6,6 +6,7 @@ model. All is written into OUTPUT.partial, which takes its name only when it is 
 
 import collections
 import contextlib
+import ctypes
 import fcntl
 import json
 import os
@@ -301,46 +302,32 @@ def move(partial: Path, output: Path, replaced: Path) -> None:
 
 
 def write_weights(directory: Path, plan: Plan, *, dtype: str) -> None:
-    """Writes the shards; of several processes each writes the tensors of its own.
-
-    All of them read all parameters, in the same order, because Orbax reads together; each holds one at a time.
-    """
+    """Writes the shards, one stacked parameter after the other; of several processes each writes some of the shards."""
     number, count = jax.process_index(), jax.process_count()
     mine = [shard for i, shard in enumerate(plan.shards) if i * count // len(plan.shards) == number]
     shard_of = {name: shard for shard in mine for name in shard.start}
-    shapes = {"/".join(path): leaf.shape for path, leaf in flatten(make_model(plan.architecture).abstract)}
+    for shard in mine:
+        begin(directory, shard)
     by_path = collections.defaultdict(list)
     for tensor in plan.tensors:
-        by_path[tensor.path].append(tensor)
-    failure = None
-    try:
-        for shard in mine:
-            begin(directory, shard)
-    except OSError as error:
-        failure = error
+        if tensor.name in shard_of:
+            by_path[tensor.path].append(tensor)
     for path, group in by_path.items():
-        group = [tensor for tensor in group if tensor.name in shard_of and failure is None]
-        try:
-            read_and_put(directory, plan, path, shapes[path], group, shard_of, dtype=dtype)
-        except OSError as error:
-            failure = error  # the others still wait for this process to read
-    if failure is not None:
-        raise failure
+        read_and_put(directory, plan, path, group, shard_of, dtype=dtype)
     for shard in mine:
         sync(directory / shard.name)
 
 
-def read_and_put(directory: Path, plan: Plan, path: str, shape, group: list[Tensor], shard_of: dict, *, dtype: str):
+def read_and_put(directory: Path, plan: Plan, path: str, group: list[Tensor], shard_of: dict, *, dtype: str) -> None:
     """Reads one stacked parameter and writes its tensors; when it returns, nothing of it is held any more."""
+    libc = ctypes.CDLL(None)
+    if hasattr(libc, "malloc_trim"):  # glibc: what the threads that read the last parameter have freed, they still hold
+        libc.malloc_trim(0)
+    is_stacked = group[0].layer is not None
+    shape = (plan.architecture.num_layers, *group[0].shape) if is_stacked else group[0].shape
     array = plan.found.read_array(plan.step, f"{plan.weights}/{path}", shape)
     for tensor in group:
-        layer = array if tensor.layer is None else array[tensor.layer]
-        put(directory, shard_of[tensor.name], tensor, layer, dtype=dtype)
-
-
-def flatten(tree: dict) -> list[tuple[tuple[str, ...], jax.ShapeDtypeStruct]]:
-    """Returns ((key, key, ...), leaf) of a nested dict."""
-    return [(tuple(key.key for key in path), leaf) for path, leaf in jax.tree_util.tree_leaves_with_path(tree)]
+        put(directory, shard_of[tensor.name], tensor, array[tensor.layer] if is_stacked else array, dtype=dtype)
 
 
 # -------------------------------------------------------------------------------------------------------------- verify

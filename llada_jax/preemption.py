@@ -17,6 +17,7 @@ class StopRequest:
         self._is_distributed = jax.process_count() > 1
         self._previous = {}
         self._is_requested = False
+        self._num_calls = 0
 
     def __enter__(self):
         if not self._is_distributed:
@@ -36,5 +37,8 @@ class StopRequest:
     def reached(self, step: int) -> bool:
         """Whether to save and stop after `step`; call it once a step, in every process."""
         if self._is_distributed:
-            return multihost_utils.reached_preemption_sync_point(step)
+            # JAX answers True at one number: that after the largest it was asked for, which is 0 before the first. A resumed
+            # run, whose steps begin later, would never be told of a signal that came while it restored or compiled.
+            self._num_calls += 1
+            return multihost_utils.reached_preemption_sync_point(self._num_calls - 1)
         return self._is_requested

@@ -127,11 +127,14 @@ def disturb(team: Team, chance: random.Random, work: Path, name: str, step: int)
         wait_for_step(team, work / name, step)
         when = f"after step {step}"
         time.sleep(chance.uniform(0, 0.3))
-    kept, half_saved = newest_whole_step(work, name), is_half_saved(work, name)
-    victims = team.processes()
+    victims, kept = team.processes(), newest_whole_step(work, name)
     victim = chance.choice(victims) if victims else None
     if how == signal.SIGTERM and chance.random() < 0.5:
         victim = team.launcher.pid  # which hands it to both
+    deadline = time.monotonic() + 10
+    while moment > 0.5 and not is_half_saved(work, name) and time.monotonic() < deadline:
+        time.sleep(0.0005)  # half of them into a save
+    half_saved = is_half_saved(work, name)
     is_sent = False
     if victim and team.launcher.poll() is None:
         try:

@@ -143,6 +143,7 @@ def test_only_what_a_lost_process_causes_is_taken_for_one(monkeypatch):
     error = jax.errors.JaxRuntimeError
     assert distributed.is_lost_peer(error("UNKNOWN: Gloo AllGather failed: Connection closed by peer"))
     assert distributed.is_lost_peer(error("UNAVAILABLE: Task 1 heartbeat timeout"))
+    assert distributed.is_lost_peer(ValueError("UNKNOWN: Gloo AllGather failed: Connection closed by peer"))
     assert not distributed.is_lost_peer(error("RESOURCE_EXHAUSTED: out of memory while UNAVAILABLE"))
     assert not distributed.is_lost_peer(error("INVALID_ARGUMENT: shapes"))
     assert not distributed.is_lost_peer(ValueError("UNAVAILABLE"))

@@ -19,6 +19,7 @@ from safetensors.numpy import load_file
 from transformers_versions import VERSIONS, run_python
 
 import llada_jax
+from llada_jax import checkpoint
 from llada_jax import export as verb
 from llada_jax.__main__ import main
 from llada_jax.checkpoint import Checkpoints
@@ -62,7 +63,7 @@ def write_checkpoint(
         "tokenizer": {"kind": "bytes", "vocab_size": 260, "fingerprint": tokenizer.fingerprint}, "versions": {}, **changes,
     }  # fmt: skip
     saved = Checkpoints(workdir)
-    arrays = jax.tree.map(jnp.asarray, (params, ema or {}))
+    arrays = jax.tree.map(jnp.asarray, (params, ema or {}))  # where they are, if they are on devices already
     saved.save(TrainState(jnp.int32(step), arrays[0], (), arrays[1], {}), json.loads(json.dumps(run)))
     saved.close()
     return workdir
@@ -565,18 +566,30 @@ def test_a_damaged_checkpoint_is_refused(workdir, tmp_path, refused):
 
 
 def test_a_flipped_number_is_found_by_its_checksum(workdir, tmp_path, refused, monkeypatch):
-    from orbax.checkpoint import v1 as ocp
+    def flipped(store):
+        array = real(store)
+        if array.ndim == 4:
+            array.view(np.uint32)[1, 2, 3, 4] ^= 1 << 20
+        return array
 
-    def flipped(*args, **kwargs):
-        loaded = real(*args, **kwargs)
-        if "q" in loaded["params"].get("blocks", {}):
-            loaded["params"]["blocks"]["q"].view(np.uint32)[1, 2, 3, 4] ^= 1 << 20
-        return loaded
-
-    real = ocp.load_checkpointables
-    monkeypatch.setattr(ocp, "load_checkpointables", flipped)
+    real = checkpoint.read_chunks
+    monkeypatch.setattr(checkpoint, "read_chunks", flipped)
     sentence = refused("--checkpoint", workdir, output=tmp_path / "out")
     assert "params/blocks/q has not the checksum" in sentence
+
+
+@pytest.mark.parametrize("read_bytes", [1, 3_000, 10**9])
+def test_an_array_in_many_chunks_is_read_as_it_was_written(read_bytes, tmp_path, monkeypatch):
+    monkeypatch.setattr(checkpoint, "READ_BYTES", read_bytes)
+    mesh = make_mesh({**dict.fromkeys(AXES, 1), "fsdp": 4, "tensor": 2})
+    places = jax.tree.map(lambda leaf: leaf.sharding, abstract_parameters(make_model(LLADA), mesh))
+    params = random_params(LLADA)
+    run = write_checkpoint(tmp_path / "run", LLADA, jax.device_put(params, places))
+    saved, _ = checkpoint.find(str(run))
+    for name in ("q", "ff_out", "attn_norm"):
+        expected = params["blocks"][name]
+        np.testing.assert_array_equal(saved.read_array(7, f"params/blocks/{name}", expected.shape), expected)
+    np.testing.assert_array_equal(saved.read_array(7, "params/lm_head", (32, 320)), params["lm_head"])
 
 
 # ------------------------------------------------------------------------------------------------------------- the hub

@@ -223,3 +223,28 @@ def test_tpu_flags_are_known_to_libtpu():
     misspelt = loaded("--xla_tpu_enable_async_collective_fusions=true")
     assert misspelt.returncode != 0, "an unknown flag is no longer refused: this test shows nothing"
     assert "Unknown command line flag" in misspelt.stderr
+
+
+@pytest.mark.parametrize(
+    ("launcher", "flags"),
+    [
+        ("gke", "--name x --topology v6e-16 --image i"),
+        ("tpu_vm", "--name x --topology v6e-16 --zone z"),
+        ("slurm", "--nodes 2"),
+    ],
+)
+def test_every_launcher_applies_a_preset_by_name(launcher, flags):
+    script = Path(__file__).parent.parent / "launch" / f"{launcher}.py"
+
+    def dry_run(preset: str) -> subprocess.CompletedProcess:
+        words = [*flags.split(), "--flags", preset, "--dry-run", "--", "llada-jax", "train"]
+        return subprocess.run([sys.executable, str(script), *words], capture_output=True, text=True, check=False)
+
+    done = dry_run("v6e+multislice")
+    assert done.returncode == 0, done.stderr
+    printed = " ".join(done.stdout.replace("\\\n", " ").split())
+    for flag in hardware.flags_named("v6e+multislice")["LIBTPU_INIT_ARGS"].split():
+        assert flag in printed
+    wrong = dry_run("v6f")
+    assert wrong.returncode == 2
+    assert "Did you mean 'v6e'?" in wrong.stderr

@@ -11,6 +11,8 @@ import pytest
 from conftest import losses, metric_lines
 from orbax.checkpoint import v1 as ocp
 
+from llada_jax import preemption
+
 NUM_STEPS = 40
 
 
@@ -62,6 +64,24 @@ def assert_same_run(workdir: Path, straight: Path) -> None:
     for name, array in expected.items():
         np.testing.assert_array_equal(actual[name], array, err_msg=name)
     assert metric_lines(workdir) == metric_lines(straight)
+
+
+@pytest.mark.parametrize("num_calls_before", [0, 1, 7])
+def test_a_request_is_seen_at_the_next_step_of_a_resumed_run(monkeypatch, num_calls_before):
+    """Also one that comes before its first step. JAX's preemption service is modelled: True at one number alone."""
+    asked = [-1]
+
+    def reached_preemption_sync_point(number):
+        asked.append(number)
+        return number == sync_point
+
+    monkeypatch.setattr(preemption.jax, "process_count", lambda: 2)
+    monkeypatch.setattr(preemption.multihost_utils, "reached_preemption_sync_point", reached_preemption_sync_point)
+    stop, sync_point, first_step = preemption.StopRequest(), None, 100
+    for step in range(first_step, first_step + num_calls_before):
+        assert not stop.reached(step)
+    sync_point = max(asked) + 1
+    assert stop.reached(first_step + num_calls_before)
 
 
 @pytest.mark.slow
