@@ -8,6 +8,8 @@ the loop turns. XLA may write one kind of collective as another; the kind report
   "reduce-scatter (as all-reduce)". Both move twice the bytes of the native form.
 - A gather or scatter may be pulled apart and done in pieces within the product that needs it (collective-permutes in a
   loop called windowed_dot_general): "all-gather (in pieces)" and "reduce-scatter (in pieces)".
+- A collective that runs beside products is written in each of them, under one channel: it counts once.
+- Between TPU slices data is handed to the network by a `send` that says what is done with it.
 """
 
 import collections
@@ -90,27 +92,34 @@ def collectives(text: str, *, devices_per_slice: int = 0) -> list[Collective]:
     computations = parse(text)
     counted = collections.Counter()
     for name, times in _executions(computations).items():
-        users = collections.defaultdict(list)
-        for instruction in computations[name]:
-            for operand in instruction.operands:
-                users[operand].append(instruction)
-        by_name = {instruction.name: instruction for instruction in computations[name]}
-        for instruction in computations[name]:
-            kind = instruction.opcode.removesuffix("-start")
-            if kind not in KINDS:
-                continue
-            groups = _groups(instruction.rest)
-            group_size = len(groups[0]) if groups else 0
-            if group_size == 1:
-                continue  # nothing moves
-            spans = bool(devices_per_slice) and any(
-                len({d // devices_per_slice for d in group}) > 1 for group in groups
-            )
-            where = re.search(r'op_name="([^"]*)"', instruction.rest)
-            for num_bytes, dtype, index in _payloads(instruction, kind, group_size):
-                achieved = _achieves(kind, instruction, index, by_name, users, computations, name)
-                key = (achieved, num_bytes, group_size, spans, dtype, where.group(1) if where else "")
-                counted[key] += times
+        channels = set()
+        for place in [name, *_fused(name, computations)]:
+            body = computations[place]
+            by_name = {instruction.name: instruction for instruction in body}
+            users = collections.defaultdict(list)
+            for instruction in body:
+                for operand in instruction.operands:
+                    users[operand].append(instruction)
+            for instruction in body:
+                kind = instruction.opcode.removesuffix("-start")
+                if kind == "send" and "_xla_megascale_transfer_type" in instruction.rest:
+                    counted[_between_slices(instruction)] += times
+                channel = re.search(r"channel_id=\d+", instruction.rest)
+                if kind not in KINDS or (channel and channel.group() in channels):
+                    continue
+                channels |= {channel.group()} if channel else set()
+                groups = _groups(instruction.rest)
+                group_size = len(groups[0]) if groups else 0
+                if group_size == 1:
+                    continue  # nothing moves
+                spans = bool(devices_per_slice) and any(
+                    len({d // devices_per_slice for d in group}) > 1 for group in groups
+                )
+                where = re.search(r'op_name="([^"]*)"', instruction.rest)
+                for num_bytes, dtype, index in _payloads(instruction, kind, group_size):
+                    achieved = _achieves(kind, instruction, index, by_name, users, computations, name)
+                    key = (achieved, num_bytes, group_size, spans, dtype, where.group(1) if where else "")
+                    counted[key] += times
     return [
         Collective(kind, num_bytes, times, group_size, spans, dtype, where)
         for (kind, num_bytes, group_size, spans, dtype, where), times in sorted(
@@ -137,6 +146,19 @@ def kernels(text: str) -> dict[str, int]:
 # ------------------------------------------------------------------------------------------------- reading the program
 
 
+def _fused(name: str, computations) -> list[str]:
+    """Returns the computations of the fusions in a computation."""
+    return [_attribute(i, "calls") for i in computations[name] if i.opcode == "fusion"]
+
+
+def _between_slices(send: Instruction) -> tuple:
+    """Returns the fields of the Collective (without `times`) that a send between TPU slices is a part of."""
+    kind = re.search(r'_xla_megascale_transfer_type="(\w+)"', send.rest).group(1).lower().replace("_", "-")
+    name = re.search(r'_xla_host_transfer_rendezvous="([^"]*)"', send.rest)
+    num_bytes, dtype = _arrays(send.type)[0]
+    return kind, num_bytes, 0, True, dtype, name.group(1) if name else ""
+
+
 def _executions(computations: dict[str, list[Instruction]]) -> dict[str, int]:
     """Returns how often each computation is executed by one run of the entry; fusions and reducers are left out."""
     entry = next(name for name, body in computations.items() if body is computations["ENTRY"])
@@ -146,7 +168,8 @@ def _executions(computations: dict[str, list[Instruction]]) -> dict[str, int]:
         times[name] += count
         for instruction in computations[name]:
             if instruction.opcode == "while":
-                visit(_attribute(instruction, "body"), count * _trip_count(instruction, computations))
+                turns = _trip_count(instruction, computations[name], computations)
+                visit(_attribute(instruction, "body"), count * turns)
             elif instruction.opcode in ("call", "async-start"):
                 visit(_attribute(instruction, "to_apply") or _attribute(instruction, "calls"), count)
             elif instruction.opcode == "conditional":
@@ -164,19 +187,30 @@ def _attribute(instruction: Instruction, name: str) -> str:
     return found.group(1) if found else ""
 
 
-def _trip_count(loop: Instruction, computations) -> int:
-    """Returns how often a loop turns: what XLA states, or the constant that the loop's condition compares with."""
+def _trip_count(loop: Instruction, around: list[Instruction], computations) -> int:
+    """Returns how often a loop turns: what XLA states, or from the constants that its counter begins and ends at.
+
+    Args:
+        around: the computation that the loop stands in; a loop whose first turn was taken out begins at 1.
+    """
     stated = re.search(r'"known_trip_count":\{"n":"(\d+)"', loop.rest)
     if stated:
         return int(stated.group(1))
     condition = computations[_attribute(loop, "condition")]
-    root = next(instruction for instruction in condition if instruction.is_root)
-    if root.opcode == "fusion":  # the comparison, fused
-        condition = condition + computations[_attribute(root, "calls")]
     limits = [
         int(i.operands[0]) for i in condition if i.opcode == "constant" and i.operands and i.operands[0].isdigit()
     ]
-    return max(limits, default=1)
+    counters = [re.search(r"index=(\d+)", i.rest) for i in condition if i.opcode == "get-tuple-element"]
+    by_name = {instruction.name: instruction for instruction in around}
+    start = 0
+    if len(counters) == 1 and loop.operands[0] in by_name:
+        entering = by_name[loop.operands[0]].operands
+        first = by_name.get(entering[int(counters[0].group(1))]) if len(entering) > int(counters[0].group(1)) else None
+        while first is not None and first.opcode in ("copy", "bitcast"):
+            first = by_name.get(first.operands[0])
+        if first is not None and first.opcode == "constant":
+            start = int(first.operands[0])
+    return max(limits, default=start + 1) - start
 
 
 def _groups(rest: str) -> list[list[int]]:

@@ -320,6 +320,9 @@ def checks(report: dict, meant: dict) -> list[dict]:
     elif traffic["data"]:
         words = f"{format_bytes(totals['reduce'])} a step, {format_bytes(traffic['data'])} meant"
         check("gradients reduced", totals["reduce"] < 1.3 * traffic["data"] + traffic["tensor"] * 1.5, words)
+    if traffic["dcn"]:
+        words = f"{format_bytes(totals['between'])} a device and step, {format_bytes(traffic['dcn'])} meant"
+        check("between slices", totals["between"] < 2.5 * traffic["dcn"], words)
     check(
         "resharded", totals["reshard"] < 0.05 * whole,
         f"{format_bytes(totals['reshard'])} a step exchanged between layouts ({100 * totals['reshard'] / whole:.1f}%)",
@@ -337,12 +340,12 @@ def checks(report: dict, meant: dict) -> list[dict]:
 
 
 def totals_by_purpose(collectives: list[dict]) -> dict[str, int]:
-    """Returns bytes a step that are gathered, scattered, reduced and exchanged between layouts."""
-    totals = dict.fromkeys(("gather", "scatter", "reduce", "reshard"), 0)
+    """Returns bytes a step that are gathered, scattered, reduced, exchanged between layouts, and sent between slices."""
+    totals = dict.fromkeys(("gather", "scatter", "reduce", "reshard", "between"), 0)
     for c in collectives:
         kind = c["kind"].partition(" ")[0]
         purpose = {"all-gather": "gather", "reduce-scatter": "scatter", "all-reduce": "reduce"}.get(kind, "reshard")
-        totals[purpose] += c["total_bytes"]
+        totals["between" if c["spans_slices"] else purpose] += c["total_bytes"]
     return totals
 
 
@@ -440,7 +443,8 @@ def describe(p: dict) -> list[str]:
         f"{p['peak_flops'] / 1e12:.0f} TFLOP/s and {format_bytes(p['usable_bytes'])}",
         f"mesh        {describe_mesh(p['mesh'])}",
         f"step        {p['batch_size']} rows * {p['sequence_length']} = {p['tokens_per_step']:,} tokens in "
-        f"{p['microbatches']} microbatch{'es' if p['microbatches'] > 1 else ''}: {p['rows_per_device']} rows, "
+        f"{p['microbatches']} microbatch{'es' if p['microbatches'] > 1 else ''}: {p['rows_per_device']} "
+        f"row{'s' if p['rows_per_device'] > 1 else ''}, "
         f"{p['tokens_per_device']:,} tokens a device in each",
         f"compute     {p['dtype']}, attention {p['attention']}, remat {p['remat']}",
         f"memory      {format_bytes(memory['state'])} parameters and optimizer state (exact)",

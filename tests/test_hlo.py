@@ -102,6 +102,50 @@ def test_kernels_are_named_and_counted():
     assert hlo.kernels(WRITTEN_BY_HAND) == {"splash_mha_fwd": 32}
 
 
+PEELED_AND_OVERLAPPED = """HloModule jit_step
+
+%first_half (a: bf16[8,8]) -> bf16[64,8] {
+  %a = bf16[8,8]{1,0} parameter(0)
+  ROOT %gather.1 = bf16[64,8]{1,0} all-gather(%a), channel_id=7, replica_groups=[1,8]<=[8], dimensions={0}
+}
+
+%second_half (b: bf16[8,8]) -> bf16[64,8] {
+  %b = bf16[8,8]{1,0} parameter(0)
+  ROOT %gather.2 = bf16[64,8]{1,0} all-gather(%b), channel_id=7, replica_groups=[1,8]<=[8], dimensions={0}
+}
+
+%body (state: (bf16[8,8], s32[])) -> (bf16[8,8], s32[]) {
+  %state = (bf16[8,8]{1,0}, s32[]) parameter(0)
+  %shard = bf16[8,8]{1,0} get-tuple-element(%state), index=0
+  %i = s32[] get-tuple-element(%state), index=1
+  %begun = bf16[64,8]{1,0} fusion(%shard), kind=kCustom, calls=%first_half
+  %ended = bf16[64,8]{1,0} fusion(%shard), kind=kCustom, calls=%second_half
+  %token = token[] after-all()
+  %sent = (bf16[4,8,128]{2,1,0}, u32[], token[]) send(%shard, %token), channel_id=8, is_host_transfer=true, frontend_attributes={_xla_host_transfer_handler_name="xla_megascale_runtime",_xla_host_transfer_rendezvous="all-reduce.5_0",_xla_megascale_transfer_type="ALL_REDUCE"}
+  ROOT %out = (bf16[8,8]{1,0}, s32[]) tuple(%shard, %i)
+}
+
+%condition (state.1: (bf16[8,8], s32[])) -> pred[] {
+  %limit = s32[] constant(32)
+  %state.1 = (bf16[8,8]{1,0}, s32[]) parameter(0)
+  %i.1 = s32[] get-tuple-element(%state.1), index=1
+  ROOT %less = pred[] compare(%i.1, %limit), direction=LT
+}
+
+ENTRY %main (p: bf16[8,8]) -> (bf16[8,8], s32[]) {
+  %p = bf16[8,8]{1,0} parameter(0)
+  %one = s32[] constant(1)
+  %init = (bf16[8,8]{1,0}, s32[]) tuple(%p, %one)
+  ROOT %loop = (bf16[8,8]{1,0}, s32[]) while(%init), condition=%condition, body=%body
+}
+"""
+
+
+def test_a_peeled_loop_an_overlapped_gather_and_a_send_between_slices_count_once_each_turn():
+    found = {(c.kind, c.num_bytes, c.times, c.spans_slices) for c in hlo.collectives(PEELED_AND_OVERLAPPED)}
+    assert found == {("all-gather", 64 * 8 * 2, 31, False), ("all-reduce", 4 * 8 * 128 * 2, 31, True)}
+
+
 @pytest.mark.parametrize(
     ("written", "groups"),
     [

@@ -263,7 +263,9 @@ def report_of(compiled, name: str) -> dict:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("name", "least", "most"), [("v5p-128", 9, 14), ("v6e-256", 5, 10), ("2 x v5e-256", 4, 8)])
+@pytest.mark.parametrize(
+    ("name", "least", "most"), [("v5p-128", 12, 15), ("v6e-256", 5, 7.5), ("2 x v5e-256", 2.8, 4.2)]
+)
 def test_llada_8b_fits_in_the_memory_that_was_measured(compiled, name, least, most):
     report = report_of(compiled, name)
     peak = report["compiled"]["peak_bytes"]
@@ -279,8 +281,9 @@ def test_weights_are_gathered_twice_and_gradients_reduced_once_a_step(compiled, 
     assert {check["what"]: check["words"] for check in report["compiled"]["checks"] if not check["ok"]} == {}
     totals = plan.totals_by_purpose(report["compiled"]["collectives"])
     assert 2 * 2 * MATRICES * 0.95 < totals["gather"] < 2 * 2 * MATRICES * 1.3
-    if name != "2 x v5e-256":
-        assert totals["scatter"] + totals["reduce"] == pytest.approx(2 * MATRICES, rel=0.1)
+    embedding = 2 * 126_464 * 4096  # its gradient is reduced between replicas too, and the head's is float32 there
+    most = 2 * MATRICES + (2 * embedding if name == "2 x v5e-256" else 0)
+    assert 2 * MATRICES * 0.95 < totals["scatter"] + totals["reduce"] < 1.05 * most
 
 
 @pytest.mark.slow
@@ -294,9 +297,10 @@ def test_the_attention_kernel_runs_once_a_layer_and_direction(compiled, name):
 @pytest.mark.slow
 def test_between_slices_only_shards_of_gradients_travel(compiled):
     report = report_of(compiled, "2 x v5e-256")
-    between = [c for c in report["compiled"]["collectives"] if c["spans_slices"] and c["total_bytes"] > 2**20]
+    between = [c for c in report["compiled"]["collectives"] if c["spans_slices"]]
     assert between
-    assert sum(c["total_bytes"] for c in between) < 3 * report["traffic"]["dcn"]
+    sent = sum(c["total_bytes"] for c in between)
+    assert report["traffic"]["dcn"] < sent < 1.5 * report["traffic"]["dcn"]
 
 
 TOO_LARGE = """
