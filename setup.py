@@ -37,6 +37,7 @@ setup(
         "ml-collections>=1.0,<2",
         "tensorboardX>=2.6,<3",
         "rich>=13",
+        "protobuf>=4",
         "pyyaml>=6",
     ],
     extras_require={

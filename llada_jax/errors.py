@@ -15,7 +15,7 @@ class UserError(ValueError):
 
 
 class NumericsError(ArithmeticError):
-    """A loss or gradient stopped being finite: the message names the step interval and the last good checkpoint."""
+    """The numbers are wrong: a loss is not finite (which steps, the last good checkpoint), or an export computes otherwise."""
 
     exit_status = 3
 

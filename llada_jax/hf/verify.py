@@ -48,7 +48,7 @@ def torch_logits(directory, tokens_BT: np.ndarray) -> np.ndarray:
             last = done.stderr.strip().splitlines()[-1:] or [f"exit status {done.returncode}"]
             if "ModuleNotFoundError: No module named" in last[0]:
                 raise UserError(
-                    f"--verify loads the export with PyTorch ({last[0].partition(': ')[2]}): pip install 'llada_jax[hf]'."
+                    f"--verify loads the export with PyTorch ({last[0].partition(': ')[2]}): pip install 'llada_jax[torch]'."
                 )
             raise NumericsError(f"transformers cannot load {directory} ({last[0]}); nothing was kept.")
         return np.load(scratch / "logits.npy")
