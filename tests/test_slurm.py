@@ -72,7 +72,10 @@ def in_a_fake_job(script: str, path: Path) -> str:
         (path / name).write_text(f"#!/usr/bin/env bash\n{line}\n")
         (path / name).chmod(0o755)
     job = {"SLURM_JOB_ID": "4100", "SLURM_JOB_NODELIST": "node[7-8]", "SLURM_ARRAY_TASK_ID": "5"}
-    env = {**os.environ, "PATH": f"{path}:{os.environ['PATH']}", **job}
+    around = {
+        name: value for name, value in os.environ.items() if not name.startswith("JAX_")
+    }  # other tests may set some
+    env = {**around, "PATH": f"{path}:{os.environ['PATH']}", **job}
     done = subprocess.run(["bash"], input=script, capture_output=True, text=True, env=env, check=False)
     return done.stdout + done.stderr + f"exit {done.returncode}"
 
@@ -93,9 +96,7 @@ def test_the_gpus_of_a_node_are_dealt_out_to_its_tasks(tmp_path, tasks, ids):
 
 
 def test_one_process_alone_joins_nobody(tmp_path):
-    assert "JAX_" not in in_a_fake_job(
-        dry_run("--gpus-per-node", 8, "--tasks-per-node", 1, "--", "env", "-u", "JAX_PLATFORMS"), tmp_path
-    )
+    assert "JAX_" not in in_a_fake_job(dry_run("--gpus-per-node", 8, "--tasks-per-node", 1, "--", "env"), tmp_path)
 
 
 @pytest.mark.parametrize("word", ["a b", "it's", '"', "$HOME", "`id`", "*", "", "x\ny", "\\", "#", "!!", "é"])
