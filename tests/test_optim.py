@@ -68,7 +68,7 @@ PARAMS = {"blocks": {"q": np.ones((2, 3, 2, 2)), "attn_norm": np.ones((2, 3))}, 
 
 def optimizer_of(schedule=lambda step: 0.1, **changes):
     knobs = default_config().optimizer.to_dict()
-    for key in ("ema_decay", "gradient_accumulation"):
+    for key in ("ema_decay", "gradient_accumulation", "max_skipped_updates"):  # the step's, not the optimizer's
         knobs.pop(key)
     return make_optimizer(schedule, **{**knobs, **changes})
 

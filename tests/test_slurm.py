@@ -96,7 +96,9 @@ def test_the_gpus_of_a_node_are_dealt_out_to_its_tasks(tmp_path, tasks, ids):
 
 
 def test_one_process_alone_joins_nobody(tmp_path):
-    assert "JAX_" not in in_a_fake_job(dry_run("--gpus-per-node", 8, "--tasks-per-node", 1, "--", "env"), tmp_path)
+    told = in_a_fake_job(dry_run("--gpus-per-node", 8, "--tasks-per-node", 1, "--", "env"), tmp_path)
+    assert "\nSLURM_JOB_ID=4100\n" in told
+    assert not [line for line in told.splitlines() if line.startswith("JAX_")]
 
 
 @pytest.mark.parametrize("word", ["a b", "it's", '"', "$HOME", "`id`", "*", "", "x\ny", "\\", "#", "!!", "é"])
