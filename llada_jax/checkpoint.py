@@ -30,7 +30,7 @@ from jax.experimental import multihost_utils
 from orbax.checkpoint import v1 as ocp
 
 from llada_jax import distributed, remote
-from llada_jax.errors import LostPeer, UserError
+from llada_jax.errors import LostPeer, UserError, one_line
 from llada_jax.state import TrainState
 
 FOLDER = "checkpoints"
@@ -269,11 +269,9 @@ def _root(error: BaseException) -> BaseException:
 
 
 def _reason(error: BaseException) -> str:
-    """Returns the root of a chain of errors, on one line and not longer than anyone reads."""
+    """Returns the root of a chain of errors in one line, without tensorstore's pages of JSON."""
     root = _root(error)
-    text = " ".join((str(root) or type(root).__name__).split())
-    text = re.sub(r" \[(tensorstore_spec|source locations)=.*", "", text).rstrip(".")  # pages of JSON
-    return text if len(text) <= 250 else f"{text[:80]} ... {text[-160:]}"
+    return one_line(re.sub(r"\s\[(tensorstore_spec|source locations)=[\s\S]*", "", str(root) or type(root).__name__))
 
 
 def kvstore_of(directory: str) -> dict:

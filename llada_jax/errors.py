@@ -32,6 +32,17 @@ class LostPeer(RuntimeError):
     exit_status = 42
 
 
+def reason(error: BaseException) -> str:
+    """Returns what an error says, in one line."""
+    return one_line(getattr(error, "strerror", None) or str(error) or type(error).__name__)
+
+
+def one_line(text: str) -> str:
+    """Returns a text without line breaks and its full stop, and not longer than anyone reads."""
+    text = " ".join(text.split()).rstrip(".")
+    return text if len(text) <= 250 else f"{text[:80]} ... {text[-160:]}"
+
+
 def did_you_mean(word: str, known) -> str:
     """Returns ' Did you mean ...?' for the closest of `known`, otherwise ' Known: ...' with all of them."""
     known = sorted(str(k) for k in known)

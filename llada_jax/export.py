@@ -25,17 +25,17 @@ from llada_jax import checkpoint as checkpoints
 from llada_jax import distributed, sharding
 from llada_jax.command_line import Parser
 from llada_jax.data.records import JSON_NAME, Records, read_dataset
-from llada_jax.errors import UserError, require
+from llada_jax.errors import UserError, reason, require
 from llada_jax.file_lock import try_lock
 from llada_jax.hf import verify
 from llada_jax.hf.card import heldout_result, model_card
 from llada_jax.hf.convert import Tensor, choose_layout, hf_config, tensors
 from llada_jax.hf.tokenizer import tokenizer_files
 from llada_jax.hf.write import DTYPES, Shard, begin, plan_shards, put, small_files, sync
-from llada_jax.metrics import format_bytes, format_count
+from llada_jax.metrics import format_bytes, format_count, read_lines
 from llada_jax.models.transformer import Architecture, num_parameters
 from llada_jax.state import abstract_parameters, make_model
-from llada_jax.tokenizer import Tokenizer, load_tokenizer
+from llada_jax.tokenizer import Tokenizer, load_same
 
 UNITS = {f"{prefix}{b}": n**power for b, n in (("B", 1000), ("iB", 1024)) for power, prefix in enumerate("KMGT", 1)}
 VERIFIED = (4, 64)  # rows and positions whose logits --verify compares
@@ -108,12 +108,8 @@ def make_plan(args) -> Plan:
     keeps_ema = run["config"]["optimizer"]["ema_decay"] > 0
     if args.ema and not keeps_ema:
         raise UserError(f"--ema: {args.checkpoint} kept no moving average (optimizer.ema_decay=0); leave the flag out.")
-    tokenizer = load_tokenizer(found.directory.parent / "tokenizer")
-    if tokenizer.fingerprint != run["tokenizer"]["fingerprint"]:
-        raise UserError(
-            f"{found.directory.parent / 'tokenizer'} ({tokenizer.fingerprint[:12]}) is not the tokenizer of the checkpoint "
-            f"({run['tokenizer']['fingerprint'][:12]}); put that one back."
-        )
+    directory = found.directory.parent / "tokenizer"
+    tokenizer = load_same(directory, run["tokenizer"]["fingerprint"], of="the checkpoint")
     a = Architecture(**run["architecture"])
     layout = choose_layout(a, args.layout)
     listed = tensors(layout, a)
@@ -129,7 +125,7 @@ def make_plan(args) -> Plan:
     files["README.md"] = model_card(
         name=name, a=a, layout=layout, dtype=args.dtype, run=run, hf_config=config,
         weights="moving average of the parameters" if args.ema else "parameters",
-        result=heldout_result(read_metrics(found.directory.parent), step), special_tokens=tokenizer.special_tokens,
+        result=heldout_result(read_lines(found.directory.parent), step), special_tokens=tokenizer.special_tokens,
     ).encode()  # fmt: skip
     sizes = {**{shard.name: shard.size for shard in shards}, **{name: len(content) for name, content in files.items()}}
     result = {
@@ -218,16 +214,6 @@ def read_template(path: str | None) -> str | None:
     return template
 
 
-def read_metrics(workdir: epath.Path) -> list[dict]:
-    """Returns the lines of metrics.jsonl, without a last one that a killed run left unfinished; [] where there is none."""
-    file = workdir / "metrics.jsonl"
-    lines = []
-    for line in file.read_text().splitlines() if file.exists() else ():
-        with contextlib.suppress(ValueError):
-            lines.append(json.loads(line))
-    return lines
-
-
 # ------------------------------------------------------------------------------------------------------- the directory
 
 
@@ -259,7 +245,7 @@ def everywhere(output: Path):
         yield
     except OSError as error:
         failure = UserError(
-            f"--output {output} cannot be written ({error.strerror or error}); free some space, change its permissions, or "
+            f"--output {output} cannot be written ({reason(error)}); free some space, change its permissions, or "
             "give another."
         )
         failure.__cause__ = error
@@ -394,11 +380,6 @@ def upload(directory: str, repo: str) -> None:
             f"{directory} is complete, but {repo} did not take it ({reason(error)}); try again with "
             f"`hf upload {repo} {directory}`."
         ) from error
-
-
-def reason(error: BaseException) -> str:
-    """Returns the first line of what a library says, short enough to be read."""
-    return " ".join((getattr(error, "strerror", None) or str(error) or type(error).__name__).split())[:250].rstrip(".")
 
 
 # ------------------------------------------------------------------------------------------------------------- the words

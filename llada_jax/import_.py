@@ -13,7 +13,7 @@ from etils import epath
 from llada_jax import distributed, sharding
 from llada_jax.checkpoint import Checkpoints, drop_echoes
 from llada_jax.command_line import Parser
-from llada_jax.errors import UserError, did_you_mean, require
+from llada_jax.errors import UserError, did_you_mean, reason, require
 from llada_jax.hf.read import is_huggingface
 from llada_jax.metrics import format_count
 from llada_jax.models.transformer import num_parameters
@@ -93,9 +93,8 @@ def local_directory(source: str) -> str:
     try:
         return hub.snapshot_download(source, allow_patterns=PATTERNS)
     except Exception as error:  # the hub raises its own, httpx' and the system's errors, and all say why
-        reason = " ".join(str(error).split())[:300].rstrip(".")
         raise UserError(
-            f"--from {source} is no directory here, and cannot be downloaded ({reason}); download it where there is a "
+            f"--from {source} is no directory here, and cannot be downloaded ({reason(error)}); download it where there is a "
             "network and give its directory."
         ) from error
 
@@ -129,7 +128,7 @@ def whole_or_nothing(output: str):
             remove(path, but_itself=existed)
         if isinstance(error, OSError):
             raise UserError(
-                f"--output {output} cannot be written ({error.strerror or error}); choose another, free space, or change its "
+                f"--output {output} cannot be written ({reason(error)}); choose another, free space, or change its "
                 "permissions."
             ) from error
         raise

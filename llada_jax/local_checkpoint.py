@@ -21,7 +21,7 @@ import jax
 import numpy as np
 from jax.experimental import multihost_utils
 
-from llada_jax.errors import UserError
+from llada_jax.errors import UserError, reason
 from llada_jax.state import TrainState
 
 # Beside the one being written. Writing is not waited for until the next save, so that when this process writes step k another
@@ -104,7 +104,7 @@ class LocalCheckpoints:
 
     def _refused(self, error: OSError) -> UserError:
         return UserError(
-            f"The local copies in {self.directory} cannot be written ({error.strerror or error}): free space there, or give "
+            f"The local copies in {self.directory} cannot be written ({reason(error)}): free space there, or give "
             "another config.checkpoint.local_directory."
         )
 

@@ -17,7 +17,7 @@ import time
 from collections import defaultdict
 
 from llada_jax import remote
-from llada_jax.errors import UserError
+from llada_jax.errors import UserError, reason
 
 FLUSH_SECONDS = 30.0  # how long TensorBoard events, and lines for a remote workdir, may stay in memory
 
@@ -262,7 +262,7 @@ class MetricsWriter:
                     "command again; it continues from the last checkpoint."
                 ) from error
             raise UserError(
-                f"{self._workdir} cannot be written ({error.strerror or error}): choose another --workdir or mend its "
+                f"{self._workdir} cannot be written ({reason(error)}): choose another --workdir or mend its "
                 "permissions."
             ) from error
 
@@ -330,14 +330,24 @@ class MetricsWriter:
                     self._spool.cleanup()
 
 
-def has_line(workdir, *, step: int, group: str) -> bool:
-    """Whether WORKDIR/metrics.jsonl has a line of this step with a group of this name, or one that begins with it."""
-    from etils import epath
+def read_lines(workdir) -> list[dict]:
+    """Returns the lines of WORKDIR/metrics.jsonl, without a last one that is half written; [] where there is no file.
 
-    path = epath.Path(workdir) / "metrics.jsonl"
-    lines = path.read_text().splitlines() if path.exists() else []
-    entries = (json.loads(line) for line in lines)
-    return any(entry["step"] == step and any(key.startswith(group) for key in entry) for entry in entries)
+    Raises UserError when a line is no JSON.
+    """
+    path = remote.path_of(workdir) / "metrics.jsonl"
+    whole = path.read_text().rpartition("\n")[0] if path.exists() else ""
+    try:
+        return [json.loads(line) for line in whole.splitlines()]
+    except ValueError as error:
+        raise UserError(
+            f"{path} holds a line that is no JSON ({error}); mend that line, or move the file away."
+        ) from error
+
+
+def is_over(lines: list[dict], num_steps: int) -> bool:
+    """Whether a run has written its last line: the bound on all of the held-out text after its last step."""
+    return any(line["step"] == num_steps and any(group.startswith("final") for group in line) for line in lines)
 
 
 def _plain(values: dict) -> dict:

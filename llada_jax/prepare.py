@@ -30,7 +30,7 @@ from llada_jax.command_line import Parser
 from llada_jax.data.packing import is_heldout, pack
 from llada_jax.data.records import FORMAT, JSON_NAME, encode_record, write_dataset_json, write_shard
 from llada_jax.data.text import Cut, Input, check_cut, find_inputs, read_documents
-from llada_jax.errors import UserError
+from llada_jax.errors import UserError, reason
 from llada_jax.file_lock import try_lock
 from llada_jax.tokenizer import Tokenizer, load_tokenizer, train_sentencepiece
 
@@ -315,7 +315,7 @@ def _writing(output: Path):
         yield
     except OSError as error:
         raise UserError(
-            f"{error.filename or output} cannot be written ({error.strerror or error}); free some space or give "
+            f"{error.filename or output} cannot be written ({reason(error)}); free some space or give "
             "another --output, and run prepare again: what is finished is kept."
         ) from error
 

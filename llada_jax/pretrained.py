@@ -2,7 +2,6 @@
 
 import dataclasses
 import json
-import platform
 from pathlib import Path
 
 import jax
@@ -10,16 +9,17 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
 
-from llada_jax import __version__, sharding
 from llada_jax import checkpoint as checkpoints
+from llada_jax import sharding
 from llada_jax.config import default_config
 from llada_jax.errors import UserError
 from llada_jax.hf import read
 from llada_jax.hf.convert import WRITTEN
 from llada_jax.models.transformer import Architecture
+from llada_jax.run_record import run_record
 from llada_jax.samplers.text import generate_text, generate_tokens
 from llada_jax.state import Model, abstract_parameters, compute_dtype, make_model
-from llada_jax.tokenizer import Tokenizer, load_tokenizer
+from llada_jax.tokenizer import Tokenizer, load_same, load_tokenizer
 
 
 class HuggingFace:
@@ -62,23 +62,11 @@ class HuggingFace:
         config.objective.name = "autoregressive" if self.is_causal else "masked_diffusion"
         lengths = (self.hf_config.get(key) for key in ("max_sequence_length", "max_position_embeddings"))
         config.data.sequence_length = next((n for n in lengths if n), config.data.sequence_length)
-        record = {
-            "config": config.to_dict(),
-            "architecture": dataclasses.asdict(self.architecture),
-            "tokenizer": {
-                "kind": self.tokenizer.kind,
-                "vocab_size": self.tokenizer.vocab_size,
-                "fingerprint": self.tokenizer.fingerprint,
-            },
-            "special_ids": special_ids(self.tokenizer),
-            "chat_template": chat_template(self.tokenizer),
-            "data": [],
-            "source": {"from": str(self.directory), "layout": self.layout, "config": self.hf_config},
-            "versions": {"llada_jax": __version__, "python": platform.python_version(), "jax": jax.__version__},
-            "step": 0,
-            "tokens": 0,
-        }
-        return json.loads(json.dumps(record))
+        return run_record(
+            config, self.architecture, self.tokenizer, data=[], step=0, tokens=0,
+            special_ids=special_ids(self.tokenizer), chat_template=chat_template(self.tokenizer),
+            source={"from": str(self.directory), "layout": self.layout, "config": self.hf_config},
+        )  # fmt: skip
 
     def restore_params(self, step: int, abstract_params: dict, *, ema: bool = False) -> dict:
         """Returns the parameters in the given shardings; UserError when they cannot be read. `ema` is for runs alone."""
@@ -204,12 +192,9 @@ def load(checkpoint: str, *, dtype: str = "auto", mesh: Mesh | None = None) -> P
         causal=config["objective"]["name"] == "autoregressive",
     )
     params = found.restore_params(step, abstract_parameters(model, mesh), ema=config["optimizer"]["ema_decay"] > 0)
-    tokenizer = (
-        found.tokenizer if isinstance(found, HuggingFace) else load_tokenizer(found.directory.parent / "tokenizer")
-    )
-    if tokenizer.fingerprint != run["tokenizer"]["fingerprint"]:
-        raise UserError(
-            f"{found.directory.parent / 'tokenizer'} ({tokenizer.fingerprint[:12]}) is not the tokenizer of the checkpoint "
-            f"({run['tokenizer']['fingerprint'][:12]}); copy the one from the data set that it was trained on."
-        )
+    if isinstance(found, HuggingFace):
+        tokenizer = found.tokenizer
+    else:
+        directory = found.directory.parent / "tokenizer"
+        tokenizer = load_same(directory, run["tokenizer"]["fingerprint"], of="the checkpoint")
     return Pretrained(tokenizer, config, params, step, model, run, mesh)

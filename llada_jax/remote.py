@@ -13,7 +13,7 @@ from pathlib import Path
 
 from etils import epath
 
-from llada_jax.errors import UserError, look_up, require
+from llada_jax.errors import UserError, look_up, reason, require
 
 LIBRARIES = {
     "gs": "gcsfs",
@@ -48,9 +48,9 @@ def _connect(scheme: str, bucket: str) -> None:
     try:
         is_there = epath.Path(f"{scheme}://{bucket}").exists()
     except Exception as error:  # each client has a family of its own for credentials, endpoints and names
-        reason = " ".join((str(error) or type(error).__name__).split()).rstrip(".")[:200]
         raise UserError(
-            f"{scheme}://{bucket} cannot be reached ({reason}): check the credentials and the endpoint in the environment."
+            f"{scheme}://{bucket} cannot be reached ({reason(error)}): check the credentials and the endpoint in the "
+            "environment."
         ) from error
     if not is_there:
         raise UserError(

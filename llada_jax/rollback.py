@@ -4,14 +4,13 @@ The LLaDA authors met a NaN after 1.2T of 2.3T tokens, went back to a checkpoint
 (arXiv 2502.09992, section 2.2).
 """
 
-import json
-
 from llada_jax import remote
 from llada_jax.checkpoint import FOLDER, Checkpoints, drop_echoes
 from llada_jax.command_line import Parser
 from llada_jax.data.skipped import Rollbacks, read_rollbacks, skip_after, write_rollbacks
 from llada_jax.errors import UserError
 from llada_jax.file_lock import only_run_in
+from llada_jax.metrics import read_lines
 
 ASIDE = "rolled-back"
 
@@ -50,7 +49,7 @@ def roll_back(workdir: str, *, to: int, num_skipped: int | None = None) -> str:
     saved.close()
     if to not in steps:
         raise UserError(f"{workdir} has no checkpoint of step {to}; it has {', '.join(map(str, steps)) or 'none'}.")
-    lines = metric_lines(path)
+    lines = read_lines(workdir)
     last = max([*steps, *(line["step"] for line in lines)])
     num_skipped = last - to if num_skipped is None else num_skipped
     if num_skipped < 0:
@@ -70,10 +69,3 @@ def roll_back(workdir: str, *, to: int, num_skipped: int | None = None) -> str:
     write_rollbacks(workdir, Rollbacks(count + 1, skipped))
     told = f"; the {num_skipped} batches after it are left out" if num_skipped else ""
     return f"{workdir} is back at step {to}{told}; what was later lies in {aside}, and the same command continues."
-
-
-def metric_lines(path) -> list[dict]:
-    """Returns the whole lines of metrics.jsonl."""
-    file = path / "metrics.jsonl"
-    lines = file.read_text().splitlines(keepends=True) if file.exists() else []
-    return [json.loads(line) for line in lines if line.endswith("\n")]

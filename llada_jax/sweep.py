@@ -24,9 +24,9 @@ from ml_collections import ConfigDict
 
 from llada_jax.command_line import Parser
 from llada_jax.config import knob, knobs, load_config
-from llada_jax.errors import Preempted, UserError, require
+from llada_jax.errors import Preempted, UserError, reason, require
 from llada_jax.metrics import format_seconds
-from llada_jax.results import (
+from llada_jax.sweep_results import (
     EXIT_FILE,
     FINISHED,
     INTERRUPTED,
@@ -253,7 +253,7 @@ def write_record(sweep: Sweep) -> None:
         partial.write_text(json.dumps(record_of(sweep), indent=1) + "\n")
         partial.replace(path)
     except OSError as error:
-        raise UserError(f"{path} cannot be written ({error.strerror or error}); choose another --workdir.") from error
+        raise UserError(f"{path} cannot be written ({reason(error)}); choose another --workdir.") from error
 
 
 def check_unchanged(sweep: Sweep, recorded: dict) -> None:

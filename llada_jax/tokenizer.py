@@ -154,6 +154,24 @@ def load_tokenizer(path, *, add_mask_token: bool = False, mask_token: str = "") 
     return _with_special_ids(codec, declared, stated, name=str(path), add_mask_token=add_mask_token)
 
 
+def load_same(directory, fingerprint: str, *, of: str) -> Tokenizer:
+    """Returns the tokenizer in a directory, which must be the one that something was made with.
+
+    Args:
+        of: what was made with it, such as "the records", for the error.
+
+    Raises:
+        UserError: it is another one, or cannot be read.
+    """
+    tokenizer = load_tokenizer(directory)
+    if tokenizer.fingerprint != fingerprint:
+        raise UserError(
+            f"{directory} ({tokenizer.fingerprint[:12]}) is not the tokenizer of {of} ({fingerprint[:12]}); put that one "
+            "back, or use a new directory."
+        )
+    return tokenizer
+
+
 def _load_saved(path) -> Tokenizer:
     try:
         meta = json.loads((path / SPECIAL_IDS).read_text())

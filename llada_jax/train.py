@@ -1,13 +1,9 @@
 """`llada-jax train`: from a config and a workdir to a trained, resumable model."""
 
 import contextlib
-import datetime
 import functools
 import hashlib
-import json
 import math
-import platform
-import subprocess
 import tempfile
 import time
 from collections import deque
@@ -19,26 +15,27 @@ import numpy as np
 from etils import epath
 from jax.experimental import multihost_utils
 
-from llada_jax import __version__, distributed, hardware, likelihood, pretrained, remote, sharding
 from llada_jax import checkpoint as checkpoints
+from llada_jax import distributed, hardware, likelihood, pretrained, remote, sharding
 from llada_jax import metrics as measure
 from llada_jax.command_line import Parser
 from llada_jax.config import AUTO, load_config, parse_sources
 from llada_jax.data.loader import describe, heldout_batches, train_batches
 from llada_jax.data.records import read_dataset
 from llada_jax.data.skipped import as_rollbacks, batch_of_step, read_rollbacks
-from llada_jax.errors import LostPeer, NumericsError, Preempted, UserError
+from llada_jax.errors import LostPeer, NumericsError, Preempted, UserError, reason
 from llada_jax.file_lock import only_run_in
 from llada_jax.goodput import Ledger
 from llada_jax.local_checkpoint import LocalCheckpoints
 from llada_jax.metrics import format_bytes, format_count
-from llada_jax.models.transformer import Architecture, num_matmul_parameters, num_parameters
+from llada_jax.models.transformer import num_matmul_parameters, num_parameters
 from llada_jax.preemption import StopRequest
 from llada_jax.recipe import Recipe, compile_step, make_recipe
+from llada_jax.run_record import check_continues, check_fits, run_record, write_run
 from llada_jax.samplers.denoise import check_schedule
 from llada_jax.samplers.text import generate_text
 from llada_jax.state import create_state, make_model
-from llada_jax.tokenizer import SPECIAL_IDS, Tokenizer, load_tokenizer
+from llada_jax.tokenizer import SPECIAL_IDS, Tokenizer, load_same
 
 MAX_STEPS_IN_FLIGHT = 2  # dispatched but not finished: enough to hide the host, few enough to stop promptly
 
@@ -104,8 +101,8 @@ def train_on(
     sources = parse_sources(config.data.path)
     B, T = config.data.batch_size, config.data.sequence_length
     summaries = describe(sources, sequence_length=T)
-    tokenizer = load_tokenizer(epath.Path(sources[0][0]) / "tokenizer")
-    check_tokenizer(tokenizer, sources[0][0], written=read_dataset(sources[0][0]).tokenizer["fingerprint"])
+    written_with = read_dataset(sources[0][0]).tokenizer["fingerprint"]
+    tokenizer = load_same(epath.Path(sources[0][0]) / "tokenizer", written_with, of="the records")
     bytes_per_token = sum(s.share * s.bytes_per_token["train"] for s in summaries)
 
     # 3. Model, objective and optimizer, none of them with numbers yet.
@@ -126,21 +123,15 @@ def train_on(
     saved = checkpoints.Checkpoints(
         workdir, keep=config.checkpoint.keep, keep_every_steps=config.checkpoint.keep_every_steps
     )
-    run = run_record(config, architecture, tokenizer, summaries)
+    data = [{"directory": s.directory, "fingerprint": s.fingerprint, "share": s.share} for s in summaries]
+    run = run_record(config, architecture, tokenizer, data=data)
     local = None
     if config.checkpoint.local_directory:
         local = LocalCheckpoints(config.checkpoint.local_directory, saved.directory.parent)
         until_end.callback(local.close)
     rollbacks = read_rollbacks(workdir)
-    state, origin, theirs = first_state(
-        config,
-        saved,
-        local,
-        run,
-        rollbacks.count,
-        abstract,
-        functools.partial(create_state, model, recipe.optimizer, abstract),
-    )
+    create = functools.partial(create_state, model, recipe.optimizer, abstract)
+    state, origin, theirs = first_state(config, saved, local, run, rollbacks.count, abstract, create)
     start_step = int(state.step)
     if not rollbacks.count and "rollbacks" in theirs:  # of the run that was restored here
         rollbacks = as_rollbacks(theirs["rollbacks"])
@@ -153,12 +144,13 @@ def train_on(
             "start a new --workdir from a checkpoint with config.checkpoint.restore=WORKDIR@STEP."
         )
     if (epath.Path(workdir) / "tokenizer" / SPECIAL_IDS).exists():
-        check_tokenizer(load_tokenizer(epath.Path(workdir) / "tokenizer"), workdir, written=tokenizer.fingerprint)
+        load_same(epath.Path(workdir) / "tokenizer", tokenizer.fingerprint, of="the records")
     writer = measure.MetricsWriter(
         workdir, enabled=is_first, resume_step=start_step if start_step else None, tensorboard=config.log.tensorboard
     )
     if is_first:
-        describe_run(workdir, tokenizer, run)
+        with writing(workdir):
+            write_run(workdir, tokenizer, run)
     ledger = Ledger(workdir, clock, start_step=start_step, enabled=is_first)
 
     # 5. The compiled step.
@@ -199,10 +191,8 @@ def train_on(
     )
     in_flight, logged_step, is_profiling = deque(), start_step, False
     profile_start = config.log.profile_at_step
-    profile = (
-        epath.Path(workdir) / "profile"
-    )  # the profiler writes to a disk, from where it is copied to a remote workdir
-    is_remote = remote.is_remote(workdir)
+    # the profiler writes to a disk, from where it is copied to a remote workdir
+    profile, is_remote = epath.Path(workdir) / "profile", remote.is_remote(workdir)
     trace = until_end.enter_context(tempfile.TemporaryDirectory()) if is_remote else str(profile)
     profile_end = min(profile_start + config.log.profile_num_steps - 1, num_steps) if profile_start else 0
     is_due = lambda step, every: every > 0 and (step % every == 0 or step == num_steps)  # noqa: E731
@@ -236,7 +226,8 @@ def train_on(
                 sums = jax.device_get(state.metrics)
                 check_finite(sums, interval=(logged_step + 1, step), saved=saved)
                 check_skipped(sums, config.optimizer.max_skipped_updates, interval=(logged_step + 1, step))
-            if is_due(step, config.log.every_steps):
+            # an interval in which every update was skipped has no means, and goes on
+            if is_due(step, config.log.every_steps) and sums["loss"][1] > 0:
                 numbers = measure.means(sums)
                 if not config.optimizer.max_skipped_updates:
                     del numbers["skipped"]
@@ -291,7 +282,7 @@ def train_on(
         # 7. The whole held-out split, once.
         with clock.span("checkpoint"):
             saved.wait()
-        if not on_first_process(functools.partial(measure.has_line, workdir, step=num_steps, group="final")):
+        if not on_first_process(lambda: measure.is_over(measure.read_lines(workdir), num_steps)):
             bounds = evaluate(state.ema or state.params, config.evaluation.final_num_batches)
             for group, bound in bounds.items():
                 progress.say(f"final {group} {bound_line(bound)}")
@@ -306,15 +297,6 @@ def train_on(
 # ---------------------------------------------------------------------------------------------------- what main calls
 
 
-def check_tokenizer(tokenizer: Tokenizer, directory: str, *, written: str) -> None:
-    """Raises UserError when the tokenizer in a directory is not the one that the records were written with."""
-    if tokenizer.fingerprint != written:
-        raise UserError(
-            f"The tokenizer in {directory}/tokenizer ({tokenizer.fingerprint[:12]}) is not the one that the records were "
-            f"written with ({written[:12]}); put that one back, or use a new directory."
-        )
-
-
 def make_workdir(workdir: str) -> None:
     """Creates the workdir; raises UserError when it cannot be written."""
     path = remote.path_of(workdir)
@@ -326,25 +308,6 @@ def make_workdir(workdir: str) -> None:
             probe.unlink()
 
 
-def describe_run(workdir: str, tokenizer: Tokenizer, run: dict) -> None:
-    """Writes WORKDIR/tokenizer and run.json, each whole or not at all."""
-    path = epath.Path(workdir)
-    with writing(workdir):
-        text = json.dumps(run, indent=1) + "\n"
-        if remote.is_remote(
-            workdir
-        ):  # each object is whole, and the one that makes a folder a tokenizer is written last
-            if not (path / "tokenizer" / SPECIAL_IDS).exists():
-                tokenizer.save(path / "tokenizer")
-            (path / "run.json").write_text(text)
-            return
-        if not (path / "tokenizer").exists():
-            tokenizer.save(path / "tokenizer.partial")
-            (path / "tokenizer.partial").rename(path / "tokenizer")
-        (path / "run.json.partial").write_text(text)
-        (path / "run.json.partial").replace(path / "run.json")
-
-
 @contextlib.contextmanager
 def writing(workdir: str):
     """Turns what the file system refuses into a UserError."""
@@ -352,37 +315,9 @@ def writing(workdir: str):
         yield
     except OSError as error:
         raise UserError(
-            f"The workdir {workdir} cannot be written ({error.strerror or error}); choose another --workdir, free space, or "
+            f"The workdir {workdir} cannot be written ({reason(error)}); choose another --workdir, free space, or "
             "change its permissions."
         ) from error
-
-
-def run_record(config, a: Architecture, tokenizer: Tokenizer, summaries) -> dict:
-    """Returns run.json: what a checkpoint was made from, as plain JSON values."""
-    record = {
-        "config": config.to_dict(),
-        "architecture": {name: getattr(a, name) for name in Architecture.__dataclass_fields__},
-        "tokenizer": {"kind": tokenizer.kind, "vocab_size": tokenizer.vocab_size, "fingerprint": tokenizer.fingerprint},
-        "data": [{"directory": s.directory, "fingerprint": s.fingerprint, "share": s.share} for s in summaries],
-        "versions": {"llada_jax": __version__, "python": platform.python_version(), "jax": jax.__version__},
-        "commit": git_commit(),
-        "started": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
-    }
-    return json.loads(json.dumps(record))
-
-
-def git_commit() -> str:
-    """Returns the commit of the checkout that this package lies in; "" for an installed package, or without git."""
-    root = Path(__file__).parent.parent
-    if not (root / ".git").exists():
-        return ""
-    try:
-        told = subprocess.run(
-            ["git", "-C", str(root), "rev-parse", "HEAD"], capture_output=True, text=True, check=False
-        )
-    except OSError:  # no git here, as in most containers
-        return ""
-    return told.stdout.strip()
 
 
 def first_state(config, saved, local, run: dict, num_rollbacks: int, abstract, create):
@@ -426,52 +361,6 @@ def first_state(config, saved, local, run: dict, num_rollbacks: int, abstract, c
         state = jax.jit(lambda s: s, out_shardings=shardings, donate_argnums=0)(state)
         return state, f"weights of step {step} of {config.checkpoint.init_from} (config.checkpoint.init_from)", {}
     return create(seed=config.seed), f"initialisation from seed {config.seed}{note}", {}
-
-
-def check_fits(theirs: dict, ours: dict, directory) -> None:
-    """Raises UserError when a checkpoint is of another architecture or tokenizer."""
-    checkpoints.check_same(
-        f"The checkpoint in {directory} is of another architecture", ours["architecture"],
-        vars(Architecture(**theirs["architecture"])),  # what an older version did not write has its default
-        remedy="set config.model to match it, or choose another --workdir",
-    )  # fmt: skip
-    checkpoints.check_same(
-        f"The checkpoint in {directory} was trained with another tokenizer", ours["tokenizer"], theirs["tokenizer"],
-        remedy="use data prepared with its tokenizer (WORKDIR/tokenizer), or choose another --workdir",
-    )  # fmt: skip
-
-
-def check_continues(theirs: dict, ours: dict, directory) -> None:
-    """Raises UserError when continuing would not continue the same run: other network, tokenizer, data or state."""
-    check_fits(theirs, ours, directory)
-    checkpoints.check_same(
-        f"The run in {directory} was trained on other data",
-        mixture_of(ours), mixture_of(theirs),
-        remedy="give the same config.data.path, or start a new --workdir with config.checkpoint.init_from",
-    )  # fmt: skip
-    decides = {  # what the order of the data, the noise or the layout of the optimizer state follow from
-        "": ("seed",),
-        "data": ("batch_size", "sequence_length", "random_length_probability", "attend_across_documents"),
-        "optimizer": ("name",),
-        "objective": ("name",),
-    }
-
-    def chosen(config):
-        picked = {
-            f"config.{group}.{key}".replace("..", "."): (config[group] if group else config)[key]
-            for group, keys in decides.items() for key in keys
-        }  # fmt: skip
-        return {**picked, "keeps an EMA": config["optimizer"]["ema_decay"] > 0}
-
-    checkpoints.check_same(
-        f"The run in {directory} cannot be continued with another config", chosen(ours["config"]), chosen(theirs["config"]),
-        remedy="undo the change, or start a new --workdir with config.checkpoint.init_from",
-    )  # fmt: skip
-
-
-def mixture_of(run: dict) -> dict:
-    """Returns what decides which record is read when, whatever the directories are called."""
-    return {"datasets": [s["fingerprint"] for s in run["data"]], "weights": [s["share"] for s in run["data"]]}
 
 
 def on_first_process(question) -> bool:

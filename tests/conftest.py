@@ -9,6 +9,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from required import absent
 
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
 
@@ -17,6 +18,7 @@ import jax
 jax.config.update("jax_num_cpu_devices", 8)
 
 from llada_jax.data.records import encode_record, write_dataset_json, write_shard  # noqa: E402
+from llada_jax.errors import UserError  # noqa: E402
 from llada_jax.tokenizer import load_tokenizer  # noqa: E402
 
 SEQUENCE_LENGTH = 32
@@ -100,6 +102,13 @@ def small_dataset(tmp_path_factory) -> Path:
     return circle_dataset(tmp_path_factory.mktemp("small") / "data")
 
 
+def free_port() -> int:
+    """Returns a TCP port that nothing listens on at this moment."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        return free.getsockname()[1]
+
+
 class Runs:
     """Starts `llada-jax train` in processes of its own, as users do."""
 
@@ -135,9 +144,7 @@ class Runs:
         if num_processes == 1:
             processes = [self.start(workdir, *overrides, num_devices=num_devices, config=config)]
         else:
-            with socket.socket() as free:
-                free.bind(("localhost", 0))
-                address = f"localhost:{free.getsockname()[1]}"
+            address = f"localhost:{free_port()}"
             team = {"JAX_COORDINATOR_ADDRESS": address, "JAX_NUM_PROCESSES": str(num_processes)}
             processes = [
                 self.start(workdir, *overrides, num_devices=num_devices, environment={**team, "JAX_PROCESS_ID": str(i)})
@@ -165,3 +172,34 @@ def metric_lines(workdir: Path, *groups: str) -> list[dict]:
 def losses(workdir: Path) -> np.ndarray:
     """Returns the training loss of every logged step, float64."""
     return np.array([line["train"]["loss"] for line in metric_lines(workdir, "train")])
+
+
+def error_of(function, *args, **kwargs) -> str:
+    """Returns the message of the UserError that the call raises: one line, one sentence."""
+    with pytest.raises(UserError) as caught:
+        function(*args, **kwargs)
+    message = str(caught.value)
+    assert "\n" not in message
+    return message
+
+
+@pytest.fixture
+def mount(tmp_path):
+    """Returns mount(options, source=None) -> an empty disk in memory, or `source` in another place, until the test ends."""
+    if sys.platform != "linux" or os.geteuid() != 0:
+        absent("a full or read-only disk is mounted, which takes root on Linux")
+    mounted = []
+
+    def mount(options: str, source: Path | None = None) -> Path:
+        path = tmp_path / f"disk{len(mounted)}"
+        path.mkdir()
+        what = ["-t", "tmpfs", "tmpfs"] if source is None else [str(source)]
+        done = subprocess.run(["mount", "-o", options, *what, str(path)], capture_output=True, text=True, check=False)
+        if done.returncode:  # root within a container, say, without the right to mount
+            absent(f"nothing can be mounted here: {done.stderr.strip()}")
+        mounted.append(path)
+        return path
+
+    yield mount
+    for path in reversed(mounted):
+        subprocess.run(["umount", "--lazy", str(path)], check=True)

@@ -6,7 +6,6 @@ import random
 import re
 import shutil
 import signal
-import socket
 import subprocess
 import sys
 import time
@@ -17,7 +16,7 @@ import jax.numpy as jnp
 import kills
 import numpy as np
 import pytest
-from conftest import metric_lines
+from conftest import free_port, metric_lines
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from jax.sharding import NamedSharding
@@ -262,9 +261,7 @@ print(json.dumps(told))
 
 
 def start_team(code: str, disks: Path) -> list[subprocess.Popen]:
-    with socket.socket() as free:
-        free.bind(("localhost", 0))
-        address = f"localhost:{free.getsockname()[1]}"
+    address = f"localhost:{free_port()}"
     script = HEADER.format(tests=str(Path(__file__).parent)) + code
     return [
         subprocess.Popen(

@@ -2,13 +2,13 @@
 
 import os
 import re
-import socket
 import subprocess
 import sys
 import textwrap
 
 import jax
 import pytest
+from conftest import free_port
 
 from llada_jax import distributed
 from llada_jax.errors import UserError
@@ -21,12 +21,6 @@ def run_python(code: str, environment=None, timeout=120) -> subprocess.Completed
         [sys.executable, "-c", textwrap.dedent(code)],
         env={**os.environ, **(environment or {})}, capture_output=True, text=True, timeout=timeout, check=False,
     )  # fmt: skip
-
-
-def free_port() -> int:
-    with socket.socket() as free:
-        free.bind(("localhost", 0))
-        return free.getsockname()[1]
 
 
 def test_the_launchers_variables_are_the_arguments():

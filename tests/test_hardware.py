@@ -7,6 +7,7 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
+from required import libtpu_environment
 
 from llada_jax import hardware
 from llada_jax.errors import UserError
@@ -202,11 +203,7 @@ def test_gpu_flags_are_known_to_the_installed_compiler():
 
 def test_tpu_flags_are_known_to_libtpu():
     """The presets of all chips at once; libtpu reads them when it is loaded, and ends the process at one it does not know."""
-    libtpu = Path(sys.prefix) / "libtpu"
-    path = {"PYTHONPATH": f"{libtpu}:{os.environ.get('PYTHONPATH', '')}"}
-    if finished("import libtpu", **path).returncode:
-        assert os.environ.get("LLADA_JAX_REQUIRE_ALL") != "1", "libtpu is not installed"
-        pytest.skip(f"libtpu is not installed: pip install --no-deps --target {libtpu} 'libtpu==0.0.42.*'")
+    environment = {**libtpu_environment(), "JAX_PLATFORMS": "cpu"}
     load = (
         "import sys; from llada_jax import aot, hardware; aot.load_libtpu({'LIBTPU_INIT_ARGS': sys.stdin.read()})\n"
         "aot.absent_mesh(dict(data=1, fsdp=-1, sequence=1, tensor=1, expert=1), hardware.slice_named('v5p-8'), 1)"
@@ -214,8 +211,7 @@ def test_tpu_flags_are_known_to_libtpu():
 
     def loaded(flags: str) -> subprocess.CompletedProcess:
         return subprocess.run(
-            [sys.executable, "-c", load], input=flags, capture_output=True, text=True, check=False,
-            env={**os.environ, "JAX_PLATFORMS": "cpu", **path},
+            [sys.executable, "-c", load], input=flags, capture_output=True, text=True, check=False, env=environment,
         )  # fmt: skip
 
     done = loaded(words_of("LIBTPU_INIT_ARGS"))

@@ -20,4 +20,4 @@ def test_the_files_of_an_export_work_where_transformers_is(version, tmp_path):
     output = run_python(version, RUN, CHECKS, f"--basetemp={tmp_path / 'checks'}", home=tmp_path, timeout=600)
     number = {"4.49.0": r"4\.49\.0", "installed": r"5\.\d"}[version]
     assert re.search(f"with transformers {number}", output), output
-    assert re.search(r"\d{2,} passed, 1 skipped", output), output  # a family of models that one version lacks
+    assert re.search(r"^\d{2,} passed(, \d+ warnings?)? in ", output, flags=re.MULTILINE), output  # and nothing skipped

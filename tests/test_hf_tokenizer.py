@@ -9,6 +9,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import sentencepiece
+import tokenizers as tokenizers_library
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from transformers_versions import VERSIONS, run_python
@@ -17,8 +18,6 @@ import llada_jax
 from llada_jax.errors import UserError
 from llada_jax.hf.tokenizer import byte_alphabet, tokenizer_files
 from llada_jax.tokenizer import load_tokenizer, train_sentencepiece
-
-tokenizers_library = pytest.importorskip("tokenizers")
 
 SCRIPTS = (
     "It is a truth universally acknowledged, that a single man in possession of a good fortune, must be in want of a wife.",

@@ -2,10 +2,8 @@
 
 import dataclasses
 import json
-import os
 import shutil
 import subprocess
-import sys
 from pathlib import Path
 
 import jax
@@ -22,9 +20,9 @@ from llada_jax.__main__ import main
 from llada_jax.errors import UserError
 from llada_jax.hf import read
 from llada_jax.hf.convert import tensors
+from llada_jax.run_record import check_fits
 from llada_jax.sharding import AXES, make_mesh
 from llada_jax.state import abstract_parameters, make_model
-from llada_jax.train import check_fits
 
 QWEN = dataclasses.replace(SMALL, vocab_size=257, attention_bias="qkv", tie_embeddings=True)
 
@@ -441,24 +439,14 @@ def test_bad_flags_are_refused(whole, imported, tmp_path, refused, monkeypatch):
 
 # -------------------------------------------------------------------------------------------------------------- the disk
 
-IS_ROOT = hasattr(os, "geteuid") and os.geteuid() == 0 and sys.platform == "linux"
 
-
-@pytest.mark.skipif(not IS_ROOT, reason="a full or read-only disk is mounted, which takes root on Linux")
-def test_a_full_or_read_only_disk_leaves_nothing_behind(whole, tmp_path, refused):
-    disk = tmp_path / "disk"
-    disk.mkdir()
-    subprocess.run(
-        ["mount", "-t", "tmpfs", "-o", "size=300k", "tmpfs", str(disk)], check=True
-    )  # the weights are 400 kB
+def test_a_full_or_read_only_disk_leaves_nothing_behind(whole, mount, refused):
+    disk = mount("size=300k")  # the weights are 400 kB
     argv = ["import", "--from", str(whole), "--output", str(disk / "out")]
-    try:
-        refused(argv, ["free space"])
-        assert list(disk.iterdir()) == []
-        subprocess.run(["mount", "-o", "remount,ro", str(disk)], check=True)
-        refused(argv, ["cannot be written", "Read-only file system"])
-    finally:
-        subprocess.run(["umount", "--lazy", str(disk)], check=True)
+    refused(argv, ["free space"])
+    assert list(disk.iterdir()) == []
+    subprocess.run(["mount", "-o", "remount,ro", str(disk)], check=True)
+    refused(argv, ["cannot be written", "Read-only file system"])
 
 
 def test_an_output_below_a_file_is_refused(whole, tmp_path, refused):

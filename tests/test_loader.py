@@ -8,13 +8,13 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from conftest import error_of
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from llada_jax.data import loader
 from llada_jax.data.loader import describe, heldout_batches, train_batches
 from llada_jax.data.records import encode_record, write_dataset_json, write_shard
-from llada_jax.errors import UserError
 
 T, V = 8, 200_000
 KEYS = ("tokens", "segment_ids", "positions", "is_maskable")
@@ -87,13 +87,6 @@ def assert_equal(batch: dict, expected: dict) -> None:
 
 def take_rows(batch: dict, rows) -> dict:
     return {key: values_BT[list(rows)] for key, values_BT in batch.items()}
-
-
-def error_of(function, *args, **kwargs) -> str:
-    with pytest.raises(UserError) as caught:
-        function(*args, **kwargs)
-    assert "\n" not in str(caught.value)
-    return str(caught.value)
 
 
 @pytest.mark.parametrize("num_hosts", [1, 2, 4, 8])

@@ -17,6 +17,7 @@ import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from required import library
 
 from llada_jax import metrics
 from llada_jax.errors import UserError
@@ -266,15 +267,26 @@ def test_a_foreign_file_is_refused_and_kept(tmp_path, content):
     assert path.read_bytes() == before
 
 
-def test_a_line_of_a_step_is_found_by_the_beginning_of_its_group(tmp_path):
-    assert not metrics.has_line(tmp_path, step=20, group="final")
+def test_a_run_is_over_when_its_last_step_has_its_bound(tmp_path):
+    assert metrics.read_lines(tmp_path) == []
     writer = metrics.MetricsWriter(tmp_path, tensorboard=False)
     write_steps(writer, [10, 20], speed=1.0)
+    assert not metrics.is_over(metrics.read_lines(tmp_path), 20)
     writer.write(20, {"final_books": {"nelbo": 1.0}})
     writer.close()
-    assert metrics.has_line(tmp_path, step=20, group="final")
-    assert metrics.has_line(tmp_path, step=20, group="heldout")
-    assert not metrics.has_line(tmp_path, step=10, group="heldout")
+    lines = metrics.read_lines(tmp_path)
+    assert lines[-1] == {"step": 20, "final_books": {"nelbo": 1.0}}
+    assert metrics.is_over(lines, 20)
+    assert not metrics.is_over(lines, 30)
+
+
+def test_a_half_written_last_line_is_not_read_and_no_line_is_passed_over(tmp_path):
+    path = tmp_path / "metrics.jsonl"
+    path.write_text('{"step": 1}\n{"step": 2')
+    assert metrics.read_lines(tmp_path) == [{"step": 1}]
+    path.write_text('{"step": 1}\n{"step": 2\n{"step": 3}\n')
+    with pytest.raises(UserError, match="holds a line that is no JSON"):
+        metrics.read_lines(tmp_path)
 
 
 def test_only_the_first_process_writes(tmp_path):
@@ -342,7 +354,7 @@ def test_lines_wait_in_memory_no_longer_than_the_flush_interval(tmp_path, monkey
 
 
 def test_tensorboard_reads_the_scalars_and_texts_of_a_resumed_run_once(tmp_path):
-    event_accumulator = pytest.importorskip("tensorboard.backend.event_processing.event_accumulator")
+    event_accumulator = library("tensorboard.backend.event_processing.event_accumulator")
     writer = metrics.MetricsWriter(tmp_path)
     write_steps(writer, range(10, 60, 10), speed=1.0)
     writer.text(20, "samples/0", "*once* upon")

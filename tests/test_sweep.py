@@ -3,7 +3,7 @@
 Most tests put a small program in the place of `llada-jax train` that writes the same files; the slow ones train.
 """
 
-import importlib.util
+import contextlib
 import itertools
 import json
 import math
@@ -18,16 +18,18 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from conftest import SMALL_RUN
+import yaml
+from conftest import SMALL_RUN, metric_lines
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from required import library
 
 from llada_jax import sweep as verb
 from llada_jax import sweeps
 from llada_jax.__main__ import main
 from llada_jax.config import apply_override, default_config, knob
 from llada_jax.errors import UserError
-from llada_jax.results import effects, rank_correlation, ranked, read_result, sparkline
+from llada_jax.sweep_results import effects, rank_correlation, ranked, read_result, sparkline
 
 SCALING = Path(__file__).parent.parent / "docs" / "scaling.md"
 
@@ -111,11 +113,20 @@ def call(tmp_path, capfd):
     return call
 
 
-def require_library(name: str) -> None:
-    """Skips the test where an optional library is absent; fails it in CI, which has them all."""
-    if importlib.util.find_spec(name) is None:
-        assert os.environ.get("LLADA_JAX_REQUIRE_ALL") != "1", f"{name} is not installed"
-        pytest.skip(f"{name} is not installed")
+@contextlib.contextmanager
+def stopped_under_way(run: Path):
+    """Sends this process SIGTERM when the run has logged 20 lines."""
+
+    def stop():
+        path = run / "metrics.jsonl"
+        while not path.exists() or len(path.read_text().splitlines()) < 20:
+            time.sleep(0.01)
+        os.kill(os.getpid(), signal.SIGTERM)
+
+    thread = threading.Thread(target=stop)
+    thread.start()
+    yield
+    thread.join()
 
 
 def states(call) -> list[str]:
@@ -309,18 +320,9 @@ def test_a_second_start_runs_only_what_is_not_finished(config, call, tmp_path, f
 
 def test_sigterm_reaches_the_runs_and_the_same_command_continues_them(config, call, tmp_path, fake_train):
     config("for seed in (1, 2, 3): add(seed=seed, num_steps=200)")
-
-    def stop_when_under_way():
-        path = tmp_path / "runs" / "001" / "metrics.jsonl"
-        while not path.exists() or len(path.read_text().splitlines()) < 20:
-            time.sleep(0.01)
-        os.kill(os.getpid(), signal.SIGTERM)
-
     before = signal.getsignal(signal.SIGTERM)
-    thread = threading.Thread(target=stop_when_under_way)
-    thread.start()
-    _, err = call("--run", "local", "--parallel", "2", status=42)
-    thread.join()
+    with stopped_under_way(tmp_path / "runs" / "001"):
+        _, err = call("--run", "local", "--parallel", "2", status=42)
     assert signal.getsignal(signal.SIGTERM) == before
     assert "3 of 3 runs left; the same command continues" in err
     first, second, third = json.loads(call("--list", "--json")[0])["runs"]
@@ -331,8 +333,8 @@ def test_sigterm_reaches_the_runs_and_the_same_command_continues_them(config, ca
     call("--run", "local")
     assert states(call) == ["complete"] * 3
     for index in range(3):  # each step once: the second attempt went on where the first had stopped
-        lines = (tmp_path / "runs" / f"{index:03d}" / "metrics.jsonl").read_text().splitlines()
-        assert [json.loads(line)["step"] for line in lines if "train" in line] == list(range(1, 201))
+        steps = [line["step"] for line in metric_lines(tmp_path / "runs" / f"{index:03d}", "train")]
+        assert steps == list(range(1, 201))
 
 
 def test_parallel_runs_are_never_more_than_asked_for(config, call, tmp_path, fake_train, monkeypatch):
@@ -358,9 +360,7 @@ def test_index_runs_one_run_and_passes_its_exit_status_on(config, call, tmp_path
     call("--index", "2", status=3)
     assert states(call) == ["complete", "failed", "diverged"]
     call("--index", "0")  # complete: the second start has nothing left to do
-    assert (
-        len((tmp_path / "runs" / "000" / "metrics.jsonl").read_text().splitlines()) == 13
-    )  # 10 train, 1 heldout, 2 final
+    assert len(metric_lines(tmp_path / "runs" / "000")) == 13  # 10 train, 1 heldout, 2 final
 
 
 def test_dry_run_prints_commands_that_train_accepts_and_starts_nothing(config, call, tmp_path):
@@ -394,9 +394,6 @@ def test_slurm_gets_one_array_of_what_is_not_finished(config, call, tmp_path, fa
 
 
 def test_gke_gets_one_jobset_a_run(config, call):
-    require_library("yaml")
-    import yaml
-
     config(RATES)
     out, _ = call("--run", "gke", "--dry-run", "--", "--topology", "v5e-16", "--image", "example.org/llada:1")
     manifests = [yaml.safe_load("apiVersion" + part) for part in out.split("apiVersion")[1:]]
@@ -465,7 +462,7 @@ def test_table_has_the_numbers_of_metrics_jsonl_best_first(config, call, tmp_pat
     table = json.loads(call("--table", "--json")[0])
     assert [run["index"] for run in table["runs"]] == [1, 2, 0, 3]  # what diverged comes last, whatever it had reached
     for run in table["runs"][:3]:
-        lines = [json.loads(line) for line in (Path(run["workdir"]) / "metrics.jsonl").read_text().splitlines()]
+        lines = metric_lines(run["workdir"])
         assert run["bits_per_byte"] == lines[-1]["final"]["bits_per_byte"]
         assert run["nats_per_token"] == lines[-1]["final"]["nelbo"]
         assert run["standard_error"] == pytest.approx(0.01)  # 0.007 nats, at 0.7 nats a bit
@@ -565,7 +562,7 @@ def test_sparkline_falls_with_the_curve_and_fits():
 
 
 def test_curves_are_drawn_into_a_file(config, call, tmp_path, fake_train):
-    require_library("matplotlib")
+    library("matplotlib")
     config(RATES)
     call("--run", "local")
     call("--table", "--plot", str(tmp_path / "curves.png"))
@@ -635,9 +632,7 @@ SUGGEST = "return {'schedule.learning_rate': trial.suggest_float('rate', 1e-4, 1
 
 
 def test_optuna_minimizes_the_held_out_bits_per_byte(config, call, tmp_path, fake_train):
-    require_library("optuna")
-    import optuna
-
+    optuna = library("optuna")
     config(SUGGEST, head="def suggest(trial):")
     _, err = call("--optuna", "8")
     assert "best of 8 trials: " in err
@@ -657,7 +652,7 @@ def test_optuna_minimizes_the_held_out_bits_per_byte(config, call, tmp_path, fak
 
 def test_optuna_prunes_a_run_that_is_worse_than_the_median(config, call, fake_train):
     """The first five trials are never pruned (Optuna's default); the sixth is worse than all of them."""
-    require_library("optuna")
+    library("optuna")
     config(
         "rate, steps = (1e-1, 400) if trial.number == 5 else (1e-3, 60)",
         "return {'schedule.learning_rate': rate, 'num_steps': steps, 'seed': trial.number}",
@@ -671,19 +666,10 @@ def test_optuna_prunes_a_run_that_is_worse_than_the_median(config, call, fake_tr
 
 
 def test_optuna_continues_the_trial_that_was_stopped(config, call, tmp_path, fake_train):
-    require_library("optuna")
+    library("optuna")
     config(SUGGEST.replace("20", "300"), head="def suggest(trial):")
-
-    def stop_when_under_way():
-        path = tmp_path / "runs" / "000" / "metrics.jsonl"
-        while not path.exists() or len(path.read_text().splitlines()) < 20:
-            time.sleep(0.01)
-        os.kill(os.getpid(), signal.SIGTERM)
-
-    thread = threading.Thread(target=stop_when_under_way)
-    thread.start()
-    assert "asked to stop in trial 0" in call("--optuna", "2", status=42)[1]
-    thread.join()
+    with stopped_under_way(tmp_path / "runs" / "000"):
+        assert "asked to stop in trial 0" in call("--optuna", "2", status=42)[1]
     (stopped,) = json.loads(call("--list", "--json")[0])["runs"]
     assert stopped["state"] == "partial"
     call("--optuna", "2")
@@ -691,12 +677,11 @@ def test_optuna_continues_the_trial_that_was_stopped(config, call, tmp_path, fak
     assert first["knobs"] == stopped["knobs"]
     assert first["state"] == second["state"] == "complete"
     assert second["knobs"] != first["knobs"]  # the sampler of the second process did not begin again
-    lines = (tmp_path / "runs" / "000" / "metrics.jsonl").read_text().splitlines()
-    assert [json.loads(line)["step"] for line in lines if "train" in line] == list(range(1, 301))
+    assert [line["step"] for line in metric_lines(tmp_path / "runs" / "000", "train")] == list(range(1, 301))
 
 
 def test_a_suggestion_that_is_impossible_names_the_knob(config, call, fake_train):
-    require_library("optuna")
+    library("optuna")
     config("return {'schedule.laerning_rate': 1.0}", head="def suggest(trial):")
     assert "Did you mean 'schedule.learning_rate'?" in call("--optuna", "2", status=2)[1]
     config("return [1]", head="def suggest(trial):")
@@ -763,7 +748,7 @@ def test_a_real_sweep_is_stopped_continues_and_has_the_table_of_its_metrics(real
     table = json.loads(call("--table", "--json", *real.words)[0])
     assert [run["index"] for run in table["runs"]] == [0, 1]  # 1e-4 has learnt less in 300 steps
     for run in table["runs"]:
-        lines = [json.loads(line) for line in (Path(run["workdir"]) / "metrics.jsonl").read_text().splitlines()]
+        lines = metric_lines(run["workdir"])
         assert [line["step"] for line in lines if "train" in line] == list(range(1, 301))
         assert run["bits_per_byte"] == lines[-1]["final"]["bits_per_byte"]
         assert run["tokens"] == 300 * 16 * 32
@@ -775,7 +760,7 @@ def test_a_real_sweep_is_stopped_continues_and_has_the_table_of_its_metrics(real
 
 @pytest.mark.slow
 def test_optuna_drives_real_training(real, call, config):
-    require_library("optuna")
+    library("optuna")
     config("return {'optimizer.b2': trial.suggest_float('b2', 0.9, 0.99)}", head="def suggest(trial):", base=SMALL_RUN)
     assert "best of 2 trials" in error_of(real("--optuna", "2"), status=0)
     listed = json.loads(call("--list", "--json", *real.words)[0])["runs"]

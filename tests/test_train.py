@@ -6,7 +6,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from conftest import SEQUENCE_LENGTH, losses, metric_lines, write_dataset
+from conftest import SEQUENCE_LENGTH, free_port, losses, metric_lines, write_dataset
 
 from llada_jax.__main__ import main
 
@@ -171,12 +171,7 @@ def test_evaluate_agrees_with_the_run_and_its_baselines_with_their_definitions(r
 
 @pytest.mark.slow
 def test_processes_with_different_configs_are_told_so_instead_of_hanging(runs):
-    import socket
-
-    with socket.socket() as free:
-        free.bind(("localhost", 0))
-        address = f"localhost:{free.getsockname()[1]}"
-    team = {"JAX_COORDINATOR_ADDRESS": address, "JAX_NUM_PROCESSES": "2"}
+    team = {"JAX_COORDINATOR_ADDRESS": f"localhost:{free_port()}", "JAX_NUM_PROCESSES": "2"}
     processes = [
         runs.start(
             runs.directory / "differ", f"seed={i}", num_devices=2, environment={**team, "JAX_PROCESS_ID": str(i)}

@@ -10,6 +10,7 @@ import numpy as np
 from etils import epath
 
 from llada_jax.errors import UserError, require
+from llada_jax.metrics import is_over, read_lines
 
 EXIT_FILE = "exit.json"  # how the last attempt ended; written by `sweep`, which starts the attempts
 FINISHED = ("complete", "diverged", "pruned")  # starting these again would give the same
@@ -43,14 +44,14 @@ class Result(NamedTuple):
 
 def read_result(workdir, *, index: int, knobs: dict, num_steps: int) -> Result:
     """Returns what a workdir holds, of a run that may be missing, under way or over."""
-    entries = _lines(epath.Path(workdir) / "metrics.jsonl")
+    entries = read_lines(workdir)
     train = [(entry["step"], entry["train"]) for entry in entries if "train" in entry]
     bounds = [(entry["step"], bound) for entry in entries if (bound := _heldout(entry))]
     last = bounds[-1][1] if bounds else dict.fromkeys(("bits_per_byte", "standard_error", "nats_per_token"), math.nan)
     step = entries[-1]["step"] if entries else 0
-    is_over = any(entry["step"] == num_steps and any(key.startswith("final") for key in entry) for entry in entries)
+    state = _state(workdir, is_over=is_over(entries, num_steps), has_begun=bool(entries))
     return Result(
-        index, knobs, str(workdir), _state(workdir, is_over=is_over, has_begun=bool(entries)), step, num_steps,
+        index, knobs, str(workdir), state, step, num_steps,
         train[-1][1]["tokens"] if train else 0, **last,
         curve=[(step, bound["bits_per_byte"]) for step, bound in bounds],
         train_curve=[(step, float(numbers["bits_per_byte"])) for step, numbers in train],
@@ -78,19 +79,6 @@ def _state(workdir, *, is_over: bool, has_begun: bool) -> str:
     if ended["exit_status"] not in INTERRUPTED:
         return "failed"
     return "partial" if has_begun else "missing"
-
-
-def _lines(path) -> list[dict]:
-    """Returns the lines of metrics.jsonl; without the last where a run is just writing it."""
-    if not path.exists():
-        return []
-    whole = path.read_text().rpartition("\n")[0]
-    try:
-        return [json.loads(line) for line in whole.splitlines()]
-    except ValueError as error:
-        raise UserError(
-            f"{path} holds a line that is no JSON ({error}); move its directory away to run it anew."
-        ) from error
 
 
 def _heldout(entry: dict) -> dict[str, float]:
