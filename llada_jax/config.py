@@ -43,6 +43,7 @@ def default_config() -> ConfigDict:
     config.model.head_dim = 64
     config.model.d_ff = 2048  # SwiGLU hidden width
     config.model.rope_theta = 500_000.0
+    config.model.rope_scaling = ()  # (factor, low_freq_factor, high_freq_factor, original length), as Llama 3.1; (): none
     config.model.norm_eps = 1e-5
     config.model.tie_embeddings = False
     config.model.qk_norm = "none"  # none | full (over the whole q or k vector, as LLaDA's code) | per_head

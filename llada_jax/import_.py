@@ -16,7 +16,7 @@ from llada_jax.command_line import Parser
 from llada_jax.errors import UserError, did_you_mean, reason, require
 from llada_jax.hf.read import is_huggingface
 from llada_jax.metrics import format_count
-from llada_jax.models.transformer import num_parameters
+from llada_jax.models.transformer import Architecture, num_parameters
 from llada_jax.pretrained import HuggingFace
 from llada_jax.state import TrainState, abstract_parameters, make_model
 
@@ -145,12 +145,12 @@ def remove(path, *, but_itself: bool) -> None:
 
 def report(result: dict) -> str:
     """Returns what was imported, as the lines of a config that continues from it."""
-    a = result["architecture"]
+    a = Architecture(**result["architecture"])
     lines = [
         f"# {result['source']} ({result['layout']}, {format_count(result['parameters'])} parameters) -> {result['output']}",
         f"# Data for it: llada-jax prepare --tokenizer {result['output']}/tokenizer ...",
         "# A config that trains on from it:",
-        *(f"config.model.{name} = {value!r}" for name, value in a.items()),
+        *(f"config.model.{name} = {value!r}" for name, value in vars(a).items()),
         f"config.checkpoint.init_from = {result['output']!r}",
     ]
     return "\n".join(lines)

@@ -8,7 +8,7 @@ import numpy as np
 from safetensors.numpy import save_file
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
 
-from llada_jax.hf.convert import hf_config, tensors
+from llada_jax.hf.convert import LLAMA3, hf_config, tensors
 from llada_jax.models.transformer import Architecture
 from llada_jax.state import make_model
 
@@ -52,7 +52,10 @@ def causal_config(layout: str, a: Architecture, **changes) -> dict:
         "num_hidden_layers": a.num_layers, "num_attention_heads": a.num_heads, "num_key_value_heads": a.num_kv_heads,
         "head_dim": a.head_dim, "max_position_embeddings": 128, "rms_norm_eps": a.norm_eps,
         "tie_word_embeddings": a.tie_embeddings, "vocab_size": a.vocab_size, "eos_token_id": 256,
-        "rope_parameters": {"rope_theta": a.rope_theta, "rope_type": "default"},
+        "rope_parameters": {
+            "rope_theta": a.rope_theta, "rope_type": "llama3" if a.rope_scaling else "default",
+            **dict(zip(LLAMA3, a.rope_scaling)),
+        },
         "architectures": [{"llama": "Llama", "qwen2": "Qwen2", "qwen3": "Qwen3"}[layout] + "ForCausalLM"],
     }  # fmt: skip
     if layout != "qwen2":

@@ -4,6 +4,7 @@ test_hf_modeling.py runs this file with pytest in a fresh process for every vers
 """
 
 import ast
+import copy
 import importlib
 import inspect
 import itertools
@@ -43,11 +44,16 @@ SMALL = {
         "pad_token_id": 38,
     },
 }  # fmt: skip
+LLAMA3 = {  # with theta = 100 and heads of 8, wavelengths of 6 (kept), 20 (mixed), 63 and 199 tokens
+    "rope_type": "llama3", "factor": 8.0, "low_freq_factor": 0.25, "high_freq_factor": 1.0,
+    "original_max_position_embeddings": 10,
+}  # fmt: skip
 VARIANTS = {
     "llada": {},
     "llada, tied, QK-norm": {"weight_tying": True, "attention_layer_norm": True},
     "illada": {"tie_word_embeddings": False},
     "illada, tied, QK-norm per head": {"tie_word_embeddings": True, "qk_norm": "per_head"},
+    "illada, scaled frequencies": {"rope_theta": 100.0, "rope_scaling": LLAMA3, "tie_word_embeddings": False},
     "illada, full QK-norm, biases, shift": {"qk_norm": "full", "attention_bias": "qkvo", "output_shift": True},
 }
 seeded = torch.Generator().manual_seed
@@ -244,6 +250,44 @@ def test_what_llada_files_cannot_express_is_refused_by_key(make, key, value):
 
 
 @pytest.mark.parametrize(
+    "changes",
+    [
+        {"rope_type": "yarn"}, {"rope_type": "default"}, {"factor": 0.0}, {"low_freq_factor": None},
+        {"high_freq_factor": "4"}, {"high_freq_factor": 0.25}, {"original_max_position_embeddings": -1},
+    ],
+    ids=str,
+)  # fmt: skip
+def test_a_scaling_of_the_frequencies_that_is_not_llama_3_s_is_refused_by_value(make, changes):
+    with pytest.raises(ValueError, match=r"rope_parameters=\{.* is not supported by ILLaDAModelLM; .* 'llama3' with"):
+        make("illada", rope_scaling=LLAMA3 | changes)
+
+
+def test_the_llada_files_refuse_a_scaling(make):
+    for key in ("rope_scaling", "rope_parameters"):
+        with pytest.raises(ValueError, match=r"rope_(scaling|parameters)=\{.* is not supported by LLaDAModelLM"):
+            make("llada", **{key: LLAMA3 | {"rope_theta": 5e5}})  # without which transformers 5 refuses it itself
+
+
+def test_a_scaling_is_found_however_it_is_written_and_saved(make, tmp_path):
+    scaled = make("illada, scaled frequencies")
+    tokens = torch.randint(38, (2, 24), generator=seeded(0))
+    logits = scaled(tokens).logits
+    older = {"type": "llama3", **{key: value for key, value in LLAMA3.items() if key != "rope_type"}}
+    for written in ({"rope_scaling": older}, {"rope_scaling": None, "rope_parameters": {**LLAMA3, "rope_theta": 7.0}}):
+        again = make("illada", rope_theta=100.0, **written)
+        again.load_state_dict(scaled.state_dict())
+        assert torch.equal(again(tokens).logits, logits)
+    scaled.save_pretrained(tmp_path / "saved")
+    saved = json.loads((tmp_path / "saved" / "config.json").read_text())
+    assert saved["rope_theta"] == 100.0
+    assert saved["rope_parameters"] == LLAMA3 | {"rope_theta": 100.0}
+    assert not saved.get("rope_scaling")  # with which transformers 5 reads no tokenizer
+    plain = make("illada", rope_theta=100.0, rope_scaling=None)
+    plain.load_state_dict(scaled.state_dict())
+    assert (plain(tokens).logits - logits).abs().max() > 0.05
+
+
+@pytest.mark.parametrize(
     ("key", "value"), [("hidden_act", "gelu"), ("qk_norm", "layer"), ("attention_bias", "all"), ("mlp_bias", True)]
 )
 def test_what_illada_files_cannot_express_is_refused_by_key(make, key, value):
@@ -364,9 +408,10 @@ def test_everything_happens_on_the_device_of_the_model(make, variant, monkeypatc
         assert canvas.device.type == "meta"
 
 
-# name of the class, arguments of its config, keys of ours
+# name of the class (and more), arguments of its config, keys of ours
 FAMILIES = {
     "Llama": ({"attention_bias": True}, {"attention_bias": "qkvo"}),
+    "Llama 3.1": ({"rope_theta": 100.0, "rope_scaling": LLAMA3}, {"rope_theta": 100.0, "rope_scaling": LLAMA3}),
     "Qwen2": ({"tie_word_embeddings": True}, {"attention_bias": "qkv", "tie_word_embeddings": True}),
 }
 VERSION = tuple(int(number) for number in transformers.__version__.split(".")[:2])
@@ -383,6 +428,8 @@ def test_logits_equal_those_of_the_families_of_transformers_without_their_causal
     theirs, ours = FAMILIES[family]
     sizes = {key: SMALL["illada"][key] for key in SMALL["illada"] if key not in ("model_type", "mask_token_id")}
     sizes |= {"head_dim": 8, "rms_norm_eps": 1e-5, "rope_theta": 500000.0, "tie_word_embeddings": False}
+    family = family.split()[0]
+    theirs = copy.deepcopy(theirs)  # transformers 5 writes into rope_scaling
     config = getattr(transformers, f"{family}Config")(**{**sizes, **theirs}, attn_implementation="eager")
     torch.manual_seed(1)
     real = getattr(transformers, f"{family}ForCausalLM")(config).eval()

@@ -124,6 +124,8 @@ def test_any_text_gives_a_value_of_the_type_of_the_default_or_a_user_error(path,
         ("log.compilation_cache=123", "123"),
         ("samples.prompts=['Once', 'It is']", ("Once", "It is")),
         ("schedule.stages=((1e9, 1e-3, 1e-4),)", ((1e9, 1e-3, 1e-4),)),
+        ("model.rope_scaling=(8.0, 1.0, 4.0, 8192.0)", (8.0, 1.0, 4.0, 8192.0)),
+        ("model.rope_scaling=[]", ()),
         ("optimizer.learning_rate_multipliers=(('embed', 2), ('.*', 1))", (("embed", 2), (".*", 1))),
     ],
 )

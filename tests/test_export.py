@@ -43,6 +43,7 @@ ARCHITECTURES = {
     "illada, biased, shifted, wide heads": dataclasses.replace(
         LLADA, attention_bias="qkvo", output_shift=True, head_dim=12, tie_embeddings=True
     ),
+    "illada, scaled frequencies": dataclasses.replace(LLADA, rope_theta=100.0, rope_scaling=(8.0, 1.0, 4.0, 40.0)),
 }
 
 
@@ -320,7 +321,8 @@ def test_a_trained_model_is_the_same_in_transformers_without_this_package(versio
 @pytest.mark.slow
 @pytest.mark.parametrize("version", VERSIONS)
 def test_the_other_layout_loads_from_shards_in_transformers(version, asked, tmp_path):
-    a = dataclasses.replace(ARCHITECTURES["illada, biased, shifted, wide heads"], qk_norm="per_head")
+    biased = ARCHITECTURES["illada, biased, shifted, wide heads"]
+    a = dataclasses.replace(biased, qk_norm="per_head", rope_scaling=(8.0, 1.0, 4.0, 40.0))
     params = random_params(a, seed=3)
     out = export(
         write_checkpoint(tmp_path / "run", a, params), tmp_path / "out", "--dtype", "float32", "--shard-size", "30KB"

@@ -92,6 +92,7 @@ def architectures(draw):
         rope_theta=draw(st.sampled_from([1e4, 5e5, 12_345.5])), norm_eps=draw(st.sampled_from([1e-5, 1e-6])),
         tie_embeddings=draw(st.booleans()), qk_norm=draw(st.sampled_from(["none", "per_head", "full"])),
         attention_bias=draw(st.sampled_from(["none", "qkv", "qkvo"])), output_shift=draw(st.booleans()),
+        rope_scaling=draw(st.sampled_from([(), (8.0, 1.0, 4.0, 8192.0), (2.5, 0.5, 1.25, 31.0)])),
     )  # fmt: skip
 
 
@@ -115,7 +116,7 @@ def test_ours_to_hugging_face_and_back_is_exact(a, wanted):
 @given(architectures())
 def test_the_published_layout_is_chosen_exactly_where_the_published_code_has_such_a_network(a):
     holds = a.head_dim * a.num_heads == a.d_model and a.qk_norm != "per_head"
-    holds &= a.attention_bias == "none" and not a.output_shift
+    holds &= a.attention_bias == "none" and not a.output_shift and not a.rope_scaling
     assert choose_layout(a) == ("llada" if holds else "illada")
     assert (cannot_hold("llada", a) == "") == holds
     if not holds:
@@ -132,6 +133,16 @@ def test_an_unknown_layout_is_refused():
 
 PUBLISHED = our_config("llada", SMALL)
 LLAMA = causal_config("llama", SMALL)
+LLAMA3 = {
+    "rope_type": "llama3", "factor": 32.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0,
+    "original_max_position_embeddings": 8192,
+}  # fmt: skip
+
+
+def llama3(**changes) -> dict:
+    """The config.json of Llama 3.2, but for the sizes; None leaves a key out."""
+    scaling = {key: value for key, value in {**LLAMA3, **changes}.items() if value is not None}
+    return {**LLAMA, "rope_parameters": {**scaling, "rope_theta": 5e5}}
 
 
 @pytest.mark.parametrize(
@@ -159,8 +170,20 @@ LLAMA = causal_config("llama", SMALL)
         ({"model_type": "llama"}, "has no vocab_size, hidden_size"),
         ({**LLAMA, "hidden_act": "gelu"}, "hidden_act='gelu'"),
         ({**LLAMA, "mlp_bias": True}, "mlp_bias=True"),
-        ({**LLAMA, "rope_parameters": {"rope_type": "llama3", "rope_theta": 5e5, "factor": 8.0}}, "rope_parameters=.*llama3"),
+        (llama3(rope_type="yarn"), "rope_parameters=.*yarn.* only unscaled rotary frequencies and those of Llama 3.1"),
+        (llama3(rope_type="linear"), "rope_parameters=.*linear"),
+        (llama3(rope_type="dynamic"), "rope_parameters=.*dynamic"),
+        (llama3(rope_type="longrope"), "rope_parameters=.*longrope"),
         ({**LLAMA, "rope_parameters": None, "rope_scaling": {"type": "yarn", "factor": 4.0}}, "rope_scaling=.*yarn"),
+        (llama3(factor=None), "has no factor; fetch the whole file"),
+        (llama3(low_freq_factor=None, original_max_position_embeddings=None), "no low_freq_factor, original_max_position"),
+        (llama3(factor=0), "factor=0 must be a positive number"),
+        (llama3(high_freq_factor=-4.0), "high_freq_factor=-4.0 must be a positive number"),
+        (llama3(low_freq_factor="1"), "low_freq_factor='1' must be a positive number"),
+        (llama3(original_max_position_embeddings=float("nan")), "original_max_position_embeddings=nan must be a positive"),
+        (llama3(low_freq_factor=4.0), r"rope_scaling=\(32.0, 4.0, 4.0, 8192.0\) must be .* second is less than the third"),
+        (llama3(partial_rotary_factor=0.5), "partial_rotary_factor=0.5"),
+        ({**PUBLISHED, "rope_scaling": LLAMA3}, "rope_scaling=.*llama3.* is not possible here, only None"),
         ({**LLAMA, "rope_parameters": {"rope_theta": 1e4, "partial_rotary_factor": 0.5}}, "partial_rotary_factor=0.5"),
         ({**LLAMA, "rope_parameters": {"full_attention": {"rope_theta": 1e4}}}, "rope_parameters="),
         ({**causal_config("qwen2", SMALL), "use_sliding_window": True}, "use_sliding_window=True"),
@@ -184,12 +207,53 @@ def test_the_rotary_base_is_found_where_each_version_of_transformers_writes_it()
     assert architecture_from(old).rope_theta == 10_000.0  # as LlamaConfig
 
 
+@pytest.mark.parametrize("layout", ["llama", "qwen2", "qwen3"])
+def test_the_scaling_of_llama_3_is_found_where_each_version_of_transformers_writes_it(layout):
+    unscaled = causal_config(layout, SMALL)
+    del unscaled["rope_parameters"]
+    wanted = (32.0, 1.0, 4.0, 8192.0)
+    older = {"type": "llama3", **{key: value for key, value in LLAMA3.items() if key != "rope_type"}}
+    for written in (
+        {"rope_parameters": {**LLAMA3, "rope_theta": 5e5}},
+        {"rope_theta": 5e5, "rope_scaling": LLAMA3},
+        {"rope_theta": 5e5, "rope_scaling": older},
+        {"rope_theta": 5e5, "rope_scaling": {**LLAMA3, "type": "llama3"}},
+        {"rope_theta": 5e5, "rope_scaling": LLAMA3, "rope_parameters": None},
+    ):
+        a = architecture_from({**unscaled, **written})
+        assert (a.rope_theta, a.rope_scaling) == (5e5, wanted), written
+        assert all(type(number) is float for number in a.rope_scaling)
+
+
+def test_a_scaling_is_exported_as_transformers_reads_it_and_comes_back_however_it_is_saved():
+    a = dataclasses.replace(SMALL, rope_theta=5e5, rope_scaling=(32.0, 1.0, 4.0, 8192.0))
+    written = our_config("illada", a)
+    assert written["rope_parameters"] == {**LLAMA3, "rope_theta": 5e5}
+    assert type(written["rope_parameters"]["original_max_position_embeddings"]) is int
+    assert written["rope_scaling"] is None
+    assert "rope_parameters" not in our_config("illada", SMALL)
+    # the shipped code reads the rope_theta beside it, which may have been changed
+    saved = {**written, "rope_parameters": {**LLAMA3, "rope_theta": 1.0}}
+    older = {**written, "rope_parameters": None, "rope_scaling": LLAMA3}
+    assert architecture_from(saved) == architecture_from(older) == a
+    ids = {"mask_id": 257, "eos_id": 256, "bos_id": 256, "pad_id": 256}
+    again = hf_config(a, "illada", **ids, max_sequence_length=128, dtype="float32", source=saved)
+    assert again == written
+    with pytest.raises(UserError, match=r"'llada' cannot hold this model: rope_scaling=\(32.0, .*\) has no place"):
+        choose_layout(a, "llada")
+
+
 # ------------------------------------------------------------------------------------------------- the real classes
 
+SCALED = {  # wavelengths of 6 (kept), 22 (mixed), 75 and more tokens
+    "rope_type": "llama3", "factor": 8.0, "low_freq_factor": 0.25, "high_freq_factor": 1.0,
+    "original_max_position_embeddings": 12,
+}  # fmt: skip
 VARIANTS = {
     "llama": ("Llama", {}),
     "llama-gqa-tied-biased": ("Llama", {"num_key_value_heads": 2, "tie_word_embeddings": True, "attention_bias": True}),
     "llama-wide-heads": ("Llama", {"head_dim": 32, "num_key_value_heads": 1, "rms_norm_eps": 1e-5}),
+    "llama-3.1": ("Llama", {"num_key_value_heads": 2, "rope_scaling": SCALED}),
     "qwen2": ("Qwen2", {"num_key_value_heads": 2}),
     "qwen2-tied": ("Qwen2", {"num_key_value_heads": 4, "tie_word_embeddings": True}),
     "qwen3": ("Qwen3", {"num_key_value_heads": 2, "head_dim": 24}),
@@ -241,6 +305,7 @@ def test_the_real_llama_and_qwen_classes_agree_with_what_is_read_and_load_what_i
         config = json.loads((directory / "config.json").read_text())
         a = architecture_from(config)
         assert a.rope_theta == 20_000.0
+        assert a.rope_scaling == ((8.0, 0.25, 1.0, 12.0) if name == "llama-3.1" else ())
         params = read_params(directory, on_one_device(a))
         expected = np.load(directory / "logits.npz")
         tokens = jnp.asarray(expected["tokens"])

@@ -14,17 +14,22 @@ import pytest
 from conftest import metric_lines
 from hf_directories import SMALL, our_config, write_huggingface, write_tokenizer, write_weights
 from safetensors.numpy import load_file, save_file
+from transformers_versions import VERSIONS, run_python
 
 import llada_jax
 from llada_jax.__main__ import main
+from llada_jax.config import load_config
 from llada_jax.errors import UserError
 from llada_jax.hf import read
 from llada_jax.hf.convert import tensors
+from llada_jax.models.transformer import Architecture
+from llada_jax.recipe import architecture_of
 from llada_jax.run_record import check_fits
 from llada_jax.sharding import AXES, make_mesh
 from llada_jax.state import abstract_parameters, make_model
 
 QWEN = dataclasses.replace(SMALL, vocab_size=257, attention_bias="qkv", tie_embeddings=True)
+LLAMA3 = dataclasses.replace(SMALL, rope_theta=100.0, rope_scaling=(8.0, 1.0, 4.0, 40.0), tie_embeddings=True)
 
 
 def abstract(a, num_devices: int = 1, **axes):
@@ -117,7 +122,8 @@ def test_ids_template_tokenizer_and_source_come_along(imported, directories):
     run = json.loads((imported["llada"] / "run.json").read_text())
     assert run["special_ids"] == {"mask": 257, "eos": 256, "bos": 256, "pad": 256, "eot": 258}
     assert run["chat_template"] == "{{ messages }}"
-    assert run["architecture"] == dataclasses.asdict(SMALL)
+    assert Architecture(**run["architecture"]) == SMALL
+    assert run["architecture"].keys() == dataclasses.asdict(SMALL).keys()
     assert run["config"]["data"]["sequence_length"] == 128
     assert run["config"]["objective"]["name"] == "masked_diffusion"
     assert run["source"]["layout"] == "llada"
@@ -141,7 +147,7 @@ def test_json_says_what_was_imported(directories, tmp_path, capsys):
     assert main(argv) == 0
     told = json.loads(capsys.readouterr().out)
     assert told["parameters"] == sum(leaf.size for leaf in jax.tree.leaves(abstract(SMALL)))
-    assert told["architecture"] == dataclasses.asdict(SMALL)
+    assert Architecture(**told["architecture"]) == SMALL
     assert (told["layout"], told["mask"]) == ("llada", 257)
 
 
@@ -151,7 +157,7 @@ def test_json_says_what_was_imported(directories, tmp_path, capsys):
 def test_a_causal_model_gets_a_mask_row_and_a_shift_and_keeps_all_else(imported, directories, tmp_path):
     run = json.loads((imported["qwen"] / "run.json").read_text())
     assert run["special_ids"]["mask"] == 257  # after its 257 tokens
-    assert run["architecture"] == dataclasses.asdict(dataclasses.replace(QWEN, vocab_size=320, output_shift=True))
+    assert Architecture(**run["architecture"]) == dataclasses.replace(QWEN, vocab_size=320, output_shift=True)
     ours = jax.device_get(llada_jax.load(imported["qwen"]).params)
     theirs = jax.device_get(read.read_params(directories["qwen"], abstract(QWEN)))
     equal({**ours, "embed": ours["embed"][:257]}, theirs)
@@ -168,6 +174,55 @@ def test_a_causal_control_gives_the_causal_logits(imported, directories):
         assert model.config["objective"]["name"] == "autoregressive"
         assert not model.run["architecture"]["output_shift"]
         np.testing.assert_allclose(model.logits(tokens)[..., :257], expected, atol=1e-6, rtol=0)
+
+
+MAKE_LLAMA3 = """
+import numpy, torch, transformers
+torch.manual_seed(0)
+config = transformers.LlamaConfig(
+    vocab_size=320, num_hidden_layers=2, hidden_size=64, num_attention_heads=8, num_key_value_heads=4, head_dim=8,
+    intermediate_size=96, rms_norm_eps=1e-6, tie_word_embeddings=True, eos_token_id=256, max_position_embeddings=320,
+    rope_theta=100.0, rope_scaling={"rope_type": "llama3", "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0,
+    "original_max_position_embeddings": 40})
+model = transformers.LlamaForCausalLM(config).eval()
+tokens = torch.randint(0, 256, (2, 100))
+with torch.no_grad():
+    for parameter in model.parameters():
+        parameter.add_(0.05 * torch.randn_like(parameter))
+    logits = model(tokens).logits
+model.save_pretrained(sys.argv[1])
+numpy.savez(sys.argv[2], tokens=tokens.numpy(), logits=logits.numpy())
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("version", VERSIONS)
+def test_llama_3_is_imported_as_what_it_is_and_as_a_start_with_its_scaled_frequencies(version, tmp_path, capsys):
+    source = tmp_path / "llama"
+    run_python(version, MAKE_LLAMA3, source, tmp_path / "expected.npz", home=tmp_path)
+    write_tokenizer(source)
+    expected = np.load(tmp_path / "expected.npz")
+    assert main(["import", "--from", str(source), "--output", str(tmp_path / "causal"), "--causal"]) == 0
+    assert "config.model.rope_scaling = (8.0, 1.0, 4.0, 40.0)" in capsys.readouterr().out.splitlines()
+    for checkpoint in (source, tmp_path / "causal"):
+        model = llada_jax.load(checkpoint)
+        assert model.config["model"]["rope_scaling"] == [8.0, 1.0, 4.0, 40.0]
+        np.testing.assert_allclose(model.logits(expected["tokens"]), expected["logits"], atol=1e-4, rtol=0)
+    assert main(["import", "--from", str(source), "--output", str(tmp_path / "adapted")]) == 0
+    lines = [line for line in capsys.readouterr().out.splitlines() if line.startswith("config.model")]
+    model = llada_jax.load(tmp_path / "adapted")
+    a = dataclasses.replace(LLAMA3, output_shift=True)
+    assert Architecture(**model.run["architecture"]) == a
+    config = load_config(small_config(tmp_path, tmp_path, tmp_path / "adapted", *lines))
+    assert architecture_of(config.model, model.tokenizer) == a
+    tokens = jnp.asarray(expected["tokens"])
+    positions = jnp.broadcast_to(jnp.arange(tokens.shape[1]), tokens.shape)
+    shifted, unscaled = (  # under a causal mask the start is Llama, shifted, but for the new row of the mask token
+        jax.jit(make_model(b, causal=True).logits_fn)(model.params, tokens, None, positions)[:, 1:, :257]
+        for b in (a, dataclasses.replace(a, rope_scaling=()))
+    )
+    np.testing.assert_allclose(shifted, expected["logits"][:, :-1, :257], atol=1e-4, rtol=0)
+    assert jnp.abs(shifted - unscaled).max() > 0.1
 
 
 def test_a_new_row_is_drawn_like_the_trained_ones_and_the_same_on_any_mesh():
@@ -457,10 +512,13 @@ def test_an_output_below_a_file_is_refused(whole, tmp_path, refused):
 
 def test_a_checkpoint_older_than_an_architecture_key_has_its_default():
     ours = {"architecture": dataclasses.asdict(SMALL), "tokenizer": {}}
-    old = {
-        name: value for name, value in ours["architecture"].items() if name not in ("attention_bias", "output_shift")
-    }
+    newer = ("attention_bias", "output_shift", "rope_scaling")
+    old = {name: value for name, value in ours["architecture"].items() if name not in newer}
     check_fits({"architecture": old, "tokenizer": {}}, ours, "old")
+    scaled = {**ours, "architecture": {**ours["architecture"], "rope_scaling": (8.0, 1.0, 4.0, 40.0)}}
+    check_fits(json.loads(json.dumps(scaled)), scaled, "new")
+    with pytest.raises(UserError, match=r"rope_scaling is \(8.0, 1.0, 4.0, 40.0\) here and \(\) there"):
+        check_fits({"architecture": old, "tokenizer": {}}, scaled, "old")
     biased = {**ours, "architecture": {**ours["architecture"], "attention_bias": "qkv"}}
     with pytest.raises(UserError, match="attention_bias is 'qkv' here and 'none' there"):
         check_fits({"architecture": old, "tokenizer": {}}, biased, "old")

@@ -1,6 +1,7 @@
 """The network against plain numpy in float64, against itself by other routes, and against what its maths promises."""
 
 import functools
+import json
 import math
 
 import jax
@@ -8,9 +9,17 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import nnx
+from transformers_versions import VERSIONS, run_python
 
 from llada_jax.config import default_config
-from llada_jax.models.transformer import Architecture, num_matmul_parameters, num_parameters
+from llada_jax.errors import UserError
+from llada_jax.models.transformer import (
+    Architecture,
+    num_matmul_parameters,
+    num_parameters,
+    rotary_angles,
+    rotary_frequencies,
+)
 from llada_jax.optim import by_path
 from llada_jax.state import make_model
 
@@ -33,6 +42,23 @@ def perturbed(model, seed=1):
     return jax.tree.map(lambda x: np.float32(x + 0.05 * rng.normal(size=x.shape)), params)
 
 
+def reference_frequencies(head_dim: int, theta: float, scaling=()):
+    """The rule of Llama 3.1 by its wavelengths, one frequency at a time, in float64."""
+    frequencies = []
+    for i in range(head_dim // 2):
+        frequency = theta ** (-2 * i / head_dim)
+        if scaling:
+            factor, low, high, original = scaling
+            wavelength = 2 * math.pi / frequency
+            if wavelength > original / low:
+                frequency /= factor
+            elif wavelength >= original / high:
+                smooth = (original / wavelength - low) / (high - low)
+                frequency = (1 - smooth) * frequency / factor + smooth * frequency
+        frequencies.append(frequency)
+    return np.array(frequencies)
+
+
 def reference_logits(a: Architecture, params, tokens_BT, segment_ids_BT, positions_BT, *, causal=False):
     """The block of the LLaDA paper written once more, in numpy and float64, layer by layer and head by head."""
     p = jax.tree.map(lambda x: np.asarray(x, np.float64), params)
@@ -42,7 +68,7 @@ def reference_logits(a: Architecture, params, tokens_BT, segment_ids_BT, positio
 
     def rotate(x, position):
         half = a.head_dim // 2
-        angle = position / a.rope_theta ** (np.arange(half) * 2 / a.head_dim)
+        angle = position * reference_frequencies(a.head_dim, a.rope_theta, a.rope_scaling)
         first, second = x[:half], x[half:]
         return np.concatenate(
             [first * np.cos(angle) - second * np.sin(angle), second * np.cos(angle) + first * np.sin(angle)]
@@ -95,6 +121,7 @@ def reference_logits(a: Architecture, params, tokens_BT, segment_ids_BT, positio
         {"qk_norm": "full"},
         {"qk_norm": "per_head", "attention_bias": "qkvo"},
         {"attention_bias": "qkv", "output_shift": True},
+        {"rope_theta": 100.0, "rope_scaling": (8.0, 1.0, 4.0, 40.0)},  # wavelengths of 6 (kept), 20 (mixed), 63 and 199
     ],
     ids=str,
 )
@@ -109,6 +136,84 @@ def test_logits_equal_a_float64_reference(changes, causal):
     expected = reference_logits(a, params, tokens, segments, positions, causal=causal)
     assert logits.dtype == jnp.float32
     np.testing.assert_allclose(logits, expected, atol=2e-5)
+
+
+# head width, theta and scaling: Llama 3.2 1B, Llama 3.1 8B, a narrow band, and none
+ROTARY = [
+    (64, 500_000.0, (32.0, 1.0, 4.0, 8192.0)),
+    (128, 500_000.0, (8.0, 1.0, 4.0, 8192.0)),
+    (128, 1e4, (3.0, 0.3, 0.5, 1000.0)),
+    (128, 500_000.0, ()),
+]
+
+
+@pytest.mark.parametrize(("head_dim", "theta", "scaling"), ROTARY)
+def test_rotary_angles_equal_a_float64_reference(head_dim, theta, scaling):
+    expected = reference_frequencies(head_dim, theta, scaling)
+    frequencies = rotary_frequencies(head_dim, theta, scaling)
+    assert frequencies.dtype == jnp.float32
+    np.testing.assert_allclose(frequencies, expected, rtol=2e-6)
+    if scaling:  # the case has all three kinds
+        slowdown = reference_frequencies(head_dim, theta) / expected
+        assert slowdown.min() == 1
+        assert slowdown.max() == pytest.approx(scaling[0])
+        assert ((slowdown > 1.01) & (slowdown < 0.99 * scaling[0])).any()
+    positions = np.array([[0, 1, 57], [300, 2047, 9000]])
+    cos, sin = rotary_angles(jnp.asarray(positions), head_dim, theta, scaling)
+    assert cos.shape == sin.shape == (2, 3, head_dim // 2)
+    np.testing.assert_allclose(cos, np.cos(positions[..., None] * expected), atol=2e-6 * 9000)
+    np.testing.assert_allclose(sin, np.sin(positions[..., None] * expected), atol=2e-6 * 9000)
+
+
+FREQUENCIES = """
+import json, sys, transformers
+from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
+frequencies = []
+for head_dim, theta, (factor, low, high, original) in json.loads(sys.argv[1]):
+    config = transformers.LlamaConfig(hidden_size=4 * head_dim, num_attention_heads=4, rope_theta=theta, rope_scaling={
+        "rope_type": "llama3", "factor": factor, "low_freq_factor": low, "high_freq_factor": high,
+        "original_max_position_embeddings": int(original)})
+    frequencies.append(ROPE_INIT_FUNCTIONS["llama3"](config, "cpu")[0].tolist())
+print(json.dumps(frequencies))
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("version", VERSIONS)
+def test_rotary_frequencies_equal_those_of_transformers(version, tmp_path):
+    scaled = [case for case in ROTARY if case[2]]
+    output = run_python(version, FREQUENCIES, json.dumps(scaled), home=tmp_path)
+    for case, theirs in zip(scaled, json.loads(output.splitlines()[-1]), strict=True):
+        np.testing.assert_allclose(rotary_frequencies(*case), theirs, rtol=1e-6)
+
+
+def test_no_scaling_changes_no_bit():
+    positions = jnp.arange(5000)[None]
+    angle = positions[..., None].astype(jnp.float32) * 5e5 ** (-jnp.arange(0, 64, 2, dtype=jnp.float32) / 64)
+    for ours, plain in zip(rotary_angles(positions, 64, 5e5), (jnp.cos(angle), jnp.sin(angle))):
+        np.testing.assert_array_equal(ours, plain)
+
+
+@pytest.mark.parametrize(
+    "scaling",
+    [
+        (8.0,), (8.0, 1.0, 4.0), (8.0, 1.0, 4.0, 8192.0, 1.0), (0.0, 1.0, 4.0, 8192.0), (8.0, -1.0, 4.0, 8192.0),
+        (8.0, 4.0, 4.0, 8192.0), (8.0, 4.0, 1.0, 8192.0), (8.0, 1.0, 4.0, 8192.5), (math.inf, 1.0, 4.0, 8192.0),
+        (8.0, 1.0, math.nan, 8192.0), ("llama3", 1.0, 4.0, 8192.0), (True, 1.0, 4.0, 8192.0),
+    ],
+    ids=str,
+)  # fmt: skip
+def test_a_scaling_that_is_none_is_refused_by_value(scaling):
+    with pytest.raises(UserError, match=r"model\.rope_scaling=\(.* must be \(\), or four positive numbers \("):
+        variant(rope_scaling=scaling)
+
+
+def test_a_scaling_is_the_same_written_with_whole_numbers_or_read_from_json():
+    ours = variant(rope_scaling=(8.0, 1.0, 4.0, 8192.0))
+    for same in ((8, 1, 4, 8192), json.loads(json.dumps(ours.rope_scaling))):
+        assert variant(rope_scaling=same) == ours
+        assert hash(variant(rope_scaling=same)) == hash(ours)
+    assert variant(rope_scaling=[]) == SMALL
 
 
 def test_a_shifted_output_shifts_the_loss_like_the_logits():

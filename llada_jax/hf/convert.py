@@ -215,6 +215,7 @@ def _from_llama(hf_config: dict) -> Architecture:
     _need(hf_config, "rms_norm_eps", kind=float)
     if layout == "illada":
         _need(hf_config, "rope_theta", "tie_word_embeddings")
+    rope_theta, rope_scaling = _rope(hf_config)
     _refuse(hf_config, {
         "hidden_act": ("silu",), "mlp_bias": (False,), "use_sliding_window": (False, None),
         "partial_rotary_factor": (1.0, None), "attention_bias": tuple(BIAS)[::-1],
@@ -227,7 +228,8 @@ def _from_llama(hf_config: dict) -> Architecture:
         vocab_size=hf_config["vocab_size"], num_layers=hf_config["num_hidden_layers"], d_model=width, num_heads=heads,
         num_kv_heads=hf_config.get("num_key_value_heads") or heads,
         head_dim=hf_config.get("head_dim") or SILENT_HEAD_DIM.get(layout) or _head_dim(width, heads),
-        d_ff=hf_config["intermediate_size"], rope_theta=_rope_theta(hf_config), norm_eps=hf_config["rms_norm_eps"],
+        d_ff=hf_config["intermediate_size"], rope_theta=rope_theta, rope_scaling=rope_scaling,
+        norm_eps=hf_config["rms_norm_eps"],
         tie_embeddings=bool(hf_config.get("tie_word_embeddings", False)),
         qk_norm="per_head" if layout == "qwen3" else hf_config.get("qk_norm", "none"),
         attention_bias="qkv" if layout == "qwen2" else BIAS[hf_config.get("attention_bias", False)],
@@ -241,23 +243,34 @@ def _head_dim(width: int, heads: int) -> int:
     return width // heads
 
 
-def _rope_theta(hf_config: dict) -> float:
-    """Returns the base of the rotary frequencies; transformers 5 writes it into `rope_parameters`, 4 beside `rope_scaling`.
+# What "llama3" is written with, in the order of Architecture.rope_scaling.
+LLAMA3 = ("factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings")
 
-    Frequencies that are rescaled (llama3, yarn, linear, dynamic, longrope) are refused.
+
+def _rope(hf_config: dict) -> tuple[float, tuple[float, ...]]:
+    """Returns rope_theta and rope_scaling; transformers 5 writes both into `rope_parameters`, 4 uses `rope_scaling` and the
+    key beside it.
+
+    Frequencies that are rescaled in another way than Llama 3.1's (yarn, linear, dynamic, longrope) are refused.
     """
-    described = {**(hf_config.get("rope_scaling") or {}), **(hf_config.get("rope_parameters") or {})}
+    key = "rope_scaling" if hf_config.get("rope_scaling") else "rope_parameters"
+    described = hf_config.get(key) or {}
     kind = described.get("rope_type", described.get("type", "default"))
-    if kind != "default" or any(isinstance(value, dict) for value in described.values()):
-        key = "rope_parameters" if hf_config.get("rope_parameters") else "rope_scaling"
+    if kind not in ("default", "llama3") or any(isinstance(value, dict) for value in described.values()):
         raise UserError(
-            f"config.json: {key}={hf_config[key]!r} is not possible here, only unscaled rotary frequencies; this checkpoint "
-            "cannot be used."
+            f"config.json: {key}={described!r} is not possible here, only unscaled rotary frequencies and those of Llama "
+            "3.1 (rope_type llama3); this checkpoint cannot be used."
         )
     if described.get("partial_rotary_factor", 1.0) != 1.0:
         factor = described["partial_rotary_factor"]
         raise UserError(f"config.json: partial_rotary_factor={factor} is not possible here, only 1.0.")
-    return float(described.get("rope_theta", hf_config.get("rope_theta", 10_000.0)))
+    theta = described.get("rope_theta", hf_config.get("rope_theta", 10_000.0))
+    if layout_of(hf_config) == "illada":  # whose code reads the key beside it and not the copy
+        theta = hf_config["rope_theta"]
+    if kind == "default":
+        return float(theta), ()
+    _need(described, *LLAMA3, kind=(int, float))
+    return float(theta), tuple(float(described[name]) for name in LLAMA3)
 
 
 # ------------------------------------------------------------------------------------------------ ours -> config.json
@@ -274,6 +287,7 @@ def cannot_hold(layout: str, a: Architecture) -> str:
         "qk_norm='per_head' has no place in it": a.qk_norm == "per_head",
         f"attention_bias={a.attention_bias!r} has no place in it": a.attention_bias != "none",
         "output_shift=True has no place in it": a.output_shift,
+        f"rope_scaling={a.rope_scaling} has no place in it": bool(a.rope_scaling),
     }
     return next((reason for reason, holds in reasons.items() if holds), "")
 
@@ -309,7 +323,8 @@ def hf_config(
     ids = {"bos_token_id": bos_id, "eos_token_id": eos_id, "pad_token_id": pad_id, "mask_token_id": mask_id}
     write = {"llada": _to_llada, "illada": _to_illada}[layout]
     silent, stated = write(a, max_sequence_length)
-    carried = source if source and source.get("model_type") == layout else {}
+    carried = dict(source) if source and source.get("model_type") == layout else {}
+    carried.pop("rope_parameters", None)  # stated where there is a scaling
     return dict(sorted({**silent, **carried, **stated, **ids, "torch_dtype": dtype}.items()))
 
 
@@ -353,6 +368,11 @@ def _to_illada(a: Architecture, max_sequence_length: int) -> tuple[dict, dict]:
     }  # fmt: skip
     if a.head_dim * a.num_heads != a.d_model:
         stated["head_dim"] = a.head_dim
+    if a.rope_scaling:  # beside a rope_scaling that is not null, transformers 5.23 reads no tokenizer
+        numbers = (*a.rope_scaling[:-1], round(a.rope_scaling[-1]))  # it wants whole tokens
+        stated["rope_parameters"] = {
+            "rope_type": "llama3", "rope_theta": a.rope_theta, **dict(zip(LLAMA3, numbers, strict=True)),
+        }  # fmt: skip
     if a.attention_bias != "none":
         stated["attention_bias"] = a.attention_bias
     if a.qk_norm != "none":

@@ -34,10 +34,39 @@ def residual_linear(num_in: int, num_out: int, layer_number: int, *, bias: bool 
     return layer
 
 
-def rotary_angles(positions_BT: Tensor, head_dim: int, theta: float) -> tuple[Tensor, Tensor]:
-    """Returns cos and sin of the rotary angles, float32 [B, 1, T, H/2] (RoFormer, arXiv 2104.09864)."""
+# the numbers of rope_type "llama3"
+LLAMA3 = ("factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings")
+
+
+def scaling_of(config) -> dict | None:
+    """Returns how the rotary frequencies are scaled, under the name of transformers 4 or that of 5; None if they are not."""
+    return getattr(config, "rope_scaling", None) or getattr(config, "rope_parameters", None)
+
+
+def is_llama3(scaling: dict) -> bool:
+    """Whether `rotary_angles` takes a scaling; older files call its rope_type "type"."""
+    numbers = [scaling.get(name) for name in LLAMA3]
+    if not all(isinstance(number, (int, float)) and number > 0 for number in numbers):
+        return False
+    return scaling.get("rope_type", scaling.get("type")) == "llama3" and numbers[1] < numbers[2]
+
+
+def rotary_angles(
+    positions_BT: Tensor, head_dim: int, theta: float, scaling: dict | None = None
+) -> tuple[Tensor, Tensor]:
+    """Returns cos and sin of the rotary angles, float32 [B, 1, T, H/2] (RoFormer, arXiv 2104.09864), scaled as in Llama 3.1.
+
+    What turns less than low_freq_factor times within the original length is slowed down by the factor, what turns more
+    than high_freq_factor times is kept, and between them the two are mixed in proportion to the turns.
+    """
     halves = torch.arange(0, head_dim, 2, dtype=torch.float32, device=positions_BT.device)
-    angles = positions_BT[:, None, :, None].float() * theta ** (-halves / head_dim)
+    frequencies = theta ** (-halves / head_dim)
+    if scaling:
+        factor, low, high, original = (scaling[name] for name in LLAMA3)
+        turns = original / (2 * torch.pi) * frequencies
+        kept = ((turns - low) / (high - low)).clamp(0, 1)
+        frequencies = kept * frequencies + (1 - kept) * frequencies / factor
+    angles = positions_BT[:, None, :, None].float() * frequencies
     return angles.cos(), angles.sin()
 
 
@@ -125,7 +154,7 @@ class MaskedDiffusionLM(PreTrainedModel):
     """A bidirectional Transformer that predicts the tokens under the masks.
 
     A subclass builds the modules under its own names and returns them from `transformer_parts`. Its config has
-    mask_token_id, eos_token_id, head_dim and rope_theta.
+    mask_token_id, eos_token_id, head_dim, rope_theta and, where the rotary frequencies are scaled, rope_parameters.
     """
 
     base_model_prefix = "model"
@@ -145,6 +174,12 @@ class MaskedDiffusionLM(PreTrainedModel):
                     f"config.json: {key}={getattr(config, key)!r} is not supported by {type(self).__name__}; "
                     f"it expresses only {' or '.join(map(repr, values))}."
                 )
+        scaling = scaling_of(config)
+        if scaling and not is_llama3(scaling):
+            raise ValueError(
+                f"config.json: rope_parameters={scaling!r} is not supported by {type(self).__name__}; it expresses only None "
+                f"or rope_type 'llama3' with positive {', '.join(LLAMA3)}, low_freq_factor less than high_freq_factor."
+            )
         super().__init__(config)
         self.gradient_checkpointing = False
 
@@ -231,7 +266,7 @@ class MaskedDiffusionLM(PreTrainedModel):
         _, layers, final_norm, _ = self.transformer_parts()
         if positions_BT is None:
             positions_BT = torch.arange(x_BTD.shape[1], device=x_BTD.device)[None]
-        rotary = rotary_angles(positions_BT, self.config.head_dim, self.config.rope_theta)
+        rotary = rotary_angles(positions_BT, self.config.head_dim, self.config.rope_theta, scaling_of(self.config))
         is_seen = None
         if is_real_BT is not None:  # a row of padding alone sees all of itself: older PyTorch has NaN for nothing seen
             is_seen = (is_real_BT | ~is_real_BT.any(1, keepdim=True))[:, None, None, :]

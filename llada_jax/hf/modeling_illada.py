@@ -88,8 +88,6 @@ class ILLaDAModelLM(MaskedDiffusionLM):
         "hidden_act": "silu",
         "mlp_bias": False,
         "qk_norm": ("none", "per_head", "full"),
-        "rope_parameters": None,
-        "rope_scaling": None,
     }
 
     def __init__(self, config: ILLaDAConfig):

@@ -73,6 +73,8 @@ class LLaDAModelLM(MaskedDiffusionLM):
         "residual_dropout": 0.0,
         "rope": True,
         "rope_full_precision": True,
+        "rope_parameters": None,
+        "rope_scaling": None,
         "scale_logits": False,
     }
 

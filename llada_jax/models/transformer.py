@@ -18,6 +18,7 @@ from flax import nnx
 from jax import Array
 from jax.ad_checkpoint import checkpoint_name
 
+from llada_jax.errors import UserError
 from llada_jax.models.attention import attend
 from llada_jax.sharding import RULES, constrain
 
@@ -33,9 +34,14 @@ REMAT_POLICIES = {
 class Architecture:
     """What a checkpoint must agree on; two models of the same Architecture have the same parameters.
 
+    rope_scaling: (), or what stretches the rotary frequencies for rows longer than those of the pretraining, as in Llama
+        3.1: (factor, low_freq_factor, high_freq_factor, original length in tokens), see `rotary_frequencies`.
     attention_bias: "none", "qkv" (as Qwen2), or "qkvo" (as Llama with attention_bias: true).
     output_shift: the scores at position i come from position i - 1, as autoregressive weights predict (Dream, arXiv
         2508.15487); the first position of a segment keeps its own.
+
+    Raises:
+        UserError: rope_scaling is none of these.
     """
 
     vocab_size: int
@@ -46,11 +52,29 @@ class Architecture:
     head_dim: int
     d_ff: int
     rope_theta: float = 500_000.0
+    rope_scaling: tuple[float, ...] = ()
     norm_eps: float = 1e-5
     tie_embeddings: bool = False
     qk_norm: str = "none"
     attention_bias: str = "none"
     output_shift: bool = False
+
+    def __post_init__(self):
+        object.__setattr__(self, "rope_scaling", tuple(self.rope_scaling))  # which run.json holds as a list
+        if self.rope_scaling and not _is_scaling(*self.rope_scaling):
+            raise UserError(
+                f"model.rope_scaling={self.rope_scaling} must be (), or four positive numbers (factor, low_freq_factor, "
+                "high_freq_factor, original length) of which the second is less than the third and the last is whole; take "
+                "those of the checkpoint's config.json, or () for frequencies that are not scaled."
+            )
+
+
+def _is_scaling(*numbers) -> bool:
+    """Whether these can be Architecture.rope_scaling."""
+    if len(numbers) != 4 or not all(type(n) in (int, float) and math.isfinite(n) and n > 0 for n in numbers):
+        return False
+    _, low, high, original = numbers
+    return low < high and original == round(original)
 
 
 class TokenScores(NamedTuple):
@@ -90,10 +114,26 @@ def project(x: Array, kernel: Array, num_in: int = 1, out_dtype=None) -> Array:
     return jnp.matmul(flat_x, flat_kernel, preferred_element_type=out_dtype).reshape(*rows, *outs)
 
 
-def rotary_angles(positions_BT: Array, head_dim: int, theta: float) -> tuple[Array, Array]:
-    """Returns cos and sin of the rotary angles, float32 [B, T, H/2] (RoFormer, arXiv 2104.09864, eq. 15)."""
+def rotary_frequencies(head_dim: int, theta: float, scaling: tuple[float, ...] = ()) -> Array:
+    """Returns the rotary angles of position 1, float32 [H/2] (RoFormer, arXiv 2104.09864, eq. 15), scaled as in Llama 3.1.
+
+    What turns less than low_freq_factor times within the original length is slowed down by the factor, what turns more
+    than high_freq_factor times is kept, and between them the two are mixed in proportion to the turns.
+    """
     frequency = theta ** (-jnp.arange(0, head_dim, 2, dtype=jnp.float32) / head_dim)
-    angle = positions_BT[..., None].astype(jnp.float32) * frequency
+    if not scaling:
+        return frequency
+    factor, low, high, original = scaling
+    turns = original / (2 * math.pi) * frequency
+    kept = jnp.clip((turns - low) / (high - low), 0.0, 1.0)
+    return kept * frequency + (1 - kept) * frequency / factor
+
+
+def rotary_angles(
+    positions_BT: Array, head_dim: int, theta: float, scaling: tuple[float, ...] = ()
+) -> tuple[Array, Array]:
+    """Returns cos and sin of the rotary angles, float32 [B, T, H/2]."""
+    angle = positions_BT[..., None].astype(jnp.float32) * rotary_frequencies(head_dim, theta, scaling)
     return jnp.cos(angle), jnp.sin(angle)
 
 
@@ -211,7 +251,7 @@ class Transformer(nnx.Module):
 
     def hidden(self, tokens_BT: Array, segment_ids_BT: Array | None, positions_BT: Array) -> Array:
         """Returns what the head reads: [B, T, D] in `dtype`, after the final norm and, if there is one, the shift."""
-        cos, sin = rotary_angles(positions_BT, self.a.head_dim, self.a.rope_theta)
+        cos, sin = rotary_angles(positions_BT, self.a.head_dim, self.a.rope_theta, self.a.rope_scaling)
         x_BTD = constrain(self.embed[...].astype(self.dtype)[tokens_BT], "act_batch", "act_position", "act_embed")
         graphdef, stacked = nnx.split(self.blocks)
 
