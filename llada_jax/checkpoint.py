@@ -34,6 +34,7 @@ from llada_jax.errors import LostPeer, UserError, one_line
 from llada_jax.state import TrainState
 
 FOLDER = "checkpoints"
+CHUNK_BYTES = 64 << 20  # of an array on the disk: what a reader holds beside the array, however few devices saved it
 RUN_KEYS = ("config", "architecture", "tokenizer", "checksums")  # run.json without them is none of ours
 
 
@@ -72,6 +73,7 @@ class Checkpoints:
         is_writer = self._is_remote and owned and jax.process_index() == 0
         self._claim = remote.Claim(self.directory.parent) if is_writer else None
         context = ocp.Context()
+        context.array.saving.storage_options.chunk_byte_size = CHUNK_BYTES
         if self._is_remote:  # a folder of objects cannot be renamed at once: a last file marks a step as committed
             context.atomicity.mode = ocp.options.AtomicityMode.COMMIT_FILE
         self._checkpointer = ocp.training.Checkpointer(

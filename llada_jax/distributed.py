@@ -5,6 +5,7 @@ handler waits minutes for processes that will not come; both would hide from a s
 again. Here a lost process, a step that hangs and a start that times out end with status 42, and say so in one sentence.
 """
 
+import contextlib
 import ctypes
 import faulthandler
 import glob
@@ -22,6 +23,7 @@ import jax
 
 from llada_jax.errors import LostPeer, UserError
 
+WAITING_S = 15.0  # between two lines about who is missing at the start
 EXPLICIT = ("JAX_COORDINATOR_ADDRESS", "JAX_NUM_PROCESSES", "JAX_PROCESS_ID")
 
 # what JAX says when another process, or the way to it, is gone: status codes, and the collectives of CPUs and GPUs
@@ -50,23 +52,23 @@ def initialize(*, initialization_timeout_s: int = 300, heartbeat_timeout_s: int 
         return
     check_hosts(os.environ, arguments)
     leave_no_proxy(os.environ, arguments)
-    where = (
-        "{coordinator_address} as process {process_id} of {num_processes}".format(**arguments)
-        if arguments
-        else ("the address that JAX finds in this cluster's environment")
-    )
+    place = arguments or place_in_cluster(initialization_timeout_s)
+    if place["num_processes"] == 1:
+        return
+    where = "{coordinator_address} as process {process_id} of {num_processes}".format(**place)
     print(f"joining     {where}, for at most {initialization_timeout_s} s", file=sys.stderr, flush=True)
     began = time.monotonic()
     remedy = "start the same command on every host, let them reach that address and port, then start again"
     _on_abort(
-        lambda: f"Not all processes met within {initialization_timeout_s} s at {where}{seen(arguments)}; {remedy}."
+        lambda: f"Not all processes met within {initialization_timeout_s} s at {where} ({seen(place)}); {remedy}."
     )
     try:
-        jax.distributed.initialize(
-            **(arguments or {}),
-            initialization_timeout=initialization_timeout_s,
-            heartbeat_timeout_seconds=heartbeat_timeout_s,
-        )
+        with saying_who_is_missing(place):
+            jax.distributed.initialize(
+                **(arguments or {}),  # what JAX finds by itself, it also needs to choose the devices of a process
+                initialization_timeout=initialization_timeout_s,
+                heartbeat_timeout_seconds=heartbeat_timeout_s,
+            )
     except RuntimeError as error:  # also JAX's own: what stood in the way before the waiting began
         raise LostPeer(f"The processes could not meet at {where} ({_first_line(error)}); {remedy}.") from error
     _on_abort(
@@ -131,15 +133,45 @@ def slice_hosts(environment) -> list[str]:
     return [host for host in named.split(",") if host]
 
 
+def num_slice_hosts(environment) -> int:
+    """Returns how many hosts the TPU slices of this run have together; 0 where this is no host of a slice."""
+    if hosts := slice_hosts(environment):
+        return len(hosts) * int(environment.get("MEGASCALE_NUM_SLICES", "1"))
+    # the public jax.distributed.initialize asks these, too, but does not tell what it heard
+    from jax._src.clusters.cloud_tpu_cluster import GceTpuCluster  # asks the metadata server of a Cloud TPU VM
+
+    return GceTpuCluster.get_process_count() if GceTpuCluster.is_env_present() else 0
+
+
 def check_hosts(environment, arguments: dict | None) -> None:
     """Raises UserError for a start on fewer hosts than the slice has: libtpu would wait for the others for ever."""
-    num_hosts = len(slice_hosts(environment)) * int(environment.get("MEGASCALE_NUM_SLICES", "1"))
-    if arguments and num_hosts > 1 and arguments["num_processes"] != num_hosts:
+    if arguments is None or environment.get("JAX_PLATFORMS", "").startswith("cpu"):
+        return  # JAX itself takes the number from where num_slice_hosts does; CPUs compute alone
+    num_hosts = num_slice_hosts(environment)
+    if num_hosts > 1 and arguments["num_processes"] != num_hosts:
         raise UserError(
-            f"JAX_NUM_PROCESSES={arguments['num_processes']}, but TPU_WORKER_HOSTNAMES (or "
-            "TPU_PROCESS_ADDRESSES) and MEGASCALE_NUM_SLICES say that "
-            f"the slices have {num_hosts} hosts, which compute only together; start one process on each."
+            f"JAX_NUM_PROCESSES={arguments['num_processes']}, but the TPU slices that this host belongs to have {num_hosts} "
+            "hosts, which compute only together; start one process on each."
         )
+
+
+def place_in_cluster(timeout_s: int) -> dict:
+    """Returns the address, the number of processes and the number of this one, as JAX finds them in a cluster.
+
+    Raises:
+        LostPeer: the name of the first host does not resolve yet, or the cluster does not answer.
+    """
+    from jax._src.clusters import ClusterEnv
+
+    try:
+        address, count, number, _ = ClusterEnv.auto_detect_unset_distributed_params(
+            None, None, None, None, None, timeout_s
+        )
+    except RuntimeError as error:
+        raise LostPeer(f"This cluster does not say where the processes meet ({_first_line(error)}).") from error
+    if None in (address, count, number):  # chips, but no slice: one host
+        return {"coordinator_address": "", "num_processes": 1, "process_id": 0}
+    return {"coordinator_address": address, "num_processes": int(count), "process_id": int(number)}
 
 
 def leave_no_proxy(environment, arguments: dict | None) -> None:
@@ -150,18 +182,32 @@ def leave_no_proxy(environment, arguments: dict | None) -> None:
             environment[name] = ",".join(filter(None, (environment.get(name), host)))
 
 
-def seen(arguments: dict | None) -> str:
+def seen(place: dict) -> str:
     """Returns what this process can tell about who has come: the first counts its connections, the others knock."""
-    if arguments is None:
-        return ""
-    host, port = arguments["coordinator_address"].rsplit(":", 1)
-    if arguments["process_id"] == 0:
-        return f" ({num_connections(int(port))} of {arguments['num_processes']} had come)"
+    host, port = place["coordinator_address"].rsplit(":", 1)
+    if place["process_id"] == 0:
+        return f"{num_connections(int(port))} of {place['num_processes']} had come"
     try:
         socket.create_connection((host, int(port)), timeout=3).close()
     except OSError as error:
-        return f" (nothing answers there: {error})"
-    return " (process 0 answers there, but waits for others)"
+        return f"nothing answers there: {error}"
+    return "process 0 answers there, but waits for others"
+
+
+@contextlib.contextmanager
+def saying_who_is_missing(place: dict):
+    """Says every WAITING_S seconds who has come."""
+    began, ended = time.monotonic(), threading.Event()
+
+    def say() -> None:
+        while not ended.wait(WAITING_S):
+            print(f"waiting     {time.monotonic() - began:.0f} s: {seen(place)}", file=sys.stderr, flush=True)
+
+    threading.Thread(target=say, daemon=True).start()
+    try:
+        yield
+    finally:
+        ended.set()
 
 
 def num_connections(port: int) -> int:

@@ -12,6 +12,9 @@ import pytest
 from required import absent
 
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
+# Half of the time of the tests would be compilation of what another test, process or run of them has compiled before.
+os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", str(Path(__file__).parent.parent / ".pytest_cache" / "xla"))
+os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0.1")
 
 import jax
 

@@ -1,10 +1,12 @@
 """Joining the other processes, and what a process does when they are gone, stuck or never come."""
 
+import http.server
 import os
 import re
 import subprocess
 import sys
 import textwrap
+import threading
 
 import jax
 import pytest
@@ -63,7 +65,7 @@ def test_a_cluster_is_known_by_its_environment(environment, is_cluster):
 def test_fewer_processes_than_the_slice_has_hosts_are_refused_before_anything_waits():
     slices = {"TPU_WORKER_HOSTNAMES": "a,b,c,d", "MEGASCALE_NUM_SLICES": "2"}
     arguments = distributed.explicit_arguments({**TEAM, "JAX_NUM_PROCESSES": "1", "JAX_PROCESS_ID": "0"})
-    with pytest.raises(UserError, match="the slices have 8 hosts"):
+    with pytest.raises(UserError, match="have 8 hosts"):
         distributed.check_hosts(slices, arguments)
     distributed.check_hosts({}, arguments)
 
@@ -83,13 +85,66 @@ def test_a_start_that_waits_in_vain_says_who_is_missing_and_may_be_tried_again(n
     port = free_port()
     team = {"JAX_COORDINATOR_ADDRESS": f"localhost:{port}", "JAX_NUM_PROCESSES": "2", "JAX_PROCESS_ID": str(number)}
     done = run_python(
-        "from llada_jax import distributed; distributed.initialize(initialization_timeout_s=3)", team, timeout=300
-    )
+        "from llada_jax import distributed; distributed.WAITING_S = 1; distributed.initialize(initialization_timeout_s=3)",
+        team, timeout=300,
+    )  # fmt: skip
     assert done.returncode == 42, done.stderr
     assert f"joining     localhost:{port} as process {number} of 2, for at most 3 s" in done.stderr
     last = done.stderr.strip().splitlines()[-1]
     assert last.startswith(f"llada-jax: Not all processes met within 3 s at localhost:{port}")
-    assert ("(1 of 2 had come)" if number == 0 else "(nothing answers there:") in last
+    who = "1 of 2 had come" if number == 0 else "nothing answers there:"
+    assert f"({who}" in last
+    assert re.search(rf"waiting +[12] s: {re.escape(who)}", done.stderr)
+
+
+class MetadataServer(http.server.BaseHTTPRequestHandler):
+    """What a Cloud TPU VM of a slice of four hosts answers about itself."""
+
+    SAYS = {
+        "agent-worker-number": "2", "worker-network-endpoints": "w0:0:127.0.0.1,w1:1:10.0.0.2,w2:2:10.0.0.3,w3:3:10.0.0.4",
+        "tpu-env": "ACCELERATOR_TYPE: 'v5p-32'\n",
+    }  # fmt: skip
+
+    def do_GET(self):
+        assert self.headers["Metadata-Flavor"] == "Google"
+        self.send_response(200)
+        self.end_headers()
+        self.wfile.write(self.SAYS[self.path.rpartition("/")[2]].encode())
+
+    def log_message(self, *_):
+        pass
+
+
+@pytest.fixture
+def on_a_tpu_vm():
+    """Returns (environment, code) that make a process believe that it is a host of that slice."""
+    server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), MetadataServer)
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    yield (
+        {"GCE_METADATA_IP": f"127.0.0.1:{server.server_port}", "JAX_COORDINATOR_PORT": "8476", "JAX_PLATFORMS": ""},
+        """
+        import os
+        from jax._src.clusters import cloud_tpu_cluster
+        cloud_tpu_cluster.running_in_cloud_tpu_vm = True  # there: chips and libtpu
+        os.environ.pop("TPU_SKIP_MDS_QUERY", None)  # set by the import, elsewhere than there
+        from llada_jax import distributed
+        """,
+    )
+    server.shutdown()
+
+
+def test_a_start_on_one_host_of_a_tpu_vm_slice_is_refused_before_anything_waits(on_a_tpu_vm):
+    environment, code = on_a_tpu_vm
+    alone = {"JAX_COORDINATOR_ADDRESS": "127.0.0.1:8476", "JAX_NUM_PROCESSES": "1", "JAX_PROCESS_ID": "0"}
+    done = run_python(code + "distributed.initialize()", {**environment, **alone})
+    assert "JAX_NUM_PROCESSES=1, but the TPU slices that this host belongs to have 4 hosts" in done.stderr
+
+
+def test_a_host_of_a_tpu_vm_slice_finds_its_place(on_a_tpu_vm):
+    environment, code = on_a_tpu_vm
+    done = run_python(code + "print(distributed.place_in_cluster(5), distributed.num_slice_hosts({}))", environment)
+    place = {"coordinator_address": "127.0.0.1:8476", "num_processes": 4, "process_id": 2}
+    assert done.stdout.strip() == f"{place} 4", done.stderr
 
 
 def test_what_stands_still_is_ended_with_the_stacks_of_all_threads():

@@ -356,3 +356,36 @@ def test_the_number_of_restarts_is_limited(submit):
     ended = job.wait_for_end()
     assert (ended["JobState"], ended["ExitCode"], ended["Restarts"]) == ("FAILED", "42:0", "0")
     assert "not requeued again after 0 restarts" in job.told()
+
+
+@pytest.mark.slow
+def test_a_sweep_is_one_array_and_the_same_command_runs_only_what_is_not_finished(slurm, runs, tmp_path, monkeypatch):
+    monkeypatch.setenv("PATH", f"{Path(sys.executable).parent}:{os.environ['PATH']}")  # where llada-jax is
+    config = tmp_path / "rates.py"
+    points = "def sweep(add):\n    for rate in (1e-3, 1e-2):\n        add({'schedule.learning_rate': rate})\n"
+    config.write_text((runs.directory / "small.py").read_text() + "\n\n" + points)
+    knobs = [f"data.path={runs.dataset}", f"log.compilation_cache={runs.directory / 'xla'}", "num_steps=3"]
+    sweep = ["llada-jax", "sweep", "--config", config, "--workdir", tmp_path / "runs", *(f"--config.{k}" for k in knobs)]
+
+    def told(*words) -> str:
+        done = subprocess.run([*map(str, sweep), *map(str, words)], capture_output=True, text=True, check=False)
+        assert done.returncode == 0, done.stderr
+        return done.stdout + done.stderr
+
+    def end_of(submitted: str) -> list[str]:
+        (number,) = re.findall(r"^(\d+)$", submitted, flags=re.MULTILINE)
+        deadline = time.monotonic() + 300
+        while subprocess.run(["squeue", "--noheader", "--jobs", number], capture_output=True, check=True).stdout:
+            assert time.monotonic() < deadline
+            time.sleep(0.5)
+        return sorted(path.name for path in (tmp_path / "logs").glob(f"*{number}*task0.log"))
+
+    array = ("--run", "slurm", "--parallel", 1, "--", "--partition", "main", "--logs", tmp_path / "logs")
+    logs = end_of(told(*array))
+    assert [re.findall(r"_(\d)-task0", log) for log in logs] == [["0"], ["1"]]
+    assert told("--list").count("complete") == 2
+    (tmp_path / "runs" / "001" / "metrics.jsonl").unlink()  # a run is finished when its metrics say so
+    (tmp_path / "runs" / "001" / "exit.json").unlink()
+    logs = end_of(told(*array))
+    assert [re.findall(r"_(\d)-task0", log) for log in logs] == [["1"]]
+    assert "all 2 runs are finished" in told(*array)
