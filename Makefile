@@ -18,7 +18,7 @@ demo: .venv/installed
 	@echo "curves and samples: $(BIN)/pip install tensorboard && $(BIN)/tensorboard --logdir $(RUN)/run"
 
 test: .venv/installed-dev
-	$(BIN)/python -m pytest -n 2 --dist loadfile
+	$(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder
 
 lint: .venv/installed-dev
 	$(BIN)/ruff check .

@@ -365,7 +365,15 @@ def test_a_sweep_is_one_array_and_the_same_command_runs_only_what_is_not_finishe
     points = "def sweep(add):\n    for rate in (1e-3, 1e-2):\n        add({'schedule.learning_rate': rate})\n"
     config.write_text((runs.directory / "small.py").read_text() + "\n\n" + points)
     knobs = [f"data.path={runs.dataset}", f"log.compilation_cache={runs.directory / 'xla'}", "num_steps=3"]
-    sweep = ["llada-jax", "sweep", "--config", config, "--workdir", tmp_path / "runs", *(f"--config.{k}" for k in knobs)]
+    sweep = [
+        "llada-jax",
+        "sweep",
+        "--config",
+        config,
+        "--workdir",
+        tmp_path / "runs",
+        *(f"--config.{k}" for k in knobs),
+    ]
 
     def told(*words) -> str:
         done = subprocess.run([*map(str, sweep), *map(str, words)], capture_output=True, text=True, check=False)
