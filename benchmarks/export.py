@@ -2,9 +2,9 @@
 
     python benchmarks/export.py [--widths 512 1024] [--devices 1 8]
 
-Models with the 32 layers of LLaDA-8B and its proportions, scaled down in width, random weights, saved by one device (the
-worst case: a parameter is one chunk on the disk, which is read whole) and by eight. Each is exported in a fresh process,
-whose peak resident memory is compared with what it held after its imports. Prints a Markdown table.
+Models with the 32 layers of LLaDA-8B and its proportions, scaled down in width, random weights, saved by one device and by
+eight. Each is exported in a fresh process, whose peak resident memory is compared with what it held after its imports.
+Prints a Markdown table.
 """
 
 import argparse

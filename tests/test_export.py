@@ -571,6 +571,24 @@ def test_an_array_in_many_chunks_is_read_as_it_was_written(read_bytes, tmp_path,
     np.testing.assert_array_equal(saved.read_array(7, "params/lm_head", (32, 320)), params["lm_head"])
 
 
+def test_an_array_of_one_device_is_saved_in_chunks_of_bounded_size(tmp_path, monkeypatch):
+    monkeypatch.setattr(checkpoint, "CHUNK_BYTES", 2_000)
+    seen = []
+    real = checkpoint.read_chunks
+    monkeypatch.setattr(
+        checkpoint, "read_chunks", lambda store: seen.append(store.chunk_layout.read_chunk.shape) or real(store)
+    )
+    params = random_params(LLADA)
+    run = write_checkpoint(tmp_path / "run", LLADA, params)
+    saved, _ = checkpoint.find(str(run))
+    np.testing.assert_array_equal(saved.read_array(7, "params/lm_head", (32, 320)), params["lm_head"])
+    assert 4 * np.prod(seen) <= 2_000 < params["lm_head"].nbytes
+    seen.clear()
+    assert saved.restore_params(
+        7, abstract_parameters(make_model(LLADA), make_mesh({**dict.fromkeys(AXES, 1), "fsdp": -1})), ema=False
+    )
+
+
 # ------------------------------------------------------------------------------------------------------------- the hub
 
 
