@@ -20,6 +20,7 @@ from llada_jax import remote
 from llada_jax.checkpoint import Checkpoints, find, s3_spec
 from llada_jax.data.records import read_dataset
 from llada_jax.errors import UserError
+from llada_jax.prepare import prepare
 from llada_jax.state import TrainState
 
 EMULATORS = {
@@ -154,6 +155,20 @@ def test_a_workdir_without_checkpoints_is_told(bucket):
 def test_a_dataset_in_a_bucket_is_refused_with_the_remedy(bucket):
     with pytest.raises(UserError, match="copy or mount it"):
         read_dataset(f"{bucket}/data")
+
+
+def test_a_corpus_in_a_bucket_becomes_the_dataset_of_the_same_files_on_a_disk(bucket, tmp_path):
+    corpus = tmp_path / "corpus"
+    corpus.mkdir()
+    for name, text in {"a.txt": "the first letter", "b.txt": "and the second"}.items():
+        (corpus / name).write_text(text)
+        epath.Path(f"{bucket}/corpus/{name}").write_text(text)
+    settings = {"sequence_length": 8, "tokenizer": "bytes", "heldout": 0}
+    on_disk = prepare([str(corpus)], tmp_path / "disk", **settings)
+    for number, urls in enumerate((["corpus"], ["corpus/*.txt"], ["corpus/a.txt", "corpus/b.txt"])):
+        remote = prepare([f"{bucket}/{url}" for url in urls], tmp_path / f"remote{number}", **settings)
+        assert remote["fingerprint"] == on_disk["fingerprint"]
+        assert remote["splits"]["train"]["num_bytes"] == len("the first letterand the second")
 
 
 @pytest.mark.slow
