@@ -201,7 +201,9 @@ def train_on(
         evaluate = functools.partial(evaluate, on_batch=lambda: watchdog.beat("a held-out batch"))
         for step in range(start_step + 1, num_steps + 1):
             if step == profile_start:
-                jax.profiler.start_trace(trace)
+                options = jax.profiler.ProfileOptions()
+                options.python_tracer_level = 0  # it hooks into all threads, and crashes when one of them ends just then
+                jax.profiler.start_trace(trace, profiler_options=options)
                 is_profiling = True
             with clock.span("data"):
                 batch = sharding.place_batch(next(batches), rows, B, batch_sharding)

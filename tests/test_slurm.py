@@ -250,35 +250,46 @@ def straight(slurm, runs) -> Path:
 
 
 @pytest.mark.slow
-def test_a_run_that_is_signalled_preempted_and_loses_a_process_is_the_undisturbed_run(runs, straight, submit, tmp_path):
+def test_a_run_that_is_cancelled_preempted_and_loses_a_process_is_the_undisturbed_run(runs, straight, submit, tmp_path):
     workdir = tmp_path / "run"
-    job = submit("--nodes", 2, "--env", "JAX_NUM_CPU_DEVICES=1", command=training(runs, workdir, *SHORT_RUN))
-    # 1. Somebody sends SIGTERM.
+    words = ("--nodes", 2, "--env", "JAX_NUM_CPU_DEVICES=1")
+    job = submit(*words, command=training(runs, workdir, *SHORT_RUN))
+    # 1. Its user cancels it, and later submits the same again.
     job.wait(lambda: last_logged_step(workdir) >= 10)
-    subprocess.run(["scancel", "--signal=TERM", job.number], check=True)
-    job.wait_for_start(1)
+    subprocess.run(["scancel", job.number], check=True)
+    job.wait(lambda: idle_nodes() == 2)
+    assert (job.fields()["JobState"], job.fields()["Restarts"]) == ("CANCELLED", "0"), job.told()
     saved = last_logged_step(workdir)
     assert 10 <= saved < 200
+    job = submit(*words, command=training(runs, workdir, *SHORT_RUN))
     # 2. An urgent job takes both nodes for two seconds. Until SLURM sends SIGCONT and SIGTERM, a process stands still.
     job.wait(lambda: last_logged_step(workdir) >= saved + 10)
     os.kill(processes(workdir)[-1], signal.SIGSTOP)
     urgent = ["sbatch", "--partition=urgent", "--exclusive", "--nodes=2", "--output=/dev/null", "--wrap=sleep 2"]
     subprocess.run(urgent, check=True, stdout=subprocess.DEVNULL)
-    job.wait_for_start(2)
+    job.wait_for_start(1)
     saved = last_logged_step(workdir)
     assert saved < 200
     # 3. A process dies.
     job.wait(lambda: last_logged_step(workdir) >= saved + 10)
     os.kill(processes(workdir)[-1], signal.SIGKILL)
-    job.wait_for_start(3)
+    job.wait_for_start(2)
 
     ended = job.wait_for_end()
     told = job.told()
     assert (ended["JobState"], ended["ExitCode"]) == ("COMPLETED", "0:0"), told
     assert "2 process" in told
     assert len(set(re.findall(r"asked to stop: step (\d+) of 200 is saved", told))) == 2, told
-    assert "start 3 of job" in told
+    assert "start 2 of job" in told
     assert metric_lines(workdir) == metric_lines(straight)
+
+
+def test_srun_alone_is_enough_for_the_processes_to_find_each_other(slurm):
+    code = "from llada_jax import distributed; distributed.initialize(); import jax; print(jax.process_index(), 'is there')"
+    words = ["srun", "--partition=main", "--nodes=2", "--ntasks=2", sys.executable, "-c", code]
+    done = subprocess.run(words, capture_output=True, text=True, timeout=120, check=False)
+    assert sorted(done.stdout.splitlines()) == ["0 is there", "1 is there"], done.stderr
+    assert re.search(r"joining     llada-node1:\d+ as process 1 of 2", done.stderr), done.stderr
 
 
 @pytest.mark.slow
