@@ -202,7 +202,8 @@ def train_on(
         for step in range(start_step + 1, num_steps + 1):
             if step == profile_start:
                 options = jax.profiler.ProfileOptions()
-                options.python_tracer_level = 0  # it hooks into all threads, and crashes when one of them ends just then
+                # that tracer hooks into all threads, and crashes when one of them ends just then
+                options.python_tracer_level = 0
                 jax.profiler.start_trace(trace, profiler_options=options)
                 is_profiling = True
             with clock.span("data"):
