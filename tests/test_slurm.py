@@ -257,8 +257,8 @@ def test_a_run_that_is_cancelled_preempted_and_loses_a_process_is_the_undisturbe
     # 1. Its user cancels it, and later submits the same again.
     job.wait(lambda: last_logged_step(workdir) >= 10)
     subprocess.run(["scancel", job.number], check=True)
-    job.wait(lambda: idle_nodes() == 2)
-    assert (job.fields()["JobState"], job.fields()["Restarts"]) == ("CANCELLED", "0"), job.told()
+    ended = job.wait_for_end()  # "COMPLETING" while it saves
+    assert (ended["JobState"], ended["Restarts"]) == ("CANCELLED", "0"), job.told()
     saved = last_logged_step(workdir)
     assert 10 <= saved < 200
     job = submit(*words, command=training(runs, workdir, *SHORT_RUN))
