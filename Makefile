@@ -17,8 +17,9 @@ demo: .venv/installed
 		--prompt "She was determined"
 	@echo "curves and samples: $(BIN)/pip install tensorboard && $(BIN)/tensorboard --logdir $(RUN)/run"
 
+# One worker more than cores: some of the tests wait, for SLURM or for a peer to be missed.
 test: .venv/installed-dev
-	$(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder
+	$(BIN)/python -m pytest -n 3 --dist loadfile --no-loadscope-reorder
 
 lint: .venv/installed-dev
 	$(BIN)/ruff check .

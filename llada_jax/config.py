@@ -130,7 +130,7 @@ def default_config() -> ConfigDict:
     config.log.tensorboard = True
     config.log.profile_at_step = 0  # first step of a profiler window; 0: none
     config.log.profile_num_steps = 5
-    config.log.compilation_cache = AUTO  # directory; auto: ~/.cache/llada_jax; "": none
+    config.log.compilation_cache = AUTO  # directory; auto: JAX_COMPILATION_CACHE_DIR, else ~/.cache/llada_jax; "": none
     config.lock()
     return config
 

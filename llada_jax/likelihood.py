@@ -42,7 +42,10 @@ def bound_objective(name: str, *, mask_id: int, bos_id: int):
     return look_up(table, name, "objective")
 
 
-def bound(objective, nll_fn, params, batches, *, name: str, num_rows: int, seed: int = 0, num_draws: int = 1) -> Bound:
+def bound(
+    objective, nll_fn, params, batches, *, name: str, num_rows: int, seed: int = 0, num_draws: int = 1,
+    on_compiled=lambda: None,
+) -> Bound:  # fmt: skip
     """Returns the bound over all batches: sum of nats over number of tokens, each row corrupted `num_draws` times.
 
     Args:
@@ -50,19 +53,23 @@ def bound(objective, nll_fn, params, batches, *, name: str, num_rows: int, seed:
         batches: global batches, placed on the mesh.
         name: the metric that is the bound, "nelbo" or "nll".
         seed: of the draws, which depend on nothing else: two models are compared under the same corruption.
+        on_compiled: called without arguments once the program is compiled and before it runs.
 
     The standard error treats (batch, draw) pairs as independent and weights them by their tokens (the ratio estimator);
     rows are few per batch, so give it at least ten pairs before you trust it.
     """
-    pairs = []
+    pairs, compiled = [], None
+    rows = np.arange(num_rows, dtype=np.int32)
     for number, batch in enumerate(batches):
         for draw in range(num_draws):
             key = key_for("likelihood", seed, number, draw)
-            rows = np.arange(num_rows, dtype=np.int32)
-            sums = jax.device_get(
-                batch_sums(params, batch, key, rows, objective=objective, nll_fn=nll_fn, num_rows=num_rows)
-            )
-            pairs.append(sums[name])
+            if compiled is None:
+                lowered = batch_sums.lower(
+                    params, batch, key, rows, objective=objective, nll_fn=nll_fn, num_rows=num_rows
+                )
+                compiled = lowered.compile()  # found again by the next call
+                on_compiled()
+            pairs.append(jax.device_get(compiled(params, batch, key, rows))[name])
     nats, tokens = np.array(pairs, np.float64).T
     mean = nats.sum() / tokens.sum()
     residual = nats - mean * tokens

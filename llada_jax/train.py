@@ -71,11 +71,7 @@ def train(config, workdir: str) -> None:
     """
     clock = measure.Clock()
     # 1. Devices. The compilation cache comes first: it must be set before anything is compiled.
-    if config.log.compilation_cache:
-        cache = config.log.compilation_cache
-        jax.config.update(
-            "jax_compilation_cache_dir", str(Path.home() / ".cache/llada_jax") if cache == AUTO else cache
-        )
+    jax.config.update("jax_compilation_cache_dir", compilation_cache(config.log.compilation_cache))
     distributed.initialize(
         initialization_timeout_s=config.distributed.initialization_timeout_s,
         heartbeat_timeout_s=config.distributed.heartbeat_timeout_s,
@@ -96,7 +92,7 @@ def train_on(
     mesh, config, workdir: str, clock: measure.Clock, stop: StopRequest, until_end: contextlib.ExitStack
 ) -> None:
     """The rest of `train`: within the mesh, and with its signals caught from before the first compilation."""
-    is_first = jax.process_index() == 0
+    is_first, timeout_s = jax.process_index() == 0, config.distributed.step_timeout_s
     # 2. Data and tokenizer.
     sources = parse_sources(config.data.path)
     B, T = config.data.batch_size, config.data.sequence_length
@@ -164,7 +160,7 @@ def train_on(
         with clock.span("compile"):
             began = time.perf_counter()
             compiled = compile_step(recipe, (B, T))
-            distributed.meet("compiled", timeout_s=config.distributed.step_timeout_s)
+            distributed.meet("compiled", timeout_s=timeout_s)
             progress.say(compilation_line(compiled, time.perf_counter() - began))
         if stop.reached(start_step):
             raise Preempted(f"asked to stop before step {start_step + 1}: nothing is lost; the same command continues.")
@@ -197,8 +193,11 @@ def train_on(
     profile_end = min(profile_start + config.log.profile_num_steps - 1, num_steps) if profile_start else 0
     is_due = lambda step, every: every > 0 and (step % every == 0 or step == num_steps)  # noqa: E731
     clock.start_training()
-    with progress, distributed.Watchdog(config.distributed.step_timeout_s) as watchdog:
-        evaluate = functools.partial(evaluate, on_batch=lambda: watchdog.beat("a held-out batch"))
+    with progress, distributed.Watchdog(timeout_s) as watchdog:
+        evaluate = functools.partial(
+            evaluate, on_batch=lambda: watchdog.beat("a held-out batch"),
+            on_compiled=functools.cache(functools.partial(distributed.meet, "evaluation", timeout_s=timeout_s)),
+        )  # fmt: skip
         for step in range(start_step + 1, num_steps + 1):
             if step == profile_start:
                 options = jax.profiler.ProfileOptions()
@@ -298,6 +297,13 @@ def train_on(
 
 
 # ---------------------------------------------------------------------------------------------------- what main calls
+
+
+def compilation_cache(setting: str) -> str | None:
+    """Returns the directory that config.log.compilation_cache means; None: nothing is kept."""
+    if setting == AUTO:
+        return jax.config.jax_compilation_cache_dir or str(Path.home() / ".cache/llada_jax")
+    return setting or None
 
 
 def make_workdir(workdir: str) -> None:
@@ -463,7 +469,7 @@ def check_skipped(sums: dict, limit: int, *, interval: tuple[int, int]) -> None:
 
 
 def evaluate_heldout(
-    config, model, tokenizer, sources, summaries, params, num_batches, *, batch_sharding, on_batch
+    config, model, tokenizer, sources, summaries, params, num_batches, *, batch_sharding, on_batch, on_compiled
 ) -> dict:
     """Returns {group: {nelbo or nll, standard_error, bits_per_byte, ...}} for the held-out split of each dataset.
 
@@ -486,7 +492,9 @@ def evaluate_heldout(
                 on_batch()
                 yield sharding.place_batch(batch, rows, B, batch_sharding)
 
-        bound = likelihood.bound(objective, model.nll_fn, params, placed(), name=name, num_rows=B)
+        bound = likelihood.bound(
+            objective, model.nll_fn, params, placed(), name=name, num_rows=B, on_compiled=on_compiled
+        )
         group = "heldout" if len(sources) == 1 else f"heldout_{number}_{Path(directory).name}"
         error = {} if math.isnan(bound.standard_error) else {"standard_error": bound.standard_error}
         results[group] = {

@@ -10,6 +10,7 @@ undisturbed run, bit for bit. Now and then the local copies of one process are l
 
 import argparse
 import dataclasses
+import functools
 import json
 import os
 import random
@@ -26,7 +27,6 @@ from conftest import SMALL_RUN, metric_lines
 from test_resume import is_committed, last_logged_step, saved_arrays
 
 LAUNCHER = Path(__file__).parent.parent / "launch" / "local.py"
-NUM_STEPS = 60
 SAVES = ("checkpoint.every_steps=2", "checkpoint.local_every_steps=1", "optimizer.ema_decay=0.9")
 
 
@@ -56,10 +56,10 @@ class Team:
         return None if not found else int(found[1] or 0)
 
 
-def start(work: Path, name: str, dataset: Path, number: int) -> Team:
+def start(work: Path, name: str, dataset: Path, number: int, *, num_steps: int) -> Team:
     """Starts an attempt of the run `name`."""
     knobs = {
-        "data.path": dataset, "num_steps": NUM_STEPS, "log.compilation_cache": work / "xla", "samples.every_steps": 0,
+        "data.path": dataset, "num_steps": num_steps, "samples.every_steps": 0,
         "checkpoint.local_directory": work / f"{name}-local",
     }  # fmt: skip
     words = [f"--config.{knob}" for knob in [*(f"{key}={value}" for key, value in knobs.items()), *SAVES]]
@@ -67,7 +67,7 @@ def start(work: Path, name: str, dataset: Path, number: int) -> Team:
     with open(log, "wb") as file:
         launcher = subprocess.Popen(
             [
-                sys.executable, LAUNCHER, "--processes", "2", "--devices", "2", "--grace", "10",
+                sys.executable, LAUNCHER, "--processes", "2", "--devices", "1", "--grace", "10",
                 "--logs", work / f"{name}-{number}", "--", sys.executable, "-m", "llada_jax", "train",
                 "--config", work / "small.py", "--workdir", work / name, *words,
             ],
@@ -146,17 +146,18 @@ def disturb(team: Team, chance: random.Random, work: Path, name: str, step: int)
     return {"signal": how.name, "to": who, "when": when, "sent": is_sent, "kept": kept, "half saved": half_saved}
 
 
-def run(work: Path, dataset: Path, *, num_kills: int, seed: int) -> list[dict]:
+def run(work: Path, dataset: Path, *, num_kills: int, num_steps: int, seed: int) -> list[dict]:
     """Returns what was done to the run; raises AssertionError when a restart or the result is not as it must be."""
     work.mkdir(parents=True, exist_ok=True)
     (work / "small.py").write_text(SMALL_RUN)
-    straight = start(work, "straight", dataset, 0)
+    attempt = functools.partial(start, work, dataset=dataset, num_steps=num_steps)
+    straight = attempt("straight", number=0)
     assert straight.wait() == 0, straight.log.read_text()
 
     chance, kills, kept = random.Random(seed), [], 0
-    targets = sorted(chance.randint(1, NUM_STEPS - 1) for _ in range(num_kills))
+    targets = sorted(chance.randint(1, num_steps - 1) for _ in range(num_kills))
     for number, target in enumerate(targets):
-        team = start(work, "killed", dataset, number)
+        team = attempt("killed", number=number)
         did = disturb(team, chance, work, "killed", target)
         did["status"], did["start"] = team.wait(), team.start_step()
         if did["start"] is not None:
@@ -171,18 +172,16 @@ def run(work: Path, dataset: Path, *, num_kills: int, seed: int) -> list[dict]:
             kept, did["disk lost"] = newest_whole_step(work, "killed"), host
         kills.append(did)
         print(f"{number}: {did}", flush=True)
-    number = num_kills
-    status = 42
-    while (
-        status == 42
-    ):  # as a scheduler does: on a machine as busy as this one, processes also lose each other by themselves
+    number, status = num_kills, 42
+    # Started again as by a scheduler: on a machine as busy as this one, processes also lose each other by themselves.
+    while status == 42:
         assert number < num_kills + 10
-        last, number = start(work, "killed", dataset, number), number + 1
+        last, number = attempt("killed", number=number), number + 1
         status = last.wait()
     assert status == 0, last.log.read_text()
     assert last.start_step() >= kept
 
-    expected, actual = saved_arrays(work / "straight", NUM_STEPS), saved_arrays(work / "killed", NUM_STEPS)
+    expected, actual = (saved_arrays(work / name, num_steps) for name in ("straight", "killed"))
     assert actual.keys() == expected.keys()
     for path, array in expected.items():
         np.testing.assert_array_equal(actual[path], array, err_msg=path)
@@ -195,11 +194,14 @@ if __name__ == "__main__":
 
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--kills", type=int, default=20, metavar="N", help="how many (20)")
+    parser.add_argument("--steps", type=int, default=60, metavar="N", help="of the run (60)")
     parser.add_argument("--seed", type=int, default=0, metavar="N", help="of the moments and victims (0)")
     parser.add_argument("--work", type=Path, required=True, metavar="DIR", help="an empty directory")
     args = parser.parse_args()
     shutil.rmtree(args.work, ignore_errors=True)
     args.work.mkdir(parents=True)
-    kills = run(args.work, circle_dataset(args.work / "data"), num_kills=args.kills, seed=args.seed)
+    kills = run(
+        args.work, circle_dataset(args.work / "data"), num_kills=args.kills, num_steps=args.steps, seed=args.seed
+    )
     hit = sum(kill["sent"] for kill in kills)
     print(f"{hit} signals, {sum(kill['half saved'] for kill in kills)} of them into a save: same arrays, same metrics")

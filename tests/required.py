@@ -45,6 +45,7 @@ def program(name: str, *, package: str) -> str:
 def libtpu_environment() -> dict[str, str]:
     """Returns an environment in which the TPU's compiler is importable."""
     environment = {**os.environ, "PYTHONPATH": f"{LIBTPU}:{os.environ.get('PYTHONPATH', '')}"}
+    environment.pop("XLA_FLAGS", None)  # tests/conftest.py sets some for the compiler of CPUs
     there = [sys.executable, "-c", "import libtpu"]
     if subprocess.run(there, env=environment, capture_output=True, check=False).returncode:
         absent(f"libtpu is not installed: pip install --no-deps --target {LIBTPU} 'libtpu==0.0.42.*'")

@@ -52,7 +52,6 @@ def get_config():
     config.checkpoint.every_steps = 2
     config.log.every_steps = 2
     config.log.tensorboard = False
-    config.log.compilation_cache = {cache!r}
     {change}
     return config
 """
@@ -66,13 +65,6 @@ PLAN_LINE = re.compile(
 
 
 # ------------------------------------------------------------------------------------------------- what tests stand on
-
-
-@pytest.fixture(scope="module", autouse=True)
-def _leave_jax_as_it_was():
-    cache = jax.config.jax_compilation_cache_dir
-    yield
-    jax.config.update("jax_compilation_cache_dir", cache)
 
 
 @pytest.fixture(autouse=True)
@@ -104,7 +96,7 @@ def prepare_argv(source, output, *more: str) -> list[str]:
 
 def write_config(home: Path, change: str = "", name: str = "tiny.py") -> Path:
     path = home / name
-    path.write_text(CONFIG.format(data=str(home / "data"), cache=str(home / "cache"), change=change))
+    path.write_text(CONFIG.format(data=str(home / "data"), change=change))
     return path
 
 
@@ -772,28 +764,28 @@ class Run:
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
 def test_a_signal_saves_the_step_and_the_same_command_continues_to_the_end(number, home, tmp_path):
     run = tmp_path / "run"
-    argv = train_argv(home, run, "num_steps=1500", "checkpoint.every_steps=100000", "log.every_steps=50")
+    argv = train_argv(home, run, "num_steps=500", "checkpoint.every_steps=100000", "log.every_steps=50")
     stopped = Run(argv)
-    stopped.wait_for("step 50/1500")
+    stopped.wait_for("step 50/500")
     stopped.process.send_signal(number)
     assert stopped.end() == 42
-    says = ["asked to stop", "of 1500 is saved", "the same command continues"]
+    says = ["asked to stop", "of 500 is saved", "the same command continues"]
     check_sentence(stopped.lines[-1], says)
-    step = int(re.search(r"step (\d+) of 1500", stopped.lines[-1]).group(1))
+    step = int(re.search(r"step (\d+) of 500", stopped.lines[-1]).group(1))
     assert Checkpoints(run).steps == [step]
-    assert 50 <= step < 1500
+    assert 50 <= step < 500
 
     continued = Run(argv)
     assert continued.end() == 0
     assert continued.lines[0] == f"start       step {step} of {run}"
-    assert Checkpoints(run).steps == [step, 1500]
-    assert [line["step"] for line in metric_lines(run, "train")] == list(range(50, 1501, 50))
+    assert Checkpoints(run).steps == [step, 500]
+    assert [line["step"] for line in metric_lines(run, "train")] == list(range(50, 501, 50))
 
 
 @pytest.mark.slow
 def test_a_signal_before_the_first_step_asks_to_be_started_again(home, tmp_path):
-    # Another width than all other runs here, so that the step is compiled and not found in the cache.
-    stopped = Run(train_argv(home, tmp_path / "run", "num_steps=1500", "model.d_ff=48"))
+    # Without a cache, so that there is time for a signal while the step is compiled.
+    stopped = Run(train_argv(home, tmp_path / "run", "num_steps=500", "log.compilation_cache="))
     stopped.wait_for("start ")
     stopped.process.send_signal(signal.SIGTERM)
     assert stopped.end() == 42
@@ -804,9 +796,9 @@ def test_a_signal_before_the_first_step_asks_to_be_started_again(home, tmp_path)
 def test_a_second_interrupt_ends_at_once_and_the_last_saved_step_continues(home, tmp_path):
     run = copy(home / "run", tmp_path / "run")
     # The step is slow enough that two signals reach the same one.
-    argv = train_argv(home, run, "num_steps=1500", "checkpoint.every_steps=100000", "log.every_steps=1")
+    argv = train_argv(home, run, "num_steps=500", "checkpoint.every_steps=100000", "log.every_steps=1")
     stopped = Run(argv)
-    stopped.wait_for("step 5/1500")
+    stopped.wait_for("step 5/500")
     stopped.process.send_signal(signal.SIGINT)
     stopped.process.send_signal(signal.SIGINT)
     status = stopped.end()

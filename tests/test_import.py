@@ -281,7 +281,7 @@ def small_config(directory: Path, data: Path, init_from: Path, *changes: str) ->
     lines = [
         "num_steps = 4", "data.batch_size = 8", "data.sequence_length = 16", f"data.path = {str(data)!r}",
         "schedule.name = 'constant'", "schedule.learning_rate = 1e-3", "schedule.warmup_steps = 0", "log.every_steps = 1",
-        "log.tensorboard = False", f"log.compilation_cache = {str(directory / 'xla')!r}", "evaluation.every_steps = 0",
+        "log.tensorboard = False", "evaluation.every_steps = 0",
         "checkpoint.every_steps = 4", f"checkpoint.init_from = {str(init_from)!r}", *changes,
     ]  # fmt: skip
     body = "\n".join(f"    config.{line.removeprefix('config.')}" for line in lines)

@@ -201,10 +201,12 @@ except UserError as error:
         ("import llada_jax.prepare", ("jax", "flax", "grain", "orbax", "optax")),
         ("import llada_jax.sweep", ("jax", "flax", "grain", "orbax", "scipy", "optuna", "matplotlib")),
         ("import llada_jax.data.records, llada_jax.data.text, llada_jax.data.packing", ("jax", "flax", "grain")),
+        ("import llada_jax.train; llada_jax.train.measure.MetricsWriter({path!r}).close()", ("torch",)),
     ],
-    ids=["package", "help", "config", "prepare", "sweep", "data"],
+    ids=["package", "help", "config", "prepare", "sweep", "data", "train"],
 )
-def test_nothing_is_loaded_before_it_is_needed(code, absent):
+def test_nothing_is_loaded_before_it_is_needed(code, absent, tmp_path):
+    code = code.format(path=str(tmp_path))
     out = python(f"{code}\nimport sys\nprint('loaded', *[name for name in {absent!r} if name in sys.modules])")
     assert out.splitlines()[-1] == "loaded"
 

@@ -147,7 +147,7 @@ def test_a_program_that_does_not_exist_is_told(tmp_path):
 def test_a_run_under_the_launcher_has_the_loss_curve_of_one_process(runs, tmp_path):
     alone, together = runs.directory / "launched-alone", runs.directory / "launched"
     runs.train(alone, "num_steps=6")
-    words = [f"--config.{knob}" for knob in ("num_steps=6", f"data.path={runs.dataset}", "log.compilation_cache=")]
+    words = [f"--config.{knob}" for knob in ("num_steps=6", f"data.path={runs.dataset}")]
     process = launch(
         "--processes", 2, "--devices", 2, "--logs", tmp_path, "--",
         sys.executable, "-m", "llada_jax", "train", "--config", runs.directory / "small.py", "--workdir", together, *words,

@@ -15,10 +15,10 @@ from llada_jax.optim import make_optimizer, make_schedule
 from llada_jax.sharding import AXES, make_mesh
 from llada_jax.state import abstract_metrics, abstract_state, create_state, make_model, make_train_step
 
-V, MASK, BOS = 6, 6, 7  # symbols of the source; the two special ids come after them
-T, B, NUM_STEPS = 16, 128, 1200
+V, MASK, BOS = 4, 4, 5  # symbols of the source; the two special ids come after them
+T, B = 8, 64
 
-TRANSITIONS = np.random.default_rng(3).dirichlet(np.full(V, 0.4), size=V)
+TRANSITIONS = np.random.default_rng(5).dirichlet(np.full(V, 0.4), size=V)
 STATIONARY = np.linalg.matrix_power(TRANSITIONS, 200)[0]
 
 
@@ -39,13 +39,13 @@ def rows_of(num_rows, rng):
     return {"tokens": rows, "segment_ids": ones, "positions": positions, "is_maskable": ones > 0}
 
 
-def trained(objective, *, causal):
-    a = Architecture(vocab_size=8, num_layers=2, d_model=64, num_heads=4, num_kv_heads=4, head_dim=16, d_ff=128)
+def trained(objective, *, causal, num_steps):
+    a = Architecture(vocab_size=6, num_layers=2, d_model=64, num_heads=4, num_kv_heads=4, head_dim=16, d_ff=128)
     model = make_model(a, causal=causal)
     mesh = make_mesh(dict.fromkeys(AXES, 1), devices=jax.devices()[:1])
     rate = make_schedule(
         name="cosine", learning_rate=5e-3, warmup_steps=50, final_learning_rate=0.0, decay_fraction=0, decay_shape="linear",
-        stages=(), num_steps=NUM_STEPS, tokens_per_step=B * T,
+        stages=(), num_steps=num_steps, tokens_per_step=B * T,
     )  # fmt: skip
     optimizer = make_optimizer(
         rate, name="adamw", b1=0.9, b2=0.95, eps=1e-8, weight_decay=0.0, weight_decay_multipliers=(),
@@ -60,25 +60,25 @@ def trained(objective, *, causal):
         donate_argnums=0,
     )
     rng = np.random.default_rng(0)
-    for _ in range(NUM_STEPS):
+    for _ in range(num_steps):
         state = step(state, rows_of(B, rng))
     return model, state.params
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", ["masked_diffusion", "autoregressive"])
-def test_a_trained_model_reaches_the_entropy_of_a_markov_source_and_is_never_below(name):
+@pytest.mark.parametrize(("name", "num_steps"), [("masked_diffusion", 600), ("autoregressive", 200)])
+def test_a_trained_model_reaches_the_entropy_of_a_markov_source_and_is_never_below(name, num_steps):
     objective = {
         "masked_diffusion": functools.partial(masked_diffusion, mask_id=MASK),
         "autoregressive": functools.partial(autoregressive, bos_id=BOS),
     }[name]
-    model, params = trained(objective, causal=name == "autoregressive")
+    model, params = trained(objective, causal=name == "autoregressive", num_steps=num_steps)
     scorer, metric = likelihood.bound_objective(name, mask_id=MASK, bos_id=BOS)
     rng = np.random.default_rng(99)
     batches = [rows_of(1024, rng) for _ in range(40)]
     bound = likelihood.bound(scorer, model.nll_fn, params, batches, name=metric, num_rows=1024)
     entropy = entropy_per_token()
-    assert 0.3 < entropy < 0.6  # of log 6 = 1.79: much to learn, and something left
+    assert 0.7 < entropy < 0.9  # of log 4 = 1.39: much to learn, and something left
     assert bound.standard_error < 0.01 * entropy
     assert bound.nats_per_token < 1.03 * entropy
     assert bound.nats_per_token > entropy - 3 * bound.standard_error

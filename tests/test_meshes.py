@@ -30,7 +30,7 @@ def straight(runs):
         ("data-fsdp-tensor", 8, 1, ["mesh.data=2", "mesh.fsdp=2", "mesh.tensor=2"]),
         ("sequence-expert", 8, 1, ["mesh.sequence=4", "mesh.fsdp=1", "mesh.expert=2"]),
         ("two-processes", 4, 2, []),
-        ("two-processes-data-tensor", 4, 2, ["mesh.data=4", "mesh.fsdp=1", "mesh.tensor=2"]),
+        ("two-processes-data-tensor", 2, 2, ["mesh.data=2", "mesh.fsdp=1", "mesh.tensor=2"]),
         ("accumulation", 1, 1, ["optimizer.gradient_accumulation=4"]),
         ("accumulation-fsdp", 8, 1, ["optimizer.gradient_accumulation=2"]),
         ("remat", 1, 1, ["model.remat=full"]),

@@ -226,7 +226,11 @@ def compiled(tmp_path_factory):
 
     def compiled(name: str, *words: str) -> subprocess.CompletedProcess:
         if name not in finished:
-            environment = {**libtpu_environment(), "JAX_PLATFORMS": "cpu"}
+            environment = {
+                **libtpu_environment(),
+                "JAX_PLATFORMS": "cpu",
+                "JAX_OPTIMIZATION_LEVEL": LEVELS.get(name, "UNKNOWN"),
+            }
             command = [sys.executable, "-m", "llada_jax", "plan", "--compile", "--json", *words]
             finished[name] = subprocess.run(
                 command,
@@ -246,6 +250,10 @@ SLICES = {
     "v6e-256": ("--topology", "v6e-256", "--config.data.batch_size=512"),
     "2 x v5e-256": ("--topology", "v5e-256", "--slices", "2", "--config.data.batch_size=512", "--config.mesh.data=2"),
 }
+
+
+# One slice is compiled as a run would compile it, the others in a third of the time (docs/plan.md).
+LEVELS = {"v6e-256": "O0", "2 x v5e-256": "O0"}
 
 
 def report_of(compiled, name: str) -> dict:
@@ -273,8 +281,8 @@ def test_weights_are_gathered_twice_and_gradients_reduced_once_a_step(compiled, 
     assert {check["what"]: check["words"] for check in report["compiled"]["checks"] if not check["ok"]} == {}
     totals = plan.totals_by_purpose(report["compiled"]["collectives"])
     assert 2 * 2 * MATRICES * 0.95 < totals["gather"] < 2 * 2 * MATRICES * 1.3
-    embedding = 2 * 126_464 * 4096  # its gradient is reduced between replicas too, and the head's is float32 there
-    most = 2 * MATRICES + (2 * embedding if name == "2 x v5e-256" else 0)
+    # The gradient of the embedding is reduced too where the compiler makes less effort; between replicas twice.
+    most = 2 * MATRICES + 2 * 126_464 * 4096 * {"v5p-128": 0, "v6e-256": 1, "2 x v5e-256": 2}[name]
     assert 2 * MATRICES * 0.95 < totals["scatter"] + totals["reduce"] < 1.05 * most
 
 

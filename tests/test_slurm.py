@@ -220,7 +220,7 @@ SAVES_WHEN_TOLD = "signal.signal(signal.SIGTERM, lambda *_: sys.exit(42)); print
 
 
 def training(runs, workdir: Path, *overrides: str) -> list[str]:
-    knobs = [f"data.path={runs.dataset}", f"log.compilation_cache={runs.directory / 'xla'}", *overrides]
+    knobs = [f"data.path={runs.dataset}", *overrides]
     config = ["--config", str(runs.directory / "small.py"), "--workdir", str(workdir)]
     return [sys.executable, "-m", "llada_jax", "train", *config, *(f"--config.{knob}" for knob in knobs)]
 
@@ -375,7 +375,7 @@ def test_a_sweep_is_one_array_and_the_same_command_runs_only_what_is_not_finishe
     config = tmp_path / "rates.py"
     points = "def sweep(add):\n    for rate in (1e-3, 1e-2):\n        add({'schedule.learning_rate': rate})\n"
     config.write_text((runs.directory / "small.py").read_text() + "\n\n" + points)
-    knobs = [f"data.path={runs.dataset}", f"log.compilation_cache={runs.directory / 'xla'}", "num_steps=3"]
+    knobs = [f"data.path={runs.dataset}", "num_steps=3"]
     sweep = [
         "llada-jax",
         "sweep",

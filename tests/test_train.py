@@ -4,11 +4,13 @@ import json
 import lzma
 from pathlib import Path
 
+import jax
 import numpy as np
 import pytest
 from conftest import SEQUENCE_LENGTH, free_port, losses, metric_lines, write_dataset
 
 from llada_jax.__main__ import main
+from llada_jax.train import compilation_cache
 
 CONFIGS = sorted((Path(__file__).parent.parent / "configs").glob("*.py"))
 SMALL = {
@@ -29,6 +31,19 @@ def test_every_config_trains_when_it_is_made_small(config, runs):
     log = runs.train(workdir, *words(SMALL), config=config)
     assert [line["step"] for line in metric_lines(workdir, "train")] == [1, 2]
     assert "final heldout" in log
+
+
+def test_the_compilation_cache_is_where_the_config_says_else_the_environment_else_in_the_home():
+    known = jax.config.jax_compilation_cache_dir
+    try:
+        for said, setting, expected in (
+            ("/there", "auto", "/there"), ("/there", "/here", "/here"), ("/there", "", None),
+            (None, "auto", str(Path.home() / ".cache/llada_jax")), (None, "", None),
+        ):  # fmt: skip
+            jax.config.update("jax_compilation_cache_dir", said)
+            assert compilation_cache(setting) == expected
+    finally:
+        jax.config.update("jax_compilation_cache_dir", known)
 
 
 @pytest.fixture(scope="module")
@@ -236,11 +251,11 @@ def sampled_texts(workdir) -> list[str]:
 @pytest.mark.slow
 def test_several_processes_sample_while_they_train_what_one_samples(runs):
     # so many denoising steps stood still for ever when they were dispatched all at once
-    lengths = [f"samples.{name}=48" for name in ("gen_length", "steps", "block_length")]
-    knobs = ("num_steps=6", "samples.every_steps=6", *lengths)
+    lengths = [f"samples.{name}=32" for name in ("gen_length", "steps", "block_length")]
+    knobs = ("num_steps=6", "schedule.name=cosine", "samples.every_steps=6", *lengths)
     alone, together = runs.directory / "samples-of-one", runs.directory / "samples-of-two"
     runs.train(alone, *knobs)
-    runs.train(together, *knobs, num_devices=4, num_processes=2)
+    runs.train(together, *knobs, num_devices=2, num_processes=2)
     texts = sampled_texts(alone)
     assert len(texts) == 1
     assert len(texts[0]) > 4
