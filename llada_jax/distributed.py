@@ -63,7 +63,7 @@ def initialize(*, initialization_timeout_s: int = 300, heartbeat_timeout_s: int 
         lambda: f"Not all processes met within {initialization_timeout_s} s at {where} ({seen(place)}); {remedy}."
     )
     try:
-        with saying_who_is_missing(place):
+        with saying(lambda: seen(place)):
             jax.distributed.initialize(
                 **(arguments or {}),  # what JAX finds by itself, it also needs to choose the devices of a process
                 initialization_timeout=initialization_timeout_s,
@@ -164,9 +164,10 @@ def place_in_cluster(timeout_s: int) -> dict:
     from jax._src.clusters import ClusterEnv
 
     try:
-        address, count, number, _ = ClusterEnv.auto_detect_unset_distributed_params(
-            None, None, None, None, None, timeout_s
-        )
+        with saying(lambda: "the address of the first host is not known yet"):
+            address, count, number, _ = ClusterEnv.auto_detect_unset_distributed_params(
+                None, None, None, None, None, timeout_s
+            )
     except RuntimeError as error:
         raise LostPeer(f"This cluster does not say where the processes meet ({_first_line(error)}).") from error
     if None in (address, count, number):  # chips, but no slice: one host
@@ -195,13 +196,13 @@ def seen(place: dict) -> str:
 
 
 @contextlib.contextmanager
-def saying_who_is_missing(place: dict):
-    """Says every WAITING_S seconds who has come."""
+def saying(words):
+    """Says every WAITING_S seconds for how long that has been so, and `words()`."""
     began, ended = time.monotonic(), threading.Event()
 
     def say() -> None:
         while not ended.wait(WAITING_S):
-            print(f"waiting     {time.monotonic() - began:.0f} s: {seen(place)}", file=sys.stderr, flush=True)
+            print(f"waiting     {time.monotonic() - began:.0f} s: {words()}", file=sys.stderr, flush=True)
 
     threading.Thread(target=say, daemon=True).start()
     try:

@@ -147,6 +147,14 @@ def test_a_host_of_a_tpu_vm_slice_finds_its_place(on_a_tpu_vm):
     assert done.stdout.strip() == f"{place} 4", done.stderr
 
 
+def test_while_the_name_of_the_first_host_does_not_resolve_it_says_so(on_a_tpu_vm, monkeypatch):
+    environment, code = on_a_tpu_vm
+    monkeypatch.setitem(MetadataServer.SAYS, "worker-network-endpoints", "w0:0:nowhere.invalid,w1:1:b,w2:2:c,w3:3:d")
+    done = run_python(code + "distributed.WAITING_S = 1; distributed.place_in_cluster(3)", environment)
+    assert re.search(r"waiting +[1-9] s: the address of the first host is not known yet", done.stderr), done.stderr
+    assert "This cluster does not say where the processes meet" in done.stderr.splitlines()[-1]
+
+
 def test_what_stands_still_is_ended_with_the_stacks_of_all_threads():
     done = run_python(
         """

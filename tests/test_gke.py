@@ -1,7 +1,6 @@
 """The manifests of launch/gke.py, judged by others: the Kubernetes schemas, the JobSet CRD, xpk, and a real kubectl.
 
-kubectl talks to a few lines of a Kubernetes API on loopback that record what arrives. xpk goes into a cache of its own when
-LLADA_JAX_REQUIRE_ALL=1 (it brings 400 MB); LLADA_JAX_XPK names one that is already there.
+kubectl talks to a few lines of a Kubernetes API on loopback that record what arrives.
 """
 
 import contextlib
@@ -20,7 +19,7 @@ from pathlib import Path
 
 import pytest
 import yaml
-from required import absent, library, must_be_there, program
+from required import absent, library, program
 
 ROOT = Path(__file__).parent.parent
 sys.path.insert(0, str(ROOT / "launch"))
@@ -29,7 +28,6 @@ import gke  # noqa: E402
 
 from llada_jax.hardware import ACCELERATORS, SLICES, slice_named  # noqa: E402
 
-XPK = "1.16.0"
 CRD = Path(os.environ.get("LLADA_JAX_JOBSET_CRD", ROOT.parent / "shared/schemas/jobset.x-k8s.io_jobsets.yaml"))
 COMMAND = ["llada-jax", "train", "--config", "configs/llada_8b.py", "--workdir", "gs://bucket/run"]
 
@@ -277,14 +275,10 @@ def test_capacity_selects_the_nodes(capacity, label, taint):
 
 @pytest.fixture(scope="module")
 def xpk() -> str:
-    given = os.environ.get("LLADA_JAX_XPK")
-    path = Path(given) if given else Path.home() / f".cache/llada_jax/xpk-{XPK}/bin/xpk"
-    if not path.exists() and not must_be_there():
-        absent(f"xpk is not installed: python3 -m venv {path.parent.parent} && {path.parent}/pip install xpk=={XPK}")
-    if not path.exists():
-        subprocess.run([sys.executable, "-m", "venv", str(path.parent.parent)], check=True)
-        subprocess.run([str(path.parent / "pip"), "install", "--quiet", f"xpk=={XPK}"], check=True)
-    return str(path)
+    home = Path(sys.prefix) / "xpk"  # an environment of its own: it pins what others need newer
+    if not (home / "bin/xpk").exists():
+        absent(f"xpk is not installed: python3 -m venv {home} && {home}/bin/pip install xpk==1.16.0")
+    return str(home / "bin/xpk")
 
 
 def ask_xpk(xpk: str, tmp_path: Path, *flags: str) -> dict:

@@ -233,9 +233,9 @@ def processes(workdir: Path) -> list[int]:
 
 
 SHORT_RUN = (
-    "num_steps=200",
+    "num_steps=120",
     "log.every_steps=2",
-    "checkpoint.every_steps=100",
+    "checkpoint.every_steps=60",
     "evaluation.every_steps=0",
     "log.tensorboard=False",
 )
@@ -260,7 +260,7 @@ def test_a_run_that_is_cancelled_preempted_and_loses_a_process_is_the_undisturbe
     ended = job.wait_for_end()  # "COMPLETING" while it saves
     assert (ended["JobState"], ended["Restarts"]) == ("CANCELLED", "0"), job.told()
     saved = last_logged_step(workdir)
-    assert 10 <= saved < 200
+    assert 10 <= saved < 120
     job = submit(*words, command=training(runs, workdir, *SHORT_RUN))
     # 2. An urgent job takes both nodes for two seconds. Until SLURM sends SIGCONT and SIGTERM, a process stands still.
     job.wait(lambda: last_logged_step(workdir) >= saved + 10)
@@ -269,7 +269,7 @@ def test_a_run_that_is_cancelled_preempted_and_loses_a_process_is_the_undisturbe
     subprocess.run(urgent, check=True, stdout=subprocess.DEVNULL)
     job.wait_for_start(1)
     saved = last_logged_step(workdir)
-    assert saved < 200
+    assert saved < 120
     # 3. A process dies.
     job.wait(lambda: last_logged_step(workdir) >= saved + 10)
     os.kill(processes(workdir)[-1], signal.SIGKILL)
@@ -279,7 +279,7 @@ def test_a_run_that_is_cancelled_preempted_and_loses_a_process_is_the_undisturbe
     told = job.told()
     assert (ended["JobState"], ended["ExitCode"]) == ("COMPLETED", "0:0"), told
     assert "2 process" in told
-    assert len(set(re.findall(r"asked to stop: step (\d+) of 200 is saved", told))) == 2, told
+    assert len(set(re.findall(r"asked to stop: step (\d+) of 120 is saved", told))) == 2, told
     assert "start 2 of job" in told
     assert metric_lines(workdir) == metric_lines(straight)
 
