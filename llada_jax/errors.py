@@ -1,7 +1,9 @@
-"""Errors that end a command on purpose, each with the exit status that launchers and schedulers act on.
+"""Errors that end a command on purpose, each with the exit status that launchers and schedulers act
+on.
 
-0 done, 2 the user's mistake (one sentence, no traceback), 3 the numbers went wrong, 42 stopped without having failed:
-asked to stop, or another process is gone (start me again). Any other status, and any traceback, is a bug in llada_jax.
+0 done, 2 the user's mistake (one sentence, no traceback), 3 the numbers went wrong, 42 stopped
+without having failed: asked to stop, or another process is gone (start me again). Any other status,
+and any traceback, is a bug in llada_jax.
 """
 
 import difflib
@@ -9,13 +11,17 @@ import importlib
 
 
 class UserError(ValueError):
-    """The input cannot be used: the message gives the value, the constraint and the remedy in one sentence."""
+    """The input cannot be used: the message gives the value, the constraint and the remedy in one
+    sentence.
+    """
 
     exit_status = 2
 
 
 class NumericsError(ArithmeticError):
-    """The numbers are wrong: a loss is not finite (which steps, the last good checkpoint), or an export differs."""
+    """The numbers are wrong: a loss is not finite (which steps, the last good checkpoint), or an
+    export differs.
+    """
 
     exit_status = 3
 
@@ -27,7 +33,9 @@ class Preempted(RuntimeError):
 
 
 class LostPeer(RuntimeError):
-    """Another process of the run is gone or stuck: starting all of them again continues from the last checkpoint."""
+    """Another process of the run is gone or stuck: starting all of them again continues from the
+    last checkpoint.
+    """
 
     exit_status = 42
 
@@ -44,7 +52,9 @@ def one_line(text: str) -> str:
 
 
 def did_you_mean(word: str, known) -> str:
-    """Returns ' Did you mean ...?' for the closest of `known`, otherwise ' Known: ...' with all of them."""
+    """Returns ' Did you mean ...?' for the closest of `known`, otherwise ' Known: ...' with all of
+    them.
+    """
     known = sorted(str(k) for k in known)
     close = difflib.get_close_matches(str(word), known, n=1, cutoff=0.6)
     if close:
@@ -60,7 +70,9 @@ def look_up(table: dict, name: str, what: str):
 
 
 def require(module: str, *, extra: str = ""):
-    """Imports an optional library and returns it; raises UserError with the line that installs it when it is missing."""
+    """Imports an optional library and returns it; raises UserError with the line that installs it
+    when it is missing.
+    """
     try:
         return importlib.import_module(module)
     except ImportError as error:

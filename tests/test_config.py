@@ -1,4 +1,6 @@
-"""The config: what an override may say, which knobs exist, and that every choice it offers is one that the code takes."""
+"""The config: what an override may say, which knobs exist, and that every choice it offers is one
+that the code takes.
+"""
 
 import ast
 import math
@@ -13,9 +15,9 @@ import pytest
 from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 from ml_collections import ConfigDict
+from support.paths import ROOT
 
-from llada_jax import config as config_module
-from llada_jax import corruption, likelihood
+from llada_jax import config
 from llada_jax.config import (
     AT_LEAST,
     AUTO,
@@ -29,16 +31,20 @@ from llada_jax.config import (
     validate,
 )
 from llada_jax.errors import UserError
+from llada_jax.evaluation import likelihood
 from llada_jax.models.attention import IMPLEMENTATIONS, choose
+from llada_jax.models.model import compute_dtype, make_model
 from llada_jax.models.transformer import REMAT_POLICIES, Architecture
+from llada_jax.objectives import corruption
 from llada_jax.objectives.masked_diffusion import masked_diffusion
-from llada_jax.optim import OPTIMIZERS, make_optimizer, make_schedule
-from llada_jax.recipe import make_objective, optimizer_knobs
-from llada_jax.state import compute_dtype, make_model
+from llada_jax.training.optim import OPTIMIZERS, make_optimizer, make_schedule
+from llada_jax.training.step import make_objective, optimizer_knobs
 
-patient = settings(deadline=None, suppress_health_check=[HealthCheck.too_slow])  # the machine may be busy
+patient = settings(
+    deadline=None, suppress_health_check=[HealthCheck.too_slow]
+)  # the machine may be busy
 
-CONFIGS = sorted((Path(__file__).parent.parent / "configs").glob("*.py"))
+CONFIGS = sorted((ROOT / "configs").glob("*.py"))
 DEFAULT = default_config()
 PATHS = knobs(DEFAULT)
 
@@ -48,7 +54,9 @@ VALUES = {
     int: st.integers(-(10**12), 10**12),
     float: NUMBERS,
     str: st.text(),
-    tuple: st.lists(st.one_of(NUMBERS, st.text(), st.tuples(st.text(), NUMBERS)), max_size=3).map(tuple),
+    tuple: st.lists(st.one_of(NUMBERS, st.text(), st.tuples(st.text(), NUMBERS)), max_size=3).map(
+        tuple
+    ),
 }
 
 
@@ -65,7 +73,7 @@ def valid(**changes) -> ConfigDict:
     return config
 
 
-# ------------------------------------------------------------------------------------------------------ the overrides
+# ---- the overrides
 
 
 def written(value) -> str:
@@ -126,7 +134,10 @@ def test_any_text_gives_a_value_of_the_type_of_the_default_or_a_user_error(path,
         ("schedule.stages=((1e9, 1e-3, 1e-4),)", ((1e9, 1e-3, 1e-4),)),
         ("model.rope_scaling=(8.0, 1.0, 4.0, 8192.0)", (8.0, 1.0, 4.0, 8192.0)),
         ("model.rope_scaling=[]", ()),
-        ("optimizer.learning_rate_multipliers=(('embed', 2), ('.*', 1))", (("embed", 2), (".*", 1))),
+        (
+            "optimizer.learning_rate_multipliers=(('embed', 2), ('.*', 1))",
+            (("embed", 2), (".*", 1)),
+        ),
     ],
 )
 def test_overrides_as_people_write_them(override, value):
@@ -158,7 +169,7 @@ def test_overrides_are_applied_in_order_and_reach_the_validated_config(tmp_path)
         load_config(str(file), [])
 
 
-# ----------------------------------------------------------------------------------------------------- the validation
+# ---- the validation
 
 
 def test_the_defaults_are_valid_once_the_length_of_the_run_is_given():
@@ -166,7 +177,9 @@ def test_the_defaults_are_valid_once_the_length_of_the_run_is_given():
     validate(valid(**{"num_steps": 0, "num_tokens": 1000}))
 
 
-@pytest.mark.parametrize(("num_steps", "num_tokens"), [(0, 0), (5, 5), (-5, 100), (100, -5), (-1, -1), (-5, 0)])
+@pytest.mark.parametrize(
+    ("num_steps", "num_tokens"), [(0, 0), (5, 5), (-5, 100), (100, -5), (-1, -1), (-5, 0)]
+)
 def test_exactly_one_of_steps_and_tokens_says_how_long_to_train(num_steps, num_tokens):
     with pytest.raises(UserError, match="num_steps|num_tokens"):
         validate(valid(**{"num_steps": num_steps, "num_tokens": num_tokens}))
@@ -180,13 +193,17 @@ def test_every_lower_bound_is_of_a_knob_and_is_exact(path):
     changes = {"num_steps": 0, "num_tokens": 10} if path == "num_steps" else {}
     changes |= {"model.num_kv_heads": 1} if path == "model.num_heads" else {}
     validate(valid(**{**changes, path: kind(least)}))
-    with pytest.raises(UserError, match=re.escape(f"config.{path}={kind(least - 1)} must be at least {least}")):
+    with pytest.raises(
+        UserError, match=re.escape(f"config.{path}={kind(least - 1)} must be at least {least}")
+    ):
         validate(valid(**{**changes, path: kind(least - 1)}))
 
 
 def test_no_count_or_interval_may_be_negative():
     """Every integer knob has a lower bound but the axes of the mesh, where -1 means the rest."""
-    integers = [path for path in PATHS if type(knob(DEFAULT, path)) is int and not path.startswith("mesh.")]
+    integers = [
+        path for path in PATHS if type(knob(DEFAULT, path)) is int and not path.startswith("mesh.")
+    ]
     accepted = []
     for path in integers:
         try:
@@ -210,11 +227,14 @@ def test_every_choice_is_valid_and_a_typo_names_it(path):
     for choice in CHOICES[path]:
         validate(valid(**{path: choice}))
         if len(choice) > 4:
-            with pytest.raises(UserError, match=re.escape(f"config.{path}=") + ".*" + re.escape(f"mean {choice!r}?")):
+            with pytest.raises(
+                UserError,
+                match=re.escape(f"config.{path}=") + ".*" + re.escape(f"mean {choice!r}?"),
+            ):
                 validate(valid(**{path: choice[:-1]}))
 
 
-# ------------------------------------------------------------------------------ the choices are what the code takes
+# ---- the choices are what the code takes
 
 
 def test_the_choices_of_tables_are_the_keys_of_the_tables():
@@ -224,14 +244,18 @@ def test_the_choices_of_tables_are_the_keys_of_the_tables():
 
 
 def test_every_knob_that_lists_words_in_its_comment_has_those_choices():
-    """`# a | b` beside a knob in default_config is what CHOICES holds, so that the file that people read is right."""
-    source = Path(config_module.__file__).read_text()
+    """`# a | b` beside a knob in default_config is what CHOICES holds, so that the file that people
+    read is right.
+    """
+    source = Path(config.__file__).read_text()
     listed = {}
     for line in source.splitlines():
         found = re.match(r"\s+config\.([\w.]+) = .*#(.*\|.*)", line)
         if found:
             path, comment = found.groups()
-            (clause,) = (part for part in re.split("[:;]", re.sub(r"\([^)]*\)", "", comment)) if "|" in part)
+            (clause,) = (
+                part for part in re.split("[:;]", re.sub(r"\([^)]*\)", "", comment)) if "|" in part
+            )
             listed[path] = {word.split()[0] for word in clause.split("|")}
     assert set(listed) == set(CHOICES)
     for path, words in listed.items():
@@ -245,7 +269,9 @@ def schedule_knobs(**changes) -> dict:
 @pytest.mark.parametrize("name", CHOICES["schedule.name"])
 @pytest.mark.parametrize("shape", CHOICES["schedule.decay_shape"])
 def test_every_schedule_gives_positive_rates(name, shape):
-    schedule = make_schedule(**schedule_knobs(name=name, decay_shape=shape), num_steps=100, tokens_per_step=1 << 20)
+    schedule = make_schedule(
+        **schedule_knobs(name=name, decay_shape=shape), num_steps=100, tokens_per_step=1 << 20
+    )
     rates = np.array([schedule(step) for step in range(100)])
     assert (rates > 0).all()
     assert rates.max() <= 4e-4 * (1 + 1e-6)
@@ -253,7 +279,9 @@ def test_every_schedule_gives_positive_rates(name, shape):
 
 def test_the_decay_shapes_differ():
     rates = [
-        make_schedule(**schedule_knobs(name="wsd", decay_shape=shape), num_steps=100, tokens_per_step=1)(95)
+        make_schedule(
+            **schedule_knobs(name="wsd", decay_shape=shape), num_steps=100, tokens_per_step=1
+        )(95)
         for shape in CHOICES["schedule.decay_shape"]
     ]
     assert len(set(map(float, rates))) == len(rates)
@@ -295,9 +323,17 @@ def test_every_way_to_corrupt_and_to_weigh_is_taken(t_sampling, masking, weight)
         return scores
 
     loss_sum, count, metrics = masked_diffusion(
-        nll_fn, {}, batch, jax.random.key(0), jnp.arange(B), num_rows=B, mask_id=3, t_sampling=t_sampling,
-        masking=masking, weight=weight,
-    )  # fmt: skip
+        nll_fn,
+        {},
+        batch,
+        jax.random.key(0),
+        jnp.arange(B),
+        num_rows=B,
+        mask_id=3,
+        t_sampling=t_sampling,
+        masking=masking,
+        weight=weight,
+    )
     assert count == B * T
     num_masked = metrics["masked_accuracy"][1]
     assert 0 < num_masked <= B * T
@@ -310,7 +346,10 @@ def test_every_way_to_corrupt_and_to_weigh_is_taken(t_sampling, masking, weight)
 
 def test_the_two_ways_to_draw_t_differ_and_a_third_is_no_silent_default():
     rows = jnp.arange(4)
-    drawn = [corruption.sample_t(jax.random.key(0), rows, num_rows=4, t_sampling=how) for how in ("stratified", "iid")]
+    drawn = [
+        corruption.sample_t(jax.random.key(0), rows, num_rows=4, t_sampling=how)
+        for how in ("stratified", "iid")
+    ]
     assert not np.array_equal(*drawn)
     with pytest.raises(AssertionError, match="antithetic"):
         corruption.sample_t(jax.random.key(0), rows, num_rows=4, t_sampling="antithetic")
@@ -327,7 +366,9 @@ def test_every_optimizer_takes_a_step(name):
     for update, param in zip(jax.tree.leaves(updates), jax.tree.leaves(params)):
         assert update.shape == param.shape
         assert np.isfinite(update).all()
-        assert (np.asarray(update) < 0).mean() > 0.5  # downhill, but for what the decay of a large weight outweighs
+        assert (
+            np.asarray(update) < 0
+        ).mean() > 0.5  # downhill, but for what the decay of a large weight outweighs
 
 
 def architecture(**changes) -> Architecture:
@@ -349,7 +390,10 @@ def logits(**kwargs) -> np.ndarray:
     tokens_BT = jnp.arange(8)[None] % 5
     positions_BT = jnp.arange(8)[None]
     params = model.init(jax.random.key(0))
-    return np.asarray(jax.jit(model.logits_fn)(params, tokens_BT, jnp.ones_like(tokens_BT), positions_BT), np.float32)
+    return np.asarray(
+        jax.jit(model.logits_fn)(params, tokens_BT, jnp.ones_like(tokens_BT), positions_BT),
+        np.float32,
+    )
 
 
 def test_every_qk_norm_and_remat_policy_computes():
@@ -375,17 +419,23 @@ def test_every_dtype_is_one_and_auto_depends_on_the_platform():
 def test_auto_attention_is_an_implementation(platform, packed, sequence_length):
     for name in CHOICES["model.dtype"]:
         chosen = choose(
-            AUTO, platform=platform, packed=packed, sequence_length=sequence_length, head_dim=64,
+            AUTO,
+            platform=platform,
+            packed=packed,
+            sequence_length=sequence_length,
+            head_dim=64,
             dtype=compute_dtype(name, platform),
-        )  # fmt: skip
+        )
         assert chosen in IMPLEMENTATIONS
 
 
-# --------------------------------------------------------------------------------------------------- the config files
+# ---- the config files
 
 
 def test_there_are_the_published_and_the_small_configs():
-    assert {"tiny", "debug", "llada_160m", "llada_1b", "llada_8b"} <= {path.stem for path in CONFIGS}
+    assert {"tiny", "debug", "llada_160m", "llada_1b", "llada_8b"} <= {
+        path.stem for path in CONFIGS
+    }
 
 
 @pytest.mark.parametrize("path", CONFIGS, ids=lambda path: path.stem)
@@ -397,7 +447,9 @@ def test_every_config_loads_is_valid_and_says_how_to_run_it(path):
     docstring = ast.get_docstring(ast.parse(path.read_text()))
     if "make demo" in docstring:  # then the commands stand in the Makefile
         makefile = (path.parent.parent / "Makefile").read_text()
-        docstring += makefile.replace("$(RUN)", re.search(r"^RUN := (.*)$", makefile, flags=re.MULTILINE).group(1))
+        docstring += makefile.replace(
+            "$(RUN)", re.search(r"^RUN := (.*)$", makefile, flags=re.MULTILINE).group(1)
+        )
     verb = "sweep" if "sweep" in runpy.run_path(str(path)) else "train"
     assert f"{verb} --config configs/{path.name}" in docstring
     data = parse_sources(config.data.path)[0][0] if config.data.path else "--config.data.path="
@@ -429,9 +481,11 @@ def test_every_call_of_get_config_gives_a_config_of_its_own(path):
     assert second.data.batch_size == first.data.batch_size - 1
 
 
-# -------------------------------------------------------------------------------------------------------- the sources
+# ---- the sources
 
-DIRECTORIES = st.text(st.characters(blacklist_characters=",=", blacklist_categories=("Cs", "Z", "Cc")), min_size=1)
+DIRECTORIES = st.text(
+    st.characters(blacklist_characters=",=", blacklist_categories=("Cs", "Z", "Cc")), min_size=1
+)
 WEIGHTS = st.floats(min_value=1e-6, max_value=1e6)
 
 

@@ -1,0 +1,1 @@
+"""From raw text to batches: reading, tokenizing, packing, records on a disk, and the loader."""

@@ -1,14 +1,17 @@
 """The training and held-out batches, read with grain from packed records.
 
 A global batch is a pure function of (seed, step):
-    record(step, row) = permutation_of_epoch[step * batch_size + row]        with `row` the global row
-Every stage below is a grain MapDataset, that is, a function of an index without any state: shuffle, repeat and mix map
-the index, and the random length draws from a generator that is keyed by (seed, index). A host evaluates the function at
-the rows its devices own, so the same step holds the same rows on 1, 2 or 64 hosts, with any number of threads, and
-before and after a restart; the loader's whole state is `step`, and starting at a step replays nothing.
+    record(step, row) = permutation_of_epoch[step * batch_size + row]        with `row` the global
+    row
+Every stage below is a grain MapDataset, that is, a function of an index without any state: shuffle,
+repeat and mix map the index, and the random length draws from a generator that is keyed by (seed,
+index). A host evaluates the function at the rows its devices own, so the same step holds the same
+rows on 1, 2 or 64 hosts, with any number of threads, and before and after a restart; the loader's
+whole state is `step`, and starting at a step replays nothing.
 
-Decoding a record takes 13 us at T = 128 and 26 us at T = 4096, and the whole pipeline about 130 us a row at either
-length (1 and 20-28 million tokens/s on one CPU core), so threads suffice and no worker processes are started.
+Decoding a record takes 13 us at T = 128 and 26 us at T = 4096, and the whole pipeline about 130 us
+a row at either length (1 and 20-28 million tokens/s on one CPU core), so threads suffice and no
+worker processes are started.
 """
 
 import sys
@@ -43,35 +46,40 @@ def train_batches(
 ) -> Iterator[Batch]:
     """Returns the endless batches of the mixture from `start_step` on.
 
-    Each dataset is shuffled anew every epoch and repeated; the datasets take turns in the proportion of their weights
-    (grain rounds a weight to 1% of the smallest one), so that no record of a dataset is seen twice before all are seen
-    once.
+    Each dataset is shuffled anew every epoch and repeated; the datasets take turns in the
+    proportion of their weights (grain rounds a weight to 1% of the smallest one), so that no record
+    of a dataset is seen twice before all are seen once.
 
     Args:
         sources: (directory, weight) of each dataset.
-        batch_size: B, the global batch in sequences; one larger than the dataset repeats it within a batch.
+        batch_size: B, the global batch in sequences; one larger than the dataset repeats it within
+            a batch.
         sequence_length: T; must be that of the records.
         seed: non-negative; decides the order and the random lengths.
-        rows: the global rows in [0, B) that this host reads, in the order of the returned arrays; all by default. Hosts
-            may own rows that are not contiguous and, where the mesh replicates, rows that others own too.
+        rows: the global rows in [0, B) that this host reads, in the order of the returned arrays;
+            all by default. Hosts may own rows that are not contiguous and, where the mesh
+            replicates, rows that others own too.
         start_step: the step of the first batch.
-        random_length_probability: how often a row keeps only its first U{1..T} tokens and the rest becomes padding
-            (1% in LLaDA, arXiv 2502.09992).
-        attend_across_documents: True (as LLaDA published) makes all tokens of a row one segment with positions 0..T-1;
-            False gives each document its own segment and positions.
+        random_length_probability: how often a row keeps only its first U{1..T} tokens and the rest
+            becomes padding (1% in LLaDA, arXiv 2502.09992).
+        attend_across_documents: True (as LLaDA published) makes all tokens of a row one segment
+            with positions 0..T-1; False gives each document its own segment and positions.
         num_threads: threads that read ahead; 0 reads in the caller's thread.
         prefetch: batches that are kept ready, R * T * 13 bytes each.
 
-    Returns an iterator of {"tokens", "segment_ids", "positions": int32[R,T], "is_maskable": bool[R,T]}, R = len(rows).
-    Padding has token 0, segment 0 and is not maskable.
+    Returns an iterator of {"tokens", "segment_ids", "positions": int32[R,T], "is_maskable":
+    bool[R,T]}, R = len(rows). Padding has token 0, segment 0 and is not maskable.
 
-    Raises UserError at once for unusable datasets or arguments, and from `next` for a damaged record.
+    Raises UserError at once for unusable datasets or arguments, and from `next` for a damaged
+    record.
     """
     infos = _open(sources, sequence_length=sequence_length)
     if seed < 0:
         raise UserError(f"seed is {seed} and must not be negative: choose 0 or more.")
     shuffled = [
-        grain.MapDataset.source(Records(info, split="train")).shuffle(seed=_stream(seed, _SHUFFLE, number)).repeat()
+        grain.MapDataset.source(Records(info, split="train"))
+        .shuffle(seed=_stream(seed, _SHUFFLE, number))
+        .repeat()
         for number, info in enumerate(infos)
     ]
     dataset = (
@@ -80,7 +88,9 @@ def train_batches(
         .map(_row_for(attend_across_documents))
     )
     rows = _check_rows(rows, batch_size=batch_size)
-    dataset = _HostRows(dataset, batch_size=batch_size, rows=rows, start_step=start_step).batch(len(rows))
+    dataset = _HostRows(dataset, batch_size=batch_size, rows=rows, start_step=start_step).batch(
+        len(rows)
+    )
     return _iterate(dataset, num_threads=num_threads, prefetch=prefetch)
 
 
@@ -96,14 +106,18 @@ def heldout_batches(
     num_threads: int = 4,
     prefetch: int = 8,
 ) -> Iterator[Batch]:
-    """Returns the batches of a split in file order: every token exactly once, whole rows, no random length.
+    """Returns the batches of a split in file order: every token exactly once, whole rows, no random
+    length.
 
-    The last batch is filled with empty rows (segment 0, not maskable), so that all hosts see the same number of batches
-    of the same shape. `max_batches` keeps only the first ones. The other arguments are those of `train_batches`.
+    The last batch is filled with empty rows (segment 0, not maskable), so that all hosts see the
+    same number of batches of the same shape. `max_batches` keeps only the first ones. The other
+    arguments are those of `train_batches`.
     """
     (info,) = _open([(directory, 1.0)], sequence_length=sequence_length, split=split)
     rows = _check_rows(rows, batch_size=batch_size)
-    source = _Padded(Records(info, split=split), multiple=batch_size, sequence_length=sequence_length)
+    source = _Padded(
+        Records(info, split=split), multiple=batch_size, sequence_length=sequence_length
+    )
     dataset = grain.MapDataset.source(source).map(_row_for(attend_across_documents))
     dataset = _HostRows(dataset, batch_size=batch_size, rows=rows, start_step=0).batch(len(rows))
     return islice(_iterate(dataset, num_threads=num_threads, prefetch=prefetch), max_batches)
@@ -139,7 +153,9 @@ def describe(sources: Sequence[Source], *, sequence_length: int) -> tuple[Source
             num_tokens=info.splits["train"].num_tokens,
             num_padding=info.splits["train"].num_padding,
             bytes_per_token={
-                name: split.num_bytes / split.num_tokens for name, split in info.splits.items() if split.num_tokens
+                name: split.num_bytes / split.num_tokens
+                for name, split in info.splits.items()
+                if split.num_tokens
             },
         )
         for info, (_, weight) in zip(infos, sources, strict=True)
@@ -147,9 +163,13 @@ def describe(sources: Sequence[Source], *, sequence_length: int) -> tuple[Source
 
 
 class _HostRows(grain.MapDataset):
-    """Maps a host's n-th row to the global row of the parent: step and place in `rows`, then step * B + row."""
+    """Maps a host's n-th row to the global row of the parent: step and place in `rows`, then step *
+    B + row.
+    """
 
-    def __init__(self, parent: grain.MapDataset, *, batch_size: int, rows: Sequence[int], start_step: int):
+    def __init__(
+        self, parent: grain.MapDataset, *, batch_size: int, rows: Sequence[int], start_step: int
+    ):
         super().__init__(parent)
         self._batch_size, self._rows, self._start_step = batch_size, tuple(rows), start_step
 
@@ -177,30 +197,47 @@ class _Padded:
     def __getitem__(self, index: int) -> dict[str, np.ndarray]:
         if index < len(self._records):
             return self._records[index]
-        return {name: np.zeros(self._sequence_length, np.int32) for name in ("tokens", "segment_ids", "positions")}
+        return {
+            name: np.zeros(self._sequence_length, np.int32)
+            for name in ("tokens", "segment_ids", "positions")
+        }
 
 
-def _open(sources: Sequence[Source], *, sequence_length: int, split: str = "train") -> list[DatasetInfo]:
-    """Reads every dataset of a mixture and checks that they can be trained on together; see the messages for what."""
+def _open(
+    sources: Sequence[Source], *, sequence_length: int, split: str = "train"
+) -> list[DatasetInfo]:
+    """Reads every dataset of a mixture and checks that they can be trained on together; see the
+    messages for what.
+    """
     if not sources:
-        raise UserError("No dataset is given: name at least one directory that llada-jax prepare wrote.")
+        raise UserError(
+            "No dataset is given: name at least one directory that llada-jax prepare wrote."
+        )
     infos = []
     for directory, weight in sources:
         info = read_dataset(directory)
         if not 0 < weight < float("inf"):
-            raise UserError(f"{directory} has weight {weight}: give a positive number, or leave the dataset out.")
+            raise UserError(
+                f"{directory} has weight {weight}: give a positive number, or leave the dataset "
+                "out."
+            )
         if info.sequence_length != sequence_length:
             raise UserError(
-                f"{directory} holds records of sequence_length {info.sequence_length} and {sequence_length} is asked "
-                f"for: set sequence_length to {info.sequence_length}, or prepare the text again with "
+                f"{directory} holds records of sequence_length {info.sequence_length} and "
+                f"{sequence_length} is asked "
+                f"for: set sequence_length to {info.sequence_length}, or prepare the text again "
+                "with "
                 f"--sequence-length {sequence_length}."
             )
         if info.split(split).num_records == 0:
-            raise UserError(f"The {split} split of {directory} holds no records: prepare more text.")
+            raise UserError(
+                f"The {split} split of {directory} holds no records: prepare more text."
+            )
         if infos and info.tokenizer["fingerprint"] != infos[0].tokenizer["fingerprint"]:
             raise UserError(
                 f"{infos[0].directory} and {directory} were written with different tokenizers "
-                f"({infos[0].tokenizer['fingerprint'][:12]} and {info.tokenizer['fingerprint'][:12]}): prepare both "
+                f"({infos[0].tokenizer['fingerprint'][:12]} and "
+                f"{info.tokenizer['fingerprint'][:12]}): prepare both "
                 f"with --tokenizer {infos[0].directory}/tokenizer."
             )
         infos.append(info)
@@ -208,7 +245,9 @@ def _open(sources: Sequence[Source], *, sequence_length: int, split: str = "trai
 
 
 def _check_rows(rows: Sequence[int] | None, *, batch_size: int) -> Sequence[int]:
-    """Returns the rows to read, all of them for None; a row outside the batch is a programmer's error."""
+    """Returns the rows to read, all of them for None; a row outside the batch is a programmer's
+    error.
+    """
     if batch_size < 1:
         raise UserError(f"batch_size is {batch_size} and must be at least 1.")
     rows = range(batch_size) if rows is None else [int(row) for row in rows]
@@ -220,14 +259,16 @@ def _check_rows(rows: Sequence[int] | None, *, batch_size: int) -> Sequence[int]
 def _stream(seed: int, purpose: int, number: int) -> int:
     """Returns a 32-bit seed for one random stream.
 
-    The three numbers are hashed, because grain shuffles epoch e with seed + e: with plain seeds, epoch 1 of a run with
-    seed 0 would be epoch 0 of the run with seed 1.
+    The three numbers are hashed, because grain shuffles epoch e with seed + e: with plain seeds,
+    epoch 1 of a run with seed 0 would be epoch 0 of the run with seed 1.
     """
     return int(np.random.SeedSequence([seed, purpose, number]).generate_state(1)[0])
 
 
 def _random_length(probability: float):
-    """Returns the random map that, with this probability, keeps only the first U{1..T} tokens of a row."""
+    """Returns the random map that, with this probability, keeps only the first U{1..T} tokens of a
+    row.
+    """
     if not 0 <= probability <= 1:
         raise UserError(f"random_length_probability is {probability} and must lie between 0 and 1.")
 
@@ -247,7 +288,12 @@ def _row_for(attend_across_documents: bool):
     def one_segment(row: dict) -> dict:
         is_real_T = row["segment_ids"] > 0
         positions_T = np.arange(len(is_real_T), dtype=np.int32)
-        return {**row, "segment_ids": is_real_T.astype(np.int32), "positions": positions_T, "is_maskable": is_real_T}
+        return {
+            **row,
+            "segment_ids": is_real_T.astype(np.int32),
+            "positions": positions_T,
+            "is_maskable": is_real_T,
+        }
 
     def segment_per_document(row: dict) -> dict:
         return {**row, "is_maskable": row["segment_ids"] > 0}
@@ -257,7 +303,11 @@ def _row_for(attend_across_documents: bool):
 
 def _iterate(dataset: grain.MapDataset, *, num_threads: int, prefetch: int) -> Iterator[Batch]:
     """Yields the elements, read ahead by threads that end with the iteration."""
-    iterator = iter(dataset.to_iter_dataset(grain.ReadOptions(num_threads=num_threads, prefetch_buffer_size=prefetch)))
+    iterator = iter(
+        dataset.to_iter_dataset(
+            grain.ReadOptions(num_threads=num_threads, prefetch_buffer_size=prefetch)
+        )
+    )
     try:
         yield from iterator
     finally:

@@ -9,14 +9,16 @@ import numpy as np
 def pack(
     documents: Iterable[np.ndarray], *, sequence_length: int, eos_id: int
 ) -> Iterator[tuple[np.ndarray, np.ndarray]]:
-    """Joins documents, an EOS after each, and cuts the stream into rows; a document may go on in the next row.
+    """Joins documents, an EOS after each, and cuts the stream into rows; a document may go on in
+    the next row.
 
     Args:
         documents: int[any] token ids of one document each, without EOS.
         sequence_length: T.
 
     Yields:
-        (tokens int32[n], starts bool[n]), starts True where a document begins; n = T, in the last row 1 <= n <= T.
+        (tokens int32[n], starts bool[n]), starts True where a document begins; n = T, in the last
+        row 1 <= n <= T.
     """
     tokens, starts, length = [], [], 0
     for document in documents:
@@ -38,7 +40,8 @@ def pack(
 
 
 def is_heldout(text: str, *, fraction: float) -> bool:
-    """True for about `fraction` of all texts, decided by a hash of the text alone: equal texts share a side.
+    """True for about `fraction` of all texts, decided by a hash of the text alone: equal texts
+    share a side.
 
     So the split depends neither on the order of the documents nor on the files that hold them.
     """

@@ -1,11 +1,14 @@
-"""Packed records: fixed-length rows of token ids in ArrayRecord shards, and the dataset.json that describes them.
+"""Packed records: fixed-length rows of token ids in ArrayRecord shards, and the dataset.json that
+describes them.
 
 A record of a dataset with `sequence_length` T is, in little endian,
     uint32                        num_tokens n, 1 <= n <= T
     uint16[T] or uint32[T]        token ids, uint16 when vocab_size <= 65,536; zero from n on
-    uint8[ceil(T/8)]              bit i (least significant first) is 1 where token i begins a document
-so every record of a dataset has the same number of bytes: 4 + 2 * 4096 + 512 = 8,708 at T = 4096 with uint16.
-Riegeli, the format below ArrayRecord, hashes every record, so a flipped bit is found when the record is read.
+    uint8[ceil(T/8)]              bit i (least significant first) is 1 where token i begins a
+    document
+so every record of a dataset has the same number of bytes: 4 + 2 * 4096 + 512 = 8,708 at T = 4096
+with uint16. Riegeli, the format below ArrayRecord, hashes every record, so a flipped bit is found
+when the record is read.
 """
 
 import contextlib
@@ -30,7 +33,9 @@ JSON_NAME = "dataset.json"
 
 
 def token_dtype(vocab_size: int) -> np.dtype:
-    """Returns the little-endian integer type in which ids below `vocab_size` are stored: 2 bytes where they fit."""
+    """Returns the little-endian integer type in which ids below `vocab_size` are stored: 2 bytes
+    where they fit.
+    """
     return np.dtype("<u2" if vocab_size <= 65_536 else "<u4")
 
 
@@ -44,7 +49,8 @@ def encode_record(tokens, starts, *, sequence_length: int, vocab_size: int) -> b
 
     Args:
         tokens: int[n] token ids in [0, vocab_size), 1 <= n <= sequence_length.
-        starts: bool[n], True where a document begins; False at 0 when the row continues the document of the row before.
+        starts: bool[n], True where a document begins; False at 0 when the row continues the
+            document of the row before.
         sequence_length: T; the row is padded to it.
         vocab_size: decides the width of an id and bounds it.
 
@@ -53,11 +59,15 @@ def encode_record(tokens, starts, *, sequence_length: int, vocab_size: int) -> b
     tokens, starts = np.asarray(tokens), np.asarray(starts, dtype=bool)
     n = len(tokens)
     if tokens.ndim != 1 or starts.shape != tokens.shape or not 1 <= n <= sequence_length:
-        raise ValueError(f"{tokens.shape=} and {starts.shape=} must both be (n,) with 1 <= n <= {sequence_length=}")
+        raise ValueError(
+            f"{tokens.shape=} and {starts.shape=} must both be (n,) with 1 <= n <= "
+            f"{sequence_length=}"
+        )
     low, high = int(tokens.min()), int(tokens.max())
     if low < 0 or high >= vocab_size:
         raise UserError(
-            f"Token ids reach from {low} to {high}, outside the {vocab_size} ids of the vocabulary: use the tokenizer "
+            f"Token ids reach from {low} to {high}, outside the {vocab_size} ids of the "
+            "vocabulary: use the tokenizer "
             "that has this vocab_size."
         )
     padded_T = np.zeros(sequence_length, dtype=token_dtype(vocab_size))
@@ -65,23 +75,28 @@ def encode_record(tokens, starts, *, sequence_length: int, vocab_size: int) -> b
     starts_T = np.zeros(sequence_length, dtype=bool)
     starts_T[:n] = starts
     return (
-        np.uint32(n).astype("<u4").tobytes() + padded_T.tobytes() + np.packbits(starts_T, bitorder="little").tobytes()
+        np.uint32(n).astype("<u4").tobytes()
+        + padded_T.tobytes()
+        + np.packbits(starts_T, bitorder="little").tobytes()
     )
 
 
 def decode_record(data: bytes, *, sequence_length: int, vocab_size: int) -> dict[str, np.ndarray]:
     """Unpacks the bytes of `encode_record`.
 
-    Returns {"tokens": int32[T], "segment_ids": int32[T], "positions": int32[T]}. Segments count the documents of the
-    row from 1 in order, 0 is padding; positions restart from 0 at each document, and at the beginning of a row that
-    continues a document of the row before; tokens and positions of the padding are 0.
+    Returns {"tokens": int32[T], "segment_ids": int32[T], "positions": int32[T]}. Segments count the
+    documents of the row from 1 in order, 0 is padding; positions restart from 0 at each document,
+    and at the beginning of a row that continues a document of the row before; tokens and positions
+    of the padding are 0.
 
-    Raises UserError, without the name of a file, when the bytes are no record of this length and vocabulary.
+    Raises UserError, without the name of a file, when the bytes are no record of this length and
+    vocabulary.
     """
     size = record_size(sequence_length=sequence_length, vocab_size=vocab_size)
     if len(data) != size:
         raise UserError(
-            f"a record has {len(data)} bytes instead of the {size} of sequence_length {sequence_length} with "
+            f"a record has {len(data)} bytes instead of the {size} of sequence_length "
+            f"{sequence_length} with "
             f"{vocab_size} token ids"
         )
     dtype = token_dtype(vocab_size)
@@ -92,10 +107,13 @@ def decode_record(data: bytes, *, sequence_length: int, vocab_size: int) -> dict
     if not 1 <= n <= sequence_length:
         raise UserError(f"a record claims {n} tokens, which must be 1 to {sequence_length}")
     if stored_T.max() >= vocab_size:
-        raise UserError(f"a record holds the token id {stored_T.max()} of a vocabulary of {vocab_size}")
+        raise UserError(
+            f"a record holds the token id {stored_T.max()} of a vocabulary of {vocab_size}"
+        )
 
     (starts,) = np.nonzero(np.unpackbits(bitmap, count=n, bitorder="little"))
-    # Without a start at 0 the row opens with the rest of a document of the row before, which is a segment too.
+    # Without a start at 0 the row opens with the rest of a document of the row before, which is a
+    # segment too.
     is_continued = len(starts) == 0 or starts[0] > 0
     bounds = np.concatenate(([0] if is_continued else [], starts, [n])).astype(np.int32)
     lengths = bounds[1:] - bounds[:-1]
@@ -103,20 +121,26 @@ def decode_record(data: bytes, *, sequence_length: int, vocab_size: int) -> dict
     positions_T = np.zeros(sequence_length, dtype=np.int32)
     segment_ids_T[:n] = np.repeat(np.arange(1, len(bounds), dtype=np.int32), lengths)
     positions_T[:n] = np.arange(n, dtype=np.int32) - np.repeat(bounds[:-1], lengths)
-    return {"tokens": stored_T.astype(np.int32), "segment_ids": segment_ids_T, "positions": positions_T}
+    return {
+        "tokens": stored_T.astype(np.int32),
+        "segment_ids": segment_ids_T,
+        "positions": positions_T,
+    }
 
 
 def write_shard(path, records: Iterable[bytes]) -> int:
     """Writes the records as one ArrayRecord file and returns their number.
 
-    The bytes go to `path` + ".partial", reach the disk, and only then take the name `path`: a shard that exists is
-    whole. When anything fails, the partial file is removed. Raises UserError when the disk does not take the bytes.
+    The bytes go to `path` + ".partial", reach the disk, and only then take the name `path`: a shard
+    that exists is whole. When anything fails, the partial file is removed. Raises UserError when
+    the disk does not take the bytes.
     """
     path = epath.Path(path)
     partial = epath.Path(f"{path}.partial")
     num_records = 0
     try:
-        # group_size:1 makes every record its own chunk, so that a shuffled read decodes one record and no neighbour.
+        # group_size:1 makes every record its own chunk, so that a shuffled read decodes one record
+        # and no neighbour.
         writer = array_record_module.ArrayRecordWriter(os.fspath(partial), "group_size:1")
         try:
             for record in records:
@@ -141,7 +165,8 @@ def _close(writer, path) -> None:
         writer.close()
     except RuntimeError as error:
         raise UserError(
-            f"{path} could not be written ({str(error).splitlines()[0]}): check that the folder exists, can be written "
+            f"{path} could not be written ({str(error).splitlines()[0]}): check that the folder "
+            "exists, can be written "
             "to and has free space, then run prepare again."
         ) from error
 
@@ -153,7 +178,8 @@ def _sync(path) -> None:
             os.fsync(file.fileno())
     except OSError as error:
         raise UserError(
-            f"{path} could not be written ({error.strerror}): free some space and run prepare again."
+            f"{path} could not be written ({error.strerror}): free some space and run prepare "
+            "again."
         ) from error
 
 
@@ -168,7 +194,9 @@ class Shard:
 
 @dataclass(frozen=True, kw_only=True)
 class Split:
-    """The counts of one split; num_tokens is text plus one EOS a document, num_bytes the UTF-8 bytes of the text."""
+    """The counts of one split; num_tokens is text plus one EOS a document, num_bytes the UTF-8
+    bytes of the text.
+    """
 
     num_records: int
     num_tokens: int
@@ -199,7 +227,9 @@ class DatasetInfo:
 
 
 def write_dataset_json(directory, content: dict) -> None:
-    """Writes DIR/dataset.json at once: the old file or the new one, never a half. Raises UserError when it cannot."""
+    """Writes DIR/dataset.json at once: the old file or the new one, never a half. Raises UserError
+    when it cannot.
+    """
     path = epath.Path(directory) / JSON_NAME
     partial = epath.Path(f"{path}.partial")
     try:
@@ -209,20 +239,23 @@ def write_dataset_json(directory, content: dict) -> None:
         with contextlib.suppress(OSError):
             partial.unlink(missing_ok=True)
         raise UserError(
-            f"{path} could not be written ({error.strerror}): free some space or choose another --output."
+            f"{path} could not be written ({error.strerror}): free some space or choose another "
+            "--output."
         ) from error
 
 
 def read_dataset(directory) -> DatasetInfo:
-    """Reads DIR/dataset.json and checks that every shard lies beside it with the size that was recorded.
+    """Reads DIR/dataset.json and checks that every shard lies beside it with the size that was
+    recorded.
 
-    Raises UserError when the directory is no dataset written by prepare, was written by another version of the format,
-    or has lost or damaged a shard.
+    Raises UserError when the directory is no dataset written by prepare, was written by another
+    version of the format, or has lost or damaged a shard.
     """
     directory = epath.Path(directory)
     if "://" in str(directory):
         raise UserError(
-            f"{directory} is not on a mounted disk: ArrayRecord reads local paths, so copy or mount it first."
+            f"{directory} is not on a mounted disk: ArrayRecord reads local paths, so copy or "
+            "mount it first."
         )
     content = _read_json(directory)
     try:
@@ -230,8 +263,13 @@ def read_dataset(directory) -> DatasetInfo:
             directory=os.fspath(directory),
             sequence_length=int(content["sequence_length"]),
             fingerprint=str(content["fingerprint"]),
-            tokenizer={**content["tokenizer"], "vocab_size": int(content["tokenizer"]["vocab_size"])},
-            splits={name: _parse_split(directory, split) for name, split in content["splits"].items()},
+            tokenizer={
+                **content["tokenizer"],
+                "vocab_size": int(content["tokenizer"]["vocab_size"]),
+            },
+            splits={
+                name: _parse_split(directory, split) for name, split in content["splits"].items()
+            },
         )
         info.tokenizer["fingerprint"]  # Compared across the datasets of a mixture.
     except (KeyError, TypeError, ValueError, AttributeError) as error:
@@ -252,19 +290,26 @@ def _read_json(directory) -> dict:
         content = json.loads(path.read_text())
     except (FileNotFoundError, NotADirectoryError) as error:
         raise UserError(
-            f"{directory} holds no {JSON_NAME}: give the --output directory of a finished llada-jax prepare."
+            f"{directory} holds no {JSON_NAME}: give the --output directory of a finished "
+            "llada-jax prepare."
         ) from error
     except OSError as error:
-        raise UserError(f"{path} cannot be read ({error.strerror}): check its permissions.") from error
+        raise UserError(
+            f"{path} cannot be read ({error.strerror}): check its permissions."
+        ) from error
     except ValueError as error:
-        raise UserError(f"{path} is not valid JSON ({error}): run prepare again into an empty directory.") from error
+        raise UserError(
+            f"{path} is not valid JSON ({error}): run prepare again into an empty directory."
+        ) from error
     if not isinstance(content, dict) or "format" not in content:
         raise UserError(
-            f"{path} was not written by llada-jax prepare: it names no format, so give the directory of a dataset."
+            f"{path} was not written by llada-jax prepare: it names no format, so give the "
+            "directory of a dataset."
         )
     if content["format"] != FORMAT:
         raise UserError(
-            f"{path} has format {content['format']!r} and this version reads format {FORMAT}: prepare the text again."
+            f"{path} has format {content['format']!r} and this version reads format {FORMAT}: "
+            "prepare the text again."
         )
     return content
 
@@ -291,31 +336,40 @@ def _check_shard(shard: Shard) -> None:
     try:
         size = epath.Path(shard.path).stat().length
     except OSError as error:
-        reason = "is missing" if error.errno in (errno.ENOENT, None) else f"cannot be read ({error.strerror})"
+        reason = (
+            "is missing"
+            if error.errno in (errno.ENOENT, None)
+            else f"cannot be read ({error.strerror})"
+        )
         raise UserError(
             f"Shard {shard.path} {reason}: run prepare again, which writes only what is missing."
         ) from error
     if size != shard.num_bytes_on_disk:
         raise UserError(
-            f"Shard {shard.path} has {size} bytes instead of the {shard.num_bytes_on_disk} that were written: "
+            f"Shard {shard.path} has {size} bytes instead of the {shard.num_bytes_on_disk} that "
+            "were written: "
             "delete it and run prepare again, which writes only what is missing."
         )
 
 
 class Records:
-    """The decoded records of one split, in the order of its shards, as a random-access source for grain.
+    """The decoded records of one split, in the order of its shards, as a random-access source for
+    grain.
 
-    Threads may read at the same time. Shards are opened when first read. A record that cannot be read or decoded raises
-    UserError with the shard, the record's number in it and the remedy.
+    Threads may read at the same time. Shards are opened when first read. A record that cannot be
+    read or decoded raises UserError with the shard, the record's number in it and the remedy.
     """
 
     def __init__(self, info: DatasetInfo, *, split: str):
         self._shards = [shard for shard in info.split(split).shards if shard.num_records]
         self._ends = list(accumulate(shard.num_records for shard in self._shards))
         self._sizes = {"sequence_length": info.sequence_length, "vocab_size": info.vocab_size}
-        # "path[0:n]" hands over the count from dataset.json, so that thousands of shards need not be opened at start.
+        # "path[0:n]" hands over the count from dataset.json, so that thousands of shards need not
+        # be opened at start.
         self._source = (
-            ArrayRecordDataSource([f"{s.path}[0:{s.num_records}]" for s in self._shards]) if self._shards else ()
+            ArrayRecordDataSource([f"{s.path}[0:{s.num_records}]" for s in self._shards])
+            if self._shards
+            else ()
         )
 
     def __len__(self) -> int:
@@ -337,7 +391,8 @@ class Records:
         number = bisect_right(self._ends, index)
         shard = self._shards[number]
         record = f"Record {index - (self._ends[number] - shard.num_records)} of shard {shard.path}"
-        # A system call that fails, "open() failed: Too many open files", says nothing against the shard.
+        # A system call that fails, "open() failed: Too many open files", says nothing against the
+        # shard.
         if re.search(r"\w\(\) failed", reason):
             return f"{record} cannot be read ({reason}): check the disk, the permissions and the limit of open files."
         return (

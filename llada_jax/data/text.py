@@ -1,4 +1,5 @@
-"""Readers of raw text (.txt, .jsonl, .parquet; plain or compressed; local or behind a URL) as streams of documents.
+"""Readers of raw text (.txt, .jsonl, .parquet; plain or compressed; local or behind a URL) as
+streams of documents.
 
 Nothing here holds more than one document and one block of BLOCK_BYTES of a file in memory.
 """
@@ -17,7 +18,9 @@ from pathlib import Path
 
 from llada_jax.errors import UserError, require
 
-BLOCK_BYTES = 1 << 20  # read at once: large enough to stream from an object store, small beside any document limit
+BLOCK_BYTES = (
+    1 << 20
+)  # read at once: large enough to stream from an object store, small beside any document limit
 
 FORMATS = (".txt", ".jsonl", ".parquet")
 COMPRESSIONS = ("", ".gz", ".xz", ".zst")
@@ -26,7 +29,9 @@ SUFFIXES = tuple(f + c for f in FORMATS for c in COMPRESSIONS if f != ".parquet"
 
 @dataclass(frozen=True)
 class Input:
-    """One file to read: its path or URL, its size in bytes as stored, and what changes when it is rewritten."""
+    """One file to read: its path or URL, its size in bytes as stored, and what changes when it is
+    rewritten.
+    """
 
     path: str
     size: int
@@ -35,7 +40,11 @@ class Input:
     @property
     def identity(self) -> list:
         """What tells two inputs apart, for the fingerprints of what was made from them."""
-        return [self.path if "://" in self.path else os.path.abspath(self.path), self.size, self.version]
+        return [
+            self.path if "://" in self.path else os.path.abspath(self.path),
+            self.size,
+            self.version,
+        ]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -45,7 +54,8 @@ class Cut:
     Attributes:
         documents: "file", "line" or "record"; "": .txt by file, .jsonl and .parquet by record.
         text_field: the field of a .jsonl record, or column of a .parquet file, that holds the text.
-        document_start: in .txt, a line in which this regular expression is found begins a new document; "" for none.
+        document_start: in .txt, a line in which this regular expression is found begins a new
+            document; "" for none.
     """
 
     documents: str = ""
@@ -57,7 +67,8 @@ class Cut:
 
 
 def find_inputs(patterns: list[str]) -> list[Input]:
-    """Returns the files that paths, globs and directories (searched recursively) name, sorted and each once.
+    """Returns the files that paths, globs and directories (searched recursively) name, sorted and
+    each once.
 
     Raises:
         UserError: a pattern names nothing, or a file whose name ends in none of SUFFIXES.
@@ -67,7 +78,8 @@ def find_inputs(patterns: list[str]) -> list[Input]:
         matches = _find_remote(pattern) if "://" in pattern else _find_local(pattern)
         if not matches:
             raise UserError(
-                f"--input {pattern!r} matches no file; give files, globs or directories with files that end in "
+                f"--input {pattern!r} matches no file; give files, globs or directories with files "
+                "that end in "
                 f"{', '.join(FORMATS)} (text also {', '.join(COMPRESSIONS[1:])})."
             )
         found.update({match.path: match for match in matches})
@@ -80,7 +92,9 @@ def _find_local(pattern: str) -> list[Input]:
     if os.path.isdir(pattern):
         with _reading(pattern):
             paths = [
-                os.path.join(folder, name) for folder, _, names in os.walk(pattern, onerror=_raise) for name in names
+                os.path.join(folder, name)
+                for folder, _, names in os.walk(pattern, onerror=_raise)
+                for name in names
             ]
         paths = [path for path in paths if path.endswith(SUFFIXES)]
     elif os.path.isfile(pattern):
@@ -101,7 +115,9 @@ def _raise(error: OSError):
 def _find_remote(pattern: str) -> list[Input]:
     with _reading(pattern):
         fs, path = require("fsspec", extra="data").core.url_to_fs(pattern)
-        if fs.isfile(path):  # asked first: "?" in a web address is no wildcard, and a web page is no directory
+        if fs.isfile(
+            path
+        ):  # asked first: "?" in a web address is no wildcard, and a web page is no directory
             infos = [fs.info(path)]
         elif fs.isdir(path):
             infos = [i for i in fs.find(path, detail=True).values() if i["name"].endswith(SUFFIXES)]
@@ -109,9 +125,16 @@ def _find_remote(pattern: str) -> list[Input]:
             infos = [i for i in fs.glob(path, detail=True).values() if i["type"] == "file"]
     inputs = []
     for info in infos:
-        # Every file system has its own word for it; without one, the size alone tells that a file has changed.
-        marks = [str(info[key]) for key in ("ETag", "etag", "mtime", "LastModified", "created") if key in info]
-        inputs.append(Input(fs.unstrip_protocol(info["name"]), info["size"] or 0, "".join(marks[:1])))
+        # Every file system has its own word for it; without one, the size alone tells that a file
+        # has changed.
+        marks = [
+            str(info[key])
+            for key in ("ETag", "etag", "mtime", "LastModified", "created")
+            if key in info
+        ]
+        inputs.append(
+            Input(fs.unstrip_protocol(info["name"]), info["size"] or 0, "".join(marks[:1]))
+        )
     return inputs
 
 
@@ -119,7 +142,10 @@ def _format_of(path: str) -> str:
     for suffix in SUFFIXES:
         if path.endswith(suffix):
             return "." + suffix.split(".")[1]
-    raise UserError(f"Input file {path!r} is of no known format; its name must end in one of {', '.join(SUFFIXES)}.")
+    raise UserError(
+        f"Input file {path!r} is of no known format; its name must end in one of "
+        f"{', '.join(SUFFIXES)}."
+    )
 
 
 def check_cut(inputs: list[Input], cut: Cut) -> None:
@@ -130,26 +156,38 @@ def check_cut(inputs: list[Input], cut: Cut) -> None:
         try:
             re.compile(cut.document_start)
         except re.error as error:
-            raise UserError(f"--document-start {cut.document_start!r} is no regular expression: {error}.") from error
+            raise UserError(
+                f"--document-start {cut.document_start!r} is no regular expression: {error}."
+            ) from error
         if cut.documents:
             raise UserError(
-                f"--document-start {cut.document_start!r} and --documents {cut.documents} contradict; keep one."
+                f"--document-start {cut.document_start!r} and --documents {cut.documents} "
+                "contradict; keep one."
             )
         if other:
-            raise UserError(f"--document-start does not fit {other!r}, which holds records; prepare it without.")
+            raise UserError(
+                f"--document-start does not fit {other!r}, which holds records; prepare it without."
+            )
     if cut.documents == "record" and with_text:
-        raise UserError("--documents record does not fit .txt files, which have no records; use file or line.")
+        raise UserError(
+            "--documents record does not fit .txt files, which have no records; use file or line."
+        )
     if cut.documents in ("file", "line") and other:
-        raise UserError(f"--documents {cut.documents} does not fit {other!r}, which holds records; use record.")
+        raise UserError(
+            f"--documents {cut.documents} does not fit {other!r}, which holds records; use record."
+        )
 
 
 # ---- reading documents
 
 
-def read_documents(path: str, cut: Cut, on_read: Callable[[int], None] = lambda num_bytes: None) -> Iterator[str]:
+def read_documents(
+    path: str, cut: Cut, on_read: Callable[[int], None] = lambda num_bytes: None
+) -> Iterator[str]:
     """Yields the documents of one file in order, empty ones included.
 
-    The documents of a .txt joined are the file again, except that with documents="line" the line ends are gone.
+    The documents of a .txt joined are the file again, except that with documents="line" the line
+    ends are gone.
 
     Args:
         path: local path or URL.
@@ -157,7 +195,8 @@ def read_documents(path: str, cut: Cut, on_read: Callable[[int], None] = lambda 
         on_read: called with the bytes of the file (as stored) read since the last call.
 
     Raises:
-        UserError: unreadable or truncated file, invalid UTF-8, a line that is no JSON, a missing field; with the place.
+        UserError: unreadable or truncated file, invalid UTF-8, a line that is no JSON, a missing
+            field; with the place.
     """
     form = _format_of(path)
     if form == ".parquet":
@@ -202,10 +241,15 @@ def _jsonl_documents(path: str, blocks: Iterator[bytes], field: str) -> Iterator
         try:
             record = json.loads(line)
         except ValueError as error:
-            raise UserError(f"{where} is not valid JSON ({error}); mend or remove the line.") from error
+            raise UserError(
+                f"{where} is not valid JSON ({error}); mend or remove the line."
+            ) from error
         if not isinstance(record, dict) or field not in record:
             fields = ", ".join(record) if isinstance(record, dict) else "none, it is no JSON object"
-            raise UserError(f"{where} has no field {field!r} (its fields: {fields}); name one with --text-field.")
+            raise UserError(
+                f"{where} has no field {field!r} (its fields: {fields}); name one with "
+                "--text-field."
+            )
         yield _checked_text(record[field], where=where, field=field)
 
 
@@ -213,11 +257,13 @@ def _parquet_documents(path: str, field: str, on_read: Callable[[int], None]) ->
     parquet = require("pyarrow.parquet", extra="data")
     with _open(path) as file, _reading(path):
         size = file.seek(0, os.SEEK_END)
-        # Read page by page: pre-buffering would load whole row groups, which may be as large as the file.
+        # Read page by page: pre-buffering would load whole row groups, which may be as large as the
+        # file.
         table = parquet.ParquetFile(file, pre_buffer=False, buffer_size=BLOCK_BYTES)
         if field not in table.schema_arrow.names:
             raise UserError(
-                f"{path} has no column {field!r} (its columns: {', '.join(table.schema_arrow.names)}); name one with "
+                f"{path} has no column {field!r} (its columns: "
+                f"{', '.join(table.schema_arrow.names)}); name one with "
                 "--text-field."
             )
         done = 0
@@ -225,19 +271,25 @@ def _parquet_documents(path: str, field: str, on_read: Callable[[int], None]) ->
             for i, text in enumerate(batch.column(0).to_pylist(), start=done):
                 yield _checked_text(text, where=f"{path}, row {i}", field=field)
             before, done = done, done + batch.num_rows
-            on_read(size * done // table.metadata.num_rows - size * before // table.metadata.num_rows)
+            on_read(
+                size * done // table.metadata.num_rows - size * before // table.metadata.num_rows
+            )
 
 
 def _checked_text(value, *, where: str, field: str) -> str:
     if value is None:
         return ""
     if not isinstance(value, str):
-        raise UserError(f"{where}: {field!r} is a {type(value).__name__}, not text; name another with --text-field.")
+        raise UserError(
+            f"{where}: {field!r} is a {type(value).__name__}, not text; name another with "
+            "--text-field."
+        )
     try:
         value.encode()
     except UnicodeEncodeError as error:
         raise UserError(
-            f"{where}: {field!r} holds half of a surrogate pair at character {error.start}, which is no Unicode text; "
+            f"{where}: {field!r} holds half of a surrogate pair at character {error.start}, which "
+            "is no Unicode text; "
             "mend or remove the record."
         ) from error
     return value
@@ -249,7 +301,8 @@ def _decode(data: bytes, *, path: str, line: int, offset: int) -> str:
     except UnicodeDecodeError as error:
         line += data.count(b"\n", 0, error.start)
         raise UserError(
-            f"{path} is not valid UTF-8 at byte {offset + error.start} (line {line}): {error.reason}; convert "
+            f"{path} is not valid UTF-8 at byte {offset + error.start} (line {line}): "
+            f"{error.reason}; convert "
             "the file, for example with iconv -t UTF-8."
         ) from error
 
@@ -300,8 +353,9 @@ def _xz_blocks(file) -> Iterator[bytes]:
 
 
 def _zstd_blocks(file) -> Iterator[bytes]:
-    # The library's own stream reader takes a truncated file for a complete one. What it is given here is decompressed
-    # at once, whatever it grows to, hence in small steps: of ordinary text a few kB, never more than 32 MB.
+    # The library's own stream reader takes a truncated file for a complete one. What it is given
+    # here is decompressed at once, whatever it grows to, hence in small steps: of ordinary text a
+    # few kB, never more than 32 MB.
     zstandard = require("zstandard", extra="data")
     frame = None
     for block in _plain_blocks(file, 1024):
@@ -340,11 +394,15 @@ def _reading(path: str):
     except UnicodeDecodeError as error:
         raise UserError(f"{path} is not valid UTF-8 ({error}); write it again as UTF-8.") from error
     except (OSError, ImportError) as error:
-        raise UserError(f"{path} cannot be read: {error}; check the path and its permissions.") from error
+        raise UserError(
+            f"{path} cannot be read: {error}; check the path and its permissions."
+        ) from error
     except Exception as error:
         library = type(error).__module__.split(".")[0]
         if library in ("pyarrow", "zstandard"):
             raise UserError(f"{path} is damaged ({error}); fetch or write it again.") from error
         if "://" in path:  # each file system behind a URL has errors of its own
-            raise UserError(f"{path} cannot be read: {library}: {error}; check the address and credentials.") from error
+            raise UserError(
+                f"{path} cannot be read: {library}: {error}; check the address and credentials."
+            ) from error
         raise

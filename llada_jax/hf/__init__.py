@@ -1,1 +1,1 @@
-"""The published Hugging Face layout of LLaDA checkpoints."""
+"""The Hugging Face layout of checkpoints: reading, writing, converting and verifying."""

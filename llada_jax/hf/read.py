@@ -1,4 +1,5 @@
-"""Reads safetensors of a Hugging Face directory straight into sharded arrays: a host reads the slices its devices hold.
+"""Reads safetensors of a Hugging Face directory straight into sharded arrays: a host reads the
+slices its devices hold.
 
 Names, shapes, dtypes and the length of every file are checked before the first number is read.
 """
@@ -42,11 +43,15 @@ def read_json(file: Path) -> dict:
     try:
         content = json.loads(file.read_text())
     except OSError as error:
-        raise UserError(f"{file} cannot be read ({error.strerror}); fetch the whole checkpoint again.") from error
+        raise UserError(
+            f"{file} cannot be read ({error.strerror}); fetch the whole checkpoint again."
+        ) from error
     except ValueError as error:
         raise UserError(f"{file} is not valid JSON ({error}); fetch it again.") from error
     if not isinstance(content, dict):
-        raise UserError(f"{file} holds a {type(content).__name__} where an object is expected; fetch it again.")
+        raise UserError(
+            f"{file} holds a {type(content).__name__} where an object is expected; fetch it again."
+        )
     return content
 
 
@@ -63,7 +68,7 @@ def read_config(directory) -> tuple[dict, str, Architecture]:
         raise UserError(f"{directory}/{error}") from error
 
 
-# ------------------------------------------------------------------------------------------- what is in the directory
+# ---- what is in the directory
 
 
 def list_tensors(directory) -> dict[str, Stored]:
@@ -78,11 +83,14 @@ def list_tensors(directory) -> dict[str, Stored]:
     if (directory / SINGLE).exists():
         return _list_file(directory / SINGLE)
     others = sorted(
-        file.name for pattern in ("*.safetensors", "*.bin", "*.pt", "*.gguf") for file in directory.glob(pattern)
+        file.name
+        for pattern in ("*.safetensors", "*.bin", "*.pt", "*.gguf")
+        for file in directory.glob(pattern)
     )
     holds = f"it holds {others[0]}" if others else "it holds no weights"
     raise UserError(
-        f"{directory} has neither {SINGLE} nor {INDEX} ({holds}); fetch the whole checkpoint, or save it with "
+        f"{directory} has neither {SINGLE} nor {INDEX} ({holds}); fetch the whole checkpoint, or "
+        "save it with "
         "model.save_pretrained(..., safe_serialization=True)."
     )
 
@@ -92,20 +100,29 @@ def _list_file(file: Path) -> dict[str, Stored]:
     try:
         with safetensors.safe_open(file, framework="numpy") as opened:
             slices = {name: opened.get_slice(name) for name in opened.keys()}  # noqa: SIM118 it is no dict
-            return {name: Stored(file, tuple(s.get_shape()), s.get_dtype()) for name, s in slices.items()}
+            return {
+                name: Stored(file, tuple(s.get_shape()), s.get_dtype())
+                for name, s in slices.items()
+            }
     except (safetensors.SafetensorError, OSError) as error:
         size = file.stat().st_size if file.exists() else 0
-        raise UserError(f"{file} is damaged or cut short at {size:,} bytes ({error}); fetch it again.") from error
+        raise UserError(
+            f"{file} is damaged or cut short at {size:,} bytes ({error}); fetch it again."
+        ) from error
 
 
 def _list_shards(directory: Path) -> dict[str, Stored]:
     index = read_json(directory / INDEX).get("weight_map")
     if not isinstance(index, dict) or not all(isinstance(file, str) for file in index.values()):
-        raise UserError(f"{directory / INDEX} has no weight_map from tensors to files; fetch it again.")
+        raise UserError(
+            f"{directory / INDEX} has no weight_map from tensors to files; fetch it again."
+        )
     files = sorted(set(index.values()))
     missing = [file for file in files if not (directory / file).exists()]
     if missing:
-        raise UserError(f"{directory} lacks {_some(missing)}, which {INDEX} lists; fetch the whole checkpoint.")
+        raise UserError(
+            f"{directory} lacks {_some(missing)}, which {INDEX} lists; fetch the whole checkpoint."
+        )
     stored = {}
     for file in files:
         found = _list_file(directory / file)
@@ -113,14 +130,18 @@ def _list_shards(directory: Path) -> dict[str, Stored]:
         wrong += [name for name in found if index.get(name) != file]
         if wrong:
             raise UserError(
-                f"{directory / INDEX} and {file} disagree about {_some(wrong)}; fetch both from the same revision."
+                f"{directory / INDEX} and {file} disagree about {_some(wrong)}; fetch both from "
+                "the same revision."
             )
         stored |= found
     return stored
 
 
-def check_tensors(directory, stored: dict[str, Stored], expected: list[Tensor], allowed: set[str]) -> None:
-    """Raises UserError that names what is missing, unexpected, misshapen, or of a dtype that is no float.
+def check_tensors(
+    directory, stored: dict[str, Stored], expected: list[Tensor], allowed: set[str]
+) -> None:
+    """Raises UserError that names what is missing, unexpected, misshapen, or of a dtype that is no
+    float.
 
     Args:
         allowed: names that may be there beside the expected.
@@ -129,19 +150,26 @@ def check_tensors(directory, stored: dict[str, Stored], expected: list[Tensor], 
     faults = {
         "lacks": [tensor.name for tensor in expected if tensor.name not in stored],
         # frequencies that follow from config.json, saved by old versions of transformers
-        "does not expect": [n for n in stored if n not in names | allowed and not n.endswith("rotary_emb.inv_freq")],
+        "does not expect": [
+            n for n in stored if n not in names | allowed and not n.endswith("rotary_emb.inv_freq")
+        ],
         "has misshapen": [
             f"{tensor.name} {list(stored[tensor.name].shape)} instead of {list(tensor.hf_shape)}"
             for tensor in expected
             if tensor.name in stored and stored[tensor.name].shape != tensor.hf_shape
         ],
         "has of another dtype than a float": [
-            f"{name} ({stored[name].dtype})" for name in sorted(names & set(stored)) if stored[name].dtype not in DTYPES
+            f"{name} ({stored[name].dtype})"
+            for name in sorted(names & set(stored))
+            if stored[name].dtype not in DTYPES
         ],
     }
     told = [f"{verb} {_some(what)}" for verb, what in faults.items() if what]
     if told:
-        raise UserError(f"{directory} {'; it '.join(told)}: config.json and its tensors must be of one checkpoint.")
+        raise UserError(
+            f"{directory} {'; it '.join(told)}: config.json and its tensors must be of one "
+            "checkpoint."
+        )
 
 
 def _some(names: list[str], most: int = 4) -> str:
@@ -149,25 +177,32 @@ def _some(names: list[str], most: int = 4) -> str:
     return ", ".join(names[:most]) + (f" and {len(names) - most} more" if len(names) > most else "")
 
 
-# --------------------------------------------------------------------------------------------------------- reading it
+# ---- reading it
 
 
 def read_params(directory, abstract: dict) -> dict:
-    """Returns the parameters of a checkpoint, float32, the layers stacked, each in the shards of its device.
+    """Returns the parameters of a checkpoint, float32, the layers stacked, each in the shards of
+    its device.
 
-    One parameter is read after the other, so a host holds, beside what its devices hold, one stacked parameter at most.
+    One parameter is read after the other, so a host holds, beside what its devices hold, one
+    stacked parameter at most.
 
     Args:
-        abstract: nested dict of ShapeDtypeStructs with shardings, as of llada_jax.state. A vocabulary longer than the
-            file's is filled up with zeros, see `fill_rows`.
+        abstract: nested dict of ShapeDtypeStructs with shardings, as of llada_jax.training.state. A
+            vocabulary longer than the file's is filled up with zeros, see `fill_rows`.
 
     Raises:
-        UserError: the directory is damaged, is not the network that its config.json describes, or holds NaN or infinity.
+        UserError: the directory is damaged, is not the network that its config.json describes, or
+            holds NaN or infinity.
     """
     _, layout, a = read_config(directory)
     stored = list_tensors(directory)
     expected = tensors(layout, a)
-    copy = tensors(layout, dataclasses.replace(a, tie_embeddings=False))[-1].name if a.tie_embeddings else None
+    copy = (
+        tensors(layout, dataclasses.replace(a, tie_embeddings=False))[-1].name
+        if a.tie_embeddings
+        else None
+    )
     check_tensors(directory, stored, expected, {copy} if copy else set())
     if copy in stored:
         _check_copies(directory, stored[expected[0].name], expected[0].name, stored[copy], copy)
@@ -183,7 +218,9 @@ def read_params(directory, abstract: dict) -> dict:
 
 
 def _check_copies(directory, one: Stored, one_name: str, other: Stored, other_name: str) -> None:
-    """config.json says that head and embedding are one, and the file holds both (as iLLaDA's does): they must be equal."""
+    """config.json says that head and embedding are one, and the file holds both (as iLLaDA's does):
+    they must be equal.
+    """
     rows = one.shape[0]
     same = one.shape == other.shape
     for row in range(0, rows if same else 0, COMPARED_ROWS):
@@ -191,7 +228,8 @@ def _check_copies(directory, one: Stored, one_name: str, other: Stored, other_na
         same = same and np.array_equal(_read(one, one_name, part), _read(other, other_name, part))
     if not same:
         raise UserError(
-            f"{directory}/{CONFIG} ties head and embedding, but {other_name} differs from {one_name}; set "
+            f"{directory}/{CONFIG} ties head and embedding, but {other_name} differs from "
+            f"{one_name}; set "
             "tie_word_embeddings (weight_tying) to false if the model was trained with both."
         )
 
@@ -216,7 +254,9 @@ def _read_parameter(of_path: list[Tensor], stored: dict[str, Stored], leaf) -> j
 
 
 def _read_part(of_path: list[Tensor], stored: dict[str, Stored], bounds) -> np.ndarray:
-    """Returns one part of a parameter, float32; bounds are (start, stop) of each of its dims, the layers included."""
+    """Returns one part of a parameter, float32; bounds are (start, stop) of each of its dims, the
+    layers included.
+    """
     part = np.zeros([stop - start for start, stop in bounds], np.float32)
     if of_path[0].layer is None:
         _read_into(part, of_path[0], stored, bounds)
@@ -233,31 +273,42 @@ def _read_into(part: np.ndarray, tensor: Tensor, stored: dict[str, Stored], boun
     }
     slices = []
     for first, *inner in tensor.hf_dims.split():
-        # what stands together in the file is split over devices by its first dim alone (llada_jax.sharding.RULES)
-        assert all(bound_of[letter] == (0, tensor.sizes[letter]) for letter in inner), (tensor.name, bounds)
+        # what stands together in the file is split over devices by its first dim alone
+        # (llada_jax.cluster.sharding.RULES)
+        assert all(bound_of[letter] == (0, tensor.sizes[letter]) for letter in inner), (
+            tensor.name,
+            bounds,
+        )
         width = int(np.prod([tensor.sizes[letter] for letter in inner], initial=1))
         slices.append(slice(bound_of[first][0] * width, bound_of[first][1] * width))
     sizes = {letter: stop - start for letter, (start, stop) in bound_of.items()}
     if 0 in sizes.values():
         return
-    values = dataclasses.replace(tensor, sizes=sizes).from_hf(_read(stored[tensor.name], tensor.name, slices))
+    values = dataclasses.replace(tensor, sizes=sizes).from_hf(
+        _read(stored[tensor.name], tensor.name, slices)
+    )
     if not np.isfinite(values).all():
         raise UserError(
-            f"{stored[tensor.name].file} holds NaN or infinity in {tensor.name}; this checkpoint is broken, give another."
+            f"{stored[tensor.name].file} holds NaN or infinity in {tensor.name}; this checkpoint "
+            "is broken, give another."
         )
     part[tuple(slice(0, size) for size in values.shape)] = values
 
 
-# ------------------------------------------------------------------------------------------------- tokens that are new
+# ---- tokens that are new
 
 
-def fill_rows(params: dict, *, is_new_V: np.ndarray, is_trained_V: np.ndarray, seed: int = 0) -> dict:
-    """Returns params with rows for tokens that the checkpoint was never trained on: the mask, and rows that were added.
+def fill_rows(
+    params: dict, *, is_new_V: np.ndarray, is_trained_V: np.ndarray, seed: int = 0
+) -> dict:
+    """Returns params with rows for tokens that the checkpoint was never trained on: the mask, and
+    rows that were added.
 
-    Such a row is drawn from the normal distribution that has the mean and, coordinate by coordinate, the standard deviation
-    of the trained rows. A row of zeros, or one that training has left near zero, must not stand for the mask: RMSNorm
-    divides by its size, which blows the gradient up at half of all positions (LLaDA2.0, arXiv 2512.15745). A row as long as
-    any other token's has the gradient of any other token. Columns of an untied head are drawn alike.
+    Such a row is drawn from the normal distribution that has the mean and, coordinate by
+    coordinate, the standard deviation of the trained rows. A row of zeros, or one that training has
+    left near zero, must not stand for the mask: RMSNorm divides by its size, which blows the
+    gradient up at half of all positions (LLaDA2.0, arXiv 2512.15745). A row as long as any other
+    token's has the gradient of any other token. Columns of an untied head are drawn alike.
     """
 
     def fill(table, key, axis):

@@ -1,18 +1,32 @@
-"""Does an export compute what the checkpoint computes? PyTorch answers, in a process that has never seen this package."""
+"""Does an export compute what the checkpoint computes? PyTorch answers, in a process that has never
+seen this package.
+"""
 
 import os
-import subprocess
 import sys
-import tempfile
 from pathlib import Path
 
 import numpy as np
+from etils import epath
 
-from llada_jax.errors import NumericsError, UserError
+from llada_jax.data.records import JSON_NAME, Records, read_dataset
+from llada_jax.errors import UserError
+
+pass
+
+
+from llada_jax.data.tokenizer import Tokenizer
+
+pass
+import subprocess
+import tempfile
+
+from llada_jax.errors import NumericsError
 
 # Nats a token by which the distributions may differ: what rounding the weights costs.
 MAX_KL = {"float32": 1e-6, "bfloat16": 5e-2}
-# Share of the largest logit by which those of PyTorch may differ from ours with the weights rounded alike.
+# Share of the largest logit by which those of PyTorch may differ from ours with the weights rounded
+# alike.
 MAX_DIFFERENCE = 1e-3
 
 LOGITS = """
@@ -30,38 +44,57 @@ np.save(logits, np.stack(rows))
 
 
 def torch_logits(directory, tokens_BT: np.ndarray) -> np.ndarray:
-    """Returns float32 logits [B, T, V] of an exported directory, computed in float32 by transformers in a fresh process.
+    """Returns float32 logits [B, T, V] of an exported directory, computed in float32 by
+    transformers in a fresh process.
 
     Raises:
         NumericsError: it cannot be loaded there.
     """
     with tempfile.TemporaryDirectory() as scratch:
         scratch = Path(scratch)
-        (scratch / "model").symlink_to(Path(directory).resolve())  # transformers 4.49 takes no dot in the name
+        (scratch / "model").symlink_to(
+            Path(directory).resolve()
+        )  # transformers 4.49 takes no dot in the name
         np.save(scratch / "tokens.npy", tokens_BT)
-        environment = {**os.environ, "HF_HOME": str(scratch / "hf"), "HF_HUB_OFFLINE": "1", "CUDA_VISIBLE_DEVICES": ""}
+        environment = {
+            **os.environ,
+            "HF_HOME": str(scratch / "hf"),
+            "HF_HUB_OFFLINE": "1",
+            "CUDA_VISIBLE_DEVICES": "",
+        }
         words = [str(scratch / name) for name in ("model", "tokens.npy", "logits.npy")]
         done = subprocess.run(
-            [sys.executable, "-c", LOGITS, *words], env=environment, capture_output=True, text=True, check=False
+            [sys.executable, "-c", LOGITS, *words],
+            env=environment,
+            capture_output=True,
+            text=True,
+            check=False,
         )
         if done.returncode:
             last = done.stderr.strip().splitlines()[-1:] or [f"exit status {done.returncode}"]
             if "ModuleNotFoundError: No module named" in last[0]:
                 raise UserError(
-                    f"--verify loads the export with PyTorch ({last[0].partition(': ')[2]}): pip install 'llada_jax[torch]'."
+                    f"--verify loads the export with PyTorch ({last[0].partition(': ')[2]}): pip "
+                    "install 'llada_jax[torch]'."
                 )
-            raise NumericsError(f"transformers cannot load {directory} ({last[0]}); nothing was kept.")
+            raise NumericsError(
+                f"transformers cannot load {directory} ({last[0]}); nothing was kept."
+            )
         return np.load(scratch / "logits.npy")
 
 
-def compare(ours_BTV: np.ndarray, rounded_BTV: np.ndarray, theirs_BTV: np.ndarray) -> dict[str, float]:
+def compare(
+    ours_BTV: np.ndarray, rounded_BTV: np.ndarray, theirs_BTV: np.ndarray
+) -> dict[str, float]:
     """Returns how far PyTorch's logits are from ours.
 
     Args:
-        ours_BTV: of the checkpoint. rounded_BTV: of its weights rounded to the dtype of the export. theirs_BTV: PyTorch's.
+        ours_BTV: of the checkpoint. rounded_BTV: of its weights rounded to the dtype of the export.
+            theirs_BTV: PyTorch's.
 
     Returns:
-        max_difference: of theirs and rounded. relative_difference: the same as a share of the largest logit.
+        max_difference: of theirs and rounded. relative_difference: the same as a share of the
+            largest logit.
         kl_nats: KL(checkpoint || export) of the distributions of a token, mean over positions.
     """
     log_p, log_q = _log_softmax(ours_BTV), _log_softmax(theirs_BTV)
@@ -77,12 +110,15 @@ def check(found: dict[str, float], *, dtype: str) -> None:
     """Raises NumericsError when an export is not the model that the checkpoint is."""
     if not found["relative_difference"] <= MAX_DIFFERENCE:
         raise NumericsError(
-            f"PyTorch's logits differ from ours by up to {found['max_difference']:.3g}, {found['relative_difference']:.1e} "
-            f"of the largest, more than {MAX_DIFFERENCE:g}: the export is not the checkpoint's network; nothing was kept."
+            f"PyTorch's logits differ from ours by up to {found['max_difference']:.3g}, "
+            f"{found['relative_difference']:.1e} "
+            f"of the largest, more than {MAX_DIFFERENCE:g}: the export is not the checkpoint's "
+            "network; nothing was kept."
         )
     if not found["kl_nats"] <= MAX_KL[dtype]:
         raise NumericsError(
-            f"Rounding to {dtype} moves the distribution of a token by {found['kl_nats']:.3g} nats, more than "
+            f"Rounding to {dtype} moves the distribution of a token by {found['kl_nats']:.3g} "
+            "nats, more than "
             f"{MAX_KL[dtype]:g}; export with --dtype float32; nothing was kept."
         )
 
@@ -91,3 +127,32 @@ def _log_softmax(logits_BTV: np.ndarray) -> np.ndarray:
     logits_BTV = logits_BTV.astype(np.float64)
     logits_BTV -= logits_BTV.max(-1, keepdims=True)
     return logits_BTV - np.log(np.exp(logits_BTV).sum(-1, keepdims=True))
+
+
+VERIFIED = (4, 64)  # rows and positions whose logits --verify compares
+
+
+def tokens_to_compare(run: dict, tokenizer: Tokenizer) -> tuple[np.ndarray, str]:
+    """Returns int32 tokens [B, T], every second one masked, and where they come from: held-out text
+    if it is at hand.
+    """
+    B, T = VERIFIED
+    rng = np.random.default_rng(0)
+    tokens_BT, origin = rng.integers(tokenizer.vocab_size, size=(B, T), dtype=np.int32), "random"
+    directories = [epath.Path(data["directory"]) for data in run["data"]]
+    if directories and (directories[0] / JSON_NAME).exists():
+        info = read_dataset(directories[0])
+        if "heldout" in info.splits and info.tokenizer["fingerprint"] == tokenizer.fingerprint:
+            rows = Records(info, split="heldout")
+            records = (rows[i] for i in range(len(rows)))
+            stream, size = [], 0
+            for record in records:
+                stream.append(record["tokens"][record["segment_ids"] > 0])
+                size += len(stream[-1])
+                if size >= B * T:
+                    tokens_BT, origin = (
+                        np.concatenate(stream)[: B * T].reshape(B, T).astype(np.int32),
+                        "held-out",
+                    )
+                    break
+    return np.where(rng.random((B, T)) < 0.5, tokenizer.mask_id, tokens_BT).astype(np.int32), origin

@@ -1,7 +1,9 @@
-"""Writes safetensors one tensor at a time, in any order: every size is known before the first number is.
+"""Writes safetensors one tensor at a time, in any order: every size is known before the first
+number is.
 
-The format (https://huggingface.co/docs/safetensors): eight bytes with the length of the header, the header as JSON, then
-the tensors without gaps. Files and index are named, and tensors dealt out, as transformers does.
+The format (https://huggingface.co/docs/safetensors): eight bytes with the length of the header, the
+header as JSON, then the tensors without gaps. Files and index are named, and tensors dealt out, as
+transformers does.
 """
 
 import dataclasses
@@ -21,7 +23,9 @@ DTYPES = {"bfloat16": ("BF16", np.dtype(jnp.bfloat16)), "float32": ("F32", np.dt
 
 @dataclasses.dataclass(frozen=True)
 class Shard:
-    """One file to be written. header: its first bytes. start: {name: where in the file the tensor begins}. size: bytes."""
+    """One file to be written. header: its first bytes. start: {name: where in the file the tensor
+    begins}. size: bytes.
+    """
 
     name: str
     header: bytes
@@ -30,7 +34,9 @@ class Shard:
 
 
 def plan_shards(tensors: list[Tensor], *, dtype: str, shard_size: int) -> list[Shard]:
-    """Returns the files of a checkpoint; a file has at most `shard_size` bytes of tensors, unless one alone is larger."""
+    """Returns the files of a checkpoint; a file has at most `shard_size` bytes of tensors, unless
+    one alone is larger.
+    """
     groups, filled = [[]], 0
     for tensor in tensors:
         size = num_bytes(tensor, dtype)
@@ -40,7 +46,11 @@ def plan_shards(tensors: list[Tensor], *, dtype: str, shard_size: int) -> list[S
         groups[-1].append(tensor)
         filled += size
     count = len(groups)
-    names = [SINGLE] if count == 1 else [f"model-{i:05d}-of-{count:05d}.safetensors" for i in range(1, count + 1)]
+    names = (
+        [SINGLE]
+        if count == 1
+        else [f"model-{i:05d}-of-{count:05d}.safetensors" for i in range(1, count + 1)]
+    )
     return [_shard(name, group, dtype) for name, group in zip(names, groups)]
 
 
@@ -49,7 +59,11 @@ def _shard(name: str, tensors: list[Tensor], dtype: str) -> Shard:
     for tensor in tensors:
         end = position + num_bytes(tensor, dtype)
         offsets = [position, end]
-        content[tensor.name] = {"dtype": DTYPES[dtype][0], "shape": tensor.hf_shape, "data_offsets": offsets}
+        content[tensor.name] = {
+            "dtype": DTYPES[dtype][0],
+            "shape": tensor.hf_shape,
+            "data_offsets": offsets,
+        }
         position = end
     header = json.dumps(content, separators=(",", ":")).encode()
     header += b" " * (-len(header) % 8)  # so that the numbers are aligned
@@ -72,23 +86,29 @@ def index_json(shards: list[Shard]) -> bytes:
 
 
 def small_files(shards: list[Shard], hf_config: dict, layout: str) -> dict[str, bytes]:
-    """Returns, by name, what stands beside weights and tokenizer: configs, the index of several shards, PyTorch code."""
+    """Returns, by name, what stands beside weights and tokenizer: configs, the index of several
+    shards, PyTorch code.
+    """
     keys = ("bos_token_id", "eos_token_id", "pad_token_id", "transformers_version")
     files = {
         "config.json": hf_config,
         "generation_config.json": {key: hf_config[key] for key in keys},
     }
-    files = {name: (json.dumps(content, indent=2) + "\n").encode() for name, content in files.items()}
+    files = {
+        name: (json.dumps(content, indent=2) + "\n").encode() for name, content in files.items()
+    }
     if len(shards) > 1:
         files[INDEX] = index_json(shards)
-    here = Path(__file__).parent
+    here = Path(__file__).parent / "shipped"
     for name in (f"configuration_{layout}.py", f"modeling_{layout}.py", "masked_diffusion.py"):
         files[name] = (here / name).read_bytes()
     return files
 
 
 def begin(directory: Path, shard: Shard) -> None:
-    """Creates a shard at its full size, so that a disk without the room for it says so at once; OSError if it does."""
+    """Creates a shard at its full size, so that a disk without the room for it says so at once;
+    OSError if it does.
+    """
     with open(directory / shard.name, "wb") as file:
         file.write(shard.header)
         file.flush()
@@ -109,7 +129,8 @@ def put(directory: Path, shard: Shard, tensor: Tensor, array: np.ndarray, *, dty
     content = np.ascontiguousarray(tensor.to_hf(array.astype(DTYPES[dtype][1])))
     if not np.isfinite(content).all():
         raise UserError(
-            f"{tensor.path}{'' if tensor.layer is None else f' of layer {tensor.layer}'} holds NaN or infinity in {dtype}; "
+            f"{tensor.path}{'' if tensor.layer is None else f' of layer {tensor.layer}'} holds NaN "
+            f"or infinity in {dtype}; "
             "export an earlier step, with --checkpoint WORKDIR@STEP."
         )
     with open(directory / shard.name, "r+b") as file:

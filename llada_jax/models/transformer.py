@@ -1,11 +1,14 @@
-"""The LLaDA Transformer in Flax NNX: pre-norm RMSNorm, rotary positions, bidirectional attention, SwiGLU.
+"""The LLaDA Transformer in Flax NNX: pre-norm RMSNorm, rotary positions, bidirectional attention,
+SwiGLU.
 
-The block is that of the published LLaDA-8B (arXiv 2502.09992, section 2.2 and appendix B.2), which has no biases; biases,
-norms of queries and keys, and the shifted output are there for weights that come from Llama, Qwen2 and Qwen3. The network
-receives tokens and returns scores of tokens: what a mask is, and how much of the row is masked, it is never told.
+The block is that of the published LLaDA-8B (arXiv 2502.09992, section 2.2 and appendix B.2), which
+has no biases; biases, norms of queries and keys, and the shifted output are there for weights that
+come from Llama, Qwen2 and Qwen3. The network receives tokens and returns scores of tokens: what a
+mask is, and how much of the row is masked, it is never told.
 
-Parameters are float32 and carry logical axis names (llada_jax.sharding.RULES); the L blocks are stacked on one leading
-dim and run by one scan. Norms, rotary embedding, softmax and the loss are float32, matrix products in `dtype`.
+Parameters are float32 and carry logical axis names (llada_jax.cluster.sharding.RULES); the L blocks
+are stacked on one leading dim and run by one scan. Norms, rotary embedding, softmax and the loss
+are float32, matrix products in `dtype`.
 """
 
 import dataclasses
@@ -18,9 +21,9 @@ from flax import nnx
 from jax import Array
 from jax.ad_checkpoint import checkpoint_name
 
+from llada_jax.cluster.sharding import RULES, constrain
 from llada_jax.errors import UserError
 from llada_jax.models.attention import attend
-from llada_jax.sharding import RULES, constrain
 
 # what the backward pass keeps; everything else of a block is computed again
 REMAT_POLICIES = {
@@ -32,12 +35,16 @@ REMAT_POLICIES = {
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Architecture:
-    """What a checkpoint must agree on; two models of the same Architecture have the same parameters.
+    """What a checkpoint must agree on; two models of the same Architecture have the same
+    parameters.
 
-    rope_scaling: (), or what stretches the rotary frequencies for rows longer than those of the pretraining, as in Llama
-        3.1: (factor, low_freq_factor, high_freq_factor, original length in tokens), see `rotary_frequencies`.
+    rope_scaling: (), or what stretches the rotary frequencies for rows longer than those of the
+    pretraining, as in Llama
+        3.1: (factor, low_freq_factor, high_freq_factor, original length in tokens), see
+        `rotary_frequencies`.
     attention_bias: "none", "qkv" (as Qwen2), or "qkvo" (as Llama with attention_bias: true).
-    output_shift: the scores at position i come from position i - 1, as autoregressive weights predict (Dream, arXiv
+    output_shift: the scores at position i come from position i - 1, as autoregressive weights
+    predict (Dream, arXiv
         2508.15487); the first position of a segment keeps its own.
 
     Raises:
@@ -60,39 +67,55 @@ class Architecture:
     output_shift: bool = False
 
     def __post_init__(self):
-        object.__setattr__(self, "rope_scaling", tuple(self.rope_scaling))  # which run.json holds as a list
+        object.__setattr__(
+            self, "rope_scaling", tuple(self.rope_scaling)
+        )  # which run.json holds as a list
         if self.rope_scaling and not _is_scaling(*self.rope_scaling):
             raise UserError(
-                f"model.rope_scaling={self.rope_scaling} must be (), or four positive numbers (factor, low_freq_factor, "
-                "high_freq_factor, original length) of which the second is less than the third and the last is whole; take "
+                f"model.rope_scaling={self.rope_scaling} must be (), or four positive numbers "
+                "(factor, low_freq_factor, "
+                "high_freq_factor, original length) of which the second is less than the third and "
+                "the last is whole; take "
                 "those of the checkpoint's config.json, or () for frequencies that are not scaled."
             )
 
 
 def _is_scaling(*numbers) -> bool:
     """Whether these can be Architecture.rope_scaling."""
-    if len(numbers) != 4 or not all(type(n) in (int, float) and math.isfinite(n) and n > 0 for n in numbers):
+    if len(numbers) != 4 or not all(
+        type(n) in (int, float) and math.isfinite(n) and n > 0 for n in numbers
+    ):
         return False
     _, low, high, original = numbers
     return low < high and original == round(original)
 
 
 class TokenScores(NamedTuple):
-    """nll_BT: -log p(target) in nats, float32; is_correct_BT: whether no token scores higher than the target."""
+    """nll_BT: -log p(target) in nats, float32; is_correct_BT: whether no token scores higher than
+    the target.
+    """
 
     nll_BT: Array
     is_correct_BT: Array
 
 
-def parameter(key: Array | None, shape: tuple[int, ...], names: tuple[str, ...], std=0.0, *, fill=1.0) -> nnx.Param:
-    """Returns a float32 parameter: `fill` where `key` is None, otherwise a normal truncated at 3 standard deviations."""
+def parameter(
+    key: Array | None, shape: tuple[int, ...], names: tuple[str, ...], std=0.0, *, fill=1.0
+) -> nnx.Param:
+    """Returns a float32 parameter: `fill` where `key` is None, otherwise a normal truncated at 3
+    standard deviations.
+    """
     if key is None:
         return nnx.Param(jnp.full(shape, fill, jnp.float32), logical=names)
-    return nnx.Param(std * jax.random.truncated_normal(key, -3.0, 3.0, shape, jnp.float32), logical=names)
+    return nnx.Param(
+        std * jax.random.truncated_normal(key, -3.0, 3.0, shape, jnp.float32), logical=names
+    )
 
 
 def rms_norm(x: Array, scale: Array, eps: float, num_dims: int = 1) -> Array:
-    """RMSNorm over the last `num_dims` dims: float32 inside, cast back to the dtype of x, then scaled."""
+    """RMSNorm over the last `num_dims` dims: float32 inside, cast back to the dtype of x, then
+    scaled.
+    """
     axes = tuple(range(-num_dims, 0))
     x32 = x.astype(jnp.float32)
     normed = x32 * jax.lax.rsqrt(jnp.mean(jnp.square(x32), axis=axes, keepdims=True) + eps)
@@ -100,10 +123,12 @@ def rms_norm(x: Array, scale: Array, eps: float, num_dims: int = 1) -> Array:
 
 
 def project(x: Array, kernel: Array, num_in: int = 1, out_dtype=None) -> Array:
-    """Contracts the last `num_in` dims of x with the first of the kernel, in the dtype of x; accumulates in `out_dtype`.
+    """Contracts the last `num_in` dims of x with the first of the kernel, in the dtype of x;
+    accumulates in `out_dtype`.
 
-    As one matrix product over all B * T rows: the gradient of a kernel then contracts one dim and not two, for which XLA on
-    CPUs has no fast path (2 to 5 times slower). Where the positions are sharded too, B and T cannot be merged.
+    As one matrix product over all B * T rows: the gradient of a kernel then contracts one dim and
+    not two, for which XLA on CPUs has no fast path (2 to 5 times slower). Where the positions are
+    sharded too, B and T cannot be merged.
     """
     kernel = kernel.astype(x.dtype)
     mesh = jax.sharding.get_abstract_mesh()
@@ -115,10 +140,12 @@ def project(x: Array, kernel: Array, num_in: int = 1, out_dtype=None) -> Array:
 
 
 def rotary_frequencies(head_dim: int, theta: float, scaling: tuple[float, ...] = ()) -> Array:
-    """Returns the rotary angles of position 1, float32 [H/2] (RoFormer, arXiv 2104.09864, eq. 15), scaled as in Llama 3.1.
+    """Returns the rotary angles of position 1, float32 [H/2] (RoFormer, arXiv 2104.09864, eq. 15),
+    scaled as in Llama 3.1.
 
-    What turns less than low_freq_factor times within the original length is slowed down by the factor, what turns more
-    than high_freq_factor times is kept, and between them the two are mixed in proportion to the turns.
+    What turns less than low_freq_factor times within the original length is slowed down by the
+    factor, what turns more than high_freq_factor times is kept, and between them the two are mixed
+    in proportion to the turns.
     """
     frequency = theta ** (-jnp.arange(0, head_dim, 2, dtype=jnp.float32) / head_dim)
     if not scaling:
@@ -133,12 +160,16 @@ def rotary_angles(
     positions_BT: Array, head_dim: int, theta: float, scaling: tuple[float, ...] = ()
 ) -> tuple[Array, Array]:
     """Returns cos and sin of the rotary angles, float32 [B, T, H/2]."""
-    angle = positions_BT[..., None].astype(jnp.float32) * rotary_frequencies(head_dim, theta, scaling)
+    angle = positions_BT[..., None].astype(jnp.float32) * rotary_frequencies(
+        head_dim, theta, scaling
+    )
     return jnp.cos(angle), jnp.sin(angle)
 
 
 def rotate(x_BTNH: Array, cos: Array, sin: Array) -> Array:
-    """Rotates the pairs (i, i + H/2) of every head, in float32: bfloat16 cannot tell position 257 from 256."""
+    """Rotates the pairs (i, i + H/2) of every head, in float32: bfloat16 cannot tell position 257
+    from 256.
+    """
     first, second = jnp.split(x_BTNH.astype(jnp.float32), 2, axis=-1)
     cos, sin = cos[:, :, None], sin[:, :, None]
     rotated = jnp.concatenate([first * cos - second * sin, second * cos + first * sin], axis=-1)
@@ -146,7 +177,9 @@ def rotate(x_BTNH: Array, cos: Array, sin: Array) -> Array:
 
 
 def shift(x_BTD: Array, segment_ids_BT: Array | None) -> Array:
-    """Moves every position's vector to the next one; the first position of each segment keeps its own."""
+    """Moves every position's vector to the next one; the first position of each segment keeps its
+    own.
+    """
     before_BTD = jnp.concatenate([x_BTD[:, :1], x_BTD[:, :-1]], axis=1)
     if segment_ids_BT is not None:
         before_BT = jnp.concatenate([segment_ids_BT[:, :1], segment_ids_BT[:, :-1]], axis=1)
@@ -157,9 +190,9 @@ def shift(x_BTD: Array, segment_ids_BT: Array | None) -> Array:
 class Block(nnx.Module):
     """One layer: x + attention(norm(x)), then x + SwiGLU(norm(x)).
 
-    Initialisation ("mitchell", as in the published config): every matrix has standard deviation 1/sqrt(its input width);
-    the two that write to the residual stream have it divided by sqrt(2 (layer + 1)), layer counted from 0; norms are 1,
-    biases 0.
+    Initialisation ("mitchell", as in the published config): every matrix has standard deviation
+    1/sqrt(its input width); the two that write to the residual stream have it divided by sqrt(2
+    (layer + 1)), layer counted from 0; norms are 1, biases 0.
     """
 
     def __init__(self, a: Architecture, key: Array, layer: Array):
@@ -170,14 +203,18 @@ class Block(nnx.Module):
         self.q = parameter(keys[0], (D, N, H), ("embed", "heads", "head"), D**-0.5)
         self.k = parameter(keys[1], (D, K, H), ("embed", "kv_heads", "head"), D**-0.5)
         self.v = parameter(keys[2], (D, K, H), ("embed", "kv_heads", "head"), D**-0.5)
-        self.attn_out = parameter(keys[3], (N, H, D), ("heads", "head", "embed"), (N * H) ** -0.5 * residual)
+        self.attn_out = parameter(
+            keys[3], (N, H, D), ("heads", "head", "embed"), (N * H) ** -0.5 * residual
+        )
         if a.attention_bias != "none":
             self.q_bias = parameter(None, (N, H), ("heads", "head"), fill=0.0)
             self.k_bias = parameter(None, (K, H), ("kv_heads", "head"), fill=0.0)
             self.v_bias = parameter(None, (K, H), ("kv_heads", "head"), fill=0.0)
         if a.attention_bias == "qkvo":
             self.attn_out_bias = parameter(None, (D,), ("norm",), fill=0.0)
-        if a.qk_norm == "full":  # over the whole vector before the split into heads, as `attention_layer_norm`
+        if (
+            a.qk_norm == "full"
+        ):  # over the whole vector before the split into heads, as `attention_layer_norm`
             self.q_norm = parameter(None, (N, H), ("heads", "head"))
             self.k_norm = parameter(None, (K, H), ("kv_heads", "head"))
         if a.qk_norm == "per_head":
@@ -188,7 +225,9 @@ class Block(nnx.Module):
         self.ff_up = parameter(keys[5], (D, F), ("embed", "mlp"), D**-0.5)
         self.ff_out = parameter(keys[6], (F, D), ("mlp", "embed"), F**-0.5 * residual)
 
-    def __call__(self, x_BTD, cos, sin, segment_ids_BT, *, a: Architecture, attention: str, causal: bool) -> Array:
+    def __call__(
+        self, x_BTD, cos, sin, segment_ids_BT, *, a: Architecture, attention: str, causal: bool
+    ) -> Array:
         with jax.named_scope("attention"):
             y_BTD = rms_norm(x_BTD, self.attn_norm[...], a.norm_eps)
             q_BTNH = project(y_BTD, self.q[...])
@@ -202,10 +241,16 @@ class Block(nnx.Module):
                 num_dims = 2 if a.qk_norm == "full" else 1
                 q_BTNH = rms_norm(q_BTNH, self.q_norm[...], a.norm_eps, num_dims)
                 k_BSKH = rms_norm(k_BSKH, self.k_norm[...], a.norm_eps, num_dims)
-            q_BTNH = constrain(rotate(q_BTNH, cos, sin), "act_batch", "act_position", "act_heads", None)
+            q_BTNH = constrain(
+                rotate(q_BTNH, cos, sin), "act_batch", "act_position", "act_heads", None
+            )
             k_BSKH = rotate(k_BSKH, cos, sin)
-            out_BTNH = attend(q_BTNH, k_BSKH, v_BSKH, segment_ids_BT, implementation=attention, causal=causal)
-            if attention != "splash":  # which names what it saves itself, or it would run again in the backward pass
+            out_BTNH = attend(
+                q_BTNH, k_BSKH, v_BSKH, segment_ids_BT, implementation=attention, causal=causal
+            )
+            if (
+                attention != "splash"
+            ):  # which names what it saves itself, or it would run again in the backward pass
                 out_BTNH = checkpoint_name(out_BTNH, "attention")
             x_BTD = x_BTD + project(out_BTNH, self.attn_out[...], 2)
             if a.attention_bias == "qkvo":
@@ -215,7 +260,9 @@ class Block(nnx.Module):
             y_BTD = rms_norm(x_BTD, self.ff_norm[...], a.norm_eps)
             gate_BTF = project(y_BTD, self.ff_gate[...])
             up_BTF = project(y_BTD, self.ff_up[...])
-            h_BTF = constrain(jax.nn.silu(gate_BTF) * up_BTF, "act_batch", "act_position", "act_mlp")
+            h_BTF = constrain(
+                jax.nn.silu(gate_BTF) * up_BTF, "act_batch", "act_position", "act_mlp"
+            )
             x_BTD = x_BTD + project(h_BTF, self.ff_out[...])
             return constrain(x_BTD, "act_batch", "act_position", "act_embed")
 
@@ -225,43 +272,70 @@ class Transformer(nnx.Module):
 
     Args:
         a: the Architecture.
-        key: of the initialisation. Embedding and head have standard deviation 1/sqrt(D), so that logits start with unit
-            variance and the loss near log V + 1/2 (12.25 nats at V = 126,464).
+        key: of the initialisation. Embedding and head have standard deviation 1/sqrt(D), so that
+            logits start with unit variance and the loss near log V + 1/2 (12.25 nats at V =
+            126,464).
         dtype: of the matrix products.
         attention: implementation, a key of llada_jax.models.attention.IMPLEMENTATIONS.
         remat: "none" or a key of REMAT_POLICIES.
-        nll_chunk: `token_nll` holds as many logits at one time as this many positions of a row have.
+        nll_chunk: `token_nll` holds as many logits at one time as this many positions of a row
+            have.
         causal: positions see only earlier ones; for the autoregressive control experiment alone.
     """
 
     def __init__(
-        self, a: Architecture, key: Array, *, dtype=jnp.float32, attention="xla", remat="none", nll_chunk=1024,
+        self,
+        a: Architecture,
+        key: Array,
+        *,
+        dtype=jnp.float32,
+        attention="xla",
+        remat="none",
+        nll_chunk=1024,
         causal=False,
-    ):  # fmt: skip
+    ):
         self.a, self.dtype, self.attention, self.remat = a, dtype, attention, remat
         self.nll_chunk, self.causal = nll_chunk, causal
         embed_key, blocks_key, head_key = jax.random.split(key, 3)
         V, D = a.vocab_size, a.d_model
         self.embed = parameter(embed_key, (V, D), ("vocab", "embed"), D**-0.5)
         make_blocks = nnx.vmap(lambda key, layer: Block(a, key, layer), in_axes=(0, 0), out_axes=0)
-        self.blocks = make_blocks(jax.random.split(blocks_key, a.num_layers), jnp.arange(a.num_layers))
+        self.blocks = make_blocks(
+            jax.random.split(blocks_key, a.num_layers), jnp.arange(a.num_layers)
+        )
         self.final_norm = parameter(None, (D,), ("norm",))
         if not a.tie_embeddings:
             self.lm_head = parameter(head_key, (D, V), ("embed", "vocab"), D**-0.5)
 
     def hidden(self, tokens_BT: Array, segment_ids_BT: Array | None, positions_BT: Array) -> Array:
-        """Returns what the head reads: [B, T, D] in `dtype`, after the final norm and, if there is one, the shift."""
-        cos, sin = rotary_angles(positions_BT, self.a.head_dim, self.a.rope_theta, self.a.rope_scaling)
-        x_BTD = constrain(self.embed[...].astype(self.dtype)[tokens_BT], "act_batch", "act_position", "act_embed")
+        """Returns what the head reads: [B, T, D] in `dtype`, after the final norm and, if there is
+        one, the shift.
+        """
+        cos, sin = rotary_angles(
+            positions_BT, self.a.head_dim, self.a.rope_theta, self.a.rope_scaling
+        )
+        x_BTD = constrain(
+            self.embed[...].astype(self.dtype)[tokens_BT], "act_batch", "act_position", "act_embed"
+        )
         graphdef, stacked = nnx.split(self.blocks)
 
         def run_block(x_BTD, params):
             block = nnx.merge(graphdef, params)
-            x_BTD = block(x_BTD, cos, sin, segment_ids_BT, a=self.a, attention=self.attention, causal=self.causal)
+            x_BTD = block(
+                x_BTD,
+                cos,
+                sin,
+                segment_ids_BT,
+                a=self.a,
+                attention=self.attention,
+                causal=self.causal,
+            )
             return x_BTD, None
 
         if self.remat != "none":
-            run_block = jax.checkpoint(run_block, policy=REMAT_POLICIES[self.remat], prevent_cse=False)
+            run_block = jax.checkpoint(
+                run_block, policy=REMAT_POLICIES[self.remat], prevent_cse=False
+            )
         x_BTD, _ = jax.lax.scan(run_block, x_BTD, stacked)
         x_BTD = rms_norm(x_BTD, self.final_norm[...], self.a.norm_eps)
         return shift(x_BTD, segment_ids_BT) if self.a.output_shift else x_BTD
@@ -275,21 +349,32 @@ class Transformer(nnx.Module):
         with jax.named_scope("head"):
             return project(x_BTD, self.head_kernel(), out_dtype=jnp.float32)
 
-    def __call__(self, tokens_BT: Array, segment_ids_BT: Array | None, positions_BT: Array) -> Array:
-        """Returns float32 logits [B, T, V] for int32 tokens, segment ids (0 is padding) and positions [B, T]."""
+    def __call__(
+        self, tokens_BT: Array, segment_ids_BT: Array | None, positions_BT: Array
+    ) -> Array:
+        """Returns float32 logits [B, T, V] for int32 tokens, segment ids (0 is padding) and
+        positions [B, T].
+        """
         return self.head(self.hidden(tokens_BT, segment_ids_BT, positions_BT))
 
     def token_nll(
-        self, noisy_BT: Array, targets_BT: Array, where_BT: Array, segment_ids_BT: Array | None, positions_BT: Array
+        self,
+        noisy_BT: Array,
+        targets_BT: Array,
+        where_BT: Array,
+        segment_ids_BT: Array | None,
+        positions_BT: Array,
     ) -> TokenScores:
-        """Returns -log p(target) at the positions `where_BT`, zero elsewhere, without ever holding [B, T, V].
+        """Returns -log p(target) at the positions `where_BT`, zero elsewhere, without ever holding
+        [B, T, V].
 
-        The vocabulary is cut into n pieces, so many that [B, T, V/n] is no more than `nll_chunk` positions of all logits;
-        the logits of a piece are computed again in the backward pass. Pieces and not chunks of the row, because the
-        gradient of a piece of the head is then complete when its turn is over: it is reduced over the devices once a
-        step, in pieces, and neither the whole kernel nor its whole gradient is ever on one device. Pieces are strided
-        (token i * n + j is in piece j), so that a sharded V stays where it is. The tensor axis splits positions here, or
-        the gradient of every position would be reduced once a piece.
+        The vocabulary is cut into n pieces, so many that [B, T, V/n] is no more than `nll_chunk`
+        positions of all logits; the logits of a piece are computed again in the backward pass.
+        Pieces and not chunks of the row, because the gradient of a piece of the head is then
+        complete when its turn is over: it is reduced over the devices once a step, in pieces, and
+        neither the whole kernel nor its whole gradient is ever on one device. Pieces are strided
+        (token i * n + j is in piece j), so that a sharded V stays where it is. The tensor axis
+        splits positions here, or the gradient of every position would be reduced once a piece.
         """
         x_BTD = self.hidden(noisy_BT, segment_ids_BT, positions_BT)
         x_BTD = constrain(x_BTD, "act_batch", "act_head_position", "act_embed")
@@ -299,13 +384,17 @@ class Transformer(nnx.Module):
         num_pieces = min(-(-targets_BT.shape[1] // self.nll_chunk), max(1, V // ways))
 
         def score(x_BTD, kernel_DC, token_C):
-            """Returns of one piece, [B, T] each: logsumexp, logit of the target (0 when it is elsewhere), largest logit."""
+            """Returns of one piece, [B, T] each: logsumexp, logit of the target (0 when it is
+            elsewhere), largest logit.
+            """
             with jax.named_scope("head"):
                 x_BTD, kernel_DC = x_BTD.astype(self.dtype), kernel_DC.astype(self.dtype)
                 if ways == 1:
                     logits_BTC = project(x_BTD, kernel_DC, out_dtype=jnp.float32)
                 else:  # the positions are split, so that they cannot be merged with the rows
-                    logits_BTC = jnp.tensordot(x_BTD, kernel_DC, 1, preferred_element_type=jnp.float32)
+                    logits_BTC = jnp.tensordot(
+                        x_BTD, kernel_DC, 1, preferred_element_type=jnp.float32
+                    )
                 logits_BTC = jnp.where(token_C < V, logits_BTC, jnp.finfo(jnp.float32).min)
                 logits_BTC = constrain(logits_BTC, "act_batch", "act_head_position", None)
                 is_target_BTC = token_C == targets_BT[..., None]
@@ -316,7 +405,9 @@ class Transformer(nnx.Module):
         if num_pieces == 1:
             normalizer_BT, target_logit_BT, best_BT = score(x_BTD, kernel_DV, jnp.arange(V))
         else:
-            padding = -V % (num_pieces * ways)  # tokens that do not exist, so that the pieces are alike
+            padding = -V % (
+                num_pieces * ways
+            )  # tokens that do not exist, so that the pieces are alike
             padded_DV = jnp.pad(kernel_DV.astype(self.dtype), ((0, 0), (0, padding)))
 
             def pieces(array):
@@ -335,8 +426,8 @@ class Transformer(nnx.Module):
 
 
 def num_matmul_parameters(a: Architecture) -> int:
-    """Returns how many parameters a token is multiplied by: all matrices with the head, without the embedding lookup, the
-    norms and the biases.
+    """Returns how many parameters a token is multiplied by: all matrices with the head, without the
+    embedding lookup, the norms and the biases.
     """
     attention = a.d_model * a.head_dim * 2 * (a.num_heads + a.num_kv_heads)
     feed_forward = 3 * a.d_model * a.d_ff

@@ -4,17 +4,22 @@ import jax.numpy as jnp
 
 
 def autoregressive(nll_fn, params, batch: dict, key, row_B, *, num_rows: int, bos_id: int):
-    """Returns the summed -log p(x_i | x_<i), the number of predicted tokens, and sums and counts to log.
+    """Returns the summed -log p(x_i | x_<i), the number of predicted tokens, and sums and counts to
+    log.
 
-    The row is shifted right by one with `bos_id` in front, so that every token is predicted once and the mean nll is
-    comparable with the masked diffusion bound on the same rows. `key`, `row_B` and `num_rows` are part of the signature
-    of every objective; nothing here is random.
+    The row is shifted right by one with `bos_id` in front, so that every token is predicted once
+    and the mean nll is comparable with the masked diffusion bound on the same rows. `key`, `row_B`
+    and `num_rows` are part of the signature of every objective; nothing here is random.
     """
     del key, row_B, num_rows
     tokens_BT, where_BT = batch["tokens"], batch["is_maskable"]
-    starts_BT = batch["positions"] == 0  # a document's first token must not be predicted from another document's last
+    starts_BT = (
+        batch["positions"] == 0
+    )  # a document's first token must not be predicted from another document's last
     shifted_BT = jnp.where(starts_BT, bos_id, jnp.roll(tokens_BT, 1, axis=1))
-    scores = nll_fn(params, shifted_BT, tokens_BT, where_BT, batch["segment_ids"], batch["positions"])
+    scores = nll_fn(
+        params, shifted_BT, tokens_BT, where_BT, batch["segment_ids"], batch["positions"]
+    )
     count = where_BT.sum().astype(jnp.float32)
     loss_sum = scores.nll_BT.sum()
     metrics = {

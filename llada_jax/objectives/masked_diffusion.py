@@ -1,19 +1,31 @@
-"""The masked diffusion loss: a Monte Carlo bound on -log p(x) (LLaDA, arXiv 2502.09992, eq. 3; docs/math.md)."""
+"""The masked diffusion loss: a Monte Carlo bound on -log p(x) (LLaDA, arXiv 2502.09992, eq. 3;
+docs/math.md).
+"""
 
 import jax
 import jax.numpy as jnp
 
-from llada_jax.corruption import corrupt, corrupt_exactly_k, sample_t
+from llada_jax.objectives.corruption import corrupt, corrupt_exactly_k, sample_t
 
 NUM_T_BUCKETS = 10
 
 
 def masked_diffusion(
-    nll_fn, params, batch: dict, key, row_B, *,
-    num_rows: int, mask_id: int, eps: float = 1e-3, t_sampling: str = "stratified", masking: str = "bernoulli",
+    nll_fn,
+    params,
+    batch: dict,
+    key,
+    row_B,
+    *,
+    num_rows: int,
+    mask_id: int,
+    eps: float = 1e-3,
+    t_sampling: str = "stratified",
+    masking: str = "bernoulli",
     weight: str = "1/p",
-):  # fmt: skip
-    """Returns the summed loss over masked tokens, the number of maskable tokens, and sums and counts to log.
+):
+    """Returns the summed loss over masked tokens, the number of maskable tokens, and sums and
+    counts to log.
 
     Args:
         nll_fn, params, batch, key, row_B, num_rows: see llada_jax.objectives.
@@ -21,11 +33,11 @@ def masked_diffusion(
         eps: floor of the masking probability, p = (1 - eps) t + eps (Bernoulli masking only).
         t_sampling: "stratified" or "iid".
         masking: "bernoulli", or "exact_count" with weight L/k.
-        weight: "1/p" for the bound; "none" trains on the plain sum of nll over masked tokens, while the logged `nelbo`
-            always carries the weight.
+        weight: "1/p" for the bound; "none" trains on the plain sum of nll over masked tokens, while
+            the logged `nelbo` always carries the weight.
 
-    A row that happens to have no masked token adds nothing to the sum and its tokens to the count, which keeps the
-    estimate unbiased; nothing is ever divided by a row's own number of masks.
+    A row that happens to have no masked token adds nothing to the sum and its tokens to the count,
+    which keeps the estimate unbiased; nothing is ever divided by a row's own number of masks.
     """
     tokens_BT, is_maskable_BT = batch["tokens"], batch["is_maskable"]
     t_key, mask_key = jax.random.split(key)
@@ -42,7 +54,9 @@ def masked_diffusion(
             mask_key, tokens_BT, t_B, is_maskable_BT, row_B, mask_id=mask_id
         )
     # 3. how surprised the network is by the tokens under the masks
-    scores = nll_fn(params, noisy_BT, tokens_BT, is_masked_BT, batch["segment_ids"], batch["positions"])
+    scores = nll_fn(
+        params, noisy_BT, tokens_BT, is_masked_BT, batch["segment_ids"], batch["positions"]
+    )
     # 4. sums and counts; the global division happens in the train step
     nll_B = scores.nll_BT.sum(axis=1)
     num_masked_B = is_masked_BT.sum(axis=1).astype(jnp.float32)
@@ -55,6 +69,9 @@ def masked_diffusion(
         "loss": (loss_sum, num_maskable),
         "nelbo": (nelbo_sum, num_maskable),
         "masked_accuracy": (scores.is_correct_BT.sum().astype(jnp.float32), num_masked_B.sum()),
-        "nll_by_t": (in_bucket @ nll_B, in_bucket @ num_masked_B),  # unweighted, per masked token, [10] each
+        "nll_by_t": (
+            in_bucket @ nll_B,
+            in_bucket @ num_masked_B,
+        ),  # unweighted, per masked token, [10] each
     }
     return loss_sum, num_maskable, metrics

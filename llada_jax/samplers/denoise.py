@@ -1,13 +1,19 @@
-"""The reverse process: a canvas of masks becomes tokens, some in every step, one block after another.
+"""The reverse process: a canvas of masks becomes tokens, some in every step, one block after
+another.
 
-This is the sampler of LLaDA (arXiv 2502.09992, algorithms 4 and 5, section 2.4 and appendix B.4). With one block as
-long as the generation it is pure diffusion; with more blocks it is semi-autoregressive: later blocks are seen as masks
-while an earlier one is denoised. What was revealed is never revised.
+This is the sampler of LLaDA (arXiv 2502.09992, algorithms 4 and 5, section 2.4 and appendix B.4).
+With one block as long as the generation it is pure diffusion; with more blocks it is
+semi-autoregressive: later blocks are seen as masks while an earlier one is denoised. What was
+revealed is never revised.
 
-Three deliberate differences from the published code, none of which changes what it produces on ordinary input:
-- `mask_id` is never chosen. There, a position that draws the mask token silently stays hidden, its turn is lost, and
-  masks can remain in the result. Only the choice is restricted: confidences still come from the full softmax.
-- The prompt is what `is_fixed_BT` says, not what differs from `mask_id`, so a prompt may contain the mask token.
+Three deliberate differences from the published code, none of which changes what it produces on
+ordinary input:
+- `mask_id` is never chosen. There, a position that draws the mask token silently stays hidden, its
+turn is lost, and
+  masks can remain in the result. Only the choice is restricted: confidences still come from the
+  full softmax.
+- The prompt is what `is_fixed_BT` says, not what differs from `mask_id`, so a prompt may contain
+the mask token.
 - Confidences are float32 whatever the model computes in.
 """
 
@@ -26,11 +32,13 @@ from llada_jax.errors import UserError, look_up
 from llada_jax.rng import keys_for_rows
 from llada_jax.samplers.remasking import REMASKING
 
-# Prompts are padded to a multiple of this many tokens, so that prompts of similar length share one compiled step.
+# Prompts are padded to a multiple of this many tokens, so that prompts of similar length share one
+# compiled step.
 PROMPT_BUCKET = 32
 
-# Dispatched but not finished: enough to hide the host. Dozens of them stand still for ever where several processes share a
-# mesh of CPU devices: the programs that wait for their turn hold the threads on which the collectives would meet.
+# Dispatched but not finished: enough to hide the host. Dozens of them stand still for ever where
+# several processes share a mesh of CPU devices: the programs that wait for their turn hold the
+# threads on which the collectives would meet.
 MAX_STEPS_IN_FLIGHT = 2
 
 
@@ -54,12 +62,15 @@ class DenoiseStep(NamedTuple):
     num_blocks: int
 
 
-def make_canvas(prompts: Sequence[Sequence[int]], *, gen_length: int, mask_id: int, pad_id: int) -> Canvas:
-    """Lays out prompts of any lengths: padded on the LEFT to one bucket, each followed by `gen_length` masks.
+def make_canvas(
+    prompts: Sequence[Sequence[int]], *, gen_length: int, mask_id: int, pad_id: int
+) -> Canvas:
+    """Lays out prompts of any lengths: padded on the LEFT to one bucket, each followed by
+    `gen_length` masks.
 
-    Left padding keeps every prompt next to its generation and the generation at the same columns in all rows. The
-    padding has segment 0, so no real token attends to it, and positions start behind it: a row computes what it
-    computes alone.
+    Left padding keeps every prompt next to its generation and the generation at the same columns in
+    all rows. The padding has segment 0, so no real token attends to it, and positions start behind
+    it: a row computes what it computes alone.
     """
     longest = max(len(prompt) for prompt in prompts)
     prompt_width = -(-longest // PROMPT_BUCKET) * PROMPT_BUCKET
@@ -78,9 +89,17 @@ def make_canvas(prompts: Sequence[Sequence[int]], *, gen_length: int, mask_id: i
     )
 
 
-def check_schedule(*, gen_length: int, block_length: int, steps: int, temperature: float, cfg_scale: float) -> None:
-    """Raises UserError unless the blocks tile the generation and the steps divide evenly among the blocks."""
-    for name, value in (("gen_length", gen_length), ("block_length", block_length), ("steps", steps)):
+def check_schedule(
+    *, gen_length: int, block_length: int, steps: int, temperature: float, cfg_scale: float
+) -> None:
+    """Raises UserError unless the blocks tile the generation and the steps divide evenly among the
+    blocks.
+    """
+    for name, value in (
+        ("gen_length", gen_length),
+        ("block_length", block_length),
+        ("steps", steps),
+    ):
         if value < 1:
             raise UserError(f"{name}={value} must be at least 1.")
     if gen_length % block_length:
@@ -99,29 +118,38 @@ def check_schedule(*, gen_length: int, block_length: int, steps: int, temperatur
         )
     if steps > gen_length:
         raise UserError(
-            f"steps={steps} must not exceed gen_length={gen_length}, because every step reveals at least one token; "
+            f"steps={steps} must not exceed gen_length={gen_length}, because every step reveals at "
+            "least one token; "
             f"use steps={gen_length}."
         )
     for name, value in (("temperature", temperature), ("cfg_scale", cfg_scale)):
         if not 0 <= value < float("inf"):
-            raise UserError(f"{name}={value} must be a finite number that is not negative; use 0 to switch it off.")
+            raise UserError(
+                f"{name}={value} must be a finite number that is not negative; use 0 to switch it "
+                "off."
+            )
 
 
 def _pick_tokens(logits_BTV, keys_B, *, mask_id, temperature, is_stochastic):
-    """Gumbel-max: argmax(l + T g) draws from softmax(l / T), and equals the published argmax(exp(l) / (-log u)^T).
+    """Gumbel-max: argmax(l + T g) draws from softmax(l / T), and equals the published argmax(exp(l)
+    / (-log u)^T).
 
-    mode="high": the float32 uniform behind the default mode has too few bits for the tail of a large vocabulary
-    (arXiv 2409.02908), which is why the published code resorts to float64.
+    mode="high": the float32 uniform behind the default mode has too few bits for the tail of a
+    large vocabulary (arXiv 2409.02908), which is why the published code resorts to float64.
     """
     if is_stochastic:
-        noise_BTV = jax.vmap(lambda key: jax.random.gumbel(key, logits_BTV.shape[1:], mode="high"))(keys_B)
+        noise_BTV = jax.vmap(lambda key: jax.random.gumbel(key, logits_BTV.shape[1:], mode="high"))(
+            keys_B
+        )
         logits_BTV = logits_BTV + temperature * noise_BTV
     is_mask_V = jnp.arange(logits_BTV.shape[-1]) == mask_id
     return jnp.argmax(jnp.where(is_mask_V, -jnp.inf, logits_BTV), axis=-1).astype(jnp.int32)
 
 
 def _guided_logits(logits_fn, canvas_BT, fixed, *, mask_id, cfg_scale):
-    """Classifier-free guidance: un + (w + 1)(l - un), where `un` saw the prompt masked; one pass of twice the batch."""
+    """Classifier-free guidance: un + (w + 1)(l - un), where `un` saw the prompt masked; one pass of
+    twice the batch.
+    """
     unprompted_BT = jnp.where(fixed.is_fixed_BT, mask_id, canvas_BT)
     rows = (
         jnp.concatenate([canvas_BT, unprompted_BT]),
@@ -140,7 +168,9 @@ def _fill_after_eos(canvas_BT, is_generated_BT, eos_id):
 
 
 class _Fixed(NamedTuple):
-    """Arrays and numbers that no step changes. All traced: another value of any of them reuses the compiled step."""
+    """Arrays and numbers that no step changes. All traced: another value of any of them reuses the
+    compiled step.
+    """
 
     is_fixed_BT: jax.Array
     segment_ids_BT: jax.Array
@@ -153,12 +183,36 @@ class _Fixed(NamedTuple):
     cfg_scale: jax.Array
 
 
-@partial(jax.jit, static_argnames=("gen_length", "block_length", "remasking", "is_stochastic", "is_guided", "sharding"))
+@partial(
+    jax.jit,
+    static_argnames=(
+        "gen_length",
+        "block_length",
+        "remasking",
+        "is_stochastic",
+        "is_guided",
+        "sharding",
+    ),
+)
 def _denoise_step(
-    logits_fn, canvas_BT, step, key, fixed, *, gen_length, block_length, remasking, is_stochastic, is_guided, sharding
+    logits_fn,
+    canvas_BT,
+    step,
+    key,
+    fixed,
+    *,
+    gen_length,
+    block_length,
+    remasking,
+    is_stochastic,
+    is_guided,
+    sharding,
 ):
-    """One step of the reverse process; returns (canvas_BT, is_new_BT, number of the next step, whether it is done)."""
-    # 1. Where we are. Only the current block is read and written, so the noise and the softmax cover it alone.
+    """One step of the reverse process; returns (canvas_BT, is_new_BT, number of the next step,
+    whether it is done).
+    """
+    # 1. Where we are. Only the current block is read and written, so the noise and the softmax
+    # cover it alone.
     block, step_in_block = jnp.divmod(step, fixed.steps_per_block)
     steps_left = fixed.steps_per_block - step_in_block
     start = canvas_BT.shape[1] - gen_length + block * block_length
@@ -166,30 +220,43 @@ def _denoise_step(
     def in_block(array):
         return jax.lax.dynamic_slice_in_dim(array, start, block_length, axis=1)
 
-    is_generated_BT = ~fixed.is_fixed_BT & (jnp.arange(canvas_BT.shape[1]) >= canvas_BT.shape[1] - gen_length)
+    is_generated_BT = ~fixed.is_fixed_BT & (
+        jnp.arange(canvas_BT.shape[1]) >= canvas_BT.shape[1] - gen_length
+    )
     tokens_BT = in_block(canvas_BT)
     is_hidden_BT = in_block(is_generated_BT) & (tokens_BT == fixed.mask_id)
 
     # 2. The whole canvas through the network.
     if is_guided:
-        logits_BTV = _guided_logits(logits_fn, canvas_BT, fixed, mask_id=fixed.mask_id, cfg_scale=fixed.cfg_scale)
+        logits_BTV = _guided_logits(
+            logits_fn, canvas_BT, fixed, mask_id=fixed.mask_id, cfg_scale=fixed.cfg_scale
+        )
     else:
-        logits_BTV = logits_fn(canvas_BT, fixed.segment_ids_BT, fixed.positions_BT).astype(jnp.float32)
+        logits_BTV = logits_fn(canvas_BT, fixed.segment_ids_BT, fixed.positions_BT).astype(
+            jnp.float32
+        )
     logits_BTV = in_block(logits_BTV)
 
-    # 3. Keys fold (step, row): neither the other rows of the batch nor the padding change what a row draws.
+    # 3. Keys fold (step, row): neither the other rows of the batch nor the padding change what a
+    # row draws.
     keys_B = keys_for_rows(jax.random.fold_in(key, step), fixed.row_B)
     token_keys_B, remasking_keys_B = jnp.unstack(jax.vmap(jax.random.split)(keys_B), axis=1)
 
     # 4. A proposal for every position, and the confidence in it.
     choices_BT = _pick_tokens(
-        logits_BTV, token_keys_B, mask_id=fixed.mask_id, temperature=fixed.temperature, is_stochastic=is_stochastic
+        logits_BTV,
+        token_keys_B,
+        mask_id=fixed.mask_id,
+        temperature=fixed.temperature,
+        is_stochastic=is_stochastic,
     )
     confidence_BT = REMASKING[remasking](logits_BTV, choices_BT, remasking_keys_B)
     confidence_BT = jnp.where(is_hidden_BT, confidence_BT, -jnp.inf)
 
-    # 5. Reveal the most confident. ceil(hidden / steps left) is the published count: hidden // steps, and one more in
-    #    each of the first hidden % steps steps. Ranks, not top_k, whose k would have to be static; ties to the left.
+    # 5. Reveal the most confident. ceil(hidden / steps left) is the published count: hidden //
+    # steps, and one more in
+    #    each of the first hidden % steps steps. Ranks, not top_k, whose k would have to be static;
+    # ties to the left.
     count_B = -(-jnp.sum(is_hidden_BT, axis=1) // steps_left)
     rank_BT = jnp.argsort(jnp.argsort(-confidence_BT, axis=1, stable=True), axis=1)
     is_revealed_BT = is_hidden_BT & (rank_BT < count_B[:, None])
@@ -203,13 +270,18 @@ def _denoise_step(
     is_left_BT = is_generated_BT & (new_canvas_BT == fixed.mask_id)
     is_new_BT = is_generated_BT & (canvas_BT == fixed.mask_id) & ~is_left_BT
     result = (new_canvas_BT, is_new_BT, step + 1, ~jnp.any(is_left_BT))
-    # Placed like the input of the next step, or the second step would compile again for another placement.
+    # Placed like the input of the next step, or the second step would compile again for another
+    # placement.
     return result if sharding is None else jax.lax.with_sharding_constraint(result, sharding)
 
 
 def _sharding_beside(logits_fn) -> jax.sharding.Sharding | None:
-    """Where the canvas belongs: whole on every device that holds parameters of `logits_fn`; None if it holds none."""
-    shardings = [leaf.sharding for leaf in jax.tree.leaves(logits_fn) if isinstance(leaf, jax.Array)]
+    """Where the canvas belongs: whole on every device that holds parameters of `logits_fn`; None if
+    it holds none.
+    """
+    shardings = [
+        leaf.sharding for leaf in jax.tree.leaves(logits_fn) if isinstance(leaf, jax.Array)
+    ]
     for sharding in shardings:
         if isinstance(sharding, NamedSharding):
             return NamedSharding(sharding.mesh, PartitionSpec())
@@ -236,30 +308,40 @@ def denoise(
 ) -> Iterator[DenoiseStep]:
     """Runs the reverse process and yields after every step.
 
-    One step is compiled for each (batch, T, gen_length, block_length, remasking, temperature > 0, cfg_scale > 0);
-    steps, blocks, prompts, ids, temperatures and scales reuse it.
+    One step is compiled for each (batch, T, gen_length, block_length, remasking, temperature > 0,
+    cfg_scale > 0); steps, blocks, prompts, ids, temperatures and scales reuse it.
 
     Args:
-        logits_fn: (tokens_BT, segment_ids_BT, positions_BT) -> logits_BTV. Pass `jax.tree_util.Partial(fn, params)` for
-            a real model: its parameters are then arguments of the compiled step, not constants baked into it.
-        canvas_BT: int32; `mask_id` where a token is to be generated. The last `gen_length` columns are generated.
-        key: random key; row r at step s draws from fold(key, s, first_row + r). At temperature 0 with low_confidence
-            it changes nothing.
-        is_fixed_BT: bool; padding and prompt (also given tokens inside the generation), never changed.
+        logits_fn: (tokens_BT, segment_ids_BT, positions_BT) -> logits_BTV. Pass
+            `jax.tree_util.Partial(fn, params)` for a real model: its parameters are then arguments
+            of the compiled step, not constants baked into it.
+        canvas_BT: int32; `mask_id` where a token is to be generated. The last `gen_length` columns
+            are generated.
+        key: random key; row r at step s draws from fold(key, s, first_row + r). At temperature 0
+            with low_confidence it changes nothing.
+        is_fixed_BT: bool; padding and prompt (also given tokens inside the generation), never
+            changed.
         segment_ids_BT, positions_BT: int32, handed to `logits_fn`; 0 is padding.
-        gen_length, block_length, steps: block_length divides gen_length, the number of blocks divides steps.
+        gen_length, block_length, steps: block_length divides gen_length, the number of blocks
+            divides steps.
         remasking: a name in REMASKING.
         temperature: 0 takes the most likely token, 1 samples the model's distribution.
         cfg_scale: guidance strength w; 0 means none, otherwise the network runs on twice the batch.
-        eos_id: ends a row: after a block that contains it, the rest of the row is filled with it, and when every row
-            has ended no further step runs. None (as published) generates all gen_length tokens.
-        first_row: number of the first row in the whole request, when the request is cut into batches.
+        eos_id: ends a row: after a block that contains it, the rest of the row is filled with it,
+            and when every row has ended no further step runs. None (as published) generates all
+            gen_length tokens.
+        first_row: number of the first row in the whole request, when the request is cut into
+            batches.
 
     Raises:
         UserError: the schedule does not divide evenly, or the remasking is unknown.
     """
     check_schedule(
-        gen_length=gen_length, block_length=block_length, steps=steps, temperature=temperature, cfg_scale=cfg_scale
+        gen_length=gen_length,
+        block_length=block_length,
+        steps=steps,
+        temperature=temperature,
+        cfg_scale=cfg_scale,
     )
     look_up(REMASKING, remasking, "remasking")
     if not isinstance(logits_fn, jax.tree_util.Partial):
@@ -277,7 +359,9 @@ def denoise(
         cfg_scale=np.float32(cfg_scale),
     )
     sharding = _sharding_beside(logits_fn)
-    canvas_BT, step, key, fixed = jax.device_put((np.asarray(canvas_BT, np.int32), np.int32(0), key, fixed), sharding)
+    canvas_BT, step, key, fixed = jax.device_put(
+        (np.asarray(canvas_BT, np.int32), np.int32(0), key, fixed), sharding
+    )
     on_mesh = isinstance(sharding, NamedSharding)
     in_flight = deque()
     for number in range(1, steps + 1):
@@ -300,8 +384,13 @@ def denoise(
             jax.block_until_ready(in_flight.popleft())
         block = -(-number * num_blocks // steps)
         yield DenoiseStep(canvas_BT, is_new_BT, number, steps, block, num_blocks)
-        # Reading a value waits for the device, so it is done once a block, and only if it can end the loop.
-        if eos_id is not None and number % (steps // num_blocks) == 0 and jax.device_get(is_complete):
+        # Reading a value waits for the device, so it is done once a block, and only if it can end
+        # the loop.
+        if (
+            eos_id is not None
+            and number % (steps // num_blocks) == 0
+            and jax.device_get(is_complete)
+        ):
             return
 
 

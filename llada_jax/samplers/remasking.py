@@ -1,13 +1,17 @@
-"""Which of the tokens proposed in a step are kept: a rule gives confidences, and the most confident are revealed."""
+"""Which of the tokens proposed in a step are kept: a rule gives confidences, and the most confident
+are revealed.
+"""
 
 import jax
 import jax.numpy as jnp
 
 
 def low_confidence(logits_BTV, choices_BT, keys_B):
-    """The probability of the proposed token, so that the least certain positions stay masked (LLaDA, algorithm 5).
+    """The probability of the proposed token, so that the least certain positions stay masked
+    (LLaDA, algorithm 5).
 
-    Always float32 and never tempered: in bfloat16 the probabilities saturate at 1.0 and their order becomes arbitrary.
+    Always float32 and never tempered: in bfloat16 the probabilities saturate at 1.0 and their order
+    becomes arbitrary.
 
     Args:
         logits_BTV: float32, after guidance, without noise.

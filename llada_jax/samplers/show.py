@@ -12,12 +12,18 @@ from llada_jax.samplers.text import decode_after
 
 NUM_SNAPSHOTS = 8  # lines written where there is no terminal
 MAX_LINE = 160  # characters of text in such a line
-MIN_FRAME_SECONDS = 0.04  # a small model is slowed down to what an eye can follow: 64 steps last 2.5 seconds
+MIN_FRAME_SECONDS = (
+    0.04  # a small model is slowed down to what an eye can follow: 64 steps last 2.5 seconds
+)
 
 MASK_STYLE = "grey35"
 PROMPT_STYLE = "bold cyan"
 END_STYLE = "grey50"
-AGE_STYLES = ("bold grey7 on gold1", "bold gold1", "light_goldenrod1")  # by steps since the token was revealed
+AGE_STYLES = (
+    "bold grey7 on gold1",
+    "bold gold1",
+    "light_goldenrod1",
+)  # by steps since the token was revealed
 
 
 class Cell(NamedTuple):
@@ -32,12 +38,13 @@ class Cell(NamedTuple):
 class CanvasText:
     """Turns a half-denoised row into text, token by token.
 
-    A token is decoded behind an ordinary one, because tokenizers drop the space in front of the first word. Tokens that
-    hold only some bytes of a character are decoded together with their neighbours; while a byte is still masked, the
-    others show as U+FFFD.
+    A token is decoded behind an ordinary one, because tokenizers drop the space in front of the
+    first word. Tokens that hold only some bytes of a character are decoded together with their
+    neighbours; while a byte is still masked, the others show as U+FFFD.
 
     Args:
-        stream: where the text will go; one that cannot write Unicode gets ASCII in place of the blocks.
+        stream: where the text will go; one that cannot write Unicode gets ASCII in place of the
+            blocks.
         mask_width: blocks that stand for one masked token, unless tokens are bytes.
     """
 
@@ -58,7 +65,9 @@ class CanvasText:
         return "\ufffd" in self.text_of[token]
 
     def cells(self, tokens: Sequence[int], is_masked: Sequence[bool]) -> list[Cell]:
-        """Returns the cells of one row, which cover every column once and in order; a run of EOS is one cell."""
+        """Returns the cells of one row, which cover every column once and in order; a run of EOS is
+        one cell.
+        """
         cells = []
         column = 0
         while column < len(tokens):
@@ -71,9 +80,15 @@ class CanvasText:
                     stop += 1
                 cells.append(Cell(self.end, range(column, stop), is_end=True))
             elif self.is_partial(token):
-                while stop < len(tokens) and not is_masked[stop] and self.is_partial(int(tokens[stop])):
+                while (
+                    stop < len(tokens)
+                    and not is_masked[stop]
+                    and self.is_partial(int(tokens[stop]))
+                ):
                     stop += 1
-                cells.append(Cell(self.decode([int(t) for t in tokens[column:stop]]), range(column, stop)))
+                cells.append(
+                    Cell(self.decode([int(t) for t in tokens[column:stop]]), range(column, stop))
+                )
             else:
                 cells.append(Cell(self.text_of[token], range(column, stop)))
             column = stop
@@ -99,10 +114,17 @@ def _frame(rows: range, state: DenoiseStep, *, mask_id: int, gen_length: int) ->
 
 
 class LogShow:
-    """Writes NUM_SNAPSHOTS lines a batch to a stream that is no terminal, showing the first row of the batch."""
+    """Writes NUM_SNAPSHOTS lines a batch to a stream that is no terminal, showing the first row of
+    the batch.
+    """
 
     def __init__(self, tokenizer, prompts: Sequence[str], *, gen_length: int, stream: TextIO):
-        self.tokenizer, self.prompts, self.gen_length, self.stream = tokenizer, prompts, gen_length, stream
+        self.tokenizer, self.prompts, self.gen_length, self.stream = (
+            tokenizer,
+            prompts,
+            gen_length,
+            stream,
+        )
         self.canvas_text = CanvasText(tokenizer, stream, mask_width=1)
 
     def __enter__(self):
@@ -113,7 +135,8 @@ class LogShow:
 
     def on_step(self, rows: range, state: DenoiseStep) -> None:
         is_snapshot = (
-            state.step * NUM_SNAPSHOTS // state.num_steps > (state.step - 1) * NUM_SNAPSHOTS // state.num_steps
+            state.step * NUM_SNAPSHOTS // state.num_steps
+            > (state.step - 1) * NUM_SNAPSHOTS // state.num_steps
         )
         if not is_snapshot:
             return
@@ -124,25 +147,39 @@ class LogShow:
         which = f"sample {rows[0] + 1}/{len(self.prompts)}, " if len(self.prompts) > 1 else ""
         width = len(str(state.num_steps))
         print(
-            f"{which}step {state.step:>{width}}/{state.num_steps} {frame.share_revealed:4.0%} | {text}",
+            f"{which}step {state.step:>{width}}/{state.num_steps} {frame.share_revealed:4.0%} | "
+            f"{text}",
             file=self.stream,
             flush=True,
         )
 
 
 class LiveShow:
-    """Animates the canvas on a terminal: grey masks, and every token bright in the step that reveals it.
+    """Animates the canvas on a terminal: grey masks, and every token bright in the step that
+    reveals it.
 
     Args:
-        transient: take the picture away at the end, because the texts are printed on the same terminal next.
+        transient: take the picture away at the end, because the texts are printed on the same
+            terminal next.
     """
 
-    def __init__(self, tokenizer, prompts: Sequence[str], *, gen_length: int, console, transient: bool):
+    def __init__(
+        self, tokenizer, prompts: Sequence[str], *, gen_length: int, console, transient: bool
+    ):
         from rich.live import Live
 
-        self.tokenizer, self.prompts, self.gen_length, self.console = tokenizer, prompts, gen_length, console
-        self.canvas_text = CanvasText(tokenizer, console.file, mask_width=3)  # about as wide as what it hides
-        self.live = Live(console=console, auto_refresh=False, transient=transient, vertical_overflow="ellipsis")
+        self.tokenizer, self.prompts, self.gen_length, self.console = (
+            tokenizer,
+            prompts,
+            gen_length,
+            console,
+        )
+        self.canvas_text = CanvasText(
+            tokenizer, console.file, mask_width=3
+        )  # about as wide as what it hides
+        self.live = Live(
+            console=console, auto_refresh=False, transient=transient, vertical_overflow="ellipsis"
+        )
         self.rows, self.age_BT = None, None
         self.last_frame = 0.0
 
@@ -163,7 +200,9 @@ class LiveShow:
         self.live.update(self.picture(rows, state, frame), refresh=True)
 
     def picture(self, rows: range, state: DenoiseStep, frame: _Frame):
-        """Returns a status line with a bar above one panel for each of the rows that fit the screen."""
+        """Returns a status line with a bar above one panel for each of the rows that fit the
+        screen.
+        """
         from rich.console import Group
         from rich.panel import Panel
         from rich.progress_bar import ProgressBar
@@ -173,11 +212,14 @@ class LiveShow:
         header.add_row(
             f"step {state.step:>{len(str(state.num_steps))}}/{state.num_steps}",
             f"block {state.block}/{state.num_blocks}",
-            ProgressBar(total=1.0, completed=frame.share_revealed, width=30, complete_style="gold1"),
+            ProgressBar(
+                total=1.0, completed=frame.share_revealed, width=30, complete_style="gold1"
+            ),
             f"{frame.share_revealed:4.0%} revealed",
         )
         texts = [
-            self.row_text(rows[i], frame.tokens_BT[i], frame.is_masked_BT[i], self.age_BT[i]) for i in range(len(rows))
+            self.row_text(rows[i], frame.tokens_BT[i], frame.is_masked_BT[i], self.age_BT[i])
+            for i in range(len(rows))
         ]
         panels, lines_left = [], self.console.height - 2
         for row, text in zip(rows, texts):
@@ -206,11 +248,17 @@ class LiveShow:
         return text
 
 
-def make_show(tokenizer, prompts: Sequence[str], *, gen_length: int, stream: TextIO, transient: bool):
-    """Returns the show that suits the stream: a context manager with the `on_step` that `generate_tokens` calls."""
+def make_show(
+    tokenizer, prompts: Sequence[str], *, gen_length: int, stream: TextIO, transient: bool
+):
+    """Returns the show that suits the stream: a context manager with the `on_step` that
+    `generate_tokens` calls.
+    """
     from rich.console import Console
 
     console = Console(file=stream, highlight=False)
     if console.is_terminal and not console.is_dumb_terminal:
-        return LiveShow(tokenizer, prompts, gen_length=gen_length, console=console, transient=transient)
+        return LiveShow(
+            tokenizer, prompts, gen_length=gen_length, console=console, transient=transient
+        )
     return LogShow(tokenizer, prompts, gen_length=gen_length, stream=stream)

@@ -1,4 +1,6 @@
-"""Sampling for whole requests: any number of prompts, as token ids or as text, cut into batches of one shape."""
+"""Sampling for whole requests: any number of prompts, as token ids or as text, cut into batches of
+one shape.
+"""
 
 from collections.abc import Callable, Sequence
 from typing import NamedTuple
@@ -25,7 +27,10 @@ def _ignore(rows: range, state: DenoiseStep) -> None:
 def check_request(*, num_prompts: int, batch_size: int, seed: int) -> None:
     """Raises UserError for a request that cannot be cut into batches or seeded."""
     if num_prompts < 1:
-        raise UserError("There are 0 prompts, and sampling needs at least one; an empty one generates from nothing.")
+        raise UserError(
+            "There are 0 prompts, and sampling needs at least one; an empty one generates from "
+            "nothing."
+        )
     if batch_size < 1:
         raise UserError(f"batch_size={batch_size} must be at least 1.")
     if not 0 <= seed < 2**32:
@@ -53,16 +58,17 @@ def generate_tokens(
     """Generates `gen_length` tokens after each prompt.
 
     Args:
-        logits_fn: (params, tokens_BT, segment_ids_BT, positions_BT) -> logits_BTV, equal in every call, so that its
-            compiled step is found again.
+        logits_fn: (params, tokens_BT, segment_ids_BT, positions_BT) -> logits_BTV, equal in every
+            call, so that its compiled step is found again.
         params: its first argument.
         prompts: token ids, of any lengths, empty for unconditional generation.
         block_length, steps: None means gen_length: pure diffusion, one token a step.
         eos_id: see `denoise`; None does not stop.
-        seed: row r of the request draws the same numbers whatever the batch size and the other prompts are.
+        seed: row r of the request draws the same numbers whatever the batch size and the other
+            prompts are.
         batch_size: rows in one pass; memory grows with batch_size * T * vocabulary.
-        on_step: called as on_step(rows, state) after each step; rows numbers the prompts that the first rows of the
-            canvas continue.
+        on_step: called as on_step(rows, state) after each step; rows numbers the prompts that the
+            first rows of the canvas continue.
         The others: see `denoise`.
 
     Returns:
@@ -74,7 +80,8 @@ def generate_tokens(
     num_steps_B = np.empty(len(prompts), np.int32)
     for first in range(0, len(prompts), batch_size):
         rows = range(first, min(first + batch_size, len(prompts)))
-        # The last batch is filled up with copies of its last row: the same shape needs no second compilation.
+        # The last batch is filled up with copies of its last row: the same shape needs no second
+        # compilation.
         batch = [prompts[min(row, rows[-1])] for row in range(first, first + batch_size)]
         canvas = make_canvas(batch, gen_length=gen_length, mask_id=mask_id, pad_id=pad_id)
         for state in denoise(
@@ -95,7 +102,9 @@ def generate_tokens(
             first_row=first,
         ):
             on_step(rows, state)
-        tokens_BT[rows.start : rows.stop] = jax.device_get(state.canvas_BT)[: len(rows), -gen_length:]
+        tokens_BT[rows.start : rows.stop] = jax.device_get(state.canvas_BT)[
+            : len(rows), -gen_length:
+        ]
         num_steps_B[rows.start : rows.stop] = state.step
     return tokens_BT, num_steps_B
 
@@ -107,11 +116,16 @@ def cut_at_eos(tokens: Sequence[int], eos_id: int) -> list[int]:
 
 
 def decode_after(tokenizer, before: Sequence[int], tokens: Sequence[int]) -> str:
-    """Decodes `tokens` as what follows `before`: tokenizers drop the space in front of the first word they see."""
+    """Decodes `tokens` as what follows `before`: tokenizers drop the space in front of the first
+    word they see.
+    """
     before_text = tokenizer.decode(list(before))
     text = tokenizer.decode([*before, *tokens])
-    # Not a prefix only when the tokens complete a character of which `before` holds the first bytes.
-    return text[len(before_text) :] if text.startswith(before_text) else tokenizer.decode(list(tokens))
+    # Not a prefix only when the tokens complete a character of which `before` holds the first
+    # bytes.
+    return (
+        text[len(before_text) :] if text.startswith(before_text) else tokenizer.decode(list(tokens))
+    )
 
 
 def generate_text(
@@ -121,10 +135,10 @@ def generate_text(
 
     Args:
         logits_fn, params: see `generate_tokens`.
-        tokenizer: encode, decode, mask_id, pad_id, eos_id (see llada_jax.tokenizer).
+        tokenizer: encode, decode, mask_id, pad_id, eos_id (see llada_jax.data.tokenizer).
         prompts: text; "" generates unconditionally.
-        stop_at_eos: end a text at EOS, and the sampling when all have ended. False generates all tokens, as published;
-            the text is what the tokenizer makes of all of them.
+        stop_at_eos: end a text at EOS, and the sampling when all have ended. False generates all
+            tokens, as published; the text is what the tokenizer makes of all of them.
         settings: gen_length and everything else that `generate_tokens` takes.
     """
     prompt_ids = [tokenizer.encode(prompt) for prompt in prompts]
@@ -138,7 +152,11 @@ def generate_text(
         **settings,
     )
     completions = []
-    for prompt, ids, row, num_steps in zip(prompts, prompt_ids, tokens_BT, num_steps_B, strict=True):
+    for prompt, ids, row, num_steps in zip(
+        prompts, prompt_ids, tokens_BT, num_steps_B, strict=True
+    ):
         tokens = cut_at_eos(row, tokenizer.eos_id) if stop_at_eos else row.tolist()
-        completions.append(Completion(prompt, decode_after(tokenizer, ids, tokens), tokens, int(num_steps)))
+        completions.append(
+            Completion(prompt, decode_after(tokenizer, ids, tokens), tokens, int(num_steps))
+        )
     return completions

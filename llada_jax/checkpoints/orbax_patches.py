@@ -1,0 +1,50 @@
+"""What Orbax 0.12 does not do by itself: write to s3:// and keep its log free of repeated
+tracebacks.
+"""
+
+import functools
+import logging
+import sys
+import traceback
+import warnings
+
+from llada_jax.storage.arrays import s3_spec
+
+
+@functools.cache
+def teach_orbax_s3() -> None:
+    """Lets Orbax hand s3:// to tensorstore, which can write it; Orbax 0.12 itself passes on gs://
+    and local paths only.
+
+    The two functions replaced are where Orbax chooses the driver (google/orbax#2739 proposes the
+    same to its authors).
+    """
+    from orbax.checkpoint._src.path import gcs_utils
+    from orbax.checkpoint._src.serialization import tensorstore_utils
+
+    is_gcs, gcs_spec = tensorstore_utils._use_gcs_driver, gcs_utils.get_kvstore_for_gcs
+    is_s3 = lambda directory: directory.startswith("s3:/")  # noqa: E731 (normalised by Orbax: s3:/bucket/...)
+    tensorstore_utils._use_gcs_driver = lambda directory: is_gcs(directory) or is_s3(directory)
+    gcs_utils.get_kvstore_for_gcs = lambda directory: (s3_spec if is_s3(directory) else gcs_spec)(
+        directory
+    )
+
+
+def drop_echoes() -> None:
+    """Keeps off the screen what Orbax and its event loop say about a failed read or save, late, in
+    many tracebacks and from threads of their own; the one sentence of the UserError says it.
+    """
+    logging.getLogger("absl").addFilter(lambda record: "/orbax/" not in record.pathname)
+    logging.getLogger("asyncio").addFilter(
+        lambda record: "never retrieved" not in record.getMessage()
+    )
+    warnings.filterwarnings("ignore", message="coroutine 'PyTreeHandler", category=RuntimeWarning)
+    report = sys.unraisablehook
+
+    def hook(unraisable):  # reads that end, or are dropped, after the first of them has failed
+        frames = traceback.extract_tb(unraisable.exc_traceback)
+        is_echo = any("/orbax/" in frame.filename for frame in frames)
+        if not is_echo and "Event loop is closed" not in str(unraisable.exc_value):
+            report(unraisable)
+
+    sys.unraisablehook = hook

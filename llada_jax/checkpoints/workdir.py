@@ -1,0 +1,347 @@
+"""Checkpoints in Orbax: what is saved, when it is kept, and how it comes back on any mesh and any
+number of hosts.
+
+    WORKDIR/checkpoints/STEP/params   parameters
+                             ema      their moving average, when one is kept
+                             train    step, optimizer state, and the metric sums since the last log
+                             line _CHECKPOINT_METADATA  with run.json: config, architecture,
+                             tokenizer, data, versions
+
+Saving is asynchronous; a step counts only once Orbax has committed it, so a killed save leaves the
+step before. The files hold no checksum of the numbers themselves, so run.json carries one of every
+array.
+"""
+
+import re
+import time
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import tensorstore
+from etils import epath
+from jax.experimental import multihost_utils
+from orbax.checkpoint import v1 as ocp
+
+from llada_jax.checkpoints.orbax_patches import teach_orbax_s3
+from llada_jax.cluster import distributed
+from llada_jax.errors import LostPeer, UserError, one_line
+from llada_jax.storage import remote
+from llada_jax.storage.arrays import kvstore_of, read_chunks
+from llada_jax.training.state import TrainState
+
+FOLDER = "checkpoints"
+CHUNK_BYTES = (
+    64 << 20
+)  # of an array on the disk: what a reader holds beside the array, however few devices saved it
+RUN_KEYS = (
+    "config",
+    "architecture",
+    "tokenizer",
+    "checksums",
+)  # run.json without them is none of ours
+
+
+def parse_checkpoint(checkpoint: str) -> tuple[epath.Path, int | None]:
+    """Returns (workdir, step) of "WORKDIR" or "WORKDIR@STEP"; step None means the latest."""
+    workdir, at, step = str(checkpoint).rpartition("@")
+    if not at:
+        return remote.path_of(checkpoint), None
+    if not step.isdigit():
+        raise UserError(
+            f"{checkpoint!r}: the part after @ must be a step number, as in {workdir}@1000."
+        )
+    return remote.path_of(workdir), int(step)
+
+
+class Checkpoints:
+    """The checkpoints of one workdir.
+
+    Args:
+        workdir: the run's directory, local or remote.
+        keep: how many of the newest are kept.
+        keep_every_steps: steps at multiples of this are kept for ever; 0: none.
+        owned: this is the run itself, which may remove the half-written step of an attempt that was
+            killed. Readers must not: what they see half-written may be on its way.
+    """
+
+    def __init__(self, workdir, *, keep: int = 1, keep_every_steps: int = 0, owned: bool = True):
+        policies = ocp.training.preservation_policies
+        kept = [policies.LatestN(keep)]
+        if keep_every_steps:
+            kept.append(policies.EveryNSteps(keep_every_steps))
+        self._is_remote = remote.is_remote(workdir)
+        if (
+            self._is_remote
+        ):  # the workdir itself: epath would resolve a URL to a folder of the current directory
+            self.directory = remote.path_of(workdir) / FOLDER
+            teach_orbax_s3()
+        else:
+            self.directory = epath.Path(workdir).expanduser().resolve() / FOLDER
+        is_writer = self._is_remote and owned and jax.process_index() == 0
+        self._claim = remote.Claim(self.directory.parent) if is_writer else None
+        context = ocp.Context()
+        context.array.saving.storage_options.chunk_byte_size = CHUNK_BYTES
+        if (
+            self._is_remote
+        ):  # a folder of objects cannot be renamed at once: a last file marks a step as committed
+            context.atomicity.mode = ocp.options.AtomicityMode.COMMIT_FILE
+        self._checkpointer = ocp.training.Checkpointer(
+            self.directory,
+            save_decision_policy=ocp.training.save_decision_policies.FixedIntervalPolicy(
+                1
+            ),  # train.py decides when
+            preservation_policy=policies.AnyPreservationPolicy(kept),
+            cleanup_tmp_directories=owned,
+            context=context,
+        )
+        self._pending = None  # the response of the save under way, and its step
+        # of the last save that was committed: numbers for the group "speed" of the metrics
+        self.measured = {}
+
+    @property
+    def steps(self) -> list[int]:
+        """The committed steps, oldest first."""
+        return sorted(checkpoint.step for checkpoint in self._checkpointer.checkpoints)
+
+    def save(self, state: TrainState, run: dict) -> None:
+        """Begins to save; returns when the arrays have been copied and may be donated. A failed
+        earlier save raises.
+        """
+        began = time.monotonic()
+        self.wait()
+        self._check_claim()
+        step = int(state.step)
+        items = items_of(state)
+        run = {**run, "checksums": checksums(items)}
+        try:
+            response = self._checkpointer.save_checkpointables_async(
+                step, items, custom_metadata=run, overwrite=True
+            )
+        except Exception as error:
+            raise self._failed(step, error) from error
+        blocked = time.monotonic() - began
+        gib = sum(leaf.nbytes for leaf in jax.tree.leaves(items)) / 2**30
+
+        def measure(_):
+            seconds = time.monotonic() - began
+            self.measured = {
+                "checkpoint_s": seconds,
+                "checkpoint_blocked_s": blocked,
+                "checkpoint_gib": gib,
+            }
+
+        response.on_complete(measure)
+        self._pending = (step, response)
+
+    def wait(self) -> None:
+        """Waits until the save under way is committed; raises UserError when it failed, for example
+        on a full disk.
+        """
+        if self._pending is None:
+            return
+        step, response = self._pending
+        self._pending = None
+        try:
+            response.result()
+            self._checkpointer.wait()
+        except Exception as error:
+            raise self._failed(step, error) from error
+
+    def close(self) -> None:
+        """Waits for the save under way and gives the directory back."""
+        self.wait()
+        self._checkpointer.close()
+
+    def _check_claim(self) -> None:
+        """Raises UserError, in every process of the run, when a newer `train` has taken the remote
+        workdir over.
+        """
+        if not self._is_remote:
+            return
+        is_ours = np.array(self._claim.is_ours() if self._claim else True)
+        if not multihost_utils.broadcast_one_to_all(is_ours):
+            raise UserError(
+                f"Another train has started in {self.directory.parent} since, and continues this "
+                "run; give another "
+                "--workdir to train beside it."
+            )
+
+    def _failed(self, step: int, error: Exception) -> UserError | LostPeer:
+        if distributed.is_lost_peer(_root(error)):  # no fault of the disk
+            return LostPeer(
+                f"Another process of this run is gone, and step {step} is not saved "
+                f"({_reason(error)}); the same command "
+                "continues."
+            )
+        good = [s for s in self.steps if s != step]
+        return UserError(
+            f"Step {step} could not be saved in {self.directory} ({_reason(error)}); the last good "
+            "step is "
+            f"{good[-1] if good else 'none'}: free space or permit writing there, then start the "
+            "same command again."
+        )
+
+    def restore(self, step: int, abstract: TrainState) -> TrainState:
+        """Returns the state of a step with the shapes, dtypes and shardings of `abstract`.
+
+        Raises:
+            UserError: the step cannot be read.
+        """
+        loaded = self._load(step, items_of(abstract))
+        state = TrainState(params=loaded["params"], ema=loaded.get("ema", {}), **loaded["train"])
+        # restored buffers cannot be donated to the train step (jax#18617): copy them once into ones
+        # that can
+        shardings = jax.tree.map(lambda leaf: leaf.sharding, abstract)
+        return jax.jit(lambda state: state, out_shardings=shardings, donate_argnums=0)(state)
+
+    def restore_params(self, step: int, abstract_params: dict, *, ema: bool) -> dict:
+        """Returns only the parameters, or their moving average, of a step; UserError when they
+        cannot be read.
+        """
+        name = "ema" if ema else "params"
+        return self._load(step, {name: abstract_params})[name]
+
+    def read_array(self, step: int, path: str, shape: tuple[int, ...]) -> np.ndarray:
+        """Returns one float32 array of a step in the memory of this host, checked against its
+        checksum.
+
+        Read from Orbax's files with tensorstore: Orbax would hold all chunks of an array at once
+        beside the array itself, and waits for the other processes of a run at each call.
+
+        Args:
+            path: as in the checksums of run.json, such as "params/blocks/q" or "ema/embed".
+
+        Raises:
+            UserError: it cannot be read, or is not what was saved.
+        """
+        item, _, key = path.partition("/")
+        base = self.directory / str(step) / item
+        kvstore = {
+            "driver": "ocdbt",
+            "base": kvstore_of(str(base)),
+            "path": key.replace("/", ".") + "/",
+        }
+        try:
+            store = tensorstore.open({"driver": "zarr3", "kvstore": kvstore}, open=True).result()
+            array = read_chunks(store)
+        except Exception as error:  # as in _load
+            raise self._damaged(step, _reason(error)) from error
+        if array.shape != tuple(shape) or array.dtype != np.float32:
+            raise self._damaged(
+                step, f"{path} is {array.dtype}{list(array.shape)} and not float32{list(shape)}"
+            )
+        number = int(array.view(np.uint32).sum(dtype=np.uint64)) % 2**32
+        if number != self.run(step)["checksums"][item].get(key):
+            raise self._damaged(step, f"{path} has not the checksum with which it was saved")
+        return array
+
+    def _load(self, step: int, items: dict) -> dict:
+        """Returns the items of a step, each of which has the checksum with which it was saved."""
+        saved = self.run(step)["checksums"]
+        try:
+            loaded = self._checkpointer.load_checkpointables(step, items)
+        except (
+            Exception
+        ) as error:  # whatever Orbax or tensorstore raises on damaged files is a damaged checkpoint
+            raise self._damaged(step, _reason(error)) from error
+        for name, sums in checksums(loaded).items():
+            differ = [path for path, number in sums.items() if number != saved[name].get(path)]
+            if differ:
+                raise self._damaged(
+                    step, f"{name}/{differ[0]} has not the checksum with which it was saved"
+                )
+        return loaded
+
+    def run(self, step: int) -> dict:
+        """Returns run.json of a step."""
+        try:
+            run = self._checkpointer.checkpointables_metadata(step).custom_metadata or {}
+        except Exception as error:
+            raise self._damaged(step, _reason(error)) from error
+        missing = [key for key in RUN_KEYS if key not in run]
+        if missing:
+            raise self._damaged(step, f"its metadata has no {missing[0]!r}")
+        return dict(run)
+
+    def _damaged(self, step: int, reason: str) -> UserError:
+        others = [s for s in self.steps if s != step]
+        remedy = f"continue from step {others[-1]}" if others else "train again"
+        return UserError(
+            f"The checkpoint {self.directory / str(step)} cannot be read ({reason}); move that "
+            f"folder away to {remedy}."
+        )
+
+
+def items_of(state: TrainState) -> dict:
+    """Returns what is saved of a state, or of an abstract one, by the name of its folder."""
+    items = {
+        "params": state.params,
+        "train": {"step": state.step, "opt_state": state.opt_state, "metrics": state.metrics},
+    }
+    return {**items, "ema": state.ema} if state.ema else items
+
+
+def checksums(items: dict) -> dict[str, dict[str, int]]:
+    """Returns {item: {path of an array: the sum of its bits read as unsigned integers, modulo
+    2**32}}.
+
+    A sum, so that it is the same on every mesh and every number of hosts; any single flipped bit
+    changes it.
+    """
+    sums = jax.device_get(_sums_of_bits(items))
+    return {
+        item: {
+            jax.tree_util.keystr(path, simple=True, separator="/"): int(number)
+            for path, number in jax.tree_util.tree_leaves_with_path(tree)
+        }
+        for item, tree in sums.items()
+    }
+
+
+@jax.jit
+def _sums_of_bits(tree):
+    def sum_of_bits(leaf):
+        unsigned = jnp.dtype(f"uint{8 * leaf.dtype.itemsize}")
+        bits = jax.lax.bitcast_convert_type(leaf, unsigned)
+        return jnp.sum(bits.astype(jnp.uint32), dtype=jnp.uint32)
+
+    return jax.tree.map(sum_of_bits, tree)
+
+
+def _root(error: BaseException) -> BaseException:
+    """Returns the first of a chain of errors."""
+    while below := error.__cause__ or (None if error.__suppress_context__ else error.__context__):
+        error = below
+    return error
+
+
+def _reason(error: BaseException) -> str:
+    """Returns the root of a chain of errors in one line, without tensorstore's pages of JSON."""
+    root = _root(error)
+    return one_line(
+        re.sub(
+            r"\s\[(tensorstore_spec|source locations)=[\s\S]*", "", str(root) or type(root).__name__
+        )
+    )
+
+
+def find_checkpoint(checkpoint: str) -> tuple[Checkpoints, int]:
+    """Returns the checkpoints of "WORKDIR[@STEP]" and the step meant; UserError when there is none."""
+    workdir, step = parse_checkpoint(checkpoint)
+    if not (workdir.expanduser() / FOLDER).exists():
+        raise UserError(
+            f"{workdir} holds no checkpoints; give the workdir of a run that `llada-jax train` has "
+            "saved."
+        )
+    checkpoints = Checkpoints(workdir, owned=False)
+    steps = checkpoints.steps
+    if not steps:
+        raise UserError(
+            f"{checkpoints.directory} holds no finished checkpoint; train until the first save."
+        )
+    if step is not None and step not in steps:
+        raise UserError(
+            f"{workdir} has no checkpoint of step {step}; it has {', '.join(map(str, steps))}."
+        )
+    return checkpoints, steps[-1] if step is None else step

@@ -1,0 +1,72 @@
+"""Named presets of compiler flags for TPUs and GPUs."""
+
+from llada_jax.errors import look_up
+
+_OVERLAP_GATHER = (
+    "--xla_tpu_enable_async_collective_fusion=true "
+    "--xla_tpu_enable_async_collective_fusion_fuse_all_gather=true "
+    "--xla_tpu_enable_async_collective_fusion_multiple_steps=true "
+    "--xla_tpu_overlap_compute_collective_tc=true "
+    "--xla_enable_async_all_gather=true"
+)
+_SCATTER_LAYOUT = (
+    "--xla_tpu_use_minor_sharding_for_major_trivial_input=true "
+    "--xla_tpu_relayout_group_size_threshold_for_reduce_scatter=1 "
+    "--xla_tpu_assign_all_reduce_scatter_layout=true"
+)
+_OVERLAP_DATA = "--xla_tpu_enable_data_parallel_all_reduce_opt=true --xla_tpu_data_parallel_opt_different_sized_ops=true"
+_GPU = (
+    "--xla_gpu_enable_latency_hiding_scheduler=true --xla_gpu_enable_command_buffer= "
+    "--xla_gpu_all_reduce_combine_threshold_bytes=1073741824 "
+    "--xla_gpu_all_gather_combine_threshold_bytes=1073741824 "
+    "--xla_gpu_reduce_scatter_combine_threshold_bytes=134217728 "
+    "--xla_gpu_enable_pipelined_all_gather=true "
+    "--xla_gpu_enable_pipelined_reduce_scatter=true --xla_gpu_enable_pipelined_all_reduce=true "
+    "--xla_gpu_enable_while_loop_double_buffering=true "
+    "--xla_gpu_enable_all_gather_combine_by_dim=false "
+    "--xla_gpu_enable_reduce_scatter_combine_by_dim=false"
+)
+# name of a preset -> environment variables; read before JAX starts its backend, so a launcher sets
+# them
+FLAGS = {
+    "v5e": {"LIBTPU_INIT_ARGS": _OVERLAP_GATHER},
+    "v5p": {
+        "LIBTPU_INIT_ARGS": f"{_OVERLAP_GATHER} --xla_tpu_megacore_fusion_allow_ags=false "
+        "--xla_enable_async_collective_permute=true --xla_tpu_enable_ag_backward_pipelining=true"
+    },
+    "v6e": {
+        "LIBTPU_INIT_ARGS": f"{_OVERLAP_GATHER} {_SCATTER_LAYOUT} --xla_tpu_scoped_vmem_limit_kib=98304"
+    },
+    "tpu7x": {
+        "LIBTPU_INIT_ARGS": "--xla_tpu_scoped_vmem_limit_kib=61440 --xla_tpu_bf16_emission_mode=NATIVE_EMISSION "
+        "--xla_tpu_enable_sparse_core_collective_offload_all_reduce=true "
+        "--xla_tpu_use_single_sparse_core_for_all_gather_offload=true"
+    },
+    "multislice": {"LIBTPU_INIT_ARGS": _OVERLAP_DATA},
+    # silent data corruption: everything is computed five times more and compared, so for a few
+    # steps only
+    "sdc-check": {
+        "LIBTPU_INIT_ARGS": "--xla_tpu_enable_sdc_checker=true --xla_tpu_sdc_check_halt_on_detection=true "
+        "--xla_tpu_sdc_replicate_llo=true --xla_tpu_sdc_check_repeat_count=5"
+    },
+    "gpu": {"XLA_FLAGS": _GPU, "XLA_PYTHON_CLIENT_MEM_FRACTION": "0.9"},
+    "hopper": {
+        "XLA_FLAGS": _GPU,
+        "XLA_PYTHON_CLIENT_MEM_FRACTION": "0.9",
+        "CUDA_DEVICE_MAX_CONNECTIONS": "1",
+    },
+}
+
+
+def flags_named(names: str) -> dict[str, str]:
+    """Returns the environment variables of presets joined by "+", such as "v6e+multislice"; ""
+    gives none.
+
+    Compiler flags of several presets follow each other; UserError for a name that is not in FLAGS.
+    """
+    environment = {}
+    for name in names.split("+") if names else ():
+        for variable, value in look_up(FLAGS, name, "preset of compiler flags").items():
+            joins = variable.endswith(("_ARGS", "_FLAGS")) and variable in environment
+            environment[variable] = f"{environment[variable]} {value}" if joins else value
+    return environment

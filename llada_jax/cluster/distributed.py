@@ -1,0 +1,380 @@
+"""Joining the other processes of a run, and leaving when one of them is gone.
+
+JAX's own distributed runtime does the work. Its heartbeat ends a process that has lost another with
+SIGABRT, and its exit handler waits minutes for processes that will not come; both would hide from a
+scheduler that the run should be started again. Here a lost process, a step that hangs and a start
+that times out end with status 42, and say so in one sentence.
+"""
+
+import contextlib
+import ctypes
+import faulthandler
+import glob
+import importlib.util
+import os
+import re
+import signal
+import socket
+import sys
+import threading
+import time
+from pathlib import Path
+
+import jax
+
+from llada_jax.errors import LostPeer, UserError
+
+WAITING_S = 15.0  # between two lines about who is missing at the start
+EXPLICIT = ("JAX_COORDINATOR_ADDRESS", "JAX_NUM_PROCESSES", "JAX_PROCESS_ID")
+
+# what JAX says when another process, or the way to it, is gone: status codes, and the collectives
+# of CPUs and GPUs
+_LOST = (
+    "UNAVAILABLE",
+    "DEADLINE_EXCEEDED",
+    "ABORTED",
+    "CANCELLED",
+    "Gloo",
+    "gloo",
+    "NCCL",
+    "heartbeat",
+    "oordination",
+)
+_NOT_LOST = (
+    "RESOURCE_EXHAUSTED",
+    "INVALID_ARGUMENT",
+    "UNIMPLEMENTED",
+)  # memory and bugs: starting again does not help
+
+
+def initialize(*, initialization_timeout_s: int = 300, heartbeat_timeout_s: int = 100) -> None:
+    """Joins the other processes of the run; does nothing where the environment names none.
+
+    In this order: JAX_COORDINATOR_ADDRESS, JAX_NUM_PROCESSES and JAX_PROCESS_ID (all three, or
+    none), as the launchers set them; the tasks of an `srun`; the hosts of a TPU slice (GKE and
+    Cloud TPU VMs), which JAX finds by itself.
+
+    Args:
+        initialization_timeout_s: how long the processes wait for each other.
+        heartbeat_timeout_s: a process that has not been heard for so long is lost, and all others
+            end.
+
+    Raises:
+        UserError: the environment contradicts itself, or names only some of the hosts.
+        LostPeer: the others have not come in time.
+    """
+    if jax.distributed.is_initialized():
+        return
+    arguments = explicit_arguments(os.environ)
+    if arguments is None and not is_cluster(os.environ):
+        return
+    check_hosts(os.environ, arguments)
+    leave_no_proxy(os.environ, arguments)
+    place = arguments or place_in_cluster(initialization_timeout_s)
+    if place["num_processes"] == 1:
+        return
+    where = "{coordinator_address} as process {process_id} of {num_processes}".format(**place)
+    print(
+        f"joining     {where}, for at most {initialization_timeout_s} s",
+        file=sys.stderr,
+        flush=True,
+    )
+    began = time.monotonic()
+    remedy = "start the same command on every host, let them reach that address and port, then start again"
+    _on_abort(
+        lambda: (
+            f"Not all processes met within {initialization_timeout_s} s at {where} "
+            f"({seen(place)}); {remedy}."
+        )
+    )
+    try:
+        with saying(lambda: seen(place)):
+            jax.distributed.initialize(
+                **(
+                    arguments or {}
+                ),  # what JAX finds by itself, it also needs to choose the devices of a process
+                initialization_timeout=initialization_timeout_s,
+                heartbeat_timeout_seconds=heartbeat_timeout_s,
+            )
+    except RuntimeError as error:  # also JAX's own: what stood in the way before the waiting began
+        raise LostPeer(
+            f"The processes could not meet at {where} ({_first_line(error)}); {remedy}."
+        ) from error
+    _on_abort(
+        lambda: (
+            "The runtime has ended this process, most likely because another one is gone (its "
+            "words stand above); the same "
+            "command continues."
+        )
+    )
+    print(
+        f"joined      {jax.process_count()} processes in {time.monotonic() - began:.1f} s; this is "
+        "number "
+        f"{jax.process_index()}",
+        file=sys.stderr,
+        flush=True,
+    )
+
+
+def meet(name: str, *, timeout_s: int) -> None:
+    """Waits until every process has come to the place of this name, for at most `timeout_s`; 0: a
+    day.
+
+    Before a first collective: gloo gives the others 30 s to come to it, and compiling takes longer
+    where the cache has nothing for a process (only the first one writes to it).
+    """
+    if jax.process_count() > 1:
+        from jax._src.distributed import (
+            global_state,  # the barriers of the public API are collectives themselves
+        )
+
+        global_state.client.wait_at_barrier(name, (timeout_s or 86_400) * 1000)
+
+
+def explicit_arguments(environment) -> dict | None:
+    """Returns the arguments that the launcher's three variables state, or None when none of them is
+    set.
+    """
+    given = {name: environment[name] for name in EXPLICIT if environment.get(name)}
+    if not given:
+        return None
+    missing = [name for name in EXPLICIT if name not in given]
+    if missing:
+        raise UserError(
+            f"{', '.join(given)} is set but {', '.join(missing)} is not; set all three or none."
+        )
+    address, count, number = (given[name] for name in EXPLICIT)
+    try:
+        count, number = int(count), int(number)
+    except ValueError as error:
+        raise UserError(
+            f"{EXPLICIT[1]}={count} and {EXPLICIT[2]}={number} must be integers."
+        ) from error
+    if not 0 <= number < count:
+        raise UserError(
+            f"{EXPLICIT[2]}={number} must lie between 0 and {EXPLICIT[1]} - 1 = {count - 1}."
+        )
+    if ":" not in address:
+        raise UserError(
+            f"{EXPLICIT[0]}={address} names no port; write HOST:PORT, the same in every process."
+        )
+    return {"coordinator_address": address, "num_processes": count, "process_id": number}
+
+
+def is_cluster(environment) -> bool:
+    """Whether this process is one of several that a scheduler or a TPU slice started, so that JAX
+    can find the others.
+    """
+    if int(environment.get("SLURM_NTASKS", "1")) > 1 and "SLURM_STEP_NODELIST" in environment:
+        return True
+    if environment.get("JAX_PLATFORMS", "").startswith("cpu"):
+        return False
+    has_chips = bool(glob.glob("/dev/accel[0-9]*") or glob.glob("/dev/vfio/[0-9]*"))
+    return len(slice_hosts(environment)) > 1 or (
+        has_chips and importlib.util.find_spec("libtpu") is not None
+    )
+
+
+def slice_hosts(environment) -> list[str]:
+    """Returns the hosts of the TPU slice that this host belongs to, as GKE names them; []
+    elsewhere.
+    """
+    named = environment.get("TPU_PROCESS_ADDRESSES") or environment.get("TPU_WORKER_HOSTNAMES", "")
+    return [host for host in named.split(",") if host]
+
+
+def num_slice_hosts(environment) -> int:
+    """Returns how many hosts the TPU slices of this run have together; 0 where this is no host of a
+    slice.
+    """
+    if hosts := slice_hosts(environment):
+        return len(hosts) * int(environment.get("MEGASCALE_NUM_SLICES", "1"))
+    # the public jax.distributed.initialize asks these, too, but does not tell what it heard
+    from jax._src.clusters.cloud_tpu_cluster import (
+        GceTpuCluster,  # asks the metadata server of a Cloud TPU VM
+    )
+
+    return GceTpuCluster.get_process_count() if GceTpuCluster.is_env_present() else 0
+
+
+def check_hosts(environment, arguments: dict | None) -> None:
+    """Raises UserError for a start on fewer hosts than the slice has: libtpu would wait for the
+    others for ever.
+    """
+    if arguments is None or environment.get("JAX_PLATFORMS", "").startswith("cpu"):
+        return  # JAX itself takes the number from where num_slice_hosts does; CPUs compute alone
+    num_hosts = num_slice_hosts(environment)
+    if num_hosts > 1 and arguments["num_processes"] != num_hosts:
+        raise UserError(
+            f"JAX_NUM_PROCESSES={arguments['num_processes']}, but the TPU slices that this host "
+            f"belongs to have {num_hosts} "
+            "hosts, which compute only together; start one process on each."
+        )
+
+
+def place_in_cluster(timeout_s: int) -> dict:
+    """Returns the address, the number of processes and the number of this one, as JAX finds them in
+    a cluster.
+
+    Raises:
+        LostPeer: the name of the first host does not resolve yet, or the cluster does not answer.
+    """
+    from jax._src.clusters import ClusterEnv
+
+    try:
+        with saying(lambda: "the address of the first host is not known yet"):
+            address, count, number, _ = ClusterEnv.auto_detect_unset_distributed_params(
+                None, None, None, None, None, timeout_s
+            )
+    except RuntimeError as error:
+        raise LostPeer(
+            f"This cluster does not say where the processes meet ({_first_line(error)})."
+        ) from error
+    if None in (address, count, number):  # chips, but no slice: one host
+        return {"coordinator_address": "", "num_processes": 1, "process_id": 0}
+    return {"coordinator_address": address, "num_processes": int(count), "process_id": int(number)}
+
+
+def leave_no_proxy(environment, arguments: dict | None) -> None:
+    """Keeps the traffic between the processes off a proxy, which would swallow it (jax warns, and
+    then hangs).
+    """
+    if any(
+        environment.get(name)
+        for name in ("http_proxy", "https_proxy", "grpc_proxy", "HTTP_PROXY", "HTTPS_PROXY")
+    ):
+        host = arguments["coordinator_address"].rsplit(":", 1)[0] if arguments else "*"
+        for name in ("no_proxy", "no_grpc_proxy"):
+            environment[name] = ",".join(filter(None, (environment.get(name), host)))
+
+
+def seen(place: dict) -> str:
+    """Returns what this process can tell about who has come: the first counts its connections, the
+    others knock.
+    """
+    host, port = place["coordinator_address"].rsplit(":", 1)
+    if place["process_id"] == 0:
+        return f"{num_connections(int(port))} of {place['num_processes']} had come"
+    try:
+        socket.create_connection((host, int(port)), timeout=3).close()
+    except OSError as error:
+        return f"nothing answers there: {error}"
+    return "process 0 answers there, but waits for others"
+
+
+@contextlib.contextmanager
+def saying(words):
+    """Says every WAITING_S seconds for how long that has been so, and `words()`."""
+    began, ended = time.monotonic(), threading.Event()
+
+    def say() -> None:
+        while not ended.wait(WAITING_S):
+            print(
+                f"waiting     {time.monotonic() - began:.0f} s: {words()}",
+                file=sys.stderr,
+                flush=True,
+            )
+
+    threading.Thread(target=say, daemon=True).start()
+    try:
+        yield
+    finally:
+        ended.set()
+
+
+def num_connections(port: int) -> int:
+    """Returns how many established TCP connections end at a local port (Linux's own table of them)."""
+    rows = [
+        line.split()
+        for table in ("tcp", "tcp6")
+        for line in Path(f"/proc/net/{table}").read_text().splitlines()[1:]
+    ]
+    return sum(row[3] == "01" and int(row[1].rsplit(":", 1)[1], 16) == port for row in rows)
+
+
+def _on_abort(sentence) -> None:
+    """From here on, an abort of the native runtime ends this process with status 42 and a sentence,
+    not with SIGABRT (134).
+
+    The heartbeat's only way to end a process is abort(), on a thread of its own. A handler of
+    Python's `signal` module would never run, because Python runs it later, on the main thread; one
+    that C calls runs at once.
+    """
+    global _abort_handler  # kept: C holds only its address
+    _abort_handler = ctypes.CFUNCTYPE(None, ctypes.c_int)(
+        lambda number: leave(sentence(), LostPeer)
+    )
+    libc = ctypes.CDLL(None)
+    libc.signal.argtypes, libc.signal.restype = (ctypes.c_int, ctypes.c_void_p), ctypes.c_void_p
+    libc.signal(signal.SIGABRT, ctypes.cast(_abort_handler, ctypes.c_void_p))
+
+
+def leave(sentence: str, kind) -> None:
+    """Ends this process at once with the status of an error class, from any thread."""
+    print(f"llada-jax: {sentence}", file=sys.stderr, flush=True)
+    os._exit(kind.exit_status)
+
+
+def is_lost_peer(error: BaseException) -> bool:
+    """Whether an error of the runtime means that another process, or the way to it, is gone."""
+    text = str(error)
+    # the same failure is a JaxRuntimeError where a step is dispatched, and a ValueError where its
+    # result is read
+    is_ours = isinstance(error, jax.errors.JaxRuntimeError) or (
+        isinstance(error, ValueError) and re.match(r"[A-Z_]+: ", text) is not None
+    )
+    is_ours = is_ours and jax.process_count() > 1
+    return (
+        is_ours
+        and any(word in text for word in _LOST)
+        and not any(word in text for word in _NOT_LOST)
+    )
+
+
+def _first_line(reason) -> str:
+    return " ".join(str(reason).strip().split("\n")[0].split())[:300].rstrip(".")
+
+
+class Watchdog:
+    """Ends the process with status 42, and the stacks of all threads, when nothing has happened for
+    too long.
+
+        with Watchdog(timeout_s=1800) as watchdog:
+            watchdog.beat("step 7")          # whenever something has happened
+
+    A collective that waits for a host which is alive but stuck never returns and no heartbeat
+    notices; neither does a file system that hangs. `timeout_s` 0 watches nothing.
+    """
+
+    def __init__(self, timeout_s: float):
+        self._timeout_s = timeout_s
+        self._last, self._what = time.monotonic(), "the start"
+        self._ended = threading.Event()
+        self._thread = threading.Thread(target=self._watch, name="watchdog", daemon=True)
+
+    def beat(self, what: str) -> None:
+        """Something has happened: the clock starts anew."""
+        self._last, self._what = time.monotonic(), what
+
+    def __enter__(self):
+        if self._timeout_s > 0:
+            self.beat("the start of training")
+            self._thread.start()
+        return self
+
+    def __exit__(self, *exception):
+        self._ended.set()
+
+    def _watch(self) -> None:
+        while not self._ended.wait(min(1.0, self._timeout_s / 4)):
+            silent_s = time.monotonic() - self._last
+            if silent_s > self._timeout_s:
+                faulthandler.dump_traceback(all_threads=True)
+                leave(
+                    f"Nothing has happened for {silent_s:.0f} s since {self._what} "
+                    "(config.distributed.step_timeout_s="
+                    f"{self._timeout_s:g}); the stacks of all threads stand above, and the same "
+                    "command continues from the "
+                    "last checkpoint.",
+                    LostPeer,
+                )

@@ -1,0 +1,398 @@
+"""Accelerators: what each chip can do, how many sit in a host, and what the slices are called.
+
+One table for everything that asks about hardware: the metrics (model FLOP utilisation), the plan
+(memory, time, compiling for an absent slice) and the launchers (machine types, topologies, hosts).
+Peaks are dense bfloat16 without sparsity. A figure that is not known is absent, never guessed:
+`peak_flops` answers None and no utilisation is reported.
+"""
+
+import math
+import re
+from dataclasses import dataclass
+
+from llada_jax.errors import UserError, look_up
+
+GIB = 2**30
+
+
+@dataclass(frozen=True, kw_only=True)
+class Accelerator:
+    """One kind of chip. All figures are of one chip; a JAX device is `1 / devices_per_chip` of it.
+
+    Attributes:
+        name: what users call it: "v5p", "h100".
+        device_kinds: every `jax.Device.device_kind` that it reports, exactly.
+        peak_flops: dense bfloat16 FLOP/s.
+        hbm_bytes: memory as sold. usable_hbm_bytes: what a program may fill.
+        hbm_bandwidth: byte/s. link_bandwidth: byte/s over all ICI or NVLink links, both directions
+            together.
+        dcn_bandwidth: byte/s over the data centre network (0 where it depends on the cluster).
+        devices_per_chip: JAX devices.
+        chips_per_host: chips of one virtual machine of a multi-host slice, or GPUs of one node.
+        gke_accelerator: value of the node label gke-tpu-accelerator or gke-accelerator ("" if not
+            offered on GKE).
+        machine_types: chips of a machine -> its Compute Engine machine type.
+        tpu_vm_runtime: software version for TPU VMs and queued resources ("" where there are none).
+        aot_name: the first half of the topology name that JAX compiles for ("v5:4x4x4"); "" for
+            GPUs.
+        aot_chip_config: libtpu's name of the chip mode that real slices run in ("" for its own
+            default).
+    """
+
+    name: str
+    device_kinds: tuple[str, ...]
+    peak_flops: float
+    hbm_bytes: int
+    usable_hbm_bytes: int
+    hbm_bandwidth: float
+    link_bandwidth: float
+    dcn_bandwidth: float = 0.0
+    devices_per_chip: int = 1
+    chips_per_host: int
+    gke_accelerator: str
+    machine_types: dict[int, str]
+    tpu_vm_runtime: str = ""
+    aot_name: str = ""
+    aot_chip_config: str = ""
+
+    @property
+    def platform(self) -> str:
+        return "tpu" if self.aot_name else "gpu"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Slice:
+    """Chips joined by ICI, as ordered under one name such as "v5p-128".
+
+    Attributes:
+        topology: chips along each axis of the mesh or torus, e.g. (4, 4, 4).
+    """
+
+    name: str
+    accelerator: Accelerator
+    topology: tuple[int, ...]
+
+    @property
+    def topology_name(self) -> str:
+        """As GKE writes it: "4x4x4"."""
+        return "x".join(str(size) for size in self.topology)
+
+    @property
+    def num_chips(self) -> int:
+        return math.prod(self.topology)
+
+    @property
+    def num_devices(self) -> int:
+        return self.num_chips * self.accelerator.devices_per_chip
+
+    @property
+    def chips_per_host(self) -> int:
+        """Chips of one GKE virtual machine."""
+        return min(self.num_chips, self.accelerator.chips_per_host)
+
+    @property
+    def num_hosts(self) -> int:
+        """GKE virtual machines. Compiling ahead of time groups the devices into processes in the
+        same way.
+        """
+        return self.num_chips // self.chips_per_host
+
+    @property
+    def num_tpu_vm_hosts(self) -> int:
+        """TPU VM workers (0: GKE only). NOTE v5litepod-8 and v6e-8 are one TPU VM with 8 chips, but
+        two GKE nodes.
+        """
+        if not self.accelerator.tpu_vm_runtime:
+            return 0
+        return 1 if self.num_chips in self.accelerator.machine_types else self.num_hosts
+
+    @property
+    def machine_type(self) -> str:
+        """Compute Engine machine type of a GKE node of this slice."""
+        return self.accelerator.machine_types[self.chips_per_host]
+
+    @property
+    def wrapped_axes(self) -> tuple[bool, ...]:
+        """Whether each axis closes to a ring: full 4-cubes of a 3D torus, axes of 16 of a 2D one."""
+        if len(self.topology) == 3:
+            return (all(size % 4 == 0 for size in self.topology),) * 3
+        return tuple(size == 16 for size in self.topology)
+
+    @property
+    def aot_arguments(self) -> dict:
+        """Keyword arguments of `jax.experimental.topologies.get_topology_desc` that describe this
+        slice.
+        """
+        bounds = {1: (1, 1, 1), 4: (2, 2, 1)}[self.chips_per_host]
+        arguments = {"topology_name": f"{self.accelerator.aot_name}:{self.topology_name}"}
+        if self.accelerator.aot_chip_config:
+            arguments |= {
+                "chip_config_name": self.accelerator.aot_chip_config,
+                "chips_per_host_bounds": bounds,
+            }
+        elif bounds != (2, 2, 1):
+            arguments |= {"chips_per_host_bounds": bounds}
+        return {"platform": "tpu", **arguments}
+
+
+# TPUs. Peaks, memory and ICI: the Cloud TPU pages, where they state them. Usable memory: what the
+# compiler of libtpu 0.0.42 states when a program does not fit. DCN: the same pages (v5e 6.4 Tbit/s
+# and v6e 25.6 Tbit/s a pod of 256 chips, v5p 50 and TPU7x 100 Gbit/s a chip); v4 from 25 GB/s a
+# host of 4 chips (the "How to Scale Your Model" book).
+_TPUS = (
+    Accelerator(
+        name="v4",
+        device_kinds=("TPU v4",),
+        peak_flops=275e12,
+        hbm_bytes=32 * GIB,
+        usable_hbm_bytes=int(30.75 * GIB),
+        hbm_bandwidth=1.2e12,
+        link_bandwidth=600e9,
+        dcn_bandwidth=6.25e9,
+        chips_per_host=4,
+        gke_accelerator="tpu-v4-podslice",
+        machine_types={4: "ct4p-hightpu-4t"},
+        tpu_vm_runtime="tpu-ubuntu2204-base",
+        aot_name="v4",
+        # both TensorCores act as one JAX device; libtpu's own default is two
+        aot_chip_config="megacore",
+    ),
+    Accelerator(
+        name="v5e",
+        device_kinds=("TPU v5 lite", "TPU v5e"),
+        peak_flops=197e12,
+        hbm_bytes=16 * GIB,
+        usable_hbm_bytes=int(15.75 * GIB),
+        hbm_bandwidth=0.81e12,
+        link_bandwidth=400e9,
+        dcn_bandwidth=3.125e9,
+        chips_per_host=4,
+        gke_accelerator="tpu-v5-lite-podslice",
+        machine_types={1: "ct5lp-hightpu-1t", 4: "ct5lp-hightpu-4t", 8: "ct5lp-hightpu-8t"},
+        tpu_vm_runtime="v2-alpha-tpuv5-lite",
+        aot_name="v5e",
+    ),
+    Accelerator(
+        name="v5p",
+        device_kinds=("TPU v5", "TPU v5p"),
+        peak_flops=459e12,
+        hbm_bytes=95 * GIB,
+        usable_hbm_bytes=int(95.74 * GIB),  # the compiler states more than the 95 GiB that are sold
+        hbm_bandwidth=2.77e12,
+        link_bandwidth=1200e9,
+        dcn_bandwidth=6.25e9,
+        chips_per_host=4,
+        gke_accelerator="tpu-v5p-slice",
+        machine_types={4: "ct5p-hightpu-4t"},
+        tpu_vm_runtime="v2-alpha-tpuv5",
+        aot_name="v5",
+    ),
+    Accelerator(
+        name="v6e",
+        device_kinds=("TPU v6 lite", "TPU v6e"),
+        peak_flops=918e12,
+        hbm_bytes=32 * GIB,
+        usable_hbm_bytes=int(31.25 * GIB),
+        hbm_bandwidth=1.64e12,
+        link_bandwidth=800e9,
+        dcn_bandwidth=12.5e9,
+        chips_per_host=4,
+        gke_accelerator="tpu-v6e-slice",
+        machine_types={1: "ct6e-standard-1t", 4: "ct6e-standard-4t", 8: "ct6e-standard-8t"},
+        tpu_vm_runtime="v2-alpha-tpuv6e",
+        aot_name="v6e",
+    ),
+    Accelerator(
+        name="tpu7x",
+        device_kinds=("TPU7x",),
+        peak_flops=2307e12,
+        hbm_bytes=192 * GIB,
+        usable_hbm_bytes=int(2 * 94.75 * GIB),
+        hbm_bandwidth=7.38e12,
+        link_bandwidth=1200e9,
+        dcn_bandwidth=12.5e9,
+        devices_per_chip=2,
+        chips_per_host=4,
+        gke_accelerator="tpu7x",
+        machine_types={4: "tpu7x-standard-4t"},  # GKE only: no tpu_vm_runtime
+        aot_name="tpu7x",
+        aot_chip_config="default",
+    ),
+)
+
+
+def _gpu(
+    name,
+    device_kinds,
+    tflops,
+    hbm_gib,
+    hbm_tb_per_s,
+    nvlink_gb_per_s,
+    *,
+    per_host=8,
+    gke="",
+    machine="",
+):
+    """A GPU's row; 90% of its memory is usable (XLA_PYTHON_CLIENT_MEM_FRACTION=0.9; JAX's own
+    default is 75%).
+    """
+    return Accelerator(
+        name=name,
+        device_kinds=device_kinds,
+        peak_flops=tflops * 1e12,
+        hbm_bytes=hbm_gib * GIB,
+        usable_hbm_bytes=int(0.9 * hbm_gib * GIB),
+        hbm_bandwidth=hbm_tb_per_s * 1e12,
+        link_bandwidth=nvlink_gb_per_s * 1e9,
+        chips_per_host=per_host,
+        gke_accelerator=gke,
+        machine_types={per_host: machine} if machine else {},
+    )
+
+
+# GPUs: NVIDIA's data sheets, half of the "with sparsity" figure where only that is printed. The
+# kinds match exactly, so that a MIG slice, a PCIe or an NVL card is not taken for the SXM module of
+# the same name. fmt: off
+_GPUS = (  # name, device kinds, TFLOP/s, GiB, TB/s, GB/s of NVLink (PCIe where there is none)
+    _gpu(
+        "a100-40gb",
+        ("NVIDIA A100-SXM4-40GB",),
+        312,
+        40,
+        1.56,
+        600,
+        gke="nvidia-tesla-a100",
+        machine="a2-highgpu-8g",
+    ),
+    _gpu(
+        "a100-80gb",
+        ("NVIDIA A100-SXM4-80GB",),
+        312,
+        80,
+        2.04,
+        600,
+        gke="nvidia-a100-80gb",
+        machine="a2-ultragpu-8g",
+    ),
+    _gpu("h100-pcie", ("NVIDIA H100 PCIe",), 756, 80, 2.0, 128),
+    _gpu(
+        "h100",
+        ("NVIDIA H100 80GB HBM3",),
+        989,
+        80,
+        3.35,
+        900,
+        gke="nvidia-h100-mega-80gb",
+        machine="a3-megagpu-8g",
+    ),
+    _gpu("gh200", ("NVIDIA GH200 120GB", "NVIDIA GH200 480GB"), 989, 96, 4.0, 900, per_host=1),
+    _gpu(
+        "h200",
+        ("NVIDIA H200",),
+        989,
+        141,
+        4.8,
+        900,
+        gke="nvidia-h200-141gb",
+        machine="a3-ultragpu-8g",
+    ),
+    _gpu(
+        "b200", ("NVIDIA B200",), 2250, 180, 8.0, 1800, gke="nvidia-b200", machine="a4-highgpu-8g"
+    ),
+    _gpu(
+        "gb200",
+        ("NVIDIA GB200",),
+        2500,
+        186,
+        8.0,
+        1800,
+        per_host=4,
+        gke="nvidia-gb200",
+        machine="a4x-highgpu-4g",
+    ),
+    _gpu("l40s", ("NVIDIA L40S",), 362, 48, 0.864, 64),
+    _gpu("l4", ("NVIDIA L4",), 121, 24, 0.3, 64, gke="nvidia-l4", machine="g2-standard-96"),
+)
+# fmt: on
+
+ACCELERATORS = {chip.name: chip for chip in _TPUS + _GPUS}
+
+# Topologies that can be ordered. The number in a slice's name counts TensorCores on v4 and v5p and
+# JAX devices on TPU7x (2 a chip each), and chips on v5e and v6e.
+_TORUS_2D = ((1, 1), (2, 2), (2, 4), (4, 4), (4, 8), (8, 8), (8, 16), (16, 16))
+_TORUS_3D = (
+    *((2, 2, 1), (2, 2, 2), (2, 2, 4), (2, 4, 4), (4, 4, 4)),
+    *((4, 4, 8), (4, 8, 8), (8, 8, 8), (8, 8, 16), (8, 16, 16)),
+)
+# (prefix of the user's name, accelerator, what the number counts of each chip, topologies)
+_SLICE_SERIES = (
+    ("v4", "v4", 2, _TORUS_3D),
+    ("v5litepod", "v5e", 1, _TORUS_2D),
+    ("v5p", "v5p", 2, (*_TORUS_3D, (16, 16, 16), (16, 16, 24))),
+    ("v6e", "v6e", 1, _TORUS_2D),
+    ("tpu7x", "tpu7x", 2, _TORUS_3D),
+)
+SLICES = {
+    name: Slice(name=name, accelerator=ACCELERATORS[chip], topology=topology)
+    for prefix, chip, count, topologies in _SLICE_SERIES
+    for topology in topologies
+    for name in [f"{prefix}-{math.prod(topology) * count}"]
+}
+
+
+def slice_named(name: str) -> Slice:
+    """Returns the slice with the name that is ordered, e.g. "v5p-128"; "v5e-16" is read as
+    "v5litepod-16".
+
+    Raises UserError with the sizes of the series, or with the closest name when the series is
+    unknown too.
+    """
+    name = re.sub(r"^v5e-", "v5litepod-", name)
+    series = [known for known in SLICES if known.split("-")[0] == name.split("-")[0]]
+    if series and name not in SLICES:
+        raise UserError(f"There is no slice {name!r}: choose one of {', '.join(series)}.")
+    return look_up(SLICES, name, "slice")
+
+
+def machines_named(name: str) -> Slice:
+    """Returns a TPU slice by its name ("v5p-128"), or GPUs by their number ("64xh100": 8 hosts of
+    8, say).
+
+    Raises UserError with what there is when there are no such machines.
+    """
+    gpus = re.fullmatch(r"(\d+)x([a-z].*)", name)
+    if not gpus:
+        return slice_named(name)
+    table = {chip.name: chip for chip in _GPUS}
+    number, chip = int(gpus.group(1)), look_up(table, gpus.group(2), "GPU")
+    if number < 1 or (number > chip.chips_per_host and number % chip.chips_per_host):
+        raise UserError(
+            f"{name} is no whole number of hosts: a host has {chip.chips_per_host} {chip.name}; "
+            f"choose a multiple of {chip.chips_per_host}."
+        )
+    return Slice(name=name, accelerator=chip, topology=(number,))
+
+
+def accelerator_of(device) -> Accelerator | None:
+    """Returns the row for a `jax.Device`, or None for hardware that is not in the table (a CPU,
+    say).
+    """
+    for chip in ACCELERATORS.values():
+        if device.device_kind in chip.device_kinds:
+            return chip
+    return None
+
+
+def peak_flops(device) -> float | None:
+    """Returns the dense bfloat16 peak of one JAX device in FLOP/s, or None for hardware that is not
+    in the table.
+    """
+    chip = accelerator_of(device)
+    return chip.peak_flops / chip.devices_per_chip if chip else None
+
+
+# ---- compiler flags
+# What published recipes set beyond the compilers' defaults (MaxText's xla_flags_library.py and its
+# v5p, Trillium and Ironwood recipes; NVIDIA's JAX-Toolbox for GPUs). Whether they help a given run
+# is to be measured. Names that the installed compilers do not know are found by
+# tests/cluster/test_hardware.py.

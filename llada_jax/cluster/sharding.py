@@ -1,0 +1,197 @@
+"""Device mesh, the one table from logical to mesh axes, and the placement of global arrays.
+
+Every mesh axis always exists, at size 1 when unused. The partitioner propagates (`AxisType.Auto`);
+the places where a sharding is stated are the parameters, the batch and the few `constrain` calls in
+the model.
+"""
+
+import math
+
+import jax
+import numpy as np
+from jax.experimental import mesh_utils
+from jax.sharding import AxisType, Mesh, NamedSharding
+from jax.sharding import PartitionSpec as P
+
+from llada_jax.errors import UserError
+
+AXES = ("data", "fsdp", "sequence", "tensor", "expert")
+
+# logical axis -> mesh axis or axes. Parameters name the side of the model they are on, activations
+# begin with act_.
+RULES = {
+    "layers": None,
+    "embed": "fsdp",
+    "vocab": "tensor",
+    "heads": "tensor",
+    "kv_heads": "tensor",
+    "head": None,
+    "mlp": "tensor",
+    "norm": None,
+    "act_batch": ("data", "fsdp", "expert"),
+    "act_position": "sequence",
+    "act_embed": None,
+    "act_heads": "tensor",
+    "act_mlp": "tensor",
+    "act_head_position": ("sequence", "tensor"),
+}
+
+
+def mesh_shape(sizes: dict[str, int], num_devices: int) -> tuple[int, ...]:
+    """Returns the size of each of AXES on `num_devices` devices; one of `sizes` may be -1: what the
+    others leave.
+
+    Raises:
+        UserError: the sizes do not multiply to the number of devices.
+    """
+    shape = [int(sizes[axis]) for axis in AXES]
+    stated = math.prod(n for n in shape if n != -1)
+    written = " x ".join(f"{axis}={n}" for axis, n in zip(AXES, shape))
+    if shape.count(-1) > 1 or any(n < 1 and n != -1 for n in shape):
+        raise UserError(
+            f"The mesh {written} is not possible: sizes are at least 1, and at most one is -1 (the "
+            "rest)."
+        )
+    if -1 in shape:
+        if num_devices % stated:
+            raise UserError(
+                f"The mesh {written} needs a multiple of {stated} devices, and there are "
+                f"{num_devices}; "
+                "change config.mesh so that the stated sizes divide the devices."
+            )
+        shape[shape.index(-1)] = num_devices // stated
+    if math.prod(shape) != num_devices:
+        raise UserError(
+            f"The mesh {written} needs {math.prod(shape)} devices, and there are {num_devices}; "
+            "change config.mesh, or leave one axis at -1."
+        )
+    return tuple(shape)
+
+
+def make_mesh(sizes: dict[str, int], devices=None) -> Mesh:
+    """Returns a mesh over all devices with the given size for each of AXES; one size may be -1.
+
+    Several TPU slices lie along the data axis, whose gradients are all that crosses the data centre
+    network.
+
+    Raises:
+        UserError: the sizes do not multiply to the number of devices, or data is no multiple of the
+            slices.
+    """
+    devices = jax.devices() if devices is None else devices
+    shape = mesh_shape(sizes, len(devices))
+    types = (AxisType.Auto,) * len(AXES)
+    num_slices = (
+        len({getattr(d, "slice_index", 0) for d in devices}) if devices[0].platform == "tpu" else 1
+    )
+    if num_slices == 1:
+        return jax.make_mesh(shape, AXES, axis_types=types, devices=devices)
+    data, *others = shape
+    if data % num_slices:
+        raise UserError(
+            f"config.mesh.data={data} is no multiple of the {num_slices} slices, which are joined "
+            "along data; set "
+            f"config.mesh.data={num_slices}."
+        )
+    within, across = (data // num_slices, *others), (num_slices, *[1] * len(others))
+    return Mesh(
+        mesh_utils.create_hybrid_device_mesh(within, across, devices), AXES, axis_types=types
+    )
+
+
+def spec(names: tuple[str | None, ...]) -> P:
+    """Returns the PartitionSpec of logical axis names, by RULES."""
+    return P(*(None if name is None else RULES[name] for name in names))
+
+
+def constrain(x: jax.Array, *names: str | None) -> jax.Array:
+    """States the sharding of an activation by logical names; does nothing where no mesh is set
+    (jax.set_mesh).
+    """
+    if jax.sharding.get_abstract_mesh().empty:
+        return x
+    return jax.lax.with_sharding_constraint(x, spec(names))
+
+
+def axis_size(mesh: Mesh, logical: str) -> int:
+    """Returns over how many devices a logical axis is split."""
+    axes = RULES[logical]
+    axes = axes if isinstance(axes, tuple) else (axes,) if axes else ()
+    return int(np.prod([mesh.shape[axis] for axis in axes], initial=1))
+
+
+def check_divisible(mesh: Mesh, sizes: dict[str, tuple[str, int]]) -> None:
+    """Raises UserError when a size is not divisible by the mesh axes it is split over.
+
+    Args:
+        sizes: {what the user calls it: (logical axis, size)}, for example {"config.model.d_ff":
+            ("mlp", 2048)}.
+    """
+    for what, (logical, size) in sizes.items():
+        ways = axis_size(mesh, logical)
+        if size % ways:
+            raise UserError(
+                f"{what}={size} cannot be split {ways} ways over the mesh axes {RULES[logical]} of "
+                f"{dict(mesh.shape)}; make it a multiple of {ways} or shrink the axes."
+            )
+
+
+def batch_sharding(mesh: Mesh) -> NamedSharding:
+    """Returns the sharding of a [B, T] batch array."""
+    return NamedSharding(mesh, spec(("act_batch", "act_position")))
+
+
+def local_rows(sharding: NamedSharding, shape: tuple[int, int]) -> list[int]:
+    """Returns the global rows of a [B, T] array that this process' devices hold, in order."""
+    rows = set()
+    for row_slice, _ in sharding.addressable_devices_indices_map(shape).values():
+        rows.update(range(*row_slice.indices(shape[0])))
+    return sorted(rows)
+
+
+def place_batch(
+    batch: dict[str, np.ndarray], rows: list[int], num_rows: int, sharding: NamedSharding
+) -> dict:
+    """Returns the global batch as sharded arrays, from the rows that this process has read.
+
+    Args:
+        batch: arrays [len(rows), T], whose i-th row is global row rows[i].
+        num_rows: B of the global batch.
+    """
+    place_of = {row: i for i, row in enumerate(rows)}
+
+    def place(host: np.ndarray) -> jax.Array:
+        shape = (num_rows, host.shape[1])
+
+        def piece(index):
+            first, last, _ = index[0].indices(num_rows)
+            start = place_of[first]  # a device's rows are contiguous, here as in the global batch
+            return host[start : start + last - first, index[1]]
+
+        return jax.make_array_from_callback(shape, sharding, piece)
+
+    return {name: place(host) for name, host in batch.items()}
+
+
+def replicated_by_accident(tree, mesh: Mesh, *, num_elements: int = 1 << 20) -> list[str]:
+    """Returns the paths of arrays of at least `num_elements` that every device holds whole although
+    the mesh shards.
+
+    Args:
+        tree: arrays or jax.ShapeDtypeStructs with shardings.
+    """
+    if mesh.shape["fsdp"] * mesh.shape["tensor"] == 1:
+        return []
+    leaves = jax.tree_util.tree_leaves_with_path(tree)
+    return [
+        f"{jax.tree_util.keystr(path, simple=True, separator='/')} {leaf.shape}"
+        for path, leaf in leaves
+        if leaf.size >= num_elements and leaf.sharding.is_fully_replicated
+    ]
+
+
+def platform(mesh: Mesh) -> str:
+    """Returns "cpu", "gpu" or "tpu" of the mesh's devices, which need not be present (ahead-of-time
+    compilation).
+    """
+    return mesh.devices.flat[0].platform

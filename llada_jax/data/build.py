@@ -1,0 +1,297 @@
+"""Turns units of raw text into shards of packed records, each unit on its own and restartable."""
+
+import contextlib
+import hashlib
+import itertools
+import json
+import os
+import sys
+import tempfile
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+
+from llada_jax.data.packing import is_heldout, pack
+from llada_jax.data.records import FORMAT, encode_record, write_shard
+from llada_jax.data.text import Cut, Input, read_documents
+from llada_jax.data.tokenizer import Tokenizer
+from llada_jax.errors import UserError, reason
+
+SPLITS = ("train", "heldout")
+COUNTS = ("num_records", "num_tokens", "num_bytes", "num_documents", "num_padding")
+# Small files share a unit until it has this many bytes: ten thousand small files must not give ten
+# thousand shards with one padded row each, while at a few MB/s a unit still takes well under a
+# minute, all that an interruption can cost.
+UNIT_BYTES = 64_000_000
+# Documents are tokenized in batches of about this many characters: the libraries' fixed costs
+# vanish in it.
+BATCH_CHARS = 1_000_000
+RECEIPTS = "receipts"
+
+
+def fingerprint(content) -> str:
+    return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
+
+
+@contextlib.contextmanager
+def writing_to(output: Path):
+    """Turns a refusal of the disk into a UserError."""
+    try:
+        yield
+    except OSError as error:
+        raise UserError(
+            f"{error.filename or output} cannot be written ({reason(error)}); free some space or "
+            "give "
+            "another --output, and run prepare again: what is finished is kept."
+        ) from error
+
+
+def write_json(path: Path, content) -> None:
+    """Writes a file that is there whole or not at all."""
+    partial = path.with_name(path.name + ".partial")
+    with open(partial, "w") as file:
+        file.write(json.dumps(content, indent=2) + "\n")
+        file.flush()
+        os.fsync(file.fileno())
+    partial.replace(path)
+
+
+def read_json(path: Path):
+    try:
+        return json.loads(path.read_text())
+    except (ValueError, OSError) as error:
+        raise UserError(f"{path} is damaged ({error}); delete it and run prepare again.") from error
+
+
+@dataclass(frozen=True)
+class Unit:
+    """Inputs that one process turns into one shard a split."""
+
+    index: int
+    inputs: tuple[Input, ...]
+    fingerprint: str  # of all that decides what the shards hold
+
+
+@dataclass(frozen=True, kw_only=True)
+class Job:
+    """What all units share."""
+
+    output: Path
+    sequence_length: int
+    cut: Cut
+    heldout: float
+
+
+def units_of(inputs: list[Input], job: Job, tokenizer_fingerprint: str) -> list[Unit]:
+    """Groups consecutive inputs: up to UNIT_BYTES together, a larger one alone."""
+    groups, size = [], 0
+    for file in inputs:
+        if not groups or size + file.size > UNIT_BYTES:
+            groups.append([])
+            size = 0
+        groups[-1].append(file)
+        size += file.size
+    cut = [job.cut.documents, job.cut.text_field, job.cut.document_start]
+    settings = [FORMAT, tokenizer_fingerprint, job.sequence_length, job.heldout, cut]
+    return [
+        Unit(index, tuple(group), fingerprint([index, settings, [file.identity for file in group]]))
+        for index, group in enumerate(groups)
+    ]
+
+
+def size_of(units: list[Unit]) -> int:
+    return sum(file.size for unit in units for file in unit.inputs)
+
+
+def _shard_name(split: str, unit: Unit) -> str:
+    return f"{split}-{unit.index:05d}.arrayrecord"
+
+
+def receipt_path(output: Path, unit: Unit) -> Path:
+    return output / RECEIPTS / f"unit-{unit.index:05d}.json"
+
+
+def is_done(output: Path, unit: Unit) -> bool:
+    """True when the receipt is of this very unit and its shards are as long as it says."""
+    path = receipt_path(output, unit)
+    if not path.exists():
+        return False
+    receipt = read_json(path)
+    shards = [split["shard"] for split in receipt["splits"].values() if split["shard"]]
+    return receipt["fingerprint"] == unit.fingerprint and all(
+        (output / s["file"]).exists()
+        and (output / s["file"]).stat().st_size == s["num_bytes_on_disk"]
+        for s in shards
+    )
+
+
+def remove_leftovers(output: Path, units: list[Unit]) -> None:
+    """Removes half-written files, and the shards and receipts of units that exist no more."""
+    keep = {_shard_name(split, unit) for split in SPLITS for unit in units}
+    keep |= {receipt_path(output, unit).name for unit in units}
+    for pattern in ("*.arrayrecord*", f"{RECEIPTS}/unit-*"):
+        for path in output.glob(pattern):
+            if path.name not in keep:
+                path.unlink()
+
+
+def write_unit(
+    unit: Unit, job: Job, tokenizer: Tokenizer, on_progress: Callable[..., None]
+) -> None:
+    """Writes the shards of a unit and then its receipt."""
+    counts = {split: dict.fromkeys(COUNTS, 0) for split in SPLITS}
+    num_empty = 0
+
+    def training_documents(spool) -> Iterator[np.ndarray]:
+        nonlocal num_empty
+        for texts in _batches(unit, job, on_progress):
+            full = [text for text in texts if text.strip()]
+            num_empty += len(texts) - len(full)
+            batch_bytes = batch_tokens = 0
+            for text, ids in zip(full, tokenizer.encode_arrays(full)):
+                split = "heldout" if is_heldout(text, fraction=job.heldout) else "train"
+                num_bytes, num_tokens = len(text.encode()), len(ids) + 1
+                counts[split]["num_documents"] += 1
+                counts[split]["num_bytes"] += num_bytes
+                counts[split]["num_tokens"] += num_tokens
+                batch_bytes += num_bytes
+                batch_tokens += num_tokens
+                if split == "train":
+                    yield ids
+                else:
+                    np.array([len(ids)], dtype=np.int64).tofile(spool)
+                    ids.tofile(spool)
+            on_progress(text_bytes=batch_bytes, tokens=batch_tokens)
+
+    def heldout_documents(spool) -> Iterator[np.ndarray]:
+        spool.seek(0)
+        while len(length := np.fromfile(spool, dtype=np.int64, count=1)):
+            yield np.fromfile(spool, dtype=np.int32, count=length[0])
+
+    with writing_to(job.output):
+        # A shard is written in one go, so the held-out documents wait on the disk until the
+        # training shard is done.
+        with tempfile.TemporaryFile(dir=job.output) as spool:
+            documents = {"train": training_documents(spool), "heldout": heldout_documents(spool)}
+            shards = {
+                split: _write_shard(split, unit, job, documents[split], tokenizer, counts[split])
+                for split in SPLITS
+            }
+        receipt = {
+            "fingerprint": unit.fingerprint,
+            "input": [file.path for file in unit.inputs],
+            "num_empty_documents": num_empty,
+            "splits": {split: {**counts[split], **shards[split]} for split in SPLITS},
+        }
+        write_json(receipt_path(job.output, unit), receipt)
+
+
+def _batches(unit: Unit, job: Job, on_progress: Callable[..., None]) -> Iterator[list[str]]:
+    """Yields the documents of a unit in lists of about BATCH_CHARS characters."""
+    batch, size = [], 0
+    for file in unit.inputs:
+        for text in read_documents(
+            file.path, job.cut, lambda num_bytes: on_progress(read_bytes=num_bytes)
+        ):
+            batch.append(text)
+            size += len(text) + 1  # so that empty documents fill a batch too
+            if size >= BATCH_CHARS:
+                yield batch
+                batch, size = [], 0
+    yield batch
+
+
+def _write_shard(
+    split: str,
+    unit: Unit,
+    job: Job,
+    documents: Iterator[np.ndarray],
+    tokenizer: Tokenizer,
+    counts: dict,
+) -> dict:
+    """Packs documents into a shard, counts its rows, and returns its part of the receipt; no
+    documents, no shard.
+    """
+    digest = hashlib.sha256()
+
+    def records() -> Iterator[bytes]:
+        num_tokens = 0
+        for tokens, starts in pack(
+            documents, sequence_length=job.sequence_length, eos_id=tokenizer.eos_id
+        ):
+            record = encode_record(
+                tokens, starts, sequence_length=job.sequence_length, vocab_size=tokenizer.vocab_size
+            )
+            digest.update(record)
+            num_tokens += len(tokens)
+            counts["num_records"] += 1
+            counts["num_padding"] += job.sequence_length - len(tokens)
+            yield record
+        assert num_tokens == counts["num_tokens"], (num_tokens, counts)
+
+    path = job.output / _shard_name(split, unit)
+    stream = records()
+    first = next(stream, None)
+    if first is None:
+        path.unlink(missing_ok=True)
+        return {"shard": None, "digest": None}
+    num_records = write_shard(path, itertools.chain([first], stream))
+    shard = {
+        "file": path.name,
+        "num_records": num_records,
+        "num_bytes_on_disk": path.stat().st_size,
+    }
+    return {"shard": shard, "digest": digest.hexdigest()}
+
+
+def dataset_json(receipts: list[dict], source: dict, tokenizer: Tokenizer) -> dict:
+    """Adds up the receipts. The fingerprint covers what a record can hold, hence not where the text
+    came from.
+    """
+    splits = {}
+    for name in SPLITS:
+        parts = [receipt["splits"][name] for receipt in receipts]
+        splits[name] = {count: sum(part[count] for part in parts) for count in COUNTS}
+        splits[name]["shards"] = [part["shard"] for part in parts if part["shard"]]
+    digests = {name: [receipt["splits"][name]["digest"] for receipt in receipts] for name in SPLITS}
+    names = ("kind", "fingerprint", "vocab_size", "mask_id", "eos_id", "bos_id", "pad_id")
+    return {
+        "format": FORMAT,
+        "sequence_length": source["sequence_length"],
+        "fingerprint": fingerprint(
+            [FORMAT, source["sequence_length"], tokenizer.fingerprint, digests]
+        ),
+        "tokenizer": {name: getattr(tokenizer, name) for name in names},
+        "splits": splits,
+        "source": {
+            **source,
+            "num_empty_documents": sum(receipt["num_empty_documents"] for receipt in receipts),
+        },
+    }
+
+
+def check_splits(content: dict, *, heldout: float) -> None:
+    """Raises UserError when there is nothing to train on; says so when nothing was held out against
+    the user's wish.
+    """
+    splits, source = content["splits"], content["source"]
+    if not any(split["num_documents"] for split in splits.values()):
+        raise UserError(
+            f"The {source['num_files']} input files hold no text at all; give files with text in "
+            "them."
+        )
+    if not splits["train"]["num_documents"]:
+        raise UserError(
+            f"All {splits['heldout']['num_documents']} documents fell into the held-out split; "
+            "lower --heldout "
+            f"{heldout}, or cut the text into more documents with --documents or --document-start."
+        )
+    if heldout and not splits["heldout"]["num_documents"]:
+        print(
+            f"prepare: none of {splits['train']['num_documents']} documents fell into the held-out "
+            "split; to have one, "
+            f"raise --heldout {heldout} or cut the text into more documents.",
+            file=sys.stderr,
+        )

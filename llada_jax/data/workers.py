@@ -1,0 +1,157 @@
+"""The processes that work on units side by side, and the progress that they report."""
+
+import concurrent.futures
+import fcntl
+import multiprocessing
+import os
+import signal
+import sys
+import threading
+import time
+from collections.abc import Callable
+from concurrent.futures.process import BrokenProcessPool
+
+from llada_jax.data.build import RECEIPTS, Job, Unit, size_of, write_unit
+from llada_jax.data.tokenizer import load_tokenizer
+from llada_jax.errors import UserError
+from llada_jax.storage.locks import try_lock
+
+
+class _Stopped(Exception):
+    """Raised inside a worker when the command ends early."""
+
+
+def run_units(units: list[Unit], job: Job, *, workers: int, num_bytes_done: int) -> None:
+    """Writes the units, in this process when one is enough."""
+    total = num_bytes_done + size_of(units)
+    workers = min(workers, len(units))
+    context = multiprocessing.get_context(
+        "spawn"
+    )  # a fork would copy the threads of libraries in mid-air
+    counters = context.Array(
+        "q", 4
+    )  # bytes read, bytes of text, tokens, 1 when the workers shall stop
+    counters[0] = num_bytes_done
+    with _Progress(total, counters) as progress:
+        if workers == 1:
+            tokenizer = load_tokenizer(job.output / "tokenizer")
+            for unit in units:
+                write_unit(unit, job, tokenizer, _counting(counters, progress.show))
+            return
+        with concurrent.futures.ProcessPoolExecutor(
+            workers, mp_context=context, initializer=_start_worker, initargs=(job, counters)
+        ) as pool:
+            pending = {pool.submit(_work, unit) for unit in units}
+            try:
+                while pending:
+                    done, pending = concurrent.futures.wait(
+                        pending, timeout=0.2, return_when="FIRST_COMPLETED"
+                    )
+                    for future in done:
+                        future.result()
+                    progress.show()
+            except BrokenProcessPool as error:
+                raise UserError(
+                    "A worker of prepare was killed, most likely for memory; run the same command "
+                    "with fewer "
+                    f"--workers than {workers}: what is finished is kept."
+                ) from error
+            finally:
+                counters[3] = 1
+                pool.shutdown(wait=True, cancel_futures=True)
+
+
+def _counting(counters, after: Callable[[], None]) -> Callable[..., None]:
+    def on_progress(read_bytes: int = 0, text_bytes: int = 0, tokens: int = 0) -> None:
+        with counters.get_lock():
+            for i, number in enumerate((read_bytes, text_bytes, tokens)):
+                counters[i] += number
+        after()
+
+    return on_progress
+
+
+# what _start_worker keeps for _work: job, tokenizer, on_progress, and the open lock file
+_worker = {}
+
+
+def _start_worker(job: Job, counters) -> None:
+    signal.signal(
+        signal.SIGINT, signal.SIG_IGN
+    )  # Ctrl-C reaches the whole group; the command itself stops us
+    threading.Thread(target=_die_with_parent, daemon=True).start()
+    os.environ["TOKENIZERS_PARALLELISM"] = "false"  # a process a core is enough
+
+    def stop_if_told():
+        if counters[3]:
+            raise _Stopped
+
+    lock = open(job.output / RECEIPTS / "lock", "a")  # noqa: SIM115 (held as long as this process lives)
+    try_lock(lock, fcntl.LOCK_SH)
+    tokenizer = load_tokenizer(job.output / "tokenizer")
+    _worker.update(
+        job=job, tokenizer=tokenizer, on_progress=_counting(counters, stop_if_told), lock=lock
+    )
+
+
+def _die_with_parent() -> None:
+    multiprocessing.parent_process().join()
+    os._exit(1)
+
+
+def _work(unit: Unit) -> None:
+    write_unit(unit, _worker["job"], _worker["tokenizer"], _worker["on_progress"])
+
+
+class _Progress:
+    """Shows the counters on stderr: a bar on a terminal, otherwise a line every few seconds."""
+
+    def __init__(self, total: int, counters):
+        self._total, self._counters, self._first_read = max(1, total), counters, counters[0]
+        self._started = time.monotonic()
+        self._is_terminal = sys.stderr.isatty()
+        self._every = 0.2 if self._is_terminal else 5.0
+        self._shown = self._started
+
+    def __enter__(self):
+        if self._is_terminal:
+            from rich.console import Console
+            from rich.progress import (
+                BarColumn,
+                Progress,
+                TaskProgressColumn,
+                TextColumn,
+                TimeRemainingColumn,
+            )
+
+            columns = (
+                BarColumn(),
+                TaskProgressColumn(),
+                TextColumn("{task.description}"),
+                TimeRemainingColumn(),
+            )
+            self._bar = Progress(*columns, console=Console(stderr=True))
+            self._task = self._bar.add_task("", total=self._total, completed=self._first_read)
+            self._bar.start()
+        return self
+
+    def __exit__(self, *exception) -> None:
+        self._show()
+        if self._is_terminal:
+            self._bar.stop()
+
+    def show(self) -> None:
+        """Brings the display up to date, at most every few moments."""
+        if time.monotonic() - self._shown > self._every:
+            self._shown = time.monotonic()
+            self._show()
+
+    def _show(self) -> None:
+        read, text, tokens, _ = self._counters[:]
+        seconds = max(1e-9, time.monotonic() - self._started)
+        rates = f"{text / seconds / 1e6:.1f} MB/s, {tokens / seconds:,.0f} tokens/s"
+        if self._is_terminal:
+            self._bar.update(self._task, completed=read, description=rates)
+        else:
+            done = f"{read / self._total:.0%} of {self._total / 1e6:.1f} MB"
+            print(f"prepare: {done}, {rates}, {seconds:.0f} s", file=sys.stderr, flush=True)

@@ -1,0 +1,3 @@
+"""How good a model is: bounds on the likelihood of held-out text, and baselines to compare them
+with.
+"""

@@ -1,0 +1,495 @@
+"""What the masked diffusion language models of this directory share: parts of the network, the
+loss, the sampler.
+
+Needs PyTorch and transformers (4.49 to 5.x) only. Names carry shapes: B rows, T positions, S
+positions attended to, D width, N query heads, H width of a head, V vocabulary. The method is that
+of LLaDA (arXiv 2502.09992).
+"""
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+from transformers.modeling_outputs import CausalLMOutput
+
+EPS = 1e-3  # floor of the masking probability, which bounds the weight 1/p
+
+
+class RMSNorm(nn.Module):
+    """Float32 inside, cast back to the dtype of x, then scaled."""
+
+    def __init__(self, size: int, eps: float):
+        super().__init__()
+        self.weight = nn.Parameter(torch.ones(size))
+        self.eps = eps
+
+    def forward(self, x: Tensor) -> Tensor:
+        x32 = x.float()
+        normed = x32 * torch.rsqrt(x32.square().mean(-1, keepdim=True) + self.eps)
+        return self.weight * normed.to(x.dtype)
+
+
+def residual_linear(
+    num_in: int, num_out: int, layer_number: int, *, bias: bool = False
+) -> nn.Linear:
+    """Returns a linear layer that writes to the residual stream: initialised smaller, the deeper
+    (0, 1, ...) it lies.
+    """
+    layer = nn.Linear(num_in, num_out, bias=bias)
+    layer.init_shrink = (2 * (layer_number + 1)) ** -0.5
+    return layer
+
+
+# the numbers of rope_type "llama3"
+LLAMA3 = ("factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings")
+
+
+def scaling_of(config) -> dict | None:
+    """Returns how the rotary frequencies are scaled, under the name of transformers 4 or that of 5;
+    None if they are not.
+    """
+    return getattr(config, "rope_scaling", None) or getattr(config, "rope_parameters", None)
+
+
+def is_llama3(scaling: dict) -> bool:
+    """Whether `rotary_angles` takes a scaling; older files call its rope_type "type"."""
+    numbers = [scaling.get(name) for name in LLAMA3]
+    if not all(isinstance(number, (int, float)) and number > 0 for number in numbers):
+        return False
+    return scaling.get("rope_type", scaling.get("type")) == "llama3" and numbers[1] < numbers[2]
+
+
+def rotary_angles(
+    positions_BT: Tensor, head_dim: int, theta: float, scaling: dict | None = None
+) -> tuple[Tensor, Tensor]:
+    """Returns cos and sin of the rotary angles, float32 [B, 1, T, H/2] (RoFormer, arXiv
+    2104.09864), scaled as in Llama 3.1.
+
+    What turns less than low_freq_factor times within the original length is slowed down by the
+    factor, what turns more than high_freq_factor times is kept, and between them the two are mixed
+    in proportion to the turns.
+    """
+    halves = torch.arange(0, head_dim, 2, dtype=torch.float32, device=positions_BT.device)
+    frequencies = theta ** (-halves / head_dim)
+    if scaling:
+        factor, low, high, original = (scaling[name] for name in LLAMA3)
+        turns = original / (2 * torch.pi) * frequencies
+        kept = ((turns - low) / (high - low)).clamp(0, 1)
+        frequencies = kept * frequencies + (1 - kept) * frequencies / factor
+    angles = positions_BT[:, None, :, None].float() * frequencies
+    return angles.cos(), angles.sin()
+
+
+def rotate(x_BNTH: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    """Rotates the pairs (i, i + H/2) of every head, in float32: bfloat16 cannot tell position 257
+    from 256.
+    """
+    first, second = x_BNTH.float().chunk(2, dim=-1)
+    return torch.cat([first * cos - second * sin, second * cos + first * sin], dim=-1).to(
+        x_BNTH.dtype
+    )
+
+
+def attend(
+    q_BTD: Tensor, k_BSD: Tensor, v_BSD: Tensor, *, head_dim: int, rotary, is_seen
+) -> Tensor:
+    """Bidirectional attention of rotated heads; fewer key/value heads than query heads are shared
+    by groups of them.
+    """
+    q_BNTH, k_BNSH, v_BNSH = (
+        x.unflatten(-1, (-1, head_dim)).transpose(1, 2) for x in (q_BTD, k_BSD, v_BSD)
+    )
+    q_BNTH, k_BNSH = rotate(q_BNTH, *rotary), rotate(k_BNSH, *rotary)
+    group = q_BNTH.shape[1] // k_BNSH.shape[1]
+    if group > 1:
+        k_BNSH, v_BNSH = (
+            k_BNSH.repeat_interleave(group, dim=1),
+            v_BNSH.repeat_interleave(group, dim=1),
+        )
+    out_BNTH = F.scaled_dot_product_attention(
+        q_BNTH, k_BNSH, v_BNSH, attn_mask=is_seen, is_causal=False
+    )
+    return out_BNTH.transpose(1, 2).flatten(2)
+
+
+def corrupt(
+    tokens_BT: Tensor,
+    is_maskable_BT: Tensor,
+    *,
+    mask_id: int,
+    generator: torch.Generator | None = None,
+):
+    """The forward process: t ~ U(0, 1) a row, then each maskable token is masked with p = (1 - EPS)
+    t + EPS.
+
+    Returns:
+        noisy_BT, is_masked_BT and p_B1 (float32). Everything is drawn on the device of `generator`,
+        or else on that of the tokens from the global generator (torch.manual_seed).
+    """
+    device = tokens_BT.device if generator is None else generator.device
+    t_B1 = torch.rand(len(tokens_BT), 1, generator=generator, device=device)
+    draw_BT = torch.rand(tokens_BT.shape, generator=generator, device=device)
+    p_B1 = (1 - EPS) * t_B1 + EPS
+    is_masked_BT = (draw_BT < p_B1).to(tokens_BT.device) & is_maskable_BT
+    return tokens_BT.masked_fill(is_masked_BT, mask_id), is_masked_BT, p_B1.to(tokens_BT.device)
+
+
+def masked_diffusion_loss(
+    logits_BTV: Tensor, targets_BT: Tensor, is_masked_BT: Tensor, p_B1: Tensor, count
+) -> Tensor:
+    """Returns the sum over masked tokens of -log p(target) / p, divided by `count`, in nats (LLaDA,
+    eq. 3).
+    """
+    nll = F.cross_entropy(
+        logits_BTV[is_masked_BT].float(), targets_BT[is_masked_BT], reduction="none"
+    )
+    return (nll / p_B1.expand_as(is_masked_BT)[is_masked_BT]).sum() / count
+
+
+def low_confidence(logits_BTV: Tensor, choices_BT: Tensor, generator) -> Tensor:
+    """The probability of the chosen token: the least certain positions stay masked (LLaDA,
+    algorithm 5).
+    """
+    return logits_BTV.softmax(-1).gather(-1, choices_BT[..., None])[..., 0]
+
+
+def random_order(logits_BTV: Tensor, choices_BT: Tensor, generator) -> Tensor:
+    """A uniform draw: positions are revealed in random order (LLaDA, algorithm 4)."""
+    return torch.rand(choices_BT.shape, generator=generator, device=choices_BT.device)
+
+
+REMASKING = {"low_confidence": low_confidence, "random": random_order}
+
+
+def pick_tokens(logits_BTV: Tensor, temperature: float, generator) -> Tensor:
+    """Draws from softmax(logits / temperature) by the Gumbel-max trick; the most likely token at
+    temperature 0.
+
+    Float64, because the tail of a float32 draw is too short for a large vocabulary (arXiv
+    2409.02908).
+    """
+    if temperature > 0:
+        noise_BTV = (
+            torch.empty_like(logits_BTV, dtype=torch.float64)
+            .exponential_(generator=generator)
+            .log()
+        )
+        logits_BTV = logits_BTV - temperature * noise_BTV
+    return logits_BTV.argmax(-1)
+
+
+def check_request(gen_length, block_length, steps, remasking, temperature, cfg_scale) -> None:
+    """Raises ValueError unless the blocks tile the generation and the steps divide evenly among the
+    blocks.
+    """
+    if min(gen_length, block_length, steps) < 1:
+        raise ValueError(
+            f"gen_length={gen_length}, block_length={block_length} and steps={steps} must be at "
+            "least 1."
+        )
+    if gen_length % block_length:
+        raise ValueError(f"block_length={block_length} must divide gen_length={gen_length}.")
+    num_blocks = gen_length // block_length
+    if steps % num_blocks or steps > gen_length:
+        raise ValueError(
+            f"steps={steps} must be a multiple of the number of blocks, gen_length/block_length = "
+            f"{num_blocks}, "
+            f"and at most gen_length={gen_length}."
+        )
+    if remasking not in REMASKING:
+        raise ValueError(f"remasking={remasking!r} is unknown; use one of {', '.join(REMASKING)}.")
+    if not (0 <= temperature < float("inf") and 0 <= cfg_scale < float("inf")):
+        raise ValueError(
+            f"temperature={temperature} and cfg_scale={cfg_scale} must be finite and not negative."
+        )
+
+
+class MaskedDiffusionLM(PreTrainedModel):
+    """A bidirectional Transformer that predicts the tokens under the masks.
+
+    A subclass builds the modules under its own names and returns them from `transformer_parts`. Its
+    config has mask_token_id, eos_token_id, head_dim, rope_theta and, where the rotary frequencies
+    are scaled, rope_parameters.
+    """
+
+    base_model_prefix = "model"
+    main_input_name = "input_ids"
+    supports_gradient_checkpointing = True
+    accepts_loss_kwargs = True  # transformers.Trainer then hands in num_items_in_batch
+    _supports_sdpa = True
+    _auto_class = "AutoModelForCausalLM"  # save_pretrained copies the code beside the weights
+
+    required = {}  # config key -> the one value (or tuple of values) that this file expresses
+
+    def __init__(self, config):
+        for key, wanted in self.required.items():
+            values = wanted if isinstance(wanted, tuple) else (wanted,)
+            if getattr(config, key, values[0]) not in values:
+                raise ValueError(
+                    f"config.json: {key}={getattr(config, key)!r} is not supported by "
+                    f"{type(self).__name__}; "
+                    f"it expresses only {' or '.join(map(repr, values))}."
+                )
+        scaling = scaling_of(config)
+        if scaling and not is_llama3(scaling):
+            raise ValueError(
+                f"config.json: rope_parameters={scaling!r} is not supported by "
+                f"{type(self).__name__}; it expresses only None "
+                f"or rope_type 'llama3' with positive {', '.join(LLAMA3)}, low_freq_factor less "
+                "than high_freq_factor."
+            )
+        super().__init__(config)
+        self.gradient_checkpointing = False
+
+    def transformer_parts(self) -> tuple[nn.Embedding, nn.ModuleList, nn.Module, nn.Module]:
+        """Returns embedding, layers, final norm and head; the head is the embedding where they
+        share one matrix.
+        """
+        raise NotImplementedError
+
+    def get_input_embeddings(self) -> nn.Embedding:
+        return self.transformer_parts()[0]
+
+    def get_output_embeddings(self) -> nn.Module:
+        return self.transformer_parts()[3]
+
+    @torch.no_grad()
+    def _init_weights(self, module: nn.Module) -> None:
+        """The published "mitchell": standard deviation 1 / sqrt(input width), truncated at 3 of
+        them; norms 1, biases 0.
+        """
+        if isinstance(module, (nn.Linear, nn.Embedding)):
+            std = getattr(module, "init_shrink", 1.0) * module.weight.shape[1] ** -0.5
+            nn.init.trunc_normal_(module.weight, std=std, a=-3 * std, b=3 * std)
+            if getattr(module, "bias", None) is not None:
+                nn.init.zeros_(module.bias)
+        elif isinstance(module, RMSNorm):
+            nn.init.ones_(module.weight)
+
+    def forward(
+        self,
+        input_ids=None,
+        attention_mask=None,
+        position_ids=None,
+        inputs_embeds=None,
+        labels=None,
+        *,
+        num_items_in_batch=None,
+        generator=None,
+        past_key_values=None,
+        use_cache=None,
+        output_attentions=None,
+        output_hidden_states=None,
+        return_dict=None,
+    ) -> CausalLMOutput | tuple:
+        """Returns logits [B, T, V] in the dtype of the model and, given labels, the masked
+        diffusion loss.
+
+        Args:
+            input_ids: [B, T]; without labels they may contain masks, with labels they are the clean
+                tokens.
+            attention_mask: [B, T], nonzero = real, zero = padding, which nobody attends to. What
+                comes out at padding has no meaning.
+            position_ids: [B, T]; 0, 1, ... T - 1 unless given.
+            inputs_embeds: [B, T, D] in place of input_ids; without labels.
+            labels: [B, T]: the clean tokens again, -100 where a token is never masked (a prompt,
+                padding). The model masks input_ids itself, draws t ~ U(0, 1) for each row and
+                returns sum(nll / p) / count, where p = (1 - EPS) t + EPS, the sum runs over the
+                masked tokens and count over the maskable ones. The logits are those of the masked
+                input.
+            num_items_in_batch: the count to divide by; that of this batch unless given.
+            generator: makes t and the masks reproducible.
+        """
+        if (input_ids is None) == (inputs_embeds is None):
+            raise ValueError("Give exactly one of input_ids and inputs_embeds.")
+        if labels is not None and input_ids is None:
+            raise ValueError(
+                "labels need input_ids: the loss masks tokens, which inputs_embeds no longer are."
+            )
+        if past_key_values is not None or use_cache:
+            raise ValueError(
+                "past_key_values and use_cache=True do not exist here: every position sees every "
+                "other."
+            )
+        if output_attentions:
+            raise ValueError(
+                "output_attentions=True is not supported: fused attention never forms the weights."
+            )
+
+        is_real_BT = None if attention_mask is None else self._is_real(attention_mask)
+        if labels is not None:
+            is_maskable_BT = labels != -100
+            if is_real_BT is not None:
+                is_maskable_BT = is_maskable_BT & is_real_BT
+            input_ids, is_masked_BT, p_B1 = corrupt(
+                input_ids, is_maskable_BT, mask_id=self.config.mask_token_id, generator=generator
+            )
+        x_BTD = self.get_input_embeddings()(input_ids) if inputs_embeds is None else inputs_embeds
+        kept = [] if output_hidden_states else None
+        x_BTD = self._run_layers(x_BTD, is_real_BT, position_ids, kept)
+        logits_BTV = self._logits(x_BTD, is_real_BT)
+        loss = None
+        if labels is not None:
+            count = (
+                is_maskable_BT.sum().clamp(min=1)
+                if num_items_in_batch is None
+                else num_items_in_batch
+            )
+            loss = masked_diffusion_loss(logits_BTV, labels, is_masked_BT, p_B1, count)
+        output = CausalLMOutput(loss=loss, logits=logits_BTV, hidden_states=kept and tuple(kept))
+        return_dict = self.config.return_dict if return_dict is None else return_dict
+        return output if return_dict else output.to_tuple()
+
+    @staticmethod
+    def _is_real(attention_mask: Tensor) -> Tensor | None:
+        """Returns bool [B, T]; None where nothing is padding, because attention is faster without a
+        mask.
+        """
+        if attention_mask.ndim != 2:
+            raise ValueError(
+                f"attention_mask has shape {tuple(attention_mask.shape)}; it must be [batch, "
+                "positions]."
+            )
+        is_real_BT = attention_mask != 0
+        return None if is_real_BT.all() else is_real_BT
+
+    def _run_layers(self, x_BTD: Tensor, is_real_BT, positions_BT, kept: list | None) -> Tensor:
+        """Returns the normed output of the last layer; appends the input of every layer and the
+        result to `kept`.
+        """
+        _, layers, final_norm, _ = self.transformer_parts()
+        if positions_BT is None:
+            positions_BT = torch.arange(x_BTD.shape[1], device=x_BTD.device)[None]
+        rotary = rotary_angles(
+            positions_BT, self.config.head_dim, self.config.rope_theta, scaling_of(self.config)
+        )
+        is_seen = None
+        if (
+            is_real_BT is not None
+        ):  # a row of padding alone sees all of itself: older PyTorch has NaN for nothing seen
+            is_seen = (is_real_BT | ~is_real_BT.any(1, keepdim=True))[:, None, None, :]
+        for layer in layers:
+            if kept is not None:
+                kept.append(x_BTD)
+            if self.gradient_checkpointing and self.training:
+                x_BTD = self._gradient_checkpointing_func(layer.__call__, x_BTD, rotary, is_seen)
+            else:
+                x_BTD = layer(x_BTD, rotary, is_seen)
+        x_BTD = final_norm(x_BTD)
+        if kept is not None:
+            kept.append(x_BTD)
+        return x_BTD
+
+    def _logits(self, x_BTD: Tensor, is_real_BT: Tensor | None) -> Tensor:
+        head = self.get_output_embeddings()
+        return head(x_BTD) if isinstance(head, nn.Linear) else F.linear(x_BTD, head.weight)
+
+    @torch.no_grad()
+    def generate_diffusion(
+        self,
+        input_ids: Tensor,
+        attention_mask: Tensor | None = None,
+        *,
+        gen_length: int = 128,
+        block_length: int | None = None,
+        steps: int | None = None,
+        temperature: float = 0.0,
+        remasking: str = "low_confidence",
+        cfg_scale: float = 0.0,
+        stop_at_eos: bool = False,
+        generator: torch.Generator | None = None,
+    ) -> Tensor:
+        """The reverse process: `gen_length` masks behind each prompt become tokens, block after
+        block.
+
+        What was revealed is never revised, and the mask token is never chosen.
+
+        Args:
+            input_ids: [B, P] prompts; shorter ones are padded, best on the left.
+            attention_mask: [B, P], zero at padding.
+            gen_length: number of tokens to generate.
+            block_length: blocks are finished from left to right; gen_length unless given (pure
+                diffusion).
+            steps: forward passes in total; one a token unless given.
+            temperature: 0 takes the most likely token, 1 samples the distribution of the model.
+            remasking: which proposals a step keeps: "low_confidence" (the surest) or "random".
+            cfg_scale: strength w of classifier-free guidance, un + (w + 1) (l - un), where `un`
+                sees the prompt masked; 0 switches it off, anything else runs on twice the batch.
+            stop_at_eos: a finished block that contains EOS ends its row: EOS fills the rest. Off,
+                as published, exactly gen_length tokens are generated.
+            generator: makes temperature > 0 and "random" reproducible; on the device of the model.
+
+        Returns:
+            [B, P + gen_length]: prompts and generations.
+
+        Raises:
+            ValueError: block_length does not divide gen_length, the number of blocks does not
+                divide steps, an unknown remasking, a negative temperature or cfg_scale.
+        """
+        block_length = gen_length if block_length is None else block_length
+        steps = gen_length if steps is None else steps
+        check_request(gen_length, block_length, steps, remasking, temperature, cfg_scale)
+        B, P = input_ids.shape
+        mask_id, eos_id = self.config.mask_token_id, self.config.eos_token_id
+        steps_per_block = steps * block_length // gen_length
+
+        canvas_BT = F.pad(input_ids, (0, gen_length), value=mask_id)
+        is_real_BT = torch.ones_like(input_ids) if attention_mask is None else attention_mask
+        is_real_BT = F.pad((is_real_BT != 0).long(), (0, gen_length), value=1)
+        positions_BT = (is_real_BT.cumsum(1) - 1).clamp(
+            min=0
+        )  # a row computes what it computes without padding
+
+        def logits_of(canvas_BT):
+            repeats = len(canvas_BT) // B
+            return self(
+                canvas_BT,
+                attention_mask=is_real_BT.repeat(repeats, 1),
+                position_ids=positions_BT.repeat(repeats, 1),
+            ).logits
+
+        for start in range(P, P + gen_length, block_length):
+            block = slice(start, start + block_length)
+            for steps_left in range(steps_per_block, 0, -1):
+                # 1. the canvas through the network; only the current block is read
+                if cfg_scale > 0:
+                    unprompted_BT = canvas_BT.clone()
+                    unprompted_BT[:, :P] = mask_id
+                    both = logits_of(torch.cat([canvas_BT, unprompted_BT]))[:, block].float()
+                    logits_BTV, unprompted_BTV = both.chunk(2)
+                    logits_BTV = unprompted_BTV + (cfg_scale + 1) * (logits_BTV - unprompted_BTV)
+                else:
+                    logits_BTV = logits_of(canvas_BT)[:, block].float()
+                # 2. a proposal for every hidden position, and the confidence in it
+                is_hidden_BT = canvas_BT[:, block] == mask_id
+                choosable_BTV = logits_BTV.clone()
+                choosable_BTV[..., mask_id] = -torch.inf
+                choices_BT = pick_tokens(choosable_BTV, temperature, generator)
+                confidence_BT = REMASKING[remasking](logits_BTV, choices_BT, generator)
+                confidence_BT = confidence_BT.masked_fill(~is_hidden_BT, -torch.inf)
+                # 3. reveal the most confident: an equal share in every step that is left, rounded
+                # up
+                count_B1 = -(-is_hidden_BT.sum(1, keepdim=True) // steps_left)
+                rank_BT = confidence_BT.argsort(dim=1, descending=True, stable=True).argsort(dim=1)
+                is_revealed_BT = is_hidden_BT & (rank_BT < count_B1)
+                canvas_BT[:, block] = torch.where(is_revealed_BT, choices_BT, canvas_BT[:, block])
+            if stop_at_eos:
+                generated_BT = canvas_BT[:, P:]
+                is_after_BT = (generated_BT == eos_id).cumsum(1) > 0
+                canvas_BT[:, P:] = generated_BT.masked_fill(is_after_BT, eos_id)
+                if not (canvas_BT[:, P:] == mask_id).any():
+                    break
+        return canvas_BT
+
+    @classmethod
+    def can_generate(cls) -> bool:
+        return False
+
+    def generate(self, *args, **kwargs):
+        raise NotImplementedError(
+            f"{type(self).__name__} does not write from left to right; call "
+            "model.generate_diffusion(input_ids, "
+            "attention_mask, gen_length=..., steps=...) in place of generate()."
+        )
+
+    prepare_inputs_for_generation = generate  # peft looks it up in every causal language model

@@ -1,0 +1,73 @@
+"""The forward process: how much of a row is masked, and which tokens (LLaDA, arXiv 2502.09992,
+section 2.1).
+
+Everything is drawn from one key a row, so that a row's corruption depends on nothing but its own
+global number.
+"""
+
+import jax
+import jax.numpy as jnp
+from jax import Array
+
+from llada_jax.rng import keys_for_rows
+
+
+def sample_t(key: Array, row_B: Array, *, num_rows: int, t_sampling: str) -> Array:
+    """Returns diffusion times t_B, float32 in [0, 1), for rows `row_B` of a global batch of
+    `num_rows`.
+
+    stratified: row r takes (u + r / num_rows) mod 1 with one u a step, so a batch covers [0, 1)
+    evenly and the variance of the loss falls (MD4, arXiv 2406.04329, section 4.3: antithetic
+    sampling over the batch). iid: U(0, 1) a row.
+    """
+    if t_sampling == "stratified":
+        offset = jax.random.uniform(key)
+        return (offset + row_B.astype(jnp.float32) / num_rows) % 1.0
+    assert t_sampling == "iid", t_sampling
+    return jax.vmap(jax.random.uniform)(keys_for_rows(key, row_B))
+
+
+def corrupt(
+    key: Array,
+    tokens_BT: Array,
+    t_B: Array,
+    is_maskable_BT: Array,
+    row_B: Array,
+    *,
+    mask_id: int,
+    eps: float,
+) -> tuple[Array, Array, Array]:
+    """Masks every maskable token independently with probability p = (1 - eps) t + eps (LLaDA, eq. 1
+    with floor eps).
+
+    Returns:
+        noisy_BT int32, is_masked_BT bool, weight_B float32 = 1 / p, the NELBO weight of the row's
+        masked tokens.
+    """
+    p_mask_B = (1.0 - eps) * t_B + eps
+    draw = jax.vmap(lambda k: jax.random.uniform(k, tokens_BT.shape[1:]))
+    is_masked_BT = (draw(keys_for_rows(key, row_B)) < p_mask_B[:, None]) & is_maskable_BT
+    return jnp.where(is_masked_BT, mask_id, tokens_BT), is_masked_BT, 1.0 / p_mask_B
+
+
+def corrupt_exactly_k(
+    key: Array, tokens_BT: Array, t_B: Array, is_maskable_BT: Array, row_B: Array, *, mask_id: int
+) -> tuple[Array, Array, Array]:
+    """Masks exactly k = ceil(t L) of a row's L maskable tokens, at least one, without replacement
+    (LLaDA, eq. 6).
+
+    With t ~ U(0, 1], k is uniform on {1..L} and the weight L / k removes the noise of the number of
+    masks.
+
+    Returns:
+        noisy_BT int32, is_masked_BT bool, weight_B float32 = L / k (0 for a row without maskable
+        tokens).
+    """
+    length_B = is_maskable_BT.sum(axis=1)
+    k_B = jnp.clip(jnp.ceil(t_B * length_B).astype(jnp.int32), 1, jnp.maximum(length_B, 1))
+    draw = jax.vmap(lambda k: jax.random.uniform(k, tokens_BT.shape[1:]))
+    priority_BT = jnp.where(is_maskable_BT, draw(keys_for_rows(key, row_B)), jnp.inf)
+    rank_BT = jnp.argsort(jnp.argsort(priority_BT, axis=1), axis=1)
+    is_masked_BT = (rank_BT < k_B[:, None]) & is_maskable_BT
+    weight_B = length_B.astype(jnp.float32) / k_B
+    return jnp.where(is_masked_BT, mask_id, tokens_BT), is_masked_BT, weight_B

@@ -1,0 +1,1 @@
+"""A workdir while it trains: how it begins, what it reports, and what it accounts for."""

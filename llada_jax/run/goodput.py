@@ -1,0 +1,98 @@
+"""Goodput: the share of a run's wall time, over all its starts, that went into steps that count.
+
+WORKDIR/goodput.json keeps the account across restarts: what the steps of each attempt took, what
+was lost and to what.
+"""
+
+import json
+import time
+
+from llada_jax.storage import remote
+
+FILE = "goodput.json"
+
+
+class Ledger:
+    """The account of one run. Every second since its first start belongs to exactly one activity.
+
+    "step" is productive; "init", "compile", "data", "checkpoint", "evaluation" and "samples" are
+    those of llada_jax.run.clock.Clock; "down" passed between the attempts; "replay" were steps that
+    had to be done again, because the attempt that did them ended before the next checkpoint.
+
+    Args:
+        workdir: local directory or URL.
+        clock: llada_jax.run.clock.Clock of this attempt, started with it.
+        start_step: from which this attempt continues; 0 at the beginning.
+        enabled: False writes nothing; for all processes but the first.
+    """
+
+    def __init__(self, workdir, clock, *, start_step: int, enabled: bool = True, now=time.time):
+        self._path = remote.path_of(workdir) / FILE
+        self._clock, self._now, self._enabled = clock, now, enabled
+        began = now() - sum(clock.seconds().values())
+        self._first_start = began
+        self._before: dict[str, float] = {}  # seconds of the earlier attempts
+        self._marks: list[
+            tuple[int, float]
+        ] = []  # (step, productive seconds of the whole run when it was done)
+        if enabled and start_step and self._path.exists():
+            self._continue(json.loads(self._path.read_text()), start_step, began)
+
+    def _continue(self, kept: dict, start_step: int, began: float) -> None:
+        self._first_start = kept["first_start"]
+        self._before = dict(kept["seconds"])
+        self._marks = [(step, seconds) for step, seconds in kept["marks"] if step <= start_step]
+        productive = self._marks[-1][1] if self._marks else 0.0
+        replayed = self._before.get("step", 0.0) - productive
+        self._before["step"] = productive
+        self._add("replay", replayed)
+        self._add("down", max(0.0, began - kept["last"]))
+
+    def _add(self, activity: str, seconds: float) -> None:
+        self._before[activity] = self._before.get(activity, 0.0) + seconds
+
+    def seconds(self) -> dict[str, float]:
+        """Returns the seconds of each activity since the run's first start."""
+        now = self._clock.seconds()
+        return {
+            activity: self._before.get(activity, 0.0) + now.get(activity, 0.0)
+            for activity in {**self._before, **now}
+        }
+
+    def report(self) -> dict[str, float]:
+        """Returns {"goodput": productive / all seconds, "lost_init_s": ..., "lost_replay_s": ...}."""
+        seconds = self.seconds()
+        lost = {
+            f"lost_{activity}_s": total
+            for activity, total in sorted(seconds.items())
+            if activity != "step"
+        }
+        return {"goodput": seconds.get("step", 0.0) / max(sum(seconds.values()), 1e-9), **lost}
+
+    def mark(self, step: int) -> None:
+        """Notes the productive time up to a step and writes the file; call it whenever `step` is
+        about to be saved.
+        """
+        seconds = self.seconds()
+        self._marks = [*self._marks[-99:], (step, seconds.get("step", 0.0))]
+        if self._enabled:
+            kept = {
+                "first_start": self._first_start,
+                "last": self._now(),
+                "seconds": seconds,
+                "marks": self._marks,
+            }
+            remote.write_whole(self._path, json.dumps(kept, indent=1) + "\n")
+
+    def line(self) -> str:
+        """Returns the account in one line, the largest losses first."""
+        seconds = self.seconds()
+        total = max(sum(seconds.values()), 1e-9)
+        lost = sorted(
+            ((s, a) for a, s in seconds.items() if a != "step" and s >= 0.005 * total), reverse=True
+        )
+        causes = (
+            ", ".join(f"{activity} {s / total:.0%}" for s, activity in lost)
+            or "nothing to speak of"
+        )
+        return f"goodput     {seconds.get('step', 0.0) / total:.0%} of {total / 3600:.2f} h; lost to {causes}"

@@ -1,0 +1,279 @@
+"""What a run reports: sums to means, where the time went, metrics.jsonl, TensorBoard and the
+progress bar.
+
+Two kinds of numbers are kept apart everywhere. Metrics of the model (loss, nelbo, accuracy,
+gradient norm, learning rate) are a function of config and data: a run that was interrupted and
+resumed writes the same ones as a straight run. Measurements of the machine (tokens/s, waiting,
+memory) differ from run to run and stand in the group "speed" alone.
+"""
+
+import contextlib
+import errno
+import json
+import math
+import os
+import sys
+import tempfile
+import time
+
+from llada_jax.errors import UserError, reason
+from llada_jax.storage import remote
+
+FLUSH_SECONDS = (
+    30.0  # how long TensorBoard events, and lines for a remote workdir, may stay in memory
+)
+
+
+def means(sums: dict) -> dict[str, float]:
+    """Returns sum / count for each {name: (sum, count)}, as floats; what was never counted is left
+    out.
+
+    A name such as "nll_by_t" with vectors of sums and counts becomes one mean an element: "nll_t0",
+    "nll_t1", ... The sums and counts are arrays or numbers on the host (`jax.device_get` first):
+    this never waits for a device twice.
+    """
+    result = {}
+    for name, (total, count) in sums.items():
+        if getattr(total, "ndim", 0) == 0:
+            entries = [(name, total, count)]
+        else:
+            stem = name.removesuffix("_by_t")
+            entries = [
+                (f"{stem}_t{i}", *pair) for i, pair in enumerate(zip(total, count, strict=True))
+            ]
+        result |= {
+            entry: float(total) / float(count)
+            for entry, total, count in entries
+            if float(count) > 0
+        }
+    return result
+
+
+class MetricsWriter:
+    """Writes WORKDIR/metrics.jsonl, one object a line, and the same numbers as TensorBoard scalars.
+
+        {"step": 40, "train": {"loss": 3.41, ...}, "speed": {"tokens_per_s": 12310.5, ...}}
+
+    Lines are whole when the process is killed at any moment, and a resumed run drops what the
+    interrupted one wrote after the checkpoint, so that the file of a run is the same however often
+    it was interrupted ("speed" apart). For that the caller writes the metrics of step k, and calls
+    `flush`, before it saves checkpoint k.
+
+    Args:
+        workdir: local directory, or a URL that etils.epath can write (gs://, s3://). Its
+            TensorBoard events go to WORKDIR/tensorboard.
+        enabled: False makes every method do nothing; for all processes of a run but the first.
+        resume_step: the step of the restored checkpoint: lines and events of later steps are
+            dropped. None: the run starts from scratch, and all that an earlier attempt left is
+            dropped.
+        tensorboard: False writes metrics.jsonl alone.
+
+    Raises UserError when the disk is full, the workdir cannot be written, or metrics.jsonl holds
+    something else.
+    """
+
+    def __init__(
+        self,
+        workdir,
+        *,
+        enabled: bool = True,
+        resume_step: int | None = None,
+        tensorboard: bool = True,
+    ):
+        self._enabled = enabled
+        if not enabled:
+            return
+        self._workdir = remote.path_of(workdir)
+        self._path = self._workdir / "metrics.jsonl"
+        self._is_remote = remote.is_remote(workdir)
+        self._events = None
+        self._last_flush = time.monotonic()
+        with self._disk():
+            self._workdir.mkdir(parents=True, exist_ok=True)
+            self._text = self._keep_until(-1 if resume_step is None else resume_step)
+            if (
+                not self._is_remote
+            ):  # object stores cannot append: there the whole text is kept and sent at each flush
+                self._file = open(self._path, "a", encoding="utf-8")  # noqa: SIM115 (open for the writer's life)
+            if tensorboard:
+                self._open_tensorboard(first_step=0 if resume_step is None else resume_step + 1)
+
+    def _keep_until(self, step: int) -> str:
+        """Drops the lines of later steps and a half-written last line; returns the text that stays."""
+        if not self._path.exists():
+            return ""
+        lines = self._path.read_bytes().decode("utf-8", errors="replace").splitlines(keepends=True)
+        kept = []
+        for number, line in enumerate(lines, start=1):
+            try:
+                entry = json.loads(line)
+                if int(entry["step"]) <= step and line.endswith("\n"):
+                    kept.append(line)
+            except (ValueError, KeyError, TypeError) as error:
+                is_half_written = number == len(lines) and not line.endswith("\n")
+                if not is_half_written:
+                    raise UserError(
+                        f"{self._path} line {number} is no metrics line, so the file was not "
+                        "written by a training "
+                        "run; move it away, or choose another --workdir."
+                    ) from error
+        text = "".join(kept)
+        if len(kept) < len(lines):
+            partial = self._workdir / "metrics.jsonl.partial"
+            partial.write_text(text)
+            partial.replace(self._path)
+        return text
+
+    def _open_tensorboard(self, *, first_step: int) -> None:
+        # The event writer itself and not SummaryWriter: that one writes from a thread which dies
+        # silently on a full disk, and then blocks the training loop on its queue.
+        # 1.5 s and 200 MB where it is installed, for a type of tensor that is never written here
+        with _without("torch"):
+            from tensorboardX.event_file_writer import EventsWriter
+            from tensorboardX.proto.event_pb2 import Event, SessionLog
+
+        directory = self._workdir / "tensorboard"
+        directory.mkdir(parents=True, exist_ok=True)
+        # an object cannot grow: events for a remote workdir gather on this disk, and the whole file
+        # is sent at each flush
+        self._spool = tempfile.TemporaryDirectory() if self._is_remote else None
+        folder = self._spool.name if self._is_remote else os.fspath(directory)
+        self._events = EventsWriter(
+            os.path.join(folder, "events"), filename_suffix=f".{os.getpid()}.{first_step}"
+        )
+        start = SessionLog(
+            status=SessionLog.START
+        )  # TensorBoard hides events of these steps in older files
+        self._events.write_event(Event(step=first_step, wall_time=time.time(), session_log=start))
+
+    @contextlib.contextmanager
+    def _disk(self):
+        """Turns what the file system refuses into a UserError."""
+        try:
+            yield
+        except OSError as error:
+            if error.errno in (errno.ENOSPC, errno.EDQUOT):
+                raise UserError(
+                    f"The disk of {self._workdir} is full while writing metrics: free some space "
+                    "and start the same "
+                    "command again; it continues from the last checkpoint."
+                ) from error
+            raise UserError(
+                f"{self._workdir} cannot be written ({reason(error)}): choose another --workdir or "
+                "mend its "
+                "permissions."
+            ) from error
+
+    def write(self, step: int, groups: dict[str, dict[str, float]]) -> None:
+        """Writes one line, and one scalar GROUP/NAME for each number.
+
+        Args:
+            groups: e.g. {"train": {"loss": 3.4}, "speed": {...}}; "speed" holds what differs from
+                run to run.
+        """
+        if not self._enabled:
+            return
+        line = (
+            json.dumps(
+                {"step": int(step)} | {group: _plain(values) for group, values in groups.items()}
+            )
+            + "\n"
+        )
+        with self._disk():
+            if self._is_remote:
+                self._text += line
+            else:
+                self._file.write(line)
+                self._file.flush()  # to the system, which keeps it when this process is killed
+            if self._events:
+                from tensorboardX.summary import scalar
+
+                for group, values in groups.items():
+                    for name, value in values.items():
+                        self._event(step, scalar(f"{group}/{name}", float(value)))
+        if time.monotonic() - self._last_flush > FLUSH_SECONDS:
+            self.flush()
+
+    def text(self, step: int, name: str, markdown: str) -> None:
+        """Writes a text to TensorBoard (samples, the config); metrics.jsonl holds numbers only."""
+        if not self._enabled or not self._events:
+            return
+        from tensorboardX.summary import text
+
+        with self._disk():
+            self._event(step, text(name, markdown))
+
+    def _event(self, step: int, summary) -> None:
+        from tensorboardX.proto.event_pb2 import Event
+
+        self._events.write_event(Event(step=int(step), wall_time=time.time(), summary=summary))
+
+    def flush(self) -> None:
+        """Makes everything written so far visible to readers, and durable for a remote workdir."""
+        if not self._enabled:
+            return
+        with self._disk():
+            if self._is_remote:
+                self._path.write_text(self._text)
+            if self._events:
+                self._events.flush()
+                if self._is_remote:
+                    remote.upload(self._spool.name, self._workdir / "tensorboard")
+        self._last_flush = time.monotonic()
+
+    def close(self) -> None:
+        if not self._enabled:
+            return
+        self.flush()
+        with self._disk():
+            if not self._is_remote:
+                self._file.close()
+            if self._events:
+                self._events.close()
+                if self._is_remote:
+                    self._spool.cleanup()
+
+
+def read_lines(workdir) -> list[dict]:
+    """Returns the lines of WORKDIR/metrics.jsonl, without a last one that is half written; [] where
+    there is no file.
+
+    Raises UserError when a line is no JSON.
+    """
+    path = remote.path_of(workdir) / "metrics.jsonl"
+    whole = path.read_text().rpartition("\n")[0] if path.exists() else ""
+    try:
+        return [json.loads(line) for line in whole.splitlines()]
+    except ValueError as error:
+        raise UserError(
+            f"{path} holds a line that is no JSON ({error}); mend that line, or move the file away."
+        ) from error
+
+
+def is_over(lines: list[dict], num_steps: int) -> bool:
+    """Whether a run has written its last line: the bound on all of the held-out text after its last
+    step.
+    """
+    return any(
+        line["step"] == num_steps and any(group.startswith("final") for group in line)
+        for line in lines
+    )
+
+
+@contextlib.contextmanager
+def _without(module: str):
+    """Makes `import module` fail, as where it is not installed, unless it has been imported before."""
+    is_hidden = sys.modules.setdefault(module, None) is None
+    try:
+        yield
+    finally:
+        if is_hidden:
+            del sys.modules[module]
+
+
+def _plain(values: dict) -> dict:
+    """Returns what JSON can hold: floats, and "nan", "inf" or "-inf" as text, because JSON has no
+    such numbers.
+    """
+    numbers = {name: float(value) for name, value in values.items()}
+    return {name: value if math.isfinite(value) else str(value) for name, value in numbers.items()}

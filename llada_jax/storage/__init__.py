@@ -1,0 +1,1 @@
+"""Files, arrays and locks, on a disk or in a bucket."""

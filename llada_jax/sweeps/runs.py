@@ -1,0 +1,233 @@
+"""The runs of a sweep: which there are, what each changes, and what sweep.json records."""
+
+import contextlib
+import json
+import math
+import os
+import runpy
+from typing import NamedTuple
+
+from etils import epath
+from ml_collections import ConfigDict
+
+from llada_jax.config import knob, knobs, load_config
+from llada_jax.errors import UserError, reason
+from llada_jax.sweeps.grid import Knobs, added_by
+from llada_jax.sweeps.results import (
+    FINISHED,
+    Result,
+    read_result,
+)
+
+# knobs that change how a run is carried out and not what comes out: they may differ from one start
+# to the next
+CARRIED_OUT = (
+    "mesh.",
+    "log.",
+    "samples.",
+    "checkpoint.every",
+    "checkpoint.keep",
+    "data.num_threads",
+    "data.prefetch",
+)
+
+
+class Planned(NamedTuple):
+    """One run of a sweep: its number, what it changes, the whole config, and where it lives."""
+
+    index: int
+    changes: Knobs
+    config: ConfigDict
+    workdir: str
+
+    @property
+    def name(self) -> str:
+        return f"{self.index:03d}"
+
+    @property
+    def num_steps(self) -> int:
+        data = self.config.data
+        return self.config.num_steps or max(
+            1, self.config.num_tokens // (data.batch_size * data.sequence_length)
+        )
+
+    def result(self) -> Result:
+        """Returns what the run has left in its workdir by now."""
+        return read_result(
+            self.workdir, index=self.index, knobs=self.changes, num_steps=self.num_steps
+        )
+
+
+class Sweep(NamedTuple):
+    """file: the config file; words: knobs of the command line that all runs share, "seed=1";
+    workdir: DIR; base: the config with the words; suggest: suggest(trial) of the file, None where
+    it has sweep(add)."""
+
+    file: str
+    words: list[str]
+    workdir: str
+    base: ConfigDict
+    runs: list[Planned]
+    suggest: object
+
+
+def read_sweep(file: str, words: list[str], workdir: str) -> Sweep:
+    """Returns the sweep of a config file, each run a valid config, and none other than those DIR
+    was begun with.
+
+    Raises:
+        UserError: the file, a knob or a combination of them is wrong, runs repeat, or DIR holds the
+            runs of another sweep.
+    """
+    base = load_config(file, words)
+    functions = {
+        name: value for name, value in runpy.run_path(file).items() if name in ("sweep", "suggest")
+    }
+    if len(functions) != 1:
+        raise UserError(
+            f"{file} defines {'both' if functions else 'neither'} of sweep(add) and "
+            "suggest(trial); define one of them."
+        )
+    recorded = read_record(workdir)
+    sweep = Sweep(file, words, workdir, base, [], functions.get("suggest"))
+    if sweep.suggest:  # the runs are those that were suggested so far
+        runs = recorded["runs"] if recorded else []
+    else:
+        with blaming(f"sweep(add) of {file}"):
+            runs = added_by(functions["sweep"])
+        if not runs:
+            raise UserError(f"sweep(add) of {file} adds no run; call add(...) once for each.")
+    for changes in runs:
+        sweep.runs.append(planned(sweep, changes))
+    check_distinct(sweep)
+    if recorded:
+        check_unchanged(sweep, recorded)
+    return sweep
+
+
+@contextlib.contextmanager
+def blaming(what: str):
+    """Turns whatever the user's function raises into a UserError that names it."""
+    try:
+        yield
+    except UserError:
+        raise
+    except Exception as error:
+        raise UserError(f"{what} fails with {type(error).__name__}: {error}; mend it.") from error
+
+
+def planned(sweep: Sweep, changes: Knobs) -> Planned:
+    """Returns the next run of a sweep; UserError when its config is impossible."""
+    given = {word.partition("=")[0] for word in sweep.words}
+    if both := sorted(given & set(changes)):
+        raise UserError(
+            f"--config.{both[0]} is given here and set by the sweep as well; remove it from one of "
+            "them."
+        )
+    index = len(sweep.runs)
+    try:
+        config = load_config(sweep.file, [*sweep.words, *words_of(changes)])
+    except UserError as error:
+        raise UserError(
+            f"Run {index:03d} of the sweep ({describe(changes)}) is impossible: {error}"
+        ) from error
+    return Planned(index, changes, config, f"{sweep.workdir.rstrip('/')}/{index:03d}")
+
+
+def words_of(changes: Knobs) -> list[str]:
+    """Returns knobs as the command line spells them: ["optimizer.b2=0.98"]."""
+    return [
+        f"{name}={value if isinstance(value, str) else repr(value)}"
+        for name, value in changes.items()
+    ]
+
+
+def describe(changes: Knobs) -> str:
+    return " ".join(words_of(changes)) or "(the config as it is)"
+
+
+def check_distinct(sweep: Sweep) -> None:
+    seen = {}
+    for run in sweep.runs:
+        first = seen.setdefault(repr(run.config), run)
+        if first is not run:
+            raise UserError(
+                f"Runs {first.name} and {run.name} of {sweep.file} are the same "
+                f"({describe(run.changes)}); add it once, or "
+                "give them different seeds."
+            )
+
+
+def read_record(workdir: str) -> dict | None:
+    """Returns sweep.json, None where no run was ever started."""
+    path = epath.Path(workdir) / "sweep.json"
+    try:
+        return json.loads(path.read_text()) if path.exists() else None
+    except ValueError as error:
+        raise UserError(f"{path} is no JSON ({error}); choose another --workdir.") from error
+
+
+def record_of(sweep: Sweep) -> dict:
+    """Returns what sweep.json holds."""
+    base = {
+        name: knob(sweep.base, name)
+        for name in knobs(sweep.base)
+        if not name.startswith(CARRIED_OUT)
+    }
+    return as_json(
+        {"config": sweep.file, "base": base, "runs": [run.changes for run in sweep.runs]}
+    )
+
+
+def write_record(sweep: Sweep) -> None:
+    path = epath.Path(sweep.workdir) / "sweep.json"
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        partial = (
+            path.parent / f"sweep.json.{os.getpid()}.partial"
+        )  # the tasks of an array write at the same time
+        partial.write_text(json.dumps(record_of(sweep), indent=1) + "\n")
+        partial.replace(path)
+    except OSError as error:
+        raise UserError(
+            f"{path} cannot be written ({reason(error)}); choose another --workdir."
+        ) from error
+
+
+def check_unchanged(sweep: Sweep, recorded: dict) -> None:
+    """Raises UserError when DIR holds runs of another sweep; runs added at the end are welcome."""
+    now, remedy = record_of(sweep), "undo the change, or give a new --workdir"
+    for name, value in now["base"].items():
+        old = recorded["base"].get(
+            name, value
+        )  # a knob that did not exist when DIR was begun had its default
+        if old != value:
+            raise UserError(
+                f"The runs in {sweep.workdir} have {name}={old!r}, the config has {value!r}; "
+                f"{remedy}."
+            )
+    for index, old in enumerate(recorded["runs"]):
+        new = describe(now["runs"][index]) if index < len(now["runs"]) else "gone"
+        if describe(old) != new:
+            raise UserError(
+                f"Run {index:03d} in {sweep.workdir} was begun as {describe(old)} and is now "
+                f"{new}; {remedy} "
+                "(new runs go to the end)."
+            )
+
+
+def unfinished(sweep: Sweep) -> list[Planned]:
+    return [run for run in sweep.runs if run.result().state not in FINISHED]
+
+
+def as_json(value):
+    """Returns a value as JSON holds it: named tuples as dicts, tuples as lists, nan and inf as
+    None.
+    """
+    if hasattr(value, "_asdict"):
+        value = value._asdict()
+    if isinstance(value, dict):
+        return {name: as_json(entry) for name, entry in value.items()}
+    if isinstance(value, list | tuple):
+        return [as_json(entry) for entry in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value

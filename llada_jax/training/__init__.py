@@ -1,0 +1,3 @@
+"""What is compiled and run at every step: the train step, the state that it advances, the
+optimizer.
+"""

@@ -1,0 +1,131 @@
+"""`llada-jax evaluate`: the likelihood bound of a checkpoint on records, beside what needs no
+network.
+"""
+
+import json
+
+from llada_jax import pretrained
+from llada_jax.checkpoints.orbax_patches import drop_echoes
+from llada_jax.cluster import sharding
+from llada_jax.data.loader import heldout_batches
+from llada_jax.data.records import read_dataset
+from llada_jax.errors import UserError
+from llada_jax.evaluation import likelihood
+from llada_jax.evaluation.baselines import unigram_bits_per_byte, xz_bits_per_byte
+from llada_jax.units import bits_per_byte
+from llada_jax.verbs.command_line import Parser
+
+
+def main(argv: list[str]) -> None:
+    parser = Parser(
+        "evaluate",
+        "Prints the bound on the likelihood of a split: nats per token and bits per byte.",
+        "llada-jax evaluate --checkpoint runs/tiny/run --data runs/tiny/data --mc-samples 4",
+    )
+    parser.add_argument(
+        "--checkpoint",
+        required=True,
+        metavar="CKPT",
+        help="WORKDIR, WORKDIR@STEP or Hugging Face directory",
+    )
+    parser.add_argument("--data", required=True, metavar="DIR", help="directory written by prepare")
+    parser.add_argument("--split", default="heldout", help="train or heldout (default)")
+    parser.add_argument(
+        "--mc-samples", type=int, default=1, metavar="N", help="corruptions drawn of each row (1)"
+    )
+    parser.add_argument(
+        "--batch-size", type=int, default=64, metavar="B", help="rows at a time (64)"
+    )
+    parser.add_argument("--seed", type=int, default=0, help="of the corruptions (0)")
+    parser.add_argument(
+        "--baselines", action="store_true", help="also unigram and xz -9 on the same text"
+    )
+    parser.add_argument("--json", action="store_true", help="one JSON object on stdout")
+    args = parser.parse_args(argv)
+    for flag in ("mc_samples", "batch_size"):
+        if getattr(args, flag) < 1:
+            raise UserError(f"--{flag.replace('_', '-')} {getattr(args, flag)} must be at least 1.")
+    drop_echoes()
+    result = evaluate(args)
+    if args.json:
+        print(json.dumps(result))
+    else:
+        print(report(result))
+
+
+def evaluate(args) -> dict:
+    """Returns the bound and, if asked for, the baselines, as a flat dict."""
+    model = pretrained.load(args.checkpoint)
+    info = read_dataset(args.data)
+    if info.tokenizer["fingerprint"] != model.tokenizer.fingerprint:
+        raise UserError(
+            f"{args.data} was prepared with another tokenizer "
+            f"({info.tokenizer['fingerprint'][:12]}) than the checkpoint's "
+            f"({model.tokenizer.fingerprint[:12]}); prepare it with --tokenizer "
+            f"{args.checkpoint}/tokenizer."
+        )
+    objective, name = likelihood.bound_objective(
+        model.config["objective"]["name"],
+        mask_id=model.tokenizer.mask_id,
+        bos_id=model.tokenizer.bos_id,
+    )
+    split = info.split(args.split)
+    batches = heldout_batches(
+        args.data,
+        split=args.split,
+        batch_size=args.batch_size,
+        sequence_length=info.sequence_length,
+        attend_across_documents=model.config["data"]["attend_across_documents"],
+    )
+    place = sharding.batch_sharding(model.mesh)
+    rows = list(range(args.batch_size))
+    bound = likelihood.bound(
+        objective,
+        model.model.nll_fn,
+        model.params,
+        (sharding.place_batch(batch, rows, args.batch_size, place) for batch in batches),
+        name=name,
+        num_rows=args.batch_size,
+        seed=args.seed,
+        num_draws=args.mc_samples,
+    )
+    to_bits = bits_per_byte(1.0, bytes_per_token=split.num_bytes / split.num_tokens)
+    result = {
+        "checkpoint": str(args.checkpoint),
+        "step": model.step,
+        "split": args.split,
+        "num_tokens": bound.num_tokens,
+        "mc_samples": args.mc_samples,
+        f"{name}_nats_per_token": bound.nats_per_token,
+        "standard_error": bound.standard_error,
+        "bits_per_byte": bound.nats_per_token * to_bits,
+        "bits_per_byte_standard_error": bound.standard_error * to_bits,
+    }
+    if args.baselines:
+        alone, after_train = xz_bits_per_byte(info, model.tokenizer, split=args.split)
+        result["unigram_bits_per_byte"] = unigram_bits_per_byte(info, split=args.split)
+        result["xz_bits_per_byte"] = alone
+        result["xz_after_train_bits_per_byte"] = after_train
+    return result
+
+
+def report(result: dict) -> str:
+    """Returns the result as aligned lines."""
+    lines = [
+        f"bits per byte of the {result['split']} text ({result['num_tokens']:,} tokens), lower is "
+        "better",
+        f"  {result['bits_per_byte']:.3f} +- {result['bits_per_byte_standard_error']:.3f}  this "
+        "model at step "
+        f"{result['step']}, {'an upper bound' if 'nelbo_nats_per_token' in result else 'exactly'}",
+    ]
+    named = {
+        "unigram_bits_per_byte": "token frequencies of the training text",
+        "xz_bits_per_byte": "xz -9 on this text alone",
+        "xz_after_train_bits_per_byte": "xz -9 after reading the training text",
+    }
+    lines += [
+        f"  {result[key]:.3f}           {meaning}"
+        for key, meaning in named.items()
+        if key in result
+    ]
+    return "\n".join(lines)

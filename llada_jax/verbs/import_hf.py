@@ -1,0 +1,223 @@
+"""`llada-jax import`: a Hugging Face checkpoint becomes a workdir at step 0: to train on from,
+sample, evaluate, export.
+"""
+
+import contextlib
+import json
+import re
+import sys
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+from etils import epath
+
+from llada_jax.checkpoints.huggingface import HuggingFace
+from llada_jax.checkpoints.orbax_patches import drop_echoes
+from llada_jax.checkpoints.workdir import Checkpoints
+from llada_jax.cluster import distributed, sharding
+from llada_jax.errors import UserError, did_you_mean, reason, require
+from llada_jax.hf.read import is_huggingface
+from llada_jax.models.model import abstract_parameters, make_model
+from llada_jax.models.transformer import Architecture, num_parameters
+from llada_jax.training.state import TrainState
+from llada_jax.units import format_count
+from llada_jax.verbs.command_line import Parser
+
+# what a repository is downloaded for: no PyTorch pickles, no images
+PATTERNS = ["*.json", "*.safetensors", "*.jinja", "*.txt", "tokenizer.model"]
+
+
+def main(argv: list[str]) -> None:
+    parser = Parser(
+        "import",
+        "Turns a Hugging Face checkpoint (LLaDA, iLLaDA, Llama, Qwen2, Qwen3) into a workdir at "
+        "step 0.",
+        "llada-jax import --from GSAI-ML/LLaDA-8B-Base --output runs/llada-8b",
+    )
+    add = parser.add_argument
+    add(
+        "--from",
+        dest="source",
+        required=True,
+        metavar="HF",
+        help="directory, or repository of the Hugging Face hub",
+    )
+    add(
+        "--output",
+        required=True,
+        metavar="WORKDIR",
+        help="where the workdir is to be; must not hold anything yet",
+    )
+    add(
+        "--mesh",
+        default="fsdp=-1",
+        metavar="AXES",
+        help="devices to load onto, as in fsdp=8,tensor=2 (default all)",
+    )
+    add(
+        "--mask-token",
+        default="",
+        metavar="TOKEN",
+        help="a token to be the mask (default its own, or a new one)",
+    )
+    add(
+        "--causal",
+        action="store_true",
+        help="keep Llama or Qwen autoregressive, instead of adapting them to masks",
+    )
+    add("--json", action="store_true", help="one JSON object on stdout")
+    args = parser.parse_args(argv)
+    drop_echoes()
+    distributed.initialize()
+    mesh = sharding.make_mesh(parse_mesh(args.mesh))
+    check_output(args.output)
+    source = HuggingFace(
+        local_directory(args.source), causal=args.causal, mask_token=args.mask_token
+    )
+    if args.causal and not source.is_causal:
+        raise UserError(f"--causal: {args.source} is a masked diffusion model; leave the flag out.")
+    run = source.run(0)
+    run["source"]["from"] = args.source
+    with jax.set_mesh(mesh), whole_or_nothing(args.output) as workdir:
+        if jax.process_index() == 0:
+            source.tokenizer.save(workdir / "tokenizer")
+            (workdir / "run.json").write_text(json.dumps(run, indent=1) + "\n")
+        params = load(source, mesh)
+        saved = Checkpoints(workdir)
+        saved.save(
+            TrainState(step=jnp.int32(0), params=params, opt_state=(), ema={}, metrics={}), run
+        )
+        saved.close()  # waits for the commit, which makes it a workdir
+    if jax.process_index() == 0:
+        result = {
+            "output": args.output,
+            "source": args.source,
+            "layout": source.layout,
+            **run["special_ids"],
+        }
+        result |= {
+            "parameters": num_parameters(source.architecture),
+            "architecture": run["architecture"],
+        }
+        print(json.dumps(result) if args.json else report(result))
+
+
+def parse_mesh(text: str) -> dict[str, int]:
+    """Returns the size of every mesh axis from "fsdp=8,tensor=2"; axes that are not named have size
+    1.
+    """
+    sizes = dict.fromkeys(sharding.AXES, 1)
+    for part in text.split(","):
+        axis, equals, size = part.strip().partition("=")
+        if axis not in sizes:
+            raise UserError(
+                f"--mesh {text!r}: there is no axis {axis!r}.{did_you_mean(axis, sizes)}"
+            )
+        if not re.fullmatch(r"-?\d+", size):
+            raise UserError(
+                f"--mesh {text!r}: {size!r} is no size; write {axis}=8, or {axis}=-1 for all "
+                "devices left."
+            )
+        sizes[axis] = int(size)
+    return sizes
+
+
+def check_output(output: str) -> None:
+    """Raises UserError unless the output is absent or an empty directory."""
+    path = epath.Path(output)
+    if path.exists() and (not path.is_dir() or any(path.iterdir())):
+        raise UserError(
+            f"--output {output} exists and is not empty; give another, or remove it first."
+        )
+
+
+def local_directory(source: str) -> str:
+    """Returns the directory of a checkpoint; a repository of the hub is downloaded first (or found
+    in its cache).
+    """
+    if is_huggingface(source):
+        return source
+    if Path(source).exists() or not re.fullmatch(r"[\w.-]+/[\w.-]+", source):
+        raise UserError(
+            f"--from {source} is no directory with a config.json, nor a repository such as "
+            "GSAI-ML/LLaDA-8B-Base; give one."
+        )
+    hub = require("huggingface_hub", extra="hf")
+    try:
+        return hub.snapshot_download(source, allow_patterns=PATTERNS)
+    except (
+        Exception
+    ) as error:  # the hub raises its own, httpx' and the system's errors, and all say why
+        raise UserError(
+            f"--from {source} is no directory here, and cannot be downloaded ({reason(error)}); "
+            "download it where there is a "
+            "network and give its directory."
+        ) from error
+
+
+def load(source: HuggingFace, mesh) -> dict:
+    """Returns the parameters, in the shards of the mesh."""
+    a = source.architecture
+    sizes = {
+        "width": ("embed", a.d_model),
+        "query heads": ("heads", a.num_heads),
+        "key/value heads": ("kv_heads", a.num_kv_heads),
+        "feed-forward width": ("mlp", a.d_ff),
+        "vocabulary": ("vocab", a.vocab_size),
+    }
+    sharding.check_divisible(
+        mesh, {f"--mesh: the model's {what}": size for what, size in sizes.items()}
+    )
+    print(
+        f"llada-jax: reading {format_count(num_parameters(a))} parameters of {source.directory}",
+        file=sys.stderr,
+    )
+    return source.restore_params(0, abstract_parameters(make_model(a), mesh))
+
+
+@contextlib.contextmanager
+def whole_or_nothing(output: str):
+    """Yields the new workdir as a path; when what is done in it fails, nothing of it is left.
+
+    Raises:
+        UserError: the disk refuses.
+    """
+    path = epath.Path(output)
+    existed = path.exists()
+    try:
+        path.mkdir(parents=True, exist_ok=True)
+        yield path
+    except BaseException as error:
+        if jax.process_index() == 0:
+            remove(path, but_itself=existed)
+        if isinstance(error, OSError):
+            raise UserError(
+                f"--output {output} cannot be written ({reason(error)}); choose another, free "
+                "space, or change its "
+                "permissions."
+            ) from error
+        raise
+
+
+def remove(path, *, but_itself: bool) -> None:
+    """Removes what a failed import has written, as far as the disk lets it."""
+    with contextlib.suppress(OSError):
+        for child in path.iterdir():
+            child.rmtree() if child.is_dir() else child.unlink()
+        if not but_itself:
+            path.rmdir()
+
+
+def report(result: dict) -> str:
+    """Returns what was imported, as the lines of a config that continues from it."""
+    a = Architecture(**result["architecture"])
+    lines = [
+        f"# {result['source']} ({result['layout']}, {format_count(result['parameters'])} "
+        f"parameters) -> {result['output']}",
+        f"# Data for it: llada-jax prepare --tokenizer {result['output']}/tokenizer ...",
+        "# A config that trains on from it:",
+        *(f"config.model.{name} = {value!r}" for name, value in vars(a).items()),
+        f"config.checkpoint.init_from = {result['output']!r}",
+    ]
+    return "\n".join(lines)

@@ -1,0 +1,87 @@
+"""`llada-jax rollback`: a run goes back to an earlier step and leaves out the data that followed
+it.
+
+The LLaDA authors met a NaN after 1.2T of 2.3T tokens, went back to a checkpoint and lowered the
+learning rate (arXiv 2502.09992, section 2.2).
+"""
+
+from llada_jax.checkpoints.orbax_patches import drop_echoes
+from llada_jax.checkpoints.workdir import FOLDER, Checkpoints
+from llada_jax.errors import UserError
+from llada_jax.run.metrics_file import read_lines
+from llada_jax.run.rollbacks import Rollbacks, read_rollbacks, skip_after, write_rollbacks
+from llada_jax.storage import remote
+from llada_jax.storage.locks import only_run_in
+from llada_jax.verbs.command_line import Parser
+
+ASIDE = "rolled-back"
+
+
+def main(argv: list[str]) -> None:
+    parser = Parser(
+        "rollback",
+        "Takes a run back to an earlier checkpoint and leaves out the data that followed it.",
+        "llada-jax rollback --workdir runs/8b --to 120000",
+    )
+    parser.add_argument(
+        "--workdir", required=True, metavar="DIR", help="of the run, which must not be running"
+    )
+    parser.add_argument(
+        "--to", type=int, required=True, metavar="STEP", help="the checkpoint to go back to"
+    )
+    parser.add_argument(
+        "--skip",
+        type=int,
+        metavar="N",
+        help="batches left out (all up to the last step known); 0: none",
+    )
+    args = parser.parse_args(argv)
+    drop_echoes()
+    with only_run_in(args.workdir):
+        print(roll_back(args.workdir, to=args.to, num_skipped=args.skip))
+
+
+def roll_back(workdir: str, *, to: int, num_skipped: int | None = None) -> str:
+    """Moves what is later than a step into WORKDIR/rolled-back/N and notes the data to leave out.
+
+    Args:
+        to: a saved step.
+        num_skipped: how many of the batches after it are left out; None: up to the last step that
+            was logged or saved.
+
+    Returns what was done, in one sentence. Killed half-way, it may be called again in the same way.
+    """
+    path = remote.path_of(workdir)
+    if not (path / FOLDER).exists():
+        raise UserError(
+            f"{workdir} holds no checkpoints; give the workdir of a run that `llada-jax train` has "
+            "saved."
+        )
+    saved = Checkpoints(workdir, owned=False)
+    steps = saved.steps
+    saved.close()
+    if to not in steps:
+        raise UserError(
+            f"{workdir} has no checkpoint of step {to}; it has "
+            f"{', '.join(map(str, steps)) or 'none'}."
+        )
+    lines = read_lines(workdir)
+    last = max([*steps, *(line["step"] for line in lines)])
+    num_skipped = last - to if num_skipped is None else num_skipped
+    if num_skipped < 0:
+        raise UserError(f"--skip {num_skipped} must not be negative; 0 leaves out nothing.")
+    count, skipped = read_rollbacks(workdir)
+    if num_skipped:
+        skipped = skip_after(to, num_skipped, skipped)
+
+    aside = path / ASIDE / str(count + 1)
+    aside.mkdir(parents=True, exist_ok=True)
+    if (path / "metrics.jsonl").exists():
+        (aside / "metrics.jsonl").write_text((path / "metrics.jsonl").read_text())
+    for step in sorted(
+        (step for step in steps if step > to), reverse=True
+    ):  # newest first: a kill leaves a shorter run
+        (path / FOLDER / str(step)).rename(aside / str(step))
+    write_rollbacks(workdir, Rollbacks(count + 1, skipped))
+    told = f"; the {num_skipped} batches after it are left out" if num_skipped else ""
+    return f"{workdir} is back at step {to}{told}; what was later lies in {aside}, and the same command continues."

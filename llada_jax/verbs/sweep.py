@@ -1,0 +1,208 @@
+"""`llada-jax sweep`: numbered runs from one config file, each in a workdir of its own; their table,
+curves and scaling law.
+
+DIR/sweep.json          the base config and what each run changes: a changed file is refused, not
+mixed in
+    000/  001/ ...      workdirs of `llada-jax train`, with train.log and exit.json beside its own
+    files optuna.journal      the trials, where Optuna drives
+"""
+
+import json
+import math
+
+from etils import epath
+
+from llada_jax.config import knob
+from llada_jax.errors import UserError
+from llada_jax.sweeps.attempts import launch, run_index, run_local
+from llada_jax.sweeps.optuna_search import run_optuna
+from llada_jax.sweeps.results import (
+    Result,
+    effects,
+    plot_curves,
+    progress_of,
+    ranked,
+    table_lines,
+)
+from llada_jax.sweeps.runs import Sweep, as_json, describe, read_sweep
+from llada_jax.verbs.command_line import Parser
+
+ACTIONS = ("list", "index", "run", "optuna", "table", "fit")
+
+
+def main(argv: list[str]) -> None:
+    parser = Parser(
+        "sweep",
+        "Runs what sweep(add) of a config file adds, each run in DIR/000, DIR/001 ...; compares "
+        "results.",
+        "llada-jax sweep --config configs/ladder_tiny.py --workdir runs/ladder --run local",
+    )
+    parser.add_argument(
+        "--config", required=True, metavar="FILE", help="Python file: get_config() and sweep(add)"
+    )
+    parser.add_argument(
+        "--workdir", required=True, metavar="DIR", help="where all runs live; local or a URL"
+    )
+    parser.add_argument(
+        "--list", action="store_true", help="the runs, what each changes, how far each is"
+    )
+    parser.add_argument("--index", type=int, metavar="I", help="run or continue run I, here")
+    parser.add_argument(
+        "--run",
+        metavar="TARGET",
+        help="what is not finished: local; slurm or gke [-- LAUNCHER FLAGS]",
+    )
+    parser.add_argument(
+        "--optuna", type=int, metavar="N", help="run N trials of suggest(trial), here"
+    )
+    parser.add_argument(
+        "--table", action="store_true", help="rank the runs; tell which knob moved what"
+    )
+    parser.add_argument(
+        "--fit", action="store_true", help="scaling law of the runs (docs/scaling.md)"
+    )
+    parser.add_argument(
+        "--parallel", type=int, metavar="N", help="runs at a time (local: 1, slurm: all)"
+    )
+    parser.add_argument("--plot", metavar="FILE", help="with --table: curves as .png, .svg or .pdf")
+    parser.add_argument(
+        "--dry-run", action="store_true", help="with --run: print what would be started"
+    )
+    parser.add_argument(
+        "--json", action="store_true", help="one JSON object on stdout (list, table, fit)"
+    )
+    parser.add_argument(
+        "--config.KEY", metavar="VALUE", dest="_", help="changes one knob of all runs"
+    )
+    cut = argv.index("--") if "--" in argv else len(argv)
+    ours, launcher_words = argv[:cut], argv[cut + 1 :]
+    words = [word.removeprefix("--config.") for word in ours if word.startswith("--config.")]
+    args = parser.parse_args([word for word in ours if not word.startswith("--config.")])
+    action = check_flags(args, launcher_words)
+    sweep = read_sweep(args.config, words, args.workdir)
+    if action == "list":
+        show_list(sweep, in_json=args.json)
+    elif action == "table":
+        show_table(sweep, in_json=args.json, plot=args.plot)
+    elif action == "fit":
+        show_fit(sweep, in_json=args.json)
+    elif action == "index":
+        run_index(sweep, args.index)
+    elif action == "optuna":
+        run_optuna(sweep, args.optuna)
+    elif args.run == "local":
+        run_local(sweep, num_parallel=args.parallel or 1, dry_run=args.dry_run)
+    else:
+        launch(sweep, args.run, launcher_words, num_parallel=args.parallel, dry_run=args.dry_run)
+
+
+def check_flags(args, launcher_words: list[str]) -> str:
+    """Returns the one action that is asked for; raises UserError for flags that say nothing or
+    contradict each other.
+    """
+    chosen = [
+        action
+        for action in ACTIONS
+        if getattr(args, action) is not None and getattr(args, action) is not False
+    ]
+    if len(chosen) != 1:
+        raise UserError(
+            "llada-jax sweep got "
+            f"{' and '.join(f'--{action}' for action in chosen) or 'nothing to do'}; give exactly "
+            "one of "
+            f"{', '.join(f'--{action}' for action in ACTIONS)}."
+        )
+    (action,) = chosen
+    if not args.workdir:
+        raise UserError("--workdir is empty; give the directory where the runs are to live.")
+    if args.run not in (None, "local", "slurm", "gke"):
+        raise UserError(
+            f"--run {args.run} is unknown; write --run local, --run slurm or --run gke."
+        )
+    for flag, applies, where in (
+        ("json", action in ("list", "table", "fit"), "--list, --table or --fit"),
+        ("plot", action == "table", "--table"),
+        ("dry_run", action == "run", "--run"),
+        ("parallel", args.run in ("local", "slurm"), "--run local or --run slurm"),
+    ):
+        if getattr(args, flag) and not applies:
+            raise UserError(
+                f"--{flag.replace('_', '-')} goes with {where} and not with --{action}."
+            )
+    for flag in ("parallel", "optuna"):
+        if getattr(args, flag) is not None and getattr(args, flag) < 1:
+            raise UserError(f"--{flag} {getattr(args, flag)} must be at least 1.")
+    if launcher_words and args.run not in ("slurm", "gke"):
+        raise UserError(
+            f"The words after -- ({launcher_words[0]} ...) are for --run slurm and --run gke; "
+            "leave them out."
+        )
+    return action
+
+
+# ---- reporting
+
+
+def show_list(sweep: Sweep, *, in_json: bool) -> None:
+    results = [run.result() for run in sweep.runs]
+    if in_json:
+        print_json({"runs": [without_curves(result) for result in results]})
+        return
+    for result in results:
+        print(f"{result.index:03d}  {progress_of(result):<18}{describe(result.knobs)}")
+
+
+def without_curves(result: Result) -> dict:
+    return {name: value for name, value in result._asdict().items() if not name.endswith("curve")}
+
+
+def print_json(value) -> None:
+    print(json.dumps(as_json(value)))
+
+
+def show_table(sweep: Sweep, *, in_json: bool, plot: str | None) -> None:
+    """Prints the ranking and what each knob did; draws the curves where a file is named."""
+    results = [run.result() for run in sweep.runs]
+    names = dict.fromkeys(name for run in sweep.runs for name in run.changes)
+    found = effects(
+        results, [{name: knob(run.config, name) for name in names} for run in sweep.runs]
+    )
+    if plot:
+        plot_curves(
+            results, plot, label=lambda result: f"{result.index:03d} {describe(result.knobs)}"
+        )
+    if in_json:
+        print_json({"runs": ranked(results), "effects": found})
+        return
+    for line in table_lines(results, found, label=lambda result: describe(result.knobs)):
+        print(line)
+
+
+def show_fit(sweep: Sweep, *, in_json: bool) -> None:
+    """Prints IsoFLOP optima, their power laws and the parametric fit of all complete runs."""
+    # imported here: scipy and jax take seconds that --list need not wait for
+    from llada_jax.models.transformer import Architecture, num_matmul_parameters
+    from llada_jax.sweeps.scaling_law import Run, fit_isoflop, fit_lines, fit_parametric
+
+    runs = []
+    for result in (run.result() for run in sweep.runs):
+        if result.state == "complete" and not math.isnan(result.nats_per_token):
+            run_json = json.loads((epath.Path(result.workdir) / "run.json").read_text())
+            a = Architecture(**run_json["architecture"])
+            runs.append(
+                Run(
+                    num_matmul_parameters(a) - a.d_model * a.vocab_size,
+                    result.tokens,
+                    result.nats_per_token,
+                )
+            )
+    isoflop = fit_isoflop(runs)
+    try:
+        parametric, reason = fit_parametric(runs), ""
+    except UserError as error:  # the parabolas need fewer runs than this
+        parametric, reason = None, str(error)
+    if in_json:
+        print_json({"isoflop": isoflop, "parametric": parametric, "parametric_missing": reason})
+        return
+    for line in fit_lines(isoflop, parametric, reason):
+        print(line)

@@ -1,0 +1,276 @@
+"""Joining the other processes, and what a process does when they are gone, stuck or never come."""
+
+import http.server
+import os
+import re
+import subprocess
+import sys
+import textwrap
+import threading
+
+import jax
+import pytest
+from support.runs import free_port
+
+from llada_jax.cluster import distributed
+from llada_jax.errors import UserError
+
+TEAM = {"JAX_COORDINATOR_ADDRESS": "host0:1234", "JAX_NUM_PROCESSES": "4", "JAX_PROCESS_ID": "3"}
+
+
+def run_python(code: str, environment=None, timeout=120) -> subprocess.CompletedProcess:
+    return subprocess.run(
+        [sys.executable, "-c", textwrap.dedent(code)],
+        env={**os.environ, **(environment or {})},
+        capture_output=True,
+        text=True,
+        timeout=timeout,
+        check=False,
+    )
+
+
+def test_the_launchers_variables_are_the_arguments():
+    assert distributed.explicit_arguments(TEAM) == {
+        "coordinator_address": "host0:1234",
+        "num_processes": 4,
+        "process_id": 3,
+    }
+    assert distributed.explicit_arguments({}) is None
+
+
+@pytest.mark.parametrize(
+    ("change", "says"),
+    [
+        ({"JAX_PROCESS_ID": ""}, "JAX_PROCESS_ID is not; set all three or none"),
+        ({"JAX_PROCESS_ID": "4"}, "must lie between 0 and JAX_NUM_PROCESSES - 1 = 3"),
+        ({"JAX_NUM_PROCESSES": "four"}, "must be integers"),
+        ({"JAX_COORDINATOR_ADDRESS": "host0"}, "names no port"),
+    ],
+)
+def test_an_environment_that_contradicts_itself_is_refused(change, says):
+    with pytest.raises(UserError, match=re.escape(says)):
+        distributed.explicit_arguments({**TEAM, **change})
+
+
+@pytest.mark.parametrize(
+    ("environment", "is_cluster"),
+    [
+        ({}, False),
+        ({"SLURM_NTASKS": "2", "SLURM_STEP_NODELIST": "a,b"}, True),
+        ({"SLURM_NTASKS": "2"}, False),  # inside of sbatch, but not started by srun
+        ({"SLURM_NTASKS": "1", "SLURM_STEP_NODELIST": "a"}, False),
+        ({"TPU_WORKER_HOSTNAMES": "a,b"}, True),
+        ({"TPU_WORKER_HOSTNAMES": "a"}, False),
+        ({"TPU_WORKER_HOSTNAMES": "a,b", "JAX_PLATFORMS": "cpu"}, False),
+    ],
+)
+def test_a_cluster_is_known_by_its_environment(environment, is_cluster):
+    assert distributed.is_cluster(environment) == is_cluster
+
+
+def test_fewer_processes_than_the_slice_has_hosts_are_refused_before_anything_waits():
+    slices = {"TPU_WORKER_HOSTNAMES": "a,b,c,d", "MEGASCALE_NUM_SLICES": "2"}
+    arguments = distributed.explicit_arguments(
+        {**TEAM, "JAX_NUM_PROCESSES": "1", "JAX_PROCESS_ID": "0"}
+    )
+    with pytest.raises(UserError, match="have 8 hosts"):
+        distributed.check_hosts(slices, arguments)
+    distributed.check_hosts({}, arguments)
+
+
+def test_a_proxy_is_kept_out_of_the_traffic_between_processes():
+    environment = {"https_proxy": "http://proxy:3128", "no_proxy": "localhost"}
+    distributed.leave_no_proxy(environment, distributed.explicit_arguments(TEAM))
+    assert environment["no_proxy"] == "localhost,host0"
+    assert environment["no_grpc_proxy"] == "host0"
+    untouched = {}
+    distributed.leave_no_proxy(untouched, distributed.explicit_arguments(TEAM))
+    assert untouched == {}
+
+
+@pytest.mark.parametrize("number", [0, 1])
+def test_a_start_that_waits_in_vain_says_who_is_missing_and_may_be_tried_again(number):
+    port = free_port()
+    team = {
+        "JAX_COORDINATOR_ADDRESS": f"localhost:{port}",
+        "JAX_NUM_PROCESSES": "2",
+        "JAX_PROCESS_ID": str(number),
+    }
+    done = run_python(
+        "from llada_jax import distributed; distributed.WAITING_S = 1; "
+        "distributed.initialize(initialization_timeout_s=3)",
+        team,
+        timeout=300,
+    )
+    assert done.returncode == 42, done.stderr
+    assert f"joining     localhost:{port} as process {number} of 2, for at most 3 s" in done.stderr
+    last = done.stderr.strip().splitlines()[-1]
+    assert last.startswith(f"llada-jax: Not all processes met within 3 s at localhost:{port}")
+    who = "1 of 2 had come" if number == 0 else "nothing answers there:"
+    assert f"({who}" in last
+    assert re.search(rf"waiting +[12] s: {re.escape(who)}", done.stderr)
+
+
+class MetadataServer(http.server.BaseHTTPRequestHandler):
+    """What a Cloud TPU VM of a slice of four hosts answers about itself."""
+
+    SAYS = {
+        "agent-worker-number": "2",
+        "worker-network-endpoints": "w0:0:127.0.0.1,w1:1:10.0.0.2,w2:2:10.0.0.3,w3:3:10.0.0.4",
+        "tpu-env": "ACCELERATOR_TYPE: 'v5p-32'\n",
+    }
+
+    def do_GET(self):
+        assert self.headers["Metadata-Flavor"] == "Google"
+        self.send_response(200)
+        self.end_headers()
+        self.wfile.write(self.SAYS[self.path.rpartition("/")[2]].encode())
+
+    def log_message(self, *_):
+        pass
+
+
+@pytest.fixture
+def on_a_tpu_vm():
+    """Returns (environment, code) that make a process believe that it is a host of that slice."""
+    server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), MetadataServer)
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    yield (
+        {
+            "GCE_METADATA_IP": f"127.0.0.1:{server.server_port}",
+            "JAX_COORDINATOR_PORT": "8476",
+            "JAX_PLATFORMS": "",
+        },
+        """
+        import os
+        from jax._src.clusters import cloud_tpu_cluster
+        cloud_tpu_cluster.running_in_cloud_tpu_vm = True  # there: chips and libtpu
+        os.environ.pop("TPU_SKIP_MDS_QUERY", None)  # set by the import, elsewhere than there
+        from llada_jax import distributed
+        """,
+    )
+    server.shutdown()
+
+
+def test_a_start_on_one_host_of_a_tpu_vm_slice_is_refused_before_anything_waits(on_a_tpu_vm):
+    environment, code = on_a_tpu_vm
+    alone = {
+        "JAX_COORDINATOR_ADDRESS": "127.0.0.1:8476",
+        "JAX_NUM_PROCESSES": "1",
+        "JAX_PROCESS_ID": "0",
+    }
+    done = run_python(code + "distributed.initialize()", {**environment, **alone})
+    assert (
+        "JAX_NUM_PROCESSES=1, but the TPU slices that this host belongs to have 4 hosts"
+        in done.stderr
+    )
+
+
+def test_a_host_of_a_tpu_vm_slice_finds_its_place(on_a_tpu_vm):
+    environment, code = on_a_tpu_vm
+    done = run_python(
+        code + "print(distributed.place_in_cluster(5), distributed.num_slice_hosts({}))",
+        environment,
+    )
+    place = {"coordinator_address": "127.0.0.1:8476", "num_processes": 4, "process_id": 2}
+    assert done.stdout.strip() == f"{place} 4", done.stderr
+
+
+def test_while_the_name_of_the_first_host_does_not_resolve_it_says_so(on_a_tpu_vm, monkeypatch):
+    environment, code = on_a_tpu_vm
+    monkeypatch.setitem(
+        MetadataServer.SAYS, "worker-network-endpoints", "w0:0:nowhere.invalid,w1:1:b,w2:2:c,w3:3:d"
+    )
+    done = run_python(
+        code + "distributed.WAITING_S = 1; distributed.place_in_cluster(3)", environment
+    )
+    assert re.search(
+        r"waiting +[1-9] s: the address of the first host is not known yet", done.stderr
+    ), done.stderr
+    assert "This cluster does not say where the processes meet" in done.stderr.splitlines()[-1]
+
+
+def test_what_stands_still_is_ended_with_the_stacks_of_all_threads():
+    done = run_python(
+        """
+        import time
+        from llada_jax.cluster.distributed import Watchdog
+
+        def a_collective_that_never_returns():
+            time.sleep(600)
+
+        with Watchdog(timeout_s=1.0) as watchdog:
+            for step in range(20):
+                time.sleep(0.1)
+                watchdog.beat(f"step {step}")
+            a_collective_that_never_returns()
+        """
+    )
+    assert done.returncode == 42
+    assert "a_collective_that_never_returns" in done.stderr
+    assert "Nothing has happened for" in done.stderr
+    assert "since step 19" in done.stderr
+
+
+def test_a_watchdog_lets_those_alone_that_beat_or_are_not_watched():
+    done = run_python(
+        """
+        import time
+        from llada_jax.cluster.distributed import Watchdog
+
+        with Watchdog(timeout_s=2.0) as watchdog:
+            for step in range(25):
+                time.sleep(0.1)
+                watchdog.beat(f"step {step}")
+        with Watchdog(timeout_s=0):
+            time.sleep(0.5)
+        time.sleep(2.5)
+        """
+    )
+    assert (done.returncode, done.stderr) == (0, "")
+
+
+def test_only_what_a_lost_process_causes_is_taken_for_one(monkeypatch):
+    monkeypatch.setattr(jax, "process_count", lambda: 2)
+    error = jax.errors.JaxRuntimeError
+    assert distributed.is_lost_peer(
+        error("UNKNOWN: Gloo AllGather failed: Connection closed by peer")
+    )
+    assert distributed.is_lost_peer(error("UNAVAILABLE: Task 1 heartbeat timeout"))
+    assert distributed.is_lost_peer(
+        ValueError("UNKNOWN: Gloo AllGather failed: Connection closed by peer")
+    )
+    assert not distributed.is_lost_peer(
+        error("RESOURCE_EXHAUSTED: out of memory while UNAVAILABLE")
+    )
+    assert not distributed.is_lost_peer(error("INVALID_ARGUMENT: shapes"))
+    assert not distributed.is_lost_peer(ValueError("UNAVAILABLE"))
+    monkeypatch.setattr(jax, "process_count", lambda: 1)
+    assert not distributed.is_lost_peer(error("UNAVAILABLE: Task 1 heartbeat timeout"))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("killed", [0, 1])
+def test_when_one_process_is_killed_the_other_may_be_started_again(runs, killed):
+    team = {"JAX_COORDINATOR_ADDRESS": f"localhost:{free_port()}", "JAX_NUM_PROCESSES": "2"}
+    workdir = runs.directory / f"killed-{killed}"
+    knobs = (
+        "num_steps=1000000",
+        "checkpoint.every_steps=1000000",
+        "evaluation.every_steps=0",
+        "log.tensorboard=False",
+    )
+    processes = [
+        runs.start(workdir, *knobs, environment={**team, "JAX_PROCESS_ID": str(i)})
+        for i in range(2)
+    ]
+    seen = []
+    for line in processes[0].stderr:  # until steps are done
+        seen.append(line)
+        if line.startswith("step "):
+            break
+    processes[killed].kill()
+    _, log = processes[1 - killed].communicate(timeout=120)
+    assert processes[1 - killed].returncode == 42, "".join(seen) + log
+    assert "the same command continues" in log
+    processes[killed].communicate()

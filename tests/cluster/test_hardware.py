@@ -1,0 +1,306 @@
+"""The hardware table against figures known elsewhere: JAX's own table of TPUs, the published slice
+names, libtpu.
+"""
+
+import os
+import subprocess
+import sys
+from types import SimpleNamespace
+
+import pytest
+from support.paths import LAUNCH
+from support.required import libtpu_environment
+
+from llada_jax.cluster import hardware
+from llada_jax.cluster.compiler_flags import FLAGS, flags_named
+from llada_jax.errors import UserError
+
+
+def device(kind):
+    return SimpleNamespace(device_kind=kind)
+
+
+@pytest.mark.parametrize(
+    ("kind", "tflops"),
+    [
+        ("TPU v4", 275),
+        ("TPU v5 lite", 197),
+        ("TPU v5", 459),
+        ("TPU v5p", 459),
+        ("TPU v6 lite", 918),
+        ("TPU7x", 2307 / 2),  # two devices a chip
+        ("NVIDIA A100-SXM4-80GB", 312),
+        ("NVIDIA H100 80GB HBM3", 989),
+        ("NVIDIA H200", 989),
+        ("NVIDIA B200", 2250),
+    ],
+)
+def test_peak_of_a_device_is_the_published_dense_bf16_figure(kind, tflops):
+    assert hardware.peak_flops(device(kind)) == pytest.approx(tflops * 1e12)
+
+
+@pytest.mark.parametrize(
+    "kind",
+    [
+        "cpu",
+        "TPU v99",
+        "TPU",
+        "NVIDIA H100 80GB HBM3 MIG 1g.10gb",
+        "NVIDIA H200 NVL",
+        "NVIDIA H100",
+        "",
+    ],
+)
+def test_unknown_hardware_has_no_peak(kind):
+    assert hardware.peak_flops(device(kind)) is None
+
+
+def test_every_accelerator_is_found_by_its_own_device_kind_alone():
+    kinds = {kind: chip for chip in hardware.ACCELERATORS.values() for kind in chip.device_kinds}
+    assert len(kinds) >= 15
+    for kind, chip in kinds.items():
+        assert hardware.accelerator_of(device(kind)) is chip
+
+
+def test_tpu_figures_agree_with_the_table_inside_jax():
+    """jax._src is private: the comparison is skipped when it moves, our own table does not depend
+    on it.
+    """
+    tpu_info = pytest.importorskip("jax._src.pallas.mosaic.tpu_info")
+    names = {
+        "v4": "TPU_V4",
+        "v5e": "TPU_V5E",
+        "v5p": "TPU_V5P",
+        "v6e": "TPU_V6E",
+        "tpu7x": "TPU_7X",
+    }
+    theirs = {name: tpu_info.ChipVersion[version] for name, version in names.items()}
+    for name, chip_version in theirs.items():
+        cores_per_chip = 1 if name in ("v5e", "v6e") else 2
+        core = tpu_info.get_tpu_info_for_chip(chip_version, 1)
+        ours = hardware.ACCELERATORS[name]
+        assert ours.peak_flops == pytest.approx(
+            core.bf16_ops_per_second * cores_per_chip, rel=0.01
+        ), name
+        assert ours.hbm_bytes == pytest.approx(
+            core.hbm_capacity_bytes * cores_per_chip, rel=0.02
+        ), name
+        # the two tables differ by a tenth on v5p: 2.77 (Google's page) against 2.46 TB/s
+        assert ours.hbm_bandwidth == pytest.approx(
+            core.mem_bw_bytes_per_second * cores_per_chip, rel=0.13
+        ), name
+
+
+@pytest.mark.parametrize(
+    ("name", "chips", "hosts", "devices", "topology", "accelerator", "machine"),
+    [
+        ("v4-8", 4, 1, 4, "2x2x1", "tpu-v4-podslice", "ct4p-hightpu-4t"),
+        ("v4-128", 64, 16, 64, "4x4x4", "tpu-v4-podslice", "ct4p-hightpu-4t"),
+        ("v5litepod-8", 8, 2, 8, "2x4", "tpu-v5-lite-podslice", "ct5lp-hightpu-4t"),
+        ("v5litepod-256", 256, 64, 256, "16x16", "tpu-v5-lite-podslice", "ct5lp-hightpu-4t"),
+        ("v5p-8", 4, 1, 4, "2x2x1", "tpu-v5p-slice", "ct5p-hightpu-4t"),
+        ("v5p-64", 32, 8, 32, "2x4x4", "tpu-v5p-slice", "ct5p-hightpu-4t"),
+        ("v5p-128", 64, 16, 64, "4x4x4", "tpu-v5p-slice", "ct5p-hightpu-4t"),
+        ("v5p-1024", 512, 128, 512, "8x8x8", "tpu-v5p-slice", "ct5p-hightpu-4t"),
+        ("v5p-12288", 6144, 1536, 6144, "16x16x24", "tpu-v5p-slice", "ct5p-hightpu-4t"),
+        ("v6e-1", 1, 1, 1, "1x1", "tpu-v6e-slice", "ct6e-standard-1t"),
+        ("v6e-4", 4, 1, 4, "2x2", "tpu-v6e-slice", "ct6e-standard-4t"),
+        ("v6e-256", 256, 64, 256, "16x16", "tpu-v6e-slice", "ct6e-standard-4t"),
+        ("tpu7x-128", 64, 16, 128, "4x4x4", "tpu7x", "tpu7x-standard-4t"),
+        ("tpu7x-512", 256, 64, 512, "4x8x8", "tpu7x", "tpu7x-standard-4t"),
+    ],
+)
+def test_slices_have_the_published_shape(
+    name, chips, hosts, devices, topology, accelerator, machine
+):
+    found = hardware.slice_named(name)
+    assert (found.num_chips, found.num_hosts, found.num_devices) == (chips, hosts, devices)
+    assert (found.topology_name, found.accelerator.gke_accelerator, found.machine_type) == (
+        topology,
+        accelerator,
+        machine,
+    )
+
+
+def test_every_slice_is_whole_hosts_of_a_machine_type_that_exists():
+    assert len(hardware.SLICES) > 40
+    for found in hardware.SLICES.values():
+        assert found.num_hosts * found.chips_per_host == found.num_chips
+        assert found.machine_type.endswith(f"-{found.chips_per_host}t")
+        assert found.accelerator.platform == "tpu"
+
+
+def test_eight_chip_tpu_vms_are_one_host():
+    assert [
+        hardware.slice_named(n).num_tpu_vm_hosts
+        for n in ("v5litepod-8", "v6e-8", "v6e-16", "v5p-16")
+    ] == [
+        1,
+        1,
+        4,
+        2,
+    ]
+    assert hardware.slice_named("tpu7x-8").num_tpu_vm_hosts == 0
+
+
+def test_rings_close_only_on_full_axes():
+    assert hardware.slice_named("v5p-64").wrapped_axes == (False, False, False)
+    assert hardware.slice_named("v5p-256").wrapped_axes == (True, True, True)
+    assert hardware.slice_named("v6e-128").wrapped_axes == (False, True)
+    assert hardware.slice_named("v6e-256").wrapped_axes == (True, True)
+
+
+def test_arguments_for_compiling_ahead_of_time():
+    assert hardware.slice_named("v5p-128").aot_arguments == {
+        "platform": "tpu",
+        "topology_name": "v5:4x4x4",
+    }
+    assert hardware.slice_named("v5e-16").aot_arguments == {
+        "platform": "tpu",
+        "topology_name": "v5e:4x4",
+    }
+    assert hardware.slice_named("v6e-1").aot_arguments["chips_per_host_bounds"] == (1, 1, 1)
+    assert hardware.slice_named("tpu7x-16").aot_arguments == {
+        "platform": "tpu",
+        "topology_name": "tpu7x:2x2x2",
+        "chip_config_name": "default",
+        "chips_per_host_bounds": (2, 2, 1),
+    }
+
+
+def test_v5e_is_read_as_v5litepod():
+    assert hardware.slice_named("v5e-16") is hardware.slice_named("v5litepod-16")
+
+
+def test_an_unknown_slice_names_what_there_is():
+    with pytest.raises(
+        UserError, match=r"no slice 'v5p-127': choose one of v5p-8, v5p-16, .*v5p-128"
+    ):
+        hardware.slice_named("v5p-127")
+    with pytest.raises(UserError, match=r"no slice 'v5litepod-3': choose one of v5litepod-1, "):
+        hardware.slice_named("v5e-3")
+    with pytest.raises(UserError, match="Unknown slice 'v6-256'. Did you mean 'v6e-256'"):
+        hardware.slice_named("v6-256")
+
+
+def test_usable_memory_is_positive_and_at_most_what_the_chip_holds():
+    for chip in hardware.ACCELERATORS.values():
+        assert 0.85 * chip.hbm_bytes < chip.usable_hbm_bytes <= 1.01 * chip.hbm_bytes, chip.name
+
+
+def test_the_table_imports_without_jax():
+    code = "import sys, llada_jax.cluster.hardware; sys.exit('jax' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
+
+
+def test_gpus_are_named_by_their_number():
+    found = hardware.machines_named("64xh100")
+    assert (found.accelerator.name, found.num_chips, found.num_hosts, found.chips_per_host) == (
+        "h100",
+        64,
+        8,
+        8,
+    )
+    assert found.machine_type == "a3-megagpu-8g"
+    assert hardware.machines_named("4xgh200").num_hosts == 4
+    assert hardware.machines_named("2xa100-80gb").num_hosts == 1
+    assert hardware.machines_named("v5p-128") is hardware.slice_named("v5p-128")
+    with pytest.raises(
+        UserError,
+        match="12xh100 is no whole number of hosts: a host has 8 h100; choose a multiple of 8",
+    ):
+        hardware.machines_named("12xh100")
+    with pytest.raises(UserError, match="Unknown GPU 'v5p'"):
+        hardware.machines_named("8xv5p")
+
+
+# ---- presets of compiler flags
+
+
+def test_presets_join_into_one_environment():
+    both = flags_named("v6e+multislice")["LIBTPU_INIT_ARGS"]
+    assert both == " ".join(FLAGS[name]["LIBTPU_INIT_ARGS"] for name in ("v6e", "multislice"))
+    assert flags_named("hopper")["CUDA_DEVICE_MAX_CONNECTIONS"] == "1"
+    assert flags_named("") == {}
+    with pytest.raises(
+        UserError, match="Unknown preset of compiler flags 'v6'. Did you mean 'v6e'"
+    ):
+        flags_named("v6")
+
+
+def words_of(platform_variable: str) -> str:
+    presets = [name for name, environment in FLAGS.items() if platform_variable in environment]
+    assert presets
+    return flags_named("+".join(presets))[platform_variable]
+
+
+def finished(code: str, **environment: str) -> subprocess.CompletedProcess:
+    environment = {**os.environ, "JAX_PLATFORMS": "cpu", **environment}
+    return subprocess.run(
+        [sys.executable, "-c", code], env=environment, capture_output=True, text=True, check=False
+    )
+
+
+def test_gpu_flags_are_known_to_the_installed_compiler():
+    start = "import jax; jax.devices()"
+    done = finished(start, XLA_FLAGS=words_of("XLA_FLAGS"))
+    assert done.returncode == 0, done.stderr
+    misspelt = finished(start, XLA_FLAGS="--xla_gpu_enable_latency_hiding_schedulers=true")
+    assert misspelt.returncode != 0, "an unknown flag is no longer refused: this test shows nothing"
+    assert "Unknown flag" in misspelt.stderr
+
+
+def test_tpu_flags_are_known_to_libtpu():
+    """The presets of all chips at once; libtpu reads them when it is loaded, and ends the process
+    at one it does not know.
+    """
+    environment = {**libtpu_environment(), "JAX_PLATFORMS": "cpu"}
+    load = (
+        "import sys; from llada_jax import aot, hardware; aot.load_libtpu({'LIBTPU_INIT_ARGS': "
+        "sys.stdin.read()})\n"
+        "aot.absent_mesh(dict(data=1, fsdp=-1, sequence=1, tensor=1, expert=1), "
+        "hardware.slice_named('v5p-8'), 1)"
+    )
+
+    def loaded(flags: str) -> subprocess.CompletedProcess:
+        return subprocess.run(
+            [sys.executable, "-c", load],
+            input=flags,
+            capture_output=True,
+            text=True,
+            check=False,
+            env=environment,
+        )
+
+    done = loaded(words_of("LIBTPU_INIT_ARGS"))
+    assert done.returncode == 0, done.stderr
+    misspelt = loaded("--xla_tpu_enable_async_collective_fusions=true")
+    assert misspelt.returncode != 0, "an unknown flag is no longer refused: this test shows nothing"
+    assert "Unknown command line flag" in misspelt.stderr
+
+
+@pytest.mark.parametrize(
+    ("launcher", "flags"),
+    [
+        ("gke", "--name x --topology v6e-16 --image i"),
+        ("tpu_vm", "--name x --topology v6e-16 --zone z"),
+        ("slurm", "--nodes 2"),
+    ],
+)
+def test_every_launcher_applies_a_preset_by_name(launcher, flags):
+    script = LAUNCH / f"{launcher}.py"
+
+    def dry_run(preset: str) -> subprocess.CompletedProcess:
+        words = [*flags.split(), "--flags", preset, "--dry-run", "--", "llada-jax", "train"]
+        return subprocess.run(
+            [sys.executable, str(script), *words], capture_output=True, text=True, check=False
+        )
+
+    done = dry_run("v6e+multislice")
+    assert done.returncode == 0, done.stderr
+    printed = " ".join(done.stdout.replace("\\\n", " ").split())
+    for flag in flags_named("v6e+multislice")["LIBTPU_INIT_ARGS"].split():
+        assert flag in printed
+    wrong = dry_run("v6f")
+    assert wrong.returncode == 2
+    assert "Did you mean 'v6e'?" in wrong.stderr

@@ -1,0 +1,352 @@
+"""Packed records: bytes there and back, shards that are whole or absent, and errors that name the
+file.
+"""
+
+import json
+import os
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+from array_record.python import array_record_module
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from support.errors import error_of
+
+from llada_jax.data.records import (
+    Records,
+    decode_record,
+    encode_record,
+    read_dataset,
+    record_size,
+    write_dataset_json,
+    write_shard,
+)
+
+T, V = 16, 300
+
+
+def numbered_record(number: int) -> bytes:
+    """A full row whose first token is `number`; its documents begin at 0 and 5."""
+    tokens = [number, *range(1, T)]
+    return encode_record(tokens, [i in (0, 5) for i in range(T)], sequence_length=T, vocab_size=V)
+
+
+def write_dataset(directory, num_records_by_shard=(3, 0, 4), **changes):
+    """Writes a dataset of numbered records, the numbers running through the shards, and returns its
+    directory.
+    """
+    directory.mkdir(exist_ok=True)
+    shards, number = [], 0
+    for i, num_records in enumerate(num_records_by_shard):
+        path = directory / f"train-{i:05d}.arrayrecord"
+        assert (
+            write_shard(path, (numbered_record(number + k) for k in range(num_records)))
+            == num_records
+        )
+        number += num_records
+        shards.append(
+            {
+                "file": path.name,
+                "num_records": num_records,
+                "num_bytes_on_disk": path.stat().st_size,
+            }
+        )
+    counts = {
+        "num_tokens": number * T,
+        "num_bytes": 4 * number * T,
+        "num_documents": 2 * number,
+        "num_padding": 0,
+    }
+    content = {
+        "format": 1,
+        "sequence_length": T,
+        "fingerprint": "f00d",
+        "tokenizer": {"kind": "bytes", "fingerprint": "beef", "vocab_size": V},
+        "splits": {"train": {"num_records": number, **counts, "shards": shards}},
+        "source": {},
+    }
+    write_dataset_json(directory, {**content, **changes})
+    return directory
+
+
+def segments_and_positions(starts: list[bool]) -> tuple[list[int], list[int]]:
+    """The definition, one token after the other."""
+    segment, position, segments, positions = 0, 0, [], []
+    for i, is_start in enumerate(starts):
+        if is_start or i == 0:
+            segment, position = segment + 1, 0
+        segments.append(segment)
+        positions.append(position)
+        position += 1
+    return segments, positions
+
+
+@st.composite
+def rows(draw):
+    sequence_length = draw(st.integers(1, 70))
+    vocab_size = draw(st.sampled_from([1, 2, 259, 65_535, 65_536, 65_537, 126_464, 2**31 - 1]))
+    num_tokens = draw(st.integers(1, sequence_length))
+    tokens = draw(
+        st.lists(st.integers(0, vocab_size - 1), min_size=num_tokens, max_size=num_tokens)
+    )
+    starts = draw(st.lists(st.booleans(), min_size=num_tokens, max_size=num_tokens))
+    return sequence_length, vocab_size, tokens, starts
+
+
+@given(rows())
+@settings(max_examples=300, deadline=None)
+def test_a_decoded_record_is_the_encoded_row_and_padding(row):
+    sequence_length, vocab_size, tokens, starts = row
+    sizes = {"sequence_length": sequence_length, "vocab_size": vocab_size}
+    data = encode_record(tokens, starts, **sizes)
+    decoded = decode_record(data, **sizes)
+    segments, positions = segments_and_positions(starts)
+    padding = [0] * (sequence_length - len(tokens))
+    assert decoded["tokens"].tolist() == tokens + padding
+    assert decoded["segment_ids"].tolist() == segments + padding
+    assert decoded["positions"].tolist() == positions + padding
+    assert {values.dtype for values in decoded.values()} == {np.dtype(np.int32)}
+    assert len(data) == record_size(**sizes)
+
+
+def test_the_bytes_of_a_record_are_as_documented():
+    data = encode_record([7, 258, 9], [False, True, True], sequence_length=10, vocab_size=300)
+    assert data.hex(" ", -2) == "0300 0000 0700 0201 0900 0000 0000 0000 0000 0000 0000 0000 0600"
+    wide = encode_record([7, 126_336], [True, False], sequence_length=3, vocab_size=126_464)
+    assert wide.hex(" ", -4) == "02000000 07000000 80ed0100 00000000 01"
+    assert record_size(sequence_length=4096, vocab_size=65_536) == 8_708
+    assert record_size(sequence_length=4096, vocab_size=65_537) == 16_900
+
+
+@pytest.mark.parametrize("tokens", [[-1], [V], [0, V + 1]])
+def test_an_id_outside_the_vocabulary_is_not_written(tokens):
+    assert f"the {V} ids" in error_of(
+        encode_record, tokens, [True] * len(tokens), sequence_length=T, vocab_size=V
+    )
+
+
+@pytest.mark.parametrize(("num_tokens", "num_starts"), [(0, 0), (T + 1, T + 1), (3, 2)])
+def test_a_row_of_the_wrong_length_is_not_written(num_tokens, num_starts):
+    with pytest.raises(ValueError, match="must both be"):
+        encode_record([1] * num_tokens, [True] * num_starts, sequence_length=T, vocab_size=V)
+
+
+@pytest.mark.parametrize(
+    ("data", "expected"),
+    [
+        (b"", "0 bytes"),
+        (numbered_record(1)[:-1], f"{record_size(sequence_length=T, vocab_size=V) - 1} bytes"),
+        (b"\0\0\0\0" + numbered_record(1)[4:], "0 tokens"),
+        (b"\x11\0\0\0" + numbered_record(1)[4:], "17 tokens"),
+        (numbered_record(1)[:4] + b"\xff\xff" + numbered_record(1)[6:], "65535"),
+    ],
+)
+def test_bytes_that_are_no_record_are_refused(data, expected):
+    assert expected in error_of(decode_record, data, sequence_length=T, vocab_size=V)
+
+
+def test_an_id_that_overflows_int32_is_refused():
+    data = bytearray(encode_record([1, 2], [True, False], sequence_length=2, vocab_size=70_000))
+    data[7] = 0x80
+    assert str(2**31 + 1) in error_of(
+        decode_record, bytes(data), sequence_length=2, vocab_size=70_000
+    )
+
+
+def test_a_shard_holds_the_records_in_order_one_to_a_chunk(tmp_path):
+    path = tmp_path / "shard"
+    records = [numbered_record(number) for number in range(50)]
+    assert write_shard(path, iter(records)) == 50
+    assert os.listdir(tmp_path) == ["shard"]
+    reader = array_record_module.ArrayRecordReader(str(path))
+    assert reader.read_all() == records
+    assert "group_size:1," in reader.writer_options_string()
+    assert (
+        write_shard(path, records[:2]) == 2
+    )  # A shard that is written again replaces the old one.
+    assert array_record_module.ArrayRecordReader(str(path)).read_all() == records[:2]
+
+
+def test_a_failure_while_writing_leaves_the_old_shard_and_no_partial_one(tmp_path):
+    path = tmp_path / "shard"
+    write_shard(path, [numbered_record(1)])
+    before = path.read_bytes()
+
+    def broken():
+        yield numbered_record(2)
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        write_shard(path, broken())
+    assert os.listdir(tmp_path) == ["shard"]
+    assert path.read_bytes() == before
+
+
+def test_a_full_disk_is_a_user_error_and_leaves_no_file(tmp_path):
+    # A limit on the size of a file stands for a full disk: both make write(2) fail. It holds for a
+    # whole process.
+    program = """
+import os, resource, sys
+resource.setrlimit(resource.RLIMIT_FSIZE, (200_000, 200_000))
+from llada_jax.data.records import write_shard
+from llada_jax.errors import UserError
+count = 0
+def records():
+    global count
+    for count in range(1_000_000):
+        yield os.urandom(10_000)
+try:
+    write_shard(sys.argv[1], records())
+except UserError as error:
+    print(error)
+    sys.exit(0 if count < 10_000 else "the failure was noticed only at the end")
+sys.exit("no error")
+"""
+    path = tmp_path / "shard"
+    result = subprocess.run(
+        [sys.executable, "-c", program, str(path)], capture_output=True, text=True
+    )
+    assert result.returncode == 0, result.stderr
+    assert str(path) in result.stdout
+    assert "free space" in result.stdout
+    assert result.stdout.count("\n") == 1
+    assert os.listdir(tmp_path) == []
+
+
+def test_a_shard_in_a_missing_folder_is_a_user_error(tmp_path):
+    path = tmp_path / "missing" / "shard"
+    assert str(path) in error_of(write_shard, path, [numbered_record(1)])
+
+
+def test_read_dataset_returns_what_was_written(tmp_path):
+    info = read_dataset(write_dataset(tmp_path / "set"))
+    assert (info.sequence_length, info.fingerprint, info.vocab_size) == (T, "f00d", V)
+    train = info.split("train")
+    assert (train.num_records, train.num_tokens, train.num_bytes) == (7, 7 * T, 28 * T)
+    assert (train.num_documents, train.num_padding) == (14, 0)
+    assert [shard.num_records for shard in train.shards] == [3, 0, 4]
+    assert all(os.path.getsize(shard.path) == shard.num_bytes_on_disk for shard in train.shards)
+
+
+def test_records_run_through_the_shards_and_skip_empty_ones(tmp_path):
+    records = Records(read_dataset(write_dataset(tmp_path / "set")), split="train")
+    assert [int(records[i]["tokens"][0]) for i in range(len(records))] == list(range(7))
+    with pytest.raises(IndexError):
+        records[7]
+
+
+def test_a_directory_that_is_no_dataset_is_named(tmp_path):
+    assert str(tmp_path / "none") in error_of(read_dataset, tmp_path / "none")
+    assert "holds no dataset.json" in error_of(read_dataset, tmp_path)
+    assert "not on a mounted disk" in error_of(read_dataset, "gs://bucket/set")
+
+
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [
+        ("{", "not valid JSON"),
+        ("[1]", "names no format"),
+        ('{"splits": {}}', "names no format"),
+        ('{"format": 2}', "format 2"),
+        ('{"format": 1}', "sequence_length"),
+        (
+            '{"format": 1, "sequence_length": 8, "fingerprint": "", "tokenizer": {}, "splits": {}}',
+            "vocab_size",
+        ),
+        (
+            '{"format": 1, "sequence_length": 8, "fingerprint": "", "tokenizer": 3, "splits": {}}',
+            "damaged",
+        ),
+    ],
+)
+def test_a_foreign_dataset_json_is_refused(tmp_path, text, expected):
+    (tmp_path / "dataset.json").write_text(text)
+    message = error_of(read_dataset, tmp_path)
+    assert str(tmp_path / "dataset.json") in message
+    assert expected in message
+
+
+def test_shards_that_do_not_add_up_are_refused(tmp_path):
+    write_dataset(tmp_path)
+    content = json.loads((tmp_path / "dataset.json").read_text())
+    content["splits"]["train"]["num_records"] += 1
+    write_dataset_json(tmp_path, content)
+    assert "do not add up" in error_of(read_dataset, tmp_path)
+
+
+def test_an_unknown_split_is_answered_with_those_that_exist(tmp_path):
+    assert "'train'" in error_of(read_dataset(write_dataset(tmp_path)).split, "trian")
+
+
+def test_a_missing_or_truncated_shard_is_named_with_the_remedy(tmp_path):
+    write_dataset(tmp_path)
+    shard = tmp_path / "train-00002.arrayrecord"
+    whole = shard.read_bytes()
+    shard.write_bytes(whole[:-1])
+    message = error_of(read_dataset, tmp_path)
+    assert str(shard) in message
+    assert f"{len(whole) - 1} bytes" in message
+    assert "run prepare again" in message
+    shard.unlink()
+    message = error_of(read_dataset, tmp_path)
+    assert str(shard) in message
+    assert "missing" in message
+
+
+def test_a_flipped_byte_is_found_when_its_record_is_read(tmp_path):
+    info = read_dataset(write_dataset(tmp_path))
+    shard = tmp_path / "train-00002.arrayrecord"
+    data = bytearray(shard.read_bytes())
+    data[data.index(numbered_record(5)) + 12] ^= (
+        0x40  # Records of this size are stored as they are.
+    )
+    shard.write_bytes(data)
+    records = Records(info, split="train")
+    message = error_of(records.__getitem__, 5)
+    assert f"Record 2 of shard {shard}" in message
+    assert "run prepare again" in message
+    assert [int(records[i]["tokens"][0]) for i in (0, 3, 4, 6)] == [0, 3, 4, 6]
+
+
+@pytest.mark.parametrize("num_bytes", [0, 100, 70_000])
+def test_a_shard_truncated_after_the_start_of_a_run_is_named(tmp_path, num_bytes):
+    info = read_dataset(write_dataset(tmp_path))
+    shard = tmp_path / "train-00000.arrayrecord"
+    shard.write_bytes(shard.read_bytes()[:num_bytes])
+    assert f"Record 1 of shard {shard} is damaged" in error_of(
+        Records(info, split="train").__getitem__, 1
+    )
+
+
+@pytest.mark.parametrize("reason", ["No such file", "Is a directory"])
+def test_a_shard_that_the_system_cannot_read_is_not_called_damaged(tmp_path, reason):
+    info = read_dataset(write_dataset(tmp_path))
+    shard = tmp_path / "train-00000.arrayrecord"
+    shard.unlink()
+    if reason == "Is a directory":
+        shard.mkdir()
+    message = error_of(Records(info, split="train").__getitem__, 2)
+    assert f"Record 2 of shard {shard} cannot be read" in message
+    assert reason in message
+    assert "delete" not in message
+
+
+def test_records_of_another_length_than_dataset_json_says_name_the_shard(tmp_path):
+    info = read_dataset(write_dataset(tmp_path, sequence_length=2 * T))
+    message = error_of(Records(info, split="train").__getitem__, 4)
+    assert f"Record 1 of shard {tmp_path / 'train-00002.arrayrecord'}" in message
+    assert f"sequence_length {2 * T}" in message
+
+
+def test_dataset_json_is_replaced_whole_or_not_at_all(tmp_path):
+    write_dataset_json(tmp_path, {"format": 1, "name": "été"})
+    assert json.loads((tmp_path / "dataset.json").read_text(encoding="utf-8")) == {
+        "format": 1,
+        "name": "été",
+    }
+    with pytest.raises(TypeError):
+        write_dataset_json(tmp_path, {"format": object()})
+    assert os.listdir(tmp_path) == ["dataset.json"]
+    assert str(tmp_path / "none") in error_of(write_dataset_json, tmp_path / "none", {})

@@ -1,0 +1,155 @@
+"""The bound on sources whose entropy is known: a trained model reaches it, and never claims to be
+below it.
+"""
+
+import functools
+import math
+
+import jax
+import numpy as np
+import pytest
+
+from llada_jax.cluster.sharding import AXES, make_mesh
+from llada_jax.evaluation import likelihood
+from llada_jax.models.model import make_model
+from llada_jax.models.transformer import Architecture, TokenScores
+from llada_jax.objectives.autoregressive import autoregressive
+from llada_jax.objectives.masked_diffusion import masked_diffusion
+from llada_jax.training.optim import make_optimizer, make_schedule
+from llada_jax.training.state import abstract_state, create_state
+from llada_jax.training.step import abstract_metrics, make_train_step
+
+V, MASK, BOS = 4, 4, 5  # symbols of the source; the two special ids come after them
+T, B = 8, 64
+
+TRANSITIONS = np.random.default_rng(5).dirichlet(np.full(V, 0.4), size=V)
+STATIONARY = np.linalg.matrix_power(TRANSITIONS, 200)[0]
+
+
+def entropy_per_token() -> float:
+    """Entropy of a stretch of T symbols of the stationary chain, per symbol: (H(x_1) + (T - 1)
+    H(x_2 | x_1)) / T.
+    """
+    h = lambda p: -np.sum(np.where(p > 0, p * np.log(np.where(p > 0, p, 1)), 0.0), axis=-1)  # noqa: E731
+    return float((h(STATIONARY) + (T - 1) * STATIONARY @ h(TRANSITIONS)) / T)
+
+
+def rows_of(num_rows, rng):
+    rows = np.empty((num_rows, T), np.int32)
+    rows[:, 0] = rng.choice(V, p=STATIONARY, size=num_rows)
+    cumulative = TRANSITIONS.cumsum(axis=1)
+    for i in range(1, T):
+        rows[:, i] = (
+            (rng.random(num_rows)[:, None] > cumulative[rows[:, i - 1]]).sum(axis=1).clip(0, V - 1)
+        )
+    positions = np.broadcast_to(np.arange(T, dtype=np.int32), rows.shape)
+    ones = np.ones_like(rows)
+    return {"tokens": rows, "segment_ids": ones, "positions": positions, "is_maskable": ones > 0}
+
+
+def trained(objective, *, causal, num_steps):
+    a = Architecture(
+        vocab_size=6, num_layers=2, d_model=64, num_heads=4, num_kv_heads=4, head_dim=16, d_ff=128
+    )
+    model = make_model(a, causal=causal)
+    mesh = make_mesh(dict.fromkeys(AXES, 1), devices=jax.devices()[:1])
+    rate = make_schedule(
+        name="cosine",
+        learning_rate=5e-3,
+        warmup_steps=50,
+        final_learning_rate=0.0,
+        decay_fraction=0,
+        decay_shape="linear",
+        stages=(),
+        num_steps=num_steps,
+        tokens_per_step=B * T,
+    )
+    optimizer = make_optimizer(
+        rate,
+        name="adamw",
+        b1=0.9,
+        b2=0.95,
+        eps=1e-8,
+        weight_decay=0.0,
+        weight_decay_multipliers=(),
+        learning_rate_multipliers=((".*", 1.0),),
+        clip_norm=1.0,
+    )
+    metrics = abstract_metrics(
+        objective, model.nll_fn, model.abstract, num_rows=B, sequence_length=T
+    )
+    state = create_state(
+        model,
+        optimizer,
+        abstract_state(model, optimizer, mesh, metrics=metrics, keep_ema=False),
+        seed=0,
+    )
+    step = jax.jit(
+        make_train_step(
+            objective,
+            model.nll_fn,
+            optimizer,
+            rate,
+            seed=0,
+            num_rows=B,
+            num_microbatches=1,
+            ema_decay=0,
+        ),
+        donate_argnums=0,
+    )
+    rng = np.random.default_rng(0)
+    for _ in range(num_steps):
+        state = step(state, rows_of(B, rng))
+    return model, state.params
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("name", "num_steps"), [("masked_diffusion", 600), ("autoregressive", 200)]
+)
+def test_a_trained_model_reaches_the_entropy_of_a_markov_source_and_is_never_below(name, num_steps):
+    objective = {
+        "masked_diffusion": functools.partial(masked_diffusion, mask_id=MASK),
+        "autoregressive": functools.partial(autoregressive, bos_id=BOS),
+    }[name]
+    model, params = trained(objective, causal=name == "autoregressive", num_steps=num_steps)
+    scorer, metric = likelihood.bound_objective(name, mask_id=MASK, bos_id=BOS)
+    rng = np.random.default_rng(99)
+    batches = [rows_of(1024, rng) for _ in range(40)]
+    bound = likelihood.bound(scorer, model.nll_fn, params, batches, name=metric, num_rows=1024)
+    entropy = entropy_per_token()
+    assert 0.7 < entropy < 0.9  # of log 4 = 1.39: much to learn, and something left
+    assert bound.standard_error < 0.01 * entropy
+    assert bound.nats_per_token < 1.03 * entropy
+    assert bound.nats_per_token > entropy - 3 * bound.standard_error
+    assert bound.num_tokens == 40 * 1024 * T
+
+
+def test_the_standard_error_is_that_of_independent_repetitions():
+    """A denoiser that is surprised at random: the spread of many bounds is what each of them
+    reports.
+    """
+
+    def noisy_model(params, noisy_BT, targets_BT, where_BT, segment_ids_BT, positions_BT):
+        nll = jax.numpy.where(where_BT, params[targets_BT], 0.0)
+        return TokenScores(nll, where_BT)
+
+    scorer, metric = likelihood.bound_objective("masked_diffusion", mask_id=MASK, bos_id=BOS)
+    surprise = jax.numpy.linspace(0.1, 3.0, 8)
+    rng = np.random.default_rng(0)
+    bounds = []
+    for seed in range(60):
+        batches = [rows_of(32, rng) for _ in range(12)]
+        bounds.append(
+            likelihood.bound(
+                scorer, noisy_model, surprise, batches, name=metric, num_rows=32, seed=seed
+            )
+        )
+    spread = np.std([b.nats_per_token for b in bounds])
+    reported = math.sqrt(np.mean([b.standard_error**2 for b in bounds]))
+    assert 0.7 < reported / spread < 1.4
+
+
+def test_an_unknown_objective_lists_what_exists():
+    with pytest.raises(ValueError, match="masked_diffusion"):
+        likelihood.bound_objective("masked_difusion", mask_id=0, bos_id=0)

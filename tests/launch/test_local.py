@@ -1,0 +1,179 @@
+"""The local launcher: what it starts, how it ends, and that a run under it is the run without it."""
+
+import runpy
+import signal
+import subprocess
+import sys
+import time
+
+import numpy as np
+import pytest
+from support.paths import LAUNCH
+from support.runs import losses
+
+LAUNCHER = LAUNCH / "local.py"
+
+
+def launch(*words, **kwargs) -> subprocess.Popen:
+    return subprocess.Popen(
+        [sys.executable, str(LAUNCHER), *map(str, words)],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        **kwargs,
+    )
+
+
+def wait_until(condition) -> None:
+    deadline = time.monotonic() + 60
+    while not condition():
+        assert time.monotonic() < deadline
+        time.sleep(0.05)
+
+
+def test_a_dry_run_prints_one_line_a_process_and_starts_nothing(tmp_path):
+    process = launch(
+        "--processes", 3, "--devices", 2, "--dry-run", "--", "touch", tmp_path / "started"
+    )
+    out, _ = process.communicate(timeout=60)
+    lines = out.splitlines()
+    assert process.returncode == 0
+    assert len(lines) == 3
+    assert len({line.split("JAX_COORDINATOR_ADDRESS=")[1].split()[0] for line in lines}) == 1
+    for number, line in enumerate(lines):
+        assert f"JAX_PROCESS_ID={number} " in line
+        assert "JAX_NUM_PROCESSES=3" in line
+        assert "JAX_NUM_CPU_DEVICES=2" in line
+        assert line.endswith(f"touch {tmp_path / 'started'}")
+    assert not (tmp_path / "started").exists()
+
+
+def test_one_failure_ends_all_with_its_status(tmp_path):
+    code = "import os, sys, time; time.sleep(600) if os.environ['JAX_PROCESS_ID'] != '1' else sys.exit(3)"
+    process = launch(
+        "--processes", 3, "--logs", tmp_path, "--grace", 1, "--", sys.executable, "-c", code
+    )
+    _, err = process.communicate(timeout=60)
+    assert process.returncode == 3
+    assert "ended with status 3" in err
+
+
+class Ended:
+    def __init__(self, code):
+        self.poll = lambda: code
+
+
+@pytest.mark.parametrize(
+    ("codes", "status"),
+    [((0, 0), 0), ((42, 3), 3), ((-9, 42), 137), ((42, 42), 42), ((0, -15), 143), ((1, 2), 1)],
+)
+def test_of_failures_at_once_the_one_that_another_start_cannot_mend_counts(codes, status):
+    launcher = runpy.run_path(str(LAUNCHER))
+    assert launcher["wait"]([Ended(code) for code in codes], grace_seconds=60) == status
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGHUP])
+def test_a_signal_reaches_every_process(tmp_path, number):
+    code = (
+        "import os, signal, sys, time, pathlib\n"
+        "signal.signal(signal.SIGTERM, lambda *_: sys.exit(42))\n"
+        f"pathlib.Path({str(tmp_path)!r}, 'up-' + os.environ['JAX_PROCESS_ID']).touch()\n"
+        "time.sleep(600)"
+    )
+    process = launch("--processes", 2, "--logs", tmp_path, "--", sys.executable, "-c", code)
+    wait_until(lambda: len(list(tmp_path.glob("up-*"))) == 2)
+    process.send_signal(number)
+    process.communicate(timeout=60)
+    assert process.returncode == 42
+
+
+def test_a_second_ctrl_c_kills(tmp_path):
+    code = (
+        "import os, signal, time, pathlib\n"
+        "signal.signal(signal.SIGTERM, lambda *_: print('told', flush=True))\n"
+        f"pathlib.Path({str(tmp_path)!r}, 'up-' + os.environ['JAX_PROCESS_ID']).touch()\n"
+        "while True: time.sleep(1)"
+    )
+    process = launch("--processes", 2, "--logs", tmp_path, "--", sys.executable, "-c", code)
+    wait_until(lambda: len(list(tmp_path.glob("up-*"))) == 2)
+    process.send_signal(signal.SIGINT)
+    wait_until(lambda: all("told" in log.read_text() for log in tmp_path.glob("process-*.log")))
+    assert process.poll() is None
+    process.send_signal(signal.SIGINT)
+    process.communicate(timeout=60)
+    assert process.returncode == 128 + signal.SIGKILL
+
+
+def test_every_process_has_a_log_and_the_first_is_shown(tmp_path):
+    code = "import os, sys; print('I am', os.environ['JAX_PROCESS_ID'], os.environ.get('JAX_LOCAL_DEVICE_IDS'))\n"
+    code += "sys.stdout.flush(); print('progress', file=sys.stderr)"
+    for _ in range(2):  # a second start appends
+        process = launch("--processes", 2, "--logs", tmp_path, "--", sys.executable, "-c", code)
+        out, err = process.communicate(timeout=60)
+        assert process.returncode == 0
+        assert (out, err) == ("I am 0 0\n", "progress\n")
+    for number in range(2):
+        lines = (tmp_path / f"process-{number}.log").read_text().splitlines()
+        assert sorted(lines) == [f"I am {number} {number}"] * 2 + ["progress"] * 2
+
+
+def test_much_output_arrives_whole(tmp_path):
+    code = "import sys; sys.stdout.write('x' * 3_000_000); sys.stdout.flush(); sys.exit(3)"
+    process = launch("--processes", 1, "--logs", tmp_path, "--", sys.executable, "-c", code)
+    out, _ = process.communicate(timeout=60)
+    assert process.returncode == 3
+    assert len(out) == (tmp_path / "process-0.log").stat().st_size == 3_000_000
+
+
+def test_a_closed_terminal_does_not_stop_the_run(tmp_path):
+    code = (
+        "import time\nfor i in range(50): print('x' * 9999, flush=True)\nprint('end', flush=True)"
+    )
+    process = launch("--processes", 1, "--logs", tmp_path, "--", sys.executable, "-c", code)
+    process.stdout.close()
+    assert process.wait(timeout=60) == 0, process.stderr.read()
+    process.stderr.close()
+    assert (tmp_path / "process-0.log").read_text().endswith("end\n")
+
+
+def test_a_missing_command_is_told():
+    process = launch("--processes", 2)
+    _, err = process.communicate(timeout=60)
+    assert process.returncode == 2
+    assert "there is no command" in err
+
+
+def test_a_program_that_does_not_exist_is_told(tmp_path):
+    process = launch("--processes", 2, "--logs", tmp_path, "--", "no-such-program")
+    _, err = process.communicate(timeout=60)
+    assert process.returncode == 2
+    assert "no program 'no-such-program'" in err
+
+
+@pytest.mark.slow
+def test_a_run_under_the_launcher_has_the_loss_curve_of_one_process(runs, tmp_path):
+    alone, together = runs.directory / "launched-alone", runs.directory / "launched"
+    runs.train(alone, "num_steps=6")
+    words = [f"--config.{knob}" for knob in ("num_steps=6", f"data.path={runs.dataset}")]
+    process = launch(
+        "--processes",
+        2,
+        "--devices",
+        2,
+        "--logs",
+        tmp_path,
+        "--",
+        sys.executable,
+        "-m",
+        "llada_jax",
+        "train",
+        "--config",
+        runs.directory / "small.py",
+        "--workdir",
+        together,
+        *words,
+    )
+    _, err = process.communicate(timeout=300)
+    assert process.returncode == 0, err
+    assert "2 process" in err
+    np.testing.assert_allclose(losses(together), losses(alone), rtol=1e-5)

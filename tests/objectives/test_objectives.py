@@ -1,0 +1,243 @@
+"""Corruption and losses against closed forms, enumeration and the binomial distribution."""
+
+import functools
+import itertools
+import math
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from llada_jax.models.model import make_model
+from llada_jax.models.transformer import Architecture, TokenScores
+from llada_jax.objectives.autoregressive import autoregressive
+from llada_jax.objectives.corruption import corrupt, corrupt_exactly_k, sample_t
+from llada_jax.objectives.masked_diffusion import masked_diffusion
+from llada_jax.rng import key_for
+
+MASK = 9
+KEY = key_for("test", 0)
+
+
+def batch_of(tokens_BT, lengths=None):
+    tokens_BT = np.asarray(tokens_BT, np.int32)
+    B, T = tokens_BT.shape
+    lengths = np.full(B, T) if lengths is None else np.asarray(lengths)
+    is_real = np.arange(T) < lengths[:, None]
+    positions = np.broadcast_to(np.arange(T, dtype=np.int32), (B, T))
+    return {
+        "tokens": tokens_BT,
+        "segment_ids": is_real.astype(np.int32),
+        "positions": positions,
+        "is_maskable": is_real,
+    }
+
+
+def uniform_model(params, noisy_BT, targets_BT, where_BT, segment_ids_BT, positions_BT):
+    """Gives every one of `params` tokens the same probability."""
+    return TokenScores(jnp.where(where_BT, jnp.log(params), 0.0), where_BT)
+
+
+@pytest.mark.parametrize("masking", ["bernoulli", "exact_count"])
+@pytest.mark.parametrize("t_sampling", ["stratified", "iid"])
+def test_a_uniform_model_scores_log_V(masking, t_sampling):
+    B, T, V = 4096, 32, 50.0
+    batch = batch_of(np.zeros((B, T)), lengths=1 + np.arange(B) % T)
+    loss_sum, count, metrics = masked_diffusion(
+        uniform_model,
+        V,
+        batch,
+        KEY,
+        jnp.arange(B),
+        num_rows=B,
+        mask_id=MASK,
+        masking=masking,
+        t_sampling=t_sampling,
+    )
+    assert count == batch["is_maskable"].sum()
+    tolerance = (
+        1e-5 if masking == "exact_count" else 0.05
+    )  # exact counts leave no noise at all here
+    assert float(loss_sum / count) == pytest.approx(math.log(V), rel=tolerance)
+    sums, counts = metrics["nll_by_t"]
+    np.testing.assert_allclose(sums / counts, math.log(V), rtol=1e-5)
+    assert float(metrics["masked_accuracy"][0] / metrics["masked_accuracy"][1]) == 1.0
+
+
+def table_model(params, noisy_BT, targets_BT, where_BT, segment_ids_BT, positions_BT):
+    """A denoiser that looks at the whole noisy row: a table with one distribution for each (noisy
+    row, position).
+    """
+    base = 10 ** jnp.arange(noisy_BT.shape[1])
+    row_B = jnp.sum(noisy_BT * base, axis=1) % params.shape[0]
+    log_p = jax.nn.log_softmax(params[row_B])  # [B, T, V]
+    nll = -jnp.take_along_axis(log_p, targets_BT[..., None], -1)[..., 0]
+    return TokenScores(jnp.where(where_BT, nll, 0.0), where_BT)
+
+
+@pytest.mark.parametrize("masking", ["bernoulli", "exact_count"])
+def test_the_estimate_is_the_exact_bound_found_by_enumerating_all_masks(masking):
+    T, V = 4, 3
+    tokens = np.array([2, 0, 1, 1])
+    table = jax.random.normal(jax.random.key(0), (997, T, V))
+
+    def nats_under(mask):
+        noisy = np.where(mask, MASK, tokens)[None]
+        args = (jnp.asarray(noisy), jnp.asarray(tokens[None]), jnp.asarray(mask)[None], None, None)
+        return float(table_model(table, *args).nll_BT.sum())
+
+    # LLaDA eq. 6: k uniform on 1..T, then a mask of k tokens uniformly, weight T / k
+    exact = 0.0
+    for k in range(1, T + 1):
+        masks = [np.isin(np.arange(T), chosen) for chosen in itertools.combinations(range(T), k)]
+        exact += np.mean([nats_under(mask) for mask in masks]) * (T / k) / T
+    B = 40_000
+    batch = batch_of(np.tile(tokens, (B, 1)))
+    loss_sum, count, _ = jax.jit(
+        functools.partial(masked_diffusion, table_model, num_rows=B, mask_id=MASK, masking=masking)
+    )(table, batch, KEY, jnp.arange(B))
+    assert float(loss_sum) / B == pytest.approx(
+        exact, rel=0.02 if masking == "exact_count" else 0.05
+    )
+    assert float(loss_sum / count) == pytest.approx(float(loss_sum) / B / T, rel=1e-6)
+
+
+def test_masks_are_bernoulli_with_the_rows_own_probability():
+    B, T, eps = 64, 4000, 1e-3
+    t_B = jnp.linspace(0.0, 1.0, B)
+    tokens = jnp.ones((B, T), jnp.int32)
+    noisy, is_masked, weight = corrupt(
+        KEY, tokens, t_B, tokens > 0, jnp.arange(B), mask_id=MASK, eps=eps
+    )
+    p = (1 - eps) * np.asarray(t_B) + eps
+    np.testing.assert_allclose(weight, 1 / p, rtol=1e-6)
+    z = (np.asarray(is_masked.sum(1)) - T * p) / np.sqrt(T * p * (1 - p) + 1e-9)
+    assert np.abs(z[:-1]).max() < 4.5
+    assert is_masked[-1].all()  # t = 1 masks everything
+    np.testing.assert_array_equal(noisy, np.where(is_masked, MASK, tokens))
+
+
+@settings(max_examples=30, deadline=None)
+@given(st.lists(st.integers(0, 12), min_size=1, max_size=8), st.floats(0, 0.9999))
+def test_exact_count_masks_exactly_k_maskable_tokens(lengths, t):
+    T = 12
+    batch = batch_of(np.ones((len(lengths), T)), lengths)
+    t_B = jnp.full(len(lengths), t, jnp.float32)
+    rows = jnp.arange(len(lengths))
+    noisy, is_masked, weight = corrupt_exactly_k(
+        KEY, batch["tokens"], t_B, jnp.asarray(batch["is_maskable"]), rows, mask_id=MASK
+    )
+    for length, masked, w in zip(lengths, np.asarray(is_masked), np.asarray(weight)):
+        k = min(max(1, math.ceil(np.float32(t) * np.float32(length))), length)
+        assert masked.sum() == k
+        assert not masked[length:].any()
+        assert w == pytest.approx(length / k if length else 0.0)
+
+
+def test_stratified_t_covers_every_stratum_once_and_is_uniform():
+    B = 64
+    for step in range(20):
+        t_B = np.asarray(
+            sample_t(key_for("t", 0, step), jnp.arange(B), num_rows=B, t_sampling="stratified")
+        )
+        assert sorted(np.floor(t_B * B).astype(int).clip(0, B - 1)) == list(range(B))
+    draws = [
+        sample_t(key_for("t", 1, step), jnp.arange(4), num_rows=4, t_sampling="stratified")
+        for step in range(300)
+    ]
+    assert np.mean(np.asarray(draws)[:, 0]) == pytest.approx(
+        0.5, abs=0.07
+    )  # each row alone is U(0, 1)
+
+
+@pytest.mark.parametrize("masking", ["bernoulli", "exact_count"])
+@pytest.mark.parametrize("t_sampling", ["stratified", "iid"])
+def test_a_row_is_corrupted_alike_alone_and_within_its_batch(masking, t_sampling):
+    B, T = 8, 16
+    batch = batch_of(np.arange(B * T).reshape(B, T) % 7)
+    seen = []
+
+    def spy(params, noisy_BT, *rest):
+        seen.append(np.asarray(noisy_BT))
+        return uniform_model(params, noisy_BT, *rest)
+
+    settings_ = dict(num_rows=B, mask_id=MASK, masking=masking, t_sampling=t_sampling)
+    masked_diffusion(spy, 7.0, batch, KEY, jnp.arange(B), **settings_)
+    rows = jnp.array([5, 2])
+    part = {name: array[np.asarray(rows)] for name, array in batch.items()}
+    masked_diffusion(spy, 7.0, part, KEY, rows, **settings_)
+    np.testing.assert_array_equal(seen[0][[5, 2]], seen[1])
+
+
+def test_without_weight_the_loss_changes_and_the_logged_bound_does_not():
+    B = 256
+    batch = batch_of(np.zeros((B, 16)))
+    weighted, plain = (
+        masked_diffusion(
+            uniform_model, 7.0, batch, KEY, jnp.arange(B), num_rows=B, mask_id=MASK, weight=weight
+        )
+        for weight in ("1/p", "none")
+    )
+    num_masked = float(plain[2]["masked_accuracy"][1])
+    assert float(plain[0]) == pytest.approx(num_masked * math.log(7), rel=1e-5)
+    assert float(weighted[0]) != pytest.approx(float(plain[0]), rel=0.1)
+    assert plain[2]["nelbo"][0] == weighted[2]["nelbo"][0] == weighted[0]
+
+
+def test_rows_without_any_mask_or_any_token_give_finite_sums():
+    batch = batch_of(np.zeros((3, 4)), lengths=[1, 0, 2])
+    for masking in ("bernoulli", "exact_count"):
+        loss_sum, count, metrics = masked_diffusion(
+            uniform_model, 7.0, batch, KEY, jnp.arange(3), num_rows=3, mask_id=MASK, masking=masking
+        )
+        assert count == 3
+        assert all(np.isfinite(leaf).all() for leaf in jax.tree.leaves((loss_sum, metrics)))
+
+
+def test_padding_never_enters_loss_or_gradient():
+    a = Architecture(
+        vocab_size=11, num_layers=1, d_model=16, num_heads=2, num_kv_heads=2, head_dim=8, d_ff=16
+    )
+    model = make_model(a)
+    params = jax.jit(model.init)(KEY)
+    tokens = np.random.default_rng(0).integers(0, 8, (4, 8))
+    lengths = [8, 3, 1, 5]
+    other = np.where(np.arange(8) < np.array(lengths)[:, None], tokens, 7 - tokens)
+
+    def loss(params, batch):
+        return masked_diffusion(
+            model.nll_fn, params, batch, KEY, jnp.arange(4), num_rows=4, mask_id=MASK
+        )[0]
+
+    results = [
+        jax.jit(jax.value_and_grad(loss))(params, batch_of(rows, lengths))
+        for rows in (tokens, other)
+    ]
+    assert results[0][0] == results[1][0] > 0
+    jax.tree.map(np.testing.assert_array_equal, results[0][1], results[1][1])
+
+
+def test_the_autoregressive_control_is_the_chain_rule():
+    a = Architecture(
+        vocab_size=11, num_layers=2, d_model=16, num_heads=2, num_kv_heads=2, head_dim=8, d_ff=16
+    )
+    model = make_model(a, causal=True)
+    params = jax.jit(model.init)(KEY)
+    batch = batch_of(np.random.default_rng(0).integers(0, 8, (3, 6)), lengths=[6, 4, 6])
+    loss_sum, count, _ = autoregressive(
+        model.nll_fn, params, batch, KEY, jnp.arange(3), num_rows=3, bos_id=10
+    )
+    logits_fn = jax.jit(model.logits_fn)
+    expected = 0.0
+    for row, length in zip(batch["tokens"], [6, 4, 6]):
+        for i in range(length):  # one token after the other, from the prefix alone
+            prefix = np.zeros((1, 6), np.int32)
+            prefix[0, : i + 1] = np.concatenate([[10], row[:i]])
+            segments = (np.arange(6) <= i).astype(np.int32)[None]
+            logits = logits_fn(params, prefix, segments, batch["positions"][:1])[0, i]
+            expected -= float(jax.nn.log_softmax(logits)[row[i]])
+    assert count == 16
+    assert float(loss_sum) == pytest.approx(expected, rel=1e-5)

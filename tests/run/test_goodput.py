@@ -1,0 +1,90 @@
+"""The account of a run's time: every second in one place, across restarts."""
+
+import pytest
+
+from llada_jax.run.clock import Clock
+from llada_jax.run.goodput import Ledger
+
+
+class Time:
+    """A clock of the wall, and one of the process, that only move when told."""
+
+    def __init__(self):
+        self.seconds = 0.0
+
+    def __call__(self):
+        return self.seconds
+
+
+def attempt(workdir, time, *, start_step, steps, init=3.0, per_step=2.0, save_every=5):
+    """One start of a run: initialises, does the steps, and is killed."""
+    clock = Clock(now=time)
+    time.seconds += init
+    ledger = Ledger(workdir, clock, start_step=start_step, now=time)
+    clock.start_training()
+    for step in range(start_step + 1, start_step + steps + 1):
+        time.seconds += per_step
+        if step % save_every == 0:
+            with clock.span("checkpoint"):
+                ledger.mark(step)
+                time.seconds += 1.0
+    return ledger
+
+
+def test_every_second_of_one_attempt_is_counted_once(tmp_path):
+    time = Time()
+    report = attempt(tmp_path, time, start_step=0, steps=10).report()
+    assert report == {
+        "goodput": pytest.approx(20 / 25),
+        "lost_init_s": 3.0,
+        "lost_checkpoint_s": 2.0,
+    }
+
+
+def test_steps_done_again_and_the_time_between_are_lost(tmp_path):
+    time = Time()
+    attempt(
+        tmp_path, time, start_step=0, steps=10
+    )  # marked at steps 5 and 10, at seconds 13 and 24
+    time.seconds = 100.0
+    ledger = attempt(tmp_path, time, start_step=5, steps=10)
+    report = ledger.report()
+    # step 10 was given to the disk at second 24, where the first account ends; the save of step 10
+    # was not finished
+    assert report["lost_down_s"] == pytest.approx(76)
+    assert report["lost_replay_s"] == pytest.approx(10)  # steps 6 to 10 of the first attempt
+    assert report["lost_init_s"] == pytest.approx(6)
+    productive = 5 * 2.0 + 10 * 2.0
+    assert report["goodput"] == pytest.approx(
+        productive / sum([productive, 76, 10, 6, report["lost_checkpoint_s"]])
+    )
+
+
+def test_the_whole_of_the_time_since_the_first_start_is_accounted_for(tmp_path):
+    time = Time()
+    attempt(tmp_path, time, start_step=0, steps=5)
+    time.seconds = 50.0
+    attempt(tmp_path, time, start_step=5, steps=5)
+    time.seconds = 90.0
+    ledger = attempt(tmp_path, time, start_step=10, steps=5)
+    assert sum(ledger.seconds().values()) == pytest.approx(time.seconds)
+
+
+def test_a_run_that_starts_from_scratch_starts_its_account_anew(tmp_path):
+    time = Time()
+    attempt(tmp_path, time, start_step=0, steps=10)
+    report = attempt(tmp_path, time, start_step=0, steps=10).report()
+    assert "lost_down_s" not in report
+    assert report["lost_init_s"] == 3.0
+
+
+def test_only_the_first_process_writes(tmp_path):
+    ledger = Ledger(tmp_path, Clock(now=Time()), start_step=0, enabled=False, now=Time())
+    ledger.mark(1)
+    assert not list(tmp_path.iterdir())
+
+
+def test_the_line_names_the_largest_loss_first(tmp_path):
+    time = Time()
+    line = attempt(tmp_path, time, start_step=0, steps=10).line()
+    assert line == "goodput     80% of 0.01 h; lost to init 12%, checkpoint 8%"

@@ -1,0 +1,287 @@
+"""Workdirs in object stores, on emulators that listen on loopback: a run there is the run on a
+disk, kills included.
+"""
+
+import json
+import socket
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from etils import epath
+from support.required import library
+from support.runs import free_port, metric_lines, saved_arrays
+
+from llada_jax.checkpoints.workdir import Checkpoints, find_checkpoint
+from llada_jax.data.records import read_dataset
+from llada_jax.errors import UserError
+from llada_jax.storage import remote
+from llada_jax.storage.arrays import s3_spec
+from llada_jax.training.state import TrainState
+from llada_jax.verbs.prepare import prepare
+
+EMULATORS = {
+    "s3": (
+        "moto",
+        "s3fs",
+        lambda port: [sys.executable, "-m", "moto.server", "-H", "127.0.0.1", "-p", str(port)],
+    ),
+    "gs": (
+        "gcp_storage_emulator",
+        "gcsfs",
+        lambda port: [
+            sys.executable,
+            "-c",
+            "from gcp_storage_emulator.__main__ import main; main()",
+            "start",
+            "--host=127.0.0.1",
+            f"--port={port}",
+            "--in-memory",
+            "--default-bucket=bucket",
+        ],
+    ),
+}
+
+
+def environment_of(scheme: str, port: int) -> dict[str, str]:
+    """What a user of such an emulator, or of a store of his own, puts into the environment."""
+    url = f"http://127.0.0.1:{port}"
+    return {
+        "s3": {
+            "AWS_ENDPOINT_URL": url,
+            "AWS_ACCESS_KEY_ID": "test",
+            "AWS_SECRET_ACCESS_KEY": "test",
+            "AWS_REGION": "us-east-1",
+            "AWS_DEFAULT_REGION": "us-east-1",
+        },
+        "gs": {
+            "STORAGE_EMULATOR_HOST": url,
+            "TENSORSTORE_GCS_HTTP_URL": url,
+            "GOOGLE_AUTH_TOKEN_FOR_TESTING": "test",
+            "GCSFS_EXPERIMENTAL_ZB_HNS_SUPPORT": "false",
+        },
+    }[scheme]
+
+
+@pytest.fixture(scope="module", params=list(EMULATORS))
+def bucket(request, tmp_path_factory) -> str:
+    """The URL of an empty bucket; while it is there, the environment leads every client, of any
+    process, to it.
+    """
+    server, client, command = EMULATORS[request.param]
+    library(server)
+    library(client)
+    port = free_port()
+    log = tmp_path_factory.mktemp("emulator") / "log"
+    with pytest.MonkeyPatch.context() as patch, open(log, "wb") as file:
+        process = subprocess.Popen(command(port), stdout=file, stderr=file)
+        for name, value in environment_of(request.param, port).items():
+            patch.setenv(name, value)
+        try:
+            deadline = time.monotonic() + 60
+            while socket.socket().connect_ex(("127.0.0.1", port)):
+                assert process.poll() is None, log.read_text()
+                assert time.monotonic() < deadline
+                time.sleep(0.1)
+            if request.param == "s3":
+                import s3fs
+
+                s3fs.S3FileSystem(skip_instance_cache=True).mkdir("bucket")
+            yield f"{request.param}://bucket"
+        finally:
+            process.kill()
+            process.wait()
+
+
+RUN = {"config": {}, "architecture": {}, "tokenizer": {}}
+
+
+def state_at(step: int) -> TrainState:
+    return TrainState(
+        jnp.int32(step), {"w": jnp.full((64, 64), step / 7)}, (jnp.int32(step),), {}, {}
+    )
+
+
+def abstract() -> TrainState:
+    return jax.tree.map(
+        lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=leaf.sharding),
+        state_at(0),
+    )
+
+
+def saved_steps(workdir: str, *steps: int, keep: int = 2) -> Checkpoints:
+    checkpoints = Checkpoints(workdir, keep=keep)
+    for step in steps:
+        checkpoints.save(state_at(step), RUN)
+    checkpoints.wait()
+    return checkpoints
+
+
+def files_of(folder: str) -> set[str]:
+    top = epath.Path(folder)
+    found, folders = set(), [top]
+    while folders:
+        for path in folders.pop().iterdir():
+            (
+                folders.append
+                if path.is_dir()
+                else lambda p: found.add(str(p).removeprefix(f"{top}/"))
+            )(path)
+    return found
+
+
+def test_checkpoints_come_back_and_old_ones_are_removed_to_the_last_object(bucket):
+    checkpoints = saved_steps(f"{bucket}/kept", 10, 20, 30)
+    assert checkpoints.steps == [20, 30]
+    assert {name.split("/")[0] for name in files_of(f"{bucket}/kept/checkpoints")} == {"20", "30"}
+    state = Checkpoints(f"{bucket}/kept", owned=False).restore(30, abstract())
+    for actual, expected in zip(jax.tree.leaves(state), jax.tree.leaves(state_at(30))):
+        np.testing.assert_array_equal(actual, expected)
+    checkpoints.close()
+
+
+def test_a_step_whose_last_object_is_missing_was_never_saved(bucket):
+    saved_steps(f"{bucket}/torn", 10, 20).close()
+    (epath.Path(f"{bucket}/torn/checkpoints/20") / "commit_success.txt").unlink()
+    assert find_checkpoint(f"{bucket}/torn")[1] == 10
+    assert files_of(
+        f"{bucket}/torn/checkpoints/20"
+    )  # a reader removes nothing: it may be on its way
+    again = Checkpoints(f"{bucket}/torn")
+    assert again.steps == [10]
+    again.save(state_at(20), RUN)
+    again.close()
+    assert find_checkpoint(f"{bucket}/torn@20")[1] == 20
+
+
+def test_nothing_is_renamed_because_a_folder_of_objects_cannot_be(bucket):
+    saved_steps(f"{bucket}/names", 10).close()
+    assert not [name for name in files_of(f"{bucket}/names") if "tmp" in name or "partial" in name]
+
+
+def test_the_older_of_two_writers_is_told_at_its_next_save(bucket):
+    older = saved_steps(f"{bucket}/claimed", 10)
+    newer = Checkpoints(f"{bucket}/claimed")
+    with pytest.raises(UserError, match="Another train has started"):
+        older.save(state_at(20), RUN)
+    newer.save(state_at(20), RUN)
+    newer.close()
+
+
+def test_a_bucket_that_is_not_there_is_told_in_a_sentence(bucket):
+    with pytest.raises(UserError, match="create it, or check its name"):
+        find_checkpoint(f"{bucket}-that-is-not-there/run")
+
+
+def test_a_workdir_without_checkpoints_is_told(bucket):
+    with pytest.raises(UserError, match="holds no checkpoints"):
+        find_checkpoint(f"{bucket}/nothing")
+
+
+def test_a_dataset_in_a_bucket_is_refused_with_the_remedy(bucket):
+    with pytest.raises(UserError, match="copy or mount it"):
+        read_dataset(f"{bucket}/data")
+
+
+def test_a_corpus_in_a_bucket_becomes_the_dataset_of_the_same_files_on_a_disk(bucket, tmp_path):
+    corpus = tmp_path / "corpus"
+    corpus.mkdir()
+    for name, text in {"a.txt": "the first letter", "b.txt": "and the second"}.items():
+        (corpus / name).write_text(text)
+        epath.Path(f"{bucket}/corpus/{name}").write_text(text)
+    settings = {"sequence_length": 8, "tokenizer": "bytes", "heldout": 0}
+    on_disk = prepare([str(corpus)], tmp_path / "disk", **settings)
+    for number, urls in enumerate((["corpus"], ["corpus/*.txt"], ["corpus/a.txt", "corpus/b.txt"])):
+        remote = prepare(
+            [f"{bucket}/{url}" for url in urls], tmp_path / f"remote{number}", **settings
+        )
+        assert remote["fingerprint"] == on_disk["fingerprint"]
+        assert remote["splits"]["train"]["num_bytes"] == len("the first letterand the second")
+
+
+@pytest.mark.slow
+def test_a_run_in_a_bucket_that_is_killed_and_resumed_is_the_run_on_a_disk(bucket, runs, tmp_path):
+    words = [
+        "num_steps=12",
+        "schedule.name=cosine",
+        "checkpoint.every_steps=3",
+        "optimizer.ema_decay=0.9",
+    ]
+    on_disk, workdir = runs.directory / "on-disk", f"{bucket}/run"
+    if not on_disk.exists():
+        runs.train(on_disk, *words)
+    process = runs.start(workdir, *words)
+    log = ""
+    while "step 10/12" not in log:  # the save of step 9 has waited for the one of step 6
+        line = process.stderr.readline()
+        assert line, log
+        log += line
+    process.kill()
+    process.communicate()
+    process = runs.start(workdir, *words)
+    _, log = process.communicate(timeout=300)
+    assert process.returncode == 0, log
+    assert f"start       step 6 of {workdir}" in log or f"start       step 9 of {workdir}" in log
+
+    copy = tmp_path / "copy"
+    for name in files_of(workdir):
+        (copy / name).parent.mkdir(parents=True, exist_ok=True)
+        (copy / name).write_bytes(epath.Path(f"{workdir}/{name}").read_bytes())
+    expected, actual = saved_arrays(on_disk, 12), saved_arrays(copy, 12)
+    assert actual.keys() == expected.keys()
+    for name, array in expected.items():
+        np.testing.assert_array_equal(actual[name], array, err_msg=name)
+    assert metric_lines(copy) == metric_lines(on_disk)
+    assert json.loads((copy / "run.json").read_text())["config"]["num_steps"] == 12
+    assert list((copy / "tensorboard").iterdir())
+
+    command = [sys.executable, "-m", "llada_jax", "sample", "--gen-length", "8", "--steps", "8"]
+    texts = [
+        subprocess.run(
+            [*command, "--checkpoint", str(place)], capture_output=True, text=True, timeout=300
+        )
+        for place in (workdir, on_disk)
+    ]
+    assert texts[0].returncode == 0, texts[0].stderr
+    assert texts[0].stdout == texts[1].stdout
+
+
+def test_urls_are_remote_and_paths_are_not():
+    assert remote.is_remote("gs://bucket/run")
+    assert not remote.is_remote(Path("runs/tiny"))
+    assert not remote.is_remote("runs/tiny")
+
+
+def test_an_unknown_kind_of_url_names_those_that_are_known():
+    with pytest.raises(UserError, match="'ftp'.* Known: gs, s3"):
+        remote.path_of("ftp://host/run")
+
+
+def test_a_missing_library_is_answered_with_the_line_that_installs_it(monkeypatch):
+    monkeypatch.setitem(sys.modules, "s3fs", None)
+    with pytest.raises(UserError, match=r"pip install 'llada_jax\[s3\]'"):
+        remote.path_of("s3://another-bucket/run")
+
+
+def test_s3_goes_where_the_environment_says(monkeypatch):
+    for name in (
+        "AWS_ENDPOINT_URL",
+        "AWS_ENDPOINT_URL_S3",
+        "AWS_ACCESS_KEY_ID",
+        "AWS_REGION",
+        "AWS_DEFAULT_REGION",
+    ):
+        monkeypatch.delenv(name, raising=False)
+    plain = {"driver": "s3", "bucket": "bucket", "path": "run/checkpoints/10"}
+    assert s3_spec("s3:/bucket/run/checkpoints/10") == plain
+    monkeypatch.setenv("AWS_ENDPOINT_URL", "http://store:9000")
+    monkeypatch.setenv("AWS_REGION", "eu-west-1")
+    assert s3_spec("s3://bucket/run/checkpoints/10") == plain | {
+        "endpoint": "http://store:9000",
+        "aws_region": "eu-west-1",
+    }

@@ -1,0 +1,66 @@
+"""Small data sets of byte tokens, written the way `prepare` writes them."""
+
+import os
+from pathlib import Path
+
+import numpy as np
+
+from llada_jax.data.records import encode_record, write_dataset_json, write_shard
+from llada_jax.data.tokenizer import load_tokenizer
+
+SEQUENCE_LENGTH = 32
+
+
+def write_dataset(
+    directory: Path, tokens: dict[str, np.ndarray], *, sequence_length: int = SEQUENCE_LENGTH
+) -> Path:
+    """Writes a dataset of byte tokens, {split: tokens}, each split one document in one shard."""
+    tokenizer = load_tokenizer("bytes")
+    tokenizer.save(directory / "tokenizer")
+    splits = {}
+    for name, stream in tokens.items():
+        rows = [stream[i : i + sequence_length] for i in range(0, len(stream), sequence_length)]
+        starts = [np.arange(len(row)) == 0 for row in rows]
+        file = f"{name}-00000.arrayrecord"
+        write_shard(
+            directory / file,
+            (
+                encode_record(
+                    row, start, sequence_length=sequence_length, vocab_size=tokenizer.vocab_size
+                )
+                for row, start in zip(rows, starts)
+            ),
+        )
+        size = os.path.getsize(directory / file)
+        splits[name] = {
+            "num_records": len(rows),
+            "num_tokens": len(stream),
+            "num_bytes": len(stream),
+            "num_documents": 1,
+            "num_padding": len(rows) * sequence_length - len(stream),
+            "shards": [{"file": file, "num_records": len(rows), "num_bytes_on_disk": size}],
+        }
+    ids = {name: getattr(tokenizer, name) for name in ("mask_id", "eos_id", "bos_id", "pad_id")}
+    described = {
+        "kind": "bytes",
+        "fingerprint": tokenizer.fingerprint,
+        "vocab_size": tokenizer.vocab_size,
+        **ids,
+    }
+    content = {
+        "format": 1,
+        "sequence_length": sequence_length,
+        "fingerprint": "0" * 32,
+        "tokenizer": described,
+    }
+    write_dataset_json(directory, {**content, "splits": splits, "source": {}})
+    return directory
+
+
+def circle_dataset(directory: Path) -> Path:
+    """Letters that mostly go round in a circle, so that there is something to learn."""
+    rng = np.random.default_rng(0)
+    moves = rng.choice([1, 2, 5], p=[0.7, 0.2, 0.1], size=40_000)
+    letters = (97 + np.cumsum(moves) % 26).astype(np.int32)
+    directory.mkdir()
+    return write_dataset(directory, {"train": letters[:36_000], "heldout": letters[36_000:]})

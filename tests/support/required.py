@@ -1,0 +1,59 @@
+"""What a test needs beside Python: where it is absent the test is skipped with a reason; in CI it
+fails.
+
+CI installs all of it and sets LLADA_JAX_REQUIRE_ALL=1, so that nothing goes unseen by being
+skipped. Elsewhere a contributor without root, libtpu or a cluster still runs the rest.
+"""
+
+import importlib
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+from typing import NoReturn
+
+import pytest
+
+LIBTPU = (
+    Path(sys.prefix) / "libtpu"
+)  # beside the other packages, where JAX does not take it for a TPU of this machine
+
+
+def must_be_there() -> bool:
+    """Whether an absence is a failure, as in CI."""
+    return os.environ.get("LLADA_JAX_REQUIRE_ALL", "") not in ("", "0")
+
+
+def absent(reason: str) -> NoReturn:
+    """Ends the test: as failed in CI, as skipped elsewhere."""
+    (pytest.fail if must_be_there() else pytest.skip)(reason)
+
+
+def library(name: str):
+    """Returns an imported library of the dev extra."""
+    try:
+        return importlib.import_module(name)
+    except ImportError as error:
+        absent(f"{name} is not installed ({error}): pip install 'llada_jax[dev]'")
+
+
+def program(name: str, *, package: str) -> str:
+    """Returns the path of a program that a Python package installs, beside the interpreter or on
+    the PATH.
+    """
+    beside = Path(sys.executable).with_name(name)
+    found = str(beside) if beside.exists() else shutil.which(name)
+    return found or absent(f"{name} is not installed: pip install {package}")
+
+
+def libtpu_environment() -> dict[str, str]:
+    """Returns an environment in which the TPU's compiler is importable."""
+    environment = {**os.environ, "PYTHONPATH": f"{LIBTPU}:{os.environ.get('PYTHONPATH', '')}"}
+    environment.pop("XLA_FLAGS", None)  # tests/conftest.py sets some for the compiler of CPUs
+    there = [sys.executable, "-c", "import libtpu"]
+    if subprocess.run(there, env=environment, capture_output=True, check=False).returncode:
+        absent(
+            f"libtpu is not installed: pip install --no-deps --target {LIBTPU} 'libtpu==0.0.42.*'"
+        )
+    return environment

@@ -1,0 +1,70 @@
+"""One step of training, with a model so small that its update is known."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+
+from llada_jax.training.state import TrainState
+from llada_jax.training.step import make_train_step
+
+RATE = 0.5
+
+
+def objective(nll_fn, params, batch, key, row_B, *, num_rows):
+    """Loss w * x over the rows: its gradient is the sum of x, and not finite where an x is not."""
+    loss_sum = jnp.sum(params["w"] * batch["x"][:, 0])
+    count = jnp.float32(num_rows)
+    return loss_sum, count, {"loss": (loss_sum, count)}
+
+
+def trained_on(rows: list[list[float]], *, skip_nonfinite: bool) -> TrainState:
+    optimizer = optax.adam(RATE)
+    params = {"w": jnp.float32(1.0)}
+    zero = (jnp.float32(0), jnp.float32(0))
+    metrics = dict.fromkeys(("loss", "grad_norm", "param_norm", "learning_rate", "skipped"), zero)
+    state = TrainState(
+        jnp.int32(0), params, optimizer.init(params), jax.tree.map(jnp.copy, params), metrics
+    )
+    step = make_train_step(
+        objective,
+        None,
+        optimizer,
+        lambda step: RATE,
+        seed=0,
+        num_rows=2,
+        num_microbatches=1,
+        ema_decay=0.9,
+        skip_nonfinite=skip_nonfinite,
+    )
+    for row in rows:
+        state = jax.jit(step)(state, {"x": jnp.array(row, jnp.float32)[:, None]})
+    return state
+
+
+@pytest.mark.parametrize("bad", [[np.nan, 1.0], [np.inf, 1.0], [np.inf, -np.inf]])
+def test_a_skipped_step_changes_nothing_but_the_step_number_and_its_counter(bad):
+    good = [[1.0, 2.0], [3.0, -1.0], [2.0, 2.0]]
+    without = trained_on(good, skip_nonfinite=True)
+    with_bad = trained_on([good[0], bad, *good[1:]], skip_nonfinite=True)
+    assert int(with_bad.step) == int(without.step) + 1
+    for name in ("params", "opt_state", "ema"):
+        jax.tree.map(np.testing.assert_array_equal, getattr(with_bad, name), getattr(without, name))
+    skipped = with_bad.metrics.pop("skipped")
+    assert [float(value) for value in skipped] == [1.0, 4.0]
+    without.metrics.pop("skipped")
+    jax.tree.map(np.testing.assert_array_equal, with_bad.metrics, without.metrics)
+
+
+def test_without_skipping_the_numbers_stop_being_finite():
+    state = trained_on([[1.0, 2.0], [np.nan, 1.0]], skip_nonfinite=False)
+    assert not np.isfinite(float(state.params["w"]))
+    assert not np.isfinite(float(state.metrics["grad_norm"][0]))
+    assert float(state.metrics["skipped"][0]) == 0
+
+
+def test_skipping_changes_no_step_that_is_finite():
+    rows = [[1.0, 2.0], [3.0, -1.0]]
+    states = [trained_on(rows, skip_nonfinite=flag) for flag in (True, False)]
+    jax.tree.map(np.testing.assert_array_equal, *states)

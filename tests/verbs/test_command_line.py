@@ -1,0 +1,262 @@
+"""The face of `llada-jax`: the table of verbs, help that fits a screen, flags that scripts rely on,
+mistakes in one line.
+"""
+
+import re
+import subprocess
+import sys
+
+import pytest
+
+import llada_jax
+from llada_jax.__main__ import VERBS, main
+from llada_jax.errors import UserError
+from llada_jax.verbs import command_line
+from llada_jax.verbs.command_line import Parser
+
+LINES, COLUMNS = 24, 100
+
+# What scripts and documents say. A flag may be added here; taking one away, or renaming it, breaks
+# somebody's script.
+FLAGS = {
+    "prepare": """--input --output --sequence-length --tokenizer --text-field --documents --document-start --heldout --workers
+        --add-mask-token --json""",
+    "train": "--config --workdir --config.KEY",
+    "rollback": "--workdir --to --skip",
+    "sample": """--checkpoint --prompt --prompt-file --gen-length --block-length --steps --temperature --remasking --cfg-scale
+        --num-samples --batch-size --seed --ignore-eos --show --json""",
+    "evaluate": "--checkpoint --data --split --mc-samples --batch-size --seed --baselines --json",
+    "import": "--from --output --mesh --mask-token --causal --json",
+    "export": """--checkpoint --output --dtype --shard-size --ema --layout --chat-template --force --verify --push-to-hub
+        --dry-run --json""",
+    "plan": "--config --topology --slices --vocab-size --compile --search --flags --json --config.KEY",
+    "sweep": """--config --workdir --list --index --run --optuna --table --fit --parallel --plot --dry-run --json
+        --config.KEY""",
+}
+
+REQUIRED = {
+    "prepare": ["--input", "x", "--output", "y", "--sequence-length", "16", "--tokenizer", "bytes"],
+    "train": ["--config", "x.py", "--workdir", "y"],
+    "rollback": ["--workdir", "x", "--to", "1"],
+    "sample": ["--checkpoint", "x"],
+    "evaluate": ["--checkpoint", "x", "--data", "y"],
+    "import": ["--from", "x", "--output", "y"],
+    "export": ["--checkpoint", "x", "--output", "y"],
+    "plan": ["--config", "x.py", "--topology", "v5p-8"],
+    "sweep": ["--config", "x.py", "--workdir", "y"],
+}
+
+
+@pytest.fixture
+def says(capsys):
+    """Returns says(*argv) -> the one line on stderr of a command that exits 2."""
+
+    def says(*argv: str) -> str:
+        assert main(list(argv)) == 2
+        out, err = capsys.readouterr()
+        assert out == ""
+        (line,) = err.splitlines()
+        assert line.startswith("llada-jax: ")
+        assert line.endswith((".", "?"))
+        return line
+
+    return says
+
+
+@pytest.fixture
+def help_of(capsys, monkeypatch):
+    """Returns help_of(verb) -> the text of `llada-jax VERB --help` on a screen of 100 columns."""
+    monkeypatch.setenv("COLUMNS", str(COLUMNS))
+
+    def help_of(verb: str) -> str:
+        with pytest.raises(SystemExit) as ended:
+            main([verb, "--help"])
+        assert ended.value.code == 0
+        out, err = capsys.readouterr()
+        assert err == ""
+        return out
+
+    return help_of
+
+
+# ---- the table of verbs
+
+
+def test_every_verb_is_tested_here():
+    assert set(FLAGS) == set(REQUIRED) == set(VERBS)
+
+
+def test_without_a_verb_the_verbs_are_listed_and_the_status_is_that_of_a_mistake(capsys):
+    assert main([]) == 2
+    out = capsys.readouterr().out
+    assert out.startswith("usage: llada-jax VERB")
+    for verb, summary in VERBS.items():
+        assert re.search(rf"^  {verb} +{re.escape(summary)}$", out, flags=re.MULTILINE)
+    fits_a_screen(out)
+
+
+@pytest.mark.parametrize("word", ["--help", "-h", "help"])
+def test_help_lists_the_verbs(word, capsys):
+    assert main([word]) == 0
+    out, err = capsys.readouterr()
+    assert all(verb in out for verb in VERBS)
+    assert err == ""
+    fits_a_screen(out)
+
+
+def test_version_is_the_packages(capsys):
+    assert main(["--version"]) == 0
+    assert capsys.readouterr().out == f"{llada_jax.__version__}\n"
+    assert re.fullmatch(r"\d+\.\d+\.\d+", llada_jax.__version__)
+
+
+def test_an_unknown_verb_names_the_one_that_was_meant(says):
+    assert says("trian") == "llada-jax: Unknown verb 'trian'. Did you mean 'train'?"
+    assert (
+        says("preprare", "--help") == "llada-jax: Unknown verb 'preprare'. Did you mean 'prepare'?"
+    )
+    assert says("--workdir", "x").startswith(
+        "llada-jax: Unknown verb '--workdir'. Known: evaluate, "
+    )
+
+
+def test_the_module_and_the_console_script_are_the_same_command():
+    words = ["sample", "--chekpoint", "x"]
+    script = f"{sys.prefix}/bin/llada-jax"
+    done = [
+        subprocess.run([*command, *words], capture_output=True, text=True, check=False)
+        for command in ([sys.executable, "-m", "llada_jax"], [script])
+    ]
+    assert [d.returncode for d in done] == [2, 2]
+    assert done[0].stderr == done[1].stderr
+    assert done[0].stdout == done[1].stdout == ""
+
+
+def test_a_reader_that_has_gone_is_no_error():
+    command = f"{sys.executable} -m llada_jax prepare --help | true; echo ${{PIPESTATUS[0]}}"
+    done = subprocess.run(["bash", "-c", command], capture_output=True, text=True, check=False)
+    assert done.stdout == "0\n"
+    assert done.stderr == ""
+
+
+# ---- the help
+
+
+def fits_a_screen(text: str) -> None:
+    lines = text.splitlines()
+    assert len(lines) <= LINES
+    assert max(map(len, lines)) <= COLUMNS
+
+
+@pytest.mark.parametrize("verb", VERBS)
+def test_help_fits_a_screen_and_ends_with_an_example(verb, help_of):
+    text = help_of(verb)
+    fits_a_screen(text)
+    *_, heading, example = text.splitlines()
+    assert heading == "example:"
+    assert example.startswith(f"  llada-jax {verb} --")
+    assert text.startswith(f"usage: llada-jax {verb}")
+
+
+@pytest.mark.parametrize("verb", VERBS)
+def test_the_example_of_the_help_is_accepted(verb, help_of, monkeypatch):
+    import shlex
+
+    example = help_of(verb).splitlines()[-1]
+    parsed = []
+
+    def stop(self, argv):
+        parsed.append(Parser.__mro__[1].parse_args(self, argv))
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(Parser, "parse_args", stop)
+    assert main(shlex.split(example)[1:]) == 130
+    assert len(parsed) == 1
+
+
+@pytest.mark.parametrize("verb", VERBS)
+def test_the_flags_are_those_that_scripts_rely_on(verb, help_of):
+    text = help_of(verb).split("example:")[0]
+    listed = set(re.findall(r"^  (?:-\w, )?(--[\w.-]+)", text, flags=re.MULTILINE)) - {"--help"}
+    assert listed == set(FLAGS[verb].split())
+
+
+@pytest.mark.parametrize("verb", VERBS)
+def test_every_flag_has_a_line_that_says_what_it_does(verb, help_of):
+    text = help_of(verb).split("example:")[0]
+    for flag in FLAGS[verb].split():
+        # on its own line, or on the next one where the flag is too long for the column
+        assert re.search(
+            rf"^  {re.escape(flag)}\b[^\n]*?(  |\n {{20,}})\S", text, flags=re.MULTILINE
+        ), flag
+
+
+# ---- mistakes
+
+
+@pytest.mark.parametrize("verb", VERBS)
+def test_every_misspelt_flag_names_the_one_that_was_meant(verb, says):
+    for flag in FLAGS[verb].split():
+        if len(flag) > 8 and flag != "--config.KEY":
+            typo = flag[:-2] + flag[-1]
+            line = says(verb, *REQUIRED[verb], f"{typo}=3")
+            assert (
+                line == f"llada-jax: llada-jax {verb}: there is no {typo!r}. Did you mean {flag!r}?"
+            )
+
+
+@pytest.mark.parametrize("verb", VERBS)
+def test_a_missing_flag_is_named(verb, says):
+    required = [word for word in REQUIRED[verb] if word.startswith("--")]
+    line = says(verb)
+    assert all(flag in line for flag in required)
+    assert f"see llada-jax {verb} --help" in line
+
+
+@pytest.mark.parametrize("verb", VERBS)
+def test_a_flag_is_never_guessed_from_its_beginning(verb, says):
+    first = REQUIRED[verb][0]
+    assert first in says(verb, first[:-1], *REQUIRED[verb][1:])
+
+
+def test_a_word_for_a_number_is_named(says):
+    line = says("sample", "--checkpoint", "x", "--gen-length", "ten")
+    assert "--gen-length" in line
+    assert "'ten'" in line
+    line = says("prepare", *REQUIRED["prepare"], "--documents", "page")
+    assert "--documents" in line
+    assert "'page'" in line
+    assert "record" in line
+
+
+def test_a_knob_without_the_equals_sign_is_told_to_have_one(says, tmp_path):
+    (tmp_path / "c.py").write_text("from llada_jax.config import default_config as get_config\n")
+    words = ["train", "--config", str(tmp_path / "c.py"), "--workdir", str(tmp_path / "run")]
+    assert "--config.seed=VALUE" in says(*words, "--config.seed", "3")
+    assert "--config.seed=VALUE" in says(*words, "--config.seed")
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_flag_in_the_place_of_a_value_is_a_mistake(says):
+    assert "--workdir" in says("train", "--config", "x.py", "--workdir", "--config.seed=3")
+
+
+def test_the_parser_raises_instead_of_leaving_the_process():
+    parser = Parser("verb", "Does.", "llada-jax verb --flag 1")
+    parser.add_argument("--flag", type=int)
+    with pytest.raises(UserError, match="there is no '--flog'. Did you mean '--flag'"):
+        parser.parse_args(["--flog", "1"])
+    assert command_line.Parser is Parser
+
+
+def test_an_interrupt_outside_of_training_has_a_status_of_its_own_and_no_traceback(
+    capsys, monkeypatch
+):
+    def interrupted(self, argv):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(Parser, "parse_args", interrupted)
+    for verb in VERBS:
+        assert main([verb]) == 130
+        (line,) = capsys.readouterr().err.splitlines()
+        assert line.startswith("llada-jax: interrupted")

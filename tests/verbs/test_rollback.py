@@ -1,0 +1,84 @@
+"""Going back to an earlier step: which data a run reads afterwards, and that nothing is lost."""
+
+import json
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from support.runs import metric_lines
+
+from llada_jax.__main__ import main
+from llada_jax.data.loader import train_batches
+from llada_jax.run.rollbacks import batch_of_step, skip_after
+
+stretches = st.lists(st.tuples(st.integers(1, 60), st.integers(1, 9)), max_size=5)
+
+
+@given(stretches)
+def test_a_step_reads_the_batch_that_many_places_into_what_is_left(rollbacks):
+    skipped, left_out = [], set()
+    for step, number in rollbacks:
+        remaining = [batch for batch in range(1, 400) if batch not in left_out]
+        left_out |= set(remaining[step : step + number])
+        skipped = skip_after(step, number, skipped)
+    remaining = [batch for batch in range(1, 400) if batch not in left_out]
+    assert [batch_of_step(step, skipped) for step in range(1, 100)] == remaining[:99]
+
+
+@given(stretches, st.integers(1, 50), st.integers(1, 9))
+def test_batches_once_left_out_never_come_back(rollbacks, step, number):
+    skipped = []
+    for where, count in rollbacks:
+        skipped = skip_after(where, count, skipped)
+    before = {batch_of_step(s, skipped) for s in range(1, 300)}
+    after = {batch_of_step(s, skip_after(step, number, skipped)) for s in range(1, 250)}
+    assert after <= before
+    assert len(before - after) >= number
+
+
+def test_steps_before_a_rollback_read_what_they_read():
+    assert [batch_of_step(step, [(6, 8)]) for step in (1, 5, 6, 7)] == [1, 5, 9, 10]
+
+
+@pytest.mark.slow
+def test_a_run_rolled_back_continues_on_the_data_behind_the_bad_stretch(runs, capsys):
+    workdir, knobs = (
+        runs.directory / "rolled",
+        ("num_steps=8", "checkpoint.every_steps=4", "log.every_steps=1"),
+    )
+    runs.train(workdir, *knobs)
+    before = metric_lines(workdir, "train")
+    assert main(["rollback", "--workdir", str(workdir), "--to", "4"]) == 0
+    assert "is back at step 4; the 4 batches after it are left out" in capsys.readouterr().out
+    log = runs.train(workdir, *knobs)
+    assert "step 4 of" in log
+    after = metric_lines(workdir, "train")
+    assert after[:4] == before[:4]
+    assert all(
+        new["train"]["loss"] != old["train"]["loss"]
+        for new, old in zip(after[4:], before[4:], strict=True)
+    )
+    # what was later is kept, not deleted
+    assert sorted(path.name for path in (workdir / "rolled-back" / "1").iterdir()) == [
+        "8",
+        "metrics.jsonl",
+    ]
+    # the record of a checkpoint tells which data it has not seen
+    assert json.loads((workdir / "run.json").read_text())["rollbacks"] == {
+        "count": 1,
+        "skipped": [[5, 8]],
+    }
+    # the batches are those that an undisturbed run reads as its ninth to twelfth
+    settings = {"batch_size": 4, "sequence_length": 32, "seed": 0}
+    undisturbed = train_batches([(str(runs.dataset), 1.0)], **settings)
+    batches = [next(undisturbed) for _ in range(9)]
+    continued = train_batches(
+        [(str(runs.dataset), 1.0)], **settings, start_step=batch_of_step(5, [(5, 8)]) - 1
+    )
+    np.testing.assert_array_equal(next(continued)["tokens"], batches[8]["tokens"])
+
+
+def test_only_a_saved_step_can_be_gone_back_to(tmp_path, capsys):
+    assert main(["rollback", "--workdir", str(tmp_path), "--to", "4"]) == 2
+    assert "holds no checkpoints" in capsys.readouterr().err

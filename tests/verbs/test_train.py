@@ -1,0 +1,328 @@
+"""Whole runs as users start them: every config, every objective, what is written, and where a run
+may start from.
+"""
+
+import json
+import lzma
+from pathlib import Path
+
+import jax
+import numpy as np
+import pytest
+from support.datasets import SEQUENCE_LENGTH, write_dataset
+from support.paths import ROOT
+from support.runs import free_port, losses, metric_lines
+
+from llada_jax.__main__ import main
+from llada_jax.verbs.train import compilation_cache
+
+CONFIGS = sorted((ROOT / "configs").glob("*.py"))
+SMALL = {
+    "num_steps": 2,
+    "num_tokens": 0,
+    "data.batch_size": 8,
+    "data.sequence_length": SEQUENCE_LENGTH,
+    "model.vocab_size": 0,
+    "model.num_layers": 2,
+    "model.d_model": 32,
+    "model.head_dim": 8,
+    "model.d_ff": 64,
+    "evaluation.every_steps": 1,
+    "evaluation.num_batches": 1,
+    "evaluation.final_num_batches": 1,
+    "log.every_steps": 1,
+}
+
+
+def words(knobs: dict) -> list[str]:
+    return [f"{key}={value}" for key, value in knobs.items()]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("config", CONFIGS, ids=lambda path: path.stem)
+def test_every_config_trains_when_it_is_made_small(config, runs):
+    workdir = runs.directory / f"config-{config.stem}"
+    log = runs.train(workdir, *words(SMALL), config=config)
+    assert [line["step"] for line in metric_lines(workdir, "train")] == [1, 2]
+    assert "final heldout" in log
+
+
+def test_the_compilation_cache_is_where_the_config_says_else_the_environment_else_in_the_home():
+    known = jax.config.jax_compilation_cache_dir
+    try:
+        for said, setting, expected in (
+            ("/there", "auto", "/there"),
+            ("/there", "/here", "/here"),
+            ("/there", "", None),
+            (None, "auto", str(Path.home() / ".cache/llada_jax")),
+            (None, "", None),
+        ):
+            jax.config.update("jax_compilation_cache_dir", said)
+            assert compilation_cache(setting) == expected
+    finally:
+        jax.config.update("jax_compilation_cache_dir", known)
+
+
+@pytest.fixture(scope="module")
+def rich_run(runs, tmp_path_factory):
+    """A run that uses everything at once; returns its workdir and what it said."""
+    rng = np.random.default_rng(1)
+    other = tmp_path_factory.mktemp("other") / "data"
+    other.mkdir()
+    digits = (48 + np.cumsum(rng.integers(1, 3, 9000)) % 10).astype(np.int32)
+    write_dataset(other, {"train": digits[:8000], "heldout": digits[8000:]})
+    workdir = runs.directory / "rich"
+    log = runs.train(
+        workdir,
+        f"data.path={runs.dataset}=0.7,{other}=0.3",
+        "optimizer.ema_decay=0.9",
+        "optimizer.name=muon",
+        "optimizer.gradient_accumulation=2",
+        "samples.every_steps=20",
+        "samples.gen_length=8",
+        "samples.steps=8",
+        "samples.block_length=8",
+        "log.profile_at_step=12",
+        "log.profile_num_steps=2",
+        "objective.masking=exact_count",
+        "objective.weight=none",
+        "data.attend_across_documents=false",
+        "model.qk_norm=per_head",
+        "model.tie_embeddings=true",
+    )
+    return workdir, log
+
+
+@pytest.mark.slow
+def test_the_plan_says_what_will_be_run_with_its_arithmetic(rich_run):
+    _, log = rich_run
+    for piece in (
+        "initialisation from seed 0",
+        "16 rows * 32 = 512 tokens in 2 microbatches",
+        "20 steps = 10.2k tokens",
+        "12 * 2 layers * 32 * 32",
+        "a device for parameters and optimizer state",
+        "no MFU: the peak of 'cpu' is unknown",
+        "epochs",
+        "attention xla",
+        "compiled",
+    ):
+        assert piece in log, piece
+    assert "\x1b" not in log  # no terminal, no colours, no bar
+    assert "\r" not in log
+
+
+@pytest.mark.slow
+def test_metrics_hold_the_curve_and_keep_the_machine_apart(rich_run):
+    workdir, _ = rich_run
+    lines = [json.loads(line) for line in (workdir / "metrics.jsonl").read_text().splitlines()]
+    train = [line for line in lines if "train" in line]
+    assert [line["step"] for line in train] == list(range(1, 21))
+    wanted = {
+        "loss",
+        "nelbo",
+        "masked_accuracy",
+        "bits_per_byte",
+        "grad_norm",
+        "param_norm",
+        "learning_rate",
+        "tokens",
+    }
+    seen = set().union(*(line["train"] for line in train))
+    assert wanted | {f"nll_t{i}" for i in range(10)} == seen
+    for line in train:
+        assert line["train"]["bits_per_byte"] == pytest.approx(
+            line["train"]["nelbo"] / np.log(2)
+        )  # a byte a token
+        assert {"tokens_per_s", "step_s", "data_wait_share", "rss_gib", "goodput"} <= set(
+            line["speed"]
+        )
+        assert 0 <= line["speed"]["data_wait_share"] <= 1
+    groups = {group for line in lines for group in line if group.startswith(("heldout", "final"))}
+    assert groups == {"heldout_0_data", "heldout_1_data", "final_0_data", "final_1_data"}
+
+
+@pytest.mark.slow
+def test_tensorboard_opens_the_workdir(rich_run):
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    workdir, _ = rich_run
+    board = EventAccumulator(str(workdir / "tensorboard"))
+    board.Reload()
+    assert {
+        "train/loss",
+        "train/nll_t5",
+        "speed/tokens_per_s",
+        "heldout_0_data/bits_per_byte",
+    } <= set(board.Tags()["scalars"])
+    assert [event.step for event in board.Scalars("train/loss")] == list(range(1, 21))
+    curve = [event.value for event in board.Scalars("train/loss")]
+    np.testing.assert_allclose(curve, losses(workdir), rtol=1e-6)
+    assert any("samples" in tag for tag in board.Tags()["tensors"])
+    assert list((workdir / "profile").glob("**/*.xplane.pb"))
+
+
+@pytest.mark.slow
+def test_a_mixture_learns_both_of_its_sources(rich_run):
+    workdir, _ = rich_run
+    for number in (0, 1):
+        before, after = (
+            metric_lines(workdir, f"{group}_{number}_data")[0] for group in ("heldout", "final")
+        )
+        assert before["step"] < after["step"]
+        assert after[f"final_{number}_data"]["nelbo"] < before[f"heldout_{number}_data"]["nelbo"]
+
+
+@pytest.fixture(scope="module")
+def small_run(runs):
+    workdir = runs.directory / "small"
+    runs.train(workdir)
+    return workdir
+
+
+@pytest.mark.slow
+def test_the_autoregressive_control_runs_on_the_same_data(runs, capsys):
+    workdir = runs.directory / "autoregressive"
+    runs.train(workdir, "objective.name=autoregressive")
+    curve = losses(workdir)
+    assert curve[-1] < curve[0] - 1
+    assert "nll" in metric_lines(workdir, "train")[0]["train"]
+    assert (
+        main(["evaluate", "--checkpoint", str(workdir), "--data", str(runs.dataset), "--json"]) == 0
+    )
+    result = json.loads(capsys.readouterr().out)
+    final = metric_lines(workdir, "final")[0]["final"]
+    assert result["nll_nats_per_token"] == pytest.approx(final["nll"], rel=1e-4)
+    assert main(["sample", "--checkpoint", str(workdir), "--gen-length", "4"]) == 2
+    assert "autoregressive" in capsys.readouterr().err
+
+
+@pytest.mark.slow
+def test_restore_continues_the_whole_state_and_init_from_takes_the_weights_alone(runs, small_run):
+    restored, initialised = runs.directory / "restored", runs.directory / "initialised"
+    log = runs.train(restored, f"checkpoint.restore={small_run}@10")
+    assert "start       step 10 of" in log
+    np.testing.assert_array_equal(losses(restored), losses(small_run)[10:])
+    log = runs.train(initialised, f"checkpoint.init_from={small_run}", "seed=5")
+    assert "start       weights of step 20 of" in log
+    assert len(losses(initialised)) == 20
+    assert losses(initialised)[0] < losses(small_run)[0] - 1
+
+
+@pytest.mark.slow
+def test_old_checkpoints_go_and_permanent_ones_stay(runs):
+    workdir = runs.directory / "retention"
+    runs.train(
+        workdir, "checkpoint.every_steps=3", "checkpoint.keep=2", "checkpoint.keep_every_steps=6"
+    )
+    assert sorted(int(path.name) for path in (workdir / "checkpoints").iterdir()) == [6, 12, 18, 20]
+
+
+@pytest.mark.slow
+def test_evaluate_agrees_with_the_run_and_its_baselines_with_their_definitions(
+    runs, small_run, capsys
+):
+    words = ["--checkpoint", str(small_run), "--data", str(runs.dataset)]
+    assert main(["evaluate", *words, "--mc-samples", "3", "--baselines", "--json"]) == 0
+    result = json.loads(capsys.readouterr().out)
+    final = metric_lines(small_run, "final")[0]["final"]
+    spread = 4 * (result["standard_error"] + final["standard_error"])
+    assert result["nelbo_nats_per_token"] == pytest.approx(final["nelbo"], abs=spread)
+    assert result["num_tokens"] == 4000
+    assert result["bits_per_byte"] == pytest.approx(result["nelbo_nats_per_token"] / np.log(2))
+    # the text once more, as the dataset fixture made it
+    moves = np.random.default_rng(0).choice([1, 2, 5], p=[0.7, 0.2, 0.1], size=40_000)
+    letters = (97 + np.cumsum(moves) % 26).astype(np.uint8)
+    counts = np.bincount(letters[:36_000], minlength=260) + 1.0
+    unigram = -np.log2(counts / counts.sum())[letters[36_000:]].mean()
+    assert result["unigram_bits_per_byte"] == pytest.approx(unigram)
+    size = lambda text: 8 * len(lzma.compress(text.tobytes(), preset=9))  # noqa: E731
+    assert result["xz_bits_per_byte"] == pytest.approx(size(letters[36_000:]) / 4000)
+    assert result["xz_after_train_bits_per_byte"] == pytest.approx(
+        (size(letters) - size(letters[:36_000])) / 4000
+    )
+    assert main(["evaluate", *words]) == 0
+    assert "an upper bound" in capsys.readouterr().out
+
+
+@pytest.mark.slow
+def test_processes_with_different_configs_are_told_so_instead_of_hanging(runs):
+    team = {"JAX_COORDINATOR_ADDRESS": f"localhost:{free_port()}", "JAX_NUM_PROCESSES": "2"}
+    processes = [
+        runs.start(
+            runs.directory / "differ",
+            f"seed={i}",
+            num_devices=2,
+            environment={**team, "JAX_PROCESS_ID": str(i)},
+        )
+        for i in range(2)
+    ]
+    logs = [process.communicate(timeout=300)[1] for process in processes]
+    assert any("was started with another config than the first" in log for log in logs), logs
+
+
+@pytest.mark.slow
+def test_the_python_api_loads_scores_and_samples(small_run):
+    import llada_jax
+
+    model = llada_jax.load(f"{small_run}@10")
+    assert model.step == 10
+    assert model.config["num_steps"] == 20
+    ids = model.tokenizer.encode("abcdefgh")
+    logits = model.logits([ids])
+    assert logits.shape == (1, 8, model.run["architecture"]["vocab_size"])
+    texts = model.generate(["abc", "xyza"], gen_length=8, steps=8, block_length=8)
+    assert len(texts) == 2
+    assert texts == model.generate(["abc", "xyza"], gen_length=8, steps=8, block_length=8)
+    canvas = model.generate_tokens(np.array([ids, ids]), gen_length=4)
+    assert canvas.shape == (2, 12)
+    np.testing.assert_array_equal(canvas[:, :8], [ids, ids])
+    assert (canvas != model.tokenizer.mask_id).all()
+
+
+@pytest.mark.slow
+def test_a_second_train_in_the_same_workdir_is_refused_and_harms_nothing(runs):
+    workdir = runs.directory / "twice"
+    first = runs.start(workdir, "num_steps=100000", "checkpoint.every_steps=1")
+    while not (workdir / "checkpoints" / "2").exists():
+        assert first.poll() is None, first.stderr.read()
+    second = runs.start(workdir, "num_steps=100000", "checkpoint.every_steps=1")
+    _, log = second.communicate(timeout=120)
+    assert second.returncode == 2
+    assert f"Another train is writing into {workdir}" in log
+    first.terminate()
+    _, log = first.communicate(timeout=120)
+    assert first.returncode == 42, log
+
+
+@pytest.mark.slow
+def test_fewer_steps_than_are_done_are_refused(runs, small_run):
+    process = runs.start(small_run, "num_steps=5")
+    _, log = process.communicate(timeout=120)
+    assert process.returncode == 2
+    assert "is at step 20 and the config ends at 5" in log
+
+
+def sampled_texts(workdir) -> list[str]:
+    """What TensorBoard shows under "samples", oldest first."""
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    board = EventAccumulator(str(workdir / "tensorboard"))
+    board.Reload()
+    return [
+        event.tensor_proto.string_val[0].decode() for event in board.Tensors("samples/text_summary")
+    ]
+
+
+@pytest.mark.slow
+def test_several_processes_sample_while_they_train_what_one_samples(runs):
+    # so many denoising steps stood still for ever when they were dispatched all at once
+    lengths = [f"samples.{name}=48" for name in ("gen_length", "steps", "block_length")]
+    knobs = ("num_steps=6", "schedule.name=cosine", "samples.every_steps=6", *lengths)
+    alone, together = runs.directory / "samples-of-one", runs.directory / "samples-of-two"
+    runs.train(alone, *knobs)
+    runs.train(together, *knobs, num_devices=4, num_processes=2)
+    texts = sampled_texts(alone)
+    assert len(texts) == 1
+    assert len(texts[0]) > 4
+    assert sampled_texts(together) == texts
