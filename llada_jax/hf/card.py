@@ -1,4 +1,9 @@
-"""README.md of an export: what the model is, how far it was trained, how well it does, how to sample from it."""
+"""README.md of an export: what the model is, how it was trained and scored, how to sample from it.
+
+The licence of the weights is the user's to choose, since it depends on the training data and, for a
+continued model, on the weights that it started from. So the card names a licence for them only when
+one is given. The PyTorch code in the export belongs to llada_jax, so its licence is always named.
+"""
 
 import dataclasses
 import math
@@ -27,7 +32,7 @@ def heldout_result(lines: list[dict], step: int) -> dict | None:
 
 def model_card(
     *, name: str, a: Architecture, layout: str, dtype: str, weights: str, run: dict, result: dict | None,
-    hf_config: dict, special_tokens: dict[str, str],
+    hf_config: dict, special_tokens: dict[str, str], license_id: str | None = None,
 ) -> str:  # fmt: skip
     """Returns README.md.
 
@@ -36,13 +41,14 @@ def model_card(
         weights: "parameters" or "moving average of the parameters".
         run: run.json of the checkpoint.
         result: of `heldout_result`.
+        license_id: the licence of the weights as the Hub writes it, such as "mit"; None leaves it open.
     """
     shape = [f"| {key} | {value} |" for key, value in dataclasses.asdict(a).items()]
     ids = [f"| {what} | {hf_config[f'{what}_token_id']} | `{token}` |" for what, token in special_tokens.items()]
     sequence_length = run["config"]["data"]["sequence_length"]
     gen_length = min(64, max(1, sequence_length // 2))
     return "\n".join([
-        "---", "library_name: transformers", "pipeline_tag: text-generation",
+        "---", *([f"license: {license_id}"] if license_id else []), "library_name: transformers", "pipeline_tag: text-generation",
         "tags:", "- llada", "- masked-diffusion", "- llada_jax", "---", "",
         f"# {name}", "",
         f"A masked diffusion language model (LLaDA, arXiv 2502.09992) of {format_count(num_parameters(a))} parameters, "
@@ -52,7 +58,8 @@ def model_card(
         "## Sampling", "",
         "```python",
         "from transformers import AutoModelForCausalLM, AutoTokenizer", "",
-        f'tokenizer = AutoTokenizer.from_pretrained("{name}")',
+        # the tokenizer's class comes from the config, which is code of the export: without the flag it stops and asks
+        f'tokenizer = AutoTokenizer.from_pretrained("{name}", trust_remote_code=True)',
         f'model = AutoModelForCausalLM.from_pretrained("{name}", trust_remote_code=True).eval()',
         'prompt = tokenizer("Once upon a time", return_tensors="pt").input_ids',
         f"canvas = model.generate_diffusion(prompt, gen_length={gen_length}, block_length={gen_length}, steps={gen_length})",
@@ -67,7 +74,18 @@ def model_card(
         "`generate_diffusion` fills masks; the autoregressive `generate` of transformers does not apply to this model.",
         "", "## Network", "", "| | |", "|---|---|", *shape, f"| trained on rows of | {sequence_length} tokens |", "",
         "| special token | id | |", "|---|---|---|", *ids, "",
+        "## Licence", "", *_licence(license_id), "",
     ])  # fmt: skip
+
+
+def _licence(license_id: str | None) -> list[str]:
+    weights = (
+        f"- The weights are licensed under `{license_id}`."
+        if license_id
+        else "- No licence has been chosen for the weights: add `license:` to the head of this file before publishing."
+    )
+    code = "https://www.apache.org/licenses/LICENSE-2.0"
+    return [weights, f"- The Python files in this directory are part of llada_jax: [Apache-2.0]({code})."]
 
 
 def _training(run: dict) -> list[str]:
@@ -98,7 +116,7 @@ def _result(result: dict | None, run: dict) -> str:
     bound = "NELBO (an upper bound on the negative log-likelihood)" if result["name"] == "nelbo" else "NLL"
     error = result["standard_error"]
     spread = f" +- {error:.4f}" if error is not None and math.isfinite(error) else ""
-    bits = f", {result['bits']:.4f} bits a byte" if result["bits"] is not None else ""
+    bits = f", {result['bits']:.4f} bits per byte" if result["bits"] is not None else ""
     late = "" if result["step"] == run["step"] else f" at step {result['step']:,}"
     average = ", measured with the moving average of the parameters" if run["config"]["optimizer"]["ema_decay"] else ""
-    return f"{bound}{late}: {result['nats']:.4f}{spread} nats a token{bits}{average}."
+    return f"{bound}{late}: {result['nats']:.4f}{spread} nats per token{bits}{average}."
