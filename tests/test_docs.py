@@ -13,7 +13,11 @@ from llada_jax.config import CHOICES, apply_override, default_config, knob, knob
 from llada_jax.models.transformer import Architecture, num_parameters
 
 ROOT = Path(__file__).parent.parent
-DOCUMENTS = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md")), *sorted((ROOT / "benchmarks").glob("*.md"))]
+DOCUMENTS = [
+    *(ROOT / name for name in ("README.md", "CONTRIBUTING.md")),
+    *sorted((ROOT / "docs").glob("*.md")),
+    *sorted((ROOT / "benchmarks").glob("*.md")),
+]
 DOCSTRINGS = [*sorted((ROOT / "configs").glob("*.py")), *sorted((ROOT / "llada_jax").glob("*.py"))]
 NAMES = [path.relative_to(ROOT).as_posix() for path in DOCUMENTS]
 every_document = pytest.mark.parametrize("document", DOCUMENTS, ids=NAMES)
