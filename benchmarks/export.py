@@ -1,10 +1,10 @@
-"""How much memory does `llada-jax export` take, beside the size of the model?
+"""How much memory does `llada-jax export` take, compared with the size of the model?
 
     python benchmarks/export.py [--widths 512 1024] [--devices 1 8]
 
-Models with the 32 layers of LLaDA-8B and its proportions, scaled down in width, random weights, saved by one device and by
-eight. Each is exported in a fresh process, whose peak resident memory is compared with what it held after its imports.
-Prints a Markdown table.
+The models have the 32 layers and the proportions of LLaDA-8B at a smaller width, with random
+weights, and are saved by one device and by eight. Each is exported in a fresh process, and the peak
+of its resident memory is compared with what it held after its imports. Prints a Markdown table.
 """
 
 import argparse
@@ -18,7 +18,8 @@ import tempfile
 import time
 from pathlib import Path
 
-# In processes of their own, so that what makes a model is not measured with what exports it.
+# This runs in its own process, so that the memory for making a model is not measured with the
+# export.
 SAVE = """
 import json, sys
 import jax
@@ -53,57 +54,94 @@ print(json.dumps([before, peak()]), file=sys.stderr)
 
 
 def architecture(width: int) -> dict:
-    """Returns LLaDA-8B at another width: heads of 128, three times the width in the feed-forward, its 126,464 rows in
-    proportion.
+    """Returns the architecture of LLaDA-8B at another width.
+
+    Heads have width 128, the feed-forward has three times the width of the model, and the 126,464
+    rows of the vocabulary shrink in proportion.
     """
     from llada_jax.models.transformer import Architecture
 
     heads = width // 128
     a = Architecture(
-        vocab_size=126_464 * width // 4096, num_layers=32, d_model=width, num_heads=heads, num_kv_heads=heads,
-        head_dim=128, d_ff=3 * width,
-    )  # fmt: skip
+        vocab_size=126_464 * width // 4096,
+        num_layers=32,
+        d_model=width,
+        num_heads=heads,
+        num_kv_heads=heads,
+        head_dim=128,
+        d_ff=3 * width,
+    )
     return dataclasses.asdict(a)
 
 
 def measure(width: int, num_devices: int, scratch: Path) -> dict[str, float]:
-    """Returns bytes and seconds of one export."""
+    """Returns the bytes and the seconds of one export."""
     a, workdir, out = architecture(width), scratch / "run", scratch / "out"
     environment = {**os.environ, "JAX_PLATFORMS": "cpu"}
     subprocess.run(
-        [sys.executable, "-c", SAVE, workdir, json.dumps(a)], check=True,
+        [sys.executable, "-c", SAVE, workdir, json.dumps(a)],
+        check=True,
         env={**environment, "JAX_NUM_CPU_DEVICES": str(num_devices)},
-    )  # fmt: skip
+    )
     began = time.perf_counter()
     words = ["--checkpoint", workdir, "--output", out, "--shard-size", "100MB"]
     done = subprocess.run(
-        [sys.executable, "-c", EXPORT, *words], check=True, env=environment, capture_output=True, text=True
+        [sys.executable, "-c", EXPORT, *words],
+        check=True,
+        env=environment,
+        capture_output=True,
+        text=True,
     )
     before, peak = json.loads(done.stderr.splitlines()[-1])
     largest = 4 * max(a["num_layers"] * a["d_model"] * a["d_ff"], a["vocab_size"] * a["d_model"])
     per_layer = a["d_model"] * (4 * a["num_heads"] * a["head_dim"] + 3 * a["d_ff"] + 2)
     model = 4 * (a["num_layers"] * per_layer + a["d_model"] * (2 * a["vocab_size"] + 1))
-    return {"model": model, "largest": largest, "before": before, "peak": peak, "seconds": time.perf_counter() - began}
+    return {
+        "model": model,
+        "largest": largest,
+        "before": before,
+        "peak": peak,
+        "seconds": time.perf_counter() - began,
+    }
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--widths", type=int, nargs="+", default=[512, 1024])
-    parser.add_argument("--devices", type=int, nargs="+", default=[1, 8], help="that save the model")
+    parser.add_argument(
+        "--devices",
+        type=int,
+        nargs="+",
+        default=[1, 8],
+        help="numbers of devices that save the model",
+    )
     arguments = parser.parse_args()
     with open("/proc/cpuinfo") as file:
         names = [line.split(":")[1].strip() for line in file if line.startswith("model name")]
     print(f"Machine: {names[0] if names else 'unknown processor'}, {os.cpu_count()} cores.\n")
-    columns = ["width", "saved by devices", "model, float32", "largest stacked parameter", "after imports", "peak"]
+    columns = [
+        "width",
+        "saved by devices",
+        "model, float32",
+        "largest stacked parameter",
+        "after imports",
+        "peak",
+    ]
     columns += ["added by the export", "in largest parameters", "in models", "time"]
     print(f"| {' | '.join(columns)} |\n" + "|---" * len(columns) + "|")
     for width, num_devices in itertools.product(arguments.widths, arguments.devices):
         with tempfile.TemporaryDirectory() as scratch:
             found = measure(width, num_devices, Path(scratch))
-        sizes = {name: f"{found[name] / 1e6:,.0f} MB" for name in ("model", "largest", "before", "peak")}
+        sizes = {
+            name: f"{found[name] / 1e6:,.0f} MB" for name in ("model", "largest", "before", "peak")
+        }
         added = found["peak"] - found["before"]
         cells = [f"{width:,}", str(num_devices), *sizes.values(), f"{added / 1e6:,.0f} MB"]
-        cells += [f"{added / found['largest']:.1f}", f"{added / found['model']:.0%}", f"{found['seconds']:.0f} s"]
+        cells += [
+            f"{added / found['largest']:.1f}",
+            f"{added / found['model']:.0%}",
+            f"{found['seconds']:.0f} s",
+        ]
         print(f"| {' | '.join(cells)} |", flush=True)
 
 

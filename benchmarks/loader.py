@@ -1,10 +1,12 @@
-"""How many tokens/s does the loader deliver, and how long does the first batch of a run, or of a resumed one, take?
+"""How many tokens/s does the loader deliver, and how soon is the first batch there?
 
     python benchmarks/loader.py [--seconds 5] [--repeats 3]
 
-Batches of 65,536 tokens from byte records of the shipped corpus, at several sequence lengths and numbers of reader
-threads, the consumer doing nothing: this is the most that the loader can give. The fastest of the repeats counts.
-Training consumes the tokens/s that benchmarks/train_step.py prints. Prints a Markdown table.
+Reads batches of 65,536 tokens from byte records of the shipped corpus, at several sequence lengths
+and numbers of reader threads. The consumer does nothing, so this is the most that the loader can
+deliver; training consumes the tokens/s that benchmarks/train_step.py prints. The first batch is
+timed for a new run and for a resumed one. The fastest of the repeats counts. Prints a Markdown
+table.
 """
 
 import argparse
@@ -25,13 +27,17 @@ TOKENS_PER_BATCH = 65_536
 
 def batches_of(directory: Path, *, sequence_length: int, num_threads: int, start_step: int = 0):
     return train_batches(
-        [(str(directory), 1.0)], batch_size=TOKENS_PER_BATCH // sequence_length, sequence_length=sequence_length,
-        seed=0, num_threads=num_threads, start_step=start_step,
-    )  # fmt: skip
+        [(str(directory), 1.0)],
+        batch_size=TOKENS_PER_BATCH // sequence_length,
+        sequence_length=sequence_length,
+        seed=0,
+        num_threads=num_threads,
+        start_step=start_step,
+    )
 
 
 def tokens_per_second(batches, seconds: float) -> float:
-    """Returns the rate over about `seconds`, after the batches that were read ahead."""
+    """Returns the rate over about `seconds`, not counting the batches that were read ahead."""
     for _ in range(10):
         next(batches)
     begin, num_batches = time.perf_counter(), 0
@@ -43,7 +49,9 @@ def tokens_per_second(batches, seconds: float) -> float:
 
 def first_batch_seconds(directory: Path, *, sequence_length: int, start_step: int) -> float:
     begin = time.perf_counter()
-    batches = batches_of(directory, sequence_length=sequence_length, num_threads=4, start_step=start_step)
+    batches = batches_of(
+        directory, sequence_length=sequence_length, num_threads=4, start_step=start_step
+    )
     next(batches)
     seconds = time.perf_counter() - begin
     batches.close()
@@ -52,8 +60,8 @@ def first_batch_seconds(directory: Path, *, sequence_length: int, start_step: in
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.add_argument("--seconds", type=float, default=5.0, help="of each measurement")
-    parser.add_argument("--repeats", type=int, default=3)
+    parser.add_argument("--seconds", type=float, default=5.0, help="seconds per measurement")
+    parser.add_argument("--repeats", type=int, default=3, help="the fastest one counts")
     parser.add_argument("--threads", type=int, nargs="+", default=[0, 1, 4])
     parser.add_argument("--sequence-lengths", type=int, nargs="+", default=[128, 1024, 4096])
     arguments = parser.parse_args()
@@ -62,27 +70,36 @@ def main() -> None:
         names = [line.split(":")[1].strip() for line in file if line.startswith("model name")]
     print(f"Machine: {names[0] if names else 'unknown processor'}, {os.cpu_count()} cores.\n")
     columns = [f"{n} thread{'s' if n != 1 else ''}: tokens/s" for n in arguments.threads]
-    print(f"| sequence length | {' | '.join(columns)} | first batch | first batch at step 1,000,000 |")
+    print(
+        f"| sequence length | {' | '.join(columns)} | first batch | first batch at step 1,000,000 |"
+    )
     print("|---" * (len(columns) + 3) + "|")
     with tempfile.TemporaryDirectory() as scratch:
         for sequence_length in arguments.sequence_lengths:
             directory = Path(scratch) / str(sequence_length)
             with contextlib.redirect_stderr(io.StringIO()):
                 prepare(
-                    [str(CORPUS)], directory, sequence_length=sequence_length, tokenizer="bytes",
+                    [str(CORPUS)],
+                    directory,
+                    sequence_length=sequence_length,
+                    tokenizer="bytes",
                     cut=Cut(documents="", text_field="text", document_start="^(CHAPTER|Chapter) "),
-                )  # fmt: skip
+                )
             cells = []
             for num_threads in arguments.threads:
                 rates = []
                 for _ in range(arguments.repeats):
-                    batches = batches_of(directory, sequence_length=sequence_length, num_threads=num_threads)
+                    batches = batches_of(
+                        directory, sequence_length=sequence_length, num_threads=num_threads
+                    )
                     rates.append(tokens_per_second(batches, arguments.seconds))
                     batches.close()
                 cells.append(f"{max(rates):,.0f}")
             for start_step in (0, 1_000_000):
                 seconds = min(
-                    first_batch_seconds(directory, sequence_length=sequence_length, start_step=start_step)
+                    first_batch_seconds(
+                        directory, sequence_length=sequence_length, start_step=start_step
+                    )
                     for _ in range(arguments.repeats)
                 )
                 cells.append(f"{1e3 * seconds:.0f} ms")

@@ -1,11 +1,13 @@
-"""How many MB/s of text does `llada-jax prepare` turn into records, by tokenizer and number of processes?
+"""How many MB/s of text does `llada-jax prepare` turn into records?
 
     python benchmarks/prepare.py [--megabytes 130] [--workers 1 2] [--repeats 3]
 
-The shipped corpus, repeated as separate files to the size asked for, so that the start of the processes (counted in)
-weighs little; 130 MB are two units of work, enough for two processes. Tokenizers are trained once, outside of the timed
-part, on the corpus; their training time stands in its own column. The fastest of the repeats counts: other load on the
-machine only ever slows a run down. Prints a Markdown table.
+This is measured for several tokenizers and numbers of processes. The input is the shipped corpus,
+repeated as separate files up to the requested size, so that starting the processes, which is
+counted, weighs little; 130 MB are two units of work, enough for two processes. The tokenizers are
+trained once on the corpus, outside the timed part; the last column has the time that this took. The
+fastest of the repeats counts, because other load on the machine can only slow a run down. Prints a
+Markdown table.
 """
 
 import argparse
@@ -27,7 +29,7 @@ VOCAB_SIZE = 8000
 
 
 def train_tokenizers(text: str, directory: Path) -> dict[str, tuple[str, float]]:
-    """Returns {name: (what --tokenizer takes, seconds of training)}."""
+    """Returns {name: (value for --tokenizer, seconds of training)}."""
     result = {"bytes": ("bytes", 0.0)}
     lines = text.splitlines()
     for model_type in ("unigram", "bpe"):
@@ -38,7 +40,10 @@ def train_tokenizers(text: str, directory: Path) -> dict[str, tuple[str, float]]
         result[f"SentencePiece {model_type} {VOCAB_SIZE}"] = (str(directory / model_type), seconds)
     begin = time.perf_counter()
     train_hugging_face(lines, directory / "hf")
-    result[f"Hugging Face byte-level BPE {VOCAB_SIZE}"] = (str(directory / "hf"), time.perf_counter() - begin)
+    result[f"Hugging Face byte-level BPE {VOCAB_SIZE}"] = (
+        str(directory / "hf"),
+        time.perf_counter() - begin,
+    )
     return result
 
 
@@ -50,27 +55,38 @@ def train_hugging_face(lines: list[str], directory: Path) -> None:
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()
     trainer = trainers.BpeTrainer(
-        vocab_size=VOCAB_SIZE, special_tokens=["<|endoftext|>"], initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        vocab_size=VOCAB_SIZE,
+        special_tokens=["<|endoftext|>"],
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
         show_progress=False,
-    )  # fmt: skip
+    )
     tokenizer.train_from_iterator(lines, trainer)
     directory.mkdir()
     tokenizer.save(str(directory / "tokenizer.json"))
-    special = '{"eos_token": "<|endoftext|>", "bos_token": "<|endoftext|>", "pad_token": "<|endoftext|>"}'
+    special = (
+        '{"eos_token": "<|endoftext|>", "bos_token": "<|endoftext|>", "pad_token": "<|endoftext|>"}'
+    )
     (directory / "tokenizer_config.json").write_text(special)
 
 
-def measure(inputs: Path, tokenizer: str, *, workers: int, repeats: int, scratch: Path) -> tuple[float, dict]:
-    """Returns the seconds of the fastest of the repeats, and dataset.json."""
+def measure(
+    inputs: Path, tokenizer: str, *, workers: int, repeats: int, scratch: Path
+) -> tuple[float, dict]:
+    """Returns the seconds of the fastest repeat, and the content of dataset.json."""
     seconds = []
     for _ in range(repeats):
         output = scratch / "output"
         begin = time.perf_counter()
         with contextlib.redirect_stderr(io.StringIO()):
             content = prepare(
-                [str(inputs)], output, sequence_length=1024, tokenizer=tokenizer, workers=workers, add_mask_token=True,
+                [str(inputs)],
+                output,
+                sequence_length=1024,
+                tokenizer=tokenizer,
+                workers=workers,
+                add_mask_token=True,
                 cut=Cut(documents="", text_field="text", document_start="^(CHAPTER|Chapter) "),
-            )  # fmt: skip
+            )
         seconds.append(time.perf_counter() - begin)
         shutil.rmtree(output)
     return min(seconds), content
@@ -99,10 +115,15 @@ def main() -> None:
             (inputs / f"{copy:04d}.txt").write_text(text)
         tokenizers = train_tokenizers(text, scratch)
         num_bytes = num_copies * len(text.encode())
-        print(f"Machine: {processor()}. {num_bytes / 1e6:.0f} MB of text, sequences of 1024 tokens.\n")
-        columns = [f"{workers} process{'es' if workers > 1 else ''}: MB/s" for workers in arguments.workers]
-        print(f"| tokenizer | {' | '.join(columns)} | tokens/s of the last | bytes/token | trained in |")
-        print("|---" * (len(columns) + 4) + "|")
+        print(
+            f"Machine: {processor()}. {num_bytes / 1e6:.0f} MB of text, sequences of 1024 tokens.\n"
+        )
+        columns = [
+            f"{workers} process{'es' if workers > 1 else ''}: MB/s" for workers in arguments.workers
+        ]
+        columns += ["tokens/s of the last", "bytes/token", "trained in"]
+        print(f"| tokenizer | {' | '.join(columns)} |")
+        print("|---" * (len(columns) + 1) + "|")
         for name, (tokenizer, training_s) in tokenizers.items():
             cells = []
             for workers in arguments.workers:
@@ -111,7 +132,11 @@ def main() -> None:
                 )
                 cells.append(f"{num_bytes / 1e6 / seconds:.1f}")
             num_tokens = sum(split["num_tokens"] for split in content["splits"].values())
-            cells += [f"{num_tokens / seconds:,.0f}", f"{num_bytes / num_tokens:.2f}", f"{training_s:.1f} s"]
+            cells += [
+                f"{num_tokens / seconds:,.0f}",
+                f"{num_bytes / num_tokens:.2f}",
+                f"{training_s:.1f} s",
+            ]
             print(f"| {name} | {' | '.join(cells)} |", flush=True)
 
 
