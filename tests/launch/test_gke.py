@@ -25,9 +25,9 @@ from support.required import absent, library, program
 
 sys.path.insert(0, str(ROOT / "launch"))
 
-import gke  # noqa: E402
+import gke
 
-from llada_jax.cluster.hardware import ACCELERATORS, SLICES, slice_named  # noqa: E402
+from llada_jax.cluster.hardware import ACCELERATORS, SLICES, slice_named
 
 CRD = Path(
     os.environ.get(
@@ -341,7 +341,7 @@ def test_volumes_are_mounted_where_asked():
     manifest = render(*REQUESTS["buckets"], "--ramdisk", "/local")
     mounts = {mount["mountPath"]: mount for mount in container_of(manifest)["volumeMounts"]}
     volumes = {volume["name"]: volume for volume in pod_of(manifest)["spec"]["volumes"]}
-    source = lambda path: volumes[mounts[path]["name"]]  # noqa: E731
+    source = lambda path: volumes[mounts[path]["name"]]
     assert set(mounts) == {"/dev/shm", "/data", "/runs", "/local"}
     assert source("/dev/shm")["emptyDir"] == {"medium": "Memory"}
     assert source("/data")["csi"]["volumeAttributes"]["bucketName"] == "my-bucket"
@@ -771,7 +771,7 @@ def test_without_kubectl_the_manifest_can_still_be_had(monkeypatch, capsys):
     monkeypatch.setenv("PATH", "/nowhere")
     words = ["--name", "run", "--image", "i", "--topology", "v5p-8"]
     assert gke.main([*words, "--", "true"]) == 2
-    assert "there is no kubectl" in capsys.readouterr().err
+    assert "kubectl is not installed here" in capsys.readouterr().err
     assert gke.main([*words, "--dry-run", "--", "true"]) == 0
 
 
