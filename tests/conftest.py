@@ -24,10 +24,10 @@ import jax
 
 jax.config.update("jax_num_cpu_devices", 8)
 
-from support.datasets import circle_dataset
-from support.paths import PUBLISHED
-from support.required import absent
-from support.runs import Runs
+from support.datasets import circle_dataset  # noqa: E402
+from support.paths import PUBLISHED  # noqa: E402
+from support.required import absent  # noqa: E402
+from support.runs import Runs  # noqa: E402
 
 # The files that take longest come first, so that what is left for the end is short: one worker runs
 # a whole file.

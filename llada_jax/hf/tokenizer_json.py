@@ -261,7 +261,7 @@ class Pieces:
 
     def __init__(self, model):
         kind = type(model.pieces[0])
-        of_kind = lambda wanted: [i for i, piece in enumerate(model.pieces) if piece.type == wanted]
+        of_kind = lambda wanted: [i for i, piece in enumerate(model.pieces) if piece.type == wanted]  # noqa: E731
         self.normal, self.user_defined, self.control = map(
             of_kind, (kind.NORMAL, kind.USER_DEFINED, kind.CONTROL)
         )

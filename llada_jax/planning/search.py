@@ -48,7 +48,7 @@ def search_choices(config, machines: Slice, num_slices: int, vocab_size: int) ->
             f"fit {machines.name}; take "
             "a larger --topology, or a shorter config.data.sequence_length."
         )
-    middle = lambda choice: sum(choice["seconds_per_step"].values())
+    middle = lambda choice: sum(choice["seconds_per_step"].values())  # noqa: E731
     choices.sort(key=lambda choice: (middle(choice), choice["peak"]))
     frontier, least = [], math.inf
     for choice in choices:

@@ -246,7 +246,7 @@ def train_on(
     profile_end = (
         min(profile_start + config.log.profile_num_steps - 1, num_steps) if profile_start else 0
     )
-    is_due = lambda step, every: every > 0 and (step % every == 0 or step == num_steps)
+    is_due = lambda step, every: every > 0 and (step % every == 0 or step == num_steps)  # noqa: E731
     clock.start_training()
     with progress, distributed.Watchdog(timeout_s) as watchdog:
         evaluate = functools.partial(

@@ -30,7 +30,7 @@ def entropy_per_token() -> float:
     """Entropy of a stretch of T symbols of the stationary chain, per symbol: (H(x_1) + (T - 1)
     H(x_2 | x_1)) / T.
     """
-    h = lambda p: -np.sum(np.where(p > 0, p * np.log(np.where(p > 0, p, 1)), 0.0), axis=-1)
+    h = lambda p: -np.sum(np.where(p > 0, p * np.log(np.where(p > 0, p, 1)), 0.0), axis=-1)  # noqa: E731
     return float((h(STATIONARY) + (T - 1) * STATIONARY @ h(TRANSITIONS)) / T)
 
 

@@ -341,7 +341,7 @@ def test_volumes_are_mounted_where_asked():
     manifest = render(*REQUESTS["buckets"], "--ramdisk", "/local")
     mounts = {mount["mountPath"]: mount for mount in container_of(manifest)["volumeMounts"]}
     volumes = {volume["name"]: volume for volume in pod_of(manifest)["spec"]["volumes"]}
-    source = lambda path: volumes[mounts[path]["name"]]
+    source = lambda path: volumes[mounts[path]["name"]]  # noqa: E731
     assert set(mounts) == {"/dev/shm", "/data", "/runs", "/local"}
     assert source("/dev/shm")["emptyDir"] == {"medium": "Memory"}
     assert source("/data")["csi"]["volumeAttributes"]["bucketName"] == "my-bucket"

@@ -341,7 +341,7 @@ def test_logits_of_all_positions_never_exist_at_once():
 
     def temporary_bytes(nll_chunk):
         model = make_model(a, nll_chunk=nll_chunk)
-        loss = lambda p, t, w: model.nll_fn(p, t, t, w, None, t).nll_BT.sum()
+        loss = lambda p, t, w: model.nll_fn(p, t, t, w, None, t).nll_BT.sum()  # noqa: E731
         compiled = jax.jit(jax.grad(loss)).lower(model.abstract, tokens, where).compile()
         return compiled.memory_analysis().temp_size_in_bytes
 
@@ -356,7 +356,7 @@ def test_recomputation_changes_memory_but_not_the_gradient(remat):
     grads = []
     for name in ("none", remat):
         model = make_model(SMALL, remat=name)
-        loss = lambda p, m=model: m.nll_fn(
+        loss = lambda p, m=model: m.nll_fn(  # noqa: E731
             p, tokens, tokens, tokens > 0, segments, positions
         ).nll_BT.sum()
         grads.append(jax.jit(jax.grad(loss))(perturbed(model)))

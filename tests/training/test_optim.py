@@ -25,7 +25,7 @@ def schedule_of(num_steps=1000, tokens_per_step=1, **changes):
 def test_the_published_schedule_at_its_published_token_counts():
     tokens_per_step = 1280 * 4096
     rate = schedule_of(name="llada", tokens_per_step=tokens_per_step)
-    step_at = lambda tokens: tokens / tokens_per_step
+    step_at = lambda tokens: tokens / tokens_per_step  # noqa: E731
     assert float(rate(0)) == pytest.approx(4e-4 / 2000)
     assert float(rate(999)) == pytest.approx(2e-4)
     for tokens, expected in [
@@ -189,8 +189,8 @@ def test_every_optimizer_learns_averages_and_is_sharded(name):
     )
     model = make_model(a)
     mesh = make_mesh({**dict.fromkeys(AXES, 1), "fsdp": 4, "tensor": 2}, devices=jax.devices())
-    objective = lambda *args, **kwargs: masked_diffusion(*args, mask_id=15, **kwargs)
-    rate = lambda step: 1e-2
+    objective = lambda *args, **kwargs: masked_diffusion(*args, mask_id=15, **kwargs)  # noqa: E731
+    rate = lambda step: 1e-2  # noqa: E731
     optimizer = optimizer_of(rate, name=name)
     metrics = abstract_metrics(
         objective, model.nll_fn, model.abstract, num_rows=8, sequence_length=8

@@ -200,7 +200,7 @@ def test_shards_hold_what_one_file_holds_and_the_index_finds_it(dtype, workdir, 
     for file in files:
         with safe_open(out / file, framework="np") as opened:
             assert opened.metadata() == {"format": "pt"}
-            found |= {name: (file, opened.get_tensor(name)) for name in opened.keys()}
+            found |= {name: (file, opened.get_tensor(name)) for name in opened.keys()}  # noqa: SIM118
         held = sum(array.nbytes for place, array in found.values() if place == file)
         num_held = sum(place == file for place, _ in found.values())
         assert held <= 20_000 or num_held == 1

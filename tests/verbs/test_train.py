@@ -236,7 +236,7 @@ def test_evaluate_agrees_with_the_run_and_its_baselines_with_their_definitions(
     counts = np.bincount(letters[:36_000], minlength=260) + 1.0
     unigram = -np.log2(counts / counts.sum())[letters[36_000:]].mean()
     assert result["unigram_bits_per_byte"] == pytest.approx(unigram)
-    size = lambda text: 8 * len(lzma.compress(text.tobytes(), preset=9))
+    size = lambda text: 8 * len(lzma.compress(text.tobytes(), preset=9))  # noqa: E731
     assert result["xz_bits_per_byte"] == pytest.approx(size(letters[36_000:]) / 4000)
     assert result["xz_after_train_bits_per_byte"] == pytest.approx(
         (size(letters) - size(letters[:36_000])) / 4000
