@@ -5,6 +5,7 @@ import hashlib
 import re
 
 import yaml
+from support.paths import ROOT
 
 import llada_jax
 

@@ -4,6 +4,8 @@ import importlib.util
 import sys
 from xml.dom import minidom
 
+from support.paths import ROOT
+
 SCRIPT = ROOT / "docs" / "record_sample.py"
 SVG = SCRIPT.with_name("denoising.svg")
 
