@@ -28,7 +28,7 @@ setup(
     packages=find_packages(include=["llada_jax", "llada_jax.*"]),
     package_data={"llada_jax": ["data/*.xz", "data/*.md"]},
     install_requires=[
-        "jax>=0.10.2,<0.12",
+        "jax>=0.10.2,<0.13",
         "flax>=0.12.8,<0.13",
         "optax>=0.2.8,<0.3",
         "orbax-checkpoint>=0.12.8,<0.13",
@@ -46,8 +46,8 @@ setup(
         "pyyaml>=6",
     ],
     extras_require={
-        "tpu": ["jax[tpu]>=0.10.2,<0.12"],
-        "cuda": ["jax[cuda13]>=0.10.2,<0.12"],
+        "tpu": ["jax[tpu]>=0.10.2,<0.13"],
+        "cuda": ["jax[cuda13]>=0.10.2,<0.13"],
         "data": DATA,
         "gs": GS,
         "s3": S3,
