@@ -7,8 +7,16 @@ HF = ["tokenizers>=0.20", "safetensors>=0.4.5", "huggingface_hub>=0.30", "jinja2
 GS, S3 = ["gcsfs>=2024.6"], ["s3fs>=2024.6"]
 SWEEP = ["matplotlib>=3.8"]
 OPTUNA = ["optuna>=4,<6"]
+# what most tests need; jax[tpu] brings requests, with which a TPU VM finds its place in its slice
+TEST = [
+    "pytest>=8",
+    "pytest-xdist>=3.6",
+    "hypothesis>=6.100",
+    "tensorboard>=2.18",
+    "requests>=2.32",
+]
 DEV = [
-    *("pytest>=8", "pytest-xdist>=3.6", "hypothesis>=6.100", "ruff>=0.12", "tensorboard>=2.18"),
+    "ruff>=0.12",
     # exactly this one: it is found for the CPU, where a range would fetch gigabytes for GPUs
     *("torch==2.13.0", "transformers>=5.0,<6"),
     *(
@@ -57,7 +65,8 @@ setup(
         "sweep": SWEEP,
         "optuna": OPTUNA,
         "docs": ["tensorboard>=2.18"],
-        "dev": [*DATA, *HF, *GS, *S3, *SWEEP, *OPTUNA, *DEV],
+        "test": [*DATA, *HF, *TEST],
+        "dev": [*DATA, *HF, *GS, *S3, *SWEEP, *OPTUNA, *TEST, *DEV],
     },
     entry_points={"console_scripts": ["llada-jax = llada_jax.__main__:main"]},
 )
