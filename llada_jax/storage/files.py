@@ -111,7 +111,7 @@ def whole_file(path, *, durable: bool = True, concurrent: bool = False) -> Itera
 
 @contextlib.contextmanager
 def whole_directory(path, *, durable: bool = True) -> Iterator[epath.Path]:
-    """Yields an empty directory to write into, which takes the name `path` when the block ends well.
+    """Yields an empty directory to write into; it takes the name `path` when the block ends well.
 
     An older directory of that name is replaced. When the block raises, what was written is removed
     and the older one stays. In a bucket the path itself is yielded, and the caller writes that file

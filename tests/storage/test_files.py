@@ -35,9 +35,14 @@ def test_bytes_are_written_as_they_are(tmp_path):
 def test_a_write_that_fails_keeps_the_old_file_and_no_partial_one(tmp_path):
     path = tmp_path / "shard"
     path.write_text("old")
-    with pytest.raises(KeyboardInterrupt), files.whole_file(path) as partial:
-        partial.write_text("half")
-        raise KeyboardInterrupt
+
+    def interrupted():
+        with files.whole_file(path) as partial:
+            partial.write_text("half")
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        interrupted()
     assert path.read_text() == "old"
     assert os.listdir(tmp_path) == ["shard"]
 
@@ -171,9 +176,14 @@ def test_a_directory_replaces_the_older_one_whole(tmp_path):
 
 def test_a_directory_that_fails_leaves_the_older_one(tmp_path):
     path = filled(tmp_path / "d", "old")
-    with pytest.raises(ValueError), files.whole_directory(path) as partial:
-        (partial / "content").write_text("half")
-        raise ValueError
+
+    def interrupted():
+        with files.whole_directory(path) as partial:
+            (partial / "content").write_text("half")
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        interrupted()
     assert (path / "content").read_text() == "old"
     assert os.listdir(tmp_path) == ["d"]
 
@@ -208,10 +218,12 @@ def test_a_refusal_names_what_was_written_the_reason_and_the_remedy(tmp_path):
 
 
 def test_a_full_disk_has_no_file_name_and_is_reported_all_the_same():
-    with pytest.raises(UserError) as caught, files.writing("/dev/full", remedy="free some space"):
-        # the device refuses at the first flush, as a full disk does
-        with open("/dev/full", "w") as file:
-            file.write("x")
+    with (
+        pytest.raises(UserError) as caught,
+        files.writing("/dev/full", remedy="free some space"),
+        open("/dev/full", "w") as file,
+    ):
+        file.write("x")  # refused when it is flushed, as by a full disk
     assert str(caught.value) == (
         "/dev/full cannot be written (No space left on device); free some space."
     )
