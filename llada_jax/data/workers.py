@@ -11,7 +11,7 @@ import time
 from collections.abc import Callable
 from concurrent.futures.process import BrokenProcessPool
 
-from llada_jax.data.build import RECEIPTS, Job, Unit, size_of, write_unit
+from llada_jax.data.build import LOCK, Job, Unit, size_of, write_unit
 from llada_jax.data.tokenizer import load_tokenizer
 from llada_jax.errors import UserError
 from llada_jax.storage.locks import try_lock
@@ -86,7 +86,7 @@ def _start_worker(job: Job, counters) -> None:
         if counters[3]:
             raise _Stopped
 
-    lock = open(job.output / RECEIPTS / "lock", "a")  # noqa: SIM115 (held as long as this process lives)
+    lock = open(job.output / LOCK, "a")  # noqa: SIM115 (held as long as this process lives)
     try_lock(lock, fcntl.LOCK_SH)
     tokenizer = load_tokenizer(job.output / "tokenizer")
     _worker.update(

@@ -24,10 +24,11 @@ from support.paths import ROOT
 
 from llada_jax.__main__ import main as llada_jax
 from llada_jax.data.build import UNIT_BYTES, Job, units_of
+from llada_jax.data.preparation import prepare, sample_texts
 from llada_jax.data.records import Records, read_dataset
 from llada_jax.data.text import Cut, Input
 from llada_jax.data.tokenizer import load_tokenizer
-from llada_jax.verbs.prepare import _sample, main, prepare
+from llada_jax.verbs.prepare import main
 
 T = 32
 
@@ -231,20 +232,20 @@ def test_a_thousand_small_files_become_one_shard(tmp_path):
 def test_the_tokenizer_sample_takes_from_every_file_and_leaves_the_held_out_text_alone(
     tmp_path, monkeypatch
 ):
-    monkeypatch.setattr("llada_jax.verbs.prepare.SAMPLE_CHARS", 100)
+    monkeypatch.setattr("llada_jax.data.preparation.SAMPLE_CHARS", 100)
     sizes = {"a.txt": 1000, "b.txt": 10, "c.txt": 40}
     inputs = []
     for name, size in sizes.items():
         (tmp_path / name).write_text(name[0] * size)
         inputs.append(Input(str(tmp_path / name), size, ""))
-    sample = list(_sample(inputs, Cut(), heldout=0.0))
+    sample = list(sample_texts(inputs, Cut(), heldout=0.0))
     assert sample == [
         "b" * 10,
         "c" * 40,
         "a" * 50,
     ]  # equal shares; what b leaves goes to the larger files
     fraction = 0.5
-    sampled = "".join(_sample(inputs, Cut(), heldout=fraction))
+    sampled = "".join(sample_texts(inputs, Cut(), heldout=fraction))
     assert set(sampled) == {
         name[0] for name, size in sizes.items() if not held_out(name[0] * size, fraction)
     }
@@ -483,7 +484,7 @@ def test_two_commands_do_not_write_into_one_directory(tmp_path, monkeypatch):
     import fcntl
 
     write_corpus(tmp_path / "corpus", num_files=1, num_documents=30)
-    monkeypatch.setattr("llada_jax.verbs.prepare.LOCK_SECONDS", 0.1)
+    monkeypatch.setattr("llada_jax.data.preparation.LOCK_SECONDS", 0.1)
     (tmp_path / "out" / "receipts").mkdir(parents=True)
     with open(tmp_path / "out" / "receipts" / "lock", "a") as held:
         fcntl.flock(held, fcntl.LOCK_SH)  # as a worker holds it
@@ -518,7 +519,10 @@ def test_formats_mix_and_remote_inputs_equal_local_ones(tmp_path):
 
 
 def test_workers_do_not_import_jax(tmp_path):
-    code = "import sys, llada_jax.verbs.prepare; print({m.split('.')[0] for m in sys.modules} & {'jax', 'grain', 'flax'})"
+    code = (
+        "import sys, llada_jax.data.workers\n"
+        "print({m.split('.')[0] for m in sys.modules} & {'jax', 'grain', 'flax'})"
+    )
     result = subprocess.run(
         [sys.executable, "-c", code], capture_output=True, text=True, check=True
     )
@@ -536,7 +540,7 @@ def test_workers_do_not_import_jax(tmp_path):
         ({"heldout": -0.1}, "--heldout -0.1 must lie in"),
         ({"heldout": float("nan")}, "--heldout nan must lie in"),
         ({"workers": 0}, "--workers 0 must be at least 1"),
-        ({"tokenizer": "spm:many"}, "'many' is no vocabulary size"),
+        ({"tokenizer": "spm:many"}, "'many' is not a vocabulary size"),
         ({"tokenizer": "spm:100000"}, "use --tokenizer spm:"),
         ({"tokenizer": "absent.model"}, "no tokenizer at 'absent.model'"),
         ({"cut": Cut(documents="record")}, "does not fit .txt"),
@@ -713,7 +717,10 @@ def test_the_commands_of_the_data_documentation_run(tmp_path):
     commands = [block for block in blocks if block.startswith(("llada-jax", "mkdir", "python"))]
     assert len(commands) == 4
     (tmp_path / "llada_jax").symlink_to(root / "llada_jax")
-    shims = f'llada-jax() {{ "{sys.executable}" -m llada_jax "$@"; }}; python() {{ "{sys.executable}" "$@"; }}\n'
+    shims = (
+        f'llada-jax() {{ "{sys.executable}" -m llada_jax "$@"; }}\n'
+        f'python() {{ "{sys.executable}" "$@"; }}\n'
+    )
     script = "set -e\n" + shims + "".join(commands)
     result = subprocess.run(["bash", "-c", script], cwd=tmp_path, capture_output=True, text=True)
     assert result.returncode == 0, result.stderr
