@@ -258,7 +258,7 @@ def _read_json(directory) -> dict:
         content = json.loads(path.read_text())
     except (FileNotFoundError, NotADirectoryError) as error:
         raise UserError(
-            f"{directory} has no {JSON_NAME}: give the --output directory of a finished "
+            f"{directory} holds no {JSON_NAME}: give the --output directory of a finished "
             "llada-jax prepare."
         ) from error
     except OSError as error:
