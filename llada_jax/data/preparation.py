@@ -33,7 +33,8 @@ from llada_jax.data.build import (
 from llada_jax.data.packing import is_heldout
 from llada_jax.data.records import JSON_NAME, write_dataset_json
 from llada_jax.data.text import Cut, Input, check_cut, find_inputs, read_documents
-from llada_jax.data.tokenizer import Tokenizer, load_tokenizer, train_sentencepiece
+from llada_jax.data.tokenizer import Tokenizer, load_tokenizer
+from llada_jax.data.tokenizer_training import train_sentencepiece
 from llada_jax.data.workers import run_units
 from llada_jax.errors import UserError
 from llada_jax.storage import files
