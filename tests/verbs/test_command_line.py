@@ -28,7 +28,7 @@ FLAGS = {
     "evaluate": "--checkpoint --data --split --mc-samples --batch-size --seed --baselines --json",
     "import": "--from --output --mesh --mask-token --causal --json",
     "export": """--checkpoint --output --dtype --shard-size --ema --layout --chat-template --force --verify --push-to-hub
-        --dry-run --json""",
+        --dry-run --license --json""",
     "plan": "--config --topology --slices --vocab-size --compile --search --flags --json --config.KEY",
     "sweep": """--config --workdir --list --index --run --optuna --table --fit --parallel --plot --dry-run --json
         --config.KEY""",
@@ -90,7 +90,7 @@ def test_without_a_verb_the_verbs_are_listed_and_the_status_is_that_of_a_mistake
     assert main([]) == 2
     out = capsys.readouterr().out
     assert out.startswith("usage: llada-jax VERB")
-    for verb, summary in VERBS.items():
+    for verb, (_, summary) in VERBS.items():
         assert re.search(rf"^  {verb} +{re.escape(summary)}$", out, flags=re.MULTILINE)
     fits_a_screen(out)
 

@@ -13,6 +13,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+import yaml
 from safetensors import safe_open
 from safetensors.numpy import load_file
 from support.datasets import SEQUENCE_LENGTH
@@ -36,6 +37,7 @@ from llada_jax.models.model import abstract_parameters, make_model
 from llada_jax.models.transformer import Architecture
 from llada_jax.storage.arrays import read_chunks
 from llada_jax.training.state import TrainState
+from llada_jax.verbs.export import main as main_of_export
 
 LLADA = Architecture(
     vocab_size=320,
@@ -179,7 +181,7 @@ def test_the_config_has_every_key_with_the_ids_of_the_tokenizer(workdir, tmp_pat
         "transformers_version": "4.49.0",
     }
     assert (out / "modeling_llada.py").read_bytes() == (
-        Path(write.__file__).parent / "modeling_llada.py"
+        Path(write.__file__).parent / "shipped" / "modeling_llada.py"
     ).read_bytes()
     assert load_tokenizer(out).encode("Ab\n") == load_tokenizer("bytes").encode("Ab\n")
 
@@ -198,7 +200,7 @@ def test_shards_hold_what_one_file_holds_and_the_index_finds_it(dtype, workdir, 
     for file in files:
         with safe_open(out / file, framework="np") as opened:
             assert opened.metadata() == {"format": "pt"}
-            found |= {name: (file, opened.get_tensor(name)) for name in opened.keys()}  # noqa: SIM118 it is no dict
+            found |= {name: (file, opened.get_tensor(name)) for name in opened.keys()}  # noqa: SIM118
         held = sum(array.nbytes for place, array in found.values() if place == file)
         num_held = sum(place == file for place, _ in found.values())
         assert held <= 20_000 or num_held == 1
@@ -280,7 +282,7 @@ def test_the_card_tells_what_the_run_was(workdir, tmp_path):
     (workdir / "metrics.jsonl").unlink()
     assert "1,234,567 tokens seen in 7 steps" in card
     assert (
-        "NELBO (an upper bound on the negative log-likelihood): 3.2500 +- 0.1250 nats a token, "
+        "NELBO (an upper bound on the negative log-likelihood): 3.2500 +- 0.1250 nats per token, "
         "4.5000 bits" in card
     )
     assert 'AutoModelForCausalLM.from_pretrained("model", trust_remote_code=True)' in card
@@ -289,6 +291,42 @@ def test_the_card_tells_what_the_run_was(workdir, tmp_path):
     assert "| mask | 256 | `<mask>` |" in card
     assert "layout `llada`, bfloat16" in card
     assert "Not measured." in (export(workdir, tmp_path / "other") / "README.md").read_text()
+
+
+def front_matter(card: str) -> dict:
+    """Returns the YAML head of a model card, which the Hub reads."""
+    _, head, _ = card.split("---\n", 2)
+    return yaml.safe_load(head)
+
+
+def test_the_card_names_the_licence_of_the_code_and_leaves_that_of_the_weights_to_the_user(
+    workdir, tmp_path
+):
+    card = (export(workdir, tmp_path / "open") / "README.md").read_text()
+    assert "license" not in front_matter(card)
+    assert "No licence has been chosen for the weights" in card
+    assert "[Apache-2.0](https://www.apache.org/licenses/LICENSE-2.0)" in card
+    card = (
+        export(workdir, tmp_path / "chosen", "--license", "cc-by-4.0") / "README.md"
+    ).read_text()
+    assert front_matter(card)["license"] == "cc-by-4.0"
+    assert "The weights are licensed under `cc-by-4.0`" in card
+    assert "[Apache-2.0](https://www.apache.org/licenses/LICENSE-2.0)" in card
+
+
+@pytest.mark.parametrize("license_id", ["Apache 2", "MIT", "", "mit\ntags: x", "a: b"])
+def test_a_licence_that_the_hub_cannot_know_is_refused(workdir, tmp_path, license_id, capsys):
+    words = [
+        "--checkpoint",
+        str(workdir),
+        "--output",
+        str(tmp_path / "out"),
+        "--license",
+        license_id,
+    ]
+    assert main(["export", *words]) == 2
+    assert "must be an identifier of the Hub" in capsys.readouterr().err
+    assert not (tmp_path / "out").exists()
 
 
 def test_the_result_on_the_card_is_the_last_one_up_to_the_step():
@@ -660,7 +698,7 @@ def test_what_cannot_be_exported_is_refused_with_the_reason(workdir, tmp_path, r
     )
     assert "cannot be read" in refused(*ours, "--chat-template", tmp_path / "absent", output=out)
     with pytest.raises(UserError, match="must be a local or mounted directory"):
-        export.main(["--checkpoint", str(workdir), "--output", "gs://bucket/out"])
+        main_of_export(["--checkpoint", str(workdir), "--output", "gs://bucket/out"])
     plain = write_checkpoint(tmp_path / "plain", LLADA, random_params(LLADA))
     assert "kept no moving average" in refused("--checkpoint", plain, "--ema", output=out)
     per_head = ARCHITECTURES["illada, qk_norm per head"]
