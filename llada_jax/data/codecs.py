@@ -20,14 +20,14 @@ class Codec(Protocol):
         kind: the name under which a saved tokenizer is found again.
         num_ids: its own ids are 0..num_ids-1; special ids that are appended come after them.
         files: {name: content} of what decides text -> ids, and hence the fingerprint.
-        beside: {name: content} of what else is saved, in the place of a file of that name or next
-            to it.
+        companions: {name: content} of what else is saved, in the place of a file of that name or
+            next to it.
     """
 
     kind: str
     num_ids: int
     files: dict[str, bytes]
-    beside: dict[str, bytes]
+    companions: dict[str, bytes]
 
     def encode(self, texts: list[str]) -> list[np.ndarray]:
         """Returns the int32 ids of each text."""
@@ -48,7 +48,7 @@ class Bytes:
     kind = "bytes"
     num_ids = 256
     files = {}
-    beside = {}
+    companions = {}
 
     def piece(self, i):
         # Asked for special ids only, which lie beyond the bytes unless a saved file is damaged.
@@ -78,7 +78,7 @@ class SentencePiece:
 
     kind = "sentencepiece"
     file = "sentencepiece.model"
-    beside = {}
+    companions = {}
 
     def __init__(self, model: bytes, *, name: str):
         sentencepiece = require("sentencepiece")
@@ -176,7 +176,7 @@ class HuggingFace:
     def __init__(self, content: bytes, *, name: str, companions: dict[str, bytes]):
         self._name = name
         # tokenizer.json is saved as it was given, while `files` holds the form that is used.
-        self.beside = {self.file: content, **companions}
+        self.companions = {self.file: content, **companions}
         try:
             self._json = json.loads(content)
         except ValueError as error:
@@ -230,10 +230,13 @@ class HuggingFace:
             }
         )
         self._build()
-        self.beside.pop(self.file, None)  # from here on, the file in `files` is what is saved
-        if "tokenizer_config.json" in self.beside:
-            config = {**json.loads(self.beside["tokenizer_config.json"]), f"{what}_token": token}
-            self.beside["tokenizer_config.json"] = (
+        self.companions.pop(self.file, None)  # from here on, the file in `files` is what is saved
+        if "tokenizer_config.json" in self.companions:
+            config = {
+                **json.loads(self.companions["tokenizer_config.json"]),
+                f"{what}_token": token,
+            }
+            self.companions["tokenizer_config.json"] = (
                 json.dumps(config, indent=2, ensure_ascii=False) + "\n"
             ).encode()
         if self.id_of(token) != new_id:

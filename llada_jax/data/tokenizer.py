@@ -132,7 +132,7 @@ class Tokenizer:
         """The tokenizer's own files by name, as they were given: the SentencePiece model, or
         tokenizer.json with what lay next to it; none for bytes.
         """
-        return {**self._codec.files, **self._codec.beside}
+        return {**self._codec.files, **self._codec.companions}
 
     @property
     def special_tokens(self) -> dict[str, str]:

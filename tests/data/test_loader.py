@@ -229,7 +229,7 @@ def test_a_mixture_keeps_its_weights_and_the_epochs_of_its_datasets(small, large
     tokens = rows_of(sources, num_rows=600)
     is_small = tokens[:, 0] < 10_000
     share = weights[0] / sum(weights)
-    # Within a row at every length, beside grain's rounding of the larger weight to 1% of the
+    # Within a row at every length, next to grain's rounding of the larger weight to 1% of the
     # smaller one.
     counts = np.cumsum(is_small)
     assert (abs(counts - share * np.arange(1, 601)) < 1 + 0.01 * counts).all()
