@@ -12,18 +12,28 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parent.parent
-PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").glob("*.md")), ROOT / "benchmarks/README.md"]
+PAGES = [
+    ROOT / "README.md",
+    ROOT / "CONTRIBUTING.md",
+    *sorted((ROOT / "docs").glob("*.md")),
+    ROOT / "benchmarks/README.md",
+]
 PAGES = [page for page in PAGES if page.is_file()]
-SOURCES = sorted(path for folder in ("llada_jax", "configs", "launch") for path in (ROOT / folder).rglob("*.py"))
+SOURCES = sorted(
+    path for folder in ("llada_jax", "configs", "launch") for path in (ROOT / folder).rglob("*.py")
+)
 
-# A quantity in front of "a host" shows that "per host" is meant: "4 bytes a parameter", "one process a node", "once a step".
+# A quantity in front of "a host" shows that "per host" is meant: "4 bytes a parameter",
+# "one process a node", "once a step". Without it, "a host reads its rows" is plain English.
 QUANTITY = (
-    r"(?:\d[\w.,]*|once|twice|times|one \w+|a (?:process|thread|pod|log|file|job|line|shard)|bits?|bytes?|[KMGT]i?B|nats?|tokens?|"
-    r"FLOPs?|rows?|steps?|batches|threads|processes|devices|hosts|chips|cores|GPUs|numbers|files|pods|shards|seconds|hours|lines)"
+    r"(?:\d[\w.,]*|once|twice|times|one \w+|a (?:process|thread|pod|log|file|job|line|shard)|bits?|"
+    r"bytes?|[KMGT]i?B|nats?|tokens?|FLOPs?|rows?|steps?|batches|threads|processes|devices|hosts|"
+    r"chips|cores|GPUs|numbers|files|pods|shards|seconds|hours|lines)"
 )
 WHOLE = (
-    r"(?:accelerator|batch|block|byte|chip|core|day|device|document|epoch|file|GPU|host|hour|index|interval|layer|line|"
-    r"machine|microbatch|month|node|parameter|position|process|record|row|run|second|shard|slice|split|step|token|unit|week)"
+    r"(?:accelerator|batch|block|byte|chip|core|day|device|document|epoch|file|GPU|host|hour|index|"
+    r"interval|layer|line|machine|microbatch|month|node|parameter|position|process|record|row|run|"
+    r"second|shard|slice|split|step|token|unit|week)"
 )
 
 STUMBLES = {
@@ -45,11 +55,13 @@ STUMBLES = {
     r"anew": "again",
     r"in the place of": "instead of",
 }
-EXPRESSIONS = {re.compile(rf"(?<![\w-]){pattern}(?![\w-])"): remedy for pattern, remedy in STUMBLES.items()}
+EXPRESSIONS = {
+    re.compile(rf"(?<![\w-]){pattern}(?![\w-])"): remedy for pattern, remedy in STUMBLES.items()
+}
 
 
 def stumbles(text: str) -> list[str]:
-    """Returns, for every stumble in a text, its words with some context and what to write instead."""
+    """Returns for every stumble in a text its words, some context, and what to write instead."""
     text = " ".join(text.split())
     return [
         f"...{text[max(0, found.start() - 40) : found.end() + 30]}...: instead of {found.group()!r} write: {remedy}"
@@ -59,12 +71,16 @@ def stumbles(text: str) -> list[str]:
 
 
 def without_code(markdown: str) -> list[str]:
-    """Returns the lines of a page; those of code blocks and displayed equations are empty, inline code is `Code`."""
+    """Returns the lines of a page: code blocks and equations are empty, inline code is `Code`."""
     lines, is_fenced, is_indented, is_equation, before = [], False, False, False, ""
     for line in markdown.splitlines():
         is_fence = line.lstrip().startswith("```")
         is_fenced ^= is_fence
-        is_indented = line.startswith("    ") and (is_indented or not before.strip()) or (is_indented and not line.strip())
+        is_indented = (
+            line.startswith("    ")
+            and (is_indented or not before.strip())
+            or (is_indented and not line.strip())
+        )
         is_equation ^= line.count("$$") == 1
         is_code = is_fence or is_fenced or is_indented or is_equation or line.startswith("$$")
         line_before, before = before, line
@@ -77,7 +93,9 @@ def without_code(markdown: str) -> list[str]:
     return lines
 
 
-ABBREVIATIONS = re.compile(r"\b(?:e\.g|i\.e|etc|vs|cf|al|eq|Eq|Fig|Sec|No|approx|incl|St|Mr|Mrs|Dr)\.")
+ABBREVIATIONS = re.compile(
+    r"\b(?:e\.g|i\.e|etc|vs|cf|al|eq|Eq|Fig|Sec|No|approx|incl|St|Mr|Mrs|Dr)\."
+)
 SENTENCE_END = re.compile(r"""[.!?]["'”*)\]]*\s+(?=["'“(*\[`]*[A-Z])""")
 
 
@@ -91,7 +109,11 @@ def prose(line: str) -> str:
 def crowded_lines(markdown: str) -> list[str]:
     """Returns the lines of prose that hold the end of one sentence and the beginning of the next."""
     lines = without_code(markdown)
-    return [line for line in lines if not line.lstrip().startswith(("|", "#")) and SENTENCE_END.search(prose(line))]
+    return [
+        line
+        for line in lines
+        if not line.lstrip().startswith(("|", "#")) and SENTENCE_END.search(prose(line))
+    ]
 
 
 def wrapped_lines(markdown: str) -> list[str]:
@@ -113,12 +135,21 @@ def texts(source: str) -> list[str]:
     """Returns the prose of a Python file: docstrings, texts of more than one word, runs of comments."""
     found = []
     tree = ast.parse(source)
-    in_formatted = {id(part) for node in ast.walk(tree) if isinstance(node, ast.JoinedStr) for part in ast.walk(node)}
+    in_formatted = {
+        id(part)
+        for node in ast.walk(tree)
+        if isinstance(node, ast.JoinedStr)
+        for part in ast.walk(node)
+    }
     for node in ast.walk(tree):
         if isinstance(node, ast.JoinedStr):
             parts = (part.value if isinstance(part, ast.Constant) else "N" for part in node.values)
             found.append("".join(str(part) for part in parts))
-        elif isinstance(node, ast.Constant) and isinstance(node.value, str) and id(node) not in in_formatted:
+        elif (
+            isinstance(node, ast.Constant)
+            and isinstance(node.value, str)
+            and id(node) not in in_formatted
+        ):
             found.append(node.value)
     comments, line_before = [], -1
     for token in tokenize.generate_tokens(io.StringIO(source).readline):
@@ -132,7 +163,9 @@ def texts(source: str) -> list[str]:
     return [text for text in [*found, *comments] if " " in text.strip()]
 
 
-every_page = pytest.mark.parametrize("page", PAGES, ids=lambda path: path.relative_to(ROOT).as_posix())
+every_page = pytest.mark.parametrize(
+    "page", PAGES, ids=lambda path: path.relative_to(ROOT).as_posix()
+)
 
 
 @every_page
@@ -150,7 +183,7 @@ def test_page_has_one_sentence_per_line(page):
 @pytest.mark.skip(reason="the package still has stumbles; delete this line once it has none")
 @pytest.mark.parametrize("source", SOURCES, ids=lambda path: path.relative_to(ROOT).as_posix())
 def test_docstrings_messages_and_comments_have_no_stumbles(source):
-    """What is checked: docstrings, messages and help texts (f-strings too, with N for their values), and comments."""
+    """Docstrings, messages and help texts (f-strings too, with N for their values), comments."""
     found = [each for text in texts(source.read_text()) for each in stumbles(text)]
     assert not found, "\n".join(found)
 
@@ -190,7 +223,9 @@ def test_plain_english_is_left_alone(text):
 
 
 def test_crowded_and_wrapped_lines_are_found():
-    page = "# A. Title\n\nOne sentence. `two` of them, e.g. These.\nA wrapped\nsentence, see Nie et al. Who.\n\n- **Bold.** Item.\n"
-    page += "- one\n  two\n\n    code. Code\n\n| a. B | c |\n\n```\nc. D\n```\n"
+    page = "# A. Title\n\nOne sentence. `two` of them, e.g. These.\nA wrapped\nsentence, see Nie et al. Who.\n"
+    page += (
+        "\n- **Bold.** Item.\n- one\n  two\n\n    code. Code\n\n| a. B | c |\n\n```\nc. D\n```\n"
+    )
     assert crowded_lines(page) == ["One sentence. `Code` of them, e.g. These."]
     assert wrapped_lines(page) == ["A wrapped", "- one"]
