@@ -1,86 +1,55 @@
 """The held-out bound while a run trains."""
 
-import functools
 import math
+from collections.abc import Sequence
 from pathlib import Path
 
-from llada_jax.cluster import sharding
-from llada_jax.data.loader import heldout_batches
-from llada_jax.data.tokenizer import Tokenizer
-from llada_jax.evaluation import likelihood
-from llada_jax.units import bits_per_byte
+from llada_jax.data.loader import SourceSummary
+from llada_jax.evaluation.splits import bound_of_split
 
 
 def evaluate_heldout(
-    config,
-    model,
-    tokenizer,
-    sources,
-    summaries,
-    params,
-    num_batches,
-    *,
-    batch_sharding,
-    on_batch,
-    on_compiled,
-) -> dict:
-    """Returns {group: {nelbo or nll, standard_error, bits_per_byte, ...}} for the held-out split of
-    each dataset.
+    model, params, summaries: Sequence[SourceSummary], *, name: str, num_batches: int, **settings
+) -> dict[str, dict[str, float]]:
+    """Returns {group: {name, standard_error, bits_per_byte}} for each dataset's held-out split.
 
-    In batches as large as a microbatch of training, which is known to fit.
+    A dataset without held-out text is left out. The group is "heldout", or of a mixture
+    "heldout_NUMBER_DIRECTORY", because one bound over texts of different kinds says little about
+    either.
+
+    Args:
+        name: of the bound, "nelbo" or "nll".
+        num_batches: scored of each dataset; 0: all of the split.
+        settings: of llada_jax.evaluation.splits.bound_of_split.
     """
-    B, T = (
-        config.data.batch_size // config.optimizer.gradient_accumulation,
-        config.data.sequence_length,
-    )
-    rows = sharding.local_rows(batch_sharding, (B, T))
-    objective, name = heldout_objective(config.objective.name, tokenizer)
     results = {}
-    for number, ((directory, _), summary) in enumerate(zip(sources, summaries)):
+    for number, summary in enumerate(summaries):
         if "heldout" not in summary.bytes_per_token:
             continue
-        batches = heldout_batches(
-            directory,
-            batch_size=B,
-            sequence_length=T,
-            rows=rows,
-            max_batches=num_batches or None,
-            attend_across_documents=config.data.attend_across_documents,
-        )
-
-        def placed(batches=batches):
-            for batch in batches:
-                on_batch()
-                yield sharding.place_batch(batch, rows, B, batch_sharding)
-
-        bound = likelihood.bound(
-            objective,
-            model.nll_fn,
+        bound = bound_of_split(
+            model,
             params,
-            placed(),
+            summary.directory,
+            split="heldout",
             name=name,
-            num_rows=B,
-            on_compiled=on_compiled,
+            bytes_per_token=summary.bytes_per_token["heldout"],
+            max_batches=num_batches or None,
+            **settings,
         )
-        group = "heldout" if len(sources) == 1 else f"heldout_{number}_{Path(directory).name}"
+        is_mixture = len(summaries) > 1
+        group = f"heldout_{number}_{Path(summary.directory).name}" if is_mixture else "heldout"
+        # one batch has no spread, and JSON has no number for that: the key is left out
         error = {} if math.isnan(bound.standard_error) else {"standard_error": bound.standard_error}
         results[group] = {
             name: bound.nats_per_token,
             **error,
-            "bits_per_byte": bits_per_byte(
-                bound.nats_per_token, bytes_per_token=summary.bytes_per_token["heldout"]
-            ),
+            "bits_per_byte": bound.bits_per_byte,
         }
     return results
 
 
-@functools.cache
-def heldout_objective(name: str, tokenizer: Tokenizer):
-    """Returns the same objective in every call, so that its compiled form is found again."""
-    return likelihood.bound_objective(name, mask_id=tokenizer.mask_id, bos_id=tokenizer.bos_id)
-
-
-def bound_line(bound: dict) -> str:
+def bound_line(bound: dict[str, float]) -> str:
+    """Returns e.g. "1.234 bits/byte (2.345 nats/token +- 0.012)"."""
     nats = bound.get("nelbo", bound.get("nll"))
     error = f" +- {bound['standard_error']:.3f}" if "standard_error" in bound else ""
     return f"{bound['bits_per_byte']:.3f} bits/byte ({nats:.3f} nats/token{error})"
