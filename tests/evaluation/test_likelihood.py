@@ -1,6 +1,4 @@
-"""The bound on sources whose entropy is known: a trained model reaches it, and never claims to be
-below it.
-"""
+"""The bound on sources of known entropy: a trained model reaches it, and is never below it."""
 
 import functools
 import math

@@ -1,5 +1,5 @@
 """The face of `llada-jax`: the table of verbs, help that fits a screen, flags that scripts rely on,
-mistakes in one line.
+and mistakes that are answered in one line.
 """
 
 import re
@@ -18,19 +18,21 @@ LINES, COLUMNS = 24, 100
 # What scripts and documents say. A flag may be added here; taking one away, or renaming it, breaks
 # somebody's script.
 FLAGS = {
-    "prepare": """--input --output --sequence-length --tokenizer --text-field --documents --document-start --heldout --workers
-        --add-mask-token --json""",
+    "prepare": """--input --output --sequence-length --tokenizer --text-field --documents
+        --document-start --heldout --workers --add-mask-token --json""",
     "train": "--config --workdir --config.KEY",
     "rollback": "--workdir --to --skip",
-    "sample": """--checkpoint --prompt --prompt-file --gen-length --block-length --steps --temperature --remasking --cfg-scale
-        --num-samples --batch-size --seed --ignore-eos --show --json""",
+    "sample": """--checkpoint --prompt --prompt-file --gen-length --block-length --steps
+        --temperature --remasking --cfg-scale --num-samples --batch-size --seed --ignore-eos
+        --show --json""",
     "evaluate": "--checkpoint --data --split --mc-samples --batch-size --seed --baselines --json",
     "import": "--from --output --mesh --mask-token --causal --json",
-    "export": """--checkpoint --output --dtype --shard-size --ema --layout --chat-template --force --verify --push-to-hub
-        --dry-run --json""",
-    "plan": "--config --topology --slices --vocab-size --compile --search --flags --json --config.KEY",
-    "sweep": """--config --workdir --list --index --run --optuna --table --fit --parallel --plot --dry-run --json
+    "export": """--checkpoint --output --dtype --shard-size --ema --layout --chat-template --force
+        --verify --push-to-hub --dry-run --json""",
+    "plan": """--config --topology --slices --vocab-size --compile --search --flags --json
         --config.KEY""",
+    "sweep": """--config --workdir --list --index --run --optuna --table --fit --parallel --plot
+        --dry-run --json --config.KEY""",
 }
 
 REQUIRED = {
@@ -131,7 +133,7 @@ def test_the_module_and_the_console_script_are_the_same_command():
     assert done[0].stdout == done[1].stdout == ""
 
 
-def test_a_reader_that_has_gone_is_no_error():
+def test_a_reader_that_has_gone_is_not_an_error():
     command = f"{sys.executable} -m llada_jax prepare --help | true; echo ${{PIPESTATUS[0]}}"
     done = subprocess.run(["bash", "-c", command], capture_output=True, text=True, check=False)
     assert done.stdout == "0\n"
