@@ -144,7 +144,7 @@ def test_a_foreign_file_is_refused_and_kept(tmp_path, content):
     path = tmp_path / "metrics.jsonl"
     path.write_bytes(content if isinstance(content, bytes) else content.encode())
     before = path.read_bytes()
-    with pytest.raises(UserError, match=r"metrics.jsonl line 1 is no metrics line.*move it away"):
+    with pytest.raises(UserError, match=r"metrics.jsonl line 1 is not a line of metrics.*move it away"):
         MetricsWriter(tmp_path)
     assert path.read_bytes() == before
 
@@ -167,7 +167,7 @@ def test_a_half_written_last_line_is_not_read_and_no_line_is_passed_over(tmp_pat
     path.write_text('{"step": 1}\n{"step": 2')
     assert read_lines(tmp_path) == [{"step": 1}]
     path.write_text('{"step": 1}\n{"step": 2\n{"step": 3}\n')
-    with pytest.raises(UserError, match="holds a line that is no JSON"):
+    with pytest.raises(UserError, match="holds a line that is not JSON"):
         read_lines(tmp_path)
 
 

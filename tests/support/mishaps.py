@@ -63,17 +63,20 @@ STARTUP_LINE = re.compile(
 
 
 def prepare_argv(source, output, *more: str) -> list[str]:
+    """Returns the words after `llada-jax` that prepare rows of 16 bytes."""
     words = ["prepare", "--input", str(source), "--output", str(output), "--sequence-length", "16"]
     return [*words, "--tokenizer", "bytes", "--workers", "1", *more]
 
 
 def write_config(home: Path, change: str = "", name: str = "tiny.py") -> Path:
+    """Writes a config for the data of a home, with one more line, `change`, before its return."""
     path = home / name
     path.write_text(CONFIG.format(data=str(home / "data"), change=change))
     return path
 
 
 def train_argv(home: Path, workdir, *overrides: str, config: str = "tiny.py") -> list[str]:
+    """Returns the words after `llada-jax` that train a config of a home; overrides: "seed=1"."""
     flags = [f"--config.{override}" for override in overrides]
     return ["train", "--config", str(home / config), "--workdir", str(workdir), *flags]
 
@@ -83,15 +86,16 @@ def copy(source: Path, target: Path) -> Path:
 
 
 def tree(path: Path) -> dict[str, bytes]:
-    """Every file below a path with its bytes; of a path that does not exist, nothing."""
+    """Returns every file below a path with its bytes; nothing for a path that does not exist."""
     return {
         str(f.relative_to(path)): f.read_bytes() for f in sorted(path.rglob("*")) if f.is_file()
     }
 
 
 def check_sentence(sentence: str, says) -> None:
-    """One sentence, short enough to be read, that holds all of `says`; a question or the list of
-    names may follow.
+    """Asserts that this is one sentence, short enough to be read, that holds all of `says`.
+
+    Only "Did you mean ...?" or the list of known names may follow it.
     """
     assert sentence.startswith("llada-jax: ")
     assert sentence.endswith((".", "?"))
@@ -123,9 +127,9 @@ def emptied(path: Path):
     path.write_bytes(b"")
 
 
-# the kinds of file in a step, by pattern; {} is "params" or "train". The numbers themselves lie in
-# ocdbt.process_0/d/*.
-FILES = {
+# The kinds of file in a saved step, by pattern; {} is "params" or "train". The numbers themselves
+# are in ocdbt.process_0/d/*.
+STEP_FILES = {
     "metadata": "_CHECKPOINT_METADATA",
     "tree": "{}/_METADATA",
     "manifest": "{}/manifest.ocdbt",
@@ -135,12 +139,13 @@ FILES = {
 
 
 def damaged_step(run: Path, file: str, item: str, damage) -> None:
-    (path,) = (run / "checkpoints" / "4").glob(FILES[file].format(item))
+    """Damages one file of step 4; file: a key of STEP_FILES, item: "params" or "train"."""
+    (path,) = (run / "checkpoints" / "4").glob(STEP_FILES[file].format(item))
     damage(path)
 
 
-class Run:
-    """`llada-jax train` in a process of its own, with the lines of its stderr as they come."""
+class TrainProcess:
+    """A command in a process of its own, with the lines of its stderr as they come."""
 
     def __init__(self, argv: list[str]):
         environment = {**os.environ, "JAX_PLATFORMS": "cpu", "JAX_NUM_CPU_DEVICES": "1"}
@@ -160,6 +165,7 @@ class Run:
             self.lines.append(line.rstrip("\n"))
 
     def wait_for(self, beginning: str) -> None:
+        """Returns once a line has begun like this."""
         deadline = time.monotonic() + 120
         while not any(line.startswith(beginning) for line in list(self.lines)):
             assert time.monotonic() < deadline, self.lines
@@ -167,6 +173,7 @@ class Run:
             time.sleep(0.01)
 
     def end(self) -> int:
+        """Waits for the end; returns the exit status."""
         status = self.process.wait(120)
         self._reader.join()
         assert self.process.stdout.read() == ""

@@ -4,7 +4,7 @@ import re
 import signal
 
 import pytest
-from support.mishaps import Run, check_sentence, copy, damaged_step, train_argv, truncate
+from support.mishaps import TrainProcess, check_sentence, copy, damaged_step, train_argv, truncate
 from support.runs import metric_lines
 
 from llada_jax.__main__ import main
@@ -18,7 +18,7 @@ def test_a_signal_saves_the_step_and_the_same_command_continues_to_the_end(numbe
     argv = train_argv(
         home, run, "num_steps=500", "checkpoint.every_steps=100000", "log.every_steps=50"
     )
-    stopped = Run(argv)
+    stopped = TrainProcess(argv)
     stopped.wait_for("step 50/500")
     stopped.process.send_signal(number)
     assert stopped.end() == 42
@@ -28,7 +28,7 @@ def test_a_signal_saves_the_step_and_the_same_command_continues_to_the_end(numbe
     assert Checkpoints(run).steps == [step]
     assert 50 <= step < 500
 
-    continued = Run(argv)
+    continued = TrainProcess(argv)
     assert continued.end() == 0
     assert continued.lines[0] == f"start       step {step} of {run}"
     assert Checkpoints(run).steps == [step, 500]
@@ -38,7 +38,9 @@ def test_a_signal_saves_the_step_and_the_same_command_continues_to_the_end(numbe
 @pytest.mark.slow
 def test_a_signal_before_the_first_step_asks_to_be_started_again(home, tmp_path):
     # Without a cache, so that there is time for a signal while the step is compiled.
-    stopped = Run(train_argv(home, tmp_path / "run", "num_steps=500", "log.compilation_cache="))
+    stopped = TrainProcess(
+        train_argv(home, tmp_path / "run", "num_steps=500", "log.compilation_cache=")
+    )
     stopped.wait_for("start ")
     stopped.process.send_signal(signal.SIGTERM)
     assert stopped.end() == 42
@@ -52,7 +54,7 @@ def test_a_second_interrupt_ends_at_once_and_the_last_saved_step_continues(home,
     argv = train_argv(
         home, run, "num_steps=500", "checkpoint.every_steps=100000", "log.every_steps=1"
     )
-    stopped = Run(argv)
+    stopped = TrainProcess(argv)
     stopped.wait_for("step 5/500")
     stopped.process.send_signal(signal.SIGINT)
     stopped.process.send_signal(signal.SIGINT)
@@ -67,7 +69,7 @@ def test_a_refusal_in_a_process_of_its_own_is_one_line(home, tmp_path):
     run = copy(home / "run", tmp_path / "run")
     damaged_step(run, "numbers", "params", truncate)
     for argv in (["sample", "--checkpoint", str(run), "--gen-length", "4"], train_argv(home, run)):
-        refused = Run(argv)
+        refused = TrainProcess(argv)
         assert refused.end() == 2
         assert len(refused.lines) == 1, refused.lines
         check_sentence(refused.lines[0], [str(run / "checkpoints" / "4"), "move that folder away"])
