@@ -8,6 +8,7 @@ from jax.sharding import NamedSharding
 from llada_jax.cluster import sharding
 from llada_jax.data.loader import heldout_batches
 from llada_jax.evaluation import likelihood
+from llada_jax.objectives.objective import Objective
 from llada_jax.units import bits_per_byte
 
 
@@ -32,13 +33,13 @@ def bound_of_split(
     directory: str,
     *,
     split: str,
-    objective,
-    name: str,
+    objective: Objective,
     bytes_per_token: float,
     batch_size: int,
     sequence_length: int,
     batch_sharding: NamedSharding,
     attend_across_documents: bool,
+    frozen: dict | None = None,
     max_batches: int | None = None,
     seed: int = 0,
     num_draws: int = 1,
@@ -50,8 +51,9 @@ def bound_of_split(
     Args:
         model: llada_jax.models.model.Model. params: its parameters, on the mesh.
         directory: the dataset.
-        objective, name: what scores a batch, the same object in every call, and the metric that is
-            its bound (llada_jax.evaluation.likelihood.bound).
+        objective: its bound is computed; the same object in every call, so that the compiled
+            program is found again.
+        frozen: the frozen parameters of the state, if the bound reads any.
         bytes_per_token: of the split.
         batch_size: rows at a time, over all processes; the last batch is filled with empty rows.
         batch_sharding: of a [batch_size, sequence_length] array. Each process reads the rows that
@@ -84,7 +86,7 @@ def bound_of_split(
         model.nll_fn,
         params,
         placed(),
-        name=name,
+        frozen=frozen,
         num_rows=batch_size,
         seed=seed,
         num_draws=num_draws,

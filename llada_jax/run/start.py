@@ -7,10 +7,10 @@ from collections.abc import Sequence
 from typing import NamedTuple
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 from etils import epath
 from jax.experimental import multihost_utils
+from jax.sharding import Mesh
 
 from llada_jax.checkpoints.host_copies import LocalCheckpoints
 from llada_jax.checkpoints.huggingface import find_weights
@@ -20,6 +20,7 @@ from llada_jax.data.loader import Source, SourceSummary, describe
 from llada_jax.data.records import read_dataset
 from llada_jax.data.tokenizer import SPECIAL_IDS, Tokenizer, load_same
 from llada_jax.errors import UserError, reason
+from llada_jax.models.model import abstract_parameters
 from llada_jax.run.metrics_file import MetricsWriter
 from llada_jax.run.rollbacks import Rollbacks, as_rollbacks, read_rollbacks
 from llada_jax.storage import remote
@@ -79,12 +80,13 @@ class OpenWorkdir(NamedTuple):
 def open_workdir(
     workdir: str,
     recipe: Recipe,
+    mesh: Mesh,
     record: dict,
     *,
+    config_text: str,
     tokenizer: Tokenizer,
     until_end: contextlib.ExitStack,
     seed: int,
-    is_causal: bool,
     keep: int,
     keep_every_steps: int,
     local_directory: str,
@@ -99,8 +101,9 @@ def open_workdir(
 
     Args:
         record: run.json as this start would write it.
+        config_text: the config file, of which the workdir keeps a copy; "": none.
         until_end: is given what must be closed after the run, such as the lock of the workdir.
-        is_causal, restore, init_from: see first_state.
+        restore, init_from: see first_state.
         keep, keep_every_steps: see Checkpoints. local_directory: of LocalCheckpoints; "": none.
         tensorboard: whether events are written next to metrics.jsonl.
 
@@ -122,11 +125,18 @@ def open_workdir(
         local,
         run=record,
         abstract=recipe.abstract,
-        create=functools.partial(create_state, recipe.model, recipe.optimizer, recipe.abstract),
+        abstract_params=abstract_parameters(recipe.model, mesh),
+        create=functools.partial(
+            create_state,
+            recipe.model,
+            recipe.optimizer,
+            recipe.abstract,
+            split=recipe.objective.split_parameters,
+        ),
         seed=seed,
         restore=restore,
         init_from=init_from,
-        is_causal=is_causal,
+        is_causal=recipe.objective.mask.causal,
         num_rollbacks=rollbacks.count,
     )
     start_step = int(state.step)
@@ -154,7 +164,7 @@ def open_workdir(
     )
     if is_first:
         with writing(workdir):
-            write_run(workdir, tokenizer, record)
+            write_run(workdir, tokenizer, record, config_text=config_text)
     return OpenWorkdir(saved, local, writer, record, rollbacks, start_step, origin), state
 
 
@@ -201,6 +211,7 @@ def first_state(
     *,
     run: dict,
     abstract: TrainState,
+    abstract_params: dict,
     create,
     seed: int,
     restore: str,
@@ -222,8 +233,9 @@ def first_state(
     Args:
         saved: Checkpoints of this workdir. local: LocalCheckpoints, or None.
         run: run.json as this start would write it; it must fit what is continued.
-        abstract: shapes and shardings of the state.
-        create: create(seed=) -> the TrainState of step 0.
+        abstract: shapes and shardings of the state. abstract_params: of the whole network, of
+            which the state may train a part.
+        create: create(seed=, params=None) -> the TrainState of step 0.
         restore: WORKDIR or WORKDIR@STEP; "": none.
         init_from: WORKDIR, WORKDIR@STEP or a Hugging Face directory; "": none.
         is_causal: whether the run trains a causal network, which is all that some Hugging Face
@@ -262,23 +274,13 @@ def first_state(
         theirs = other.run(step)
         check_fits(theirs, run, other.directory)
         has_ema = theirs["config"]["optimizer"]["ema_decay"] > 0
-        params = other.restore_params(step, abstract.params, ema=has_ema)
-        state = with_params(create(seed=seed), params, abstract)
+        params = other.restore_params(step, abstract_params, ema=has_ema)
+        # create() passes them through jit, which makes buffers that the train step may take over
+        # (see Checkpoints.restore)
+        state = create(seed=seed, params=params)
         origin = f"weights of step {step} of {init_from} (config.checkpoint.init_from)"
         return FirstState(state, origin, {})
     return FirstState(create(seed=seed), f"initialisation from seed {seed}{note}", {})
-
-
-def with_params(state: TrainState, params: dict, abstract: TrainState) -> TrainState:
-    """Returns the state with other parameters, from which a kept average starts too."""
-    state = state._replace(params=params)
-    if state.ema:
-        # a copy: the train step donates its state, and a buffer cannot be given away twice
-        state = state._replace(ema=jax.tree.map(jnp.copy, params))
-    # Parameters that were read from a file live in buffers that the train step may not take over
-    # (see Checkpoints.restore); what one pass through jit returns, it may.
-    shardings = jax.tree.map(lambda leaf: leaf.sharding, abstract)
-    return jax.jit(lambda s: s, out_shardings=shardings, donate_argnums=0)(state)
 
 
 def on_first_process(question) -> bool:

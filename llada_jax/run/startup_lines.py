@@ -22,7 +22,6 @@ def startup_lines(
     sequence_length: int,
     num_microbatches: int,
     remat: str,
-    is_causal: bool,
 ) -> list[str]:
     """Returns the run in numbers, each with the arithmetic behind it, so that a wrong knob is seen
     before the hours it would cost.
@@ -31,14 +30,16 @@ def startup_lines(
         origin: where the first state comes from.
         batch_size, sequence_length: B and T of the global batch.
         num_microbatches: the parts in which a step goes through the batch.
-        remat: config.model.remat. is_causal: attention costs half as much then.
+        remat: config.model.remat.
     """
     a, abstract, num_steps = recipe.architecture, recipe.abstract, recipe.num_steps
     B, T = batch_size, sequence_length
     num_matmul = num_matmul_parameters(a)
     d_attention = a.num_heads * a.head_dim
-    flops = flops_of_token(recipe, sequence_length=T, is_causal=is_causal)
-    attention_term = f"{6 if is_causal else 12} * {a.num_layers} layers * {d_attention} * {T}"
+    flops = flops_of_token(recipe, sequence_length=T)
+    # causal attention multiplies half of the pairs
+    factor = 6 if recipe.objective.mask.causal else 12
+    attention_term = f"{factor} * {a.num_layers} layers * {d_attention} * {T}"
     device = mesh.devices.flat[0]
     peak = hardware.peak_flops(device)
     # shard_shape and not shape: what one device holds, the largest number that has to fit
@@ -86,7 +87,7 @@ def startup_lines(
     return lines
 
 
-def flops_of_token(recipe: Recipe, *, sequence_length: int, is_causal: bool) -> float:
+def flops_of_token(recipe: Recipe, *, sequence_length: int) -> float:
     """Returns the operations of training on one token, see llada_jax.models.flops."""
     a = recipe.architecture
     return flops_per_token(
@@ -94,7 +95,7 @@ def flops_of_token(recipe: Recipe, *, sequence_length: int, is_causal: bool) -> 
         a.num_layers,
         a.num_heads * a.head_dim,
         sequence_length,
-        causal=is_causal,
+        causal=recipe.objective.mask.causal,
     )
 
 

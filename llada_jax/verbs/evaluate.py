@@ -9,9 +9,9 @@ from llada_jax.checkpoints.orbax_patches import drop_echoes
 from llada_jax.cluster import sharding
 from llada_jax.data.records import read_dataset
 from llada_jax.errors import UserError
-from llada_jax.evaluation import likelihood
 from llada_jax.evaluation.baselines import unigram_bits_per_byte, xz_bits_per_byte
 from llada_jax.evaluation.splits import bound_of_split
+from llada_jax.objectives.named import make_objective
 from llada_jax.verbs.command_line import Parser
 
 
@@ -63,11 +63,7 @@ def evaluate(args) -> dict:
             f"({model.tokenizer.fingerprint[:12]}); prepare it with --tokenizer "
             f"{args.checkpoint}/tokenizer."
         )
-    objective, name = likelihood.bound_objective(
-        model.config["objective"]["name"],
-        mask_id=model.tokenizer.mask_id,
-        bos_id=model.tokenizer.bos_id,
-    )
+    objective = make_objective(model.tokenizer, **model.config["objective"])
     split = info.split(args.split)
     bound = bound_of_split(
         model.model,
@@ -75,7 +71,6 @@ def evaluate(args) -> dict:
         args.data,
         split=args.split,
         objective=objective,
-        name=name,
         bytes_per_token=split.num_bytes / split.num_tokens,
         batch_size=args.batch_size,
         sequence_length=info.sequence_length,
@@ -92,7 +87,7 @@ def evaluate(args) -> dict:
         "split": args.split,
         "num_tokens": bound.num_tokens,
         "mc_samples": args.mc_samples,
-        f"{name}_nats_per_token": bound.nats_per_token,
+        f"{objective.bound_name}_nats_per_token": bound.nats_per_token,
         "standard_error": bound.standard_error,
         "bits_per_byte": bound.bits_per_byte,
         "bits_per_byte_standard_error": bound.bits_per_byte_standard_error,
@@ -107,7 +102,7 @@ def evaluate(args) -> dict:
 
 def report(result: dict) -> str:
     """Returns the result as aligned lines."""
-    kind = "an upper bound" if "nelbo_nats_per_token" in result else "exactly"
+    kind = "exactly" if "nll_nats_per_token" in result else "an upper bound"
     lines = [
         f"bits per byte of the {result['split']} text ({result['num_tokens']:,} tokens), lower is "
         "better",

@@ -14,11 +14,11 @@ from llada_jax.checkpoints.orbax_patches import drop_echoes
 from llada_jax.checkpoints.record import run_record
 from llada_jax.cluster import distributed, hardware, sharding
 from llada_jax.cluster.stop_request import StopRequest
-from llada_jax.config import AUTO, load_config, parse_sources
+from llada_jax.config import AUTO, load_config, own_parts, parse_sources
 from llada_jax.data.loader import train_batches
 from llada_jax.errors import LostPeer, Preempted, UserError
-from llada_jax.evaluation import likelihood
 from llada_jax.models.model import make_model
+from llada_jax.parts import provenance
 from llada_jax.run.clock import Clock, speed_metrics
 from llada_jax.run.goodput import Ledger
 from llada_jax.run.heldout import bound_line, evaluate_heldout
@@ -66,11 +66,15 @@ def main(argv: list[str]) -> None:
     if not args.workdir:
         raise UserError("--workdir is empty; give the directory where the run is to live.")
     drop_echoes()
-    train(load_config(args.config, overrides), args.workdir)
+    config = load_config(args.config, overrides)
+    train(config, args.workdir, config_text=Path(args.config).read_text())
 
 
-def train(config, workdir: str) -> None:
+def train(config, workdir: str, *, config_text: str = "") -> None:
     """Runs a config in a workdir until its last step, from the workdir's latest checkpoint on.
+
+    Args:
+        config_text: the file that the config came from; the workdir keeps a copy.
 
     Raises:
         UserError: config, data, mesh and checkpoint do not fit together, or the disk refuses.
@@ -90,7 +94,7 @@ def train(config, workdir: str) -> None:
     # minutes that it takes, and must not end in a traceback.
     with jax.set_mesh(mesh), StopRequest() as stop, contextlib.ExitStack() as until_end:
         try:
-            train_on(mesh, config, workdir, clock, stop, until_end)
+            train_on(mesh, config, workdir, config_text, clock, stop, until_end)
         except (jax.errors.JaxRuntimeError, ValueError) as error:
             if not distributed.is_lost_peer(error):
                 raise
@@ -109,7 +113,7 @@ class OpenRun(NamedTuple):
 
 
 def open_run(
-    mesh, config, workdir: str, until_end: contextlib.ExitStack
+    mesh, config, workdir: str, config_text: str, until_end: contextlib.ExitStack
 ) -> tuple[OpenRun, TrainState]:
     """Reads and opens all that a run needs, and checks that it fits together.
 
@@ -128,11 +132,19 @@ def open_run(
     opened, state = open_workdir(
         workdir,
         recipe,
-        run_record(config, recipe.architecture, data.tokenizer, data=data.record()),
+        mesh,
+        run_record(
+            config,
+            recipe.architecture,
+            data.tokenizer,
+            data=data.record(),
+            mask=recipe.objective.mask._asdict(),
+            parts=provenance(own_parts(config)),
+        ),
+        config_text=config_text,
         tokenizer=data.tokenizer,
         until_end=until_end,
         seed=config.seed,
-        is_causal=config.objective.name == "autoregressive",
         keep=config.checkpoint.keep,
         keep_every_steps=config.checkpoint.keep_every_steps,
         local_directory=config.checkpoint.local_directory,
@@ -146,16 +158,22 @@ def open_run(
 
 
 def train_on(
-    mesh, config, workdir: str, clock: Clock, stop: StopRequest, until_end: contextlib.ExitStack
+    mesh,
+    config,
+    workdir: str,
+    config_text: str,
+    clock: Clock,
+    stop: StopRequest,
+    until_end: contextlib.ExitStack,
 ) -> None:
     """The rest of `train`, within the mesh, in the order of time."""
-    (data, recipe, opened), state = open_run(mesh, config, workdir, until_end)
+    (data, recipe, opened), state = open_run(mesh, config, workdir, config_text, until_end)
     saved, local, writer = opened.saved, opened.local, opened.writer
     start_step, num_steps = opened.start_step, recipe.num_steps
     is_first = jax.process_index() == 0
     ledger = Ledger(workdir, clock, start_step=start_step, enabled=is_first)
     B, T = config.data.batch_size, config.data.sequence_length
-    is_causal = config.objective.name == "autoregressive"
+    bound_name = recipe.objective.bound_name
     timeout_s = config.distributed.step_timeout_s
 
     # 5. The compiled step.
@@ -169,7 +187,6 @@ def train_on(
         sequence_length=T,
         num_microbatches=config.optimizer.gradient_accumulation,
         remat=config.model.remat,
-        is_causal=is_causal,
     ):
         progress.say(line)
     if start_step >= num_steps:
@@ -204,7 +221,7 @@ def train_on(
         num_threads=config.data.num_threads,
         prefetch=config.data.prefetch,
     )
-    flops = flops_of_token(recipe, sequence_length=T, is_causal=is_causal)
+    flops = flops_of_token(recipe, sequence_length=T)
     peak_flops = hardware.peak_flops(mesh.devices.flat[0])
     zero_metrics = jax.jit(
         lambda sums: jax.tree.map(jnp.zeros_like, sums),
@@ -222,15 +239,11 @@ def train_on(
     is_due = lambda step, every: every > 0 and (step % every == 0 or step == num_steps)  # noqa: E731
     clock.start_training()
     with progress, profiler, distributed.Watchdog(timeout_s) as watchdog:
-        bound_of, bound_name = likelihood.bound_objective(
-            config.objective.name, mask_id=data.tokenizer.mask_id, bos_id=data.tokenizer.bos_id
-        )
         evaluate = functools.partial(
             evaluate_heldout,
             recipe.model,
             summaries=data.summaries,
-            objective=bound_of,
-            name=bound_name,
+            objective=recipe.objective,
             # as large as a microbatch of training, which is known to fit
             batch_size=B // config.optimizer.gradient_accumulation,
             sequence_length=T,
@@ -302,11 +315,13 @@ def train_on(
                 jax.block_until_ready(state.step)
                 with clock.span("evaluation"):
                     bounds = evaluate(
-                        state.ema or state.params, num_batches=config.evaluation.num_batches
+                        state.ema or state.params,
+                        frozen=state.frozen,
+                        num_batches=config.evaluation.num_batches,
                     )
                     for group, bound in bounds.items():
                         writer.write(step, {group: bound})
-                        progress.say(f"step {step} {group} {bound_line(bound)}")
+                        progress.say(f"step {step} {group} {bound_line(bound, bound_name)}")
             if is_due(step, config.samples.every_steps):
                 with clock.span("samples"):
                     text = sample_markdown(
@@ -348,10 +363,12 @@ def train_on(
             saved.wait()
         if not on_first_process(lambda: is_over(read_lines(workdir), num_steps)):
             bounds = evaluate(
-                state.ema or state.params, num_batches=config.evaluation.final_num_batches
+                state.ema or state.params,
+                frozen=state.frozen,
+                num_batches=config.evaluation.final_num_batches,
             )
             for group, bound in bounds.items():
-                progress.say(f"final {group} {bound_line(bound)}")
+                progress.say(f"final {group} {bound_line(bound, bound_name)}")
             if bounds:
                 final = {group.replace("heldout", "final"): bounds[group] for group in bounds}
                 writer.write(num_steps, final)
