@@ -316,7 +316,7 @@ def sampled_texts(workdir) -> list[str]:
 
 @pytest.mark.slow
 def test_several_processes_sample_while_they_train_what_one_samples(runs):
-    # many steps: when all of them were dispatched at once, they stood still for ever
+    # many steps: when all of them were dispatched at once, they hung
     lengths = [f"samples.{name}=48" for name in ("gen_length", "steps", "block_length")]
     knobs = ("num_steps=6", "schedule.name=cosine", "samples.every_steps=6", *lengths)
     alone, together = runs.directory / "samples-of-one", runs.directory / "samples-of-two"

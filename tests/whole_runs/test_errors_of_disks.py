@@ -24,7 +24,7 @@ def test_a_workdir_or_output_below_a_file_is_refused(home, tmp_path, refused):
 
 
 def fill(disk: Path, *, leave: int) -> Path:
-    """Fills a disk but for so many bytes; returns the file to delete for room."""
+    """Fills a disk except for so many bytes; returns the file to delete for room."""
     filler = disk / "filler"
     free = os.statvfs(disk).f_bavail * os.statvfs(disk).f_bsize
     filler.write_bytes(b"\0" * (free - leave))
