@@ -13,7 +13,7 @@ from jax.experimental import mesh_utils
 from jax.sharding import AxisType, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
-from llada_jax.errors import UserError
+from llada_jax.errors import UserError, did_you_mean
 
 AXES = ("data", "fsdp", "sequence", "tensor", "expert")
 
@@ -38,13 +38,19 @@ RULES = {
 
 
 def mesh_shape(sizes: dict[str, int], num_devices: int) -> tuple[int, ...]:
-    """Returns the size of each of AXES on `num_devices` devices; one of `sizes` may be -1: what the
-    others leave.
+    """Returns the size of each of AXES on `num_devices` devices.
+
+    Args:
+        sizes: an axis that is not named has size 1; one size may be -1, which means what the others
+            leave.
 
     Raises:
-        UserError: the sizes do not multiply to the number of devices.
+        UserError: an axis is unknown, or the sizes do not multiply to the number of devices.
     """
-    shape = [int(sizes[axis]) for axis in AXES]
+    for axis in sizes:
+        if axis not in AXES:
+            raise UserError(f"The mesh has no axis {axis!r}.{did_you_mean(axis, AXES)}")
+    shape = [int(sizes.get(axis, 1)) for axis in AXES]
     stated = math.prod(n for n in shape if n != -1)
     written = " x ".join(f"{axis}={n}" for axis, n in zip(AXES, shape))
     if shape.count(-1) > 1 or any(n < 1 and n != -1 for n in shape):
@@ -69,7 +75,7 @@ def mesh_shape(sizes: dict[str, int], num_devices: int) -> tuple[int, ...]:
 
 
 def make_mesh(sizes: dict[str, int], devices=None) -> Mesh:
-    """Returns a mesh over all devices with the given size for each of AXES; one size may be -1.
+    """Returns a mesh over all devices; see mesh_shape for the sizes.
 
     Several TPU slices lie along the data axis, whose gradients are all that crosses the data centre
     network.
@@ -97,6 +103,14 @@ def make_mesh(sizes: dict[str, int], devices=None) -> Mesh:
     return Mesh(
         mesh_utils.create_hybrid_device_mesh(within, across, devices), AXES, axis_types=types
     )
+
+
+def one_device_mesh() -> Mesh:
+    """Returns a mesh of the first device of this process, on which every axis has size 1.
+
+    A local device, so that each process of a run can load a checkpoint on its own.
+    """
+    return make_mesh({}, devices=jax.local_devices()[:1])
 
 
 def spec(names: tuple[str | None, ...]) -> P:

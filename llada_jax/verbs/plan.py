@@ -30,8 +30,9 @@ def main(argv: list[str]) -> None:
         "Tells memory, time and cost of a config on TPU slices or GPUs that need not be there.",
         "llada-jax plan --config configs/llada_8b.py --topology v5p-128 --compile",
     )
-    parser.add_argument(
-        "--config", required=True, metavar="FILE", help="Python file with get_config()"
+    parser.add_config_flags(
+        file="Python file with get_config()",
+        knob="changes one knob, e.g. --config.mesh.data=2",
     )
     parser.add_argument(
         "--topology", required=True, metavar="NAME", help="TPU slice (v5p-128) or GPUs (64xh100)"
@@ -52,14 +53,7 @@ def main(argv: list[str]) -> None:
         "--flags", default="", metavar="PRESET", help="compiler flags to compile with, e.g. v5p"
     )
     parser.add_argument("--json", action="store_true", help="one JSON object on stdout")
-    parser.add_argument(
-        "--config.KEY",
-        metavar="VALUE",
-        dest="_",
-        help="changes one knob, e.g. --config.mesh.data=2",
-    )
-    overrides = [word.removeprefix("--config.") for word in argv if word.startswith("--config.")]
-    args = parser.parse_args([word for word in argv if not word.startswith("--config.")])
+    args, overrides = parser.parse_with_overrides(argv)
     config = load_config(args.config, overrides)
     machines = hardware.machines_named(args.topology)
     if args.slices < 1:

@@ -37,8 +37,8 @@ def main(argv: list[str]) -> None:
         "results.",
         "llada-jax sweep --config configs/ladder_tiny.py --workdir runs/ladder --run local",
     )
-    parser.add_argument(
-        "--config", required=True, metavar="FILE", help="Python file: get_config() and sweep(add)"
+    parser.add_config_flags(
+        file="Python file: get_config() and sweep(add)", knob="changes one knob of all runs"
     )
     parser.add_argument(
         "--workdir", required=True, metavar="DIR", help="where all runs live; local or a URL"
@@ -71,15 +71,11 @@ def main(argv: list[str]) -> None:
     parser.add_argument(
         "--json", action="store_true", help="one JSON object on stdout (list, table, fit)"
     )
-    parser.add_argument(
-        "--config.KEY", metavar="VALUE", dest="_", help="changes one knob of all runs"
-    )
     cut = argv.index("--") if "--" in argv else len(argv)
     ours, launcher_words = argv[:cut], argv[cut + 1 :]
-    words = [word.removeprefix("--config.") for word in ours if word.startswith("--config.")]
-    args = parser.parse_args([word for word in ours if not word.startswith("--config.")])
+    args, overrides = parser.parse_with_overrides(ours)
     action = check_flags(args, launcher_words)
-    sweep = read_sweep(args.config, words, args.workdir)
+    sweep = read_sweep(args.config, overrides, args.workdir)
     if action == "list":
         show_list(sweep, in_json=args.json)
     elif action == "table":

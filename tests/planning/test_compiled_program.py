@@ -200,7 +200,7 @@ from llada_jax.planning.compiled_program import collectives
 a = Architecture(vocab_size=1030, num_layers=1, d_model=64, num_heads=2, num_kv_heads=2, head_dim=16, d_ff=64)
 results = []
 for sizes in (dict(fsdp=8), dict(data=2, fsdp=2, tensor=2)):
-    mesh = sharding.make_mesh({axis: sizes.get(axis, 1) for axis in sharding.AXES})
+    mesh = sharding.make_mesh(sizes)
     for nll_chunk in (64, 8):
         model = make_model(a, nll_chunk=nll_chunk)
         shardings = parameter_shardings(model, mesh)
