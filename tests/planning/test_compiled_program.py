@@ -1,6 +1,4 @@
-"""Reading compiled programs: against programs written by hand, and against ones whose communication
-is known.
-"""
+"""The reader of compiled programs: on programs written by hand, and where the traffic is known."""
 
 import json
 import os
@@ -100,7 +98,7 @@ def test_collectives_count_their_bytes_their_loops_and_what_they_achieve():
     )
 
 
-def test_groups_that_span_slices_are_told_from_those_within():
+def test_groups_that_span_slices_are_distinguished_from_those_within_one():
     spans = {
         c.kind: c.spans_slices
         for c in compiled_program.collectives(WRITTEN_BY_HAND, devices_per_slice=4)
@@ -157,7 +155,7 @@ ENTRY %main (p: bf16[8,8]) -> (bf16[8,8], s32[]) {
 """
 
 
-def test_a_peeled_loop_an_overlapped_gather_and_a_send_between_slices_count_once_each_turn():
+def test_a_peeled_loop_an_overlapped_gather_and_a_send_between_slices_count_once_per_iteration():
     found = {
         (c.kind, c.num_bytes, c.times, c.spans_slices)
         for c in compiled_program.collectives(PEELED_AND_OVERLAPPED)
@@ -185,7 +183,7 @@ def test_a_peeled_loop_an_overlapped_gather_and_a_send_between_slices_count_once
         ("dimensions={0}", []),
     ],
 )
-def test_groups_are_read_in_each_way_of_writing_them(written, groups):
+def test_groups_are_read_in_every_notation(written, groups):
     assert (
         compiled_program._groups(f"channel_id=1, {written}, use_global_device_ids=true") == groups
     )
@@ -194,29 +192,34 @@ def test_groups_are_read_in_each_way_of_writing_them(written, groups):
 COMPILE = """
 import json
 import jax, jax.numpy as jnp
-from llada_jax import hlo, sharding, state
+from llada_jax.cluster import sharding
+from llada_jax.models.model import make_model
 from llada_jax.models.transformer import Architecture
-a = Architecture(vocab_size=1030, num_layers=1, d_model=64, num_heads=2, num_kv_heads=2, head_dim=16, d_ff=64)
+from llada_jax.planning.compiled_program import collectives
+from llada_jax.training.state import parameter_shardings
+a = Architecture(
+    vocab_size=1030, num_layers=1, d_model=64, num_heads=2, num_kv_heads=2, head_dim=16, d_ff=64
+)
 results = []
 for sizes in (dict(fsdp=8), dict(data=2, fsdp=2, tensor=2)):
     mesh = sharding.make_mesh({axis: sizes.get(axis, 1) for axis in sharding.AXES})
     for nll_chunk in (64, 8):
-        model = state.make_model(a, nll_chunk=nll_chunk)
-        shardings = state.parameter_shardings(model, mesh)
-        params = jax.tree.map(lambda l, s: jax.ShapeDtypeStruct(l.shape, l.dtype, sharding=s), model.abstract, shardings)
+        model = make_model(a, nll_chunk=nll_chunk)
+        shardings = parameter_shardings(model, mesh)
+        shaped = lambda l, s: jax.ShapeDtypeStruct(l.shape, l.dtype, sharding=s)
+        params = jax.tree.map(shaped, model.abstract, shardings)
         tokens = jax.ShapeDtypeStruct((16, 64), jnp.int32, sharding=sharding.batch_sharding(mesh))
         loss = lambda p, t: model.nll_fn(p, t, t, t > 3, None, t).nll_BT.sum()
         with jax.set_mesh(mesh):
-            text = jax.jit(jax.grad(loss), out_shardings=shardings).lower(params, tokens).compile().as_text()
-        results.append([sizes, nll_chunk, [c._asdict() for c in hlo.collectives(text)]])
+            jitted = jax.jit(jax.grad(loss), out_shardings=shardings)
+            text = jitted.lower(params, tokens).compile().as_text()
+        results.append([sizes, nll_chunk, [c._asdict() for c in collectives(text)]])
 print(json.dumps(results))
 """
 
 
-def test_the_gradient_of_the_head_is_reduced_once_a_step_in_however_many_pieces():
-    """Read from the programs that XLA compiles for eight CPU devices, the head in one piece and in
-    eight.
-    """
+def test_the_gradient_of_the_head_is_reduced_once_per_step_in_however_many_pieces():
+    """Compiled by XLA for eight CPU devices, with the head in one piece and in eight."""
     done = subprocess.run(
         [sys.executable, "-c", COMPILE],
         capture_output=True,
@@ -237,8 +240,8 @@ def test_the_gradient_of_the_head_is_reduced_once_a_step_in_however_many_pieces(
         extra = total(pieces, "all-reduce", "reduce-scatter") - total(
             whole, "all-reduce", "reduce-scatter"
         )
-        assert extra < 0.5 * kernel, sizes  # a reduction for each piece would add seven kernels
-        again = (
-            2 * 64 * 1030 * 4
-        )  # the kernel once more, for the backward pass, over one axis after the other
+        # A reduction for each piece would add seven kernels.
+        assert extra < 0.5 * kernel, sizes
+        # The kernel once more, for the backward pass, over one axis after the other.
+        again = 2 * 64 * 1030 * 4
         assert total(pieces, "all-gather") < total(whole, "all-gather") + again, sizes
