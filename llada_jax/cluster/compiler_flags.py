@@ -1,8 +1,8 @@
 """Named presets of compiler flags for TPUs and GPUs.
 
-They hold what published recipes set beyond the compilers' defaults: MaxText's xla_flags_library.py and
-its v5p, Trillium and Ironwood recipes; NVIDIA's JAX-Toolbox for GPUs. Whether they help a given run has
-to be measured. A compiler ends the process at a flag that it does not know, so
+They hold what published recipes set beyond the compilers' defaults: MaxText's xla_flags_library.py
+and its v5p, Trillium and Ironwood recipes; NVIDIA's JAX-Toolbox for GPUs. Whether they help a given
+run has to be measured. A compiler ends the process at a flag that it does not know, so
 tests/cluster/test_compiler_flags.py gives all of them to the installed compilers.
 """
 
@@ -79,7 +79,8 @@ FLAGS = {
 
 
 def flags_named(names: str) -> dict[str, str]:
-    """Returns the environment variables of presets joined by "+", as in "v6e+multislice"; "" has none.
+    """Returns the environment variables of presets joined by "+", as in "v6e+multislice"; "" has
+    none.
 
     Where several presets set compiler flags, the flags are appended; any other variable is that of
     the last preset.

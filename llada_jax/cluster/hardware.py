@@ -1,9 +1,9 @@
 """Accelerators: what each chip can do, how many are in a host, and what the slices are called.
 
 One table answers everything that asks about hardware: the log of a run (model FLOP utilisation),
-planning (memory, time, compiling for an absent slice) and the launchers (topologies, hosts). Peaks are
-dense bfloat16 without sparsity. A figure that is not known is absent and never guessed: `peak_flops`
-returns None, and no utilisation is reported.
+planning (memory, time, compiling for an absent slice) and the launchers (topologies, hosts). Peaks
+are dense bfloat16 without sparsity. A figure that is not known is absent and never guessed:
+`peak_flops` returns None, and no utilisation is reported.
 """
 
 import math
@@ -131,10 +131,10 @@ class Slice:
         return {"platform": "tpu", **arguments}
 
 
-# TPUs. Peaks, memory and ICI are from the Cloud TPU pages, where they state them. Usable memory: what the
-# compiler of libtpu 0.0.42 states when a program does not fit. DCN: the same pages (v5e 6.4 Tbit/s
-# and v6e 25.6 Tbit/s a pod of 256 chips, v5p 50 and TPU7x 100 Gbit/s a chip); v4 from 25 GB/s a
-# host of 4 chips (the "How to Scale Your Model" book).
+# TPUs. Peaks, memory and ICI are from the Cloud TPU pages, where they state them. Usable memory:
+# what the compiler of libtpu 0.0.42 states when a program does not fit. DCN: the same pages (v5e
+# 6.4 Tbit/s and v6e 25.6 Tbit/s a pod of 256 chips, v5p 50 and TPU7x 100 Gbit/s a chip); v4 from 25
+# GB/s a host of 4 chips (the "How to Scale Your Model" book).
 _TPUS = (
     Accelerator(
         name="v4",
@@ -283,7 +283,8 @@ def slice_named(name: str) -> Slice:
     "v5e-16" is read as "v5litepod-16", which is what the cloud calls it.
 
     Raises:
-        UserError: lists the sizes of the series, or the closest name when the series is unknown too.
+        UserError: lists the sizes of the series, or the closest name when the series is unknown
+        too.
     """
     name = re.sub(r"^v5e-", "v5litepod-", name)
     series = [known for known in SLICES if known.split("-")[0] == name.split("-")[0]]
@@ -293,7 +294,8 @@ def slice_named(name: str) -> Slice:
 
 
 def machines_named(name: str) -> Slice:
-    """Returns a TPU slice by its name ("v5p-128"), or GPUs by their number ("64xh100": 8 hosts of 8).
+    """Returns a TPU slice by its name ("v5p-128"), or GPUs by their number ("64xh100": 8 hosts of
+    8).
 
     Raises:
         UserError: there are no such machines; lists what exists.
@@ -320,6 +322,6 @@ def accelerator_of(device) -> Accelerator | None:
 
 
 def peak_flops(device) -> float | None:
-    """Returns the dense bfloat16 peak of one JAX device in FLOP/s, None if it is not in the table."""
+    """Returns the dense bfloat16 FLOP/s of one JAX device, None if it is not in the table."""
     chip = accelerator_of(device)
     return chip.peak_flops_per_device if chip else None

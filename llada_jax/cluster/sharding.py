@@ -17,8 +17,8 @@ from llada_jax.errors import UserError
 
 AXES = ("data", "fsdp", "sequence", "tensor", "expert")
 
-# {logical axis: mesh axis or axes}. Parameters name the side of the model that they are on; the axes
-# of activations begin with act_.
+# {logical axis: mesh axis or axes}. Parameters name the side of the model that they are on; the
+# axes of activations begin with act_.
 RULES = {
     "layers": None,
     "embed": "fsdp",
@@ -71,8 +71,8 @@ def mesh_shape(sizes: dict[str, int], num_devices: int, *, num_slices: int = 1) 
     data = shape[AXES.index("data")]
     if data % num_slices:
         raise UserError(
-            f"config.mesh.data={data} is not a multiple of the {num_slices} slices, which are joined "
-            f"along data; set --config.mesh.data={num_slices}."
+            f"config.mesh.data={data} is not a multiple of the {num_slices} slices, which are "
+            f"joined along data; set --config.mesh.data={num_slices}."
         )
     return tuple(shape)
 

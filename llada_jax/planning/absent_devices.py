@@ -1,4 +1,5 @@
-"""Devices that are not there: stand-ins from which shapes follow, and the TPUs that libtpu describes.
+"""Devices that are not there: stand-ins from which shapes follow, and the TPUs that libtpu
+describes.
 
 libtpu compiles for a TPU slice on any CPU. It reads its settings from the environment when it is
 loaded, and only then, so one process compiles with one set of compiler flags.
@@ -20,7 +21,7 @@ from llada_jax.errors import UserError
 
 @dataclasses.dataclass(frozen=True)
 class StandInDevice:
-    """Takes the place of one device in a mesh on which shapes are traced and nothing is compiled."""
+    """One device of a mesh on which shapes are traced and nothing is compiled."""
 
     id: int
     platform: str
@@ -29,7 +30,8 @@ class StandInDevice:
 
 
 def stand_in_mesh(sizes: dict[str, int], machines: Slice, num_slices: int) -> Mesh:
-    """Returns a mesh of StandInDevices, which is enough for shardings and shapes and needs no libtpu.
+    """Returns a mesh of StandInDevices, which is enough for shardings and shapes and needs no
+    libtpu.
 
     Args:
         sizes: {mesh axis: size}, one of them may be -1; see llada_jax.cluster.sharding.mesh_shape.
@@ -82,7 +84,8 @@ def load_libtpu(flags: dict[str, str]) -> None:
 
 
 def libtpu_mesh(sizes: dict[str, int], machines: Slice, num_slices: int) -> Mesh:
-    """Returns a mesh over the devices of absent TPU slices, in their topology, for which XLA compiles.
+    """Returns a mesh over the devices of absent TPU slices, in their topology, for which XLA
+    compiles.
 
     Call `load_libtpu` first. Takes the same arguments as `stand_in_mesh`.
     """

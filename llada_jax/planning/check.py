@@ -65,7 +65,8 @@ def compile_report(recipe: Recipe, mesh: Mesh, machines: Slice, *, shape: tuple[
 
 
 def parse_out_of_memory(message: str) -> tuple[int, int]:
-    """Returns (bytes needed, bytes available) from the compiler's message, (0, 0) for another error.
+    """Returns (bytes needed, bytes available) from the compiler's message, (0, 0) for another
+    error.
 
     Too large a program is the one failure that a plan answers with advice, and XLA raises it under
     the same error class as everything else: only its words tell it apart.
@@ -163,8 +164,8 @@ def _check_attention(kernels: dict[str, int], attention: str) -> tuple[bool, str
 def bytes_by_purpose(collectives: list[dict]) -> dict[str, int]:
     """Returns the bytes per step that are moved for each purpose.
 
-    Purposes: gather, scatter, reduce; reshard (exchanged between layouts: everything else that stays
-    within a slice); between (whatever crosses from one slice to another).
+    Purposes: gather, scatter, reduce; reshard (exchanged between layouts: everything else that
+    stays within a slice); between (whatever crosses from one slice to another).
     """
     purposes = {"all-gather": "gather", "reduce-scatter": "scatter", "all-reduce": "reduce"}
     totals = dict.fromkeys(("gather", "scatter", "reduce", "reshard", "between"), 0)

@@ -1,8 +1,8 @@
 """An estimate of one training step from its shapes: memory, traffic and time.
 
-Nothing is compiled. What can be counted is exact (parameters, state, FLOPs); activations and time are
-estimates whose assumptions are written where they are made. An estimate takes milliseconds, which is
-what makes `search` possible; `check` asks the compiler, which takes minutes.
+Nothing is compiled. What can be counted is exact (parameters, state, FLOPs); activations and time
+are estimates whose assumptions are written where they are made. An estimate takes milliseconds,
+which is what makes `search` possible; `check` asks the compiler, which takes minutes.
 """
 
 import math
@@ -154,8 +154,8 @@ def memory_of(
         "dots": 3 * D + (N + 2 * K) + 2 * F,
         "none": 5 * D + (3 * N + 3 * K) + 4 * F + 3 * S,
     }[workload.remat]
-    # Gradients are float32, as the parameters are. With several microbatches a second copy holds the
-    # sum while the next part is computed.
+    # Gradients are float32, as the parameters are. With several microbatches a second copy holds
+    # the sum while the next part is computed.
     gradients = sharded_bytes(recipe.abstract.params, shape)
     gradients *= 2 if workload.num_microbatches > 1 else 1
     layer_weights = (num_matmul_parameters(a) - D * a.vocab_size) / a.num_layers / t * itemsize
@@ -196,9 +196,9 @@ def sharded_bytes(tree, shape: dict[str, int]) -> int:
 def recomputed_flops(recipe: Recipe, workload: Workload) -> float:
     """Returns the FLOPs per token that the backward pass repeats.
 
-    The remat policy decides for the layers: "dots" keeps the outputs of products but not the scores,
-    "attention" keeps the scores' result and repeats the products, "full" repeats both. The head is
-    repeated whenever it runs in pieces, because then no piece's logits are kept.
+    The remat policy decides for the layers: "dots" keeps the outputs of products but not the
+    scores, "attention" keeps the scores' result and repeats the products, "full" repeats both. The
+    head is repeated whenever it runs in pieces, because then no piece's logits are kept.
     """
     a, T = recipe.architecture, workload.sequence_length
     head = a.d_model * a.vocab_size
@@ -207,7 +207,7 @@ def recomputed_flops(recipe: Recipe, workload: Workload) -> float:
     layers = {"none": 0, "dots": scores, "attention": projections, "full": projections + scores}[
         workload.remat
     ]
-    return layers + (2 * head if T > workload.nll_chunk else 0)
+    return layers + (2 * head if workload.nll_chunk < T else 0)
 
 
 def traffic_of(
@@ -216,12 +216,14 @@ def traffic_of(
     """Returns bytes of whole arrays in whose exchange one device takes part per step, by purpose.
 
     gather: every weight matrix twice per microbatch (forward, backward), in the compute dtype, over
-    fsdp. scatter: its gradient once per microbatch, over fsdp. data: the gradient's shard, over data
-    within a slice; dcn: between slices. tensor: activations, twice forward, twice backward and once
-    more when a layer is recomputed. sequence: keys and values, forward, backward and recomputed.
+    fsdp. scatter: its gradient once per microbatch, over fsdp. data: the gradient's shard, over
+    data within a slice; dcn: between slices. tensor: activations, twice forward, twice backward and
+    once more when a layer is recomputed. sequence: keys and values, forward, backward and
+    recomputed.
 
-    Whole arrays, and not what a link carries: a ring of n devices carries (n - 1) / n of that, which
-    is nearly all of it on the meshes in question, and the compiler's programs are counted alike.
+    Whole arrays, and not what a link carries: a ring of n devices carries (n - 1) / n of that,
+    which is nearly all of it on the meshes in question, and the compiler's programs are counted
+    alike.
 
     Args:
         tokens: of one device in one microbatch.
@@ -278,14 +280,14 @@ def step_seconds(
 ) -> dict[str, float]:
     """Returns the time of a step under a fast and a slow set of assumptions.
 
-    fast: EFFICIENCY["fast"] of the peak; all communication is hidden behind computing unless it takes
-    longer, and uses all links. A gather or scatter of V bytes takes V / bandwidth, an all-reduce twice
-    that. slow: EFFICIENCY["slow"], nothing hidden, the links of one axis, and gathers and scatters
-    done as all-reduces, as libtpu does over whole slices. One number between the two would claim more
-    than shapes can show.
+    fast: EFFICIENCY["fast"] of the peak; all communication is hidden behind computing unless it
+    takes longer, and uses all links. A gather or scatter of V bytes takes V / bandwidth, an
+    all-reduce twice that. slow: EFFICIENCY["slow"], nothing hidden, the links of one axis, and
+    gathers and scatters done as all-reduces, as libtpu does over whole slices. One number between
+    the two would claim more than shapes can show.
 
-    Between hosts of GPUs communication is not counted: their network is not known, and a guess would
-    be taken for a figure.
+    Between hosts of GPUs communication is not counted: their network is not known, and a guess
+    would be taken for a figure.
     """
     chip, links, seconds = machines.accelerator, bandwidth(machines), {}
     for case, efficiency in EFFICIENCY.items():

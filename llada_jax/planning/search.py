@@ -21,16 +21,17 @@ USABLE_SHARE = 0.95
 def find_choices(
     recipe: Recipe, workload: Workload, shape: dict[str, int], machines: Slice, num_slices: int
 ) -> list[dict]:
-    """Returns the choices that are estimated to fit and that no other beats in both time and memory.
+    """Returns the choices that fit and that no other choice beats in both time and memory.
 
-    A choice is {"mesh", "remat", "microbatches", "peak" (bytes per device), "seconds_per_step"}, the
-    fastest first. Tried: data, fsdp and tensor (at most 8) as powers of two, all remat policies, and
-    microbatches as powers of two up to one row per device; sequence and expert stay as they are.
+    A choice is {"mesh", "remat", "microbatches", "peak" (bytes per device), "seconds_per_step"},
+    the fastest first. Tried: data, fsdp and tensor (at most 8) as powers of two, all remat
+    policies, and microbatches as powers of two up to one row per device; sequence and expert stay
+    as they are.
     All of it is tried, because an estimate takes less than a millisecond: a cleverer search would
     have to be trusted.
 
     Args:
-        recipe, workload, shape: of the run as configured, see llada_jax.planning.estimate.estimate_run.
+        recipe, workload, shape: of the run as configured, see `estimate_run`.
 
     Raises:
         UserError: nothing is estimated to fit.
@@ -60,8 +61,9 @@ def find_choices(
                 )
     if not fitting:
         raise UserError(
-            f"No mesh, remat policy or microbatch of {workload.batch_size} rows is estimated to fit "
-            f"{machines.name}; take a larger --topology, or a shorter config.data.sequence_length."
+            f"No mesh, remat policy or microbatch of {workload.batch_size} rows is estimated to "
+            f"fit {machines.name}; take a larger --topology, or a shorter "
+            "config.data.sequence_length."
         )
     return _not_dominated(fitting)
 

@@ -1,8 +1,8 @@
 """`llada-jax plan`: what a config needs on machines that you have not rented yet.
 
-It prints memory, time and cost. The arithmetic is exact where it can be (parameters, state, FLOPs) and
-states its assumptions where it cannot (activations, time). `--compile` asks the compiler instead: it
-builds the very train step that `llada-jax train` would run.
+It prints memory, time and cost. The arithmetic is exact where it can be (parameters, state, FLOPs)
+and states its assumptions where it cannot (activations, time). `--compile` asks the compiler
+instead: it builds the very train step that `llada-jax train` would run.
 """
 
 import json
@@ -33,7 +33,7 @@ from llada_jax.verbs.command_line import Parser
 def main(argv: list[str]) -> None:
     parser = Parser(
         "plan",
-        "Reports memory, time and cost of a config on TPU slices or GPUs that you have not rented yet.",
+        "Reports memory, time and cost of a config on TPUs or GPUs that you have not rented yet.",
         "llada-jax plan --config configs/llada_8b.py --topology v5p-128 --compile",
     )
     parser.add_argument(
@@ -91,8 +91,8 @@ def main(argv: list[str]) -> None:
     if args.compile:
         if machines.accelerator.platform != "tpu":
             raise UserError(
-                f"--compile is for TPUs, and {args.topology} is not one: XLA compiles for GPUs only "
-                "on a machine that has them. Leave out --compile."
+                f"--compile is for TPUs, and {args.topology} is not one: XLA compiles for GPUs "
+                "only on a machine that has them. Leave out --compile."
             )
         load_libtpu(flags)
     # Everything here runs on the CPU, even where a TPU is attached: a plan must not take its chips.
@@ -132,8 +132,8 @@ def workload_of(config) -> Workload:
 def recipe_of_shapes(config, mesh, vocab_size: int) -> Recipe:
     """Returns the recipe of a config for a stand-in mesh, from which only shapes can be read.
 
-    It is assembled with the reference attention, because cuDNN cannot even be traced where it is not
-    installed, and splash only for a TPU's layout; `attention` names the kernel that the run would use.
+    It is assembled with the reference attention, because cuDNN cannot even be traced where it is
+    not installed; `attention` names the kernel that the run would use.
     """
     traced = config.copy_and_resolve_references()
     traced.model.attention = "xla"
@@ -150,7 +150,7 @@ def recipe_of_shapes(config, mesh, vocab_size: int) -> Recipe:
 
 
 def estimate(config, machines: Slice, num_slices: int, vocab_size: int) -> dict:
-    """Returns llada_jax.planning.estimate.estimate_run of a config; UserError if they do not fit."""
+    """Returns the estimate of a config; raises UserError if it does not fit the machines."""
     mesh = stand_in_mesh(config.mesh, machines, num_slices)
     recipe = recipe_of_shapes(config, mesh, vocab_size)
     return estimate_run(recipe, workload_of(config), dict(mesh.shape), machines, num_slices)
@@ -230,7 +230,8 @@ def _describe_run(p: dict) -> list[str]:
     return [
         f"model       {format_count(p['parameters'])} parameters, {matrices} in matrix products, "
         f"{p['vocab_size']:,} tokens",
-        f"FLOPs       6 * {matrices} + {attention} = {format_count(p['flops_per_token'])} per token",
+        f"FLOPs       6 * {matrices} + {attention} = "
+        f"{format_count(p['flops_per_token'])} per token",
         f"machine     {where}: {p['chips']} chips, {p['hosts']} hosts, {p['devices']} devices of "
         f"{p['peak_flops'] / 1e12:.0f} TFLOP/s and {format_bytes(p['usable_bytes'])}",
         f"mesh        {describe_mesh(p['mesh'])}",
@@ -255,8 +256,8 @@ def _describe_needs(p: dict) -> list[str]:
         f"            {sizes['peak']} of {format_bytes(p['usable_bytes'])} per device at the peak"
         + (" (estimate)" if fits else ": estimated not to fit"),
         f"traffic     {exchanged or 'none'} per step",
-        f"intensity   {limits['tokens_per_device']:,} tokens per device; computing hides the gathers "
-        f"above {limits['needed_on_all_links']:,.0f} (all links) to "
+        f"intensity   {limits['tokens_per_device']:,} tokens per device; computing hides the "
+        f"gathers above {limits['needed_on_all_links']:,.0f} (all links) to "
         f"{limits['needed_on_one_axis']:,.0f} (one axis)",
     ]
     if "tokens_per_slice" in limits:

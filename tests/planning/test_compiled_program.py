@@ -193,10 +193,9 @@ COMPILE = """
 import json
 import jax, jax.numpy as jnp
 from llada_jax.cluster import sharding
-from llada_jax.models.model import make_model
+from llada_jax.models.model import make_model, parameter_shardings
 from llada_jax.models.transformer import Architecture
 from llada_jax.planning.compiled_program import collectives
-from llada_jax.training.state import parameter_shardings
 a = Architecture(
     vocab_size=1030, num_layers=1, d_model=64, num_heads=2, num_kv_heads=2, head_dim=16, d_ff=64
 )
