@@ -35,7 +35,7 @@ def may_attend(
     query_index: Array,
     key_index: Array,
 ) -> Array:
-    """Returns whether each query may attend to each key; the arguments broadcast against each other.
+    """Returns whether each query may attend to each key; the arguments broadcast together.
 
     Args:
         query_segment, key_segment: ids of the documents; segment 0 is padding. Padding attends to

@@ -10,12 +10,10 @@ import jax
 from etils import epath
 
 from llada_jax import __version__
-from llada_jax.errors import UserError
-from llada_jax.storage import remote
-
-pass
 from llada_jax.data.tokenizer import SPECIAL_IDS, Tokenizer
+from llada_jax.errors import UserError
 from llada_jax.models.transformer import Architecture
+from llada_jax.storage import remote
 
 
 def run_record(config, a: Architecture, tokenizer: Tokenizer, *, data: list[dict], **more) -> dict:

@@ -46,7 +46,7 @@ def test_gpu_flags_are_known_to_the_installed_compiler():
 
 
 def test_tpu_flags_are_known_to_libtpu():
-    """libtpu reads its flags when it is loaded, and ends the process at one that it does not know."""
+    """libtpu ends the process that loads it at a flag that it does not know."""
     environment = {**libtpu_environment(), "JAX_PLATFORMS": "cpu"}
     load = """
 import sys

@@ -80,10 +80,10 @@ def test_a_batch_is_placed_row_by_row_where_its_sharding_says():
 def test_a_large_array_that_every_device_holds_whole_is_named():
     mesh = sharding.make_mesh(sizes(fsdp=8))
 
-    def array(*shape: int, spec=P()) -> jax.ShapeDtypeStruct:
+    def array(spec: P, *shape: int) -> jax.ShapeDtypeStruct:
         return jax.ShapeDtypeStruct(shape, np.float32, sharding=NamedSharding(mesh, spec))
 
-    tree = {"whole": array(16, 16), "split": array(16, 16, spec=P("fsdp")), "small": array(16)}
+    tree = {"whole": array(P(), 16, 16), "split": array(P("fsdp"), 16, 16), "small": array(P(), 16)}
     assert sharding.replicated_by_accident(tree, mesh, num_elements=256) == ["whole (16, 16)"]
     replicas = sharding.make_mesh(sizes(data=8))
     assert sharding.replicated_by_accident(tree, replicas, num_elements=256) == []
