@@ -1,7 +1,7 @@
 """Meshes, the table of logical axes, and the placement of batches on eight CPU devices."""
 
 import re
-from types import SimpleNamespace
+from typing import NamedTuple
 
 import jax
 import numpy as np
@@ -38,20 +38,21 @@ def test_a_mesh_that_does_not_fit_the_devices_is_refused(stated, num_slices, say
         sharding.mesh_shape(sizes(**stated), 8, num_slices=num_slices)
 
 
+class Chip(NamedTuple):
+    """What JAX reads of a TPU to lay out a mesh."""
+
+    id: int
+    slice_index: int
+    process_index: int
+    coords: tuple[int, int, int]
+    core_on_chip: int = 0
+    platform: str = "tpu"
+    device_kind: str = "TPU v4"
+
+
 def test_slices_are_joined_along_data():
-    """Two slices of four stand-ins: no row of the mesh along another axis leaves its slice."""
-    devices = [
-        SimpleNamespace(
-            id=i,
-            platform="tpu",
-            device_kind="TPU v4",
-            slice_index=i // 4,
-            process_index=i // 4,
-            coords=(i % 2, i % 4 // 2, 0),
-            core_on_chip=0,
-        )
-        for i in range(8)
-    ]
+    """Two slices of four chips: no row of the mesh along another axis leaves its slice."""
+    devices = [Chip(i, i // 4, i // 4, (i % 2, i % 4 // 2, 0)) for i in range(8)]
     mesh = sharding.make_mesh(sizes(data=2, fsdp=4), devices)
     assert dict(mesh.shape) == sizes(data=2, fsdp=4)
     slices = [{device.slice_index for device in row.flat} for row in mesh.devices]
