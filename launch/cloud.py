@@ -105,7 +105,7 @@ def make_parser(description: str) -> argparse.ArgumentParser:
         type=parse_flags,
         default={},
         metavar="PRESET",
-        help="preset of llada_jax.cluster.compiler_flags, e.g. v6e",
+        help="compiler flags of llada_jax.cluster.hardware, e.g. v6e",
     )
     parser.add_argument(
         "--max-restarts", type=int, default=10, metavar="N", help="give up after so many (10)"

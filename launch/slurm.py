@@ -189,7 +189,7 @@ def parse(argv: list[str]) -> tuple[argparse.Namespace, list[str]]:
         "--flags",
         default="",
         metavar="PRESET",
-        help="preset of llada_jax.cluster.compiler_flags, e.g. gpu",
+        help="compiler flags of llada_jax.cluster.hardware, e.g. gpu",
     )
     add(
         "--sbatch",
