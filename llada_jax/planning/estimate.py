@@ -28,8 +28,7 @@ class Workload(NamedTuple):
 
     batch_size: B, rows of the global batch. sequence_length: T. num_microbatches: the parts into
     which each batch is split (gradient accumulation). remat: the policy of the layers, see
-    config.model.remat. nll_chunk: positions of a row whose logits exist at one time. is_causal:
-    whether attention skips what comes later.
+    config.model.remat. nll_chunk: positions of a row whose logits exist at one time.
     """
 
     batch_size: int
@@ -37,7 +36,6 @@ class Workload(NamedTuple):
     num_microbatches: int
     remat: str
     nll_chunk: int
-    is_causal: bool
 
 
 def estimate_run(
@@ -56,10 +54,10 @@ def estimate_run(
     a, chip = recipe.architecture, machines.accelerator
     B, T, A = workload.batch_size, workload.sequence_length, workload.num_microbatches
     num_devices = machines.num_devices * num_slices
+    # A causal network attends to half of the positions.
+    is_causal = recipe.objective.mask.causal
     num_matmul = num_matmul_parameters(a)
-    flops = flops_per_token(
-        num_matmul, a.num_layers, a.num_heads * a.head_dim, T, causal=workload.is_causal
-    )
+    flops = flops_per_token(num_matmul, a.num_layers, a.num_heads * a.head_dim, T, causal=is_causal)
     # of one device in one microbatch
     rows = B // A // (shape["data"] * shape["fsdp"] * shape["expert"])
     tokens = rows * T // shape["sequence"]
@@ -89,7 +87,7 @@ def estimate_run(
         "layers": a.num_layers,
         "d_attention": a.num_heads * a.head_dim,
         "sequence_length": T,
-        "causal": workload.is_causal,
+        "causal": is_causal,
         "flops_per_token": flops,
         "batch_size": B,
         "microbatches": A,

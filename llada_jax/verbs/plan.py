@@ -125,7 +125,6 @@ def workload_of(config) -> Workload:
         num_microbatches=config.optimizer.gradient_accumulation,
         remat=config.model.remat,
         nll_chunk=config.model.nll_chunk,
-        is_causal=config.objective.name == "autoregressive",
     )
 
 
