@@ -134,7 +134,7 @@ class Slice:
 # TPUs. Peaks, memory and ICI are from the Cloud TPU pages, where they state them. Usable memory:
 # what the compiler of libtpu 0.0.42 states when a program does not fit. DCN: the same pages (v5e
 # 6.4 Tbit/s and v6e 25.6 Tbit/s a pod of 256 chips, v5p 50 and TPU7x 100 Gbit/s a chip); v4 from 25
-# GB/s a host of 4 chips (the "How to Scale Your Model" book).
+# GB/s per host of 4 chips (the "How to Scale Your Model" book).
 _TPUS = (
     Accelerator(
         name="v4",

@@ -1,5 +1,4 @@
-"""Devices that are not there: stand-ins from which shapes follow, and the TPUs that libtpu
-describes.
+"""Devices that are not there: stand-ins that have shapes, and TPUs as libtpu describes them.
 
 libtpu compiles for a TPU slice on any CPU. It reads its settings from the environment when it is
 loaded, and only then, so one process compiles with one set of compiler flags.

@@ -126,8 +126,8 @@ def check_program(report: dict, estimate: dict) -> list[dict]:
             against(scattered, meant["scatter"], " (once per microbatch)"),
         )
     elif meant["data"]:
-        # Activations over the tensor axis are reduced as well and cannot be told from gradients by
-        # their kind, so they are allowed for.
+        # Activations over the tensor axis are reduced as well and cannot be distinguished from
+        # gradients by their kind, so they are allowed for.
         check(
             "gradients reduced",
             moved["reduce"] < _GATHER_MARGIN * meant["data"] + 1.5 * meant["tensor"],

@@ -61,7 +61,7 @@ def _effect_lines(effect: dict) -> list[str]:
     if effect["rank_correlation"] is not None:
         notes.append(f"rank correlation {effect['rank_correlation']:+.2f}")
     if effect["moves_with"]:
-        notes.append(f"cannot be told from {', '.join(effect['moves_with'])}")
+        notes.append(f"cannot be told apart from {', '.join(effect['moves_with'])}")
     if not effect["is_balanced"]:
         notes.append("other knobs differ between its values, too")
     lines = [f"{effect['knob']}: {'; '.join(notes)}"]

@@ -187,7 +187,7 @@ def compile_and_check(config, machines: Slice, num_slices: int, vocab_size: int)
 def does_not_fit(report: dict) -> str:
     """Returns the sentence for a program that is too large: its size, and what to change.
 
-    The remedies stand in the order of their price (docs/plan.md, "It does not fit").
+    The remedies come in the order of their price (docs/plan.md, "It does not fit").
     """
     compiled, mesh = report["compiled"], report["mesh"]
     remedies = []

@@ -27,7 +27,7 @@ ACTIONS = ("list", "index", "run", "optuna", "table", "fit")
 def main(argv: list[str]) -> None:
     parser = Parser(
         "sweep",
-        "Runs what sweep(add) of a config file adds, in DIR/000, DIR/001 ...; compares the results.",
+        "Runs what sweep(add) of a config file adds, in DIR/000, DIR/001 ...; compares results.",
         "llada-jax sweep --config configs/ladder_tiny.py --workdir runs/ladder --run local",
     )
     parser.add_argument(

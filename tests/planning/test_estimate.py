@@ -27,6 +27,12 @@ def test_parameters_flops_and_tokens_are_those_of_llada_8b():
     assert (p["chips"], p["hosts"], p["devices"]) == (64, 16, 64)
 
 
+def test_a_causal_objective_takes_half_the_flops_of_attention():
+    both, past = estimated(), estimated("v5p-128", "objective.name=autoregressive")
+    assert (both["causal"], past["causal"]) == (False, True)
+    assert past["flops_per_token"] == 6 * MATRICES + 6 * 32 * 4096 * 4096
+
+
 @pytest.mark.parametrize(
     ("topology", "mesh", "ways"),
     [("v5p-128", {}, 64), ("v6e-256", {}, 256), ("v5p-128", {"data": 4, "tensor": 2}, 16)],
