@@ -4,6 +4,7 @@ import json
 import re
 
 import pytest
+from support.paths import ROOT
 from support.plans import GIB, LLADA_8B, compile_in_a_process, estimated
 
 from llada_jax.__main__ import main
@@ -25,6 +26,18 @@ def test_json_is_one_object_and_the_text_says_the_same(capsys):
         in out
     )
     assert "compiled" not in out
+
+
+def test_the_output_in_the_docs_is_the_one_of_the_command(capsys):
+    page = (ROOT / "docs/plan.md").read_text()
+    command, output = re.search(r"\n    llada-jax (plan .*)\n\n((?:    .*\n)+)", page).groups()
+    choices = re.findall(r"\n    (choice .*)", page)
+    assert len(choices) > 4
+    words = [str(ROOT / word) if word.startswith("configs/") else word for word in command.split()]
+    assert main([*words, "--search"]) == 0
+    printed = capsys.readouterr().out
+    assert printed.startswith(re.sub("^    ", "", output, flags=re.MULTILINE))
+    assert [line for line in choices if line not in printed.splitlines()] == []
 
 
 @pytest.mark.parametrize(
