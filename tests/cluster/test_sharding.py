@@ -1,7 +1,7 @@
 """Meshes, the table of logical axes, and the placement of batches on eight CPU devices."""
 
+import dataclasses
 import re
-from typing import NamedTuple
 
 import jax
 import numpy as np
@@ -38,7 +38,8 @@ def test_a_mesh_that_does_not_fit_the_devices_is_refused(stated, num_slices, say
         sharding.mesh_shape(sizes(**stated), 8, num_slices=num_slices)
 
 
-class Chip(NamedTuple):
+@dataclasses.dataclass(frozen=True)
+class Chip:
     """What JAX reads of a TPU to lay out a mesh."""
 
     id: int
