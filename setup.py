@@ -1,6 +1,10 @@
 """Package metadata, dependency ranges and extras. The ranges are those the tests have run on (docs/log.md)."""
 
+from pathlib import Path
+
 from setuptools import find_packages, setup
+
+README = Path(__file__).parent / "README.md"
 
 DATA = ["pyarrow>=17", "zstandard>=0.22", "fsspec>=2024.6"]
 HF = ["tokenizers>=0.20", "safetensors>=0.4.5", "huggingface_hub>=0.30", "jinja2>=3.1"]
@@ -24,9 +28,21 @@ setup(
     name="llada_jax",
     version="0.1.0",
     description="Pretraining of LLaDA, the masked diffusion language model, in JAX",
+    # The image of launch/Dockerfile installs the dependencies from setup.py alone, without a README.
+    long_description=README.read_text(encoding="utf-8") if README.exists() else "",
+    long_description_content_type="text/markdown",
+    license="Apache-2.0",
+    classifiers=[
+        "Development Status :: 3 - Alpha",
+        "Intended Audience :: Science/Research",
+        "Operating System :: POSIX :: Linux",
+        "Programming Language :: Python :: 3",
+        "Topic :: Scientific/Engineering :: Artificial Intelligence",
+        "Typing :: Typed",
+    ],
     python_requires=">=3.11",
     packages=find_packages(include=["llada_jax", "llada_jax.*"]),
-    package_data={"llada_jax": ["data/*.xz", "data/*.md"]},
+    package_data={"llada_jax": ["py.typed", "data/*.xz", "data/*.md"]},
     install_requires=[
         "jax>=0.10.2,<0.12",
         "flax>=0.12.8,<0.13",
@@ -53,10 +69,8 @@ setup(
         "s3": S3,
         "hf": HF,
         "torch": [*HF, "torch>=2.4", "transformers>=4.49,<6"],
-        "eval": HF,
         "sweep": SWEEP,
         "optuna": OPTUNA,
-        "docs": ["tensorboard>=2.18"],
         "dev": [*DATA, *HF, *GS, *S3, *SWEEP, *OPTUNA, *DEV],
     },
     entry_points={"console_scripts": ["llada-jax = llada_jax.__main__:main"]},

@@ -86,7 +86,7 @@ def _start_worker(job: Job, counters) -> None:
         if counters[3]:
             raise _Stopped
 
-    lock = open(job.output / RECEIPTS / "lock", "a")  # noqa: SIM115 (held as long as this process lives)
+    lock = open(job.output / RECEIPTS / "lock", "a")  # noqa: SIM115
     try_lock(lock, fcntl.LOCK_SH)
     tokenizer = load_tokenizer(job.output / "tokenizer")
     _worker.update(

@@ -137,7 +137,7 @@ def prepare(
     *,
     sequence_length: int,
     tokenizer: str,
-    cut: Cut = Cut(),  # noqa: B008 (frozen)
+    cut: Cut = Cut(),  # noqa: B008
     heldout: float = 0.01,
     workers: int = 1,
     add_mask_token: bool = False,

@@ -16,7 +16,7 @@ from llada_jax.config import CHOICES, apply_override, default_config, knob, knob
 from llada_jax.models.transformer import Architecture, num_parameters
 
 DOCUMENTS = [
-    ROOT / "README.md",
+    *(ROOT / name for name in ("README.md", "CONTRIBUTING.md")),
     *sorted((ROOT / "docs").glob("*.md")),
     *sorted((ROOT / "benchmarks").glob("*.md")),
 ]
