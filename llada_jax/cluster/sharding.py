@@ -13,7 +13,7 @@ from jax.experimental import mesh_utils
 from jax.sharding import AxisType, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
-from llada_jax.errors import UserError
+from llada_jax.errors import UserError, did_you_mean
 
 AXES = ("data", "fsdp", "sequence", "tensor", "expert")
 
@@ -41,14 +41,18 @@ def mesh_shape(sizes: dict[str, int], num_devices: int, *, num_slices: int = 1) 
     """Returns the size of each of AXES on `num_devices` devices.
 
     Args:
-        sizes: {mesh axis: size}; one of them may be -1, which stands for what the others leave.
+        sizes: {mesh axis: size}; an axis that is not named has size 1, and one size may be -1, which
+            stands for what the others leave.
         num_slices: TPU slices that the devices come from; they are joined along data.
 
     Raises:
-        UserError: the sizes do not multiply to the number of devices, or data is not a multiple of
-            the slices.
+        UserError: an axis is unknown, the sizes do not multiply to the number of devices, or data is
+            not a multiple of the slices.
     """
-    shape = [int(sizes[axis]) for axis in AXES]
+    for axis in sizes:
+        if axis not in AXES:
+            raise UserError(f"The mesh has no axis {axis!r}.{did_you_mean(axis, AXES)}")
+    shape = [int(sizes.get(axis, 1)) for axis in AXES]
     stated = math.prod(n for n in shape if n != -1)
     written = " x ".join(f"{axis}={n}" for axis, n in zip(AXES, shape))
     if shape.count(-1) > 1 or any(n < 1 and n != -1 for n in shape):
@@ -78,7 +82,7 @@ def mesh_shape(sizes: dict[str, int], num_devices: int, *, num_slices: int = 1) 
 
 
 def make_mesh(sizes: dict[str, int], devices=None) -> Mesh:
-    """Returns a mesh over all devices with the given size for each of AXES; one size may be -1.
+    """Returns a mesh over all devices; see mesh_shape for the sizes.
 
     Several TPU slices lie along the data axis, so that gradients are all that crosses the data
     centre network, which is 30 to 100 times slower than the links within a slice.
@@ -101,6 +105,14 @@ def make_mesh(sizes: dict[str, int], devices=None) -> Mesh:
     within, across = (data // num_slices, *others), (num_slices, *[1] * len(others))
     grid = mesh_utils.create_hybrid_device_mesh(within, across, devices)
     return Mesh(grid, AXES, axis_types=types)
+
+
+def one_device_mesh() -> Mesh:
+    """Returns a mesh of the first device of this process, on which every axis has size 1.
+
+    A local device, so that each process of a run can load a checkpoint on its own.
+    """
+    return make_mesh({}, devices=jax.local_devices()[:1])
 
 
 def spec(names: tuple[str | None, ...]) -> P:

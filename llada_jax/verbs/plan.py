@@ -36,8 +36,9 @@ def main(argv: list[str]) -> None:
         "Reports memory, time and cost of a config on TPUs or GPUs that you have not rented yet.",
         "llada-jax plan --config configs/llada_8b.py --topology v5p-128 --compile",
     )
-    parser.add_argument(
-        "--config", required=True, metavar="FILE", help="Python file with get_config()"
+    parser.add_config_flags(
+        file="Python file with get_config()",
+        knob="changes one knob, e.g. --config.mesh.data=2",
     )
     parser.add_argument(
         "--topology", required=True, metavar="NAME", help="TPU slice (v5p-128) or GPUs (64xh100)"
@@ -69,14 +70,7 @@ def main(argv: list[str]) -> None:
         help="preset of compiler flags for --compile, as in v5p",
     )
     parser.add_argument("--json", action="store_true", help="print one JSON object on stdout")
-    parser.add_argument(
-        "--config.KEY",
-        metavar="VALUE",
-        dest="_",
-        help="changes one knob, e.g. --config.mesh.data=2",
-    )
-    overrides = [word.removeprefix("--config.") for word in argv if word.startswith("--config.")]
-    args = parser.parse_args([word for word in argv if not word.startswith("--config.")])
+    args, overrides = parser.parse_with_overrides(argv)
     config = load_config(args.config, overrides)
     machines = hardware.machines_named(args.topology)
     if args.slices < 1:

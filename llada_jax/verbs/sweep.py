@@ -30,8 +30,8 @@ def main(argv: list[str]) -> None:
         "Runs what sweep(add) of a config file adds, in DIR/000, DIR/001 ...; compares results.",
         "llada-jax sweep --config configs/ladder_tiny.py --workdir runs/ladder --run local",
     )
-    parser.add_argument(
-        "--config", required=True, metavar="FILE", help="Python file: get_config() and sweep(add)"
+    parser.add_config_flags(
+        file="Python file: get_config() and sweep(add)", knob="changes one knob of all runs"
     )
     parser.add_argument(
         "--workdir", required=True, metavar="DIR", help="where all runs live; local or a URL"
@@ -64,15 +64,11 @@ def main(argv: list[str]) -> None:
     parser.add_argument(
         "--json", action="store_true", help="print one JSON object on stdout (list, table, fit)"
     )
-    parser.add_argument(
-        "--config.KEY", metavar="VALUE", dest="_", help="changes one knob of all runs"
-    )
     cut = argv.index("--") if "--" in argv else len(argv)
     ours, launcher_words = argv[:cut], argv[cut + 1 :]
-    words = [word.removeprefix("--config.") for word in ours if word.startswith("--config.")]
-    args = parser.parse_args([word for word in ours if not word.startswith("--config.")])
+    args, overrides = parser.parse_with_overrides(ours)
     action = check_flags(args, launcher_words)
-    sweep = load_sweep(args.config, words, args.workdir)
+    sweep = load_sweep(args.config, overrides, args.workdir)
     if action == "list":
         show_list(sweep, in_json=args.json)
     elif action == "table":

@@ -53,7 +53,7 @@ import sys
 from llada_jax.cluster.hardware import slice_named
 from llada_jax.planning.absent_devices import libtpu_mesh, load_libtpu
 load_libtpu({"LIBTPU_INIT_ARGS": sys.stdin.read()})
-libtpu_mesh(dict(data=1, fsdp=-1, sequence=1, tensor=1, expert=1), slice_named("v5p-8"), 1)
+libtpu_mesh(dict(fsdp=-1), slice_named("v5p-8"), 1)
 """
 
     def loaded(flags: str) -> subprocess.CompletedProcess:

@@ -200,7 +200,7 @@ a = Architecture(
 )
 results = []
 for sizes in (dict(fsdp=8), dict(data=2, fsdp=2, tensor=2)):
-    mesh = sharding.make_mesh({axis: sizes.get(axis, 1) for axis in sharding.AXES})
+    mesh = sharding.make_mesh(sizes)
     for nll_chunk in (64, 8):
         model = make_model(a, nll_chunk=nll_chunk)
         shardings = parameter_shardings(model, mesh)

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 from support.runs import losses
 
-from llada_jax.cluster.sharding import AXES, make_mesh, replicated_by_accident
+from llada_jax.cluster.sharding import make_mesh, replicated_by_accident
 from llada_jax.models.model import make_model, parameter_shardings
 from llada_jax.models.transformer import Architecture
 from llada_jax.training.state import abstract_state, create_state
@@ -64,7 +64,7 @@ SMALL = Architecture(
 
 
 def mesh_of(**sizes):
-    return make_mesh({**dict.fromkeys(AXES, 1), **sizes})
+    return make_mesh(sizes)
 
 
 def state_on(mesh):
