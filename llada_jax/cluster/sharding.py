@@ -41,13 +41,13 @@ def mesh_shape(sizes: dict[str, int], num_devices: int, *, num_slices: int = 1) 
     """Returns the size of each of AXES on `num_devices` devices.
 
     Args:
-        sizes: {mesh axis: size}; an axis that is not named has size 1, and one size may be -1, which
-            stands for what the others leave.
+        sizes: {mesh axis: size}; an axis that is not named has size 1, and one size may be -1,
+            which stands for what the others leave.
         num_slices: TPU slices that the devices come from; they are joined along data.
 
     Raises:
-        UserError: an axis is unknown, the sizes do not multiply to the number of devices, or data is
-            not a multiple of the slices.
+        UserError: an axis is unknown, the sizes do not multiply to the number of devices, or data
+            is not a multiple of the slices.
     """
     for axis in sizes:
         if axis not in AXES:

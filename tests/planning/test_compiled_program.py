@@ -9,6 +9,8 @@ import pytest
 
 from llada_jax.planning import compiled_program
 
+# HLO has one instruction per line.
+# ruff: noqa: E501
 WRITTEN_BY_HAND = """HloModule jit_step, is_scheduled=true
 
 %add (a: f32[], b: f32[]) -> f32[] {
