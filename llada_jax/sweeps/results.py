@@ -2,13 +2,13 @@
 
 import json
 import math
-import os
 from typing import NamedTuple
 
 import numpy as np
 from etils import epath
 
 from llada_jax.run.metrics_file import is_over, read_lines
+from llada_jax.storage.files import write_whole
 
 # How the last attempt ended. `sweep` writes it, because `train` cannot record that it was killed.
 EXIT_FILE = "exit.json"
@@ -73,10 +73,9 @@ def write_exit(workdir, *, status: int, pruned: bool = False) -> None:
     """Records how an attempt at a run ended: the exit status of `train`."""
     path = epath.Path(workdir) / EXIT_FILE
     path.parent.mkdir(parents=True, exist_ok=True)
-    # All processes of a run on several hosts write it, so each needs a file of its own to rename.
-    partial = path.parent / f"{EXIT_FILE}.{os.getpid()}.partial"
-    partial.write_text(json.dumps({"exit_status": status, "pruned": pruned}) + "\n")
-    partial.replace(path)
+    ended = {"exit_status": status, "pruned": pruned}
+    # All processes of a run on several hosts write it.
+    write_whole(path, json.dumps(ended) + "\n", concurrent=True)
 
 
 def _state(workdir, *, is_over: bool, has_begun: bool) -> str:

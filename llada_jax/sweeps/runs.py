@@ -3,7 +3,6 @@
 import contextlib
 import json
 import math
-import os
 import runpy
 from typing import NamedTuple
 
@@ -11,7 +10,8 @@ from etils import epath
 from ml_collections import ConfigDict
 
 from llada_jax.config import knob, knobs, load_config
-from llada_jax.errors import UserError, reason
+from llada_jax.errors import UserError
+from llada_jax.storage.files import write_whole, writing
 from llada_jax.sweeps.grid import Knobs, added_by
 from llada_jax.sweeps.results import FINISHED, Result, read_result
 
@@ -181,16 +181,11 @@ def sweep_json_of(sweep: Sweep) -> dict:
 
 def write_sweep_json(sweep: Sweep) -> None:
     path = epath.Path(sweep.workdir) / "sweep.json"
-    try:
+    with writing(path, remedy="choose another --workdir"):
         path.parent.mkdir(parents=True, exist_ok=True)
         # The tasks of a SLURM array write it at the same time.
-        partial = path.parent / f"sweep.json.{os.getpid()}.partial"
-        partial.write_text(json.dumps(sweep_json_of(sweep), indent=1) + "\n")
-        partial.replace(path)
-    except OSError as error:
-        raise UserError(
-            f"{path} cannot be written ({reason(error)}); choose another --workdir."
-        ) from error
+        text = json.dumps(sweep_json_of(sweep), indent=1) + "\n"
+        write_whole(path, text, concurrent=True)
 
 
 def check_unchanged(sweep: Sweep, recorded: dict) -> None:
