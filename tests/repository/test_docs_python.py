@@ -1,4 +1,4 @@
-"""The Python blocks of the documents: they parse, use names that exist, and those that can run do."""
+"""The Python blocks of the documents: they parse and use names that exist; some run."""
 
 import ast
 import builtins
@@ -42,7 +42,7 @@ def defined_in(tree: ast.Module) -> set[str]:
 
 @every_document
 def test_python_uses_names_that_exist(document):
-    """Names are defined in the block; imports, their members, knobs and members of a model exist."""
+    """Names are defined in the block; imports, members, knobs and parts of a model exist."""
     from llada_jax.pretrained import Pretrained
 
     config = default_config()
@@ -87,7 +87,7 @@ def test_python_uses_names_that_exist(document):
 
 @every_document
 def test_python_for_transformers_never_asks_whether_it_may_run_the_code(document):
-    """Without trust_remote_code=True, transformers stops and asks, for a tokenizer as well as for a model."""
+    """Without trust_remote_code=True transformers stops and asks, for a tokenizer too."""
     for call in re.findall(r"\.from_pretrained\(.*?\)", document.read_text()):
         assert "trust_remote_code=True" in call, f"{document.name}: {call}"
 

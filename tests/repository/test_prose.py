@@ -43,9 +43,8 @@ STUMBLES = {
     r"nobody|somebody|everybody": "name who it is, or use the passive voice",
     r"(?<!user )(?<!who )(?<!you )wants": "needs, takes",
     r"(?:has|have|had) not (?:a|an|the|any|enough|its|their|yet a)": "does not have",
-    r"(?<!there )(?<!There )(?:is|are|was|were) no (?!longer|more|less|fewer|better|worse|doubt|matter|\w+er than)[a-z]\w*": (
-        "is not a"
-    ),
+    r"(?<!there )(?<!There )(?:is|are|was|were) no "
+    r"(?!longer|more|less|fewer|better|worse|doubt|matter|\w+er than)[a-z]\w*": ("is not a"),
     r"(?<!there )(?<!There )(?:is|are) none(?! of)": "is not one",
     r"of an? [\w-]+ each": "with one ... per ...",
     rf"{QUANTITY} an? {WHOLE}(?! (?:that|is|has|takes|needs|holds|can|must|of\b))": "per",
@@ -63,7 +62,8 @@ def stumbles(text: str) -> list[str]:
     """Returns for every stumble in a text its words, some context, and what to write instead."""
     text = " ".join(text.split())
     return [
-        f"...{text[max(0, found.start() - 40) : found.end() + 30]}...: instead of {found.group()!r} write: {remedy}"
+        f"...{text[max(0, found.start() - 40) : found.end() + 30]}...: "
+        f"instead of {found.group()!r} write: {remedy}"
         for expression, remedy in EXPRESSIONS.items()
         for found in expression.finditer(text)
     ]
@@ -99,14 +99,14 @@ SENTENCE_END = re.compile(r"""[.!?]["'”*)\]]*\s+(?=["'“(*\[`]*[A-Z])""")
 
 
 def prose(line: str) -> str:
-    """Returns a line without its list marker and its bold heading, with abbreviations that hold no full stop."""
+    """Returns a line without its list marker, its bold heading, and the stops of abbreviations."""
     line = re.sub(r"^\s*(?:[-*+]|\d+\.)\s+", "", line)
     line = re.sub(r"^\*\*[^*]+\*\*", "", line)
     return ABBREVIATIONS.sub(lambda found: found.group().replace(".", ""), line)
 
 
 def crowded_lines(markdown: str) -> list[str]:
-    """Returns the lines of prose that hold the end of one sentence and the beginning of the next."""
+    """Returns the lines of prose in which one sentence ends and the next begins."""
     lines = without_code(markdown)
     return [
         line
@@ -131,7 +131,7 @@ def wrapped_lines(markdown: str) -> list[str]:
 
 
 def texts(source: str) -> list[str]:
-    """Returns the prose of a Python file: docstrings, texts of more than one word, runs of comments."""
+    """Returns the prose of a Python file: docstrings, texts of several words, comments."""
     found = []
     tree = ast.parse(source)
     in_formatted = {
@@ -211,10 +211,10 @@ def test_stumbles_are_found(text):
 @pytest.mark.parametrize(
     "text",
     [
-        "There is no config file; besides, it is no longer read. A host reads the rows that its devices own.",
-        "The launcher tells two processes apart. It is told to stop. Amend the file. Every user wants a fast run.",
-        "A step takes a batch. None of the files has changed. It is no larger than 4. There is no whole number.",
-        "It takes 12 bytes per parameter. This differs by a step. The state of a device is saved. A stand-in runs.",
+        "There is no config file; besides, it is no longer read. A host reads its rows.",
+        "It tells two processes apart. It is told to stop. Amend it. Every user wants a fast run.",
+        "A step takes a batch. None of the files has changed. It is no larger than 4.",
+        "It takes 12 bytes per parameter. This differs by a step. A stand-in runs.",
     ],
 )
 def test_plain_english_is_left_alone(text):
@@ -222,7 +222,8 @@ def test_plain_english_is_left_alone(text):
 
 
 def test_crowded_and_wrapped_lines_are_found():
-    page = "# A. Title\n\nOne sentence. `two` of them, e.g. These.\nA wrapped\nsentence, see Nie et al. Who.\n"
+    page = "# A. Title\n\nOne sentence. `two` of them, e.g. These.\n"
+    page += "A wrapped\nsentence, see Nie et al. Who.\n"
     page += (
         "\n- **Bold.** Item.\n- one\n  two\n\n    code. Code\n\n| a. B | c |\n\n```\nc. D\n```\n"
     )
