@@ -14,7 +14,7 @@ worker processes are started.
 """
 
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import islice
 
@@ -38,6 +38,7 @@ def train_batches(
     seed: int,
     rows: Sequence[int] | None = None,
     start_step: int = 0,
+    batch_number: Callable[[int], int] = lambda step: step,
     random_length_probability: float = 0.01,
     attend_across_documents: bool = True,
     num_threads: int = 4,
@@ -59,6 +60,9 @@ def train_batches(
             all by default. Hosts may own rows that are not contiguous and, where the mesh
             replicates, rows that others own too.
         start_step: the step of the first batch.
+        batch_number: step -> the number of the batch that it reads, both counted from 0; differs
+            from the step where a rollback has taken batches out of the order. It is asked at every
+            step, because such a stretch may lie anywhere ahead of `start_step`.
         random_length_probability: how often a row keeps only its first U{1..T} tokens and the rest
             becomes padding (1% in LLaDA, arXiv 2502.09992).
         attend_across_documents: True (as LLaDA published) makes all tokens of a row one segment
@@ -87,9 +91,13 @@ def train_batches(
         .map(_row_for(attend_across_documents))
     )
     rows = _check_rows(rows, batch_size=batch_size)
-    dataset = _HostRows(dataset, batch_size=batch_size, rows=rows, start_step=start_step).batch(
-        len(rows)
-    )
+    dataset = _HostRows(
+        dataset,
+        batch_size=batch_size,
+        rows=rows,
+        start_step=start_step,
+        batch_number=batch_number,
+    ).batch(len(rows))
     return _iterate(dataset, num_threads=num_threads, prefetch=prefetch)
 
 
@@ -163,14 +171,21 @@ def describe(sources: Sequence[Source], *, sequence_length: int) -> tuple[Source
 
 class _HostRows(grain.MapDataset):
     """Maps a host's n-th row, which is a step and a place in `rows`, to the parent's row
-    step * B + rows[place].
+    batch_number(step) * B + rows[place].
     """
 
     def __init__(
-        self, parent: grain.MapDataset, *, batch_size: int, rows: Sequence[int], start_step: int
+        self,
+        parent: grain.MapDataset,
+        *,
+        batch_size: int,
+        rows: Sequence[int],
+        start_step: int,
+        batch_number: Callable[[int], int] = lambda step: step,
     ):
         super().__init__(parent)
         self._batch_size, self._rows, self._start_step = batch_size, tuple(rows), start_step
+        self._batch_number = batch_number
 
     def __len__(self) -> int:
         num_steps = len(self._parent) // self._batch_size - self._start_step
@@ -180,7 +195,8 @@ class _HostRows(grain.MapDataset):
         if isinstance(index, slice):
             return self.slice(index)
         step, place = divmod(index, len(self._rows))
-        return self._parent[(self._start_step + step) * self._batch_size + self._rows[place]]
+        batch = self._batch_number(self._start_step + step)
+        return self._parent[batch * self._batch_size + self._rows[place]]
 
 
 class _Padded:

@@ -214,8 +214,9 @@ def train_on(
         sequence_length=T,
         seed=config.seed,
         rows=rows,
+        start_step=start_step,
         # step and batch differ after a rollback, which takes batches out of the order
-        start_step=batch_of_step(start_step + 1, opened.rollbacks.skipped) - 1,
+        batch_number=lambda step: batch_of_step(step + 1, opened.rollbacks.skipped) - 1,
         random_length_probability=config.data.random_length_probability,
         attend_across_documents=config.data.attend_across_documents,
         num_threads=config.data.num_threads,
