@@ -43,6 +43,7 @@ def bound_of_split(
     max_batches: int | None = None,
     seed: int = 0,
     num_draws: int = 1,
+    scored: list[tuple[float, float]] | None = None,
     on_batch: Callable[[], None] = lambda: None,
     on_compiled: Callable[[], None] = lambda: None,
 ) -> SplitBound:
@@ -60,6 +61,7 @@ def bound_of_split(
             its devices hold.
         max_batches: scores only the first so many; None: the whole split.
         seed: of the corruptions. num_draws: corruptions drawn for each row.
+        scored: see llada_jax.evaluation.likelihood.bound.
         on_batch: called before each batch. on_compiled: called once, after compiling.
 
     Raises:
@@ -90,6 +92,7 @@ def bound_of_split(
         num_rows=batch_size,
         seed=seed,
         num_draws=num_draws,
+        scored=scored,
         on_compiled=on_compiled,
     )
     return SplitBound(

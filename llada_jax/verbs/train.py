@@ -21,7 +21,7 @@ from llada_jax.models.model import make_model
 from llada_jax.parts import provenance
 from llada_jax.run.clock import Clock, speed_metrics
 from llada_jax.run.goodput import Ledger
-from llada_jax.run.heldout import bound_line, evaluate_heldout
+from llada_jax.run.heldout import AskedToStop, Unfinished, bound_line, evaluate_heldout
 from llada_jax.run.metrics_file import is_over, means, read_lines
 from llada_jax.run.numerics import check_finite, check_skipped
 from llada_jax.run.profiler import ProfilerWindow
@@ -240,22 +240,66 @@ def train_on(
     is_due = lambda step, every: every > 0 and (step % every == 0 or step == num_steps)  # noqa: E731
     clock.start_training()
     with progress, profiler, distributed.Watchdog(timeout_s) as watchdog:
-        evaluate = functools.partial(
-            evaluate_heldout,
-            recipe.model,
-            summaries=data.summaries,
-            objective=recipe.objective,
-            # as large as a microbatch of training, which is known to fit
-            batch_size=B // config.optimizer.gradient_accumulation,
-            sequence_length=T,
-            batch_sharding=recipe.batch_sharding,
-            attend_across_documents=config.data.attend_across_documents,
-            on_batch=lambda: watchdog.beat("a held-out batch"),
-            # once for the run: the compiled program is found again by later evaluations
-            on_compiled=functools.cache(
-                functools.partial(distributed.meet, "evaluation", timeout_s=timeout_s)
-            ),
+        # as large as a microbatch of training, which is known to fit
+        eval_batch_size = B // config.optimizer.gradient_accumulation
+        unfinished = Unfinished(
+            workdir, {"data": data.record(), "batch_size": eval_batch_size, "sequence_length": T}
         )
+
+        def on_batch() -> None:
+            watchdog.beat("a held-out batch")
+            if stop.reached(num_steps):
+                raise AskedToStop
+
+        # once for the run: the compiled program is found again by later evaluations
+        on_compiled = functools.cache(
+            functools.partial(distributed.meet, "evaluation", timeout_s=timeout_s)
+        )
+
+        def evaluate(step: int, num_batches: int) -> dict[str, dict[str, float]]:
+            """Returns the bounds of the state after `step`.
+
+            Asked to stop, it keeps what was scored and raises AskedToStop.
+            """
+            scored = unfinished.read(step) or {}
+            try:
+                bounds = evaluate_heldout(
+                    recipe.model,
+                    state.ema or state.params,
+                    frozen=state.frozen,
+                    summaries=data.summaries,
+                    objective=recipe.objective,
+                    num_batches=num_batches,
+                    scored=scored,
+                    batch_size=eval_batch_size,
+                    sequence_length=T,
+                    batch_sharding=recipe.batch_sharding,
+                    attend_across_documents=config.data.attend_across_documents,
+                    on_batch=on_batch,
+                    on_compiled=on_compiled,
+                )
+            except AskedToStop:
+                unfinished.write(step, scored)
+                raise
+            return bounds
+
+        def evaluate_during_training(step: int) -> None:
+            with clock.span("evaluation"):
+                for group, bound in evaluate(step, config.evaluation.num_batches).items():
+                    writer.write(step, {group: bound})
+                    progress.say(f"step {step} {group} {bound_line(bound, bound_name)}")
+            unfinished.clear()
+
+        # The attempt before was asked to stop in the middle of the evaluation after this step.
+        if 0 < start_step < num_steps and unfinished.read(start_step) is not None:
+            try:
+                evaluate_during_training(start_step)
+            except AskedToStop:
+                writer.close()
+                raise Preempted(
+                    f"asked to stop during the evaluation of step {start_step}: nothing is lost; "
+                    "the same command continues."
+                ) from None
         for step in range(start_step + 1, num_steps + 1):
             profiler.before(step)
             with clock.span("data"):
@@ -314,16 +358,15 @@ def train_on(
             if every and step % every == 0 and step < num_steps:
                 # or the training steps still in flight would be accounted to the evaluation
                 jax.block_until_ready(state.step)
-                with clock.span("evaluation"):
-                    bounds = evaluate(
-                        state.ema or state.params,
-                        frozen=state.frozen,
-                        num_batches=config.evaluation.num_batches,
-                    )
-                    for group, bound in bounds.items():
-                        writer.write(step, {group: bound})
-                        progress.say(f"step {step} {group} {bound_line(bound, bound_name)}")
-            if is_due(step, config.samples.every_steps):
+                try:
+                    evaluate_during_training(step)
+                except AskedToStop:
+                    # Saved now; the next start does the rest of this evaluation first.
+                    must_stop = must_save = True
+                    sums = jax.device_get(state.metrics)
+                    check_finite(sums, interval=(logged_step + 1, step), saved=saved)
+            # not when the run is to stop: nobody waits for a text while the grace period passes
+            if is_due(step, config.samples.every_steps) and not must_stop:
                 with clock.span("samples"):
                     text = sample_markdown(
                         sampling_model,
@@ -358,21 +401,27 @@ def train_on(
                 watchdog.beat(f"step {step} was given to the disk")
                 progress.say(f"saving step {step}")
 
-        # 7. The whole held-out split, once: a run that was killed during it does it again, and one
-        # that is complete does not.
+        # 7. The whole held-out split, once: a run that was asked to stop during it continues where
+        # it was, one that was killed does it again, and one that is complete does not.
         with clock.span("checkpoint"):
             saved.wait()
         if not on_first_process(lambda: is_over(read_lines(workdir), num_steps)):
-            bounds = evaluate(
-                state.ema or state.params,
-                frozen=state.frozen,
-                num_batches=config.evaluation.final_num_batches,
-            )
+            try:
+                bounds = evaluate(num_steps, config.evaluation.final_num_batches)
+            except AskedToStop:
+                saved.close()
+                writer.close()
+                raise Preempted(
+                    f"asked to stop during the final evaluation: step {num_steps} of {num_steps} "
+                    "is saved; the same command continues."
+                ) from None
             for group, bound in bounds.items():
                 progress.say(f"final {group} {bound_line(bound, bound_name)}")
             if bounds:
                 final = {group.replace("heldout", "final"): bounds[group] for group in bounds}
                 writer.write(num_steps, final)
+            writer.flush()
+            unfinished.clear()
         ledger.mark(num_steps)
         progress.say(ledger.line())
     saved.close()
