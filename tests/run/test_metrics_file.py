@@ -190,9 +190,8 @@ def test_a_full_disk_is_one_sentence_with_the_remedy(tmp_path, monkeypatch):
             raise OSError(errno.ENOSPC, "No space left on device")
 
     monkeypatch.setattr(writer, "_file", FullFile())
-    with pytest.raises(
-        UserError, match=rf"{tmp_path} cannot be written \(No space left.*free some space"
-    ) as error:
+    says = rf"{tmp_path} cannot be written \(No space left.*free some space"
+    with pytest.raises(UserError, match=says) as error:
         writer.write(1, {"train": {"loss": 1.0}})
     assert "\n" not in str(error.value)
 
