@@ -175,7 +175,7 @@ def test_an_unusable_jsonl_or_gzip_is_refused(tmp_path, refused):
     cases = {
         "bad.jsonl": (
             b'{"text": "fine"}\n{"text": \n',
-            ["bad.jsonl:2", "not valid JSON", "mend or remove"],
+            ["bad.jsonl:2", "not valid JSON", "fix or remove"],
         ),
         "field.jsonl": (
             b'{"body": "fine"}\n',
