@@ -182,7 +182,7 @@ def test_an_unusable_jsonl_or_gzip_is_refused(tmp_path, refused):
             ["field.jsonl:1", "no field 'text'", "body", "--text-field"],
         ),
         "cut.txt.gz": (b"\x1f\x8b\x08\x00", ["cut.txt.gz", "truncated", "again"]),
-        "text.csv": (b"a,b\n", ["text.csv", "no known format", ".jsonl"]),
+        "text.csv": (b"a,b\n", ["text.csv", "unknown format", ".jsonl"]),
     }
     for name, (content, says) in cases.items():
         (tmp_path / name).write_bytes(content)
