@@ -1,14 +1,26 @@
 """Package metadata, dependency ranges and extras. The ranges are those the tests have run on (docs/log.md)."""
 
+from pathlib import Path
+
 from setuptools import find_packages, setup
+
+README = Path(__file__).parent / "README.md"
 
 DATA = ["pyarrow>=17", "zstandard>=0.22", "fsspec>=2024.6"]
 HF = ["tokenizers>=0.20", "safetensors>=0.4.5", "huggingface_hub>=0.30", "jinja2>=3.1"]
 GS, S3 = ["gcsfs>=2024.6"], ["s3fs>=2024.6"]
 SWEEP = ["matplotlib>=3.8"]
 OPTUNA = ["optuna>=4,<6"]
+# what most tests need; jax[tpu] brings requests, with which a TPU VM finds its place in its slice
+TEST = [
+    "pytest>=8",
+    "pytest-xdist>=3.6",
+    "hypothesis>=6.100",
+    "tensorboard>=2.18",
+    "requests>=2.32",
+]
 DEV = [
-    *("pytest>=8", "pytest-xdist>=3.6", "hypothesis>=6.100", "ruff>=0.12", "tensorboard>=2.18"),
+    "ruff>=0.12",
     # exactly this one: it is found for the CPU, where a range would fetch gigabytes for GPUs
     *("torch==2.13.0", "transformers>=5.0,<6"),
     *(
@@ -24,11 +36,23 @@ setup(
     name="llada_jax",
     version="0.1.0",
     description="Pretraining of LLaDA, the masked diffusion language model, in JAX",
+    # The image of launch/Dockerfile installs the dependencies from setup.py alone, without a README.
+    long_description=README.read_text(encoding="utf-8") if README.exists() else "",
+    long_description_content_type="text/markdown",
+    license="Apache-2.0",
+    classifiers=[
+        "Development Status :: 3 - Alpha",
+        "Intended Audience :: Science/Research",
+        "Operating System :: POSIX :: Linux",
+        "Programming Language :: Python :: 3",
+        "Topic :: Scientific/Engineering :: Artificial Intelligence",
+        "Typing :: Typed",
+    ],
     python_requires=">=3.11",
     packages=find_packages(include=["llada_jax", "llada_jax.*"]),
-    package_data={"llada_jax": ["data/*.xz", "data/*.md"]},
+    package_data={"llada_jax": ["py.typed", "data/*.xz", "data/*.md"]},
     install_requires=[
-        "jax>=0.10.2,<0.12",
+        "jax>=0.10.2,<0.13",
         "flax>=0.12.8,<0.13",
         "optax>=0.2.8,<0.3",
         "orbax-checkpoint>=0.12.8,<0.13",
@@ -46,18 +70,17 @@ setup(
         "pyyaml>=6",
     ],
     extras_require={
-        "tpu": ["jax[tpu]>=0.10.2,<0.12"],
-        "cuda": ["jax[cuda13]>=0.10.2,<0.12"],
+        "tpu": ["jax[tpu]>=0.10.2,<0.13"],
+        "cuda": ["jax[cuda13]>=0.10.2,<0.13"],
         "data": DATA,
         "gs": GS,
         "s3": S3,
         "hf": HF,
         "torch": [*HF, "torch>=2.4", "transformers>=4.49,<6"],
-        "eval": HF,
         "sweep": SWEEP,
         "optuna": OPTUNA,
-        "docs": ["tensorboard>=2.18"],
-        "dev": [*DATA, *HF, *GS, *S3, *SWEEP, *OPTUNA, *DEV],
+        "test": [*DATA, *HF, *TEST],
+        "dev": [*DATA, *HF, *GS, *S3, *SWEEP, *OPTUNA, *TEST, *DEV],
     },
     entry_points={"console_scripts": ["llada-jax = llada_jax.__main__:main"]},
 )

@@ -1,10 +1,10 @@
-"""How much memory does `llada-jax export` take, beside the size of the model?
+"""How much memory does `llada-jax export` take, compared with the size of the model?
 
     python benchmarks/export.py [--widths 512 1024] [--devices 1 8]
 
-Models with the 32 layers of LLaDA-8B and its proportions, scaled down in width, random weights,
-saved by one device and by eight. Each is exported in a fresh process, whose peak resident memory is
-compared with what it held after its imports. Prints a Markdown table.
+The models have the 32 layers and the proportions of LLaDA-8B at a smaller width, with random
+weights, and are saved by one device and by eight. Each is exported in a fresh process, and the peak
+of its resident memory is compared with what it held after its imports. Prints a Markdown table.
 """
 
 import argparse
@@ -18,7 +18,8 @@ import tempfile
 import time
 from pathlib import Path
 
-# In processes of their own, so that what makes a model is not measured with what exports it.
+# This runs in its own process, so that the memory for making a model is not measured with the
+# export.
 SAVE = """
 import json, sys
 import jax
@@ -53,8 +54,10 @@ print(json.dumps([before, peak()]), file=sys.stderr)
 
 
 def architecture(width: int) -> dict:
-    """Returns LLaDA-8B at another width: heads of 128, three times the width in the feed-forward,
-    its 126,464 rows in proportion.
+    """Returns the architecture of LLaDA-8B at another width.
+
+    Heads have width 128, the feed-forward has three times the width of the model, and the 126,464
+    rows of the vocabulary shrink in proportion.
     """
     from llada_jax.models.transformer import Architecture
 
@@ -72,7 +75,7 @@ def architecture(width: int) -> dict:
 
 
 def measure(width: int, num_devices: int, scratch: Path) -> dict[str, float]:
-    """Returns bytes and seconds of one export."""
+    """Returns the bytes and the seconds of one export."""
     a, workdir, out = architecture(width), scratch / "run", scratch / "out"
     environment = {**os.environ, "JAX_PLATFORMS": "cpu"}
     subprocess.run(
@@ -106,7 +109,11 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--widths", type=int, nargs="+", default=[512, 1024])
     parser.add_argument(
-        "--devices", type=int, nargs="+", default=[1, 8], help="that save the model"
+        "--devices",
+        type=int,
+        nargs="+",
+        default=[1, 8],
+        help="numbers of devices that save the model",
     )
     arguments = parser.parse_args()
     with open("/proc/cpuinfo") as file:

@@ -1,12 +1,12 @@
-"""How many tokens/s does the loader deliver, and how long does the first batch of a run, or of a
-resumed one, take?
+"""How many tokens/s does the loader deliver, and how soon is the first batch there?
 
     python benchmarks/loader.py [--seconds 5] [--repeats 3]
 
-Batches of 65,536 tokens from byte records of the shipped corpus, at several sequence lengths and
-numbers of reader threads, the consumer doing nothing: this is the most that the loader can give.
-The fastest of the repeats counts. Training consumes the tokens/s that benchmarks/train_step.py
-prints. Prints a Markdown table.
+Reads batches of 65,536 tokens from byte records of the shipped corpus, at several sequence lengths
+and numbers of reader threads. The consumer does nothing, so this is the most that the loader can
+deliver; training consumes the tokens/s that benchmarks/train_step.py prints. The first batch is
+timed for a new run and for a resumed one. The fastest of the repeats counts. Prints a Markdown
+table.
 """
 
 import argparse
@@ -18,8 +18,8 @@ import time
 from pathlib import Path
 
 from llada_jax.data.loader import train_batches
+from llada_jax.data.preparation import prepare
 from llada_jax.data.text import Cut
-from llada_jax.verbs.prepare import prepare
 
 CORPUS = Path(__file__).resolve().parents[1] / "llada_jax/data/austen6.txt.xz"
 TOKENS_PER_BATCH = 65_536
@@ -37,7 +37,7 @@ def batches_of(directory: Path, *, sequence_length: int, num_threads: int, start
 
 
 def tokens_per_second(batches, seconds: float) -> float:
-    """Returns the rate over about `seconds`, after the batches that were read ahead."""
+    """Returns the rate over about `seconds`, not counting the batches that were read ahead."""
     for _ in range(10):
         next(batches)
     begin, num_batches = time.perf_counter(), 0
@@ -60,8 +60,8 @@ def first_batch_seconds(directory: Path, *, sequence_length: int, start_step: in
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.add_argument("--seconds", type=float, default=5.0, help="of each measurement")
-    parser.add_argument("--repeats", type=int, default=3)
+    parser.add_argument("--seconds", type=float, default=5.0, help="seconds per measurement")
+    parser.add_argument("--repeats", type=int, default=3, help="the fastest one counts")
     parser.add_argument("--threads", type=int, nargs="+", default=[0, 1, 4])
     parser.add_argument("--sequence-lengths", type=int, nargs="+", default=[128, 1024, 4096])
     arguments = parser.parse_args()

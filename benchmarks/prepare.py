@@ -1,13 +1,13 @@
-"""How many MB/s of text does `llada-jax prepare` turn into records, by tokenizer and number of
-processes?
+"""How many MB/s of text does `llada-jax prepare` turn into records?
 
     python benchmarks/prepare.py [--megabytes 130] [--workers 1 2] [--repeats 3]
 
-The shipped corpus, repeated as separate files to the size asked for, so that the start of the
-processes (counted in) weighs little; 130 MB are two units of work, enough for two processes.
-Tokenizers are trained once, outside of the timed part, on the corpus; their training time stands in
-its own column. The fastest of the repeats counts: other load on the machine only ever slows a run
-down. Prints a Markdown table.
+This is measured for several tokenizers and numbers of processes. The input is the shipped corpus,
+repeated as separate files up to the requested size, so that starting the processes, which is
+counted, weighs little; 130 MB are two units of work, enough for two processes. The tokenizers are
+trained once on the corpus, outside the timed part; the last column has the time that this took. The
+fastest of the repeats counts, because other load on the machine can only slow a run down. Prints a
+Markdown table.
 """
 
 import argparse
@@ -20,16 +20,16 @@ import tempfile
 import time
 from pathlib import Path
 
+from llada_jax.data.preparation import prepare
 from llada_jax.data.text import Cut
-from llada_jax.data.tokenizer import train_sentencepiece
-from llada_jax.verbs.prepare import prepare
+from llada_jax.data.tokenizer_training import train_sentencepiece
 
 CORPUS = Path(__file__).resolve().parents[1] / "llada_jax/data/austen6.txt.xz"
 VOCAB_SIZE = 8000
 
 
 def train_tokenizers(text: str, directory: Path) -> dict[str, tuple[str, float]]:
-    """Returns {name: (what --tokenizer takes, seconds of training)}."""
+    """Returns {name: (value for --tokenizer, seconds of training)}."""
     result = {"bytes": ("bytes", 0.0)}
     lines = text.splitlines()
     for model_type in ("unigram", "bpe"):
@@ -72,7 +72,7 @@ def train_hugging_face(lines: list[str], directory: Path) -> None:
 def measure(
     inputs: Path, tokenizer: str, *, workers: int, repeats: int, scratch: Path
 ) -> tuple[float, dict]:
-    """Returns the seconds of the fastest of the repeats, and dataset.json."""
+    """Returns the seconds of the fastest repeat, and the content of dataset.json."""
     seconds = []
     for _ in range(repeats):
         output = scratch / "output"
@@ -121,11 +121,9 @@ def main() -> None:
         columns = [
             f"{workers} process{'es' if workers > 1 else ''}: MB/s" for workers in arguments.workers
         ]
-        print(
-            f"| tokenizer | {' | '.join(columns)} | tokens/s of the last | bytes/token | trained "
-            "in |"
-        )
-        print("|---" * (len(columns) + 4) + "|")
+        columns += ["tokens/s of the last", "bytes/token", "trained in"]
+        print(f"| tokenizer | {' | '.join(columns)} |")
+        print("|---" * (len(columns) + 1) + "|")
         for name, (tokenizer, training_s) in tokenizers.items():
             cells = []
             for workers in arguments.workers:

@@ -1,22 +1,21 @@
-"""How fast is a training step of llada_jax beside the same step in PyTorch, and how near to this
-CPU's peak are both?
+"""How fast is a training step next to the same step in PyTorch, and next to this CPU's peak?
 
     python benchmarks/train_step.py [--size tiny 30m] [--cores 2] [--repeats 5] [--seconds 4]
 
-The same model, batch, loss (masked cross-entropy over p, mean over all tokens), clipping and AdamW,
-in float32 on the CPU. Each library runs in a process of its own; all live at once and take turns,
-so that whatever else the machine does hits all of them alike; the median over the turns counts.
-PyTorch runs eagerly (as LLaDA's published guidelines write the step) and under torch.compile.
-Before timing, the parameters of llada_jax are handed to PyTorch and the losses of one fixed
-corrupted batch must agree to 1e-4 relative: what is compared is the same function. The peak is
-measured in the same run: the fastest float32 product of two large square matrices in either
-library.
+Both use the same model, batch, loss (masked cross-entropy over p, averaged over all tokens),
+clipping and AdamW, in float32 on the CPU. Each library runs in its own process; all processes live
+at once and take turns, so that other load on the machine affects all of them alike, and the median
+over the turns counts. PyTorch runs eagerly (as LLaDA's published guidelines write the step) and
+under torch.compile. Before timing, PyTorch gets the parameters of llada_jax, and the losses of one
+fixed corrupted batch must agree to 1e-4 relative, so that both compute the same function. The peak
+is measured in the same run: it is the fastest float32 product of two large square matrices in
+either library.
 
-The machine must be idle: threads of PyTorch (OpenMP) wait for one another spinning, so that other
-load slows it several times more than JAX. Where it cannot be idle, `--cores 1` and the column of
-processor time compare fairly.
+The machine must be idle. PyTorch's threads (OpenMP) spin while they wait for each other, so other
+load slows PyTorch several times more than JAX. On a machine that is not idle, `--cores 1` and the
+column of processor time still compare fairly.
 
-Needs the dev extra and torch (2.13.0 was used). Prints a Markdown table.
+It needs the dev extra and torch (2.13.0 was used). Prints a Markdown table.
 """
 
 import argparse
@@ -33,7 +32,8 @@ from pathlib import Path
 
 import numpy as np
 
-SIZES = {  # tiny: the network of configs/tiny.py
+# "tiny" is the network of configs/tiny.py.
+SIZES = {
     "tiny": {
         "vocab_size": 4096,
         "num_layers": 2,
@@ -56,23 +56,12 @@ SIZES = {  # tiny: the network of configs/tiny.py
     },
 }
 WORKERS = ("llada_jax", "llada_jax remat=dots", "torch eager", "torch compile")
-LEARNING_RATE, B1, B2, EPS, WEIGHT_DECAY, CLIP, P_MIN, NORM_EPS, THETA = (
-    1e-3,
-    0.9,
-    0.95,
-    1e-8,
-    0.1,
-    1.0,
-    1e-3,
-    1e-5,
-    5e5,
-)
+LEARNING_RATE, B1, B2, EPS, WEIGHT_DECAY, CLIP = 1e-3, 0.9, 0.95, 1e-8, 0.1, 1.0
+P_MIN, NORM_EPS, THETA = 1e-3, 1e-5, 5e5
 
 
 def make_batch(size: dict) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Returns tokens_BT, a fixed mask is_masked_BT and its probability p_mask_B, the same in every
-    process.
-    """
+    """Returns tokens_BT, is_masked_BT and its probability p_mask_B, the same in every process."""
     rng = np.random.default_rng(0)
     B, T = size["batch_size"], size["sequence_length"]
     tokens_BT = rng.integers(0, size["vocab_size"] - 1, (B, T), dtype=np.int32)
@@ -80,13 +69,11 @@ def make_batch(size: dict) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     return tokens_BT, rng.random((B, T)) < p_mask_B[:, None], p_mask_B
 
 
-# ---- the two sides
+# ------------------------------------------------------------------------------------ the two sides
 
 
 class JaxSide:
-    """The train step that llada_jax.verbs.train runs: the same model, objective, optimizer and
-    state.
-    """
+    """The train step of `llada-jax train`: the same model, objective, optimizer and state."""
 
     def __init__(self, size: dict, variant: str):
         import jax
@@ -198,7 +185,7 @@ class JaxSide:
 
 
 class TorchSide:
-    """The same model and step in PyTorch, written as its users write them."""
+    """The same model and step in PyTorch, written as users of PyTorch write them."""
 
     def __init__(self, size: dict, variant: str):
         import torch
@@ -226,8 +213,9 @@ class TorchSide:
         self.loss = loss
 
     def loss_of_masked(self, tokens_BT, is_masked_BT, p_mask_B):
-        """As published: cross-entropy of the masked positions only. Shapes depend on the mask, so
-        no compilation.
+        """As published: the cross-entropy of the masked positions only.
+
+        The shapes depend on the mask, so this cannot be compiled.
         """
         logits_BTV = self.net(
             self.torch.where(is_masked_BT, self.size["vocab_size"] - 1, tokens_BT)
@@ -240,7 +228,7 @@ class TorchSide:
         ).sum() / tokens_BT.numel()
 
     def loss_everywhere(self, tokens_BT, is_masked_BT, p_mask_B):
-        """The same with static shapes."""
+        """The same with static shapes, for torch.compile."""
         logits_BTV = self.net(
             self.torch.where(is_masked_BT, self.size["vocab_size"] - 1, tokens_BT)
         )
@@ -270,8 +258,9 @@ class TorchSide:
 
 
 def make_torch_model(size: dict):
-    """Returns the Transformer as an nn.Module: RMSNorm, rotate-half RoPE, bidirectional SDPA,
-    SwiGLU, untied head.
+    """Returns the Transformer as an nn.Module.
+
+    It has RMSNorm, rotate-half RoPE, bidirectional SDPA, SwiGLU and an untied head.
     """
     import torch
     from torch import nn
@@ -328,8 +317,9 @@ def make_torch_model(size: dict):
 
 
 def load_parameters(net, arrays) -> None:
-    """Copies llada_jax parameters (layers stacked on the first dim, kernels as [in, out]) into the
-    PyTorch model.
+    """Copies the parameters of llada_jax into the PyTorch model.
+
+    In llada_jax, layers are stacked on the first dim and kernels are [in, out].
     """
     import torch
 
@@ -354,11 +344,11 @@ def load_parameters(net, arrays) -> None:
     net.load_state_dict({**net.state_dict(), **tensors})
 
 
-# ---- processes in turns
+# ------------------------------------------------------------------------------- processes in turns
 
 
 def serve(name: str, size: dict) -> None:
-    """A worker: answers one JSON line for each request line on stdin, until stdin ends."""
+    """Runs as a worker: answers every line on stdin with one line of JSON, until stdin ends."""
     side = (JaxSide if name.startswith("llada_jax") else TorchSide)(size, name)
     for line in sys.stdin:
         request, argument = json.loads(line)
@@ -410,7 +400,7 @@ class Worker:
         self.process.stdin.flush()
         line = self.process.stdout.readline()
         if not line:
-            raise SystemExit(f"the worker ended during {request!r}; its error stands above")
+            raise SystemExit(f"the worker ended during {request!r}; its error is printed above")
         return json.loads(line)
 
     def close(self):
@@ -419,7 +409,7 @@ class Worker:
 
 
 def measure(size_name: str, *, num_cores: int, repeats: int, seconds: float) -> str:
-    """Returns the Markdown table of one size."""
+    """Returns the Markdown table for one size."""
     from llada_jax.models.flops import flops_per_token
     from llada_jax.units import format_count
 
@@ -456,15 +446,14 @@ def measure(size_name: str, *, num_cores: int, repeats: int, seconds: float) -> 
 
     median = {name: statistics.median(values) for name, values in step_s.items()}
     best_torch = min(median["torch eager"], median["torch compile"])
+    num_parameters = num_matmul + size["d_model"] * size["vocab_size"]
     shape = ", ".join(f"{key} {value}" for key, value in size.items())
     lines = [
-        f"### {size_name}: {format_count(num_matmul + size['d_model'] * size['vocab_size'])} "
-        "parameters",
+        f"### {size_name}: {format_count(num_parameters)} parameters",
         "",
         f"{shape}; {format_count(flops)} FLOP/token; measured float32 peak {max(peaks) / 1e9:.0f} "
-        "GFLOP/s "
-        f"(JAX {max(peaks[::2]) / 1e9:.0f}, PyTorch {max(peaks[1::2]) / 1e9:.0f}); same loss "
-        f"{losses['llada_jax']:.5f}; {repeats} turns.",
+        f"GFLOP/s (JAX {max(peaks[::2]) / 1e9:.0f}, PyTorch {max(peaks[1::2]) / 1e9:.0f}); same "
+        f"loss {losses['llada_jax']:.5f}; {repeats} turns.",
         "",
         "| | tokens/s | s/step median (min to max) | CPU s/step | share of peak | of the better "
         "PyTorch | first step |",
@@ -487,38 +476,38 @@ def measure(size_name: str, *, num_cores: int, repeats: int, seconds: float) -> 
 
 
 def machine() -> str:
-    """Returns the processor's name, its cores and the versions."""
+    """Returns the name of the processor, its number of cores and the versions of the libraries."""
     import importlib.metadata
 
     with open("/proc/cpuinfo") as file:
         names = [line.split(":")[1].strip() for line in file if line.startswith("model name")]
     versions = [f"{name} {importlib.metadata.version(name)}" for name in ("jax", "torch")]
-    return f"{names[0] if names else platform.processor()}, {os.cpu_count()} cores, {', '.join(versions)}"
+    name = names[0] if names else platform.processor()
+    return f"{name}, {os.cpu_count()} cores, {', '.join(versions)}"
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--size", nargs="+", choices=SIZES, default=list(SIZES))
     parser.add_argument(
-        "--cores", type=int, default=os.cpu_count(), help="that each library may use"
+        "--cores", type=int, default=os.cpu_count(), help="cores that each library may use"
     )
     parser.add_argument(
         "--repeats", type=int, default=5, help="turns of each library; the median counts"
     )
-    parser.add_argument("--seconds", type=float, default=4.0, help="how long a turn lasts, about")
+    parser.add_argument("--seconds", type=float, default=4.0, help="approximate length of a turn")
     parser.add_argument("--worker", choices=WORKERS, help=argparse.SUPPRESS)
     arguments = parser.parse_args()
     if arguments.worker:
-        os.sched_setaffinity(
-            0, sorted(os.sched_getaffinity(0))[: arguments.cores]
-        )  # before a library counts them
+        # Before a library counts the cores.
+        os.sched_setaffinity(0, sorted(os.sched_getaffinity(0))[: arguments.cores])
         serve(arguments.worker, SIZES[arguments.size[0]])
         return
     print(f"Machine: {machine()}; each library may use {arguments.cores}.\n")
     if os.getloadavg()[0] > 0.5:
         print(
-            f"NOTE the load average is {os.getloadavg()[0]:.1f}: this machine is not idle, and "
-            "PyTorch suffers more.\n"
+            f"NOTE: the load average is {os.getloadavg()[0]:.1f}, so this machine is not idle, "
+            "from which PyTorch suffers more than JAX.\n"
         )
     for size_name in arguments.size:
         print(

@@ -1,23 +1,24 @@
-"""The IsoFLOP ladder of SMDM (arXiv 2410.18514): which size of masked diffusion model is best for a
-compute budget?
+"""The IsoFLOP ladder of SMDM (arXiv 2410.18514): which model size is best for a compute budget?
 
-    llada-jax prepare --input 'slimpajama/*.jsonl.zst' --output data/slimpajama --tokenizer
-    spm:32000 --sequence-length 2048 llada-jax sweep --config configs/ladder.py --workdir
-        runs/ladder --list
-    llada-jax sweep --config configs/ladder.py --workdir runs/ladder --run slurm -- --gpus-per-node
-    8 --time 24:00:00 llada-jax sweep --config configs/ladder.py --workdir runs/ladder --fit
+    llada-jax prepare --input 'slimpajama/*.jsonl.zst' --output data/slimpajama \\
+        --tokenizer spm:32000 --sequence-length 2048
+    llada-jax sweep --config configs/ladder.py --workdir runs/ladder --list
+    llada-jax sweep --config configs/ladder.py --workdir runs/ladder --run slurm \\
+        -- --gpus-per-node 8 --time 24:00:00
+    llada-jax sweep --config configs/ladder.py --workdir runs/ladder --fit
 
-30 runs: five budgets C = 6 N D from 6e18 to 1e20 FLOPs, for each about six sizes from 10 to 320
-tokens a parameter; 1.2e21 FLOPs together, head and attention not counted. Shapes, batch, optimizer
-and schedule are SMDM's: 256 rows * 2048 = 524,288 tokens a step, 2e-4 to 2e-5 by cosine, 1% warm-up
-of at least 100 steps. Which sizes it trained at a budget is not published; the initialisation is
-LLaDA's. Hardware, time and result: unmeasured. docs/scaling.md has the method, and a small ladder.
+The ladder has 30 runs: five budgets C = 6 N D from 6e18 to 1e20 FLOPs, and about six sizes for
+each, from 10 to 320 tokens per parameter. Together they take 1.2e21 FLOPs, not counting head and
+attention. Shapes, batch, optimizer and schedule are SMDM's: 256 rows * 2048 = 524,288 tokens per
+step, and a cosine from 2e-4 to 2e-5 after a warm-up of 1%, at least 100 steps. SMDM has not
+published which sizes it trained at which budget. The initialisation is LLaDA's. Hardware, time and
+result are unmeasured. docs/scaling.md explains the method and shows a small ladder that was run.
 """
 
 from llada_jax.config import default_config
 
-# layers, heads, width, feed-forward width; 16 * layers * width**2 parameters in the blocks where
-# that is 4 * width
+# Layers, heads, width, feed-forward width. Where the last is 4 * width, the blocks have
+# 16 * layers * width**2 parameters.
 SHAPES = [
     (6, 4, 256, 1024),
     (8, 6, 384, 1536),
@@ -70,18 +71,16 @@ def get_config():
 
 
 def num_parameters(shape):
-    """Returns the parameters of the blocks: four attention matrices and three of the feed-forward
-    layer.
-    """
+    """Returns the parameters of the blocks: four matrices of attention, three of feed-forward."""
     layers, _, width, d_ff = shape
     return layers * (4 * width**2 + 3 * width * d_ff)
 
 
 def sweep(add):
     for compute in BUDGETS:
-        wanted = [
-            (compute / 6 / ratio) ** 0.5 for ratio in TOKENS_PER_PARAMETER
-        ]  # N of C = 6 N * (ratio N)
+        # N follows from C = 6 N * (ratio N); the nearest shape is the one with the smallest ratio
+        # of sizes.
+        wanted = [(compute / 6 / ratio) ** 0.5 for ratio in TOKENS_PER_PARAMETER]
         nearest = [
             min(SHAPES, key=lambda s: max(num_parameters(s) / n, n / num_parameters(s)))
             for n in wanted

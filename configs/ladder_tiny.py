@@ -1,25 +1,22 @@
-"""The IsoFLOP ladder in miniature (docs/scaling.md): bytes, three budgets of four sizes, minutes on
-a 2-core CPU.
+"""The IsoFLOP ladder in miniature (docs/scaling.md): three budgets of four sizes on a 2-core CPU.
 
-    llada-jax prepare --input llada_jax/data/austen6.txt.xz --output runs/ladder_tiny/data
-    --tokenizer bytes \\
-        --sequence-length 64 --document-start '^(CHAPTER|Chapter) ' --heldout 0.05
+    llada-jax prepare --input llada_jax/data/austen6.txt.xz --output runs/ladder_tiny/data \\
+        --tokenizer bytes --sequence-length 64 --document-start '^(CHAPTER|Chapter) ' --heldout 0.05
     llada-jax sweep --config configs/ladder_tiny.py --workdir runs/ladder_tiny/runs --run local
     llada-jax sweep --config configs/ladder_tiny.py --workdir runs/ladder_tiny/runs --fit
 
-7 to 90 thousand parameters in the blocks, C = 6 N D from 1e11 to 1e12 FLOPs. 2 cores of an AMD
-EPYC, shared with other work: 15 minutes of CPU time; 3.31, 3.09 and 2.90 bits per held-out byte for
-the best of each budget, N_opt ~ C^0.66 (0.54 to 1.01).
+The blocks have 7 to 90 thousand parameters, and C = 6 N D goes from 1e11 to 1e12 FLOPs. On 2 cores
+of an AMD EPYC that were shared with other work, the ladder took 15 minutes of CPU time. The best
+model of each budget has 3.31, 3.09 and 2.90 bits per held-out byte, and N_opt ~ C^0.66 (0.54 to
+1.01).
 """
 
 from llada_jax.config import default_config
 
-LAYERS = {16: 2, 24: 2, 32: 2, 40: 3, 48: 3}  # of each width
-LADDER = {
-    1e11: (16, 24, 32, 48),
-    3e11: (16, 24, 32, 40),
-    1e12: (24, 32, 40, 48),
-}  # C = 6 N D -> widths
+# Width -> layers.
+LAYERS = {16: 2, 24: 2, 32: 2, 40: 3, 48: 3}
+# C = 6 N D -> widths.
+LADDER = {1e11: (16, 24, 32, 48), 3e11: (16, 24, 32, 40), 1e12: (24, 32, 40, 48)}
 
 
 def get_config():
@@ -43,7 +40,8 @@ def get_config():
     config.schedule.final_learning_rate = 0.0
     config.schedule.warmup_steps = 10
     config.schedule.decay_fraction = 0.5
-    config.evaluation.every_steps = 0  # at the end only
+    # Only at the end.
+    config.evaluation.every_steps = 0
     config.checkpoint.every_steps = 5000
     config.checkpoint.keep = 1
     config.log.every_steps = 20
@@ -55,9 +53,8 @@ def sweep(add):
     for compute, widths in LADDER.items():
         for width in widths:
             layers, heads, d_ff = LAYERS[width], width // 8, 3 * width
-            parameters = layers * (
-                4 * width**2 + 3 * width * d_ff
-            )  # of the blocks: 13 * layers * width**2
+            # Of the blocks: 13 * layers * width**2.
+            parameters = layers * (4 * width**2 + 3 * width * d_ff)
             model = {
                 "model.num_layers": layers,
                 "model.d_model": width,

@@ -1,12 +1,13 @@
-"""A 160M-parameter model with LLaDA's recipe, for one accelerator or one host of them.
+"""A model of 160M parameters with LLaDA's recipe, for one accelerator or one host.
 
-    llada-jax prepare --input 'corpus/*.jsonl.zst' --output data/corpus --tokenizer spm:50000
-    --sequence-length 2048 llada-jax train --config configs/llada_160m.py --workdir runs/llada_160m
-    --config.data.path=data/corpus
+    llada-jax prepare --input 'corpus/*.jsonl.zst' --output data/corpus --tokenizer spm:50000 \\
+        --sequence-length 2048
+    llada-jax train --config configs/llada_160m.py --workdir runs/llada_160m \\
+        --config.data.path=data/corpus
 
-12 layers of width 768: 162M parameters at 50,000 tokens, 123M of them in matrix products. 256 rows
-* 2048 = 524,288 tokens a step, 10.5B tokens in 20,000 steps: 10.5e9 * 0.967 GFLOP = 1.0e19 FLOPs.
-Hardware, time and result: unmeasured.
+The model has 12 layers of width 768. With a vocabulary of 50,000 these are 162M parameters, 123M of
+them in matrix products. A step has 256 rows * 2048 = 524,288 tokens, so 20,000 steps see 10.5B
+tokens and take 10.5e9 * 0.967 GFLOP = 1.0e19 FLOPs. Hardware, time and result are unmeasured.
 """
 
 from llada_jax.config import default_config

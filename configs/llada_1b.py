@@ -1,12 +1,12 @@
-"""LLaDA-1B as described in the paper (arXiv 2502.09992, table 5 and appendix B.2): 1.49B
-parameters.
+"""LLaDA-1B as described in the paper (arXiv 2502.09992, table 5 and appendix B.2).
 
-    llada-jax train --config configs/llada_1b.py --workdir gs://BUCKET/runs/llada_1b
-    --config.data.path=/data/corpus
+    llada-jax train --config configs/llada_1b.py --workdir gs://BUCKET/runs/llada_1b \\
+        --config.data.path=/data/corpus
 
-22 layers of width 2048, 32 heads with 4 key/value heads, SwiGLU 5634, 126,464 tokens, 1280 rows *
-4096 = 5,242,880 tokens a step. The published curve of the 1B model is of 400B tokens without
-annealing, which is this schedule's first stage. Hardware, time and result: unmeasured.
+The model has 1.49B parameters: 22 layers of width 2048, 32 query heads, 4 key/value heads, a SwiGLU
+of width 5634 and a vocabulary of 126,464. A step has 1280 rows * 4096 = 5,242,880 tokens. The
+published curve of the 1B model covers 400B tokens without annealing, which is the first stage of
+this schedule. Hardware, time and result are unmeasured.
 """
 
 from llada_jax.config import default_config

@@ -1,15 +1,18 @@
-"""LLaDA-8B with the published recipe (arXiv 2502.09992, section 2.2 and appendix B.2):
-8,015,581,184 parameters.
+"""LLaDA-8B with the published recipe (arXiv 2502.09992, section 2.2 and appendix B.2).
 
-    llada-jax train --config configs/llada_8b.py --workdir gs://BUCKET/runs/llada_8b
-    --config.data.path=/data/corpus
+    llada-jax train --config configs/llada_8b.py --workdir gs://BUCKET/runs/llada_8b \\
+        --config.data.path=/data/corpus
 
-32 layers of width 4096, 32 heads (no grouping), SwiGLU 12288, 126,464 tokens, 1280 rows * 4096 =
-5,242,880 tokens a step, 2.3T tokens in 438,690 steps: warm-up 2000 steps to 4e-4, 1e-4 from 1.2T
-tokens on (where the published run had gone to NaN and was restarted), linear from 2.0T to 1e-5 at
-2.3T. AdamW's betas and the clipping are not published; these are SMDM's. The published run took
-0.13M H800-hours. Compiled for 64 absent chips of v5p with 256 rows: 13.6 GiB a chip, 9.6 with
-model.remat=full (docs/plan.md). Time and result of this config: unmeasured.
+The model has 8,015,581,184 parameters: 32 layers of width 4096, 32 heads without grouping, a SwiGLU
+of width 12288 and a vocabulary of 126,464. A step has 1280 rows * 4096 = 5,242,880 tokens, so 2.3T
+tokens take 438,690 steps. The learning rate warms up to 4e-4 over 2000 steps, is 1e-4 from 1.2T
+tokens on (where the published run had diverged to NaN and was restarted), and falls linearly from
+2.0T tokens to 1e-5 at 2.3T. The betas of AdamW and the clipping are not published; these are
+SMDM's.
+
+The published run took 0.13M H800-hours. Compiled for 64 absent v5p chips with 256 rows, a step
+needs 13.6 GiB per chip, or 9.6 GiB with model.remat=full (docs/plan.md). Time and result of this
+config are unmeasured.
 """
 
 from llada_jax.config import default_config

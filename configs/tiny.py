@@ -1,12 +1,12 @@
-"""The demo: a masked diffusion model of Jane Austen's six novels, trained in about five minutes on
-a 2-core CPU.
+"""The demo: a masked diffusion model of Jane Austen's six novels, in five minutes on a 2-core CPU.
 
     make demo
 
-Corpus 4.0 MB (llada_jax/data/austen6.md), vocabulary 4096; 2.5 M parameters, 3.0 M tokens in 1450
-steps. Measured on 2 cores of an AMD EPYC (Zen 4, AVX-512), one seed: 524 CPU seconds (7 minutes
-beside other work; 11,000 tokens/s, or about 5 minutes, with both cores free) and 1.83 +- 0.02 bits
-per held-out byte. What was tried on the way is in docs/log.md.
+The corpus has 4.0 MB (llada_jax/data/austen6.md) and the vocabulary 4096 tokens; the model has 2.5
+M parameters and sees 3.0 M tokens in 1450 steps. On 2 cores of an AMD EPYC (Zen 4, AVX-512) that
+took 524 CPU seconds: 7 minutes next to other work, or about 5 minutes, at 11,000 tokens/s, on idle
+cores. The result of one seed is 1.83 +- 0.02 bits per held-out byte. docs/log.md lists what was
+tried.
 """
 
 from llada_jax.config import default_config
@@ -23,10 +23,12 @@ def get_config():
     config.model.num_heads = config.model.num_kv_heads = 4
     config.model.head_dim = 48
     config.model.d_ff = 512
-    config.model.rope_theta = 30.0  # wavelengths from 6 to 160 tokens: rows have 64
+    # Wavelengths from 6 to 160 tokens, because rows have only 64.
+    config.model.rope_theta = 30.0
     config.model.remat = "dots"
     config.objective.masking = "exact_count"
-    config.objective.weight = "none"  # 1/p is the bound, but too noisy for so few steps
+    # The weight 1/p gives the bound, but is too noisy for so few steps.
+    config.objective.weight = "none"
     config.optimizer.name = "muon"
     config.schedule.name = "wsd"
     config.schedule.learning_rate = 5e-3

@@ -1,7 +1,6 @@
-"""What the launchers for Google Cloud share: common flags, kinds of capacity, and which exit
-statuses mean "start again".
+"""What the launchers for Google Cloud share: flags, capacity, and the statuses worth a restart.
 
-Not a launcher: launch/gke.py and launch/tpu_vm.py import it.
+This is not a launcher; launch/gke.py and launch/tpu_vm.py import it.
 """
 
 import argparse
@@ -11,16 +10,18 @@ from dataclasses import dataclass
 from llada_jax.cluster.compiler_flags import flags_named
 from llada_jax.errors import UserError
 
-# Google's automatic firewall rule for TPUs opens 8476; JAX's own choice since 0.8, 8482, is closed
-# on many networks and the processes then wait for each other in vain (jax issue 35905).
+# Google's automatic firewall rule for TPUs opens 8476. JAX's own choice since 0.8, 8482, is closed
+# on many networks, and the processes then wait for each other in vain (jax issue 35905).
 COORDINATOR_PORT = 8476
 
-# llada_jax.errors: 42 = saved, start me again. From 127 on a process did not end by itself: 128 + a
-# signal (a node that died, out of memory, an abort of the distributed runtime), 255 = ssh lost the
-# host. The rest (1 a bug, 2 a mistake, 3 NaN) would only fail again.
+# llada_jax.errors: 42 means "saved, start me again". A status of 127 or more means that the process
+# did not end by itself: 128 + a signal (the node died, memory ran out, the distributed runtime
+# aborted), or 255 when ssh lost the host. The others (1 a bug, 2 a mistake, 3 NaN) would only
+# recur.
 RESTART_STATUSES = (42, *range(127, 256))
 
-CAPACITY = {  # kind -> what may follow after a colon
+# kind -> what may follow after a colon
+CAPACITY = {
     "on-demand": "",
     "spot": "",
     "reservation": "its name",
@@ -30,7 +31,7 @@ CAPACITY = {  # kind -> what may follow after a colon
 
 @dataclass(frozen=True)
 class Capacity:
-    """How the machines are paid for: a key of CAPACITY, and what was written after the colon."""
+    """How the machines are paid for: a key of CAPACITY, and what the user wrote after the colon."""
 
     kind: str
     detail: str = ""
@@ -40,10 +41,8 @@ def parse_capacity(text: str) -> Capacity:
     """Reads "spot", "reservation:NAME" or "flex:8h"."""
     kind, _, detail = text.partition(":")
     if kind not in CAPACITY or (detail and not CAPACITY[kind]):
-        raise argparse.ArgumentTypeError(
-            f"{text!r} must be one of "
-            f"{', '.join(f'{k}[:...]' if more else k for k, more in CAPACITY.items())}"
-        )
+        forms = ", ".join(f"{kind}[:...]" if more else kind for kind, more in CAPACITY.items())
+        raise argparse.ArgumentTypeError(f"{text!r} must be one of {forms}")
     return Capacity(kind, detail)
 
 
@@ -72,25 +71,30 @@ def parse_flags(names: str) -> dict[str, str]:
 
 
 def make_parser(description: str) -> argparse.ArgumentParser:
-    """Returns a parser with the flags of both launchers; the command is what stands after `--`."""
+    """Returns a parser with the flags that both launchers have; the command follows after `--`."""
     parser = argparse.ArgumentParser(
         description=description,
         formatter_class=argparse.RawDescriptionHelpFormatter,
         allow_abbrev=False,
     )
     parser.add_argument(
-        "--name", required=True, metavar="NAME", help="of the run, and of everything made for it"
+        "--name",
+        required=True,
+        metavar="NAME",
+        help="name of the run, and of everything created for it",
     )
     parser.add_argument(
-        "--topology", metavar="SLICE", help="one slice, as in v5p-128 (see llada-jax plan)"
+        "--topology", metavar="SLICE", help="one slice, e.g. v5p-128 (see llada-jax plan)"
     )
-    parser.add_argument("--slices", type=int, default=1, metavar="N", help="how many of them (1)")
+    parser.add_argument(
+        "--slices", type=int, default=1, metavar="N", help="number of slices (default 1)"
+    )
     parser.add_argument(
         "--capacity",
         type=parse_capacity,
         default=Capacity("on-demand"),
         metavar="KIND",
-        help="on-demand (the default), spot, reservation[:NAME] or flex[:DURATION]",
+        help="on-demand (default), spot, reservation[:NAME] or flex[:DURATION]",
     )
     parser.add_argument(
         "--env",
@@ -98,26 +102,32 @@ def make_parser(description: str) -> argparse.ArgumentParser:
         action="append",
         default=[],
         metavar="NAME=VALUE",
-        help="repeatable",
+        help="environment variable; may be repeated",
     )
     parser.add_argument(
         "--flags",
         type=parse_flags,
         default={},
         metavar="PRESET",
-        help="compiler flags of llada_jax.cluster.hardware, e.g. v6e",
+        help="compiler flags for one kind of hardware, e.g. v6e",
     )
     parser.add_argument(
-        "--max-restarts", type=int, default=10, metavar="N", help="give up after so many (10)"
+        "--max-restarts",
+        type=int,
+        default=10,
+        metavar="N",
+        help="restarts before giving up (default 10)",
     )
     parser.add_argument(
         "--grace",
         type=int,
         default=300,
         metavar="S",
-        help="seconds to save in when asked to stop (300)",
+        help="seconds that a run may take to save when asked to stop (default 300)",
     )
-    parser.add_argument("--dry-run", action="store_true", help="print what would be done")
+    parser.add_argument(
+        "--dry-run", action="store_true", help="print what would be done, and do nothing"
+    )
     parser.add_argument(
         "command", nargs=argparse.REMAINDER, metavar="-- COMMAND", help="what every host runs"
     )
@@ -125,14 +135,16 @@ def make_parser(description: str) -> argparse.ArgumentParser:
 
 
 def command_of(args: argparse.Namespace) -> list[str]:
-    """Returns the words after `--`; raises UserError when there are none, or when a number of the
-    request is impossible.
+    """Returns the words after `--`.
+
+    Raises:
+        UserError: there are none, a number of the request is too small, or the topology is missing.
     """
     command = args.command[1:] if args.command[:1] == ["--"] else args.command
     if not command:
         raise UserError(
-            "There is no command; write it after --, as in: -- llada-jax train --config FILE "
-            "--workdir gs://BUCKET/RUN."
+            "There is no command; write it after --, for example: -- llada-jax train --config "
+            "FILE --workdir gs://BUCKET/RUN."
         )
     for flag, least in (("slices", 1), ("max_restarts", 0), ("grace", 0)):
         if getattr(args, flag) < least:
@@ -140,7 +152,7 @@ def command_of(args: argparse.Namespace) -> list[str]:
                 f"--{flag.replace('_', '-')} {getattr(args, flag)} must be at least {least}."
             )
     if not args.topology:
-        raise UserError("--topology is missing; give the name of a slice, such as v5p-128.")
+        raise UserError("--topology is missing; pass the name of a slice, such as v5p-128.")
     return command
 
 
@@ -148,17 +160,16 @@ def check_name(name: str, *, longest: str) -> None:
     """Raises UserError unless `name` is a DNS label, as Kubernetes and Compute Engine require.
 
     Args:
-        longest: the longest name that will be derived from it; a label has at most 63 characters.
+        longest: the longest name that is derived from `name`; a label has at most 63 characters.
     """
     if not re.fullmatch(r"[a-z]([a-z0-9-]*[a-z0-9])?", name):
         raise UserError(
             f"--name {name!r} must consist of lower-case letters, digits and hyphens, begin with a "
-            "letter and not end with a "
-            "hyphen."
+            "letter and not end with a hyphen."
         )
     if len(longest) > 63:
         raise UserError(
-            f"--name {name!r} is too long: {longest!r} would have {len(longest)} characters and "
-            "may have 63; shorten it by "
+            f"--name {name!r} is too long: {longest!r}, which is derived from it, would have "
+            f"{len(longest)} characters, and at most 63 are allowed; shorten it by "
             f"{len(longest) - 63}."
         )

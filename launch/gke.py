@@ -1,15 +1,15 @@
-"""Runs one command on every host of TPU slices (or of GPU nodes) of a GKE cluster, as a JobSet.
+"""Runs one command as a JobSet on every host of TPU slices, or on GPU nodes, of a GKE cluster.
 
-    python launch/gke.py --name llada-8b --topology v5p-128 --slices 2 --image
-    REGION-docker.pkg.dev/P/R/llada_jax:1 -- \\
+    python launch/gke.py --name llada-8b --topology v5p-128 --slices 2 \\
+        --image REGION-docker.pkg.dev/P/R/llada_jax:1 -- \\
         llada-jax train --config configs/llada_8b.py --workdir gs://BUCKET/llada-8b
     python launch/gke.py --name llada-8b --follow       (the logs of all hosts)
     python launch/gke.py --name llada-8b --delete
 
-A host that exits 42, is killed or disappears restarts the JobSet, up to --max-restarts times, and
-the command continues from its last checkpoint; any other failure ends it. --dry-run prints the
-manifest instead of applying it. It needs kubectl with credentials of the cluster, JobSet installed
-there, and an image (launch/Dockerfile).
+When a host exits with 42, is killed or disappears, the JobSet restarts, up to --max-restarts times,
+and the command continues from its last checkpoint; any other failure ends the JobSet. --dry-run
+prints the manifest instead of applying it. You need kubectl with credentials for the cluster,
+JobSet installed on the cluster, and an image (launch/Dockerfile).
 """
 
 import argparse
@@ -33,8 +33,10 @@ from llada_jax.cluster.hardware import ACCELERATORS, slice_named
 from llada_jax.errors import UserError, look_up
 
 CONTAINER, JOB = "trainer", "slice-job"
-SECONDS_KEPT = 12 * 3600  # how long a finished JobSet can still be looked at
-DEVICE_PORT, SLICE_PORT = 8471, 8080  # libtpu among the hosts of a slice, and between slices
+# How long a finished JobSet, and so its logs, can still be read.
+SECONDS_KEPT = 12 * 3600
+# libtpu talks over the first within a slice, and over the second between slices.
+DEVICE_PORT, SLICE_PORT = 8471, 8080
 
 # kind of capacity -> (node label, taint that such nodes may carry)
 CAPACITY_LABELS = {
@@ -45,12 +47,13 @@ CAPACITY_LABELS = {
 
 @dataclass(frozen=True, kw_only=True)
 class Hosts:
-    """The machines of a request: `num_groups` groups (slices) of `hosts_per_group` nodes, with
-    `chips` on each.
+    """The machines of a request.
+
+    These are `num_groups` groups (slices) of `hosts_per_group` nodes with `chips` chips each.
 
     Attributes:
         resource: what a pod asks for, "google.com/tpu" or "nvidia.com/gpu".
-        node_selector: labels that such nodes carry.
+        node_selector: the labels of such nodes.
     """
 
     resource: str
@@ -66,9 +69,7 @@ class Hosts:
 
 @dataclass(frozen=True, kw_only=True)
 class Mounts:
-    """What a pod sees beside its image: volumes, where they are mounted, and the annotations that
-    they need.
-    """
+    """What a pod sees in addition to its image: volumes, their mount points, and annotations."""
 
     volumes: list[dict] = field(default_factory=list)
     mounts: list[dict] = field(default_factory=list)
@@ -102,7 +103,7 @@ def gpu_hosts(name: str, num_hosts: int) -> Hosts:
             for chip in ACCELERATORS.values()
             if chip.gke_accelerator and chip.platform == "gpu"
         )
-        raise UserError(f"GKE has no {name}; choose one of {offered}.")
+        raise UserError(f"GKE does not offer {name}; choose one of {offered}.")
     return Hosts(
         resource="nvidia.com/gpu",
         num_groups=1,
@@ -113,20 +114,18 @@ def gpu_hosts(name: str, num_hosts: int) -> Hosts:
 
 
 def capacity_selector(capacity: Capacity) -> dict[str, str]:
-    """Returns the node label that a kind of capacity is chosen by."""
+    """Returns the node label that selects a kind of capacity."""
     if capacity.kind == "reservation":
         if not capacity.detail:
             raise UserError(
-                "--capacity reservation needs the name on GKE; write --capacity reservation:NAME."
+                "On GKE, --capacity reservation needs a name; write --capacity reservation:NAME."
             )
         return {"cloud.google.com/reservation-name": capacity.detail}
     return {CAPACITY_LABELS[capacity.kind][0]: "true"} if capacity.kind in CAPACITY_LABELS else {}
 
 
 def tolerations(hosts: Hosts, capacity: Capacity) -> list[dict]:
-    """Returns what lets a pod onto nodes that are kept for accelerators, and for one kind of
-    capacity.
-    """
+    """Returns what admits a pod to nodes reserved for accelerators and for one kind of capacity."""
     keys = [hosts.resource] + [
         taint for kind, (_, taint) in CAPACITY_LABELS.items() if kind == capacity.kind
     ]
@@ -134,10 +133,9 @@ def tolerations(hosts: Hosts, capacity: Capacity) -> list[dict]:
 
 
 def environment(name: str, hosts: Hosts, extra: dict[str, str]) -> list[dict]:
-    """Returns the container's variables: where the processes find each other, then what the user
-    adds or replaces.
+    """Returns the container's variables: how the processes find each other, then the user's own.
 
-    A TPU process learns its number and its peers from what GKE injects; a GPU process from here.
+    A TPU process learns its number and its peers from what GKE injects, a GPU process from these.
     """
     given = {"PYTHONUNBUFFERED": "1"}
     if hosts.is_tpu:
@@ -146,7 +144,7 @@ def environment(name: str, hosts: Hosts, extra: dict[str, str]) -> list[dict]:
         given |= {
             "JAX_COORDINATOR_ADDRESS": f"{name}-{JOB}-0-0.{name}:{COORDINATOR_PORT}",
             "JAX_NUM_PROCESSES": str(hosts.hosts_per_group),
-            # all of them: told, JAX does not look for a Kubernetes library to find out
+            # All of them. When this is set, JAX does not look for a Kubernetes library to find out.
             "JAX_LOCAL_DEVICE_IDS": ",".join(str(chip) for chip in range(hosts.chips)),
         }
     variables = [{"name": key, "value": value} for key, value in (given | extra).items()]
@@ -157,15 +155,14 @@ def environment(name: str, hosts: Hosts, extra: dict[str, str]) -> list[dict]:
 
 
 def mounts_of(buckets: list[str], ramdisk: str) -> Mounts:
-    """Returns shared memory, buckets and the RAM disk for multi-tier checkpoints as volumes and
-    mounts.
+    """Returns shared memory, buckets and the RAM disk as volumes and mounts.
 
     Args:
         buckets: "BUCKET:/path" or "BUCKET:/path:ro" each, read through Cloud Storage FUSE.
-        ramdisk: where the node's RAM disk appears; "" for none.
+        ramdisk: where the node's RAM disk is mounted; "" for none.
     """
-    # without a volume of its own /dev/shm holds 64 MB: too little for workers that share arrays,
-    # and for NCCL
+    # Without its own volume, /dev/shm holds 64 MB: too little for NCCL and for workers that share
+    # arrays.
     volumes = [{"name": "dshm", "emptyDir": {"medium": "Memory"}}]
     mounts = [{"name": "dshm", "mountPath": "/dev/shm"}]
     for number, text in enumerate(buckets):
@@ -173,8 +170,8 @@ def mounts_of(buckets: list[str], ramdisk: str) -> Mounts:
         if not match:
             raise UserError(f"--gcs-fuse {text!r} must be BUCKET:/path or BUCKET:/path:ro.")
         bucket, path, is_read_only = match.groups()
-        # the pods use the host's network, where the driver finds the service account only if told
-        # to look for it
+        # The pods use the host's network, where the driver looks for the service account only if
+        # asked to.
         attributes = {
             "bucketName": bucket,
             "mountOptions": "implicit-dirs",
@@ -198,12 +195,13 @@ def mounts_of(buckets: list[str], ramdisk: str) -> Mounts:
     paths = [mount["mountPath"] for mount in mounts]
     if len(set(paths)) < len(paths):
         raise UserError(
-            f"Two volumes are mounted at the same place ({', '.join(paths)}); give each its own "
-            "path."
+            f"Two volumes are mounted at the same place ({', '.join(paths)}); give each one its "
+            "own path."
         )
+    # 0 means "no limit".
     annotations = {
         f"gke-gcsfuse/{limit}-limit": "0" for limit in ("cpu", "memory", "ephemeral-storage")
-    }  # 0: none
+    }
     return Mounts(
         volumes=volumes,
         mounts=mounts,
@@ -230,21 +228,22 @@ def pod_template(
     container = {
         "name": CONTAINER,
         "image": image,
-        # No shell in between: the trainer itself receives SIGTERM, and its exit status is the
-        # pod's. Kubernetes replaces $(NAME) in a command, $$ escapes it.
+        # There is no shell in between, so that the trainer itself receives SIGTERM and its exit
+        # status is the pod's. Kubernetes replaces $(NAME) in a command; $$ escapes it.
         "command": [word.replace("$(", "$$(") for word in command],
         "env": environment(name, hosts, env),
         "ports": [{"containerPort": port} for port in ports],
         "resources": {"limits": {hosts.resource: hosts.chips}},
-        "securityContext": {"privileged": True},  # libtpu locks memory and opens the devices
+        # libtpu locks memory and opens the devices.
+        "securityContext": {"privileged": True},
         "volumeMounts": mounts.mounts,
     }
     spec = {
         "restartPolicy": "Never",
         "nodeSelector": hosts.node_selector | capacity_selector(capacity) | node_selector,
         "tolerations": tolerations(hosts, capacity),
-        # slices talk over the data centre network: the node's own interface, without the overlay of
-        # the cluster
+        # Slices talk over the data centre's network: through the node's own interface, not the
+        # overlay network of the cluster.
         "hostNetwork": True,
         "dnsPolicy": "ClusterFirstWithHostNet",
         "terminationGracePeriodSeconds": grace_seconds,
@@ -259,11 +258,10 @@ def pod_template(
 
 
 def jobset(*, name: str, hosts: Hosts, template: dict, max_restarts: int, queue: str) -> dict:
-    """Returns the JobSet: one Job a slice with one pod a host, and what happens when a pod fails.
+    """Returns the JobSet: one Job per slice, one pod per host, and what happens when a pod fails.
 
-    A pod that exits with a status that is not worth a restart fails its Job by the pod failure
-    policy, for which the JobSet has the rule FailJobSet; every other failure restarts all slices
-    together.
+    When a pod's exit status is not worth a restart, the pod failure policy fails its Job, and the
+    JobSet's rule FailJobSet then ends everything. Every other failure restarts all slices together.
     """
     check_name(
         name, longest=f"{name}-{JOB}-{hosts.num_groups - 1}-{hosts.hosts_per_group - 1}-abcde"
@@ -271,9 +269,8 @@ def jobset(*, name: str, hosts: Hosts, template: dict, max_restarts: int, queue:
     metadata = {"name": name}
     if queue:
         metadata["labels"] = {"kueue.x-k8s.io/queue-name": queue}
-    if (
-        hosts.is_tpu and hosts.hosts_per_group > 1
-    ):  # a multi-host slice is a node pool, and one slice's pods must share one
+    # A slice of several hosts is a node pool, and all pods of one slice must run in the same pool.
+    if hosts.is_tpu and hosts.hosts_per_group > 1:
         metadata["annotations"] = {
             "alpha.jobset.sigs.k8s.io/exclusive-topology": "cloud.google.com/gke-nodepool"
         }
@@ -309,7 +306,7 @@ def manifest_of(args: argparse.Namespace) -> dict:
     command = command_of(args)
     if not args.image:
         raise UserError(
-            "--image is missing; build one with launch/Dockerfile and give its full name."
+            "--image is missing; build one with launch/Dockerfile and pass its full name."
         )
     if args.topology in ACCELERATORS:
         if args.slices > 1:
@@ -319,8 +316,8 @@ def manifest_of(args: argparse.Namespace) -> dict:
         hosts = gpu_hosts(args.topology, args.hosts or 1)
     elif args.hosts:
         raise UserError(
-            f"--hosts is for GPUs: {args.topology} has as many hosts as its name says; use "
-            "--slices."
+            f"--hosts is for GPUs: the number of hosts of {args.topology} follows from its name; "
+            "use --slices."
         )
     else:
         hosts = tpu_hosts(args.topology, args.slices)
@@ -347,23 +344,19 @@ def manifest_of(args: argparse.Namespace) -> dict:
 
 
 def to_yaml(manifest: dict) -> str:
-    """Returns the manifest as YAML, innermost lists and mappings on one line."""
+    """Returns the manifest as YAML, with the innermost lists and mappings on one line."""
     return yaml.safe_dump(manifest, sort_keys=False, default_flow_style=None, width=120)
 
 
 def kubectl(args: argparse.Namespace) -> list[str]:
-    """Returns the kubectl command of a command line; `apply` reads the manifest from its stdin."""
+    """Returns the kubectl command for a command line; `apply` reads the manifest from its stdin."""
     where = ["--namespace", args.namespace] if args.namespace else []
     if args.delete:
         return ["kubectl", *where, "delete", "jobset", args.name]
     if args.follow:
         pods = f"jobset.sigs.k8s.io/jobset-name={args.name}"
-        all_hosts = [
-            "--max-log-requests",
-            "10000",
-            "--tail",
-            "-1",
-        ]  # kubectl's own limits are 5 pods and 10 lines
+        # kubectl's own limits are 5 pods and 10 lines.
+        all_hosts = ["--max-log-requests", "10000", "--tail", "-1"]
         return [
             "kubectl",
             *where,
@@ -382,14 +375,17 @@ def kubectl(args: argparse.Namespace) -> list[str]:
 def parse(argv: list[str]) -> argparse.Namespace:
     parser = make_parser(__doc__)
     parser.add_argument(
-        "--hosts", type=int, metavar="N", help="GPU nodes, where --topology is a GPU such as h100"
+        "--hosts",
+        type=int,
+        metavar="N",
+        help="number of GPU nodes, when --topology is a GPU such as h100",
     )
     parser.add_argument(
-        "--image", metavar="IMAGE", help="container image with llada_jax (launch/Dockerfile)"
+        "--image", metavar="IMAGE", help="container image that has llada_jax (launch/Dockerfile)"
     )
-    parser.add_argument("--queue", default="", metavar="NAME", help="Kueue's LocalQueue")
+    parser.add_argument("--queue", default="", metavar="NAME", help="LocalQueue of Kueue")
     parser.add_argument(
-        "--priority", default="", metavar="CLASS", help="a PriorityClass of the cluster"
+        "--priority", default="", metavar="CLASS", help="PriorityClass of the cluster"
     )
     parser.add_argument(
         "--service-account",
@@ -397,24 +393,29 @@ def parse(argv: list[str]) -> argparse.Namespace:
         metavar="NAME",
         help="Kubernetes service account of the pods",
     )
-    parser.add_argument("--namespace", default="", metavar="NAME", help="(kubectl's current one)")
+    parser.add_argument(
+        "--namespace", default="", metavar="NAME", help="namespace (default: kubectl's current one)"
+    )
     parser.add_argument(
         "--node-selector",
         type=parse_pair,
         action="append",
         default=[],
         metavar="KEY=VALUE",
-        help="repeatable",
+        help="label that the nodes must have; may be repeated",
     )
     parser.add_argument(
         "--gcs-fuse",
         action="append",
         default=[],
         metavar="BUCKET:/PATH[:ro]",
-        help="mounts a bucket; repeatable",
+        help="bucket to mount; may be repeated",
     )
     parser.add_argument(
-        "--ramdisk", default="", metavar="/PATH", help="node-local memory for frequent checkpoints"
+        "--ramdisk",
+        default="",
+        metavar="/PATH",
+        help="where to mount node-local memory for frequent checkpoints",
     )
     action = parser.add_mutually_exclusive_group()
     action.add_argument("--follow", action="store_true", help="show the logs of all hosts")
@@ -437,11 +438,13 @@ def main(argv: list[str]) -> int:
         return subprocess.run(command, input=manifest, text=True, check=False).returncode
     except FileNotFoundError:
         print(
-            "gke: there is no kubectl here; install it, or pipe --dry-run to where it is.",
+            "gke: kubectl is not installed here; install it, or pipe the output of --dry-run to a "
+            "machine that has it.",
             file=sys.stderr,
         )
         return 2
-    except KeyboardInterrupt:  # the end of --follow
+    except KeyboardInterrupt:
+        # This is how --follow ends.
         return 130
 
 

@@ -1,14 +1,13 @@
-"""Starts one command as several processes on this machine, each with its own devices, joined into
-one run.
+"""Starts one command as several processes on this machine, each with its own devices, as one run.
 
     python launch/local.py --processes 2 --devices 4 --logs runs/two/logs -- \\
         llada-jax train --config configs/debug.py --workdir runs/two/run
 
-Every process gets JAX_COORDINATOR_ADDRESS, JAX_NUM_PROCESSES and JAX_PROCESS_ID, which `llada-jax
-train` reads, and appends what it says to LOGS/process-N.log; the first one's words also reach the
-terminal. When one fails the others are ended; SIGTERM and Ctrl-C are passed on to all, so that they
-save the same step, and a second Ctrl-C kills them. The exit status is that of the first process
-that failed.
+Every process gets JAX_COORDINATOR_ADDRESS, JAX_NUM_PROCESSES and JAX_PROCESS_ID, which
+`llada-jax train` reads, and appends its output to LOGS/process-N.log; the output of the first
+process is also shown on the terminal. When one process fails, the others are ended. SIGTERM and
+Ctrl-C are passed on to all processes, so that they save the same step; a second Ctrl-C kills them.
+The exit status is that of the first process that failed.
 """
 
 import argparse
@@ -28,31 +27,31 @@ POLL_SECONDS = 0.1
 
 
 def free_port() -> int:
-    """Returns a TCP port that nothing listens on at this moment."""
+    """Returns a TCP port on which nothing listens at this moment."""
     with socket.socket() as listener:
         listener.bind(("localhost", 0))
         return listener.getsockname()[1]
 
 
 def environments(num_processes: int, num_devices: int | None, address: str) -> list[dict[str, str]]:
-    """Returns what each process finds in its environment beside the launcher's own."""
+    """Returns what each process finds in its environment in addition to the launcher's own."""
     team = {"JAX_COORDINATOR_ADDRESS": address, "JAX_NUM_PROCESSES": str(num_processes)}
     if num_devices is not None:
         team |= {"JAX_PLATFORMS": "cpu", "JAX_NUM_CPU_DEVICES": str(num_devices)}
     each = [{**team, "JAX_PROCESS_ID": str(number)} for number in range(num_processes)]
-    if num_devices is None:  # one GPU a process, of those in CUDA_VISIBLE_DEVICES
+    # One GPU per process, out of those in CUDA_VISIBLE_DEVICES.
+    if num_devices is None:
         each = [{**env, "JAX_LOCAL_DEVICE_IDS": str(number)} for number, env in enumerate(each)]
     return each
 
 
 def copy(stream, log: Path, terminal) -> None:
-    """Writes what a process says to its log and to the terminal, line by line, until the process
-    ends.
-    """
+    """Copies the output of a process to its log and the terminal, line by line, until it ends."""
     with open(log, "ab", buffering=0) as file:
         for line in stream:
             file.write(line)
-            with contextlib.suppress(OSError):  # a closed terminal must not stop the run
+            # A closed terminal must not stop the run.
+            with contextlib.suppress(OSError):
                 terminal.write(line)
                 terminal.flush()
 
@@ -60,9 +59,7 @@ def copy(stream, log: Path, terminal) -> None:
 def start(
     command: list[str], env: dict[str, str], log: Path, *, is_shown: bool
 ) -> subprocess.Popen:
-    """Starts one process, in a session of its own so that the terminal's Ctrl-C reaches only the
-    launcher.
-    """
+    """Starts one process in its own session, so that Ctrl-C reaches only the launcher."""
     with open(log, "ab") as file:
         out = subprocess.PIPE if is_shown else file
         process = subprocess.Popen(
@@ -75,62 +72,77 @@ def start(
 
 
 def wait(processes: list[subprocess.Popen], grace_seconds: float) -> int:
-    """Returns the exit status of the first process that fails, after the others have ended or been
-    ended; 0 if none.
+    """Waits until all processes have ended, and returns the status of the first that failed, or 0.
+
+    After a failure the others have `grace_seconds` to end; then they are killed.
     """
     status, deadline = 0, None
     while True:
         codes = [process.poll() for process in processes]
         failed = [code for code in codes if code]
         if failed and deadline is None:
-            # of those that failed together, 42 and signals come last: they follow from the others
+            # Of processes that failed together, 42 and signals count least: they follow from the
+            # others.
             status = min(failed, key=lambda code: code == 42 or code < 0)
             deadline = time.monotonic() + grace_seconds
         if None not in codes:
-            return status if status >= 0 else 128 - status  # killed by a signal: as shells count it
+            # Killed by a signal: shells report 128 plus its number.
+            return status if status >= 0 else 128 - status
         if deadline is not None and time.monotonic() > deadline:
             kill(processes)
         time.sleep(POLL_SECONDS)
 
 
 def kill(processes: list[subprocess.Popen]) -> None:
-    """Kills those that still run, with the processes that they have started."""
+    """Kills the processes that still run, together with the processes that they have started."""
     for process in processes:
         if process.poll() is None:
             os.killpg(process.pid, signal.SIGKILL)
 
 
 def parse(argv: list[str]) -> tuple[argparse.Namespace, list[str]]:
-    """Returns the flags and the command; a mistake ends the program with status 2 and a sentence."""
+    """Returns the flags and the command; a mistake ends the program with status 2 and a message."""
     parser = argparse.ArgumentParser(
         description=__doc__,
         formatter_class=argparse.RawDescriptionHelpFormatter,
         allow_abbrev=False,
     )
     add = parser.add_argument
-    add("--processes", type=int, required=True, metavar="N", help="how many to start")
+    add("--processes", type=int, required=True, metavar="N", help="number of processes")
     add(
         "--devices",
         type=int,
         metavar="M",
-        help="CPU devices of each; without it, process i gets GPU i",
+        help="CPU devices per process; without this flag, process i gets GPU i",
     )
-    add("--logs", type=Path, default=Path("logs"), metavar="DIR", help="one file a process (logs)")
-    add("--grace", type=float, default=30.0, metavar="S", help="seconds for the others to end (30)")
-    add("--dry-run", action="store_true", help="print what would be started")
+    add(
+        "--logs",
+        type=Path,
+        default=Path("logs"),
+        metavar="DIR",
+        help="directory with one log per process (default logs)",
+    )
+    add(
+        "--grace",
+        type=float,
+        default=30.0,
+        metavar="S",
+        help="seconds that the others have to end after a failure (default 30)",
+    )
+    add("--dry-run", action="store_true", help="print what would be started, and start nothing")
     add("command", nargs=argparse.REMAINDER, metavar="-- COMMAND", help="what each process runs")
     args = parser.parse_args(argv)
     command = args.command[1:] if args.command[:1] == ["--"] else args.command
     if not command:
         parser.error(
-            "there is no command; write it after --, as in: -- llada-jax train --config FILE "
-            "--workdir DIR"
+            "there is no command; write it after --, for example: -- llada-jax train --config "
+            "FILE --workdir DIR"
         )
     for flag in ("processes", "devices"):
         if getattr(args, flag) is not None and getattr(args, flag) < 1:
             parser.error(f"--{flag} {getattr(args, flag)} must be at least 1")
     if not args.dry_run and not shutil.which(command[0]):
-        parser.error(f"there is no program {command[0]!r} here")
+        parser.error(f"there is no program {command[0]!r} on this machine; check its name and PATH")
     return args, command
 
 
@@ -157,7 +169,8 @@ def main(argv: list[str]) -> int:
                 process.terminate()
 
     for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):
-        if signal.getsignal(number) != signal.SIG_IGN:  # as nohup leaves SIGHUP
+        # nohup makes a program ignore SIGHUP, and then it must stay ignored.
+        if signal.getsignal(number) != signal.SIG_IGN:
             signal.signal(number, pass_on)
     for number, env in enumerate(envs):
         processes.append(
@@ -165,9 +178,9 @@ def main(argv: list[str]) -> int:
         )
     status = wait(processes, args.grace)
     for thread in set(threading.enumerate()) - {threading.main_thread()}:
-        thread.join(
-            timeout=5
-        )  # the last words; what a process leaves running may hold the pipe for ever
+        # Wait for the last lines, but not for ever: a program that a process left running may still
+        # hold the pipe open.
+        thread.join(timeout=5)
     if status:
         failed = ", ".join(
             str(number) for number, process in enumerate(processes) if process.returncode

@@ -1,16 +1,15 @@
-"""Submits one command to SLURM as a job of one or many nodes that saves, is requeued and continues
-by itself.
+"""Submits one command to SLURM as a job that saves, is requeued and continues without your help.
 
-    python launch/slurm.py --nodes 16 --gpus-per-node 8 --partition gpu --time 24:00:00
-    --sbatch=--exclusive \\
+    python launch/slurm.py --nodes 16 --gpus-per-node 8 --partition gpu --time 24:00:00 \\
+        --sbatch=--exclusive \\
         -- llada-jax train --config configs/llada_8b.py --workdir /shared/runs/8b
     python launch/slurm.py --array 0-11%4 --gpus-per-node 1 --time 4:00:00 \\
-        -- llada-jax sweep --config configs/ladder.py --workdir /shared/sweep --index
-        '$SLURM_ARRAY_TASK_ID'
+        -- llada-jax sweep --config configs/ladder.py --workdir /shared/sweep \\
+        --index '$SLURM_ARRAY_TASK_ID'
 
-It writes LOGS/NAME.sbatch, hands it to sbatch and prints the number of the job; --dry-run prints
-the script instead. A job whose command exits 42 (saved; start me again) or is killed by a signal is
-requeued; 0, 2 and 3 end it.
+It writes LOGS/NAME.sbatch, passes it to sbatch and prints the number of the job; --dry-run prints
+the script instead. A job is requeued when its command exits with 42 (saved; start me again) or is
+killed by a signal; 0, 2 and 3 end it.
 """
 
 import argparse
@@ -24,13 +23,15 @@ from pathlib import Path
 from llada_jax.cluster.compiler_flags import flags_named
 from llada_jax.errors import UserError
 
-INDEX = "$SLURM_ARRAY_TASK_ID"  # the one thing that the shell of the job expands in the command
+# The only thing that the job's shell expands in the command.
+INDEX = "$SLURM_ARRAY_TASK_ID"
 
-# Why the place in the run is told explicitly, although JAX recognizes SLURM: JAX would give every
-# task only the GPU of its local number, which loses seven of eight when one task drives a node.
-# JAX_LOCAL_DEVICE_IDS ends that guess.
+# JAX recognizes SLURM, but each process is still told its place in the run: by itself JAX would
+# give every task only the GPU with the task's local number, which loses seven of eight GPUs when
+# one task drives a node. JAX_LOCAL_DEVICE_IDS prevents that.
 COORDINATOR = """
-# The first node coordinates. The port follows from the job, above the ports that systems hand out by themselves.
+# The first node coordinates. The port follows from the number of the job, and lies above the ports
+# that systems hand out by themselves.
 read -r coordinator < <(scontrol show hostnames "$SLURM_JOB_NODELIST") || exit 1
 export JAX_COORDINATOR_ADDRESS=$coordinator:$((61440 + SLURM_JOB_ID % 4096))
 """
@@ -39,20 +40,22 @@ PLACE_IN_RUN = """
 export JAX_NUM_PROCESSES=$SLURM_NTASKS JAX_PROCESS_ID=$SLURM_PROCID"""
 
 GPUS_OF_TASK = """
-export JAX_LOCAL_DEVICE_IDS=$(seq -s, $((SLURM_LOCALID * {per_task})) $((SLURM_LOCALID * {per_task} + {per_task} - 1)))"""
+first=$((SLURM_LOCALID * {per_task}))
+export JAX_LOCAL_DEVICE_IDS=$(seq -s, $first $((first + {per_task} - 1)))"""
 
 SCRIPT = """\
 #!/usr/bin/env bash
 {directives}
-# Written by launch/slurm.py of llada_jax. The directory of the logs must exist before this is submitted.
-# shellcheck disable=SC2016 # single quotes are meant: a word of the command, or what the shell of a task expands
+# Written by launch/slurm.py of llada_jax. The log directory must exist before you submit this.
+# shellcheck disable=SC2016 # single quotes on purpose: a task's shell expands what is in them
 {exports}
 command=({command})
 {coordinator}
-# What every task runs. srun tells the highest exit status of its tasks only, so a failure that another start cannot mend
-# goes above those of the tasks that are ended for its sake (42; 128 and more for signals).
+# What every task runs. srun reports only the highest exit status of its tasks. So a failure that a
+# restart cannot fix is raised above the statuses of the tasks that are ended because of it (42, and
+# 128 or more for signals).
 task='{place}
-trap : TERM # the command is told as well, and its answer counts
+trap : TERM # the command gets the signal as well, and its exit status counts
 "$@"
 status=$?
 ((status == 0 || status == 42 || status > 128)) || status=$((200 + (status < 55 ? status : 55)))
@@ -68,7 +71,7 @@ if ((status == 42 || (status > 128 && status < 200))); then
         echo "status $status: requeued, to continue from the last checkpoint"
         scontrol requeue "$SLURM_JOB_ID" && exec sleep 600 # until SLURM ends it
     fi
-    echo "status $status: not requeued again after ${{SLURM_RESTART_COUNT:-0}} restarts"
+    echo "status $status: not requeued again, after ${{SLURM_RESTART_COUNT:-0}} restarts"
     exit "$status"
 fi
 ((status < 200)) || status=$((status - 200))
@@ -78,7 +81,7 @@ exit "$status"
 
 
 def quote(word: str) -> str:
-    """Returns a word of the command for bash, which expands nothing in it but the array's index."""
+    """Returns a word of the command, quoted so that bash expands only the array's index in it."""
     return (
         f'"{INDEX}"'.join(shlex.quote(part) if part else "" for part in word.split(INDEX)) or "''"
     )
@@ -97,7 +100,7 @@ def render(args: argparse.Namespace, command: list[str]) -> str:
         "account": args.account,
         "time": args.time,
         "array": args.array,
-        # to the tasks; with B: the batch shell would get it, and srun cannot pass it on
+        # To the tasks. With "B:" the batch shell would get it instead, and srun cannot pass it on.
         "signal": f"TERM@{args.warn}",
         "output": f"{log}.log",
     }
@@ -136,91 +139,97 @@ def render(args: argparse.Namespace, command: list[str]) -> str:
 
 
 def parse(argv: list[str]) -> tuple[argparse.Namespace, list[str]]:
-    """Returns the flags and the command; a mistake ends the program with status 2 and a sentence."""
+    """Returns the flags and the command; a mistake ends the program with status 2 and a message."""
     parser = argparse.ArgumentParser(
         description=__doc__,
         formatter_class=argparse.RawDescriptionHelpFormatter,
         allow_abbrev=False,
     )
     add = parser.add_argument
-    add("--nodes", type=int, default=1, metavar="N", help="nodes of the job (1)")
+    add("--nodes", type=int, default=1, metavar="N", help="nodes of the job (default 1)")
     add(
         "--gpus-per-node",
         type=int,
         default=0,
         metavar="N",
-        help="GPUs of each node (0: train on its CPUs)",
+        help="GPUs per node (default 0: train on CPUs)",
     )
     add(
-        "--tasks-per-node", type=int, metavar="N", help="processes of each node (one per GPU, or 1)"
+        "--tasks-per-node",
+        type=int,
+        metavar="N",
+        help="processes per node (default: one per GPU, or 1)",
     )
-    add(
-        "--cpus-per-task", type=int, metavar="N", help="cores of each process (what the node gives)"
-    )
-    add("--partition", metavar="NAME")
-    add("--account", metavar="NAME")
+    add("--cpus-per-task", type=int, metavar="N", help="cores per process (default: SLURM's)")
+    add("--partition", metavar="NAME", help="partition to submit to")
+    add("--account", metavar="NAME", help="account to charge")
     add(
         "--time",
         metavar="LIMIT",
-        help="time limit, e.g. 24:00:00; the run saves before it and is requeued",
+        help="time limit, e.g. 24:00:00; the run saves before it ends, and is requeued",
     )
     add(
         "--warn",
         type=int,
         default=120,
         metavar="S",
-        help="seconds before the limit at which to save (120)",
+        help="seconds before the time limit at which to save (default 120)",
     )
     add(
         "--array",
         metavar="SPEC",
-        help=f"one job an index, e.g. 0-11%%4 (4 at a time); the command uses {INDEX}",
+        help=f"one job per index, e.g. 0-11%%4 (4 at a time); the command uses {INDEX}",
     )
     add("--container-image", metavar="IMAGE", help="run in this image (needs pyxis)")
-    add("--container-mounts", metavar="A:B,..", help="what the image sees (needs pyxis)")
+    add("--container-mounts", metavar="A:B,..", help="what the image can see (needs pyxis)")
     add(
         "--env",
         action="append",
         default=[],
         metavar="NAME=VALUE",
-        help="environment of the command; may be repeated",
+        help="environment variable; may be repeated",
     )
     add(
         "--flags",
         default="",
         metavar="PRESET",
-        help="compiler flags of llada_jax.cluster.hardware, e.g. gpu",
+        help="compiler flags for one kind of hardware, e.g. gpu",
     )
     add(
         "--sbatch",
         action="append",
         default=[],
         metavar="=OPTION",
-        help="any other option, e.g. --sbatch=--qos=high",
+        help="any other option of sbatch, e.g. --sbatch=--qos=high",
     )
     add(
         "--max-restarts",
         type=int,
         default=50,
         metavar="N",
-        help="requeues that the job may ask for (50)",
+        help="how often the job may requeue itself (default 50)",
     )
-    add("--name", default="llada-jax", metavar="NAME", help="of the job and its logs (llada-jax)")
+    add(
+        "--name",
+        default="llada-jax",
+        metavar="NAME",
+        help="name of the job and its logs (default llada-jax)",
+    )
     add(
         "--logs",
         type=Path,
         default=Path("logs"),
         metavar="DIR",
-        help="on a shared file system (logs)",
+        help="directory of the logs, on a shared file system (default logs)",
     )
-    add("--dry-run", action="store_true", help="print the script")
+    add("--dry-run", action="store_true", help="print the script, and submit nothing")
     add("command", nargs=argparse.REMAINDER, metavar="-- COMMAND", help="what every process runs")
     args = parser.parse_args(argv)
     command = args.command[1:] if args.command[:1] == ["--"] else args.command
     if not command:
         parser.error(
-            "there is no command; write it after --, as in: -- llada-jax train --config FILE "
-            "--workdir DIR"
+            "there is no command; write it after --, for example: -- llada-jax train --config "
+            "FILE --workdir DIR"
         )
     args.tasks_per_node = (
         args.gpus_per_node or 1 if args.tasks_per_node is None else args.tasks_per_node
@@ -241,8 +250,8 @@ def parse(argv: list[str]) -> tuple[argparse.Namespace, list[str]]:
     if args.gpus_per_node % args.tasks_per_node:
         parser.error(
             f"--gpus-per-node {args.gpus_per_node} cannot be shared by --tasks-per-node "
-            f"{args.tasks_per_node}; "
-            "every process needs the same number of GPUs"
+            f"{args.tasks_per_node}, because every process needs the same number of GPUs; choose a "
+            "divisor of --gpus-per-node"
         )
     try:
         args.flags = flags_named(args.flags)
@@ -253,7 +262,7 @@ def parse(argv: list[str]) -> tuple[argparse.Namespace, list[str]]:
             parser.error(f"--env {pair} must be NAME=VALUE")
     if bool(args.array) != any(INDEX in word for word in command):
         parser.error(
-            f"--array and '{INDEX}' in the command (in single quotes) go together; give both or "
+            f"--array and '{INDEX}' in the command (in single quotes) go together; pass both or "
             "neither"
         )
     return args, command
@@ -268,7 +277,7 @@ def main(argv: list[str]) -> int:
     if not shutil.which("sbatch"):
         print(
             "launch: there is no sbatch here; run this on a login node of the cluster, or add "
-            "--dry-run",
+            "--dry-run.",
             file=sys.stderr,
         )
         return 2
@@ -280,10 +289,11 @@ def main(argv: list[str]) -> int:
     )
     if submitted.returncode:
         return submitted.returncode
-    job = submitted.stdout.strip().split(";")[0]  # a federation adds ;CLUSTER
+    # In a federation, sbatch adds ";CLUSTER" to the number.
+    job = submitted.stdout.strip().split(";")[0]
     print(job)
     print(
-        f"launch: watch it with squeue --jobs {job}; it writes to "
+        f"launch: watch it with squeue --jobs {job}; its logs are "
         f"{args.logs}/{args.name}-{job}*.log",
         file=sys.stderr,
     )

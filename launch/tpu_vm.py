@@ -1,17 +1,16 @@
-"""Runs one command on every worker of Cloud TPU VMs, and brings both back when the TPUs are taken
-away.
+"""Runs one command on every worker of Cloud TPU VMs, again whenever the TPUs are taken away.
 
-    python launch/tpu_vm.py --name llada-8b --zone us-east5-a --topology v5p-128 --capacity spot
-    --logs logs/llada-8b -- \\
+    python launch/tpu_vm.py --name llada-8b --zone us-east5-a --topology v5p-128 \\
+        --capacity spot --logs logs/llada-8b -- \\
         llada-jax train --config configs/llada_8b.py --workdir gs://BUCKET/llada-8b
 
-It creates the queued resource unless it is there, waits until it is active, copies this checkout to
-every worker, installs it, clears what an earlier start left on the chips, and runs the command on
-all workers of all slices at once. LOGS gets one file a worker; the first worker is shown here too.
-When a worker exits 42, is killed or cannot be reached any more, or a slice is taken away,
-everything is brought up again and the same command repeated, up to --max-restarts times. Any other
-failure ends the run with the worker's exit status. Ctrl-C or SIGTERM lets the workers save, and
-exits 42.
+It creates the queued resource unless it exists, waits until it is active, copies this checkout to
+every worker and installs it, frees the chips from an earlier start, and runs the command on all
+workers of all slices at once. LOGS gets one file per worker, and the output of the first worker is
+also shown here. When a worker exits with 42, is killed or cannot be reached any more, or when a
+slice is taken away, the launcher brings everything up again and repeats the command, up to
+--max-restarts times. Any other failure ends the run with the worker's exit status. On Ctrl-C or
+SIGTERM the workers save, and the launcher exits with 42.
 """
 
 import argparse
@@ -33,22 +32,27 @@ from llada_jax.errors import UserError
 
 REPOSITORY = Path(__file__).parent.parent
 ARCHIVE = "llada_jax.tar.gz"
-PYTHON = "3.12"  # TPU VM images bring 3.10, which is too old for jax
-STARTED = "launch: the command starts"  # a log without this line: the worker was never reached
-DEAD = ("FAILED", "SUSPENDED")  # a queued resource never leaves these states; its slices are gone
+# The images of TPU VMs bring 3.10, which is too old for jax.
+PYTHON = "3.12"
+# A log without this line means that the worker was never reached.
+STARTED = "launch: the command starts"
+# A queued resource never leaves these states; its slices are gone.
+DEAD = ("FAILED", "SUSPENDED")
 TRANSIENT = re.compile(
-    r"UNAVAILABLE|DEADLINE_EXCEEDED|INTERNAL|ABORTED|HTTPError 5\d\d|[Cc]onnection "
-    r"(reset|refused|aborted)|timed out"
+    r"UNAVAILABLE|DEADLINE_EXCEEDED|INTERNAL|ABORTED|HTTPError 5\d\d"
+    r"|[Cc]onnection (reset|refused|aborted)|timed out"
 )
-MAX_TRIES = 5  # of one gcloud command that fails for a passing reason
-SECONDS_BETWEEN_LOOKS = 1.0  # at the workers' processes
+# Of one gcloud command that fails for a reason that may pass.
+MAX_TRIES = 5
+# At the workers' processes.
+SECONDS_BETWEEN_LOOKS = 1.0
 
 
 class GcloudError(UserError):
-    """gcloud refused: the message is its own, for it names the permission, quota or flag."""
+    """gcloud refused. The message is gcloud's, because it names the permission, quota or flag."""
 
 
-# ---- the gcloud commands
+# ------------------------------------------------------------------------------ the gcloud commands
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -56,9 +60,9 @@ class Target:
     """A queued resource, and how its workers are reached.
 
     Attributes:
-        name: of the resource, and of its one slice; several slices are called NAME-0, NAME-1...
-        internal_ip: workers have no address outside the network, and are reached from within.
-        create_flags: given to `queued-resources create` as they are.
+        name: of the resource and of its only slice; several slices are called NAME-0, NAME-1...
+        internal_ip: workers have no external address and are reached from inside the network.
+        create_flags: passed to `queued-resources create` unchanged.
     """
 
     name: str
@@ -80,7 +84,7 @@ class Target:
 
     @property
     def workers(self) -> list[tuple[str, int]]:
-        """(node, number within the node) of every worker; the first coordinates."""
+        """(node, number within the node) of every worker; the first one coordinates."""
         return [
             (node, worker) for node in self.nodes for worker in range(self.slice.num_tpu_vm_hosts)
         ]
@@ -99,9 +103,8 @@ class Target:
             else ["--reserved"],
             "flex": ["--provisioning-model=flex-start", f"--max-run-duration={detail}"],
         }[kind]
-        track = (
-            ["alpha"] if detail else []
-        )  # flex and reservations by name are not in the released commands yet
+        # The released commands do not know flex and reservations by name yet.
+        track = ["alpha"] if detail else []
         names = (
             [f"--node-id={self.name}"]
             if self.num_slices == 1
@@ -133,13 +136,7 @@ class Target:
 
     def describe(self) -> list[str]:
         return [
-            "gcloud",
-            "compute",
-            "tpus",
-            "queued-resources",
-            "describe",
-            self.name,
-            *self.place,
+            *("gcloud", "compute", "tpus", "queued-resources", "describe", self.name, *self.place),
             "--format=value(state.state)",
         ]
 
@@ -164,40 +161,33 @@ class Target:
         ]
 
     def ssh(self, node: str, worker: int | str, script: str) -> list[str]:
-        """Runs a script on one worker, or on "all" of a node. A host that vanishes is noticed after
-        two minutes.
+        """Returns the command that runs a script on one worker, or on "all" workers of a node.
+
+        ssh notices a host that has vanished after two minutes.
         """
         alive = ["--ssh-flag=-oServerAliveInterval=15", "--ssh-flag=-oServerAliveCountMax=8"]
         return [
-            "gcloud",
-            "compute",
-            "tpus",
-            "tpu-vm",
-            "ssh",
-            node,
-            *self.place,
-            f"--worker={worker}",
-            *self.reach(),
-            *alive,
-            f"--command={script}",
+            *(
+                "gcloud",
+                "compute",
+                "tpus",
+                "tpu-vm",
+                "ssh",
+                node,
+                *self.place,
+                f"--worker={worker}",
+            ),
+            *(*self.reach(), *alive, f"--command={script}"),
         ]
 
     def copy(self, file: Path, node: str) -> list[str]:
         return [
-            "gcloud",
-            "compute",
-            "tpus",
-            "tpu-vm",
-            "scp",
-            str(file),
-            f"{node}:{ARCHIVE}",
-            *self.place,
-            "--worker=all",
-            *self.reach(),
+            *("gcloud", "compute", "tpus", "tpu-vm", "scp", str(file), f"{node}:{ARCHIVE}"),
+            *(*self.place, "--worker=all", *self.reach()),
         ]
 
 
-# ---- what runs on the workers, in their login shell
+# --------------------------------------------------- what runs on the workers, in their login shell
 
 INSTALL = f"""
 set -eu
@@ -205,15 +195,18 @@ mkdir -p "$HOME/llada_jax"
 tar -xzf "$HOME/{ARCHIVE}" -C "$HOME/llada_jax"
 export PIP_BREAK_SYSTEM_PACKAGES=1 # newer images mark their Python as managed by the system
 python3 -m pip install --quiet --user uv
-[ -x "$HOME/llada_jax.venv/bin/python" ] || python3 -m uv venv --quiet --python {PYTHON} "$HOME/llada_jax.venv"
-python3 -m uv pip install --quiet --python "$HOME/llada_jax.venv/bin/python" -e "$HOME/llada_jax[tpu]"
+venv="$HOME/llada_jax.venv"
+[ -x "$venv/bin/python" ] || python3 -m uv venv --quiet --python {PYTHON} "$venv"
+python3 -m uv pip install --quiet --python "$venv/bin/python" -e "$HOME/llada_jax[tpu]"
 """
 
-# Ends the command of an earlier start, whoever holds the chips (/dev/accel* up to v4, /dev/vfio/*
-# since v5), and removes the lock file with which a killed process would keep libtpu from starting.
+# Ends the command of an earlier start and every process that holds the chips (/dev/accel* up to v4,
+# /dev/vfio/* since v5), and removes the lock file, because the one that a killed process leaves
+# behind keeps libtpu from starting.
 CLEAN = """
 set -u
-if pid=$(cat "$HOME/llada_jax.pid" 2>/dev/null) && [ "$(readlink "/proc/$pid/cwd")" = "$HOME/llada_jax" ]; then
+if pid=$(cat "$HOME/llada_jax.pid" 2>/dev/null) &&
+  [ "$(readlink "/proc/$pid/cwd")" = "$HOME/llada_jax" ]; then
   kill -KILL "$pid"
 fi
 for _ in 1 2 3 4 5; do
@@ -230,8 +223,9 @@ STOP = 'kill -TERM "$(cat "$HOME/llada_jax.pid")"'
 
 
 def run_script(command: list[str], env: dict[str, str]) -> str:
-    """Returns what starts the command on a worker. exec: the process that the pid file names is the
-    command itself.
+    """Returns the script that starts the command on a worker.
+
+    It ends with `exec`, so that the process in the pid file is the command itself.
     """
     exports = {"JAX_COORDINATOR_PORT": str(COORDINATOR_PORT), "PYTHONUNBUFFERED": "1"} | env
     lines = [f"export {name}={shlex.quote(value)}" for name, value in exports.items()]
@@ -250,8 +244,9 @@ def run_script(command: list[str], env: dict[str, str]) -> str:
 
 
 def pack(code: Path, archive: Path) -> int:
-    """Writes the files of a checkout that git does not ignore, changed or new ones included, and
-    returns how many.
+    """Writes the files of a checkout that git does not ignore, and returns how many there are.
+
+    Files that were changed or added since the last commit are included.
     """
     listed = subprocess.run(
         ["git", "-C", str(code), "ls-files", "-z", "--cached", "--others", "--exclude-standard"],
@@ -261,8 +256,8 @@ def pack(code: Path, archive: Path) -> int:
     )
     if listed.returncode:
         raise UserError(
-            f"--code {code} is not a git checkout, so it is not known what to copy; give the root "
-            "of one."
+            f"--code {code} is not a git checkout, so there is no list of files to copy; pass the "
+            "root of a checkout."
         )
     files = [name for name in listed.stdout.split("\0") if name and (code / name).is_file()]
     with tarfile.open(archive, "w:gz") as tar:
@@ -271,12 +266,13 @@ def pack(code: Path, archive: Path) -> int:
     return len(files)
 
 
-# ---- the launcher
+# ------------------------------------------------------------------------------------- the launcher
 
 
 class Stop:
-    """Whether Ctrl-C or SIGTERM has come; a second Ctrl-C ends the launcher at once and leaves the
-    workers running.
+    """Whether Ctrl-C or SIGTERM has arrived.
+
+    A second Ctrl-C ends the launcher at once and leaves the workers running.
     """
 
     def __init__(self):
@@ -290,7 +286,7 @@ class Stop:
 
 
 class Stopped(Exception):
-    """Asked to stop while no worker was running."""
+    """The launcher was asked to stop while no worker was running."""
 
 
 def say(text: str) -> None:
@@ -307,13 +303,13 @@ def pause(seconds: float, stop: Stop) -> None:
 
 
 def gcloud(command: list[str], *, poll: float, stop: Stop, accept: str = "") -> str:
-    """Runs a gcloud command, again while it fails for a passing reason, and returns its stdout.
+    """Runs a gcloud command and returns its stdout; failures that may pass are tried again.
 
     Args:
-        accept: an error with this word in it counts as done, and answers "".
+        accept: an error that contains this word counts as success, with "" as the result.
 
     Raises:
-        GcloudError: it fails for another reason, or MAX_TRIES times.
+        GcloudError: the command failed for another reason, or MAX_TRIES times.
     """
     for attempt in range(1, MAX_TRIES + 1):
         if stop.is_requested:
@@ -324,19 +320,17 @@ def gcloud(command: list[str], *, poll: float, stop: Stop, accept: str = "") -> 
             )
         except FileNotFoundError as error:
             raise UserError(
-                "There is no gcloud here; install the Google Cloud CLI and log in."
+                "gcloud is not installed here; install the Google Cloud CLI and log in."
             ) from error
         if done.returncode == 0:
             return done.stdout.strip()
         if accept and accept in done.stderr:
             return ""
-        # ssh answers 255 while a new worker does not know the key yet
+        # ssh exits with 255 while a new worker does not know the key yet.
         if attempt == MAX_TRIES or not (TRANSIENT.search(done.stderr) or done.returncode == 255):
             break
-        say(
-            f"{shlex.join(command[:6])} failed, try {attempt} of {MAX_TRIES}: "
-            f"{done.stderr.strip()[-200:]}"
-        )
+        failed = f"{shlex.join(command[:6])} failed, try {attempt} of {MAX_TRIES}"
+        say(f"{failed}: {done.stderr.strip()[-200:]}")
         pause(poll, stop)
     raise GcloudError(
         f"{shlex.join(command)[:400]} failed ({done.returncode}): {done.stderr.strip()[-1000:]}"
@@ -344,21 +338,20 @@ def gcloud(command: list[str], *, poll: float, stop: Stop, accept: str = "") -> 
 
 
 def state_of(target: Target, *, poll: float, stop: Stop) -> str:
-    """Returns the state of the queued resource, "" if there is none."""
+    """Returns the state of the queued resource, or "" if it does not exist."""
     return gcloud(target.describe(), poll=poll, stop=stop, accept="NOT_FOUND")
 
 
 def bring_up(target: Target, *, poll: float, stop: Stop) -> bool:
-    """Waits until the queued resource is active; False if one that was created here came to
-    nothing.
+    """Waits until the queued resource is active; returns False if one created here has failed.
 
-    One that an earlier start left FAILED or SUSPENDED is deleted and created anew.
+    A resource that an earlier start left FAILED or SUSPENDED is deleted and created again.
     """
     said, is_new = None, False
     while True:
         state = state_of(target, poll=poll, stop=stop)
         if state != said:
-            say(f"{target.name} is {state or 'not there'}")
+            say(f"{target.name} is {state or 'not there yet'}")
             said = state
         if state == "ACTIVE":
             return True
@@ -374,12 +367,11 @@ def bring_up(target: Target, *, poll: float, stop: Stop) -> bool:
 
 
 def set_up(target: Target, archive: Path, *, poll: float, stop: Stop) -> None:
-    """Makes every worker known to ssh, copies the code and installs it."""
+    """Makes every worker reachable by ssh, copies the code to it and installs it."""
     for node in target.nodes:
         say(f"{node}: copying and installing on {target.slice.num_tpu_vm_hosts} worker(s)")
-        gcloud(
-            target.ssh(node, 0, "true"), poll=poll, stop=stop
-        )  # alone: it may have to hand out a new key first
+        # Alone, because the first contact may have to distribute a new key.
+        gcloud(target.ssh(node, 0, "true"), poll=poll, stop=stop)
         gcloud(target.copy(archive, node), poll=poll, stop=stop)
         gcloud(target.ssh(node, "all", INSTALL), poll=poll, stop=stop)
 
@@ -393,8 +385,9 @@ class Running:
     process: subprocess.Popen
 
     def status(self) -> int | None:
-        """Returns the worker's exit status, None while it runs; 255, ssh's own, if the command was
-        never reached.
+        """Returns the worker's exit status, or None while it runs.
+
+        If the command was never reached, this is 255, the status of ssh itself.
         """
         status = self.process.poll()
         return (
@@ -405,9 +398,7 @@ class Running:
 
 
 def start_workers(target: Target, script: str, logs: Path) -> list[Running]:
-    """Starts the script on all workers, each with a log of its own that is continued by later
-    starts.
-    """
+    """Starts the script on all workers; each has its own log, to which later starts append."""
     workers = []
     for node, number in target.workers:
         path = logs / f"slice-{target.nodes.index(node)}-worker-{number}.log"
@@ -417,7 +408,8 @@ def start_workers(target: Target, script: str, logs: Path) -> list[Running]:
                 stdin=subprocess.DEVNULL,
                 stdout=log,
                 stderr=subprocess.STDOUT,
-                start_new_session=True,  # Ctrl-C is for the launcher
+                # Ctrl-C must reach only the launcher.
+                start_new_session=True,
             )
             workers.append(Running(log=path, offset=log.tell(), process=process))
     return workers
@@ -437,10 +429,10 @@ def tell_all(target: Target, script: str) -> None:
 def run_everywhere(
     target: Target, script: str, logs: Path, *, grace: float, poll: float, stop: Stop
 ) -> list[int]:
-    """Runs the script on all workers and returns the exit statuses of those that ended by
-    themselves, first come first.
+    """Runs the script on all workers; returns the exit statuses of those that ended by themselves.
 
-    When one fails, or when asked to stop, the others have `grace` seconds; then they are given up.
+    The statuses are in the order in which the workers ended. When a worker fails, or when the
+    launcher is asked to stop, the others have `grace` seconds; after that they are given up.
     """
     running = start_workers(target, script, logs)
     statuses, deadline, is_stopping = [], None, False
@@ -465,7 +457,8 @@ def run_everywhere(
     for worker in running:
         worker.process.kill()
         worker.process.wait()
-    if running and is_stopping:  # they had their time; otherwise the next start clears them away
+    # They have had their time. After a failure, it is the next start that clears them away.
+    if running and is_stopping:
         tell_all(target, CLEAN)
     return statuses
 
@@ -481,9 +474,7 @@ def babysit(
     poll: float,
     stop: Stop,
 ) -> int:
-    """Brings the slices up, runs the script on them, and repeats both until it is done; returns the
-    exit status.
-    """
+    """Brings the slices up and runs the script until it is done; returns the exit status."""
     for attempt in range(max_restarts + 1):
         if attempt:
             say(f"restart {attempt} of {max_restarts}")
@@ -507,17 +498,17 @@ def babysit(
         final = [status for status in statuses if status and status not in RESTART_STATUSES]
         if not final:
             continue
-        # 2 and 3 are a mistake and numbers that went wrong; anything else may be the slice going
-        # down under the process
+        # 2 is a mistake and 3 means NaN. Anything else may come from a slice that went away under
+        # the process.
         if final[0] in (2, 3) or state_of(target, poll=poll, stop=stop) == "ACTIVE":
-            say(f"exit status {final[0]} would only come again; the logs are in {logs}")
+            say(f"exit status {final[0]} would only recur; the logs are in {logs}")
             return final[0]
     say(f"gave up after {max_restarts} restarts; the logs are in {logs}")
     return 42
 
 
 def dry_run(target: Target, script: str, *, delete: bool) -> None:
-    """Prints every command of a run in which nothing goes wrong, in order."""
+    """Prints, in order, every command of a run in which nothing goes wrong."""
     commands = [target.describe(), target.create(), target.describe()]
     for node in target.nodes:
         commands += [
@@ -534,46 +525,54 @@ def dry_run(target: Target, script: str, *, delete: bool) -> None:
 
 def parse(argv: list[str]) -> argparse.Namespace:
     parser = make_parser(__doc__)
-    parser.add_argument("--zone", required=True, metavar="ZONE")
-    parser.add_argument("--project", default="", metavar="ID", help="(gcloud's current one)")
+    parser.add_argument("--zone", required=True, metavar="ZONE", help="zone of the TPUs")
+    parser.add_argument("--project", default="", metavar="ID", help="default: gcloud's current one")
     parser.add_argument(
-        "--logs", type=Path, default=Path("logs"), metavar="DIR", help="one file a worker (logs)"
+        "--logs",
+        type=Path,
+        default=Path("logs"),
+        metavar="DIR",
+        help="directory with one log per worker (default logs)",
     )
     parser.add_argument(
-        "--code", type=Path, default=REPOSITORY, metavar="DIR", help="checkout to copy (this one)"
+        "--code",
+        type=Path,
+        default=REPOSITORY,
+        metavar="DIR",
+        help="checkout to copy (default: this one)",
     )
     parser.add_argument(
-        "--internal-ip", action="store_true", help="workers without an outside address"
+        "--internal-ip", action="store_true", help="give the workers no external address"
     )
     parser.add_argument(
         "--create-flag",
         action="append",
         default=[],
         metavar="FLAG",
-        help="given to gcloud's create as it is, as in --create-flag=--network=N; repeatable",
+        help="passed to gcloud's create, e.g. --create-flag=--network=N; may be repeated",
     )
     parser.add_argument(
         "--poll",
         type=float,
         default=30.0,
         metavar="S",
-        help="seconds between looks at the state (30)",
+        help="seconds between looks at the state (default 30)",
     )
     parser.add_argument(
         "--delete",
         action="store_true",
-        help="delete the queued resource at the end, however it ends",
+        help="delete the queued resource at the end, however the run ends",
     )
     return parser.parse_args(argv)
 
 
 def target_of(args: argparse.Namespace) -> Target:
-    """Returns what a command line asks for; raises UserError when TPU VMs cannot give it."""
+    """Returns what a command line asks for; raises UserError when TPU VMs do not offer it."""
     tpu = slice_named(args.topology)
     if not tpu.num_tpu_vm_hosts:
         raise UserError(f"{tpu.name} is not offered as TPU VMs; use launch/gke.py.")
     if args.capacity.kind == "flex" and not args.capacity.detail:
-        raise UserError("--capacity flex needs how long it may run; write --capacity flex:8h.")
+        raise UserError("--capacity flex needs a duration; write for example --capacity flex:8h.")
     target = Target(
         name=args.name,
         zone=args.zone,
@@ -601,10 +600,9 @@ def main(argv: list[str]) -> int:
         args.logs.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory() as directory:
             archive = Path(directory) / ARCHIVE
-            say(
-                f"{pack(args.code, archive)} files of {args.code}, "
-                f"{archive.stat().st_size / 1e6:.1f} MB"
-            )
+            num_files = pack(args.code, archive)
+            megabytes = archive.stat().st_size / 1e6
+            say(f"copying {num_files} files of {args.code}, {megabytes:.1f} MB")
             try:
                 return babysit(
                     target,
@@ -617,10 +615,8 @@ def main(argv: list[str]) -> int:
                     stop=stop,
                 )
             except Stopped:
-                say(
-                    f"stopped while {target.name} was brought up; "
-                    f"{'deleting it' if args.delete else 'it stays queued'}"
-                )
+                then = "deleting it" if args.delete else "it stays queued"
+                say(f"stopped while {target.name} was brought up; {then}")
                 return 42
             finally:
                 if args.delete:

@@ -23,7 +23,7 @@ def teach_orbax_s3() -> None:
     from orbax.checkpoint._src.serialization import tensorstore_utils
 
     is_gcs, gcs_spec = tensorstore_utils._use_gcs_driver, gcs_utils.get_kvstore_for_gcs
-    is_s3 = lambda directory: directory.startswith("s3:/")  # noqa: E731 (normalised by Orbax: s3:/bucket/...)
+    is_s3 = lambda directory: directory.startswith("s3:/")  # noqa: E731
     tensorstore_utils._use_gcs_driver = lambda directory: is_gcs(directory) or is_s3(directory)
     gcs_utils.get_kvstore_for_gcs = lambda directory: (s3_spec if is_s3(directory) else gcs_spec)(
         directory

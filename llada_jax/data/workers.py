@@ -1,4 +1,8 @@
-"""The processes that work on units side by side, and the progress that they report."""
+"""The processes that work on units in parallel, and the progress that they report.
+
+The command's process hands out the units and shows the progress; each worker writes its unit
+(build.write_unit) and shares only counters with the others.
+"""
 
 import concurrent.futures
 import fcntl
@@ -11,7 +15,7 @@ import time
 from collections.abc import Callable
 from concurrent.futures.process import BrokenProcessPool
 
-from llada_jax.data.build import RECEIPTS, Job, Unit, size_of, write_unit
+from llada_jax.data.build import LOCK, Job, Unit, size_of, write_unit
 from llada_jax.data.tokenizer import load_tokenizer
 from llada_jax.errors import UserError
 from llada_jax.storage.locks import try_lock
@@ -25,12 +29,10 @@ def run_units(units: list[Unit], job: Job, *, workers: int, num_bytes_done: int)
     """Writes the units, in this process when one is enough."""
     total = num_bytes_done + size_of(units)
     workers = min(workers, len(units))
-    context = multiprocessing.get_context(
-        "spawn"
-    )  # a fork would copy the threads of libraries in mid-air
-    counters = context.Array(
-        "q", 4
-    )  # bytes read, bytes of text, tokens, 1 when the workers shall stop
+    # Not fork, which would copy locks that a library's thread holds at that moment.
+    context = multiprocessing.get_context("spawn")
+    # Bytes read, bytes of text, tokens, and 1 once the workers must stop.
+    counters = context.Array("q", 4)
     counters[0] = num_bytes_done
     with _Progress(total, counters) as progress:
         if workers == 1:
@@ -52,9 +54,8 @@ def run_units(units: list[Unit], job: Job, *, workers: int, num_bytes_done: int)
                     progress.show()
             except BrokenProcessPool as error:
                 raise UserError(
-                    "A worker of prepare was killed, most likely for memory; run the same command "
-                    "with fewer "
-                    f"--workers than {workers}: what is finished is kept."
+                    "A worker of prepare was killed, most likely for lack of memory; run the same "
+                    f"command with fewer --workers than {workers}: what is finished is kept."
                 ) from error
             finally:
                 counters[3] = 1
@@ -71,22 +72,22 @@ def _counting(counters, after: Callable[[], None]) -> Callable[..., None]:
     return on_progress
 
 
-# what _start_worker keeps for _work: job, tokenizer, on_progress, and the open lock file
+# What _start_worker keeps for _work: job, tokenizer, on_progress, and the open lock file.
 _worker = {}
 
 
 def _start_worker(job: Job, counters) -> None:
-    signal.signal(
-        signal.SIGINT, signal.SIG_IGN
-    )  # Ctrl-C reaches the whole group; the command itself stops us
+    # Ctrl-C reaches every process of the group; the command then stops its workers by a counter.
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
     threading.Thread(target=_die_with_parent, daemon=True).start()
-    os.environ["TOKENIZERS_PARALLELISM"] = "false"  # a process a core is enough
+    os.environ["TOKENIZERS_PARALLELISM"] = "false"  # one process per core is enough
 
     def stop_if_told():
         if counters[3]:
             raise _Stopped
 
-    lock = open(job.output / RECEIPTS / "lock", "a")  # noqa: SIM115 (held as long as this process lives)
+    # Held as long as this process lives.
+    lock = open(job.output / LOCK, "a")  # noqa: SIM115
     try_lock(lock, fcntl.LOCK_SH)
     tokenizer = load_tokenizer(job.output / "tokenizer")
     _worker.update(
@@ -95,6 +96,7 @@ def _start_worker(job: Job, counters) -> None:
 
 
 def _die_with_parent() -> None:
+    """Ends this worker when the command is killed, which cannot tell its workers to stop."""
     multiprocessing.parent_process().join()
     os._exit(1)
 

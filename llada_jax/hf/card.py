@@ -1,5 +1,8 @@
-"""README.md of an export: what the model is, how far it was trained, how well it does, how to
-sample from it.
+"""README.md of an export: what the model is, how it was trained and scored, how to sample from it.
+
+The licence of the weights is the user's to choose, since it depends on the training data and, for a
+continued model, on the weights that it started from. So the card names a licence for them only when
+one is given. The PyTorch code in the export belongs to llada_jax, so its licence is always named.
 """
 
 import dataclasses
@@ -44,6 +47,7 @@ def model_card(
     result: dict | None,
     hf_config: dict,
     special_tokens: dict[str, str],
+    license_id: str | None = None,
 ) -> str:
     """Returns README.md.
 
@@ -52,6 +56,8 @@ def model_card(
         weights: "parameters" or "moving average of the parameters".
         run: run.json of the checkpoint.
         result: of `heldout_result`.
+        license_id: the licence of the weights as the Hub writes it, such as "mit"; None leaves it
+            open.
     """
     shape = [f"| {key} | {value} |" for key, value in dataclasses.asdict(a).items()]
     ids = [
@@ -63,6 +69,7 @@ def model_card(
     return "\n".join(
         [
             "---",
+            *([f"license: {license_id}"] if license_id else []),
             "library_name: transformers",
             "pipeline_tag: text-generation",
             "tags:",
@@ -74,9 +81,8 @@ def model_card(
             f"# {name}",
             "",
             "A masked diffusion language model (LLaDA, arXiv 2502.09992) of "
-            f"{format_count(num_parameters(a))} parameters, "
-            f"trained with llada_jax and exported in the layout `{layout}`, {dtype}, from the "
-            f"{weights}.",
+            f"{format_count(num_parameters(a))} parameters, trained with llada_jax and exported in "
+            f"the layout `{layout}`, {dtype}, from the {weights}.",
             "",
             "## Training",
             "",
@@ -91,7 +97,9 @@ def model_card(
             "```python",
             "from transformers import AutoModelForCausalLM, AutoTokenizer",
             "",
-            f'tokenizer = AutoTokenizer.from_pretrained("{name}")',
+            # the tokenizer's class comes from the config, which is code of the export: without the
+            # flag it stops and asks
+            f'tokenizer = AutoTokenizer.from_pretrained("{name}", trust_remote_code=True)',
             f'model = AutoModelForCausalLM.from_pretrained("{name}", trust_remote_code=True).eval()',
             'prompt = tokenizer("Once upon a time", return_tensors="pt").input_ids',
             f"canvas = model.generate_diffusion(prompt, gen_length={gen_length}, "
@@ -122,8 +130,25 @@ def model_card(
             "|---|---|---|",
             *ids,
             "",
+            "## Licence",
+            "",
+            *_licence(license_id),
+            "",
         ]
     )
+
+
+def _licence(license_id: str | None) -> list[str]:
+    weights = (
+        f"- The weights are licensed under `{license_id}`."
+        if license_id
+        else "- No licence has been chosen for the weights: add `license:` to the head of this file before publishing."
+    )
+    code = "https://www.apache.org/licenses/LICENSE-2.0"
+    return [
+        weights,
+        f"- The Python files in this directory are part of llada_jax: [Apache-2.0]({code}).",
+    ]
 
 
 def _training(run: dict) -> list[str]:
@@ -163,11 +188,11 @@ def _result(result: dict | None, run: dict) -> str:
     )
     error = result["standard_error"]
     spread = f" +- {error:.4f}" if error is not None and math.isfinite(error) else ""
-    bits = f", {result['bits']:.4f} bits a byte" if result["bits"] is not None else ""
+    bits = f", {result['bits']:.4f} bits per byte" if result["bits"] is not None else ""
     late = "" if result["step"] == run["step"] else f" at step {result['step']:,}"
     average = (
         ", measured with the moving average of the parameters"
         if run["config"]["optimizer"]["ema_decay"]
         else ""
     )
-    return f"{bound}{late}: {result['nats']:.4f}{spread} nats a token{bits}{average}."
+    return f"{bound}{late}: {result['nats']:.4f}{spread} nats per token{bits}{average}."

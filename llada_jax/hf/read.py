@@ -99,7 +99,7 @@ def _list_file(file: Path) -> dict[str, Stored]:
     safetensors = require("safetensors", extra="hf")
     try:
         with safetensors.safe_open(file, framework="numpy") as opened:
-            slices = {name: opened.get_slice(name) for name in opened.keys()}  # noqa: SIM118 it is no dict
+            slices = {name: opened.get_slice(name) for name in opened.keys()}  # noqa: SIM118
             return {
                 name: Stored(file, tuple(s.get_shape()), s.get_dtype())
                 for name, s in slices.items()

@@ -18,7 +18,8 @@ or byte piece.
 import base64
 import json
 
-from llada_jax.data.tokenizer import SPACE_MARK, Tokenizer
+from llada_jax.data.codecs import SPACE_MARK
+from llada_jax.data.tokenizer import Tokenizer
 from llada_jax.errors import UserError, require
 
 # Texts on which a converted SentencePiece model must give the ids of the original, beside the text

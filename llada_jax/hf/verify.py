@@ -3,21 +3,17 @@ seen this package.
 """
 
 import os
+import subprocess
 import sys
+import tempfile
 from pathlib import Path
 
 import numpy as np
 from etils import epath
 
 from llada_jax.data.records import JSON_NAME, Records, read_dataset
-from llada_jax.errors import UserError
-
 from llada_jax.data.tokenizer import Tokenizer
-
-import subprocess
-import tempfile
-
-from llada_jax.errors import NumericsError
+from llada_jax.errors import NumericsError, UserError
 
 # Nats a token by which the distributions may differ: what rounding the weights costs.
 MAX_KL = {"float32": 1e-6, "bfloat16": 5e-2}

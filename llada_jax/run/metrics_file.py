@@ -94,7 +94,7 @@ class MetricsWriter:
             if (
                 not self._is_remote
             ):  # object stores cannot append: there the whole text is kept and sent at each flush
-                self._file = open(self._path, "a", encoding="utf-8")  # noqa: SIM115 (open for the writer's life)
+                self._file = open(self._path, "a", encoding="utf-8")  # noqa: SIM115
             if tensorboard:
                 self._open_tensorboard(first_step=0 if resume_step is None else resume_step + 1)
 

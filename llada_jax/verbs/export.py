@@ -73,6 +73,11 @@ def main(argv: list[str]) -> None:
         help="llada, illada or auto (default): llada where it can",
     )
     add("--chat-template", metavar="FILE", help="Jinja template to put into the tokenizer's config")
+    add(
+        "--license",
+        metavar="ID",
+        help="of the weights, for the model card, e.g. mit (default: left open)",
+    )
     add("--force", action="store_true", help="replace an export that DIR holds")
     add("--verify", action="store_true", help="compare its logits in PyTorch with the checkpoint's")
     add(
@@ -111,6 +116,15 @@ class Plan(NamedTuple):
     result: dict  # what is reported
 
 
+def check_license(license_id: str | None) -> None:
+    """Raises UserError unless it is None or could be one of the Hub's identifiers, such as "cc-by-4.0"."""
+    if license_id is not None and not re.fullmatch(r"[a-z0-9]+([.+-][a-z0-9]+)*", license_id):
+        raise UserError(
+            f"--license {license_id!r} must be an identifier of the Hub in lower case, such as apache-2.0, mit or "
+            "cc-by-4.0; for a licence that the Hub does not list, write other."
+        )
+
+
 def make_plan(args) -> Plan:
     """Reads what the checkpoint says of itself and refuses what cannot be done.
 
@@ -121,6 +135,7 @@ def make_plan(args) -> Plan:
     check_upload(args.push_to_hub)
     shard_size = parse_size(args.shard_size)
     template = read_template(args.chat_template)
+    check_license(args.license)
     if args.verify and jax.process_count() > 1:
         raise UserError(
             "--verify needs the whole model in one process; leave it out when exporting with "
@@ -170,6 +185,7 @@ def make_plan(args) -> Plan:
         weights="moving average of the parameters" if args.ema else "parameters",
         result=heldout_result(read_lines(found.directory.parent), step),
         special_tokens=tokenizer.special_tokens,
+        license_id=args.license,
     ).encode()
     sizes = {
         **{shard.name: shard.size for shard in shards},

@@ -25,9 +25,9 @@ from support.required import absent, library, program
 
 sys.path.insert(0, str(ROOT / "launch"))
 
-import gke  # noqa: E402
+import gke
 
-from llada_jax.cluster.hardware import ACCELERATORS, SLICES, slice_named  # noqa: E402
+from llada_jax.cluster.hardware import ACCELERATORS, SLICES, slice_named
 
 CRD = Path(
     os.environ.get(
@@ -771,7 +771,7 @@ def test_without_kubectl_the_manifest_can_still_be_had(monkeypatch, capsys):
     monkeypatch.setenv("PATH", "/nowhere")
     words = ["--name", "run", "--image", "i", "--topology", "v5p-8"]
     assert gke.main([*words, "--", "true"]) == 2
-    assert "there is no kubectl" in capsys.readouterr().err
+    assert "kubectl is not installed here" in capsys.readouterr().err
     assert gke.main([*words, "--dry-run", "--", "true"]) == 0
 
 

@@ -24,9 +24,9 @@ from support.required import program
 
 sys.path.insert(0, str(LAUNCH))
 
-import tpu_vm  # noqa: E402
+import tpu_vm
 
-from llada_jax.cluster.hardware import SLICES  # noqa: E402
+from llada_jax.cluster.hardware import SLICES
 
 FAKE_GCLOUD = """#!{python} -IS
 import json, os, shlex, subprocess, sys

@@ -356,9 +356,9 @@ def test_recomputation_changes_memory_but_not_the_gradient(remat):
     grads = []
     for name in ("none", remat):
         model = make_model(SMALL, remat=name)
-        loss = lambda p, m=model: m.nll_fn(
+        loss = lambda p, m=model: m.nll_fn(  # noqa: E731
             p, tokens, tokens, tokens > 0, segments, positions
-        ).nll_BT.sum()  # noqa: E731
+        ).nll_BT.sum()
         grads.append(jax.jit(jax.grad(loss))(perturbed(model)))
     jax.tree.map(functools.partial(np.testing.assert_allclose, rtol=1e-4, atol=1e-5), *grads)
 

@@ -11,7 +11,6 @@ import pytest
 
 from llada_jax.planning import compiled_program
 
-# ruff: noqa: E501
 WRITTEN_BY_HAND = """HloModule jit_step, is_scheduled=true
 
 %add (a: f32[], b: f32[]) -> f32[] {

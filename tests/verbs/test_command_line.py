@@ -28,7 +28,7 @@ FLAGS = {
     "evaluate": "--checkpoint --data --split --mc-samples --batch-size --seed --baselines --json",
     "import": "--from --output --mesh --mask-token --causal --json",
     "export": """--checkpoint --output --dtype --shard-size --ema --layout --chat-template --force --verify --push-to-hub
-        --dry-run --json""",
+        --dry-run --license --json""",
     "plan": "--config --topology --slices --vocab-size --compile --search --flags --json --config.KEY",
     "sweep": """--config --workdir --list --index --run --optuna --table --fit --parallel --plot --dry-run --json
         --config.KEY""",

@@ -13,6 +13,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+import yaml
 from safetensors import safe_open
 from safetensors.numpy import load_file
 from support.datasets import SEQUENCE_LENGTH
@@ -199,7 +200,7 @@ def test_shards_hold_what_one_file_holds_and_the_index_finds_it(dtype, workdir, 
     for file in files:
         with safe_open(out / file, framework="np") as opened:
             assert opened.metadata() == {"format": "pt"}
-            found |= {name: (file, opened.get_tensor(name)) for name in opened.keys()}  # noqa: SIM118 it is no dict
+            found |= {name: (file, opened.get_tensor(name)) for name in opened.keys()}  # noqa: SIM118
         held = sum(array.nbytes for place, array in found.values() if place == file)
         num_held = sum(place == file for place, _ in found.values())
         assert held <= 20_000 or num_held == 1
@@ -281,7 +282,7 @@ def test_the_card_tells_what_the_run_was(workdir, tmp_path):
     (workdir / "metrics.jsonl").unlink()
     assert "1,234,567 tokens seen in 7 steps" in card
     assert (
-        "NELBO (an upper bound on the negative log-likelihood): 3.2500 +- 0.1250 nats a token, "
+        "NELBO (an upper bound on the negative log-likelihood): 3.2500 +- 0.1250 nats per token, "
         "4.5000 bits" in card
     )
     assert 'AutoModelForCausalLM.from_pretrained("model", trust_remote_code=True)' in card
@@ -290,6 +291,42 @@ def test_the_card_tells_what_the_run_was(workdir, tmp_path):
     assert "| mask | 256 | `<mask>` |" in card
     assert "layout `llada`, bfloat16" in card
     assert "Not measured." in (export(workdir, tmp_path / "other") / "README.md").read_text()
+
+
+def front_matter(card: str) -> dict:
+    """Returns the YAML head of a model card, which the Hub reads."""
+    _, head, _ = card.split("---\n", 2)
+    return yaml.safe_load(head)
+
+
+def test_the_card_names_the_licence_of_the_code_and_leaves_that_of_the_weights_to_the_user(
+    workdir, tmp_path
+):
+    card = (export(workdir, tmp_path / "open") / "README.md").read_text()
+    assert "license" not in front_matter(card)
+    assert "No licence has been chosen for the weights" in card
+    assert "[Apache-2.0](https://www.apache.org/licenses/LICENSE-2.0)" in card
+    card = (
+        export(workdir, tmp_path / "chosen", "--license", "cc-by-4.0") / "README.md"
+    ).read_text()
+    assert front_matter(card)["license"] == "cc-by-4.0"
+    assert "The weights are licensed under `cc-by-4.0`" in card
+    assert "[Apache-2.0](https://www.apache.org/licenses/LICENSE-2.0)" in card
+
+
+@pytest.mark.parametrize("license_id", ["Apache 2", "MIT", "", "mit\ntags: x", "a: b"])
+def test_a_licence_that_the_hub_cannot_know_is_refused(workdir, tmp_path, license_id, capsys):
+    words = [
+        "--checkpoint",
+        str(workdir),
+        "--output",
+        str(tmp_path / "out"),
+        "--license",
+        license_id,
+    ]
+    assert main(["export", *words]) == 2
+    assert "must be an identifier of the Hub" in capsys.readouterr().err
+    assert not (tmp_path / "out").exists()
 
 
 def test_the_result_on_the_card_is_the_last_one_up_to_the_step():
