@@ -278,7 +278,7 @@ def load_config(path: str, overrides: list[str] = ()) -> ConfigDict:
 def _reason(error: Exception) -> str:
     """Returns what is wrong in a config file, as the end of a sentence.
 
-    The messages of ConfigDict fill a screen, so that the three that users meet are put in other words.
+    The messages of ConfigDict fill a screen, so that those that users meet are put in other words.
     """
     text = " ".join(str(error.args[0] if error.args else error).split())
     unknown = re.match(r"""['"\\]*(?:Key )?['"\\]+(\w+)""", text)

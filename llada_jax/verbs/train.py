@@ -288,7 +288,10 @@ def train_on(
                 jax.profiler.start_trace(trace, profiler_options=options)
                 is_profiling = True
             with clock.span("data"):
-                batch = sharding.place_batch(next(batches), rows, B, batch_sharding)
+                arrays = next(batches)
+                # the step is compiled for the fields that the objective reads, and for no others
+                arrays = {name: arrays[name] for name in objective.batch}
+                batch = sharding.place_batch(arrays, rows, B, batch_sharding)
             state, finished = compiled(state, batch)
             in_flight.append(finished)
             if len(in_flight) > MAX_STEPS_IN_FLIGHT:
