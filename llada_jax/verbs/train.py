@@ -258,7 +258,10 @@ def train_on(
         for step in range(start_step + 1, num_steps + 1):
             profiler.before(step)
             with clock.span("data"):
-                batch = sharding.place_batch(next(batches), rows, B, recipe.batch_sharding)
+                arrays = next(batches)
+                # the step is compiled for the fields that the objective reads, and for no others
+                arrays = {name: arrays[name] for name in recipe.objective.batch}
+                batch = sharding.place_batch(arrays, rows, B, recipe.batch_sharding)
             # The state is donated: the old one is gone, also when the step fails.
             state, finished = compiled(state, batch)
             # The step has been dispatched, not done. Waiting for it here would leave the devices
