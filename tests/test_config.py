@@ -32,6 +32,7 @@ from llada_jax.config import (
 )
 from llada_jax.errors import UserError
 from llada_jax.evaluation import likelihood
+from llada_jax.masks import BIDIRECTIONAL
 from llada_jax.models.attention import IMPLEMENTATIONS, choose
 from llada_jax.models.model import compute_dtype, make_model
 from llada_jax.models.transformer import REMAT_POLICIES, Architecture
@@ -422,6 +423,7 @@ def test_auto_attention_is_an_implementation(platform, packed, sequence_length):
             AUTO,
             platform=platform,
             packed=packed,
+            mask=BIDIRECTIONAL,
             sequence_length=sequence_length,
             head_dim=64,
             dtype=compute_dtype(name, platform),

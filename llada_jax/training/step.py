@@ -15,6 +15,7 @@ from jax.sharding import Mesh, NamedSharding
 from llada_jax.cluster import sharding
 from llada_jax.cluster.sharding import constrain
 from llada_jax.errors import UserError, look_up
+from llada_jax.masks import BIDIRECTIONAL, CAUSAL, Mask
 from llada_jax.models.attention import choose
 from llada_jax.models.model import Model, compute_dtype, make_model
 from llada_jax.models.transformer import Architecture
@@ -32,6 +33,7 @@ class Recipe(NamedTuple):
     num_steps: int
     dtype: jnp.dtype  # of the matrix products
     attention: str  # a key of llada_jax.models.attention.IMPLEMENTATIONS
+    mask: Mask  # what attention may see
     model: Model
     optimizer: optax.GradientTransformation
     abstract: TrainState  # ShapeDtypeStructs with shardings
@@ -55,10 +57,12 @@ def make_recipe(config, tokenizer, mesh: Mesh) -> Recipe:
     check_mesh(config, architecture, mesh)
     platform = sharding.platform(mesh)
     dtype = compute_dtype(config.model.dtype, platform)
+    mask = CAUSAL if config.objective.name == "autoregressive" else BIDIRECTIONAL
     attention = choose(
         config.model.attention,
         platform=platform,
         packed=not config.data.attend_across_documents,
+        mask=mask,
         sequence_length=T,
         head_dim=architecture.head_dim,
         dtype=dtype,
@@ -69,7 +73,7 @@ def make_recipe(config, tokenizer, mesh: Mesh) -> Recipe:
         attention=attention,
         remat=config.model.remat,
         nll_chunk=config.model.nll_chunk,
-        causal=config.objective.name == "autoregressive",
+        mask=mask,
     )
     objective = make_objective(config.objective, tokenizer)
     num_steps = config.num_steps or max(1, config.num_tokens // (B * T))
@@ -100,6 +104,7 @@ def make_recipe(config, tokenizer, mesh: Mesh) -> Recipe:
         num_steps,
         dtype,
         attention,
+        mask,
         model,
         optimizer,
         abstract,

@@ -11,6 +11,7 @@ import pytest
 
 from llada_jax.cluster.sharding import AXES, make_mesh
 from llada_jax.evaluation import likelihood
+from llada_jax.masks import Mask
 from llada_jax.models.model import make_model
 from llada_jax.models.transformer import Architecture, TokenScores
 from llada_jax.objectives.autoregressive import autoregressive
@@ -51,7 +52,7 @@ def trained(objective, *, causal, num_steps):
     a = Architecture(
         vocab_size=6, num_layers=2, d_model=64, num_heads=4, num_kv_heads=4, head_dim=16, d_ff=128
     )
-    model = make_model(a, causal=causal)
+    model = make_model(a, mask=Mask(causal=causal))
     mesh = make_mesh(dict.fromkeys(AXES, 1), devices=jax.devices()[:1])
     rate = make_schedule(
         name="cosine",
