@@ -11,10 +11,10 @@ import numpy as np
 from jax.sharding import Mesh
 
 from llada_jax.checkpoints.huggingface import HuggingFace, find_weights
+from llada_jax.checkpoints.record import mask_of
 from llada_jax.cluster import sharding
 from llada_jax.data.tokenizer import load_same
 from llada_jax.errors import UserError
-from llada_jax.masks import BIDIRECTIONAL, CAUSAL
 from llada_jax.models.model import Model, abstract_parameters, compute_dtype, make_model
 from llada_jax.models.transformer import Architecture
 from llada_jax.samplers.denoise import DenoiseStep
@@ -210,7 +210,7 @@ def load(checkpoint: str, *, dtype: str = "auto", mesh: Mesh | None = None) -> P
         # A canvas has any length, and its padding is on the left: the kernels want multiples of
         # 128, and cuDNN padding on the right.
         attention="xla",
-        mask=CAUSAL if config["objective"]["name"] == "autoregressive" else BIDIRECTIONAL,
+        mask=mask_of(run),
     )
     params = found.restore_params(
         step, abstract_parameters(model, mesh), ema=config["optimizer"]["ema_decay"] > 0

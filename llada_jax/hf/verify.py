@@ -12,12 +12,8 @@ from etils import epath
 from llada_jax.data.records import JSON_NAME, Records, read_dataset
 from llada_jax.errors import UserError
 
-pass
-
-
 from llada_jax.data.tokenizer import Tokenizer
 
-pass
 import subprocess
 import tempfile
 

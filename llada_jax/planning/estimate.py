@@ -27,7 +27,7 @@ def recipe_of_shapes(config, mesh, vocab_size: int) -> Recipe:
         config.model.attention,
         platform=sharding.platform(mesh),
         packed=not config.data.attend_across_documents,
-        mask=recipe.mask,
+        mask=recipe.objective.mask,
         sequence_length=config.data.sequence_length,
         head_dim=recipe.architecture.head_dim,
         dtype=recipe.dtype,
@@ -50,7 +50,7 @@ def arithmetic(
         config.optimizer.gradient_accumulation,
     )
     num_devices = machines.num_devices * num_slices
-    is_causal = config.objective.name == "autoregressive"
+    is_causal = recipe.objective.mask.causal
     num_matmul = num_matmul_parameters(a)
     flops = flops_per_token(num_matmul, a.num_layers, a.num_heads * a.head_dim, T, causal=is_causal)
     rows = B // A // (shape["data"] * shape["fsdp"] * shape["expert"])

@@ -97,7 +97,7 @@ def test_a_start_that_waits_in_vain_says_who_is_missing_and_may_be_tried_again(n
         "JAX_PROCESS_ID": str(number),
     }
     done = run_python(
-        "from llada_jax import distributed; distributed.WAITING_S = 1; "
+        "from llada_jax.cluster import distributed; distributed.WAITING_S = 1; "
         "distributed.initialize(initialization_timeout_s=3)",
         team,
         timeout=300,
@@ -146,7 +146,7 @@ def on_a_tpu_vm():
         from jax._src.clusters import cloud_tpu_cluster
         cloud_tpu_cluster.running_in_cloud_tpu_vm = True  # there: chips and libtpu
         os.environ.pop("TPU_SKIP_MDS_QUERY", None)  # set by the import, elsewhere than there
-        from llada_jax import distributed
+        from llada_jax.cluster import distributed
         """,
     )
     server.shutdown()

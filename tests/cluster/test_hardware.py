@@ -256,9 +256,10 @@ def test_tpu_flags_are_known_to_libtpu():
     """
     environment = {**libtpu_environment(), "JAX_PLATFORMS": "cpu"}
     load = (
-        "import sys; from llada_jax import aot, hardware; aot.load_libtpu({'LIBTPU_INIT_ARGS': "
-        "sys.stdin.read()})\n"
-        "aot.absent_mesh(dict(data=1, fsdp=-1, sequence=1, tensor=1, expert=1), "
+        "import sys\nfrom llada_jax.cluster import hardware\n"
+        "from llada_jax.planning import absent_devices\n"
+        "absent_devices.load_libtpu({'LIBTPU_INIT_ARGS': sys.stdin.read()})\n"
+        "absent_devices.absent_mesh(dict(data=1, fsdp=-1, sequence=1, tensor=1, expert=1), "
         "hardware.slice_named('v5p-8'), 1)"
     )
 

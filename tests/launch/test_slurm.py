@@ -382,7 +382,7 @@ def test_a_run_that_is_cancelled_preempted_and_loses_a_process_is_the_undisturbe
 
 
 def test_srun_alone_is_enough_for_the_processes_to_find_each_other(slurm):
-    code = "from llada_jax import distributed; distributed.initialize(); import jax; print(jax.process_index(), 'is there')"
+    code = "from llada_jax.cluster import distributed; distributed.initialize(); import jax; print(jax.process_index(), 'is there')"
     words = ["srun", "--partition=main", "--nodes=2", "--ntasks=2", sys.executable, "-c", code]
     done = subprocess.run(words, capture_output=True, text=True, timeout=120, check=False)
     assert sorted(done.stdout.splitlines()) == ["0 is there", "1 is there"], done.stderr

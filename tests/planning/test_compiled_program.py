@@ -194,21 +194,23 @@ def test_groups_are_read_in_each_way_of_writing_them(written, groups):
 COMPILE = """
 import json
 import jax, jax.numpy as jnp
-from llada_jax import hlo, sharding, state
+from llada_jax.cluster import sharding
+from llada_jax.models.model import make_model, parameter_shardings
 from llada_jax.models.transformer import Architecture
+from llada_jax.planning.compiled_program import collectives
 a = Architecture(vocab_size=1030, num_layers=1, d_model=64, num_heads=2, num_kv_heads=2, head_dim=16, d_ff=64)
 results = []
 for sizes in (dict(fsdp=8), dict(data=2, fsdp=2, tensor=2)):
     mesh = sharding.make_mesh({axis: sizes.get(axis, 1) for axis in sharding.AXES})
     for nll_chunk in (64, 8):
-        model = state.make_model(a, nll_chunk=nll_chunk)
-        shardings = state.parameter_shardings(model, mesh)
+        model = make_model(a, nll_chunk=nll_chunk)
+        shardings = parameter_shardings(model, mesh)
         params = jax.tree.map(lambda l, s: jax.ShapeDtypeStruct(l.shape, l.dtype, sharding=s), model.abstract, shardings)
         tokens = jax.ShapeDtypeStruct((16, 64), jnp.int32, sharding=sharding.batch_sharding(mesh))
         loss = lambda p, t: model.nll_fn(p, t, t, t > 3, None, t).nll_BT.sum()
         with jax.set_mesh(mesh):
             text = jax.jit(jax.grad(loss), out_shardings=shardings).lower(params, tokens).compile().as_text()
-        results.append([sizes, nll_chunk, [c._asdict() for c in hlo.collectives(text)]])
+        results.append([sizes, nll_chunk, [c._asdict() for c in collectives(text)]])
 print(json.dumps(results))
 """
 

@@ -90,7 +90,7 @@ def test_without_a_verb_the_verbs_are_listed_and_the_status_is_that_of_a_mistake
     assert main([]) == 2
     out = capsys.readouterr().out
     assert out.startswith("usage: llada-jax VERB")
-    for verb, summary in VERBS.items():
+    for verb, (_, summary) in VERBS.items():
         assert re.search(rf"^  {verb} +{re.escape(summary)}$", out, flags=re.MULTILINE)
     fits_a_screen(out)
 

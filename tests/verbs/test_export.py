@@ -36,6 +36,7 @@ from llada_jax.models.model import abstract_parameters, make_model
 from llada_jax.models.transformer import Architecture
 from llada_jax.storage.arrays import read_chunks
 from llada_jax.training.state import TrainState
+from llada_jax.verbs.export import main as main_of_export
 
 LLADA = Architecture(
     vocab_size=320,
@@ -179,7 +180,7 @@ def test_the_config_has_every_key_with_the_ids_of_the_tokenizer(workdir, tmp_pat
         "transformers_version": "4.49.0",
     }
     assert (out / "modeling_llada.py").read_bytes() == (
-        Path(write.__file__).parent / "modeling_llada.py"
+        Path(write.__file__).parent / "shipped" / "modeling_llada.py"
     ).read_bytes()
     assert load_tokenizer(out).encode("Ab\n") == load_tokenizer("bytes").encode("Ab\n")
 
@@ -660,7 +661,7 @@ def test_what_cannot_be_exported_is_refused_with_the_reason(workdir, tmp_path, r
     )
     assert "cannot be read" in refused(*ours, "--chat-template", tmp_path / "absent", output=out)
     with pytest.raises(UserError, match="must be a local or mounted directory"):
-        export.main(["--checkpoint", str(workdir), "--output", "gs://bucket/out"])
+        main_of_export(["--checkpoint", str(workdir), "--output", "gs://bucket/out"])
     plain = write_checkpoint(tmp_path / "plain", LLADA, random_params(LLADA))
     assert "kept no moving average" in refused("--checkpoint", plain, "--ema", output=out)
     per_head = ARCHITECTURES["illada, qk_norm per head"]

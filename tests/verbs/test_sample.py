@@ -14,9 +14,11 @@ from llada_jax.samplers.show import NUM_SNAPSHOTS
 
 
 def fake_pretrained(text=SENTENCE, objective="masked_diffusion"):
+    config = {"data": {"sequence_length": 48}, "objective": {"name": objective}}
     return types.SimpleNamespace(
         tokenizer=BYTES,
-        config={"data": {"sequence_length": 48}, "objective": {"name": objective}},
+        config=config,
+        run={"config": config},
         params=letters(text),
         step=1200,
         logits_fn=recite,
