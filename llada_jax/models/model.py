@@ -75,8 +75,8 @@ class Model:
         """What samplers call: the logits of the columns that they read, and of no others.
 
         The whole row goes through the network and only the columns from `start` on through the
-        head. The logits are by far the largest array of a sampler: 16 rows of 768 tokens take 6 GiB
-        at a vocabulary of 126,464, and a block of 32 columns takes 0.25 GiB.
+        head. The logits are by far the largest array of a sampler: 16 rows of 768 tokens take 5.8
+        GiB at a vocabulary of 126,464, and a block of 32 columns takes 0.24 GiB.
 
         Args:
             tokens_BT, segment_ids_BT, positions_BT: see Transformer.__call__.

@@ -160,7 +160,7 @@ def _window_logits(logits_fn, tokens_BT, segment_ids_BT, positions_BT, *, start,
     if logits_BTV.ndim != 3 or logits_BTV.shape[:2] != (len(tokens_BT), length):
         raise UserError(
             f"logits_fn returned logits of shape {logits_BTV.shape} for length={length}; it must "
-            f"return those of the columns start ... start + length - 1 alone, shape [B, length, V] "
+            "return those of the columns start ... start + length - 1 alone, shape [B, length, V] "
             f"= [{len(tokens_BT)}, {length}, V]."
         )
     return logits_BTV.astype(jnp.float32)
@@ -277,8 +277,8 @@ def _denoise_step(
 
     # 5. Reveal the most confident. ceil(hidden / steps left) is the published count: hidden //
     # steps, and one more in each of the first hidden % steps steps. It is counted from what is
-    # still hidden, so given tokens inside the generation shorten the schedule of their row. Ranks,
-    # and not top_k, whose k would have to be static; ties go to the left.
+    # still hidden, so a row with given tokens inside the block reveals fewer per step. Ranks, and
+    # not top_k, whose k would have to be static; ties go to the left.
     count_B = -(-jnp.sum(is_hidden_BT, axis=1) // steps_left)
     rank_BT = jnp.argsort(jnp.argsort(-confidence_BT, axis=1, stable=True), axis=1)
     is_revealed_BT = is_hidden_BT & (rank_BT < count_B[:, None])

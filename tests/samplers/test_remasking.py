@@ -4,10 +4,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from support.paths import ROOT
 from support.toy_networks import MASK, PAD, toy_logits, toy_params
 
 from llada_jax.errors import UserError
-from llada_jax.samplers.remasking import REMASKING, commit_rule, low_confidence
+from llada_jax.samplers.remasking import REMASKING, commit_rule, confidences, low_confidence
 from llada_jax.samplers.text import generate_tokens
 
 OWN_RULES = """
@@ -81,6 +82,19 @@ def test_an_own_rule_decides_which_tokens_are_kept():
     sample("own_commit_rules:from_the_right", on_step=on_step)
     assert revealed[0] == [6, 7], "the two columns furthest to the right"
     assert revealed[1:] == sorted(revealed[1:], reverse=True)
+
+
+def test_the_example_of_the_docs_keeps_the_sharpest_distribution(monkeypatch):
+    monkeypatch.syspath_prepend(ROOT / "docs" / "examples")
+    rule = commit_rule("lowest_entropy:lowest_entropy")
+    certain, split, open_ = [9.0, 0.0, 0.0, 0.0], [5.0, 4.9, -9.0, -9.0], [1.2, 1.0, 1.0, 1.0]
+    logits_BTV = jnp.array([[open_, split, certain]])
+    confidence_BT = confidences(rule, logits_BTV, logits_BTV.argmax(-1), None)
+    assert np.argsort(-confidence_BT[0]).tolist() == [2, 1, 0]
+    expected = -np.log(4)  # of the uniform distribution, up to the sign
+    uniform = confidences(rule, jnp.zeros((1, 1, 4)), jnp.zeros((1, 1), int), None)
+    np.testing.assert_allclose(uniform, [[expected]], rtol=1e-6)
+    assert MASK not in sample("lowest_entropy:lowest_entropy")
 
 
 def test_a_rule_that_is_undecided_still_reveals_every_token():
