@@ -363,13 +363,14 @@ class Transformer(nnx.Module):
         """Returns -log p(target) at the positions `where_BT`, zero elsewhere, without ever holding
         [B, T, V].
 
-        The vocabulary is cut into n pieces, so many that [B, T, V/n] is no more than `nll_chunk`
-        positions of all logits; the logits of a piece are computed again in the backward pass.
-        Pieces and not chunks of the row, because the gradient of a piece of the head is then
-        complete when its turn is over: it is reduced over the devices once a step, in pieces, and
-        neither the whole kernel nor its whole gradient is ever on one device. Pieces are strided
-        (token i * n + j is in piece j), so that a sharded V stays where it is. The tensor axis
-        splits positions here, or the gradient of every position would be reduced once a piece.
+        The vocabulary is cut into n pieces, so many that [B, T, V/n] is no more than the logits of
+        `nll_chunk` positions per row; the logits of a piece are computed again in the backward
+        pass. Pieces of the vocabulary and not chunks of the row, because the gradient of a piece of
+        the head is then complete when its turn is over: it is reduced over the devices once per
+        step, in pieces, and neither the whole kernel nor its whole gradient is ever on one device.
+        Pieces are strided (token i * n + j is in piece j), so that a sharded V stays where it is.
+        The tensor axis splits positions here, or the gradient of every position would be reduced
+        once per piece.
         """
         x_BTD = self.hidden(noisy_BT, segment_ids_BT, positions_BT)
         x_BTD = constrain(x_BTD, "act_batch", "act_head_position", "act_embed")

@@ -63,7 +63,7 @@ def generate_tokens(
             its compiled step is found again.
         params: its first argument, a pytree of arrays.
         prompts: token ids, of any lengths, empty for unconditional generation.
-        block_length, steps: None means gen_length: pure diffusion, one token a step.
+        block_length, steps: None means gen_length: pure diffusion, one token per step.
         eos_id: see `denoise`; None does not stop.
         seed: row r of the request draws the same numbers whatever the batch size and the other
             prompts are.
