@@ -110,7 +110,7 @@ def load(checkpoint: str, *, dtype: str = "auto", mesh: Mesh | None = None) -> P
     found, step = find_weights(checkpoint, causal=True)
     run = found.run(step)
     if mesh is None:
-        mesh = sharding.make_mesh(dict.fromkeys(sharding.AXES, 1), devices=jax.local_devices()[:1])
+        mesh = sharding.one_device_mesh()
     config = run["config"]
     platform = sharding.platform(mesh)
     model = make_model(

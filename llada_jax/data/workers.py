@@ -9,7 +9,6 @@ import fcntl
 import multiprocessing
 import os
 import signal
-import sys
 import threading
 import time
 from collections.abc import Callable
@@ -18,7 +17,9 @@ from concurrent.futures.process import BrokenProcessPool
 from llada_jax.data.build import LOCK, Job, Unit, size_of, write_unit
 from llada_jax.data.tokenizer import load_tokenizer
 from llada_jax.errors import UserError
+from llada_jax.progress import Display
 from llada_jax.storage.locks import try_lock
+from llada_jax.units import format_seconds
 
 
 class _Stopped(Exception):
@@ -110,37 +111,17 @@ class _Progress:
 
     def __init__(self, total: int, counters):
         self._total, self._counters, self._first_read = max(1, total), counters, counters[0]
-        self._started = time.monotonic()
-        self._is_terminal = sys.stderr.isatty()
-        self._every = 0.2 if self._is_terminal else 5.0
-        self._shown = self._started
+        self._display = Display(total=self._total, completed=self._first_read)
+        self._every = 0.2 if self._display.has_bar else 5.0
+        self._started = self._shown = time.monotonic()
 
     def __enter__(self):
-        if self._is_terminal:
-            from rich.console import Console
-            from rich.progress import (
-                BarColumn,
-                Progress,
-                TaskProgressColumn,
-                TextColumn,
-                TimeRemainingColumn,
-            )
-
-            columns = (
-                BarColumn(),
-                TaskProgressColumn(),
-                TextColumn("{task.description}"),
-                TimeRemainingColumn(),
-            )
-            self._bar = Progress(*columns, console=Console(stderr=True))
-            self._task = self._bar.add_task("", total=self._total, completed=self._first_read)
-            self._bar.start()
+        self._display.__enter__()
         return self
 
     def __exit__(self, *exception) -> None:
         self._show()
-        if self._is_terminal:
-            self._bar.stop()
+        self._display.__exit__(*exception)
 
     def show(self) -> None:
         """Brings the display up to date, at most every few moments."""
@@ -152,8 +133,11 @@ class _Progress:
         read, text, tokens, _ = self._counters[:]
         seconds = max(1e-9, time.monotonic() - self._started)
         rates = f"{text / seconds / 1e6:.1f} MB/s, {tokens / seconds:,.0f} tokens/s"
-        if self._is_terminal:
-            self._bar.update(self._task, completed=read, description=rates)
+        if self._display.has_bar:
+            # of this start alone: what an earlier one has read came at no cost to this one
+            pace = (read - self._first_read) / seconds
+            eta = f" eta {format_seconds((self._total - read) / pace)}" if pace else ""
+            self._display.update(read, before=f"{read / self._total:.0%}", after=rates + eta)
         else:
             done = f"{read / self._total:.0%} of {self._total / 1e6:.1f} MB"
-            print(f"prepare: {done}, {rates}, {seconds:.0f} s", file=sys.stderr, flush=True)
+            self._display.say(f"prepare: {done}, {rates}, {seconds:.0f} s")

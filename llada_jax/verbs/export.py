@@ -355,7 +355,7 @@ def compare_with_torch(directory: Path, plan: Plan, *, dtype: str) -> dict:
     """
     tokens_BT, origin = tokens_to_compare(plan.run, plan.tokenizer)
     model = make_model(plan.architecture, attention="xla")
-    mesh = sharding.make_mesh(dict.fromkeys(sharding.AXES, 1), devices=jax.local_devices()[:1])
+    mesh = sharding.one_device_mesh()
     params = plan.found.restore_params(
         plan.step, abstract_parameters(model, mesh), ema=plan.weights == "ema"
     )

@@ -22,16 +22,17 @@ SOURCES = sorted(
     path for folder in ("llada_jax", "configs", "launch") for path in (ROOT / folder).rglob("*.py")
 )
 
-# A quantity in front of "a host" shows that "per host" is meant: "4 bytes a parameter", "one
-# process a node", "once a step".
+# A quantity in front of "a host" shows that "per host" is meant: "4 bytes a parameter",
+# "one process a node", "once a step". Without it, "a host reads its rows" is plain English.
 QUANTITY = (
-    r"(?:\d[\w.,]*|once|twice|times|one \w+|a "
-    r"(?:process|thread|pod|log|file|job|line|shard)|bits?|bytes?|[KMGT]i?B|nats?|tokens?|"
-    r"FLOPs?|rows?|steps?|batches|threads|processes|devices|hosts|chips|cores|GPUs|numbers|files|pods|shards|seconds|hours|lines)"
+    r"(?:\d[\w.,]*|once|twice|times|one \w+|a (?:process|thread|pod|log|file|job|line|shard)|bits?|"
+    r"bytes?|[KMGT]i?B|nats?|tokens?|FLOPs?|rows?|steps?|batches|threads|processes|devices|hosts|"
+    r"chips|cores|GPUs|numbers|files|pods|shards|seconds|hours|lines)"
 )
 WHOLE = (
-    r"(?:accelerator|batch|block|byte|chip|core|day|device|document|epoch|file|GPU|host|hour|index|interval|layer|line|"
-    r"machine|microbatch|month|node|parameter|position|process|record|row|run|second|shard|slice|split|step|token|unit|week)"
+    r"(?:accelerator|batch|block|byte|chip|core|day|device|document|epoch|file|GPU|host|hour|index|"
+    r"interval|layer|line|machine|microbatch|month|node|parameter|position|process|record|row|run|"
+    r"second|shard|slice|split|step|token|unit|week)"
 )
 
 STUMBLES = {
@@ -42,9 +43,8 @@ STUMBLES = {
     r"nobody|somebody|everybody": "name who it is, or use the passive voice",
     r"(?<!user )(?<!who )(?<!you )wants": "needs, takes",
     r"(?:has|have|had) not (?:a|an|the|any|enough|its|their|yet a)": "does not have",
-    r"(?<!there )(?<!There )(?:is|are|was|were) no (?!longer|more|less|fewer|better|worse|doubt|matter|\w+er than)[a-z]\w*": (
-        "is not a"
-    ),
+    r"(?<!there )(?<!There )(?:is|are|was|were) no "
+    r"(?!longer|more|less|fewer|better|worse|doubt|matter|\w+er than)[a-z]\w*": ("is not a"),
     r"(?<!there )(?<!There )(?:is|are) none(?! of)": "is not one",
     r"of an? [\w-]+ each": "with one ... per ...",
     rf"{QUANTITY} an? {WHOLE}(?! (?:that|is|has|takes|needs|holds|can|must|of\b))": "per",
@@ -59,20 +59,18 @@ EXPRESSIONS = {
 
 
 def stumbles(text: str) -> list[str]:
-    """Returns, for every stumble in a text, its words with some context and what to write instead."""
+    """Returns for every stumble in a text its words, some context, and what to write instead."""
     text = " ".join(text.split())
     return [
-        f"...{text[max(0, found.start() - 40) : found.end() + 30]}...: instead of "
-        f"{found.group()!r} write: {remedy}"
+        f"...{text[max(0, found.start() - 40) : found.end() + 30]}...: "
+        f"instead of {found.group()!r} write: {remedy}"
         for expression, remedy in EXPRESSIONS.items()
         for found in expression.finditer(text)
     ]
 
 
 def without_code(markdown: str) -> list[str]:
-    """Returns the lines of a page; those of code blocks and displayed equations are empty, inline
-    code is `Code`.
-    """
+    """Returns the lines of a page: code blocks and equations are empty, inline code is `Code`."""
     lines, is_fenced, is_indented, is_equation, before = [], False, False, False, ""
     for line in markdown.splitlines():
         is_fence = line.lstrip().startswith("```")
@@ -101,16 +99,14 @@ SENTENCE_END = re.compile(r"""[.!?]["'”*)\]]*\s+(?=["'“(*\[`]*[A-Z])""")
 
 
 def prose(line: str) -> str:
-    """Returns a line without its list marker and its bold heading, with abbreviations that hold no
-    full stop.
-    """
+    """Returns a line without its list marker, its bold heading, and the stops of abbreviations."""
     line = re.sub(r"^\s*(?:[-*+]|\d+\.)\s+", "", line)
     line = re.sub(r"^\*\*[^*]+\*\*", "", line)
     return ABBREVIATIONS.sub(lambda found: found.group().replace(".", ""), line)
 
 
 def crowded_lines(markdown: str) -> list[str]:
-    """Returns the lines of prose that hold the end of one sentence and the beginning of the next."""
+    """Returns the lines of prose in which one sentence ends and the next begins."""
     lines = without_code(markdown)
     return [
         line
@@ -135,9 +131,7 @@ def wrapped_lines(markdown: str) -> list[str]:
 
 
 def texts(source: str) -> list[str]:
-    """Returns the prose of a Python file: docstrings, texts of more than one word, runs of
-    comments.
-    """
+    """Returns the prose of a Python file: docstrings, texts of several words, comments."""
     found = []
     tree = ast.parse(source)
     in_formatted = {
@@ -188,9 +182,7 @@ def test_page_has_one_sentence_per_line(page):
 @pytest.mark.skip(reason="the package still has stumbles; delete this line once it has none")
 @pytest.mark.parametrize("source", SOURCES, ids=lambda path: path.relative_to(ROOT).as_posix())
 def test_docstrings_messages_and_comments_have_no_stumbles(source):
-    """What is checked: docstrings, messages and help texts (f-strings too, with N for their
-    values), and comments.
-    """
+    """Docstrings, messages and help texts (f-strings too, with N for their values), comments."""
     found = [each for text in texts(source.read_text()) for each in stumbles(text)]
     assert not found, "\n".join(found)
 
@@ -219,14 +211,10 @@ def test_stumbles_are_found(text):
 @pytest.mark.parametrize(
     "text",
     [
-        "There is no config file; besides, it is no longer read. A host reads the rows that its "
-        "devices own.",
-        "The launcher tells two processes apart. It is told to stop. Amend the file. Every user "
-        "wants a fast run.",
-        "A step takes a batch. None of the files has changed. It is no larger than 4. There is no "
-        "whole number.",
-        "It takes 12 bytes per parameter. This differs by a step. The state of a device is saved. "
-        "A stand-in runs.",
+        "There is no config file; besides, it is no longer read. A host reads its rows.",
+        "It tells two processes apart. It is told to stop. Amend it. Every user wants a fast run.",
+        "A step takes a batch. None of the files has changed. It is no larger than 4.",
+        "It takes 12 bytes per parameter. This differs by a step. A stand-in runs.",
     ],
 )
 def test_plain_english_is_left_alone(text):
@@ -234,7 +222,10 @@ def test_plain_english_is_left_alone(text):
 
 
 def test_crowded_and_wrapped_lines_are_found():
-    page = "# A. Title\n\nOne sentence. `two` of them, e.g. These.\nA wrapped\nsentence, see Nie et al. Who.\n\n- **Bold.** Item.\n"
-    page += "- one\n  two\n\n    code. Code\n\n| a. B | c |\n\n```\nc. D\n```\n"
+    page = "# A. Title\n\nOne sentence. `two` of them, e.g. These.\n"
+    page += "A wrapped\nsentence, see Nie et al. Who.\n"
+    page += (
+        "\n- **Bold.** Item.\n- one\n  two\n\n    code. Code\n\n| a. B | c |\n\n```\nc. D\n```\n"
+    )
     assert crowded_lines(page) == ["One sentence. `Code` of them, e.g. These."]
     assert wrapped_lines(page) == ["A wrapped", "- one"]

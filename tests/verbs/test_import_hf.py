@@ -27,7 +27,7 @@ from support.transformers_versions import VERSIONS, run_python
 import llada_jax
 from llada_jax.__main__ import main
 from llada_jax.checkpoints.record import check_fits
-from llada_jax.cluster.sharding import AXES, make_mesh
+from llada_jax.cluster.sharding import make_mesh
 from llada_jax.config import load_config
 from llada_jax.errors import UserError
 from llada_jax.hf import read
@@ -43,8 +43,7 @@ LLAMA3 = dataclasses.replace(
 
 
 def abstract(a, num_devices: int = 1, **axes):
-    sizes = {**dict.fromkeys(AXES, 1), **axes}
-    return abstract_parameters(make_model(a), make_mesh(sizes, devices=jax.devices()[:num_devices]))
+    return abstract_parameters(make_model(a), make_mesh(axes, devices=jax.devices()[:num_devices]))
 
 
 def equal(ours: dict, theirs: dict) -> None:
