@@ -64,6 +64,7 @@ def make_recipe(config, tokenizer, mesh: Mesh, *, provided=FIELDS) -> Recipe:
         config.model.attention,
         platform=platform,
         packed=not config.data.attend_across_documents,
+        mask=objective.mask,
         sequence_length=T,
         head_dim=architecture.head_dim,
         dtype=dtype,
@@ -74,7 +75,7 @@ def make_recipe(config, tokenizer, mesh: Mesh, *, provided=FIELDS) -> Recipe:
         attention=attention,
         remat=config.model.remat,
         nll_chunk=config.model.nll_chunk,
-        causal=objective.mask.causal,
+        mask=objective.mask,
     )
     # 2. The optimizer, and the state that it advances.
     num_steps = config.num_steps or max(1, config.num_tokens // (B * T))

@@ -228,7 +228,9 @@ def train_on(
         out_shardings=jax.tree.map(lambda s: s.sharding, recipe.abstract.metrics),
     )
     # a canvas is padded on the left and of any length, which only the reference attention takes
-    sampling_model = make_model(recipe.architecture, dtype=recipe.dtype, attention="xla")
+    sampling_model = make_model(
+        recipe.architecture, dtype=recipe.dtype, attention="xla", mask=recipe.objective.mask
+    )
     profiler = ProfilerWindow(
         workdir,
         first_step=config.log.profile_at_step,

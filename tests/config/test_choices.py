@@ -205,6 +205,7 @@ def test_auto_attention_is_an_implementation(platform, packed, sequence_length):
             AUTO,
             platform=platform,
             packed=packed,
+            mask=BIDIRECTIONAL,
             sequence_length=sequence_length,
             head_dim=64,
             dtype=compute_dtype(name, platform),

@@ -53,7 +53,7 @@ def trained(objective, *, num_steps):
     a = Architecture(
         vocab_size=6, num_layers=2, d_model=64, num_heads=4, num_kv_heads=4, head_dim=16, d_ff=128
     )
-    model = make_model(a, causal=objective.mask.causal)
+    model = make_model(a, mask=objective.mask)
     mesh = one_device_mesh()
     rate = make_schedule(
         name="cosine",

@@ -144,7 +144,9 @@ def test_a_foreign_file_is_refused_and_kept(tmp_path, content):
     path = tmp_path / "metrics.jsonl"
     path.write_bytes(content if isinstance(content, bytes) else content.encode())
     before = path.read_bytes()
-    with pytest.raises(UserError, match=r"metrics.jsonl line 1 is not a line of metrics.*move it away"):
+    with pytest.raises(
+        UserError, match=r"metrics.jsonl line 1 is not a line of metrics.*move it away"
+    ):
         MetricsWriter(tmp_path)
     assert path.read_bytes() == before
 

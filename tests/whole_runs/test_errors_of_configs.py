@@ -11,10 +11,19 @@ OVERRIDES = {
     "misspelt group": (["optimzer.b2=0.9"], ["optimzer", "Did you mean 'optimizer'?"]),
     "a group as a knob": (["optimizer=adamw"], ["no knob 'optimizer'", "Did you mean 'optimizer."]),
     "no value": (["optimizer.b2"], ["optimizer.b2 has no value", "=VALUE"]),
-    "text for an integer": (["num_steps=many"], ["num_steps=many is not of type int", "default is 4"]),
+    "text for an integer": (
+        ["num_steps=many"],
+        ["num_steps=many is not of type int", "default is 4"],
+    ),
     "fraction for an integer": (["num_steps=1.5"], ["num_steps=1.5 is not of type int"]),
-    "text for a number": (["schedule.learning_rate=fast"], ["learning_rate=fast is not of type float"]),
-    "no boolean": (["model.tie_embeddings=yes"], ["tie_embeddings=yes is not of type bool", "False"]),
+    "text for a number": (
+        ["schedule.learning_rate=fast"],
+        ["learning_rate=fast is not of type float"],
+    ),
+    "no boolean": (
+        ["model.tie_embeddings=yes"],
+        ["tie_embeddings=yes is not of type bool", "False"],
+    ),
     "no tuple": (["samples.prompts=Once"], ["samples.prompts=Once is not of type tuple"]),
     "unhashable": (["num_steps={[]}"], ["num_steps={[]} is not of type int"]),
     "unknown choice": (["objective.masking=bernouli"], ["'bernouli'", "Did you mean 'bernoulli'?"]),
