@@ -6,15 +6,19 @@ command line. Only verbs see the config; everything below them takes keyword arg
 """
 
 import ast
+import contextlib
 import math
+import os
 import re
 import runpy
+import sys
 from pathlib import Path
 
 from ml_collections import ConfigDict
 
 from llada_jax.errors import UserError, did_you_mean
 from llada_jax.parts import add_to_path, is_own
+from llada_jax.paths import user_path
 
 AUTO = "auto"
 
@@ -187,6 +191,14 @@ CHOICES = {
     "schedule.decay_shape": ("linear", "1-sqrt"),
 }
 
+# Knobs that hold one path; data.path may hold several, which parse_sources takes apart.
+PATHS = (
+    "checkpoint.init_from",
+    "checkpoint.local_directory",
+    "checkpoint.restore",
+    "log.compilation_cache",
+)
+
 # Knobs that may also name a part of the user's own, as module:attribute.
 OWN_PARTS = ("objective.name", "optimizer.name", "schedule.name")
 
@@ -249,9 +261,12 @@ def load_config(path: str, overrides: list[str] = ()) -> ConfigDict:
             "get_config()."
         )
     try:
-        get_config = runpy.run_path(str(file))["get_config"]
-        config = get_config()
-    except Exception as error:  # whatever the user's file raises is the user's to fix
+        with neighbours_importable(file):
+            get_config = runpy.run_path(str(file))["get_config"]
+            config = get_config()
+    # Whatever the user's file raises is the user's to fix; a sys.exit(3) in it must not end the
+    # command with a status that means something else.
+    except (Exception, SystemExit) as error:
         if isinstance(error, KeyError) and error.args == ("get_config",):
             raise UserError(
                 f"{path} defines no get_config(); it must return a changed default_config()."
@@ -269,13 +284,37 @@ def load_config(path: str, overrides: list[str] = ()) -> ConfigDict:
         )
     for override in overrides:
         apply_override(config, override)
+    for knob_path in PATHS:
+        group, name = knob_path.split(".")
+        config[group][name] = user_path(config[group][name])
     validate(config)
     if own_parts(config):
         add_to_path(file.parent)
     return config
 
 
-def _reason(error: Exception) -> str:
+@contextlib.contextmanager
+def neighbours_importable(file):
+    """Lets a config file import what lies next to it, as Python does for the script that it runs.
+
+    What was imported from there is forgotten at the end: the config of another directory may have a
+    neighbour of the same name.
+    """
+    directory = str(Path(file).resolve().parent)
+    before = set(sys.modules)
+    sys.path.insert(0, directory)
+    try:
+        yield
+    finally:
+        with contextlib.suppress(ValueError):
+            sys.path.remove(directory)
+        for name in set(sys.modules) - before:
+            origin = getattr(sys.modules[name], "__file__", None)
+            if origin and str(Path(origin).resolve()).startswith(directory + os.sep):
+                del sys.modules[name]
+
+
+def _reason(error: BaseException) -> str:
     """Returns what is wrong in a config file, as the end of a sentence.
 
     The messages of ConfigDict fill a screen, so that those that users meet are put in other words.
@@ -518,15 +557,16 @@ def parse_sources(path: str) -> tuple[tuple[str, float], ...]:
     sources = []
     for part in path.split(","):
         directory, equals, weight = part.strip().rpartition("=")
-        if not equals:
-            directory, weight = weight, "1"
+        # A weight holds no slash: in lr=0.1/data the sign belongs to the path.
+        if not equals or "/" in weight:
+            directory, weight = part.strip(), "1"
         if not directory:
             raise UserError(
                 f"config.data.path={path!r} names no directory; pass --config.data.path=DIR with "
                 "one that prepare wrote, or a mixture such as dir_a=0.7,dir_b=0.3."
             )
         try:
-            sources.append((directory, float(weight)))
+            sources.append((user_path(directory), float(weight)))
         except ValueError as error:
             raise UserError(
                 f"config.data.path={path!r}: {weight!r} is not a weight; write dir_a=0.7,dir_b=0.3."

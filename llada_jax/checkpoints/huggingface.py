@@ -13,6 +13,7 @@ from llada_jax.data.tokenizer import Tokenizer, load_tokenizer
 from llada_jax.errors import UserError
 from llada_jax.hf import read
 from llada_jax.hf.convert import WRITTEN
+from llada_jax.paths import user_path
 
 
 class HuggingFace:
@@ -126,6 +127,6 @@ def find_weights(checkpoint: str, *, causal: bool):
     Raises:
         UserError: there is none.
     """
-    if read.is_huggingface(checkpoint):
-        return HuggingFace(checkpoint, causal=causal), 0
+    if read.is_huggingface(user_path(checkpoint)):
+        return HuggingFace(user_path(checkpoint), causal=causal), 0
     return find_checkpoint(checkpoint)

@@ -27,6 +27,7 @@ from orbax.checkpoint import v1 as ocp
 from llada_jax.checkpoints.orbax_patches import teach_orbax_s3
 from llada_jax.cluster import distributed
 from llada_jax.errors import LostPeer, UserError, one_line
+from llada_jax.paths import split_step
 from llada_jax.storage import remote
 from llada_jax.storage.arrays import kvstore_of, read_chunks
 from llada_jax.training.state import TrainState
@@ -45,14 +46,8 @@ RUN_KEYS = (
 
 def parse_checkpoint(checkpoint: str) -> tuple[epath.Path, int | None]:
     """Returns (workdir, step) of "WORKDIR" or "WORKDIR@STEP"; step None means the latest."""
-    workdir, at, step = str(checkpoint).rpartition("@")
-    if not at:
-        return remote.path_of(checkpoint), None
-    if not step.isdigit():
-        raise UserError(
-            f"{checkpoint!r}: the part after @ must be a step number, as in {workdir}@1000."
-        )
-    return remote.path_of(workdir), int(step)
+    workdir, step = split_step(str(checkpoint))
+    return remote.path_of(workdir), step
 
 
 class Checkpoints:

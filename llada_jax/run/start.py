@@ -21,6 +21,7 @@ from llada_jax.data.records import read_dataset
 from llada_jax.data.tokenizer import SPECIAL_IDS, Tokenizer, load_same
 from llada_jax.errors import UserError
 from llada_jax.models.model import abstract_parameters
+from llada_jax.paths import check_savable
 from llada_jax.run.metrics_file import MetricsWriter
 from llada_jax.run.rollbacks import Rollbacks, as_rollbacks, read_rollbacks
 from llada_jax.storage import files, remote
@@ -174,6 +175,7 @@ def make_workdir(workdir: str) -> None:
     The probe is written before anything is compiled: a run that finds out at its first checkpoint
     that the disk is read-only has lost an hour.
     """
+    check_savable(workdir)
     path = remote.path_of(workdir)
     with writing(workdir):
         path.mkdir(parents=True, exist_ok=True)

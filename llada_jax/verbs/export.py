@@ -8,7 +8,6 @@ is whole.
 
 import collections
 import ctypes
-import json
 import re
 import sys
 from pathlib import Path
@@ -34,7 +33,7 @@ from llada_jax.models.model import abstract_parameters, make_model
 from llada_jax.models.transformer import Architecture, num_parameters
 from llada_jax.run.metrics_file import read_lines
 from llada_jax.units import format_bytes, format_count
-from llada_jax.verbs.command_line import Parser
+from llada_jax.verbs.command_line import Parser, json_text
 
 UNITS = {
     f"{prefix}{b}": n**power
@@ -98,7 +97,7 @@ def main(argv: list[str]) -> None:
     if not args.dry_run:
         plan = plan._replace(result=carry_out(args, plan))
     if jax.process_index() == 0:
-        print(json.dumps(plan.result) if args.json else report(plan.result))
+        print(json_text(plan.result) if args.json else report(plan.result))
 
 
 class Plan(NamedTuple):

@@ -22,7 +22,7 @@ from llada_jax.models.model import abstract_parameters, make_model
 from llada_jax.models.transformer import Architecture, num_parameters
 from llada_jax.training.state import TrainState
 from llada_jax.units import format_count
-from llada_jax.verbs.command_line import Parser
+from llada_jax.verbs.command_line import Parser, json_text
 
 # what a repository is downloaded for: no PyTorch pickles, no images
 PATTERNS = ["*.json", "*.safetensors", "*.jinja", "*.txt", "tokenizer.model"]
@@ -100,7 +100,7 @@ def main(argv: list[str]) -> None:
             "parameters": num_parameters(source.architecture),
             "architecture": run["architecture"],
         }
-        print(json.dumps(result) if args.json else report(result))
+        print(json_text(result) if args.json else report(result))
 
 
 def parse_mesh(text: str) -> dict[str, int]:

@@ -3,9 +3,11 @@
 import ast
 import re
 import runpy
+import sys
 
 import pytest
 from support.configs import CONFIGS, PATHS
+from support.errors import error_of
 
 from llada_jax.config import (
     knobs,
@@ -65,3 +67,31 @@ def test_every_call_of_get_config_gives_a_config_of_its_own(path):
     first, second = get_config(), get_config()
     first.data.batch_size += 1
     assert second.data.batch_size == first.data.batch_size - 1
+
+
+NEIGHBOUR = "from base import get_config as base\n\ndef get_config():\n    from late import SEED\n"
+
+
+def test_a_config_imports_its_own_neighbours_and_not_those_of_another(tmp_path):
+    for folder, seed in (("one", 3), ("two", 5)):
+        (tmp_path / folder).mkdir()
+        (tmp_path / folder / "base.py").write_text(CONFIGS[0].read_text())
+        (tmp_path / folder / "late.py").write_text(f"SEED = {seed}\n")
+        (tmp_path / folder / "child.py").write_text(
+            NEIGHBOUR + "    config = base()\n    config.seed = SEED\n    return config\n"
+        )
+    before = list(sys.path)
+    seeds = [load_config(str(tmp_path / name / "child.py")).seed for name in ("one", "two")]
+    assert seeds == [3, 5]
+    assert sys.path == before
+
+
+def test_a_config_that_exits_is_a_mistake_and_not_a_status(tmp_path):
+    (tmp_path / "exits.py").write_text("import sys\nsys.exit(3)\n")
+    assert "SystemExit: 3" in error_of(load_config, str(tmp_path / "exits.py"))
+
+
+def test_knobs_that_hold_a_path_know_the_home_directory(monkeypatch, tmp_path):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    config = load_config(str(CONFIGS[0]), ["checkpoint.restore=~/run@3"])
+    assert config.checkpoint.restore == f"{tmp_path}/run@3"
