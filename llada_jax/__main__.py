@@ -1,11 +1,13 @@
 """The table of verbs: `llada-jax VERB ...` and `python -m llada_jax VERB ...`."""
 
+import contextlib
 import importlib
 import os
 import sys
 import traceback
 
-from llada_jax.errors import LostPeer, NumericsError, Preempted, UserError, look_up
+from llada_jax.errors import LostPeer, NumericsError, Preempted, UserError, look_up, reason
+from llada_jax.streams import Log, lead_nowhere, open_missing, reader_of_stdout_is_gone
 
 # verb -> (module, what it does). A module is imported only when its verb is called, so that
 # `prepare` starts without loading a model and `--help` answers at once.
@@ -24,6 +26,9 @@ VERBS = {
     "sweep": ("sweep", "config with sweep(add) -> numbered runs and their table"),
 }
 
+# Verbs that write files and no result to stdout: there nobody's leaving means that all is done.
+WITHOUT_RESULT = ("train",)
+
 
 def usage() -> str:
     lines = "\n".join(f"  {verb:<10}{summary}" for verb, (_, summary) in VERBS.items())
@@ -36,6 +41,13 @@ def usage() -> str:
 def main(argv: list[str] | None = None) -> int:
     """Runs one verb and returns the exit status (see llada_jax.errors)."""
     argv = sys.argv[1:] if argv is None else argv
+    open_missing()
+    with contextlib.redirect_stderr(Log(sys.stderr)):
+        return run_verb(argv)
+
+
+def run_verb(argv: list[str]) -> int:
+    """The rest of `main`, in which what is written to stderr never raises."""
     try:
         if not argv or argv[0] in ("-h", "--help", "help"):
             print(usage(), flush=True)
@@ -47,6 +59,7 @@ def main(argv: list[str] | None = None) -> int:
             return 0
         module, _ = look_up(VERBS, argv[0], "verb")
         importlib.import_module(f"llada_jax.verbs.{module}").main(argv[1:])
+        flush_result()
     # Not with the errors below: all processes of the run stop at the same step, so that each can
     # take its leave of the others in order.
     except Preempted as error:
@@ -59,17 +72,37 @@ def main(argv: list[str] | None = None) -> int:
     except KeyboardInterrupt:
         print("llada-jax: interrupted.", file=sys.stderr)
         return 130
-    # The reader of our stdout (head, less) has gone, which is not an error. Python would complain
-    # about it once more when it flushes stdout at its exit, and so stdout leads nowhere from here.
-    except BrokenPipeError:
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        return 0
-    except Exception:
+    except Exception as error:
+        # The reader of our result (head, less) has gone, which is not an error. Python would
+        # complain about it once more when it flushes stdout at its exit, and so stdout leads
+        # nowhere from here.
+        is_of_stdout = isinstance(error, BrokenPipeError) and reader_of_stdout_is_gone()
+        if is_of_stdout and argv[0] not in WITHOUT_RESULT:
+            lead_nowhere(sys.stdout.fileno())
+            return 0
         if is_one_of_several():
             traceback.print_exc()
             leave_the_others(1)
         raise
     return 0
+
+
+def flush_result() -> None:
+    """Writes what stdout still holds back; at Python's exit a failure would be a traceback.
+
+    Raises:
+        UserError: stdout leads to a disk that is full, say.
+    """
+    try:
+        sys.stdout.flush()
+    except BrokenPipeError:
+        raise
+    except OSError as error:
+        lead_nowhere(sys.stdout.fileno())
+        raise UserError(
+            f"The result cannot be written to stdout ({reason(error)}); free space where it leads, "
+            "and run the same command again."
+        ) from error
 
 
 def is_one_of_several() -> bool:

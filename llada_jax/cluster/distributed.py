@@ -95,6 +95,7 @@ def initialize(*, initialization_timeout_s: int = 300, heartbeat_timeout_s: int 
                 # Without arguments JAX asks the cluster again: it needs more of the answer than
                 # `place` holds, to choose the devices of each process.
                 **(arguments or {}),
+                **bind_to_loopback(place),
                 initialization_timeout=initialization_timeout_s,
                 heartbeat_timeout_seconds=heartbeat_timeout_s,
             )
@@ -115,6 +116,19 @@ def initialize(*, initialization_timeout_s: int = 300, heartbeat_timeout_s: int 
         file=sys.stderr,
         flush=True,
     )
+
+
+def bind_to_loopback(place: dict) -> dict:
+    """Returns the argument that lets the coordinator of a run on one machine listen there only.
+
+    It serves whoever connects, without a password, and by default on all interfaces. Between hosts
+    it has to; there the network keeps strangers away (docs/launch.md).
+    """
+    host, _, port = place["coordinator_address"].rpartition(":")
+    if host == "localhost" or host.startswith("127."):
+        address = "127.0.0.1" if host == "localhost" else host
+        return {"coordinator_bind_address": f"{address}:{port}"}
+    return {}
 
 
 def meet(name: str, *, timeout_s: int) -> None:

@@ -177,3 +177,29 @@ def test_a_run_under_the_launcher_has_the_loss_curve_of_one_process(runs, tmp_pa
     assert process.returncode == 0, err
     assert "2 process" in err
     np.testing.assert_allclose(losses(together), losses(alone), rtol=1e-5)
+
+
+@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="only Linux can tie processes")
+def test_a_launcher_that_is_killed_leaves_no_process_behind(tmp_path):
+    code = (
+        "import os, pathlib, signal, sys, time\n"
+        f"place = pathlib.Path({str(tmp_path)!r}) / os.environ['JAX_PROCESS_ID']\n"
+        "def end(*_):\n"
+        "    place.with_suffix('.saved').write_text('')\n"
+        "    sys.exit(42)\n"
+        "signal.signal(signal.SIGTERM, end)\n"
+        "place.with_suffix('.started').write_text('')\n"
+        "time.sleep(600)\n"
+    )
+    process = launch("--processes", 2, "--logs", tmp_path, "--", sys.executable, "-c", code)
+    wait_until(lambda: len(list(tmp_path.glob("*.started"))) == 2)
+    process.kill()
+    # each was asked to stop, so that a run can save
+    wait_until(lambda: len(list(tmp_path.glob("*.saved"))) == 2)
+    process.communicate(timeout=60)
+
+
+def test_the_processes_of_one_machine_meet_where_no_other_machine_can_connect():
+    process = launch("--processes", 2, "--dry-run", "--", "true")
+    out, _ = process.communicate(timeout=60)
+    assert all("JAX_COORDINATOR_ADDRESS=127.0.0.1:" in line for line in out.splitlines())

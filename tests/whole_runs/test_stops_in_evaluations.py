@@ -1,4 +1,4 @@
-"""Signals during an evaluation: the run stops within a batch and continues from its partial sums."""
+"""Signals during an evaluation: the run stops within a batch and continues from its sums."""
 
 import os
 import signal
