@@ -179,7 +179,6 @@ def test_page_has_one_sentence_per_line(page):
     assert not wrapped_lines(page.read_text())
 
 
-@pytest.mark.skip(reason="the package still has stumbles; delete this line once it has none")
 @pytest.mark.parametrize("source", SOURCES, ids=lambda path: path.relative_to(ROOT).as_posix())
 def test_docstrings_messages_and_comments_have_no_stumbles(source):
     """Docstrings, messages and help texts (f-strings too, with N for their values), comments."""
