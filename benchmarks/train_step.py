@@ -76,8 +76,6 @@ class JaxSide:
     """The train step of `llada-jax train`: the same model, objective, optimizer and state."""
 
     def __init__(self, size: dict, variant: str):
-        from functools import partial
-
         import jax
 
         from llada_jax.cluster import sharding
@@ -120,11 +118,11 @@ class JaxSide:
             learning_rate_multipliers=((".*", 1.0),),
             clip_norm=CLIP,
         )
-        objective = partial(masked_diffusion, mask_id=size["vocab_size"] - 1, eps=P_MIN)
+        objective = masked_diffusion(mask_id=size["vocab_size"] - 1, eps=P_MIN)
         B, T = size["batch_size"], size["sequence_length"]
         jax.set_mesh(sharding.make_mesh(dict.fromkeys(sharding.AXES, 1)))
         metrics = abstract_metrics(
-            objective, self.model.nll_fn, self.model.abstract, num_rows=B, sequence_length=T
+            objective, self.model.abstract, num_rows=B, sequence_length=T
         )
         abstract = abstract_state(
             self.model, optimizer, self._mesh(), metrics=metrics, keep_ema=False

@@ -14,6 +14,7 @@ from pathlib import Path
 from ml_collections import ConfigDict
 
 from llada_jax.errors import UserError, did_you_mean
+from llada_jax.parts import add_to_path, is_own
 
 AUTO = "auto"
 
@@ -25,106 +26,94 @@ def default_config() -> ConfigDict:
     config = ConfigDict()
     config.seed = 0
     config.num_steps = 0  # optimizer steps; 0: derived from num_tokens
-    config.num_tokens = (
-        0  # nominal tokens, batch_size * sequence_length a step; 0: derived from num_steps
-    )
+    # nominal tokens, batch_size * sequence_length per step; 0: derived from num_steps
+    config.num_tokens = 0
 
     config.data = ConfigDict()
-    config.data.path = (
-        ""  # directory written by `llada-jax prepare`, or a mixture "dir_a=0.7,dir_b=0.3" (weights)
-    )
+    # directory written by `llada-jax prepare`, or a mixture "dir_a=0.7,dir_b=0.3" (weights)
+    config.data.path = ""
     config.data.batch_size = 64  # global, in sequences, for one optimizer step
-    config.data.sequence_length = 4096  # tokens in a row; must be the records' own
+    config.data.sequence_length = 4096  # tokens per row; must be the records' own
     config.data.random_length_probability = 0.01  # share of rows cut to their first U{1..T} tokens
-    config.data.attend_across_documents = (
-        True  # False: attention and positions stop at document boundaries
-    )
-    config.data.num_threads = 4  # reader threads a host
-    config.data.prefetch = 8  # batches read ahead a host
+    # False: attention and positions stop at document boundaries
+    config.data.attend_across_documents = True
+    config.data.num_threads = 4  # reader threads per host
+    config.data.prefetch = 8  # batches read ahead per host
 
     config.model = ConfigDict()
-    config.model.vocab_size = (
-        0  # rows of the embedding; 0: the tokenizer's, rounded up to a multiple of 64
-    )
+    # rows of the embedding; 0: the tokenizer's, rounded up to a multiple of 64
+    config.model.vocab_size = 0
     config.model.num_layers = 12
     config.model.d_model = 768
     config.model.num_heads = 12
     config.model.num_kv_heads = 12  # fewer than num_heads: grouped-query attention
     config.model.head_dim = 64
-    config.model.d_ff = 2048  # SwiGLU hidden width
+    config.model.d_ff = 2048  # hidden width of SwiGLU
     config.model.rope_theta = 500_000.0
-    # (factor, low_freq_factor, high_freq_factor, original length), as Llama 3.1; (): none
+    # (factor, low_freq_factor, high_freq_factor, original length), as in Llama 3.1; (): none
     config.model.rope_scaling = ()
     config.model.norm_eps = 1e-5
     config.model.tie_embeddings = False
-    config.model.qk_norm = (
-        "none"  # none | full (over the whole q or k vector, as LLaDA's code) | per_head
-    )
-    config.model.attention_bias = (
-        "none"  # none | qkv (as Qwen2) | qkvo (as Llama with attention_bias)
-    )
-    config.model.output_shift = (
-        False  # True: position i is predicted from position i - 1, for autoregressive weights
-    )
-    config.model.dtype = (
-        AUTO  # compute dtype: bfloat16 | float32; auto: float32 on CPU, bfloat16 elsewhere
-    )
-    config.model.attention = (
-        AUTO  # xla | splash (TPU) | cudnn | triton (GPU); auto: from the mesh's platform
-    )
-    config.model.remat = (
-        "none"  # what is recomputed in the backward pass: none | dots | attention | full
-    )
-    config.model.nll_chunk = (
-        1024  # as many logits exist at one time as this many positions of a row have
-    )
+    # none | full (over the whole q or k vector, as in LLaDA's code) | per_head
+    config.model.qk_norm = "none"
+    # none | qkv (as in Qwen2) | qkvo (as in Llama with attention_bias)
+    config.model.attention_bias = "none"
+    # True: position i is predicted from position i - 1, for weights of autoregressive models
+    config.model.output_shift = False
+    # of the matrix products: bfloat16 | float32; auto: float32 on CPU, bfloat16 elsewhere
+    config.model.dtype = AUTO
+    # xla | splash (TPU) | cudnn | triton (GPU); auto: from the mesh's platform
+    config.model.attention = AUTO
+    # what is recomputed in the backward pass: none | dots | attention | full
+    config.model.remat = "none"
+    # peak memory of the logits, in positions per row
+    config.model.nll_chunk = 1024
 
+    # In objective, optimizer and schedule, `name` may also be module:attribute of a part of your
+    # own, which is called with `arguments`, ((name, value), ...); see docs/extend.md.
     config.objective = ConfigDict()
-    config.objective.name = (
-        "masked_diffusion"  # masked_diffusion | autoregressive (the control experiment)
-    )
+    # masked_diffusion | autoregressive (the control experiment)
+    config.objective.name = "masked_diffusion"
+    config.objective.arguments = ()  # of an objective of your own
     config.objective.eps = 1e-3  # p = (1 - eps) t + eps
-    config.objective.t_sampling = (
-        "stratified"  # stratified over the global batch | iid (as published)
-    )
-    config.objective.masking = "bernoulli"  # bernoulli | exact_count (k of L tokens, weight L/k)
-    config.objective.weight = (
-        "1/p"  # 1/p | none (training only; the reported NELBO always carries 1/p)
-    )
+    # stratified over the global batch | iid (as published)
+    config.objective.t_sampling = "stratified"
+    # bernoulli | exact_count (k of L tokens, weight L/k)
+    config.objective.masking = "bernoulli"
+    # 1/p | none (in training alone; the reported NELBO always carries 1/p)
+    config.objective.weight = "1/p"
 
     config.optimizer = ConfigDict()
-    config.optimizer.name = "adamw"  # adamw | lion | muon
+    # adamw | lion | muon
+    config.optimizer.name = "adamw"
+    config.optimizer.arguments = ()  # of an optimizer of your own
     config.optimizer.b1 = 0.9
     config.optimizer.b2 = 0.95
     config.optimizer.eps = 1e-8
     config.optimizer.weight_decay = 0.1  # decoupled, times the learning rate
-    config.optimizer.weight_decay_multipliers = (  # (regex on the path, factor), first match counts
-        (".*norm.*", 0.0),
-        (".*bias", 0.0),
-        (".*", 1.0),
-    )
-    config.optimizer.learning_rate_multipliers = (
-        (".*", 1.0),
-    )  # (regex on the path, factor), first match counts
+    # (regex on the parameter's path, factor): the first match counts
+    config.optimizer.weight_decay_multipliers = ((".*norm.*", 0.0), (".*bias", 0.0), (".*", 1.0))
+    # (regex on the parameter's path, factor): the first match counts
+    config.optimizer.learning_rate_multipliers = ((".*", 1.0),)
     config.optimizer.clip_norm = 1.0  # of the global gradient; 0: no clipping
-    config.optimizer.ema_decay = (
-        0.0  # exponential moving average of the parameters a step; 0: none is kept
-    )
-    config.optimizer.max_skipped_updates = (
-        0  # steps with a gradient not finite that one log interval may skip; 0: none
-    )
-    config.optimizer.gradient_accumulation = (
-        1  # microbatches a step; the update is that of the whole batch
-    )
+    # per step, of the exponential moving average of the parameters; 0: none is kept
+    config.optimizer.ema_decay = 0.0
+    # steps per log interval whose gradient is not finite and which are skipped; 0: the run ends
+    config.optimizer.max_skipped_updates = 0
+    # microbatches per step; the update is that of the whole batch
+    config.optimizer.gradient_accumulation = 1
 
     config.schedule = ConfigDict()
-    config.schedule.name = "llada"  # llada | wsd | cosine | constant
+    # llada | wsd | cosine | constant
+    config.schedule.name = "llada"
+    config.schedule.arguments = ()  # of a schedule of your own
     config.schedule.learning_rate = 4e-4  # peak (wsd, cosine, constant)
-    config.schedule.warmup_steps = 2000  # linear from 0
+    config.schedule.warmup_steps = 2000  # linear from 0; every schedule is multiplied with it
     config.schedule.final_learning_rate = 1e-5  # at the last step (wsd, cosine)
     config.schedule.decay_fraction = 0.1  # of num_steps, the decay phase (wsd)
-    config.schedule.decay_shape = "linear"  # linear | 1-sqrt (wsd)
-    # (until this token count, learning rate at its start, at its end)  (llada)
+    # linear | 1-sqrt (wsd)
+    config.schedule.decay_shape = "linear"
+    # (until this token count, learning rate at its start, at its end) (llada)
     config.schedule.stages = (
         (1.2e12, 4e-4, 4e-4),
         (2.0e12, 1e-4, 1e-4),
@@ -138,16 +127,14 @@ def default_config() -> ConfigDict:
     config.mesh.tensor = 1  # heads, feed-forward width and vocabulary are split
     config.mesh.expert = 1  # kept for mixture-of-experts layers; splits the batch until then
 
-    config.distributed = ConfigDict()  # only runs of several processes, but for the last
-    config.distributed.initialization_timeout_s = (
-        300  # how long the processes wait for each other at the start
-    )
-    config.distributed.heartbeat_timeout_s = (
-        100  # a process not heard for so long is lost, and all others end with 42
-    )
-    config.distributed.step_timeout_s = (
-        1800  # nothing has happened for so long: stacks, status 42; 0: wait for ever
-    )
+    # Only runs of several processes read these, except for the last.
+    config.distributed = ConfigDict()
+    # how long the processes wait for each other at the start
+    config.distributed.initialization_timeout_s = 300
+    # a process that is not heard for this long is lost, and all others end with status 42
+    config.distributed.heartbeat_timeout_s = 100
+    # when nothing has happened for this long, print the stacks and end with 42; 0: wait for ever
+    config.distributed.step_timeout_s = 1800
 
     config.evaluation = ConfigDict()
     config.evaluation.every_steps = 1000  # 0: never during training
@@ -155,7 +142,7 @@ def default_config() -> ConfigDict:
     config.evaluation.final_num_batches = 0  # after the last step; 0: the whole split
 
     config.samples = ConfigDict()
-    config.samples.every_steps = 0  # 0: never; texts go to TensorBoard
+    config.samples.every_steps = 0  # 0: never; the texts go to TensorBoard
     config.samples.prompts = ("",)
     config.samples.gen_length = 64
     config.samples.steps = 64
@@ -165,24 +152,22 @@ def default_config() -> ConfigDict:
     config.checkpoint = ConfigDict()
     config.checkpoint.every_steps = 1000
     config.checkpoint.keep = 2  # newest checkpoints kept
-    config.checkpoint.keep_every_steps = (
-        0  # checkpoints at multiples of this are kept for ever; 0: none
-    )
-    config.checkpoint.local_directory = ""  # on a disk of each host, for frequent copies; "": none
+    # checkpoints at multiples of this are kept for ever; 0: none
+    config.checkpoint.keep_every_steps = 0
+    # on a disk of each host, for frequent copies; "": none
+    config.checkpoint.local_directory = ""
     config.checkpoint.local_every_steps = 0  # steps between those copies
     config.checkpoint.restore = ""  # full state of another run: WORKDIR or WORKDIR@STEP
-    config.checkpoint.init_from = (
-        ""  # weights only: WORKDIR, WORKDIR@STEP, or a Hugging Face directory
-    )
+    # weights only: WORKDIR, WORKDIR@STEP, or a Hugging Face directory
+    config.checkpoint.init_from = ""
 
     config.log = ConfigDict()
     config.log.every_steps = 50  # metrics are means over this many steps
     config.log.tensorboard = True
     config.log.profile_at_step = 0  # first step of a profiler window; 0: none
     config.log.profile_num_steps = 5
-    config.log.compilation_cache = (
-        AUTO  # directory; auto: JAX_COMPILATION_CACHE_DIR, else ~/.cache/llada_jax; "": none
-    )
+    # directory; auto: JAX_COMPILATION_CACHE_DIR, else ~/.cache/llada_jax; "": none
+    config.log.compilation_cache = AUTO
     config.lock()
     return config
 
@@ -201,6 +186,9 @@ CHOICES = {
     "schedule.name": ("llada", "wsd", "cosine", "constant"),
     "schedule.decay_shape": ("linear", "1-sqrt"),
 }
+
+# Knobs that may also name a part of the user's own, as module:attribute.
+OWN_PARTS = ("objective.name", "optimizer.name", "schedule.name")
 
 AT_LEAST = {
     "data.batch_size": 1,
@@ -245,8 +233,10 @@ AT_LEAST = {
 
 
 def load_config(path: str, overrides: list[str] = ()) -> ConfigDict:
-    """Returns the validated config of a file, with `overrides` such as "train.seed=3" (or "seed=3")
+    """Returns the validated config of a file, with `overrides` such as "seed=3" or "optimizer.b2=0.98"
     applied.
+
+    When the config names parts of the user's own, the file's directory becomes importable.
 
     Raises:
         UserError: the file is missing or fails, a key or a type is wrong, or the knobs contradict
@@ -281,6 +271,8 @@ def load_config(path: str, overrides: list[str] = ()) -> ConfigDict:
     for override in overrides:
         apply_override(config, override)
     validate(config)
+    if own_parts(config):
+        add_to_path(file.parent)
     return config
 
 
@@ -374,8 +366,15 @@ def validate(config: ConfigDict) -> None:
     """
     for path, choices in CHOICES.items():
         value = knob(config, path)
+        if path in OWN_PARTS and re.fullmatch(r"[\w.]+:[\w.]+", value):
+            continue
         if value not in choices:
-            raise UserError(f"config.{path}={value!r} is not known.{did_you_mean(value, choices)}")
+            own = " A part of your own is named module:attribute." if path in OWN_PARTS else ""
+            raise UserError(
+                f"config.{path}={value!r} is not known.{did_you_mean(value, choices)}{own}"
+            )
+    for path in OWN_PARTS:
+        check_arguments(config, path)
     for path, least in AT_LEAST.items():
         if knob(config, path) < least:
             raise UserError(f"config.{path}={knob(config, path)} must be at least {least}.")
@@ -398,12 +397,6 @@ def validate(config: ConfigDict) -> None:
     if model.head_dim % 2:
         raise UserError(
             f"config.model.head_dim={model.head_dim} must be even: rotary embeddings turn pairs."
-        )
-    if model.output_shift and config.objective.name == "autoregressive":
-        raise UserError(
-            "config.model.output_shift=True is for masked diffusion, and the autoregressive "
-            "objective shifts by itself; set "
-            "it to False."
         )
     if config.data.batch_size % config.optimizer.gradient_accumulation:
         raise UserError(
@@ -457,12 +450,6 @@ def validate(config: ConfigDict) -> None:
         )
     if config.seed >= 2**32:
         raise UserError(f"config.seed={config.seed} must be less than 2**32.")
-    if config.samples.every_steps and config.objective.name == "autoregressive":
-        raise UserError(
-            f"config.samples.every_steps={config.samples.every_steps}: only masked_diffusion "
-            "models are sampled; set it to 0 "
-            "for the autoregressive control."
-        )
     checkpoint = config.checkpoint
     if bool(checkpoint.local_directory) != bool(checkpoint.local_every_steps):
         raise UserError(
@@ -482,6 +469,33 @@ def validate(config: ConfigDict) -> None:
             "config.checkpoint.restore and config.checkpoint.init_from are both set; restore "
             "continues a whole run, "
             "init_from takes only its weights: keep one."
+        )
+
+
+def own_parts(config: ConfigDict) -> dict[str, str]:
+    """Returns {knob: module:attribute} of the parts of the user's own that a config names."""
+    return {path: name for path in OWN_PARTS if is_own(name := knob(config, path))}
+
+
+def check_arguments(config: ConfigDict, path: str) -> None:
+    """Raises UserError unless the arguments next to a name are ((name, value), ...) of an own part."""
+    name = knob(config, path)
+    path = path.rpartition(".")[0] + ".arguments"
+    arguments = knob(config, path)
+    if not all(
+        isinstance(pair, tuple | list)
+        and len(pair) == 2
+        and isinstance(pair[0], str)
+        and pair[0].isidentifier()
+        for pair in arguments
+    ):
+        raise UserError(
+            f"config.{path}={arguments} must be ((name, value), ...), as in (('margin', 0.1),)."
+        )
+    if arguments and not is_own(name):
+        raise UserError(
+            f"config.{path}={arguments} is for a part of your own, and {name!r} is ours: it is set "
+            "by the knobs next to it; leave the arguments empty."
         )
 
 

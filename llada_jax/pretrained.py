@@ -10,6 +10,7 @@ import numpy as np
 from jax.sharding import Mesh
 
 from llada_jax.checkpoints.huggingface import HuggingFace, find_weights
+from llada_jax.checkpoints.record import mask_of
 from llada_jax.cluster import sharding
 from llada_jax.data.tokenizer import load_same
 from llada_jax.errors import UserError
@@ -116,7 +117,7 @@ def load(checkpoint: str, *, dtype: str = "auto", mesh: Mesh | None = None) -> P
         Architecture(**run["architecture"]),
         dtype=compute_dtype(dtype, platform),
         attention="xla",  # a canvas has any length, and the kernels want whole blocks
-        causal=config["objective"]["name"] == "autoregressive",
+        causal=mask_of(run).causal,
     )
     params = found.restore_params(
         step, abstract_parameters(model, mesh), ema=config["optimizer"]["ema_decay"] > 0

@@ -31,14 +31,15 @@ from llada_jax.config import (
     validate,
 )
 from llada_jax.errors import UserError
-from llada_jax.evaluation import likelihood
+from llada_jax.masks import BIDIRECTIONAL, CAUSAL
 from llada_jax.models.attention import IMPLEMENTATIONS, choose
 from llada_jax.models.model import compute_dtype, make_model
 from llada_jax.models.transformer import REMAT_POLICIES, Architecture
 from llada_jax.objectives import corruption
-from llada_jax.objectives.masked_diffusion import masked_diffusion
+from llada_jax.objectives.masked_diffusion import masked_diffusion_loss
+from llada_jax.objectives.named import make_objective
 from llada_jax.training.optim import OPTIMIZERS, make_optimizer, make_schedule
-from llada_jax.training.step import make_objective, optimizer_knobs
+from llada_jax.training.step import optimizer_knobs
 
 patient = settings(
     deadline=None, suppress_health_check=[HealthCheck.too_slow]
@@ -244,15 +245,13 @@ def test_the_choices_of_tables_are_the_keys_of_the_tables():
 
 
 def test_every_knob_that_lists_words_in_its_comment_has_those_choices():
-    """`# a | b` beside a knob in default_config is what CHOICES holds, so that the file that people
+    """`# a | b` above a knob in default_config is what CHOICES holds, so that the file that people
     read is right.
     """
     source = Path(config.__file__).read_text()
     listed = {}
-    for line in source.splitlines():
-        found = re.match(r"\s+config\.([\w.]+) = .*#(.*\|.*)", line)
-        if found:
-            path, comment = found.groups()
+    for comment, path in re.findall(r"\n +# (.*\|.*)\n +config\.([\w.]+) = ", source):
+        if True:
             (clause,) = (
                 part for part in re.split("[:;]", re.sub(r"\([^)]*\)", "", comment)) if "|" in part
             )
@@ -299,10 +298,11 @@ class Ids:
 @pytest.mark.parametrize("name", CHOICES["objective.name"])
 def test_every_objective_trains_and_has_a_bound(name):
     knobs = valid(**{"objective.name": name}).objective
-    assert callable(make_objective(knobs, Ids()))
-    objective, metric = likelihood.bound_objective(name, mask_id=3, bos_id=1)
-    assert callable(objective)
-    assert metric == {"masked_diffusion": "nelbo", "autoregressive": "nll"}[name]
+    objective = make_objective(Ids(), **knobs)
+    assert callable(objective.loss)
+    assert callable(objective.bound)
+    assert objective.bound_name == {"masked_diffusion": "nelbo", "autoregressive": "nll"}[name]
+    assert objective.mask == {"masked_diffusion": BIDIRECTIONAL, "autoregressive": CAUSAL}[name]
 
 
 @pytest.mark.parametrize("t_sampling", CHOICES["objective.t_sampling"])
@@ -322,7 +322,7 @@ def test_every_way_to_corrupt_and_to_weigh_is_taken(t_sampling, masking, weight)
         scores.nll_BT = where_BT.astype(jnp.float32)  # one nat a masked token
         return scores
 
-    loss_sum, count, metrics = masked_diffusion(
+    loss_sum, count, metrics = masked_diffusion_loss(
         nll_fn,
         {},
         batch,

@@ -12,6 +12,7 @@ from etils import epath
 from llada_jax import __version__
 from llada_jax.data.tokenizer import SPECIAL_IDS, Tokenizer
 from llada_jax.errors import UserError
+from llada_jax.masks import BIDIRECTIONAL, CAUSAL, Mask
 from llada_jax.models.transformer import Architecture
 from llada_jax.storage import remote
 
@@ -45,6 +46,16 @@ def run_record(config, a: Architecture, tokenizer: Tokenizer, *, data: list[dict
     return json.loads(json.dumps(record))
 
 
+def mask_of(run: dict) -> Mask:
+    """Returns what attention may see in the network of a run.json, without loading its objective,
+    which may be of the user's own making and not be at hand.
+    """
+    if "mask" in run:
+        return Mask(**run["mask"])
+    # written before the mask was recorded, or for weights that came from elsewhere
+    return CAUSAL if run["config"]["objective"]["name"] == "autoregressive" else BIDIRECTIONAL
+
+
 def git_commit() -> str:
     """Returns the commit of the checkout that this package lies in; "" for an installed package, or
     without git.
@@ -64,8 +75,13 @@ def git_commit() -> str:
     return told.stdout.strip()
 
 
-def write_run(workdir: str, tokenizer: Tokenizer, run: dict) -> None:
-    """Writes WORKDIR/tokenizer and run.json, each whole or not at all."""
+def write_run(workdir: str, tokenizer: Tokenizer, run: dict, *, config_text: str = "") -> None:
+    """Writes WORKDIR/tokenizer, config.py and run.json, each whole or not at all.
+
+    Args:
+        config_text: the file that the config came from, kept as it is: run.json holds the values,
+            and the file the reasons that its comments give. "" writes none.
+    """
     path = epath.Path(workdir)
     if remote.is_remote(
         workdir
@@ -75,6 +91,8 @@ def write_run(workdir: str, tokenizer: Tokenizer, run: dict) -> None:
     elif not (path / "tokenizer").exists():
         tokenizer.save(path / "tokenizer.partial")
         (path / "tokenizer.partial").rename(path / "tokenizer")
+    if config_text:
+        remote.write_whole(path / "config.py", config_text)
     remote.write_whole(path / "run.json", json.dumps(run, indent=1) + "\n")
 
 

@@ -3,6 +3,7 @@ number of hosts.
 
     WORKDIR/checkpoints/STEP/params   parameters
                              ema      their moving average, when one is kept
+                             frozen   parameters that are not trained, when there are any
                              train    step, optimizer state, and the metric sums since the last log
                              line _CHECKPOINT_METADATA  with run.json: config, architecture,
                              tokenizer, data, versions
@@ -189,7 +190,8 @@ class Checkpoints:
             UserError: the step cannot be read.
         """
         loaded = self._load(step, items_of(abstract))
-        state = TrainState(params=loaded["params"], ema=loaded.get("ema", {}), **loaded["train"])
+        optional = {name: loaded.get(name, {}) for name in ("ema", "frozen")}
+        state = TrainState(params=loaded["params"], **optional, **loaded["train"])
         # restored buffers cannot be donated to the train step (jax#18617): copy them once into ones
         # that can
         shardings = jax.tree.map(lambda leaf: leaf.sharding, abstract)
@@ -279,7 +281,8 @@ def items_of(state: TrainState) -> dict:
         "params": state.params,
         "train": {"step": state.step, "opt_state": state.opt_state, "metrics": state.metrics},
     }
-    return {**items, "ema": state.ema} if state.ema else items
+    # what is empty has no folder, so that a checkpoint is the same with and without the feature
+    return items | {name: tree for name in ("ema", "frozen") if (tree := getattr(state, name))}
 
 
 def checksums(items: dict) -> dict[str, dict[str, int]]:

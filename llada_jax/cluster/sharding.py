@@ -141,6 +141,11 @@ def batch_sharding(mesh: Mesh) -> NamedSharding:
     return NamedSharding(mesh, spec(("act_batch", "act_position")))
 
 
+def leading_dims(sharding: NamedSharding, num_dims: int) -> NamedSharding:
+    """Returns the sharding of an array that has only the first dims of another one."""
+    return NamedSharding(sharding.mesh, P(*sharding.spec[:num_dims]))
+
+
 def local_rows(sharding: NamedSharding, shape: tuple[int, int]) -> list[int]:
     """Returns the global rows of a [B, T] array that this process' devices hold, in order."""
     rows = set()
@@ -155,20 +160,21 @@ def place_batch(
     """Returns the global batch as sharded arrays, from the rows that this process has read.
 
     Args:
-        batch: arrays [len(rows), T], whose i-th row is global row rows[i].
+        batch: arrays [len(rows), T] or [len(rows)], whose i-th row is global row rows[i].
         num_rows: B of the global batch.
+        sharding: of a [B, T] array.
     """
     place_of = {row: i for i, row in enumerate(rows)}
 
     def place(host: np.ndarray) -> jax.Array:
-        shape = (num_rows, host.shape[1])
+        shape = (num_rows, *host.shape[1:])
 
         def piece(index):
             first, last, _ = index[0].indices(num_rows)
             start = place_of[first]  # a device's rows are contiguous, here as in the global batch
-            return host[start : start + last - first, index[1]]
+            return host[(slice(start, start + last - first), *index[1:])]
 
-        return jax.make_array_from_callback(shape, sharding, piece)
+        return jax.make_array_from_callback(shape, leading_dims(sharding, host.ndim), piece)
 
     return {name: place(host) for name, host in batch.items()}
 

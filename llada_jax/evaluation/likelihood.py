@@ -5,12 +5,11 @@ import math
 from typing import NamedTuple
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 
 from llada_jax.cluster.sharding import constrain
-from llada_jax.errors import look_up
-from llada_jax.objectives.autoregressive import autoregressive
-from llada_jax.objectives.masked_diffusion import masked_diffusion
+from llada_jax.objectives.objective import Objective
 from llada_jax.rng import key_for
 
 
@@ -25,40 +24,31 @@ class Bound(NamedTuple):
 
 
 @functools.partial(jax.jit, static_argnames=("objective", "nll_fn", "num_rows"))
-def batch_sums(params, batch, key, row_B, *, objective, nll_fn, num_rows):
+def batch_sums(params, frozen, batch, key, row_B, *, objective, nll_fn, num_rows):
     """Returns the sums and counts of one batch under one draw of the corruption, whole on every
     device.
     """
-    sums = objective(nll_fn, params, batch, key, row_B, num_rows=num_rows)[2]
+    sums = objective.bound(
+        nll_fn,
+        params,
+        batch,
+        key,
+        row_B,
+        num_rows=num_rows,
+        step=jnp.int32(0),  # a bound does not depend on it
+        frozen=frozen,
+    )[2]
     return jax.tree.map(lambda leaf: constrain(leaf, *[None] * leaf.ndim), sums)
 
 
-def bound_objective(name: str, *, mask_id: int, bos_id: int):
-    """Returns the objective that scores held-out text for a training objective, and the name of its
-    bound.
-
-    masked_diffusion is scored with an exact count of masks: the same expectation as the
-    continuous-time bound without the floor eps and with less variance (LLaDA, arXiv 2502.09992, eq.
-    6). autoregressive has the exact likelihood.
-    """
-    table = {
-        "masked_diffusion": (
-            functools.partial(masked_diffusion, mask_id=mask_id, masking="exact_count"),
-            "nelbo",
-        ),
-        "autoregressive": (functools.partial(autoregressive, bos_id=bos_id), "nll"),
-    }
-    return look_up(table, name, "objective")
-
-
 def bound(
-    objective,
+    objective: Objective,
     nll_fn,
     params,
     batches,
     *,
-    name: str,
     num_rows: int,
+    frozen: dict | None = None,
     seed: int = 0,
     num_draws: int = 1,
     on_compiled=lambda: None,
@@ -67,10 +57,10 @@ def bound(
     `num_draws` times.
 
     Args:
-        objective: one of llada_jax.objectives with its settings bound, the same object in every
-            call.
+        objective: its `bound` is computed; the same object in every call, so that the compiled
+            program is found again.
         batches: global batches, placed on the mesh.
-        name: the metric that is the bound, "nelbo" or "nll".
+        frozen: the frozen parameters of the state, if the bound reads any.
         seed: of the draws, which depend on nothing else: two models are compared under the same
             corruption.
         on_compiled: called without arguments once the program is compiled and before it runs.
@@ -79,18 +69,25 @@ def bound(
     (the ratio estimator); rows are few per batch, so give it at least ten pairs before you trust
     it.
     """
-    pairs, compiled = [], None
-    rows = np.arange(num_rows, dtype=np.int32)
+    pairs, compiled, frozen = [], None, frozen or {}
+    rows, name = np.arange(num_rows, dtype=np.int32), objective.bound_name
     for number, batch in enumerate(batches):
         for draw in range(num_draws):
             key = key_for("likelihood", seed, number, draw)
             if compiled is None:
                 lowered = batch_sums.lower(
-                    params, batch, key, rows, objective=objective, nll_fn=nll_fn, num_rows=num_rows
+                    params,
+                    frozen,
+                    batch,
+                    key,
+                    rows,
+                    objective=objective,
+                    nll_fn=nll_fn,
+                    num_rows=num_rows,
                 )
                 compiled = lowered.compile()  # found again by the next call
                 on_compiled()
-            pairs.append(jax.device_get(compiled(params, batch, key, rows))[name])
+            pairs.append(jax.device_get(compiled(params, frozen, batch, key, rows))[name])
     nats, tokens = np.array(pairs, np.float64).T
     mean = nats.sum() / tokens.sum()
     residual = nats - mean * tokens

@@ -2,15 +2,45 @@
 docs/math.md).
 """
 
+import functools
+
 import jax
 import jax.numpy as jnp
 
+from llada_jax.masks import BIDIRECTIONAL
 from llada_jax.objectives.corruption import corrupt, corrupt_exactly_k, sample_t
+from llada_jax.objectives.objective import Objective
 
 NUM_T_BUCKETS = 10
 
 
 def masked_diffusion(
+    *,
+    mask_id: int,
+    eps: float = 1e-3,
+    t_sampling: str = "stratified",
+    masking: str = "bernoulli",
+    weight: str = "1/p",
+) -> Objective:
+    """Returns the objective; the arguments are those of masked_diffusion_loss.
+
+    Whatever the settings of the training loss, held-out text is scored with an exact count of
+    masks: the same expectation as the continuous-time bound, without the floor eps and with less
+    variance (LLaDA, arXiv 2502.09992, eq. 6).
+    """
+    loss = functools.partial(
+        masked_diffusion_loss,
+        mask_id=mask_id,
+        eps=eps,
+        t_sampling=t_sampling,
+        masking=masking,
+        weight=weight,
+    )
+    bound = functools.partial(masked_diffusion_loss, mask_id=mask_id, masking="exact_count")
+    return Objective(loss=loss, bound=bound, bound_name="nelbo", mask=BIDIRECTIONAL)
+
+
+def masked_diffusion_loss(
     nll_fn,
     params,
     batch: dict,
@@ -23,22 +53,26 @@ def masked_diffusion(
     t_sampling: str = "stratified",
     masking: str = "bernoulli",
     weight: str = "1/p",
+    step=0,
+    frozen=None,
 ):
     """Returns the summed loss over masked tokens, the number of maskable tokens, and sums and
     counts to log.
 
     Args:
-        nll_fn, params, batch, key, row_B, num_rows: see llada_jax.objectives.
+        nll_fn, params, batch, key, row_B, num_rows: see Objective in objective.py.
         mask_id: the token that stands for "masked".
         eps: floor of the masking probability, p = (1 - eps) t + eps (Bernoulli masking only).
         t_sampling: "stratified" or "iid".
         masking: "bernoulli", or "exact_count" with weight L/k.
         weight: "1/p" for the bound; "none" trains on the plain sum of nll over masked tokens, while
             the logged `nelbo` always carries the weight.
+        step, frozen: part of the signature of every objective; not used here.
 
     A row that happens to have no masked token adds nothing to the sum and its tokens to the count,
     which keeps the estimate unbiased; nothing is ever divided by a row's own number of masks.
     """
+    del step, frozen
     tokens_BT, is_maskable_BT = batch["tokens"], batch["is_maskable"]
     t_key, mask_key = jax.random.split(key)
     # 1. how noisy each row is
@@ -69,9 +103,7 @@ def masked_diffusion(
         "loss": (loss_sum, num_maskable),
         "nelbo": (nelbo_sum, num_maskable),
         "masked_accuracy": (scores.is_correct_BT.sum().astype(jnp.float32), num_masked_B.sum()),
-        "nll_by_t": (
-            in_bucket @ nll_B,
-            in_bucket @ num_masked_B,
-        ),  # unweighted, per masked token, [10] each
+        # unweighted and per masked token, [10] each: how hard each level of noise is
+        "nll_by_t": (in_bucket @ nll_B, in_bucket @ num_masked_B),
     }
     return loss_sum, num_maskable, metrics

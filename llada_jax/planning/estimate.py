@@ -49,7 +49,7 @@ def arithmetic(
         config.optimizer.gradient_accumulation,
     )
     num_devices = machines.num_devices * num_slices
-    is_causal = config.objective.name == "autoregressive"
+    is_causal = recipe.objective.mask.causal
     num_matmul = num_matmul_parameters(a)
     flops = flops_per_token(num_matmul, a.num_layers, a.num_heads * a.head_dim, T, causal=is_causal)
     rows = B // A // (shape["data"] * shape["fsdp"] * shape["expert"])

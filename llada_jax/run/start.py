@@ -4,12 +4,11 @@ import contextlib
 import hashlib
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 from jax.experimental import multihost_utils
 
 from llada_jax.checkpoints.huggingface import find_weights
-from llada_jax.checkpoints.record import check_continues, check_fits
+from llada_jax.checkpoints.record import check_continues, check_fits, mask_of
 from llada_jax.checkpoints.workdir import find_checkpoint
 from llada_jax.errors import UserError, reason
 from llada_jax.storage import remote
@@ -39,9 +38,14 @@ def writing(workdir: str):
         ) from error
 
 
-def first_state(config, saved, local, run: dict, num_rollbacks: int, abstract, create):
+def first_state(
+    config, saved, local, run: dict, num_rollbacks: int, abstract, abstract_params, create
+):
     """Returns the state to start from, where it comes from, and the record of the run that it
     continues ({} if none).
+
+    `abstract` is the state's, `abstract_params` those of the whole network, of which the state may
+    train a part; `create(seed=, params=None)` makes a state of step 0.
 
     The order: 1. the latest step of this workdir or, where they are newer, of the local copies;
     2. config.checkpoint.restore, the full state of another run; 3. config.checkpoint.init_from, the
@@ -74,22 +78,15 @@ def first_state(config, saved, local, run: dict, num_rollbacks: int, abstract, c
         origin = f"step {step} of {other.directory.parent} (config.checkpoint.restore)"
         return other.restore(step, abstract), origin, theirs
     if config.checkpoint.init_from:
-        other, step = find_weights(
-            config.checkpoint.init_from, causal=config.objective.name == "autoregressive"
-        )
+        other, step = find_weights(config.checkpoint.init_from, causal=mask_of(run).causal)
         theirs = other.run(step)
         check_fits(theirs, run, other.directory)
         has_ema = theirs["config"]["optimizer"]["ema_decay"] > 0
-        params = other.restore_params(step, abstract.params, ema=has_ema)
-        state = create(seed=config.seed)._replace(params=params)
-        if state.ema:
-            state = state._replace(ema=jax.tree.map(jnp.copy, params))
-        # one pass through jit makes buffers that the train step may take over (see
+        params = other.restore_params(step, abstract_params, ema=has_ema)
+        # this passes them through jit, which makes buffers that the train step may take over (see
         # Checkpoints.restore)
-        shardings = jax.tree.map(lambda leaf: leaf.sharding, abstract)
-        state = jax.jit(lambda s: s, out_shardings=shardings, donate_argnums=0)(state)
         return (
-            state,
+            create(seed=config.seed, params=params),
             f"weights of step {step} of {config.checkpoint.init_from} "
             "(config.checkpoint.init_from)",
             {},

@@ -17,7 +17,7 @@ def startup_lines(config, recipe: Recipe, mesh, summaries, origin) -> list[str]:
     B, T = config.data.batch_size, config.data.sequence_length
     num_matmul = num_matmul_parameters(a)
     d_attention = a.num_heads * a.head_dim
-    is_causal = config.objective.name == "autoregressive"
+    is_causal = recipe.objective.mask.causal
     flops = flops_per_token(num_matmul, a.num_layers, d_attention, T, causal=is_causal)
     device = mesh.devices.flat[0]
     peak = hardware.peak_flops(device)

@@ -11,7 +11,8 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from llada_jax.errors import UserError, look_up
+from llada_jax.errors import UserError
+from llada_jax.parts import blamed_on, call_part, check_takes, is_own, load_part
 
 # ---- schedules
 # Each returns a function from the 0-based step to a learning rate; all begin with a linear warm-up
@@ -72,36 +73,65 @@ def cosine(*, learning_rate, final_learning_rate, num_steps):
     return schedule
 
 
-def make_schedule(
-    *,
-    name,
-    learning_rate,
-    warmup_steps,
-    final_learning_rate,
-    decay_fraction,
-    decay_shape,
-    stages,
-    num_steps,
-    tokens_per_step,
-):
-    """Returns the named schedule, step -> learning rate, from all the knobs of config.schedule."""
-    table = {
-        "llada": lambda: staged(stages, tokens_per_step=tokens_per_step),
-        "wsd": lambda: wsd(
-            learning_rate=learning_rate,
-            final_learning_rate=final_learning_rate,
-            num_steps=num_steps,
-            decay_fraction=decay_fraction,
-            decay_shape=decay_shape,
-        ),
-        "cosine": lambda: cosine(
-            learning_rate=learning_rate,
-            final_learning_rate=final_learning_rate,
-            num_steps=num_steps,
-        ),
-        "constant": lambda: lambda step: jnp.float32(learning_rate),
-    }
-    return warmed_up(look_up(table, name, "schedule")(), warmup_steps=warmup_steps)
+SCHEDULES = {
+    "llada": lambda knobs: staged(knobs["stages"], tokens_per_step=knobs["tokens_per_step"]),
+    "wsd": lambda knobs: wsd(
+        learning_rate=knobs["learning_rate"],
+        final_learning_rate=knobs["final_learning_rate"],
+        num_steps=knobs["num_steps"],
+        decay_fraction=knobs["decay_fraction"],
+        decay_shape=knobs["decay_shape"],
+    ),
+    "cosine": lambda knobs: cosine(
+        learning_rate=knobs["learning_rate"],
+        final_learning_rate=knobs["final_learning_rate"],
+        num_steps=knobs["num_steps"],
+    ),
+    "constant": lambda knobs: lambda step: jnp.float32(knobs["learning_rate"]),
+}
+
+
+def make_schedule(*, name: str, warmup_steps: int, arguments=(), **knobs):
+    """Returns the named schedule, step -> learning rate, from all the knobs of config.schedule.
+
+    Args:
+        name: a key of SCHEDULES, or module:attribute of a function (*, learning_rate,
+            final_learning_rate, num_steps, tokens_per_step, **arguments) -> schedule.
+        warmup_steps: every schedule is multiplied with min(1, (step + 1) / warmup_steps).
+        arguments: ((name, value), ...), for a schedule of your own.
+        knobs: the other knobs of config.schedule, num_steps and tokens_per_step.
+
+    Raises:
+        UserError: there is no such schedule, or it does not return a scalar.
+    """
+    make = load_part(name, "schedule", SCHEDULES)
+    if not is_own(name):
+        return warmed_up(make(knobs), warmup_steps=warmup_steps)
+    given = ("learning_rate", "final_learning_rate", "num_steps", "tokens_per_step")
+    schedule = call_part(
+        make, name, "schedule", **{knob: knobs[knob] for knob in given}, **dict(arguments)
+    )
+    check_schedule(schedule, name)
+    return warmed_up(schedule, warmup_steps=warmup_steps)
+
+
+def check_schedule(schedule, name: str) -> None:
+    """Raises UserError unless schedule(int32 scalar) is a scalar number."""
+    if not callable(schedule):
+        raise UserError(
+            f"The schedule {name!r} returns a {type(schedule).__name__}; it must return a function "
+            "from the step to the learning rate."
+        )
+    check_takes(schedule, f"What the schedule {name!r} returns", None)
+    with blamed_on(name, "schedule"):
+        rate = jax.eval_shape(schedule, jax.ShapeDtypeStruct((), jnp.int32))
+        is_scalar = getattr(rate, "shape", None) == () and jnp.issubdtype(rate.dtype, jnp.floating)
+    if not is_scalar:
+        found = f"{rate.dtype}{list(rate.shape)}" if hasattr(rate, "shape") else type(rate).__name__
+        raise UserError(
+            f"The schedule {name!r} gives {found} for a step; the learning rate must be one "
+            "floating-point number."
+        )
 
 
 # ---- parameter groups
@@ -221,14 +251,62 @@ def make_optimizer(
     weight_decay_multipliers,
     learning_rate_multipliers,
     clip_norm: float,
+    arguments=(),
 ) -> optax.GradientTransformation:
-    """Returns clip -> optimizer -> weight decay -> learning rate -> per-group factor."""
+    """Returns clip -> optimizer -> weight decay -> learning rate -> per-group factor.
+
+    Args:
+        name: a key of OPTIMIZERS, or module:attribute of a function (*, b1, b2, eps, **arguments)
+            -> optax.GradientTransformation. It gives the direction alone, as optax.scale_by_adam
+            does, and points uphill: the chain turns it around with the learning rate.
+        arguments: ((name, value), ...), for an optimizer of your own.
+        The other arguments are the knobs of config.optimizer.
+    """
+    make = load_part(name, "optimizer", OPTIMIZERS)
+    if is_own(name):
+        direction = call_part(make, name, "optimizer", b1=b1, b2=b2, eps=eps, **dict(arguments))
+        direction = checked_direction(direction, name)
+    else:
+        direction = make(b1=b1, b2=b2, eps=eps)
     return optax.chain(
         optax.clip_by_global_norm(clip_norm) if clip_norm else optax.identity(),
-        look_up(OPTIMIZERS, name, "optimizer")(b1=b1, b2=b2, eps=eps),
+        direction,
         decoupled_weight_decay(weight_decay, weight_decay_multipliers)
         if weight_decay
         else optax.identity(),
         optax.scale_by_learning_rate(schedule),
         scaled_by_path(learning_rate_multipliers),
     )
+
+
+def checked_direction(direction, name: str) -> optax.GradientTransformation:
+    """Returns an own optimizer that is checked when its state is laid out, before compilation.
+
+    Raises:
+        UserError: it is not a GradientTransformation; and from `init`: its updates do not have the
+            shapes of the parameters, or its state changes its shapes from step to step.
+    """
+    if not isinstance(direction, optax.GradientTransformation):
+        raise UserError(
+            f"The optimizer {name!r} returns a {type(direction).__name__}; it must return an "
+            "optax.GradientTransformation, as optax.scale_by_adam does."
+        )
+    described = lambda tree: jax.tree.map(lambda leaf: (leaf.shape, str(leaf.dtype)), tree)  # noqa: E731
+
+    def init(params):
+        with blamed_on(name, "optimizer"):
+            state = direction.init(params)
+            updates, after = jax.eval_shape(direction.update, params, state, params)
+        if described(updates) != described(params):
+            raise UserError(
+                f"The optimizer {name!r} gives updates that differ from the parameters in structure, "
+                "shape or dtype; it must return one float32 update per parameter."
+            )
+        if described(after) != described(state):
+            raise UserError(
+                f"The optimizer {name!r} returns a state with another structure, shape or dtype "
+                "than its init; a train step is compiled for one kind of state."
+            )
+        return state
+
+    return optax.GradientTransformation(init, direction.update)

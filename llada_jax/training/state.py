@@ -1,6 +1,6 @@
-"""The state of a run, created sharded, and the one function that advances it.
+"""The state of a run: what it is made of, how it is sharded, and how it is created.
 
-The state is a plain dict of arrays (what checkpoints, sharding rules and converters read); the NNX
+The state is a plain tree of arrays (what checkpoints, sharding rules and converters read); the NNX
 module is put together inside `jax.jit` and never outlives it.
 """
 
@@ -12,14 +12,24 @@ import optax
 from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
+from llada_jax.errors import UserError
 from llada_jax.models.model import Model, parameter_shardings
+from llada_jax.parts import blamed_on, check_takes
 from llada_jax.rng import key_for
 
 
 class TrainState(NamedTuple):
-    """step: int32 [], optimizer steps done. params, ema: parameter dicts (ema is {} when none is
-    kept). opt_state: of optax. metrics: {name: (sum, count)} over the steps since the last log
-    line, so that a resumed run logs the same.
+    """What a train step takes and returns.
+
+    step: int32 [], optimizer steps done.
+    params: the parameters that are trained, as nested dicts. Gradients, the optimizer, the moving
+        average and the logged norms see these alone.
+    opt_state: of optax.
+    ema: the moving average of params; {} when none is kept.
+    metrics: {name: (sum, count)} over the steps since the last log line, part of the state so that
+        a resumed run logs the same.
+    frozen: parameters that the loss reads and nothing changes: a reference model, or the base
+        under adapters. {} when there are none.
     """
 
     step: jax.Array
@@ -27,16 +37,50 @@ class TrainState(NamedTuple):
     opt_state: optax.OptState
     ema: dict
     metrics: dict
+    frozen: dict = {}  # never changed in place, like every other part of a state
+
+
+def split_abstract(split, abstract_params: dict, *, name: str = "") -> tuple[dict, dict]:
+    """Returns the shapes of (params, frozen) that an objective makes of the network's parameters.
+
+    Args:
+        split: Objective.split_parameters; None trains all parameters.
+        name: of the objective, for messages.
+
+    Raises:
+        UserError: it does not take (parameters, key), fails, or does not return two dicts.
+    """
+    if split is None:
+        return abstract_params, {}
+    what = f"split_parameters of the objective {name!r}"
+    check_takes(split, what, None, None)
+    with blamed_on(name, "objective"):
+        returned = jax.eval_shape(lambda p: split(p, jax.random.key(0)), abstract_params)
+    if (
+        not isinstance(returned, tuple)
+        or len(returned) != 2
+        or not all(isinstance(part, dict) for part in returned)
+        or not jax.tree.leaves(returned[0])
+    ):
+        raise UserError(
+            f"{what} must return two dicts of arrays, (params, frozen), the first of which is not "
+            "empty."
+        )
+    return returned
 
 
 def abstract_state(
-    model: Model, optimizer, mesh: Mesh, *, metrics: dict, keep_ema: bool
+    model: Model, optimizer, mesh: Mesh, *, metrics: dict, keep_ema: bool, split=None
 ) -> TrainState:
     """Returns the TrainState as ShapeDtypeStructs with shardings: what is created, restored and
     compiled against.
 
-    A leaf of the optimizer state that belongs to a parameter (same trailing path, same shape) is
-    sharded like it; everything else is a scalar or small and replicated.
+    A leaf that belongs to a parameter of the network (same trailing path, same shape) is sharded
+    like it, whether it is trained, frozen, an average or a moment of the optimizer; everything else
+    is a scalar or small, and replicated.
+
+    Args:
+        split: Objective.split_parameters.
     """
     sharding_of = {
         jax.tree_util.keystr(path, simple=True, separator="/"): (leaf.shape, sharding)
@@ -56,29 +100,43 @@ def abstract_state(
             name = name.partition("/")[2]
         return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=replicated)
 
+    params, frozen = split_abstract(split, model.abstract)
     state = TrainState(
         step=jax.ShapeDtypeStruct((), jnp.int32),
-        params=model.abstract,
-        opt_state=jax.eval_shape(optimizer.init, model.abstract),
-        ema=model.abstract if keep_ema else {},
+        params=params,
+        opt_state=jax.eval_shape(optimizer.init, params),
+        ema=params if keep_ema else {},
         metrics=metrics,
+        frozen=frozen,
     )
     return jax.tree_util.tree_map_with_path(place, state)
 
 
-def create_state(model: Model, optimizer, abstract: TrainState, *, seed: int) -> TrainState:
+def create_state(
+    model: Model, optimizer, abstract: TrainState, *, seed: int, split=None, params=None
+) -> TrainState:
     """Returns the state of step 0; every array is created in its shards, none is ever whole on one
     device.
+
+    Args:
+        abstract: see abstract_state, which has been given the same `split`.
+        params: the network's parameters to start from; they are donated. None: fresh ones.
     """
 
-    def create():
-        params = model.init(key_for("init", seed))
+    def create(params):
+        params = model.init(key_for("init", seed)) if params is None else params
+        frozen = {}
+        if split is not None:
+            params, frozen = split(params, key_for("split", seed))
+        # copies, because a step takes over all buffers of the state: no two may be one
         return TrainState(
             step=jnp.zeros((), jnp.int32),
             params=params,
             opt_state=optimizer.init(params),
             ema=jax.tree.map(jnp.copy, params) if abstract.ema else {},
             metrics=jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), abstract.metrics),
+            frozen=jax.tree.map(jnp.copy, frozen),
         )
 
-    return jax.jit(create, out_shardings=jax.tree.map(lambda leaf: leaf.sharding, abstract))()
+    shardings = jax.tree.map(lambda leaf: leaf.sharding, abstract)
+    return jax.jit(create, out_shardings=shardings, donate_argnums=0)(params)

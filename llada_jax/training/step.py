@@ -1,10 +1,9 @@
-"""From a config to the parts of a run: what `train` runs and `plan` compiles is assembled here,
-once.
+"""The train step, and the parts of a run that it is made of: what `train` runs and `plan` compiles.
 
-The one module below the verbs that reads a config.
+The one module below the verbs that reads a config. Read it from the top: make_recipe assembles the
+parts, make_train_step is the step itself, compile_step makes a program of it.
 """
 
-import functools
 from typing import NamedTuple
 
 import jax
@@ -14,15 +13,20 @@ from jax.sharding import Mesh, NamedSharding
 
 from llada_jax.cluster import sharding
 from llada_jax.cluster.sharding import constrain
-from llada_jax.errors import UserError, look_up
+from llada_jax.data.batch import FIELDS, check_fields
+from llada_jax.errors import UserError
 from llada_jax.models.attention import choose
 from llada_jax.models.model import Model, compute_dtype, make_model
 from llada_jax.models.transformer import Architecture
-from llada_jax.objectives.autoregressive import autoregressive
-from llada_jax.objectives.masked_diffusion import masked_diffusion
+from llada_jax.objectives.contract import check_objective
+from llada_jax.objectives.named import make_objective
+from llada_jax.objectives.objective import Objective
 from llada_jax.rng import key_for
 from llada_jax.training.optim import by_path, make_optimizer, make_schedule
-from llada_jax.training.state import TrainState, abstract_state
+from llada_jax.training.state import TrainState, abstract_state, split_abstract
+
+# Logged next to what the objective returns.
+STEP_METRICS = ("grad_norm", "param_norm", "learning_rate", "skipped")
 
 
 class Recipe(NamedTuple):
@@ -33,24 +37,29 @@ class Recipe(NamedTuple):
     dtype: jnp.dtype  # of the matrix products
     attention: str  # a key of llada_jax.models.attention.IMPLEMENTATIONS
     model: Model
+    objective: Objective
     optimizer: optax.GradientTransformation
     abstract: TrainState  # ShapeDtypeStructs with shardings
-    train_step: object  # (state, batch) -> state, see llada_jax.training.step.make_train_step
-    batch_sharding: NamedSharding
+    train_step: object  # (state, batch) -> state, see make_train_step
+    batch_sharding: NamedSharding  # of a [B, T] array
 
 
-def make_recipe(config, tokenizer, mesh: Mesh) -> Recipe:
+def make_recipe(config, tokenizer, mesh: Mesh, *, provided=FIELDS) -> Recipe:
     """Assembles a run for a mesh, whose devices need not be present.
 
     Args:
         config: see llada_jax.config.default_config.
         tokenizer: vocab_size, mask_id and bos_id are read.
         mesh: see llada_jax.cluster.sharding.make_mesh.
+        provided: the fields of the batches that the run will be given (llada_jax.data.batch).
 
     Raises:
-        UserError: vocabulary, mesh, kernel or patterns do not fit together.
+        UserError: vocabulary, mesh, kernel, patterns or own parts do not fit together.
     """
     B, T = config.data.batch_size, config.data.sequence_length
+    # 1. The network. What its attention may see is for the objective to say.
+    objective = make_objective(tokenizer, **config.objective)
+    check_objective_fits(config, objective, provided)
     architecture = architecture_of(config.model, tokenizer)
     check_mesh(config, architecture, mesh)
     platform = sharding.platform(mesh)
@@ -69,21 +78,27 @@ def make_recipe(config, tokenizer, mesh: Mesh) -> Recipe:
         attention=attention,
         remat=config.model.remat,
         nll_chunk=config.model.nll_chunk,
-        causal=config.objective.name == "autoregressive",
+        causal=objective.mask.causal,
     )
-    objective = make_objective(config.objective, tokenizer)
+    # 2. The optimizer, and the state that it advances.
     num_steps = config.num_steps or max(1, config.num_tokens // (B * T))
     schedule = make_schedule(**config.schedule, num_steps=num_steps, tokens_per_step=B * T)
     optimizer = make_optimizer(schedule, **optimizer_knobs(config.optimizer))
-    for group in ("weight_decay_multipliers", "learning_rate_multipliers"):
-        by_path(model.abstract, config.optimizer[group], what=f"config.optimizer.{group}")
     with jax.set_mesh(mesh):
         metrics = abstract_metrics(
-            objective, model.nll_fn, model.abstract, num_rows=B, sequence_length=T
+            objective, model.abstract, num_rows=B, sequence_length=T, name=config.objective.name
         )
         abstract = abstract_state(
-            model, optimizer, mesh, keep_ema=config.optimizer.ema_decay > 0, metrics=metrics
+            model,
+            optimizer,
+            mesh,
+            metrics=metrics,
+            keep_ema=config.optimizer.ema_decay > 0,
+            split=objective.split_parameters,
         )
+    for group in ("weight_decay_multipliers", "learning_rate_multipliers"):
+        by_path(abstract.params, config.optimizer[group], what=f"config.optimizer.{group}")
+    # 3. The step.
     train_step = make_train_step(
         objective,
         model.nll_fn,
@@ -101,11 +116,30 @@ def make_recipe(config, tokenizer, mesh: Mesh) -> Recipe:
         dtype,
         attention,
         model,
+        objective,
         optimizer,
         abstract,
         train_step,
         sharding.batch_sharding(mesh),
     )
+
+
+def check_objective_fits(config, objective: Objective, provided) -> None:
+    """Raises UserError when the objective cannot work with these data, or with other knobs."""
+    check_fields(objective.batch, provided, by=f"config.objective.name={config.objective.name!r}")
+    if not objective.mask.causal:
+        return
+    if config.model.output_shift:
+        raise UserError(
+            "config.model.output_shift=True is for masked diffusion, and the objective "
+            f"{config.objective.name!r} shifts by itself; set it to False."
+        )
+    if config.samples.every_steps:
+        raise UserError(
+            f"config.samples.every_steps={config.samples.every_steps}: the network of the objective "
+            f"{config.objective.name!r} sees only what is to its left, and cannot be sampled as a "
+            "masked_diffusion model; set it to 0."
+        )
 
 
 def architecture_of(knobs, tokenizer) -> Architecture:
@@ -114,28 +148,23 @@ def architecture_of(knobs, tokenizer) -> Architecture:
     """
     fields = {name: knobs[name] for name in Architecture.__dataclass_fields__}
     if not fields["vocab_size"]:
-        fields["vocab_size"] = (
-            -(-tokenizer.vocab_size // 64) * 64
-        )  # so that the head splits evenly over devices
+        # a multiple of 64, so that the head splits evenly over devices
+        fields["vocab_size"] = -(-tokenizer.vocab_size // 64) * 64
     if fields["vocab_size"] < tokenizer.vocab_size:
         raise UserError(
             f"config.model.vocab_size={fields['vocab_size']} is smaller than the tokenizer's "
-            f"{tokenizer.vocab_size} ids; "
-            "set it to 0 to take the tokenizer's."
+            f"{tokenizer.vocab_size} ids; set it to 0 to take the tokenizer's."
         )
     return Architecture(**fields)
 
 
 def check_mesh(config, a: Architecture, mesh) -> None:
     """Raises UserError when batch, sequence or model cannot be split as the mesh asks."""
-    microbatch = config.data.batch_size // config.optimizer.gradient_accumulation
+    rows = config.data.batch_size // config.optimizer.gradient_accumulation
     sharding.check_divisible(
         mesh,
         {
-            "config.data.batch_size / config.optimizer.gradient_accumulation": (
-                "act_batch",
-                microbatch,
-            ),
+            "config.data.batch_size / config.optimizer.gradient_accumulation": ("act_batch", rows),
             "config.data.sequence_length": ("act_position", config.data.sequence_length),
             "config.model.d_model": ("embed", a.d_model),
             "config.model.num_heads": ("heads", a.num_heads),
@@ -146,72 +175,14 @@ def check_mesh(config, a: Architecture, mesh) -> None:
     )
 
 
-def make_objective(knobs, tokenizer):
-    """Returns the objective of config.objective with its settings bound."""
-    table = {
-        "masked_diffusion": lambda: functools.partial(
-            masked_diffusion,
-            mask_id=tokenizer.mask_id,
-            eps=knobs.eps,
-            t_sampling=knobs.t_sampling,
-            masking=knobs.masking,
-            weight=knobs.weight,
-        ),
-        "autoregressive": lambda: functools.partial(autoregressive, bos_id=tokenizer.bos_id),
-    }
-    return look_up(table, knobs.name, "objective")()
-
-
 def optimizer_knobs(knobs) -> dict:
     """Returns the arguments of make_optimizer from config.optimizer."""
     elsewhere = ("ema_decay", "gradient_accumulation", "max_skipped_updates")
     return {name: value for name, value in knobs.items() if name not in elsewhere}
 
 
-def compile_step(recipe: Recipe, shape: tuple[int, int], compiler_options: dict | None = None):
-    """Compiles (state, batch) -> (state, a small array that is ready when the step is) for batches
-    of a shape [B, T].
-
-    Call it within `jax.set_mesh`.
-    """
-
-    def step(state, batch):
-        state = recipe.train_step(state, batch)
-        return state, state.step + 0
-
-    dtypes = {
-        "tokens": jnp.int32,
-        "segment_ids": jnp.int32,
-        "positions": jnp.int32,
-        "is_maskable": jnp.bool_,
-    }
-    batch = {
-        name: jax.ShapeDtypeStruct(shape, dtype, sharding=recipe.batch_sharding)
-        for name, dtype in dtypes.items()
-    }
-    shardings = jax.tree.map(lambda leaf: leaf.sharding, recipe.abstract)
-    jitted = jax.jit(step, donate_argnums=0, out_shardings=(shardings, None))
-    return jitted.lower(recipe.abstract, batch).compile(compiler_options)
-
-
-def split_microbatches(batch: dict, num_microbatches: int) -> dict:
-    """Returns the batch with a leading dim of microbatches: microbatch i takes the rows r with r
-    mod A == i.
-
-    Strided, so that every device keeps the rows it has.
-    """
-
-    def split(array):
-        strided = array.reshape(
-            array.shape[0] // num_microbatches, num_microbatches, *array.shape[1:]
-        )
-        return jnp.moveaxis(strided, 1, 0)
-
-    return jax.tree.map(split, batch)
-
-
 def make_train_step(
-    objective,
+    objective: Objective,
     nll_fn,
     optimizer,
     schedule,
@@ -225,8 +196,6 @@ def make_train_step(
     """Returns train_step(state, batch) -> state, a pure function to be jitted.
 
     Args:
-        objective: (nll_fn, params, batch, key, row_B, num_rows=) -> loss_sum, count, metrics
-            (llada_jax.objectives).
         num_rows: of the global batch.
         num_microbatches: gradients of this many parts are summed; the update is that of the whole
             batch, because sums and counts are added up first and divided once.
@@ -235,19 +204,35 @@ def make_train_step(
     """
 
     def train_step(state: TrainState, batch: dict) -> TrainState:
-        # 1. everything random about this step follows from (seed, step, row)
+        # 1. Everything random about this step follows from (seed, step, row). The key is folded
+        # from the step and never carried along: there is no random state that a checkpoint could
+        # forget, and a resumed run draws what the straight run draws.
         key = key_for("corruption", seed, state.step)
 
         def loss_of(params, part):
+            part = dict(part)
             rows = part.pop("row")
-            loss_sum, count, metrics = objective(nll_fn, params, part, key, rows, num_rows=num_rows)
+            # frozen is closed over, not an argument: gradients see params alone
+            loss_sum, count, metrics = objective.loss(
+                nll_fn,
+                params,
+                part,
+                key,
+                rows,
+                num_rows=num_rows,
+                step=state.step,
+                frozen=state.frozen,
+            )
             return loss_sum, (count, metrics)
 
-        # 2. sums of loss, gradient and metrics, microbatch by microbatch
+        # 2. Sums of loss, gradient and metrics, microbatch by microbatch. Each row carries its
+        # number in the global batch, so that it draws the same noise in whichever part it lands.
         parts = split_microbatches({**batch, "row": jnp.arange(num_rows)}, num_microbatches)
+        first = jax.tree.map(lambda array: array[0], parts)
         value_and_grad = jax.value_and_grad(loss_of, has_aux=True)
 
         def add_part(sums, part):
+            # inside the scan the partitioner no longer sees how the batch was placed
             part = {
                 name: constrain(array, "act_batch", *["act_position"] * (array.ndim - 1))
                 for name, array in part.items()
@@ -255,79 +240,116 @@ def make_train_step(
             (_, (count, metrics)), grads = value_and_grad(state.params, part)
             return jax.tree.map(jnp.add, sums, (grads, count, metrics)), None
 
-        if num_microbatches == 1:
-            (_, (count, metrics)), grads = value_and_grad(
-                state.params, jax.tree.map(lambda array: array[0], parts)
-            )
+        if num_microbatches == 1:  # without a scan, which would keep a second copy of the gradient
+            (_, (count, metrics)), grads = value_and_grad(state.params, first)
         else:
-            first = jax.tree.map(lambda array: array[0], parts)
+            own = {name: sums for name, sums in state.metrics.items() if name not in STEP_METRICS}
             zeros = jax.tree.map(
-                lambda leaf: jnp.zeros(leaf.shape, leaf.dtype),
-                jax.eval_shape(
-                    lambda: (state.params, *jax.eval_shape(loss_of, state.params, dict(first))[1])
-                ),
+                lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), (state.params, jnp.float32(0), own)
             )
             (grads, count, metrics), _ = jax.lax.scan(add_part, zeros, parts)
-        # 3. the one division: by the count of the global batch
+        # 3. The one division: by the count of the global batch. Means of microbatches or of devices
+        # would weigh a token by how full the part is that it came in; and as the whole batch is one
+        # array to this function, the sums above are global ones already.
         grads = jax.tree.map(lambda grad: grad / jnp.maximum(count, 1.0), grads)
-        # 4. the update
+        # 4. The update.
         updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
         params = optax.apply_updates(state.params, updates)
-        ema = (
-            jax.tree.map(lambda e, p: ema_decay * e + (1.0 - ema_decay) * p, state.ema, params)
-            if state.ema
-            else {}
-        )
-        # 5. what is logged
-        grad_norm = optax.tree.norm(grads)
+        ema = {}
+        if state.ema:
+            average = lambda old, new: ema_decay * old + (1.0 - ema_decay) * new  # noqa: E731
+            ema = jax.tree.map(average, state.ema, params)
+        # 5. What is logged: sums and counts over the steps since the last log line.
+        grad_norm, one = optax.tree.norm(grads), jnp.float32(1)
         metrics |= {
-            "grad_norm": (grad_norm, jnp.float32(1)),
-            "param_norm": (
-                optax.tree.norm(params),
-                jnp.float32(1),
-            ),  # after the update: of what a checkpoint holds
-            "learning_rate": (jnp.float32(schedule(state.step)), jnp.float32(1)),
+            "grad_norm": (grad_norm, one),
+            # after the update: the norm of what a checkpoint holds
+            "param_norm": (optax.tree.norm(params), one),
+            "learning_rate": (jnp.float32(schedule(state.step)), one),
         }
+        # 6. A step that is not finite is undone. Its metrics become zeros with a count of zero, so
+        # that the means of the log line are those of the other steps: one NaN in the sums would
+        # make NaN of all of them. The choice is made on the device; asking the host would cost a
+        # round trip at every step.
         is_skipped = jnp.bool_(False)
         if skip_nonfinite:
             is_finite = jnp.isfinite(grad_norm) & jnp.isfinite(metrics["loss"][0])
             is_skipped = ~is_finite
             old = (state.params, state.opt_state, state.ema, jax.tree.map(jnp.zeros_like, metrics))
-            kept = jax.tree.map(
+            params, opt_state, ema, metrics = jax.tree.map(
                 lambda n, o: jnp.where(is_finite, n, o), (params, opt_state, ema, metrics), old
             )
-            params, opt_state, ema, metrics = kept
-        metrics["skipped"] = (
-            jnp.float32(is_skipped),
-            jnp.float32(1),
-        )  # always there: the knob may change in a run
+        # always there, because the knob may change within a run and the state's shape must not
+        metrics["skipped"] = (jnp.float32(is_skipped), one)
         metrics = jax.tree.map(jnp.add, state.metrics, metrics)
-        return TrainState(state.step + 1, params, opt_state, ema, metrics)
+        return TrainState(state.step + 1, params, opt_state, ema, metrics, state.frozen)
 
     return train_step
 
 
+def split_microbatches(batch: dict, num_microbatches: int) -> dict:
+    """Returns the batch with a leading dim of microbatches: microbatch i takes the rows r with r
+    mod A == i.
+
+    Strided, so that every device keeps the rows that it has. Contiguous parts would lie on a few
+    devices each, and all rows would have to move before each part.
+    """
+
+    def split(array):
+        strided = array.reshape(
+            array.shape[0] // num_microbatches, num_microbatches, *array.shape[1:]
+        )
+        return jnp.moveaxis(strided, 1, 0)
+
+    return jax.tree.map(split, batch)
+
+
 def abstract_metrics(
-    objective, nll_fn, abstract_params, *, num_rows: int, sequence_length: int
+    objective: Objective, abstract_params, *, num_rows: int, sequence_length: int, name: str = ""
 ) -> dict:
-    """Returns the shapes of the sums and counts that a train step adds to TrainState.metrics."""
-    shape = (num_rows, sequence_length)
-    batch = {
-        name: jax.ShapeDtypeStruct(shape, jnp.int32)
-        for name in ("tokens", "segment_ids", "positions")
-    }
-    batch["is_maskable"] = jax.ShapeDtypeStruct(shape, jnp.bool_)
-    rows = jax.ShapeDtypeStruct((num_rows,), jnp.int32)
-    metrics = jax.eval_shape(
-        lambda params, batch, rows: objective(
-            nll_fn, params, batch, jax.random.key(0), rows, num_rows=num_rows
-        )[2],
-        abstract_params,
-        batch,
-        rows,
+    """Returns the shapes of the sums and counts that a train step adds to TrainState.metrics.
+
+    Args:
+        abstract_params: of the network.
+        name: of the objective, for messages.
+
+    Raises:
+        UserError: the objective does not keep its contract (llada_jax.objectives.contract).
+    """
+    params, frozen = split_abstract(objective.split_parameters, abstract_params, name=name)
+    metrics = check_objective(
+        objective,
+        params,
+        frozen=frozen,
+        num_rows=num_rows,
+        sequence_length=sequence_length,
+        name=name,
+        reserved=STEP_METRICS,
     )
     scalar = jax.ShapeDtypeStruct((), jnp.float32)
-    return {
-        **metrics,
-        **dict.fromkeys(("grad_norm", "param_norm", "learning_rate", "skipped"), (scalar, scalar)),
+    return {**metrics, **dict.fromkeys(STEP_METRICS, (scalar, scalar))}
+
+
+def compile_step(recipe: Recipe, shape: tuple[int, int], compiler_options: dict | None = None):
+    """Compiles (state, batch) -> (state, a small array that is ready when the step is) for batches
+    of a shape [B, T].
+
+    Call it within `jax.set_mesh`.
+    """
+
+    def step(state, batch):
+        state = recipe.train_step(state, batch)
+        # the state itself is donated to the next step, and cannot be waited for after that
+        return state, state.step + 0
+
+    batch = {
+        name: jax.ShapeDtypeStruct(
+            field.shape(*shape),
+            field.dtype,
+            sharding=sharding.leading_dims(recipe.batch_sharding, len(field.dims)),
+        )
+        for name, field in recipe.objective.batch.items()
     }
+    shardings = jax.tree.map(lambda leaf: leaf.sharding, recipe.abstract)
+    jitted = jax.jit(step, donate_argnums=0, out_shardings=(shardings, None))
+    return jitted.lower(recipe.abstract, batch).compile(compiler_options)

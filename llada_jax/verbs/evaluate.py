@@ -12,6 +12,7 @@ from llada_jax.data.records import read_dataset
 from llada_jax.errors import UserError
 from llada_jax.evaluation import likelihood
 from llada_jax.evaluation.baselines import unigram_bits_per_byte, xz_bits_per_byte
+from llada_jax.objectives.named import make_objective
 from llada_jax.units import bits_per_byte
 from llada_jax.verbs.command_line import Parser
 
@@ -64,11 +65,7 @@ def evaluate(args) -> dict:
             f"({model.tokenizer.fingerprint[:12]}); prepare it with --tokenizer "
             f"{args.checkpoint}/tokenizer."
         )
-    objective, name = likelihood.bound_objective(
-        model.config["objective"]["name"],
-        mask_id=model.tokenizer.mask_id,
-        bos_id=model.tokenizer.bos_id,
-    )
+    objective = make_objective(model.tokenizer, **model.config["objective"])
     split = info.split(args.split)
     batches = heldout_batches(
         args.data,
@@ -84,7 +81,6 @@ def evaluate(args) -> dict:
         model.model.nll_fn,
         model.params,
         (sharding.place_batch(batch, rows, args.batch_size, place) for batch in batches),
-        name=name,
         num_rows=args.batch_size,
         seed=args.seed,
         num_draws=args.mc_samples,
@@ -96,7 +92,7 @@ def evaluate(args) -> dict:
         "split": args.split,
         "num_tokens": bound.num_tokens,
         "mc_samples": args.mc_samples,
-        f"{name}_nats_per_token": bound.nats_per_token,
+        f"{objective.bound_name}_nats_per_token": bound.nats_per_token,
         "standard_error": bound.standard_error,
         "bits_per_byte": bound.nats_per_token * to_bits,
         "bits_per_byte_standard_error": bound.standard_error * to_bits,
@@ -116,7 +112,7 @@ def report(result: dict) -> str:
         "better",
         f"  {result['bits_per_byte']:.3f} +- {result['bits_per_byte_standard_error']:.3f}  this "
         "model at step "
-        f"{result['step']}, {'an upper bound' if 'nelbo_nats_per_token' in result else 'exactly'}",
+        f"{result['step']}, {'exactly' if 'nll_nats_per_token' in result else 'an upper bound'}",
     ]
     named = {
         "unigram_bits_per_byte": "token frequencies of the training text",

@@ -18,6 +18,7 @@ import jax
 import numpy as np
 
 from llada_jax.checkpoints.orbax_patches import drop_echoes
+from llada_jax.checkpoints.record import mask_of
 from llada_jax.checkpoints.workdir import Checkpoints, find_checkpoint
 from llada_jax.cluster import distributed, sharding
 from llada_jax.data.tokenizer import Tokenizer, load_same
@@ -142,9 +143,10 @@ def make_plan(args) -> Plan:
         )
     found, step = find_checkpoint(args.checkpoint)
     run = {"step": step, **found.run(step)}
-    if run["config"]["objective"]["name"] == "autoregressive":
+    if mask_of(run).causal:
+        objective = run["config"]["objective"]["name"]
         raise UserError(
-            f"{args.checkpoint} was trained with objective.name='autoregressive', and the layouts "
+            f"{args.checkpoint} was trained with objective.name={objective!r}, and the layouts "
             "of LLaDA attend in both "
             "directions; export a checkpoint of masked_diffusion."
         )

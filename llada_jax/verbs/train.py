@@ -18,14 +18,15 @@ from llada_jax.checkpoints.record import run_record, write_run
 from llada_jax.checkpoints.workdir import Checkpoints
 from llada_jax.cluster import distributed, hardware, sharding
 from llada_jax.cluster.stop_request import StopRequest
-from llada_jax.config import AUTO, load_config, parse_sources
+from llada_jax.config import AUTO, load_config, own_parts, parse_sources
 from llada_jax.data.loader import describe, train_batches
 from llada_jax.data.records import read_dataset
 from llada_jax.data.tokenizer import SPECIAL_IDS, load_same
 from llada_jax.errors import LostPeer, NumericsError, Preempted, UserError
 from llada_jax.models.flops import flops_per_token
-from llada_jax.models.model import make_model
+from llada_jax.models.model import abstract_parameters, make_model
 from llada_jax.models.transformer import num_matmul_parameters
+from llada_jax.parts import provenance
 from llada_jax.run.clock import Clock, speed_metrics
 from llada_jax.run.goodput import Ledger
 from llada_jax.run.heldout import bound_line, evaluate_heldout
@@ -77,10 +78,11 @@ def main(argv: list[str]) -> None:
     args = parser.parse_args([word for word in argv if not word.startswith("--config.")])
     if not args.workdir:
         raise UserError("--workdir is empty; give the directory where the run is to live.")
-    train(load_config(args.config, overrides), args.workdir)
+    config = load_config(args.config, overrides)
+    train(config, args.workdir, config_text=Path(args.config).read_text())
 
 
-def train(config, workdir: str) -> None:
+def train(config, workdir: str, *, config_text: str = "") -> None:
     """Runs a config in a workdir until its last step; continues where the workdir's latest
     checkpoint stands.
 
@@ -100,7 +102,7 @@ def train(config, workdir: str) -> None:
     mesh = sharding.make_mesh(config.mesh)
     with jax.set_mesh(mesh), StopRequest() as stop, contextlib.ExitStack() as until_end:
         try:
-            train_on(mesh, config, workdir, clock, stop, until_end)
+            train_on(mesh, config, workdir, clock, stop, until_end, config_text)
         except (jax.errors.JaxRuntimeError, ValueError) as error:
             if not distributed.is_lost_peer(error):
                 raise
@@ -111,7 +113,13 @@ def train(config, workdir: str) -> None:
 
 
 def train_on(
-    mesh, config, workdir: str, clock: Clock, stop: StopRequest, until_end: contextlib.ExitStack
+    mesh,
+    config,
+    workdir: str,
+    clock: Clock,
+    stop: StopRequest,
+    until_end: contextlib.ExitStack,
+    config_text: str = "",
 ) -> None:
     """The rest of `train`: within the mesh, and with its signals caught from before the first
     compilation.
@@ -129,7 +137,7 @@ def train_on(
     recipe = make_recipe(config, tokenizer, mesh)
     model, abstract, num_steps = recipe.model, recipe.abstract, recipe.num_steps
     architecture, batch_sharding = recipe.architecture, recipe.batch_sharding
-    is_causal = config.objective.name == "autoregressive"
+    objective = recipe.objective
     if config.samples.every_steps:  # now, and not after hours of training
         knobs = {
             name: config.samples[name]
@@ -150,15 +158,31 @@ def train_on(
         {"directory": s.directory, "fingerprint": s.fingerprint, "share": s.share}
         for s in summaries
     ]
-    run = run_record(config, architecture, tokenizer, data=data)
+    run = run_record(
+        config,
+        architecture,
+        tokenizer,
+        data=data,
+        mask=objective.mask._asdict(),
+        parts=provenance(own_parts(config)),
+    )
     local = None
     if config.checkpoint.local_directory:
         local = LocalCheckpoints(config.checkpoint.local_directory, saved.directory.parent)
         until_end.callback(local.close)
     rollbacks = read_rollbacks(workdir)
-    create = functools.partial(create_state, model, recipe.optimizer, abstract)
+    create = functools.partial(
+        create_state, model, recipe.optimizer, abstract, split=objective.split_parameters
+    )
     state, origin, theirs = first_state(
-        config, saved, local, run, rollbacks.count, abstract, create
+        config,
+        saved,
+        local,
+        run,
+        rollbacks.count,
+        abstract,
+        abstract_parameters(model, mesh),
+        create,
     )
     start_step = int(state.step)
     if not rollbacks.count and "rollbacks" in theirs:  # of the run that was restored here
@@ -182,7 +206,7 @@ def train_on(
     )
     if is_first:
         with writing(workdir):
-            write_run(workdir, tokenizer, run)
+            write_run(workdir, tokenizer, run, config_text=config_text)
     ledger = Ledger(workdir, clock, start_step=start_step, enabled=is_first)
 
     # 5. The compiled step.
@@ -222,7 +246,7 @@ def train_on(
         evaluate_heldout,
         config,
         model,
-        tokenizer,
+        objective,
         sources,
         summaries,
         batch_sharding=batch_sharding,
@@ -232,7 +256,7 @@ def train_on(
         architecture.num_layers,
         architecture.num_heads * architecture.head_dim,
         T,
-        causal=is_causal,
+        causal=objective.mask.causal,
     )
     zero_metrics = jax.jit(
         lambda sums: jax.tree.map(jnp.zeros_like, sums),
@@ -295,7 +319,7 @@ def train_on(
                 if not config.optimizer.max_skipped_updates:
                     del numbers["skipped"]
                 numbers["bits_per_byte"] = bits_per_byte(
-                    numbers["nll" if is_causal else "nelbo"], bytes_per_token=bytes_per_token
+                    numbers[objective.bound_name], bytes_per_token=bytes_per_token
                 )
                 speed = speed_metrics(
                     clock,
@@ -325,10 +349,12 @@ def train_on(
                 jax.block_until_ready(state.step)
                 with clock.span("evaluation"):
                     for group, bound in evaluate(
-                        state.ema or state.params, config.evaluation.num_batches
+                        state.ema or state.params, state.frozen, config.evaluation.num_batches
                     ).items():
                         writer.write(step, {group: bound})
-                        progress.say(f"step {step} {group} {bound_line(bound)}")
+                        progress.say(
+                            f"step {step} {group} {bound_line(bound, objective.bound_name)}"
+                        )
             if is_due(step, config.samples.every_steps):
                 with clock.span("samples"):
                     text = sample_markdown(
@@ -365,9 +391,11 @@ def train_on(
         with clock.span("checkpoint"):
             saved.wait()
         if not on_first_process(lambda: is_over(read_lines(workdir), num_steps)):
-            bounds = evaluate(state.ema or state.params, config.evaluation.final_num_batches)
+            bounds = evaluate(
+                state.ema or state.params, state.frozen, config.evaluation.final_num_batches
+            )
             for group, bound in bounds.items():
-                progress.say(f"final {group} {bound_line(bound)}")
+                progress.say(f"final {group} {bound_line(bound, objective.bound_name)}")
             if bounds:
                 writer.write(
                     num_steps,

@@ -2,7 +2,6 @@
 below it.
 """
 
-import functools
 import math
 
 import jax
@@ -21,6 +20,11 @@ from llada_jax.training.step import abstract_metrics, make_train_step
 
 V, MASK, BOS = 4, 4, 5  # symbols of the source; the two special ids come after them
 T, B = 8, 64
+
+OBJECTIVES = {
+    "masked_diffusion": masked_diffusion(mask_id=MASK),
+    "autoregressive": autoregressive(bos_id=BOS),
+}
 
 TRANSITIONS = np.random.default_rng(5).dirichlet(np.full(V, 0.4), size=V)
 STATIONARY = np.linalg.matrix_power(TRANSITIONS, 200)[0]
@@ -47,11 +51,11 @@ def rows_of(num_rows, rng):
     return {"tokens": rows, "segment_ids": ones, "positions": positions, "is_maskable": ones > 0}
 
 
-def trained(objective, *, causal, num_steps):
+def trained(objective, *, num_steps):
     a = Architecture(
         vocab_size=6, num_layers=2, d_model=64, num_heads=4, num_kv_heads=4, head_dim=16, d_ff=128
     )
-    model = make_model(a, causal=causal)
+    model = make_model(a, causal=objective.mask.causal)
     mesh = make_mesh(dict.fromkeys(AXES, 1), devices=jax.devices()[:1])
     rate = make_schedule(
         name="cosine",
@@ -75,9 +79,7 @@ def trained(objective, *, causal, num_steps):
         learning_rate_multipliers=((".*", 1.0),),
         clip_norm=1.0,
     )
-    metrics = abstract_metrics(
-        objective, model.nll_fn, model.abstract, num_rows=B, sequence_length=T
-    )
+    metrics = abstract_metrics(objective, model.abstract, num_rows=B, sequence_length=T)
     state = create_state(
         model,
         optimizer,
@@ -108,15 +110,11 @@ def trained(objective, *, causal, num_steps):
     ("name", "num_steps"), [("masked_diffusion", 600), ("autoregressive", 200)]
 )
 def test_a_trained_model_reaches_the_entropy_of_a_markov_source_and_is_never_below(name, num_steps):
-    objective = {
-        "masked_diffusion": functools.partial(masked_diffusion, mask_id=MASK),
-        "autoregressive": functools.partial(autoregressive, bos_id=BOS),
-    }[name]
-    model, params = trained(objective, causal=name == "autoregressive", num_steps=num_steps)
-    scorer, metric = likelihood.bound_objective(name, mask_id=MASK, bos_id=BOS)
+    objective = OBJECTIVES[name]
+    model, params = trained(objective, num_steps=num_steps)
     rng = np.random.default_rng(99)
     batches = [rows_of(1024, rng) for _ in range(40)]
-    bound = likelihood.bound(scorer, model.nll_fn, params, batches, name=metric, num_rows=1024)
+    bound = likelihood.bound(objective, model.nll_fn, params, batches, num_rows=1024)
     entropy = entropy_per_token()
     assert 0.7 < entropy < 0.9  # of log 4 = 1.39: much to learn, and something left
     assert bound.standard_error < 0.01 * entropy
@@ -134,22 +132,15 @@ def test_the_standard_error_is_that_of_independent_repetitions():
         nll = jax.numpy.where(where_BT, params[targets_BT], 0.0)
         return TokenScores(nll, where_BT)
 
-    scorer, metric = likelihood.bound_objective("masked_diffusion", mask_id=MASK, bos_id=BOS)
+    objective = OBJECTIVES["masked_diffusion"]
     surprise = jax.numpy.linspace(0.1, 3.0, 8)
     rng = np.random.default_rng(0)
     bounds = []
     for seed in range(60):
         batches = [rows_of(32, rng) for _ in range(12)]
         bounds.append(
-            likelihood.bound(
-                scorer, noisy_model, surprise, batches, name=metric, num_rows=32, seed=seed
-            )
+            likelihood.bound(objective, noisy_model, surprise, batches, num_rows=32, seed=seed)
         )
     spread = np.std([b.nats_per_token for b in bounds])
     reported = math.sqrt(np.mean([b.standard_error**2 for b in bounds]))
     assert 0.7 < reported / spread < 1.4
-
-
-def test_an_unknown_objective_lists_what_exists():
-    with pytest.raises(ValueError, match="masked_diffusion"):
-        likelihood.bound_objective("masked_difusion", mask_id=0, bos_id=0)

@@ -13,9 +13,9 @@ from hypothesis import strategies as st
 
 from llada_jax.models.model import make_model
 from llada_jax.models.transformer import Architecture, TokenScores
-from llada_jax.objectives.autoregressive import autoregressive
+from llada_jax.objectives.autoregressive import autoregressive_loss
 from llada_jax.objectives.corruption import corrupt, corrupt_exactly_k, sample_t
-from llada_jax.objectives.masked_diffusion import masked_diffusion
+from llada_jax.objectives.masked_diffusion import masked_diffusion_loss
 from llada_jax.rng import key_for
 
 MASK = 9
@@ -46,7 +46,7 @@ def uniform_model(params, noisy_BT, targets_BT, where_BT, segment_ids_BT, positi
 def test_a_uniform_model_scores_log_V(masking, t_sampling):
     B, T, V = 4096, 32, 50.0
     batch = batch_of(np.zeros((B, T)), lengths=1 + np.arange(B) % T)
-    loss_sum, count, metrics = masked_diffusion(
+    loss_sum, count, metrics = masked_diffusion_loss(
         uniform_model,
         V,
         batch,
@@ -97,7 +97,9 @@ def test_the_estimate_is_the_exact_bound_found_by_enumerating_all_masks(masking)
     B = 40_000
     batch = batch_of(np.tile(tokens, (B, 1)))
     loss_sum, count, _ = jax.jit(
-        functools.partial(masked_diffusion, table_model, num_rows=B, mask_id=MASK, masking=masking)
+        functools.partial(
+            masked_diffusion_loss, table_model, num_rows=B, mask_id=MASK, masking=masking
+        )
     )(table, batch, KEY, jnp.arange(B))
     assert float(loss_sum) / B == pytest.approx(
         exact, rel=0.02 if masking == "exact_count" else 0.05
@@ -165,10 +167,10 @@ def test_a_row_is_corrupted_alike_alone_and_within_its_batch(masking, t_sampling
         return uniform_model(params, noisy_BT, *rest)
 
     settings_ = dict(num_rows=B, mask_id=MASK, masking=masking, t_sampling=t_sampling)
-    masked_diffusion(spy, 7.0, batch, KEY, jnp.arange(B), **settings_)
+    masked_diffusion_loss(spy, 7.0, batch, KEY, jnp.arange(B), **settings_)
     rows = jnp.array([5, 2])
     part = {name: array[np.asarray(rows)] for name, array in batch.items()}
-    masked_diffusion(spy, 7.0, part, KEY, rows, **settings_)
+    masked_diffusion_loss(spy, 7.0, part, KEY, rows, **settings_)
     np.testing.assert_array_equal(seen[0][[5, 2]], seen[1])
 
 
@@ -176,7 +178,7 @@ def test_without_weight_the_loss_changes_and_the_logged_bound_does_not():
     B = 256
     batch = batch_of(np.zeros((B, 16)))
     weighted, plain = (
-        masked_diffusion(
+        masked_diffusion_loss(
             uniform_model, 7.0, batch, KEY, jnp.arange(B), num_rows=B, mask_id=MASK, weight=weight
         )
         for weight in ("1/p", "none")
@@ -190,7 +192,7 @@ def test_without_weight_the_loss_changes_and_the_logged_bound_does_not():
 def test_rows_without_any_mask_or_any_token_give_finite_sums():
     batch = batch_of(np.zeros((3, 4)), lengths=[1, 0, 2])
     for masking in ("bernoulli", "exact_count"):
-        loss_sum, count, metrics = masked_diffusion(
+        loss_sum, count, metrics = masked_diffusion_loss(
             uniform_model, 7.0, batch, KEY, jnp.arange(3), num_rows=3, mask_id=MASK, masking=masking
         )
         assert count == 3
@@ -208,7 +210,7 @@ def test_padding_never_enters_loss_or_gradient():
     other = np.where(np.arange(8) < np.array(lengths)[:, None], tokens, 7 - tokens)
 
     def loss(params, batch):
-        return masked_diffusion(
+        return masked_diffusion_loss(
             model.nll_fn, params, batch, KEY, jnp.arange(4), num_rows=4, mask_id=MASK
         )[0]
 
@@ -227,7 +229,7 @@ def test_the_autoregressive_control_is_the_chain_rule():
     model = make_model(a, causal=True)
     params = jax.jit(model.init)(KEY)
     batch = batch_of(np.random.default_rng(0).integers(0, 8, (3, 6)), lengths=[6, 4, 6])
-    loss_sum, count, _ = autoregressive(
+    loss_sum, count, _ = autoregressive_loss(
         model.nll_fn, params, batch, KEY, jnp.arange(3), num_rows=3, bos_id=10
     )
     logits_fn = jax.jit(model.logits_fn)

@@ -6,13 +6,14 @@ import numpy as np
 import optax
 import pytest
 
+from llada_jax.objectives.objective import Objective
 from llada_jax.training.state import TrainState
 from llada_jax.training.step import make_train_step
 
 RATE = 0.5
 
 
-def objective(nll_fn, params, batch, key, row_B, *, num_rows):
+def loss(nll_fn, params, batch, key, row_B, *, num_rows, step, frozen):
     """Loss w * x over the rows: its gradient is the sum of x, and not finite where an x is not."""
     loss_sum = jnp.sum(params["w"] * batch["x"][:, 0])
     count = jnp.float32(num_rows)
@@ -28,7 +29,7 @@ def trained_on(rows: list[list[float]], *, skip_nonfinite: bool) -> TrainState:
         jnp.int32(0), params, optimizer.init(params), jax.tree.map(jnp.copy, params), metrics
     )
     step = make_train_step(
-        objective,
+        Objective(loss, loss, "loss"),
         None,
         optimizer,
         lambda step: RATE,

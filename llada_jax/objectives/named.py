@@ -1,0 +1,54 @@
+"""The objective that a config names."""
+
+from llada_jax.errors import UserError
+from llada_jax.objectives.autoregressive import autoregressive
+from llada_jax.objectives.masked_diffusion import masked_diffusion
+from llada_jax.objectives.objective import Objective
+from llada_jax.parts import call_part, is_own, load_part
+
+OBJECTIVES = {"masked_diffusion": masked_diffusion, "autoregressive": autoregressive}
+
+
+def make_objective(
+    tokenizer,
+    *,
+    name: str,
+    eps: float = 1e-3,
+    t_sampling: str = "stratified",
+    masking: str = "bernoulli",
+    weight: str = "1/p",
+    arguments=(),
+) -> Objective:
+    """Returns the objective of config.objective, whose knobs are the keyword arguments.
+
+    Args:
+        tokenizer: mask_id, bos_id and vocab_size are read.
+        name: a key of OBJECTIVES, or module:attribute of a function
+            (*, mask_id, bos_id, vocab_size, **arguments) -> Objective.
+        arguments: ((name, value), ...), for an objective of your own.
+
+    Raises:
+        UserError: there is no such objective, or it does not keep the contract.
+    """
+    make = load_part(name, "objective", OBJECTIVES)
+    if is_own(name):
+        objective = call_part(
+            make,
+            name,
+            "objective",
+            mask_id=tokenizer.mask_id,
+            bos_id=tokenizer.bos_id,
+            vocab_size=tokenizer.vocab_size,
+            **dict(arguments),
+        )
+        if not isinstance(objective, Objective):
+            raise UserError(
+                f"The objective {name!r} returns a {type(objective).__name__}; it must return a "
+                "llada_jax.objectives.objective.Objective."
+            )
+        return objective
+    if name == "autoregressive":
+        return make(bos_id=tokenizer.bos_id)
+    return make(
+        mask_id=tokenizer.mask_id, eps=eps, t_sampling=t_sampling, masking=masking, weight=weight
+    )

@@ -1,0 +1,60 @@
+"""What an objective is: all that training and evaluation ask of it, in one record.
+
+No other code asks which objective it is by name; it reads the mask, the bound and the batch here.
+docs/extend.md shows how to bring an objective of your own.
+"""
+
+import dataclasses
+from collections.abc import Callable, Mapping
+
+from llada_jax.data.batch import FIELDS, Field
+from llada_jax.masks import BIDIRECTIONAL, Mask
+
+
+# Compared and hashed by identity, because objectives are static arguments of jitted functions: two
+# records with equal fields would hold closures that Python cannot compare.
+@dataclasses.dataclass(frozen=True, eq=False)
+class Objective:
+    """A training objective with its settings bound.
+
+    `loss` and `bound` have one signature:
+
+        loss(nll_fn, params, batch, key, row_B, *, num_rows, step, frozen)
+            -> loss_sum, count, {metric: (sum, count)}
+
+    They return sums and counts, and leave the division to the caller, which adds up the parts of
+    a batch first. All of these are float32; loss_sum and count are scalars, the two arrays of a
+    metric are scalars or vectors of one length.
+
+    Arguments of `loss` and `bound`:
+        nll_fn: (params, noisy_BT, targets_BT, where_BT, segment_ids_BT, positions_BT) ->
+            nll_BT float32 in nats, 0 where `where_BT` is False, and is_correct_BT bool
+            (llada_jax.models.transformer.TokenScores).
+        params: the parameters that are trained; gradients are taken with respect to these alone.
+        batch: {name: array} with the fields of `batch` below.
+        key: the source of all randomness, a function of the seed and the step.
+        row_B: int32, the rows' numbers in the global batch of `num_rows` rows, so that a part of a
+            batch draws what it would draw within the whole.
+        num_rows: of the global batch.
+        step: int32 scalar, traced: the number of the step from 0, so that a weight can be annealed.
+            A bound on held-out text is computed with step 0, and must not depend on it.
+        frozen: the parameters that are neither differentiated nor updated; {} by default.
+
+    Fields:
+        loss: what is minimised. Its metrics contain "loss" and `bound_name`.
+        bound: what scores held-out text. Its metrics contain `bound_name`.
+        bound_name: the metric in nats per token that is reported as bits per byte: "nelbo" for an
+            upper bound on -log p(x), "nll" for its exact value.
+        mask: what the network's attention may see.
+        batch: the arrays that the objective reads.
+        split_parameters: (network's parameters, key) -> params, frozen. None trains all parameters
+            and freezes none. It is called once, when the run begins, on fresh parameters or on
+            those of config.checkpoint.init_from.
+    """
+
+    loss: Callable
+    bound: Callable
+    bound_name: str
+    mask: Mask = BIDIRECTIONAL
+    batch: Mapping[str, Field] = dataclasses.field(default_factory=lambda: FIELDS)
+    split_parameters: Callable | None = None
