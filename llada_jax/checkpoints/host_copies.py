@@ -53,9 +53,8 @@ class LocalCheckpoints:
         )
         try:
             self.directory.mkdir(parents=True, exist_ok=True)
-            for partial in self.directory.glob(
-                "*.partial"
-            ):  # of a killed attempt; nobody saves before all are here
+            # of a killed attempt; nobody saves before all are here
+            for partial in self.directory.glob("*.partial"):
                 shutil.rmtree(partial, ignore_errors=True)
         except OSError as error:
             raise self._refused(error) from error
@@ -125,8 +124,7 @@ class LocalCheckpoints:
     def _refused(self, error: OSError) -> UserError:
         return UserError(
             f"The local copies in {self.directory} cannot be written ({reason(error)}): free space "
-            "there, or give "
-            "another config.checkpoint.local_directory."
+            "there, or give another config.checkpoint.local_directory."
         )
 
     def _parts(self) -> list[tuple[int, str]]:
@@ -143,9 +141,8 @@ class LocalCheckpoints:
     def _remove(self, is_unwanted) -> None:
         for step, name in self._parts():
             if is_unwanted(step):
-                shutil.rmtree(
-                    self.directory / name, ignore_errors=True
-                )  # another process may do the same
+                # another process may do the same
+                shutil.rmtree(self.directory / name, ignore_errors=True)
 
     def drop_after(self, step: int) -> None:
         """Removes the copies of later steps, when the run goes on from `step`: they are of a past

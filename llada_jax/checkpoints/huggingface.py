@@ -46,12 +46,10 @@ class HuggingFace:
             if self.layout in WRITTEN:
                 raise UserError(
                     f"{directory}: the tokenizer has {self.tokenizer.vocab_size} ids and the "
-                    f"embedding {rows} rows; fetch "
-                    "both from the same revision."
+                    f"embedding {rows} rows; fetch both from the same revision."
                 )
-            rows = (
-                -(-self.tokenizer.vocab_size // 64) * 64
-            )  # so that the head splits evenly over devices
+            # so that the head splits evenly over devices
+            rows = -(-self.tokenizer.vocab_size // 64) * 64
         shift = self._stored.output_shift or self.is_new_mask
         self.architecture = dataclasses.replace(self._stored, vocab_size=rows, output_shift=shift)
 

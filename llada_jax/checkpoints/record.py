@@ -83,9 +83,8 @@ def write_run(workdir: str, tokenizer: Tokenizer, run: dict, *, config_text: str
             and the file the reasons that its comments give. "" writes none.
     """
     path = epath.Path(workdir)
-    if remote.is_remote(
-        workdir
-    ):  # objects are whole, and the one that makes a folder a tokenizer is written last
+    # objects are whole, and the one that makes a folder a tokenizer is written last
+    if remote.is_remote(workdir):
         if not (path / "tokenizer" / SPECIAL_IDS).exists():
             tokenizer.save(path / "tokenizer")
     elif not (path / "tokenizer").exists():
@@ -101,9 +100,8 @@ def check_fits(theirs: dict, ours: dict, directory) -> None:
     check_same(
         f"The checkpoint in {directory} is of another architecture",
         ours["architecture"],
-        vars(
-            Architecture(**theirs["architecture"])
-        ),  # what an older version did not write has its default
+        # what an older version did not write has its default
+        vars(Architecture(**theirs["architecture"])),
         remedy="set config.model to match it, or choose another --workdir",
     )
     check_same(

@@ -32,15 +32,15 @@ from llada_jax.storage.arrays import kvstore_of, read_chunks
 from llada_jax.training.state import TrainState
 
 FOLDER = "checkpoints"
-CHUNK_BYTES = (
-    64 << 20
-)  # of an array on the disk: what a reader holds beside the array, however few devices saved it
+# of an array on the disk: what a reader holds beside the array, however few devices saved it
+CHUNK_BYTES = 64 << 20
+# run.json without them is none of ours
 RUN_KEYS = (
     "config",
     "architecture",
     "tokenizer",
     "checksums",
-)  # run.json without them is none of ours
+)
 
 
 def parse_checkpoint(checkpoint: str) -> tuple[epath.Path, int | None]:
@@ -72,9 +72,8 @@ class Checkpoints:
         if keep_every_steps:
             kept.append(policies.EveryNSteps(keep_every_steps))
         self._is_remote = remote.is_remote(workdir)
-        if (
-            self._is_remote
-        ):  # the workdir itself: epath would resolve a URL to a folder of the current directory
+        # the workdir itself: epath would resolve a URL to a folder of the current directory
+        if self._is_remote:
             self.directory = remote.path_of(workdir) / FOLDER
             teach_orbax_s3()
         else:
@@ -83,15 +82,13 @@ class Checkpoints:
         self._claim = remote.Claim(self.directory.parent) if is_writer else None
         context = ocp.Context()
         context.array.saving.storage_options.chunk_byte_size = CHUNK_BYTES
-        if (
-            self._is_remote
-        ):  # a folder of objects cannot be renamed at once: a last file marks a step as committed
+        # a folder of objects cannot be renamed at once: a last file marks a step as committed
+        if self._is_remote:
             context.atomicity.mode = ocp.options.AtomicityMode.COMMIT_FILE
         self._checkpointer = ocp.training.Checkpointer(
             self.directory,
-            save_decision_policy=ocp.training.save_decision_policies.FixedIntervalPolicy(
-                1
-            ),  # train.py decides when
+            # train.py decides when
+            save_decision_policy=ocp.training.save_decision_policies.FixedIntervalPolicy(1),
             preservation_policy=policies.AnyPreservationPolicy(kept),
             cleanup_tmp_directories=owned,
             context=context,
@@ -164,23 +161,20 @@ class Checkpoints:
         if not multihost_utils.broadcast_one_to_all(is_ours):
             raise UserError(
                 f"Another train has started in {self.directory.parent} since, and continues this "
-                "run; give another "
-                "--workdir to train beside it."
+                "run; give another --workdir to train beside it."
             )
 
     def _failed(self, step: int, error: Exception) -> UserError | LostPeer:
         if distributed.is_lost_peer(_root(error)):  # no fault of the disk
             return LostPeer(
                 f"Another process of this run is gone, and step {step} is not saved "
-                f"({_reason(error)}); the same command "
-                "continues."
+                f"({_reason(error)}); the same command continues."
             )
         good = [s for s in self.steps if s != step]
         return UserError(
             f"Step {step} could not be saved in {self.directory} ({_reason(error)}); the last good "
-            "step is "
-            f"{good[-1] if good else 'none'}: free space or permit writing there, then start the "
-            "same command again."
+            f"step is {good[-1] if good else 'none'}: free space or permit writing there, then "
+            "start the same command again."
         )
 
     def restore(self, step: int, abstract: TrainState) -> TrainState:

@@ -152,9 +152,8 @@ def layout_of(hf_config: dict) -> str:
         for key in ("num_experts", "num_local_experts", "n_routed_experts")
         if hf_config.get(key)
     ]
-    if (
-        experts or "moe" in str(kind).lower()
-    ):  # LLaDA-MoE calls itself "llada" too; only its keys tell
+    # LLaDA-MoE calls itself "llada" too; only its keys tell
+    if experts or "moe" in str(kind).lower():
         raise UserError(
             f"config.json: model_type={kind!r}"
             + "".join(f" with {key}={hf_config[key]}" for key in experts[:1])
@@ -333,8 +332,8 @@ def _rope(hf_config: dict) -> tuple[float, tuple[float, ...]]:
     ):
         raise UserError(
             f"config.json: {key}={described!r} is not possible here, only unscaled rotary "
-            "frequencies and those of Llama "
-            "3.1 (rope_type llama3); this checkpoint cannot be used."
+            "frequencies and those of Llama 3.1 (rope_type llama3); this checkpoint cannot be "
+            "used."
         )
     if described.get("partial_rotary_factor", 1.0) != 1.0:
         factor = described["partial_rotary_factor"]
@@ -515,9 +514,8 @@ def _to_illada(a: Architecture, max_sequence_length: int) -> tuple[dict, dict]:
     }
     if a.head_dim * a.num_heads != a.d_model:
         stated["head_dim"] = a.head_dim
-    if (
-        a.rope_scaling
-    ):  # beside a rope_scaling that is not null, transformers 5.23 reads no tokenizer
+    # beside a rope_scaling that is not null, transformers 5.23 reads no tokenizer
+    if a.rope_scaling:
         numbers = (*a.rope_scaling[:-1], round(a.rope_scaling[-1]))  # it wants whole tokens
         stated["rope_parameters"] = {
             "rope_type": "llama3",

@@ -48,8 +48,7 @@ def everywhere(output: Path):
     except OSError as error:
         failure = UserError(
             f"--output {output} cannot be written ({reason(error)}); free some space, change its "
-            "permissions, or "
-            "give another."
+            "permissions, or give another."
         )
         failure.__cause__ = error
     except UserError as error:

@@ -90,8 +90,7 @@ def list_tensors(directory) -> dict[str, Stored]:
     holds = f"it holds {others[0]}" if others else "it holds no weights"
     raise UserError(
         f"{directory} has neither {SINGLE} nor {INDEX} ({holds}); fetch the whole checkpoint, or "
-        "save it with "
-        "model.save_pretrained(..., safe_serialization=True)."
+        "save it with model.save_pretrained(..., safe_serialization=True)."
     )
 
 
@@ -229,8 +228,8 @@ def _check_copies(directory, one: Stored, one_name: str, other: Stored, other_na
     if not same:
         raise UserError(
             f"{directory}/{CONFIG} ties head and embedding, but {other_name} differs from "
-            f"{one_name}; set "
-            "tie_word_embeddings (weight_tying) to false if the model was trained with both."
+            f"{one_name}; set tie_word_embeddings (weight_tying) to false if the model was trained "
+            "with both."
         )
 
 

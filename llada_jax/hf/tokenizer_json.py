@@ -74,9 +74,8 @@ def tokenizer_files(
     if chat_template is not None:
         config = json.loads(files["tokenizer_config.json"])
         files |= _json_files({"tokenizer_config.json": {**config, "chat_template": chat_template}})
-        files.pop(
-            "chat_template.jinja", None
-        )  # newer versions of transformers would read these instead
+        # newer versions of transformers would read these instead
+        files.pop("chat_template.jinja", None)
         files.pop("chat_template.json", None)
     return files
 
@@ -209,9 +208,8 @@ def _sentencepiece_json(tokenizer: Tokenizer) -> dict:
     ):
         raise UserError(
             "A SentencePiece model of words or characters, or with treat_whitespace_as_suffix, "
-            "cannot be written as a "
-            "tokenizer.json; train on data prepared with a unigram or bpe model, such as "
-            "--tokenizer spm:8000."
+            "cannot be written as a tokenizer.json; train on data prepared with a unigram or bpe "
+            "model, such as --tokenizer spm:8000."
         )
     pieces = Pieces(model)
     special = {**dict.fromkeys(pieces.control), **_special(tokenizer)}
@@ -307,9 +305,8 @@ def _unigram_of_bytes(pieces: Pieces) -> dict:
     for (
         i,
         byte,
-    ) in (
-        pieces.bytes.items()
-    ):  # the byte of a character that is a piece keeps its name, <0x41>: never needed
+        # the byte of a character that is a piece keeps its name, <0x41>: never needed
+    ) in pieces.bytes.items():
         if alphabet[byte] not in taken:
             vocab[i] = [alphabet[byte], BYTE_SCORE]
     return {"type": "Unigram", "unk_id": None, "vocab": vocab, "byte_fallback": False}
@@ -366,7 +363,6 @@ def _check_same_ids(tokenizer: Tokenizer, content: bytes) -> None:
         if wanted != found:
             raise UserError(
                 f"This SentencePiece model cannot be written as a tokenizer.json: {text!r} would "
-                f"be the ids {found[:8]} and "
-                f"not {wanted[:8]}; train on data prepared with --tokenizer spm:N or a Hugging "
-                "Face tokenizer."
+                f"be the ids {found[:8]} and not {wanted[:8]}; train on data prepared with "
+                "--tokenizer spm:N or a Hugging Face tokenizer."
             )

@@ -44,9 +44,8 @@ def torch_logits(directory, tokens_BT: np.ndarray) -> np.ndarray:
     """
     with tempfile.TemporaryDirectory() as scratch:
         scratch = Path(scratch)
-        (scratch / "model").symlink_to(
-            Path(directory).resolve()
-        )  # transformers 4.49 takes no dot in the name
+        # transformers 4.49 takes no dot in the name
+        (scratch / "model").symlink_to(Path(directory).resolve())
         np.save(scratch / "tokens.npy", tokens_BT)
         environment = {
             **os.environ,
@@ -103,15 +102,13 @@ def check(found: dict[str, float], *, dtype: str) -> None:
     if not found["relative_difference"] <= MAX_DIFFERENCE:
         raise NumericsError(
             f"PyTorch's logits differ from ours by up to {found['max_difference']:.3g}, "
-            f"{found['relative_difference']:.1e} "
-            f"of the largest, more than {MAX_DIFFERENCE:g}: the export is not the checkpoint's "
-            "network; nothing was kept."
+            f"{found['relative_difference']:.1e} of the largest, more than {MAX_DIFFERENCE:g}: the "
+            "export is not the checkpoint's network; nothing was kept."
         )
     if not found["kl_nats"] <= MAX_KL[dtype]:
         raise NumericsError(
             f"Rounding to {dtype} moves the distribution of a token by {found['kl_nats']:.3g} "
-            "nats, more than "
-            f"{MAX_KL[dtype]:g}; export with --dtype float32; nothing was kept."
+            f"nats, more than {MAX_KL[dtype]:g}; export with --dtype float32; nothing was kept."
         )
 
 

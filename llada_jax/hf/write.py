@@ -130,8 +130,7 @@ def put(directory: Path, shard: Shard, tensor: Tensor, array: np.ndarray, *, dty
     if not np.isfinite(content).all():
         raise UserError(
             f"{tensor.path}{'' if tensor.layer is None else f' of layer {tensor.layer}'} holds NaN "
-            f"or infinity in {dtype}; "
-            "export an earlier step, with --checkpoint WORKDIR@STEP."
+            f"or infinity in {dtype}; export an earlier step, with --checkpoint WORKDIR@STEP."
         )
     with open(directory / shard.name, "r+b") as file:
         file.seek(shard.start[tensor.name])

@@ -120,8 +120,8 @@ def check_license(license_id: str | None) -> None:
     """Raises UserError unless it is None or could be one of the Hub's identifiers, such as "cc-by-4.0"."""
     if license_id is not None and not re.fullmatch(r"[a-z0-9]+([.+-][a-z0-9]+)*", license_id):
         raise UserError(
-            f"--license {license_id!r} must be an identifier of the Hub in lower case, such as apache-2.0, mit or "
-            "cc-by-4.0; for a licence that the Hub does not list, write other."
+            f"--license {license_id!r} must be an identifier of the Hub in lower case, such as "
+            "apache-2.0, mit or cc-by-4.0; for a licence that the Hub does not list, write other."
         )
 
 
@@ -146,9 +146,8 @@ def make_plan(args) -> Plan:
     if mask_of(run).causal:
         objective = run["config"]["objective"]["name"]
         raise UserError(
-            f"{args.checkpoint} was trained with objective.name={objective!r}, and the layouts "
-            "of LLaDA attend in both "
-            "directions; export a checkpoint of masked_diffusion."
+            f"{args.checkpoint} was trained with objective.name={objective!r}, and the layouts of "
+            "LLaDA attend in both directions; export a checkpoint of masked_diffusion."
         )
     keeps_ema = run["config"]["optimizer"]["ema_decay"] > 0
     if args.ema and not keeps_ema:
@@ -326,9 +325,8 @@ def read_and_put(
     any more.
     """
     libc = ctypes.CDLL(None)
-    if hasattr(
-        libc, "malloc_trim"
-    ):  # glibc: what the threads that read the last parameter have freed, they still hold
+    # glibc: what the threads that read the last parameter have freed, they still hold
+    if hasattr(libc, "malloc_trim"):
         libc.malloc_trim(0)
     is_stacked = group[0].layer is not None
     shape = (plan.architecture.num_layers, *group[0].shape) if is_stacked else group[0].shape
@@ -391,8 +389,7 @@ def upload(directory: str, repo: str) -> None:
     except Exception as error:  # as in check_upload
         raise UserError(
             f"{directory} is complete, but {repo} did not take it ({reason(error)}); try again "
-            "with "
-            f"`hf upload {repo} {directory}`."
+            f"with `hf upload {repo} {directory}`."
         ) from error
 
 
@@ -419,9 +416,8 @@ def summary(result: dict) -> str:
     )
     return (
         f"layout {result['layout']}: {format_count(result['parameters'])} parameters of step "
-        f"{result['step']} in "
-        f"{result['dtype']}, {format_bytes(size)}, {count} file{'s' if count > 1 else ''} of "
-        f"weights -> {result['output']}"
+        f"{result['step']} in {result['dtype']}, {format_bytes(size)}, {count} "
+        f"file{'s' if count > 1 else ''} of weights -> {result['output']}"
     )
 
 

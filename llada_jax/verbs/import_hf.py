@@ -151,8 +151,7 @@ def local_directory(source: str) -> str:
     ) as error:  # the hub raises its own, httpx' and the system's errors, and all say why
         raise UserError(
             f"--from {source} is no directory here, and cannot be downloaded ({reason(error)}); "
-            "download it where there is a "
-            "network and give its directory."
+            "download it where there is a network and give its directory."
         ) from error
 
 
@@ -194,8 +193,7 @@ def whole_or_nothing(output: str):
         if isinstance(error, OSError):
             raise UserError(
                 f"--output {output} cannot be written ({reason(error)}); choose another, free "
-                "space, or change its "
-                "permissions."
+                "space, or change its permissions."
             ) from error
         raise
 

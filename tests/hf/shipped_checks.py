@@ -347,9 +347,8 @@ def test_the_llada_files_refuse_a_scaling(make):
         with pytest.raises(
             ValueError, match=r"rope_(scaling|parameters)=\{.* is not supported by LLaDAModelLM"
         ):
-            make(
-                "llada", **{key: LLAMA3 | {"rope_theta": 5e5}}
-            )  # without which transformers 5 refuses it itself
+            # without which transformers 5 refuses it itself
+            make("llada", **{key: LLAMA3 | {"rope_theta": 5e5}})
 
 
 def test_a_scaling_is_found_however_it_is_written_and_saved(make, tmp_path):
@@ -425,9 +424,8 @@ def test_padding_and_what_stands_in_it_change_nothing(make, variant, left, right
     tokens = torch.tensor([[1, 2, 3, 39, 5, 39, 7]])
     padded = F.pad(tokens, (left, right), value=junk)
     attention_mask = F.pad(torch.ones_like(tokens), (left, right))
-    both = torch.cat(
-        [padded, torch.full_like(padded, junk)]
-    )  # beside it, a row of nothing but padding
+    # beside it, a row of nothing but padding
+    both = torch.cat([padded, torch.full_like(padded, junk)])
     logits = made(both, attention_mask=torch.cat([attention_mask, torch.zeros_like(padded)])).logits
     torch.testing.assert_close(logits[:1, left : left + 7], made(tokens).logits, atol=2e-5, rtol=0)
     assert logits.isfinite().all()
@@ -447,9 +445,8 @@ def test_positions_are_what_position_ids_say(make, variant):
     torch.testing.assert_close(
         made(tokens, position_ids=counted + 100).logits, logits, atol=2e-5, rtol=0
     )
-    order = torch.randperm(
-        10, generator=seeded(0)
-    )  # tokens and positions in another order: the same set of pairs
+    # tokens and positions in another order: the same set of pairs
+    order = torch.randperm(10, generator=seeded(0))
     permuted = made(tokens[:, order], position_ids=counted[:, order]).logits
     torch.testing.assert_close(permuted, logits[:, order], atol=2e-5, rtol=0)
     assert (made(tokens, position_ids=counted.flip(1)).logits - logits).abs().max() > 1e-2
@@ -684,9 +681,8 @@ def test_rows_are_masked_with_a_probability_uniform_above_its_floor(model):
     assert torch.equal(noisy, torch.where(is_masked, MASK, tokens))
     assert not is_masked[:, :10].any()
     ranks = torch.linspace(1e-3, 1, 20_000)
-    assert (p[:, 0].sort().values - ranks).abs().max() < 2 / math.sqrt(
-        20_000
-    )  # Kolmogorov-Smirnov, about 1e-3
+    # Kolmogorov-Smirnov, about 1e-3
+    assert (p[:, 0].sort().values - ranks).abs().max() < 2 / math.sqrt(20_000)
     assert 1e-3 <= p.min() < 2e-3
     surplus = is_masked[:, 10:].float() - p
     for low in torch.arange(0, 1, 0.1):  # and given p, every token alone
@@ -722,9 +718,8 @@ def exact_loss(model, tokens: torch.Tensor, is_maskable: torch.Tensor) -> float:
 @pytest.mark.parametrize("variant", ["llada", "illada, full QK-norm, biases, shift"])
 def test_the_mean_of_the_loss_is_the_bound_that_its_definition_gives(make, variant):
     made = make(variant)
-    tokens = torch.tensor(
-        [3, 39, 8, 20, 5, 11]
-    )  # a prompt of two tokens, one of them the mask itself
+    # a prompt of two tokens, one of them the mask itself
+    tokens = torch.tensor([3, 39, 8, 20, 5, 11])
     is_maskable = torch.tensor([False, False, True, True, True, True])
     labels = tokens.where(is_maskable, -100)
     draws = torch.tensor(
@@ -919,9 +914,10 @@ def test_every_step_reveals_its_share_in_its_block_and_revises_nothing(make):
 def test_eos_ends_a_row_after_its_block_and_all_rows_the_loop(make):
     made = make("llada")
 
+    # at the second token of the second block of the first row, and everywhere in the second
     def say_eos(
         logits,
-    ):  # at the second token of the second block of the first row, and everywhere in the second
+    ):
         logits[0, :, 38] -= 100
         logits[0, 2 + 5, 38] += 200
         logits[1, :, 38] += 100

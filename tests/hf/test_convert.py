@@ -115,9 +115,8 @@ def test_the_published_checkpoint_comes_back_bit_by_bit_and_key_by_key(published
         max_sequence_length=128,
         dtype="float32",
     )
-    assert config.keys() - written.keys() == {
-        "_attn_implementation_autoset"
-    }  # a note of transformers to itself
+    # a note of transformers to itself
+    assert config.keys() - written.keys() == {"_attn_implementation_autoset"}
     assert {key: written[key] for key in config.keys() & written.keys()} == {
         key: value for key, value in config.items() if key in written
     }

@@ -24,6 +24,5 @@ def test_the_files_of_an_export_work_where_transformers_is(version, tmp_path):
     )
     number = {"4.49.0": r"4\.49\.0", "installed": r"5\.\d"}[version]
     assert re.search(f"with transformers {number}", output), output
-    assert re.search(r"^\d{2,} passed(, \d+ warnings?)? in ", output, flags=re.MULTILINE), (
-        output
-    )  # and nothing skipped
+    # and nothing skipped
+    assert re.search(r"^\d{2,} passed(, \d+ warnings?)? in ", output, flags=re.MULTILINE), output

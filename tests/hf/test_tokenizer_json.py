@@ -171,9 +171,8 @@ def test_any_text_has_the_same_ids_and_comes_back(kind, text, ours, theirs):
     assert theirs[kind].decode(ids) == text
 
 
-@pytest.mark.parametrize(
-    "kind", ["bytes", "unigram"]
-)  # BPE: one U+FFFD for each stray byte, where ours merges some
+# BPE: one U+FFFD for each stray byte, where ours merges some
+@pytest.mark.parametrize("kind", ["bytes", "unigram"])
 @given(ids=st.lists(st.integers(0, 259), max_size=30))
 @settings(max_examples=200, deadline=None)
 def test_any_ids_are_the_same_text(kind, ids, ours, theirs):
@@ -231,8 +230,8 @@ json.dump(found, open(out, "w"))
 """
 
 CHAT = (
-    "{{ bos_token }}{% for m in messages %}[{{ m['role'] }}]\n{{ m['content'] }}{% endfor %}"
-    "{% if add_generation_prompt %}[assistant]\n{% endif %}"
+    "{{ bos_token }}{% for m in messages %}[{{ m['role'] }}]\n{{ m['content'] }}{% endfor %}{% if "
+    "add_generation_prompt %}[assistant]\n{% endif %}"
 )
 TEXTS = [*mixed_texts(1000), *NASTY]
 
@@ -401,25 +400,26 @@ def sentencepiece_file(path, **settings):
 @pytest.mark.parametrize(
     "settings",
     [
-        {
-            "model_type": "bpe"
-        },  # nmt_nfkc, a space in front, runs of spaces collapsed, unknown characters
+        # nmt_nfkc, a space in front, runs of spaces collapsed, unknown characters
+        {"model_type": "bpe"},
         {"model_type": "unigram"},
+        # as Llama 2
         {
             "model_type": "bpe",
             "byte_fallback": True,
             "normalization_rule_name": "identity",
             "remove_extra_whitespaces": False,
             "split_digits": True,
-        },  # as Llama 2
+        },
         {"model_type": "unigram", "byte_fallback": True, "normalization_rule_name": "nfkc_cf"},
+        # as Gemma
         {
             "model_type": "bpe",
             "add_dummy_prefix": False,
             "byte_fallback": True,
             "user_defined_symbols": ["<tool>", "\n\n"],
             "remove_extra_whitespaces": False,
-        },  # as Gemma
+        },
     ],
     ids=[
         "default bpe",

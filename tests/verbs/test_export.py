@@ -88,9 +88,8 @@ def write_checkpoint(
         **changes,
     }
     saved = Checkpoints(workdir)
-    arrays = jax.tree.map(
-        jnp.asarray, (params, ema or {})
-    )  # where they are, if they are on devices already
+    # where they are, if they are on devices already
+    arrays = jax.tree.map(jnp.asarray, (params, ema or {}))
     saved.save(
         TrainState(jnp.int32(step), arrays[0], (), arrays[1], {}), json.loads(json.dumps(run))
     )
@@ -578,9 +577,8 @@ def test_an_export_that_was_killed_while_it_replaced_another_gives_that_one_back
     assert [path.name for path in tmp_path.iterdir()] == ["out"]
 
 
-@pytest.mark.parametrize(
-    "size", ["64k", "204k"]
-)  # too small for the weights; just too small for what comes after them
+# too small for the weights; just too small for what comes after them
+@pytest.mark.parametrize("size", ["64k", "204k"])
 def test_a_full_disk_is_one_sentence_and_leaves_nothing(size, workdir, mount, refused):
     disk = mount(f"size={size}")
     sentence = refused("--checkpoint", workdir, "--dtype", "float32", output=disk / "out")
@@ -643,9 +641,8 @@ def test_several_processes_write_what_one_writes(workdir, tmp_path):
         timeout=240,
     )
     assert done.returncode == 0, done.stderr
-    assert (
-        json.loads(done.stdout.splitlines()[-1])["parameters"] > 0
-    )  # gloo, which joins processes, talks on stdout
+    # gloo, which joins processes, talks on stdout
+    assert json.loads(done.stdout.splitlines()[-1])["parameters"] > 0
     ours, theirs = (
         {f.name: f.read_bytes() for f in d.iterdir()} for d in (alone, tmp_path / "together")
     )

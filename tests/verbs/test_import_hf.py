@@ -87,11 +87,12 @@ def test_the_published_checkpoint_gives_the_published_logits_from_the_directory_
     expected = np.load(published / "expected.npz")
     for checkpoint in (directory, workdir):
         model = llada_jax.load(checkpoint)
+        # of config.json
         assert (model.tokenizer.mask_id, model.tokenizer.eos_id, model.step) == (
             510,
             500,
             0,
-        )  # of config.json
+        )
         np.testing.assert_allclose(
             model.logits(expected["input_ids"]), expected["logits"], atol=2e-5, rtol=0
         )
@@ -385,9 +386,8 @@ def test_training_starts_from_a_workdir_or_a_directory_with_a_sane_gradient(
     assert main(["prepare", "--input", str(corpus), "--output", str(data), *map(str, words)]) == 0
     assert main(["import", "--from", str(directories[name]), "--output", str(tmp_path / "w")]) == 0
     capsys_lines = capsys.readouterr().out.splitlines()
-    model = [
-        line for line in capsys_lines if line.startswith("config.model")
-    ]  # what import says to write
+    # what import says to write
+    model = [line for line in capsys_lines if line.startswith("config.model")]
     config = small_config(tmp_path, data, source, *model)
     assert main(["train", "--config", config, "--workdir", str(workdir)]) == 0
     assert "start       weights of step 0 of" in capsys.readouterr().err
@@ -402,9 +402,8 @@ def test_training_starts_from_a_workdir_or_a_directory_with_a_sane_gradient(
     moved = jax.tree.map(
         lambda one, other: float(jnp.abs(one - other).max()), before.params, after.params
     )
-    assert (
-        max(jax.tree.leaves(moved)) < 4 * 1e-3 * 1.5
-    )  # four AdamW steps of 1e-3 from the imported weights
+    # four AdamW steps of 1e-3 from the imported weights
+    assert max(jax.tree.leaves(moved)) < 4 * 1e-3 * 1.5
     assert after.run["architecture"] == before.run["architecture"]
 
 

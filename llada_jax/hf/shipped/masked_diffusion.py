@@ -193,8 +193,7 @@ def check_request(gen_length, block_length, steps, remasking, temperature, cfg_s
     if steps % num_blocks or steps > gen_length:
         raise ValueError(
             f"steps={steps} must be a multiple of the number of blocks, gen_length/block_length = "
-            f"{num_blocks}, "
-            f"and at most gen_length={gen_length}."
+            f"{num_blocks}, and at most gen_length={gen_length}."
         )
     if remasking not in REMASKING:
         raise ValueError(f"remasking={remasking!r} is unknown; use one of {', '.join(REMASKING)}.")
@@ -227,16 +226,14 @@ class MaskedDiffusionLM(PreTrainedModel):
             if getattr(config, key, values[0]) not in values:
                 raise ValueError(
                     f"config.json: {key}={getattr(config, key)!r} is not supported by "
-                    f"{type(self).__name__}; "
-                    f"it expresses only {' or '.join(map(repr, values))}."
+                    f"{type(self).__name__}; it expresses only {' or '.join(map(repr, values))}."
                 )
         scaling = scaling_of(config)
         if scaling and not is_llama3(scaling):
             raise ValueError(
                 f"config.json: rope_parameters={scaling!r} is not supported by "
-                f"{type(self).__name__}; it expresses only None "
-                f"or rope_type 'llama3' with positive {', '.join(LLAMA3)}, low_freq_factor less "
-                "than high_freq_factor."
+                f"{type(self).__name__}; it expresses only None or rope_type 'llama3' with "
+                f"positive {', '.join(LLAMA3)}, low_freq_factor less than high_freq_factor."
             )
         super().__init__(config)
         self.gradient_checkpointing = False
@@ -364,9 +361,8 @@ class MaskedDiffusionLM(PreTrainedModel):
             positions_BT, self.config.head_dim, self.config.rope_theta, scaling_of(self.config)
         )
         is_seen = None
-        if (
-            is_real_BT is not None
-        ):  # a row of padding alone sees all of itself: older PyTorch has NaN for nothing seen
+        # a row of padding alone sees all of itself: older PyTorch has NaN for nothing seen
+        if is_real_BT is not None:
             is_seen = (is_real_BT | ~is_real_BT.any(1, keepdim=True))[:, None, None, :]
         for layer in layers:
             if kept is not None:
@@ -436,9 +432,8 @@ class MaskedDiffusionLM(PreTrainedModel):
         canvas_BT = F.pad(input_ids, (0, gen_length), value=mask_id)
         is_real_BT = torch.ones_like(input_ids) if attention_mask is None else attention_mask
         is_real_BT = F.pad((is_real_BT != 0).long(), (0, gen_length), value=1)
-        positions_BT = (is_real_BT.cumsum(1) - 1).clamp(
-            min=0
-        )  # a row computes what it computes without padding
+        # a row computes what it computes without padding
+        positions_BT = (is_real_BT.cumsum(1) - 1).clamp(min=0)
 
         def logits_of(canvas_BT):
             repeats = len(canvas_BT) // B
@@ -488,8 +483,8 @@ class MaskedDiffusionLM(PreTrainedModel):
     def generate(self, *args, **kwargs):
         raise NotImplementedError(
             f"{type(self).__name__} does not write from left to right; call "
-            "model.generate_diffusion(input_ids, "
-            "attention_mask, gen_length=..., steps=...) in place of generate()."
+            "model.generate_diffusion(input_ids, attention_mask, gen_length=..., steps=...) in "
+            "place of generate()."
         )
 
     prepare_inputs_for_generation = generate  # peft looks it up in every causal language model
