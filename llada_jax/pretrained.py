@@ -10,12 +10,11 @@ import numpy as np
 from jax.sharding import Mesh
 
 from llada_jax.checkpoints.huggingface import HuggingFace, find_weights
-from llada_jax.checkpoints.record import mask_of
+from llada_jax.checkpoints.record import RunRecord
 from llada_jax.cluster import sharding
 from llada_jax.data.tokenizer import load_same
 from llada_jax.errors import UserError
 from llada_jax.models.model import Model, abstract_parameters, compute_dtype, make_model
-from llada_jax.models.transformer import Architecture
 from llada_jax.samplers.text import generate_text, generate_tokens
 
 
@@ -35,6 +34,11 @@ class Pretrained:
     model: Model
     run: dict
     mesh: Mesh
+
+    @property
+    def record(self) -> RunRecord:
+        """The typed form of `run`."""
+        return RunRecord.from_json(self.run, file="model.run")
 
     @property
     def logits_fn(self):
@@ -108,23 +112,21 @@ def load(checkpoint: str, *, dtype: str = "auto", mesh: Mesh | None = None) -> P
         UserError: nothing is there, or it cannot be read.
     """
     found, step = find_weights(checkpoint, causal=True)
-    run = found.run(step)
+    record = found.record(step)
     if mesh is None:
         mesh = sharding.make_mesh(dict.fromkeys(sharding.AXES, 1), devices=jax.local_devices()[:1])
-    config = run["config"]
     platform = sharding.platform(mesh)
     model = make_model(
-        Architecture(**run["architecture"]),
+        record.architecture,
         dtype=compute_dtype(dtype, platform),
         attention="xla",  # a canvas has any length, and the kernels want whole blocks
-        causal=mask_of(run).causal,
+        causal=record.mask.causal,
     )
-    params = found.restore_params(
-        step, abstract_parameters(model, mesh), ema=config["optimizer"]["ema_decay"] > 0
-    )
+    params = found.restore_params(step, abstract_parameters(model, mesh), ema=record.keeps_ema)
     if isinstance(found, HuggingFace):
         tokenizer = found.tokenizer
     else:
         directory = found.directory.parent / "tokenizer"
-        tokenizer = load_same(directory, run["tokenizer"]["fingerprint"], of="the checkpoint")
-    return Pretrained(tokenizer, config, params, step, model, run, mesh)
+        tokenizer = load_same(directory, record.tokenizer.fingerprint, of="the checkpoint")
+    run = record.to_json()
+    return Pretrained(tokenizer, run["config"], params, step, model, run, mesh)

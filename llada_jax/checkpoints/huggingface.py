@@ -6,18 +6,18 @@ from pathlib import Path
 
 import numpy as np
 
-from llada_jax.checkpoints.record import run_record
+from llada_jax.checkpoints.record import RunRecord, run_record
 from llada_jax.checkpoints.workdir import find_checkpoint
 from llada_jax.config import default_config
 from llada_jax.data.tokenizer import Tokenizer, load_tokenizer
 from llada_jax.errors import UserError
 from llada_jax.hf import read
-from llada_jax.hf.convert import WRITTEN
+from llada_jax.hf.config_json import WRITTEN
 
 
 class HuggingFace:
-    """A Hugging Face directory, seen as a run that has not done a step: answers what
-    llada_jax.checkpoints.workdir.Checkpoints does.
+    """A Hugging Face directory, seen as a run that has not done a step: it answers what
+    llada_jax.checkpoints.workdir.Checkpoints answers.
 
     Args:
         directory: with config.json, safetensors and a tokenizer.
@@ -53,8 +53,8 @@ class HuggingFace:
         shift = self._stored.output_shift or self.is_new_mask
         self.architecture = dataclasses.replace(self._stored, vocab_size=rows, output_shift=shift)
 
-    def run(self, step: int) -> dict:
-        """Returns what stands in run.json of a checkpoint, as plain JSON values."""
+    def record(self, step: int) -> RunRecord:
+        """Returns the record that a workdir with these weights has at step 0."""
         config = default_config()
         for name, value in dataclasses.asdict(self.architecture).items():
             config.model[name] = value
@@ -68,7 +68,7 @@ class HuggingFace:
             self.architecture,
             self.tokenizer,
             data=[],
-            step=0,
+            step=step,
             tokens=0,
             special_ids=special_ids(self.tokenizer),
             chat_template=chat_template(self.tokenizer),
@@ -96,7 +96,7 @@ END_OF_TURN = ("<|eot_id|>", "<|im_end|>", "<|role_end|>")
 
 
 def special_ids(tokenizer: Tokenizer) -> dict[str, int]:
-    """Returns the ids of mask, eos, bos, pad and, where the tokenizer has one, eot (end of turn)."""
+    """Returns the ids of mask, eos, bos, pad and, where there is one, eot (end of turn)."""
     ids = {
         "mask": tokenizer.mask_id,
         "eos": tokenizer.eos_id,

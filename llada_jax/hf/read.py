@@ -14,7 +14,8 @@ import jax.numpy as jnp
 import numpy as np
 
 from llada_jax.errors import UserError, require
-from llada_jax.hf.convert import Tensor, architecture_from, layout_of, tensors
+from llada_jax.hf.config_json import architecture_from, layout_of
+from llada_jax.hf.convert import Tensor, tensors
 from llada_jax.models.transformer import Architecture
 from llada_jax.rng import key_for
 

@@ -6,23 +6,23 @@ tokenizer.json of the `tokenizers` library (https://huggingface.co/docs/tokenize
 the ids are the same:
 
 - SentencePiece's space mark is written as the space that it stands for, so that a text may hold the
-mark itself.
+  mark itself.
 - A unigram model with byte pieces works on bytes (the alphabet of GPT-2), where no character is
-unknown; the names of
-  special and byte pieces have a score so low that a text that spells them out is still read as
-  ordinary text.
+  unknown; the names of special and byte pieces have a score so low that a text that spells them out
+  is still read as ordinary text.
 - A BPE model lists the merges that SentencePiece derives from the scores; none leads to a special
-or byte piece.
+  or byte piece.
 """
 
 import base64
 import json
+from pathlib import Path
 
 from llada_jax.data.tokenizer import SPACE_MARK, Tokenizer
-from llada_jax.errors import UserError, require
+from llada_jax.errors import UserError, reason, require
 
-# Texts on which a converted SentencePiece model must give the ids of the original, beside the text
-# of every piece.
+# Texts on which a converted SentencePiece model must give the ids of the original, in addition to
+# the text of every piece.
 PROBES = (
     "Hello world",
     " two  spaces   three ",
@@ -33,6 +33,28 @@ PROBES = (
 )
 NEVER = -1e6  # a score that no sum of other scores falls below
 BYTE_SCORE = -1e3  # of the byte of an unknown character: below every ordinary piece, above NEVER
+
+
+def read_template(path: str) -> str:
+    """Returns the Jinja source in a file, in which jinja2 has found no mistake.
+
+    Raises:
+        UserError: the file cannot be read, or is not a template.
+    """
+    jinja2 = require("jinja2", extra="hf")
+    try:
+        template = Path(path).read_text()
+        jinja2.Environment().parse(template)
+    except (OSError, UnicodeDecodeError) as error:
+        raise UserError(
+            f"--chat-template {path} cannot be read ({reason(error)}); give a text file."
+        ) from error
+    except jinja2.TemplateSyntaxError as error:
+        raise UserError(
+            f"--chat-template {path} is not a Jinja template (line {error.lineno}: {error}); fix "
+            "that line."
+        ) from error
+    return template
 
 
 def tokenizer_files(

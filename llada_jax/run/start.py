@@ -7,8 +7,9 @@ import jax
 import numpy as np
 from jax.experimental import multihost_utils
 
+from llada_jax.checkpoints.continuation import check_continues, check_fits
 from llada_jax.checkpoints.huggingface import find_weights
-from llada_jax.checkpoints.record import check_continues, check_fits, mask_of
+from llada_jax.checkpoints.record import RunRecord
 from llada_jax.checkpoints.workdir import find_checkpoint
 from llada_jax.errors import UserError, reason
 from llada_jax.storage import remote
@@ -39,10 +40,10 @@ def writing(workdir: str):
 
 
 def first_state(
-    config, saved, local, run: dict, num_rollbacks: int, abstract, abstract_params, create
+    config, saved, local, run: RunRecord, num_rollbacks: int, abstract, abstract_params, create
 ):
     """Returns the state to start from, where it comes from, and the record of the run that it
-    continues ({} if none).
+    continues (None if none).
 
     `abstract` is the state's, `abstract_params` those of the whole network, of which the state may
     train a part; `create(seed=, params=None)` makes a state of step 0.
@@ -57,14 +58,14 @@ def first_state(
             abstract, newer_than=saved.steps[-1] if saved.steps else 0
         )
         note = note and f" ({note})"
-        if state is not None and theirs.get("rollbacks", {}).get("count", 0) < num_rollbacks:
+        if state is not None and theirs.num_rollbacks < num_rollbacks:
             state, note = None, " (the local copies are from before the rollback)"
         if state is not None:
             check_continues(theirs, run, local.directory)
             return state, f"step {int(state.step)} of {local.directory}{note}", theirs
     if saved.steps:
         step = saved.steps[-1]
-        theirs = saved.run(step)
+        theirs = saved.record(step)
         check_continues(theirs, run, saved.directory)
         return (
             saved.restore(step, abstract),
@@ -73,25 +74,24 @@ def first_state(
         )
     if config.checkpoint.restore:
         other, step = find_checkpoint(config.checkpoint.restore)
-        theirs = other.run(step)
+        theirs = other.record(step)
         check_continues(theirs, run, other.directory)
         origin = f"step {step} of {other.directory.parent} (config.checkpoint.restore)"
         return other.restore(step, abstract), origin, theirs
     if config.checkpoint.init_from:
-        other, step = find_weights(config.checkpoint.init_from, causal=mask_of(run).causal)
-        theirs = other.run(step)
+        other, step = find_weights(config.checkpoint.init_from, causal=run.mask.causal)
+        theirs = other.record(step)
         check_fits(theirs, run, other.directory)
-        has_ema = theirs["config"]["optimizer"]["ema_decay"] > 0
-        params = other.restore_params(step, abstract_params, ema=has_ema)
+        params = other.restore_params(step, abstract_params, ema=theirs.keeps_ema)
         # this passes them through jit, which makes buffers that the train step may take over (see
         # Checkpoints.restore)
         return (
             create(seed=config.seed, params=params),
             f"weights of step {step} of {config.checkpoint.init_from} "
             "(config.checkpoint.init_from)",
-            {},
+            None,
         )
-    return create(seed=config.seed), f"initialisation from seed {config.seed}{note}", {}
+    return create(seed=config.seed), f"initialisation from seed {config.seed}{note}", None
 
 
 def on_first_process(question) -> bool:

@@ -10,8 +10,6 @@ mixed in
 import json
 import math
 
-from etils import epath
-
 from llada_jax.config import knob
 from llada_jax.errors import UserError
 from llada_jax.sweeps.attempts import launch, run_index, run_local
@@ -181,14 +179,14 @@ def show_table(sweep: Sweep, *, in_json: bool, plot: str | None) -> None:
 def show_fit(sweep: Sweep, *, in_json: bool) -> None:
     """Prints IsoFLOP optima, their power laws and the parametric fit of all complete runs."""
     # imported here: scipy and jax take seconds that --list need not wait for
-    from llada_jax.models.transformer import Architecture, num_matmul_parameters
+    from llada_jax.checkpoints.record import read_run
+    from llada_jax.models.transformer import num_matmul_parameters
     from llada_jax.sweeps.scaling_law import Run, fit_isoflop, fit_lines, fit_parametric
 
     runs = []
     for result in (run.result() for run in sweep.runs):
         if result.state == "complete" and not math.isnan(result.nats_per_token):
-            run_json = json.loads((epath.Path(result.workdir) / "run.json").read_text())
-            a = Architecture(**run_json["architecture"])
+            a = read_run(result.workdir).architecture
             runs.append(
                 Run(
                     num_matmul_parameters(a) - a.d_model * a.vocab_size,

@@ -1,6 +1,7 @@
 """`llada-jax train`: from a config and a workdir to a trained, resumable model."""
 
 import contextlib
+import dataclasses
 import functools
 import tempfile
 import time
@@ -163,7 +164,7 @@ def train_on(
         architecture,
         tokenizer,
         data=data,
-        mask=objective.mask._asdict(),
+        recorded_mask=objective.mask,
         parts=provenance(own_parts(config)),
     )
     local = None
@@ -185,9 +186,9 @@ def train_on(
         create,
     )
     start_step = int(state.step)
-    if not rollbacks.count and "rollbacks" in theirs:  # of the run that was restored here
-        rollbacks = as_rollbacks(theirs["rollbacks"])
-    run["rollbacks"] = rollbacks._asdict()
+    if not rollbacks.count and theirs and theirs.rollbacks:  # of the run that was restored here
+        rollbacks = as_rollbacks(theirs.rollbacks)
+    run = dataclasses.replace(run, rollbacks=rollbacks._asdict())
     if local:
         local.drop_after(start_step)
     if start_step > num_steps:
@@ -368,7 +369,7 @@ def train_on(
 
             # 6c. Save; then, if asked to, stop.
             if must_save or must_copy:
-                record = {**run, "step": step, "tokens": step * B * T}
+                record = run.at(step, step * B * T)
                 with clock.span("checkpoint"):
                     writer.flush()
                     ledger.mark(step)

@@ -17,14 +17,14 @@ from support.transformers_versions import VERSIONS, run_python
 
 from llada_jax.cluster.sharding import AXES, make_mesh
 from llada_jax.errors import UserError
-from llada_jax.hf.convert import (
+from llada_jax.hf.config_json import (
     architecture_from,
     cannot_hold,
     choose_layout,
     hf_config,
     layout_of,
-    tensors,
 )
+from llada_jax.hf.convert import tensors
 from llada_jax.hf.read import read_params
 from llada_jax.models.model import abstract_parameters, make_model
 from llada_jax.models.transformer import Architecture

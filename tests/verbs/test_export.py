@@ -24,6 +24,7 @@ from support.transformers_versions import VERSIONS, run_python
 
 import llada_jax
 from llada_jax.__main__ import main
+from llada_jax.checkpoints.record import RunRecord
 from llada_jax.checkpoints.workdir import Checkpoints, find_checkpoint
 from llada_jax.cluster.sharding import AXES, make_mesh
 from llada_jax.config import default_config
@@ -32,7 +33,8 @@ from llada_jax.data.tokenizer import load_tokenizer
 from llada_jax.errors import UserError
 from llada_jax.hf import read, write
 from llada_jax.hf.card import heldout_result
-from llada_jax.hf.convert import hf_config, tensors
+from llada_jax.hf.config_json import hf_config
+from llada_jax.hf.convert import tensors
 from llada_jax.models.model import abstract_parameters, make_model
 from llada_jax.models.transformer import Architecture
 from llada_jax.storage.arrays import read_chunks
@@ -87,12 +89,11 @@ def write_checkpoint(
         "versions": {},
         **changes,
     }
+    record = RunRecord.from_json(json.loads(json.dumps(run)), file="test")
     saved = Checkpoints(workdir)
     # where they are, if they are on devices already
     arrays = jax.tree.map(jnp.asarray, (params, ema or {}))
-    saved.save(
-        TrainState(jnp.int32(step), arrays[0], (), arrays[1], {}), json.loads(json.dumps(run))
-    )
+    saved.save(TrainState(jnp.int32(step), arrays[0], (), arrays[1], {}), record)
     saved.close()
     return workdir
 
@@ -483,7 +484,7 @@ def test_verify_keeps_nothing_of_an_export_that_is_another_network(
         real(directory, shard, dataclasses.replace(tensor, name=name), array, dtype=dtype)
 
     real = write.put
-    monkeypatch.setattr("llada_jax.verbs.export.put", swapped)
+    monkeypatch.setattr("llada_jax.hf.write.put", swapped)
     sentence = refused("--checkpoint", workdir, "--verify", output=tmp_path / "out", status=3)
     assert "PyTorch's logits differ from ours" in sentence
 
@@ -493,15 +494,16 @@ def test_verify_keeps_nothing_of_an_export_that_is_another_network(
 
 KILLED = """
 import sys, time
+from llada_jax.hf import write
 from llada_jax.verbs import export
-real, count = export.put, []
+real, count = write.put, []
 def put(*args, **kwargs):
     real(*args, **kwargs)
     count.append(0)
     if len(count) == 9:
         print("in the middle", flush=True)
         time.sleep(600)
-export.put = put
+write.put = put
 export.main(sys.argv[1:])
 """
 
@@ -558,7 +560,7 @@ def test_force_never_removes_what_is_no_export(workdir, tmp_path, refused):
     (tmp_path / "home").mkdir()
     (tmp_path / "home" / "thesis.tex").write_text("keep me")
     for flags in ([], ["--force"]):
-        assert "holds no export" in refused(
+        assert "does not hold an export" in refused(
             "--checkpoint", workdir, *flags, output=tmp_path / "home"
         )
     assert (tmp_path / "home" / "thesis.tex").read_text() == "keep me"
@@ -685,12 +687,12 @@ def test_several_processes_write_what_one_writes(workdir, tmp_path):
 def test_what_cannot_be_exported_is_refused_with_the_reason(workdir, tmp_path, refused):
     out = tmp_path / "out"
     ours = ["--checkpoint", workdir]
-    assert "'5 loaves' is no size" in refused(*ours, "--shard-size", "5 loaves", output=out)
-    assert "'0GB' is no size" in refused(*ours, "--shard-size", "0GB", output=out)
+    assert "'5 loaves' is not a size" in refused(*ours, "--shard-size", "5 loaves", output=out)
+    assert "'0GB' is not a size" in refused(*ours, "--shard-size", "0GB", output=out)
     assert "cannot be written" in refused(*ours, "--layout", "llama", output=out)
     assert "no checkpoint of step 9" in refused("--checkpoint", f"{workdir}@9", output=out)
     assert "holds no checkpoints" in refused("--checkpoint", tmp_path, output=out)
-    assert "is no Jinja template" in refused(
+    assert "is not a Jinja template" in refused(
         *ours, "--chat-template", _file(tmp_path / "bad.jinja", "{% if %}"), output=out
     )
     assert "cannot be read" in refused(*ours, "--chat-template", tmp_path / "absent", output=out)
@@ -753,7 +755,7 @@ def test_a_flipped_number_is_found_by_its_checksum(workdir, tmp_path, refused, m
     real = read_chunks
     monkeypatch.setattr("llada_jax.checkpoints.workdir.read_chunks", flipped)
     sentence = refused("--checkpoint", workdir, output=tmp_path / "out")
-    assert "params/blocks/q has not the checksum" in sentence
+    assert "params/blocks/q does not match its saved checksum" in sentence
 
 
 @pytest.mark.parametrize("read_bytes", [1, 3_000, 10**9])
@@ -873,7 +875,7 @@ def test_a_hub_that_refuses_is_told_before_the_work_and_an_upload_that_fails_kee
     )
     monkeypatch.setattr("huggingface_hub.HfApi", FakeHub([], fails_at="whoami"))
     sentence = refused("--checkpoint", workdir, "--push-to-hub", "me/model", output=out)
-    assert "the hub does not know you (whoami answers 403 Forbidden)" in sentence
+    assert "you are not logged in to the Hub (whoami answers 403 Forbidden)" in sentence
     monkeypatch.setattr("huggingface_hub.HfApi", FakeHub([], fails_at="upload_folder"))
     assert (
         main(

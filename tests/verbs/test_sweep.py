@@ -24,12 +24,14 @@ import yaml
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from support.paths import ROOT
+from support.records import small_record
 from support.required import library
 from support.runs import SMALL_RUN, metric_lines
 
 from llada_jax.__main__ import main
 from llada_jax.config import apply_override, default_config, knob
 from llada_jax.errors import UserError
+from llada_jax.models.transformer import Architecture
 from llada_jax.sweeps import grid
 from llada_jax.sweeps.attempts import Attempts
 from llada_jax.sweeps.results import effects, rank_correlation, ranked, read_result, sparkline
@@ -682,7 +684,8 @@ def test_fit_of_a_sweep_reads_sizes_and_tokens_from_the_runs(config, call, tmp_p
             "head_dim": 1,
             "d_ff": d_model,
         }
-        (workdir / "run.json").write_text(json.dumps({"architecture": fields}))
+        record = small_record(architecture=Architecture(**fields))
+        (workdir / "run.json").write_text(json.dumps(record.to_json()))
         best = 57344 * (compute / 1e12) ** 0.5  # 14 * 64**2
         loss = 3 + 0.1 * math.log(size / best) ** 2
         train = {"step": 10, "train": {"bits_per_byte": 4.0, "tokens": compute / 6 / size}}
