@@ -26,7 +26,7 @@ lint: .venv/installed-dev
 	$(BIN)/ruff format --check .
 
 clean:
-	rm -rf .venv runs
+	rm -rf .venv .venv-newest runs
 
 .venv/bin/python:
 	$(PYTHON) -c 'import sys; v = sys.version_info; assert v >= (3, 11), f"Python {v.major}.{v.minor} is too old: 3.11 or newer is needed; try make PYTHON=python3.12"'

@@ -11,8 +11,16 @@ HF = ["tokenizers>=0.20", "safetensors>=0.4.5", "huggingface_hub>=0.30", "jinja2
 GS, S3 = ["gcsfs>=2024.6"], ["s3fs>=2024.6"]
 SWEEP = ["matplotlib>=3.8"]
 OPTUNA = ["optuna>=4,<6"]
+# what most tests need; jax[tpu] brings requests, with which a TPU VM finds its place in its slice
+TEST = [
+    "pytest>=8",
+    "pytest-xdist>=3.6",
+    "hypothesis>=6.100",
+    "tensorboard>=2.18",
+    "requests>=2.32",
+]
 DEV = [
-    *("pytest>=8", "pytest-xdist>=3.6", "hypothesis>=6.100", "ruff>=0.12", "tensorboard>=2.18"),
+    "ruff>=0.12",
     # exactly this one: it is found for the CPU, where a range would fetch gigabytes for GPUs
     *("torch==2.13.0", "transformers>=5.0,<6"),
     *(
@@ -37,6 +45,9 @@ setup(
         "Intended Audience :: Science/Research",
         "Operating System :: POSIX :: Linux",
         "Programming Language :: Python :: 3",
+        "Programming Language :: Python :: 3.11",
+        "Programming Language :: Python :: 3.12",
+        "Programming Language :: Python :: 3.13",
         "Topic :: Scientific/Engineering :: Artificial Intelligence",
         "Typing :: Typed",
     ],
@@ -44,7 +55,7 @@ setup(
     packages=find_packages(include=["llada_jax", "llada_jax.*"]),
     package_data={"llada_jax": ["py.typed", "data/*.xz", "data/*.md"]},
     install_requires=[
-        "jax>=0.10.2,<0.12",
+        "jax>=0.10.2,<0.13",
         "flax>=0.12.8,<0.13",
         "optax>=0.2.8,<0.3",
         "orbax-checkpoint>=0.12.8,<0.13",
@@ -62,8 +73,8 @@ setup(
         "pyyaml>=6",
     ],
     extras_require={
-        "tpu": ["jax[tpu]>=0.10.2,<0.12"],
-        "cuda": ["jax[cuda13]>=0.10.2,<0.12"],
+        "tpu": ["jax[tpu]>=0.10.2,<0.13"],
+        "cuda": ["jax[cuda13]>=0.10.2,<0.13"],
         "data": DATA,
         "gs": GS,
         "s3": S3,
@@ -71,7 +82,8 @@ setup(
         "torch": [*HF, "torch>=2.4", "transformers>=4.49,<6"],
         "sweep": SWEEP,
         "optuna": OPTUNA,
-        "dev": [*DATA, *HF, *GS, *S3, *SWEEP, *OPTUNA, *DEV],
+        "test": [*DATA, *HF, *TEST],
+        "dev": [*DATA, *HF, *GS, *S3, *SWEEP, *OPTUNA, *TEST, *DEV],
     },
     entry_points={"console_scripts": ["llada-jax = llada_jax.__main__:main"]},
 )

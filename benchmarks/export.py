@@ -33,7 +33,7 @@ workdir, architecture = sys.argv[1], json.loads(sys.argv[2])
 tokenizer = load_tokenizer("bytes")
 tokenizer.save(workdir + "/tokenizer")
 model = make_model(Architecture(**architecture))
-mesh = sharding.make_mesh({**dict.fromkeys(sharding.AXES, 1), "fsdp": -1})
+mesh = sharding.make_mesh({"fsdp": -1})
 params = jax.jit(model.init, out_shardings=parameter_shardings(model, mesh))(jax.random.key(0))
 run = {"config": default_config().to_dict(), "architecture": architecture, "data": [], "tokens": 0,
        "tokenizer": {"kind": "bytes", "vocab_size": 260, "fingerprint": tokenizer.fingerprint}}

@@ -18,8 +18,8 @@ import time
 from pathlib import Path
 
 from llada_jax.data.loader import train_batches
+from llada_jax.data.preparation import prepare
 from llada_jax.data.text import Cut
-from llada_jax.verbs.prepare import prepare
 
 CORPUS = Path(__file__).resolve().parents[1] / "llada_jax/data/austen6.txt.xz"
 TOKENS_PER_BATCH = 65_536

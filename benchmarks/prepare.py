@@ -20,9 +20,9 @@ import tempfile
 import time
 from pathlib import Path
 
+from llada_jax.data.preparation import prepare
 from llada_jax.data.text import Cut
-from llada_jax.data.tokenizer import train_sentencepiece
-from llada_jax.verbs.prepare import prepare
+from llada_jax.data.tokenizer_training import train_sentencepiece
 
 CORPUS = Path(__file__).resolve().parents[1] / "llada_jax/data/austen6.txt.xz"
 VOCAB_SIZE = 8000

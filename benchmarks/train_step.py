@@ -120,7 +120,7 @@ class JaxSide:
         )
         objective = masked_diffusion(mask_id=size["vocab_size"] - 1, eps=P_MIN)
         B, T = size["batch_size"], size["sequence_length"]
-        jax.set_mesh(sharding.make_mesh(dict.fromkeys(sharding.AXES, 1)))
+        jax.set_mesh(sharding.one_device_mesh())
         metrics = abstract_metrics(
             objective, self.model.abstract, num_rows=B, sequence_length=T
         )

@@ -14,7 +14,7 @@ VERBS = {
     "train": ("train", "records + config -> a trained, resumable workdir"),
     "rollback": (
         "rollback",
-        "workdir -> the same at an earlier step, without the data that followed",
+        "workdir -> the same run at an earlier step, without the data that followed",
     ),
     "sample": ("sample", "workdir + prompt -> text"),
     "evaluate": ("evaluate", "workdir + records -> held-out likelihood bound"),
@@ -27,7 +27,10 @@ VERBS = {
 
 def usage() -> str:
     lines = "\n".join(f"  {verb:<10}{summary}" for verb, (_, summary) in VERBS.items())
-    return f"usage: llada-jax VERB [flags]\n\n{lines}\n\nllada-jax VERB --help shows the flags of each."
+    return (
+        f"usage: llada-jax VERB [flags]\n\n{lines}\n\n"
+        "llada-jax VERB --help shows the flags of each."
+    )
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -44,7 +47,9 @@ def main(argv: list[str] | None = None) -> int:
             return 0
         module, _ = look_up(VERBS, argv[0], "verb")
         importlib.import_module(f"llada_jax.verbs.{module}").main(argv[1:])
-    except Preempted as error:  # all processes of the run stop at the same step, and part in order
+    # Not with the errors below: all processes of the run stop at the same step, so that each can
+    # take its leave of the others in order.
+    except Preempted as error:
         print(f"llada-jax: {error}", file=sys.stderr)
         return error.exit_status
     except (UserError, NumericsError, LostPeer) as error:
@@ -54,7 +59,9 @@ def main(argv: list[str] | None = None) -> int:
     except KeyboardInterrupt:
         print("llada-jax: interrupted.", file=sys.stderr)
         return 130
-    except BrokenPipeError:  # the reader of our stdout (head, less) has gone: not an error
+    # The reader of our stdout (head, less) has gone, which is not an error. Python would complain
+    # about it once more when it flushes stdout at its exit, and so stdout leads nowhere from here.
+    except BrokenPipeError:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 0
     except Exception:
@@ -66,13 +73,15 @@ def main(argv: list[str] | None = None) -> int:
 
 
 def is_one_of_several() -> bool:
+    """Whether this process is part of a run of several; does not import JAX to find out."""
     jax = sys.modules.get("jax")
     return jax is not None and jax.distributed.is_initialized()
 
 
 def leave_the_others(status: int) -> None:
-    """Ends a process that fails alone at once: JAX's exit handler would wait for the others, which
-    wait for this one.
+    """Ends a process that fails alone, at once and without exit handlers.
+
+    JAX's exit handler would wait for the other processes, which wait for this one.
     """
     if is_one_of_several():
         sys.stdout.flush()

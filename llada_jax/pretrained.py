@@ -114,7 +114,7 @@ def load(checkpoint: str, *, dtype: str = "auto", mesh: Mesh | None = None) -> P
     found, step = find_weights(checkpoint, causal=True)
     record = found.record(step)
     if mesh is None:
-        mesh = sharding.make_mesh(dict.fromkeys(sharding.AXES, 1), devices=jax.local_devices()[:1])
+        mesh = sharding.one_device_mesh()
     platform = sharding.platform(mesh)
     model = make_model(
         record.architecture,

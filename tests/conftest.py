@@ -32,14 +32,17 @@ from support.runs import Runs  # noqa: E402
 # The files that take longest come first, so that what is left for the end is short: one worker runs
 # a whole file.
 LONGEST = (
-    "verbs/test_plan",
+    "planning/test_check",
     "launch/test_slurm",
     "verbs/test_train",
     "whole_runs/test_resume",
     "whole_runs/test_meshes",
     "storage/test_remote",
     "checkpoints/test_workdir",
-    "whole_runs/test_errors",
+    "whole_runs/test_errors_of_checkpoints",
+    "whole_runs/test_stops_by_signals",
+    "whole_runs/test_errors_of_configs",
+    "whole_runs/test_errors_of_numbers",
     "verbs/test_export",
     "whole_runs/test_netns",
     "verbs/test_sweep",

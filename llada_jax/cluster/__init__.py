@@ -1,3 +1,3 @@
-"""Devices and processes: meshes and shardings, hardware, compiler flags, and how processes meet and
+"""Devices and processes: hardware, meshes and shardings, compiler flags, and how processes meet and
 stop.
 """

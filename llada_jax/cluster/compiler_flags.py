@@ -1,4 +1,10 @@
-"""Named presets of compiler flags for TPUs and GPUs."""
+"""Named presets of compiler flags for TPUs and GPUs.
+
+They hold what published recipes set beyond the compilers' defaults: MaxText's xla_flags_library.py
+and its v5p, Trillium and Ironwood recipes; NVIDIA's JAX-Toolbox for GPUs. Whether they help a given
+run has to be measured. A compiler ends the process at a flag that it does not know, so
+tests/cluster/test_compiler_flags.py gives all of them to the installed compilers.
+"""
 
 from llada_jax.errors import look_up
 
@@ -14,7 +20,10 @@ _SCATTER_LAYOUT = (
     "--xla_tpu_relayout_group_size_threshold_for_reduce_scatter=1 "
     "--xla_tpu_assign_all_reduce_scatter_layout=true"
 )
-_OVERLAP_DATA = "--xla_tpu_enable_data_parallel_all_reduce_opt=true --xla_tpu_data_parallel_opt_different_sized_ops=true"
+_OVERLAP_DATA = (
+    "--xla_tpu_enable_data_parallel_all_reduce_opt=true "
+    "--xla_tpu_data_parallel_opt_different_sized_ops=true"
+)
 _GPU = (
     "--xla_gpu_enable_latency_hiding_scheduler=true --xla_gpu_enable_command_buffer= "
     "--xla_gpu_all_reduce_combine_threshold_bytes=1073741824 "
@@ -26,28 +35,39 @@ _GPU = (
     "--xla_gpu_enable_all_gather_combine_by_dim=false "
     "--xla_gpu_enable_reduce_scatter_combine_by_dim=false"
 )
-# name of a preset -> environment variables; read before JAX starts its backend, so a launcher sets
-# them
+# {name of a preset: environment variables}. The compilers read them when JAX starts its backend, so
+# a launcher sets them before `llada-jax` starts; a knob of the config would come too late.
 FLAGS = {
     "v5e": {"LIBTPU_INIT_ARGS": _OVERLAP_GATHER},
     "v5p": {
-        "LIBTPU_INIT_ARGS": f"{_OVERLAP_GATHER} --xla_tpu_megacore_fusion_allow_ags=false "
-        "--xla_enable_async_collective_permute=true --xla_tpu_enable_ag_backward_pipelining=true"
+        "LIBTPU_INIT_ARGS": (
+            f"{_OVERLAP_GATHER} --xla_tpu_megacore_fusion_allow_ags=false "
+            "--xla_enable_async_collective_permute=true "
+            "--xla_tpu_enable_ag_backward_pipelining=true"
+        )
     },
     "v6e": {
-        "LIBTPU_INIT_ARGS": f"{_OVERLAP_GATHER} {_SCATTER_LAYOUT} --xla_tpu_scoped_vmem_limit_kib=98304"
+        "LIBTPU_INIT_ARGS": (
+            f"{_OVERLAP_GATHER} {_SCATTER_LAYOUT} --xla_tpu_scoped_vmem_limit_kib=98304"
+        )
     },
     "tpu7x": {
-        "LIBTPU_INIT_ARGS": "--xla_tpu_scoped_vmem_limit_kib=61440 --xla_tpu_bf16_emission_mode=NATIVE_EMISSION "
-        "--xla_tpu_enable_sparse_core_collective_offload_all_reduce=true "
-        "--xla_tpu_use_single_sparse_core_for_all_gather_offload=true"
+        "LIBTPU_INIT_ARGS": (
+            "--xla_tpu_scoped_vmem_limit_kib=61440 "
+            "--xla_tpu_bf16_emission_mode=NATIVE_EMISSION "
+            "--xla_tpu_enable_sparse_core_collective_offload_all_reduce=true "
+            "--xla_tpu_use_single_sparse_core_for_all_gather_offload=true"
+        )
     },
+    # Between TPU slices; combine it with the chip's own preset.
     "multislice": {"LIBTPU_INIT_ARGS": _OVERLAP_DATA},
-    # silent data corruption: everything is computed five times more and compared, so for a few
-    # steps only
+    # Finds silent data corruption: everything is computed five more times and compared, so use it
+    # for a few steps only.
     "sdc-check": {
-        "LIBTPU_INIT_ARGS": "--xla_tpu_enable_sdc_checker=true --xla_tpu_sdc_check_halt_on_detection=true "
-        "--xla_tpu_sdc_replicate_llo=true --xla_tpu_sdc_check_repeat_count=5"
+        "LIBTPU_INIT_ARGS": (
+            "--xla_tpu_enable_sdc_checker=true --xla_tpu_sdc_check_halt_on_detection=true "
+            "--xla_tpu_sdc_replicate_llo=true --xla_tpu_sdc_check_repeat_count=5"
+        )
     },
     "gpu": {"XLA_FLAGS": _GPU, "XLA_PYTHON_CLIENT_MEM_FRACTION": "0.9"},
     "hopper": {
@@ -59,10 +79,14 @@ FLAGS = {
 
 
 def flags_named(names: str) -> dict[str, str]:
-    """Returns the environment variables of presets joined by "+", such as "v6e+multislice"; ""
-    gives none.
+    """Returns the environment variables of presets joined by "+", as in "v6e+multislice"; "" has
+    none.
 
-    Compiler flags of several presets follow each other; UserError for a name that is not in FLAGS.
+    Where several presets set compiler flags, the flags are appended; any other variable is that of
+    the last preset.
+
+    Raises:
+        UserError: a name is not in FLAGS.
     """
     environment = {}
     for name in names.split("+") if names else ():

@@ -1,9 +1,9 @@
 """Joining the other processes of a run, and leaving when one of them is gone.
 
-JAX's own distributed runtime does the work. Its heartbeat ends a process that has lost another with
-SIGABRT, and its exit handler waits minutes for processes that will not come; both would hide from a
-scheduler that the run should be started again. Here a lost process, a step that hangs and a start
-that times out end with status 42, and say so in one sentence.
+JAX's own distributed runtime does the work. But when a process has lost another one, its heartbeat
+ends it with SIGABRT, and its exit handler waits minutes for processes that will not come. Both
+would hide from a scheduler that the run should be started again. Here a lost process, a step that
+hangs and a start that times out end with status 42, and say why in one sentence.
 """
 
 import contextlib
@@ -24,11 +24,12 @@ import jax
 
 from llada_jax.errors import LostPeer, UserError
 
-WAITING_S = 15.0  # between two lines about who is missing at the start
+# Seconds between two lines about who is missing at the start.
+WAITING_S = 15.0
 EXPLICIT = ("JAX_COORDINATOR_ADDRESS", "JAX_NUM_PROCESSES", "JAX_PROCESS_ID")
 
-# what JAX says when another process, or the way to it, is gone: status codes, and the collectives
-# of CPUs and GPUs
+# Words of JAX's errors when another process, or the way to it, is gone: status codes, and the
+# libraries that do the collectives of CPUs and GPUs.
 _LOST = (
     "UNAVAILABLE",
     "DEADLINE_EXCEEDED",
@@ -40,28 +41,26 @@ _LOST = (
     "heartbeat",
     "oordination",
 )
-_NOT_LOST = (
-    "RESOURCE_EXHAUSTED",
-    "INVALID_ARGUMENT",
-    "UNIMPLEMENTED",
-)  # memory and bugs: starting again does not help
+# Memory and bugs, where starting again does not help. They win, because their messages may quote
+# any of the words above.
+_NOT_LOST = ("RESOURCE_EXHAUSTED", "INVALID_ARGUMENT", "UNIMPLEMENTED")
 
 
 def initialize(*, initialization_timeout_s: int = 300, heartbeat_timeout_s: int = 100) -> None:
     """Joins the other processes of the run; does nothing where the environment names none.
 
-    In this order: JAX_COORDINATOR_ADDRESS, JAX_NUM_PROCESSES and JAX_PROCESS_ID (all three, or
-    none), as the launchers set them; the tasks of an `srun`; the hosts of a TPU slice (GKE and
-    Cloud TPU VMs), which JAX finds by itself.
+    The first of these that is there decides: JAX_COORDINATOR_ADDRESS, JAX_NUM_PROCESSES and
+    JAX_PROCESS_ID (all three, or none), as the launchers set them; the tasks of an `srun`; the
+    hosts of a TPU slice (GKE and Cloud TPU VMs), which JAX finds by itself.
 
     Args:
         initialization_timeout_s: how long the processes wait for each other.
-        heartbeat_timeout_s: a process that has not been heard for so long is lost, and all others
-            end.
+        heartbeat_timeout_s: a process that has not been heard of for so long counts as lost, and
+            all others end.
 
     Raises:
         UserError: the environment contradicts itself, or names only some of the hosts.
-        LostPeer: the others have not come in time.
+        LostPeer: the other processes did not join in time.
     """
     if jax.distributed.is_initialized():
         return
@@ -80,61 +79,60 @@ def initialize(*, initialization_timeout_s: int = 300, heartbeat_timeout_s: int 
         flush=True,
     )
     began = time.monotonic()
-    remedy = "start the same command on every host, let them reach that address and port, then start again"
+    remedy = (
+        "check that the same command runs on every host and that each can reach that address and "
+        "port, then start all of them again"
+    )
     _on_abort(
         lambda: (
             f"Not all processes met within {initialization_timeout_s} s at {where} "
-            f"({seen(place)}); {remedy}."
+            f"({who_has_joined(place)}); {remedy}."
         )
     )
     try:
-        with saying(lambda: seen(place)):
+        with reporting_wait(lambda: who_has_joined(place)):
             jax.distributed.initialize(
-                **(
-                    arguments or {}
-                ),  # what JAX finds by itself, it also needs to choose the devices of a process
+                # Without arguments JAX asks the cluster again: it needs more of the answer than
+                # `place` holds, to choose the devices of each process.
+                **(arguments or {}),
                 initialization_timeout=initialization_timeout_s,
                 heartbeat_timeout_seconds=heartbeat_timeout_s,
             )
-    except RuntimeError as error:  # also JAX's own: what stood in the way before the waiting began
+    # JaxRuntimeError is one too: an obstacle that JAX meets before the waiting begins.
+    except RuntimeError as error:
         raise LostPeer(
             f"The processes could not meet at {where} ({_first_line(error)}); {remedy}."
         ) from error
     _on_abort(
         lambda: (
             "The runtime has ended this process, most likely because another one is gone (its "
-            "words stand above); the same "
-            "command continues."
+            "message is above); the same command continues the run."
         )
     )
     print(
         f"joined      {jax.process_count()} processes in {time.monotonic() - began:.1f} s; this is "
-        "number "
-        f"{jax.process_index()}",
+        f"number {jax.process_index()}",
         file=sys.stderr,
         flush=True,
     )
 
 
 def meet(name: str, *, timeout_s: int) -> None:
-    """Waits until every process has come to the place of this name, for at most `timeout_s`; 0: a
-    day.
+    """Waits until every process has called it with this name, for at most `timeout_s` (0: a day).
 
-    Before a first collective: gloo gives the others 30 s to come to it, and compiling takes longer
-    where the cache has nothing for a process (only the first one writes to it).
+    Call it before a first collective. There gloo waits only 30 s for the other processes, and one
+    that still compiles takes longer: only process 0 writes to the compilation cache, so that the
+    others may have to compile what it finds there.
     """
     if jax.process_count() > 1:
-        from jax._src.distributed import (
-            global_state,  # the barriers of the public API are collectives themselves
-        )
+        # The barriers of the public API are collectives themselves.
+        from jax._src.distributed import global_state
 
         global_state.client.wait_at_barrier(name, (timeout_s or 86_400) * 1000)
 
 
 def explicit_arguments(environment) -> dict | None:
-    """Returns the arguments that the launcher's three variables state, or None when none of them is
-    set.
-    """
+    """Returns the arguments that the launcher's three variables state, None if none is set."""
     given = {name: environment[name] for name in EXPLICIT if environment.get(name)}
     if not given:
         return None
@@ -156,14 +154,16 @@ def explicit_arguments(environment) -> dict | None:
         )
     if ":" not in address:
         raise UserError(
-            f"{EXPLICIT[0]}={address} names no port; write HOST:PORT, the same in every process."
+            f"{EXPLICIT[0]}={address} has no port; write HOST:PORT, the same in every process."
         )
     return {"coordinator_address": address, "num_processes": count, "process_id": number}
 
 
 def is_cluster(environment) -> bool:
-    """Whether this process is one of several that a scheduler or a TPU slice started, so that JAX
-    can find the others.
+    """Whether a scheduler or a TPU slice started this process as one of several.
+
+    JAX can then find the others by itself. SLURM_NTASKS alone does not mean that: it is also set in
+    the batch script, which runs once.
     """
     if int(environment.get("SLURM_NTASKS", "1")) > 1 and "SLURM_STEP_NODELIST" in environment:
         return True
@@ -176,45 +176,41 @@ def is_cluster(environment) -> bool:
 
 
 def slice_hosts(environment) -> list[str]:
-    """Returns the hosts of the TPU slice that this host belongs to, as GKE names them; []
-    elsewhere.
-    """
+    """Returns the hosts of the TPU slice of this host, as GKE names them; [] elsewhere."""
     named = environment.get("TPU_PROCESS_ADDRESSES") or environment.get("TPU_WORKER_HOSTNAMES", "")
     return [host for host in named.split(",") if host]
 
 
 def num_slice_hosts(environment) -> int:
-    """Returns how many hosts the TPU slices of this run have together; 0 where this is no host of a
-    slice.
-    """
+    """Returns how many hosts the TPU slices of this run have together, 0 outside of a slice."""
     if hosts := slice_hosts(environment):
         return len(hosts) * int(environment.get("MEGASCALE_NUM_SLICES", "1"))
-    # the public jax.distributed.initialize asks these, too, but does not tell what it heard
-    from jax._src.clusters.cloud_tpu_cluster import (
-        GceTpuCluster,  # asks the metadata server of a Cloud TPU VM
-    )
+    # Asks the metadata server of a Cloud TPU VM. The public jax.distributed.initialize asks it too,
+    # but does not hand out the answer.
+    from jax._src.clusters.cloud_tpu_cluster import GceTpuCluster
 
     return GceTpuCluster.get_process_count() if GceTpuCluster.is_env_present() else 0
 
 
 def check_hosts(environment, arguments: dict | None) -> None:
-    """Raises UserError for a start on fewer hosts than the slice has: libtpu would wait for the
-    others for ever.
+    """Raises UserError for a start on fewer hosts than the slice has.
+
+    libtpu would wait for the other hosts for ever, without a message.
     """
+    # Without arguments JAX takes the number from where num_slice_hosts does; CPUs compute alone.
     if arguments is None or environment.get("JAX_PLATFORMS", "").startswith("cpu"):
-        return  # JAX itself takes the number from where num_slice_hosts does; CPUs compute alone
+        return
     num_hosts = num_slice_hosts(environment)
     if num_hosts > 1 and arguments["num_processes"] != num_hosts:
         raise UserError(
             f"JAX_NUM_PROCESSES={arguments['num_processes']}, but the TPU slices that this host "
-            f"belongs to have {num_hosts} "
-            "hosts, which compute only together; start one process on each."
+            f"belongs to have {num_hosts} hosts, which compute only together; start one process on "
+            "each."
         )
 
 
 def place_in_cluster(timeout_s: int) -> dict:
-    """Returns the address, the number of processes and the number of this one, as JAX finds them in
-    a cluster.
+    """Returns the arguments of jax.distributed.initialize, as JAX finds them in a cluster.
 
     Raises:
         LostPeer: the name of the first host does not resolve yet, or the cluster does not answer.
@@ -222,7 +218,7 @@ def place_in_cluster(timeout_s: int) -> dict:
     from jax._src.clusters import ClusterEnv
 
     try:
-        with saying(lambda: "the address of the first host is not known yet"):
+        with reporting_wait(lambda: "the address of the first host is not known yet"):
             address, count, number, _ = ClusterEnv.auto_detect_unset_distributed_params(
                 None, None, None, None, None, timeout_s
             )
@@ -230,14 +226,16 @@ def place_in_cluster(timeout_s: int) -> dict:
         raise LostPeer(
             f"This cluster does not say where the processes meet ({_first_line(error)})."
         ) from error
-    if None in (address, count, number):  # chips, but no slice: one host
+    # A host with chips that belongs to no slice is alone.
+    if None in (address, count, number):
         return {"coordinator_address": "", "num_processes": 1, "process_id": 0}
     return {"coordinator_address": address, "num_processes": int(count), "process_id": int(number)}
 
 
 def leave_no_proxy(environment, arguments: dict | None) -> None:
-    """Keeps the traffic between the processes off a proxy, which would swallow it (jax warns, and
-    then hangs).
+    """Keeps the traffic between the processes away from a proxy.
+
+    A proxy would swallow it: jax warns, and then hangs.
     """
     if any(
         environment.get(name)
@@ -248,23 +246,24 @@ def leave_no_proxy(environment, arguments: dict | None) -> None:
             environment[name] = ",".join(filter(None, (environment.get(name), host)))
 
 
-def seen(place: dict) -> str:
-    """Returns what this process can tell about who has come: the first counts its connections, the
-    others knock.
+def who_has_joined(place: dict) -> str:
+    """Returns what this process can find out about who has joined.
+
+    Process 0 counts the connections to its port; the others try to connect to it.
     """
     host, port = place["coordinator_address"].rsplit(":", 1)
     if place["process_id"] == 0:
-        return f"{num_connections(int(port))} of {place['num_processes']} had come"
+        return f"{num_connections(int(port))} of {place['num_processes']} have joined"
     try:
         socket.create_connection((host, int(port)), timeout=3).close()
     except OSError as error:
         return f"nothing answers there: {error}"
-    return "process 0 answers there, but waits for others"
+    return "process 0 answers there, but waits for other processes"
 
 
 @contextlib.contextmanager
-def saying(words):
-    """Says every WAITING_S seconds for how long that has been so, and `words()`."""
+def reporting_wait(words):
+    """Within its `with` block, prints the time waited and `words()` every WAITING_S seconds."""
     began, ended = time.monotonic(), threading.Event()
 
     def say() -> None:
@@ -283,7 +282,10 @@ def saying(words):
 
 
 def num_connections(port: int) -> int:
-    """Returns how many established TCP connections end at a local port (Linux's own table of them)."""
+    """Returns how many established TCP connections end at a local port.
+
+    Read from Linux's own table, in which 01 means established.
+    """
     rows = [
         line.split()
         for table in ("tcp", "tcp6")
@@ -293,14 +295,14 @@ def num_connections(port: int) -> int:
 
 
 def _on_abort(sentence) -> None:
-    """From here on, an abort of the native runtime ends this process with status 42 and a sentence,
-    not with SIGABRT (134).
+    """Makes an abort of the native runtime end this process with status 42 and `sentence()`.
 
-    The heartbeat's only way to end a process is abort(), on a thread of its own. A handler of
-    Python's `signal` module would never run, because Python runs it later, on the main thread; one
-    that C calls runs at once.
+    Otherwise it would end with SIGABRT, status 134. The heartbeat's only way to end a process is
+    abort(), on a thread of its own. A handler of Python's `signal` module would never run, because
+    Python runs it later, on the main thread; one that C calls runs at once.
     """
-    global _abort_handler  # kept: C holds only its address
+    # Kept in a global: C holds only its address, and Python would free it.
+    global _abort_handler
     _abort_handler = ctypes.CFUNCTYPE(None, ctypes.c_int)(
         lambda number: leave(sentence(), LostPeer)
     )
@@ -318,8 +320,8 @@ def leave(sentence: str, kind) -> None:
 def is_lost_peer(error: BaseException) -> bool:
     """Whether an error of the runtime means that another process, or the way to it, is gone."""
     text = str(error)
-    # the same failure is a JaxRuntimeError where a step is dispatched, and a ValueError where its
-    # result is read
+    # The same failure is a JaxRuntimeError where a step is dispatched, and a ValueError where its
+    # result is read.
     is_ours = isinstance(error, jax.errors.JaxRuntimeError) or (
         isinstance(error, ValueError) and re.match(r"[A-Z_]+: ", text) is not None
     )
@@ -336,14 +338,13 @@ def _first_line(reason) -> str:
 
 
 class Watchdog:
-    """Ends the process with status 42, and the stacks of all threads, when nothing has happened for
-    too long.
+    """Ends the process with status 42 and prints all stacks when nothing happens for too long.
 
         with Watchdog(timeout_s=1800) as watchdog:
             watchdog.beat("step 7")          # whenever something has happened
 
-    A collective that waits for a host which is alive but stuck never returns and no heartbeat
-    notices; neither does a file system that hangs. `timeout_s` 0 watches nothing.
+    A collective that waits for a host which is alive but stuck never returns, and the heartbeat
+    does not notice; the same holds for a file system that hangs. `timeout_s` 0 turns it off.
     """
 
     def __init__(self, timeout_s: float):
@@ -353,7 +354,7 @@ class Watchdog:
         self._thread = threading.Thread(target=self._watch, name="watchdog", daemon=True)
 
     def beat(self, what: str) -> None:
-        """Something has happened: the clock starts anew."""
+        """Records that something has happened: the clock starts again."""
         self._last, self._what = time.monotonic(), what
 
     def __enter__(self):
@@ -372,9 +373,7 @@ class Watchdog:
                 faulthandler.dump_traceback(all_threads=True)
                 leave(
                     f"Nothing has happened for {silent_s:.0f} s since {self._what} "
-                    "(config.distributed.step_timeout_s="
-                    f"{self._timeout_s:g}); the stacks of all threads stand above, and the same "
-                    "command continues from the "
-                    "last checkpoint.",
+                    f"(config.distributed.step_timeout_s={self._timeout_s:g}); the stacks of all "
+                    "threads are above, and the same command continues from the last checkpoint.",
                     LostPeer,
                 )

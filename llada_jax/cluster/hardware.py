@@ -1,9 +1,9 @@
-"""Accelerators: what each chip can do, how many sit in a host, and what the slices are called.
+"""Accelerators: what each chip can do, how many are in a host, and what the slices are called.
 
-One table for everything that asks about hardware: the metrics (model FLOP utilisation), the plan
-(memory, time, compiling for an absent slice) and the launchers (machine types, topologies, hosts).
-Peaks are dense bfloat16 without sparsity. A figure that is not known is absent, never guessed:
-`peak_flops` answers None and no utilisation is reported.
+One table answers everything that asks about hardware: the log of a run (model FLOP utilisation),
+planning (memory, time, compiling for an absent slice) and the launchers (topologies, hosts). Peaks
+are dense bfloat16 without sparsity. A figure that is not known is absent and never guessed:
+`peak_flops` returns None, and no utilisation is reported.
 """
 
 import math
@@ -17,7 +17,7 @@ GIB = 2**30
 
 @dataclass(frozen=True, kw_only=True)
 class Accelerator:
-    """One kind of chip. All figures are of one chip; a JAX device is `1 / devices_per_chip` of it.
+    """One kind of chip. All figures are per chip; a JAX device is `1 / devices_per_chip` of it.
 
     Attributes:
         name: what users call it: "v5p", "h100".
@@ -31,10 +31,10 @@ class Accelerator:
         chips_per_host: chips of one virtual machine of a multi-host slice, or GPUs of one node.
         gke_accelerator: value of the node label gke-tpu-accelerator or gke-accelerator ("" if not
             offered on GKE).
-        machine_types: chips of a machine -> its Compute Engine machine type.
         tpu_vm_runtime: software version for TPU VMs and queued resources ("" where there are none).
-        aot_name: the first half of the topology name that JAX compiles for ("v5:4x4x4"); "" for
-            GPUs.
+        chips_per_tpu_vm: chips of the largest single TPU VM (0 where there are none).
+        aot_name: the first half of the topology name that JAX compiles for, ahead of time
+            ("v5:4x4x4"); "" for GPUs.
         aot_chip_config: libtpu's name of the chip mode that real slices run in ("" for its own
             default).
     """
@@ -50,8 +50,8 @@ class Accelerator:
     devices_per_chip: int = 1
     chips_per_host: int
     gke_accelerator: str
-    machine_types: dict[int, str]
     tpu_vm_runtime: str = ""
+    chips_per_tpu_vm: int = 0
     aot_name: str = ""
     aot_chip_config: str = ""
 
@@ -59,13 +59,21 @@ class Accelerator:
     def platform(self) -> str:
         return "tpu" if self.aot_name else "gpu"
 
+    @property
+    def peak_flops_per_device(self) -> float:
+        return self.peak_flops / self.devices_per_chip
+
+    @property
+    def usable_bytes_per_device(self) -> int:
+        return self.usable_hbm_bytes // self.devices_per_chip
+
 
 @dataclass(frozen=True, kw_only=True)
 class Slice:
-    """Chips joined by ICI, as ordered under one name such as "v5p-128".
+    """Chips joined by ICI, as ordered under one name such as "v5p-128"; or a number of GPUs.
 
     Attributes:
-        topology: chips along each axis of the mesh or torus, e.g. (4, 4, 4).
+        topology: chips along each axis of the mesh or torus, e.g. (4, 4, 4). GPUs: (their number,).
     """
 
     name: str
@@ -92,36 +100,24 @@ class Slice:
 
     @property
     def num_hosts(self) -> int:
-        """GKE virtual machines. Compiling ahead of time groups the devices into processes in the
-        same way.
-        """
+        """GKE virtual machines, or GPU nodes. libtpu groups absent devices into processes alike."""
         return self.num_chips // self.chips_per_host
 
     @property
     def num_tpu_vm_hosts(self) -> int:
-        """TPU VM workers (0: GKE only). NOTE v5litepod-8 and v6e-8 are one TPU VM with 8 chips, but
-        two GKE nodes.
+        """TPU VM workers (0: the chip is offered on GKE only).
+
+        NOTE: v5litepod-8 and v6e-8 are one TPU VM with 8 chips, but two GKE nodes with 4 each.
         """
         if not self.accelerator.tpu_vm_runtime:
             return 0
-        return 1 if self.num_chips in self.accelerator.machine_types else self.num_hosts
-
-    @property
-    def machine_type(self) -> str:
-        """Compute Engine machine type of a GKE node of this slice."""
-        return self.accelerator.machine_types[self.chips_per_host]
-
-    @property
-    def wrapped_axes(self) -> tuple[bool, ...]:
-        """Whether each axis closes to a ring: full 4-cubes of a 3D torus, axes of 16 of a 2D one."""
-        if len(self.topology) == 3:
-            return (all(size % 4 == 0 for size in self.topology),) * 3
-        return tuple(size == 16 for size in self.topology)
+        return 1 if self.num_chips <= self.accelerator.chips_per_tpu_vm else self.num_hosts
 
     @property
     def aot_arguments(self) -> dict:
-        """Keyword arguments of `jax.experimental.topologies.get_topology_desc` that describe this
-        slice.
+        """Keyword arguments of `jax.experimental.topologies.get_topology_desc` for this slice.
+
+        libtpu assumes 2 x 2 chips per host and its own chip mode; whatever differs is stated.
         """
         bounds = {1: (1, 1, 1), 4: (2, 2, 1)}[self.chips_per_host]
         arguments = {"topology_name": f"{self.accelerator.aot_name}:{self.topology_name}"}
@@ -135,10 +131,10 @@ class Slice:
         return {"platform": "tpu", **arguments}
 
 
-# TPUs. Peaks, memory and ICI: the Cloud TPU pages, where they state them. Usable memory: what the
-# compiler of libtpu 0.0.42 states when a program does not fit. DCN: the same pages (v5e 6.4 Tbit/s
-# and v6e 25.6 Tbit/s a pod of 256 chips, v5p 50 and TPU7x 100 Gbit/s a chip); v4 from 25 GB/s a
-# host of 4 chips (the "How to Scale Your Model" book).
+# TPUs. Peaks, memory and ICI are from the Cloud TPU pages, where they state them. Usable memory:
+# what the compiler of libtpu 0.0.42 states when a program does not fit. DCN: the same pages (v5e
+# 6.4 Tbit/s and v6e 25.6 Tbit/s a pod of 256 chips, v5p 50 and TPU7x 100 Gbit/s a chip); v4 from 25
+# GB/s per host of 4 chips (the "How to Scale Your Model" book).
 _TPUS = (
     Accelerator(
         name="v4",
@@ -151,10 +147,10 @@ _TPUS = (
         dcn_bandwidth=6.25e9,
         chips_per_host=4,
         gke_accelerator="tpu-v4-podslice",
-        machine_types={4: "ct4p-hightpu-4t"},
+        chips_per_tpu_vm=4,
         tpu_vm_runtime="tpu-ubuntu2204-base",
         aot_name="v4",
-        # both TensorCores act as one JAX device; libtpu's own default is two
+        # In this mode both TensorCores act as one JAX device; libtpu's own default is two.
         aot_chip_config="megacore",
     ),
     Accelerator(
@@ -168,7 +164,7 @@ _TPUS = (
         dcn_bandwidth=3.125e9,
         chips_per_host=4,
         gke_accelerator="tpu-v5-lite-podslice",
-        machine_types={1: "ct5lp-hightpu-1t", 4: "ct5lp-hightpu-4t", 8: "ct5lp-hightpu-8t"},
+        chips_per_tpu_vm=8,
         tpu_vm_runtime="v2-alpha-tpuv5-lite",
         aot_name="v5e",
     ),
@@ -177,13 +173,14 @@ _TPUS = (
         device_kinds=("TPU v5", "TPU v5p"),
         peak_flops=459e12,
         hbm_bytes=95 * GIB,
-        usable_hbm_bytes=int(95.74 * GIB),  # the compiler states more than the 95 GiB that are sold
+        # The compiler states more than the 95 GiB that are sold.
+        usable_hbm_bytes=int(95.74 * GIB),
         hbm_bandwidth=2.77e12,
         link_bandwidth=1200e9,
         dcn_bandwidth=6.25e9,
         chips_per_host=4,
         gke_accelerator="tpu-v5p-slice",
-        machine_types={4: "ct5p-hightpu-4t"},
+        chips_per_tpu_vm=4,
         tpu_vm_runtime="v2-alpha-tpuv5",
         aot_name="v5",
     ),
@@ -198,7 +195,7 @@ _TPUS = (
         dcn_bandwidth=12.5e9,
         chips_per_host=4,
         gke_accelerator="tpu-v6e-slice",
-        machine_types={1: "ct6e-standard-1t", 4: "ct6e-standard-4t", 8: "ct6e-standard-8t"},
+        chips_per_tpu_vm=8,
         tpu_vm_runtime="v2-alpha-tpuv6e",
         aot_name="v6e",
     ),
@@ -214,27 +211,16 @@ _TPUS = (
         devices_per_chip=2,
         chips_per_host=4,
         gke_accelerator="tpu7x",
-        machine_types={4: "tpu7x-standard-4t"},  # GKE only: no tpu_vm_runtime
+        # GKE only: no tpu_vm_runtime
         aot_name="tpu7x",
         aot_chip_config="default",
     ),
 )
 
 
-def _gpu(
-    name,
-    device_kinds,
-    tflops,
-    hbm_gib,
-    hbm_tb_per_s,
-    nvlink_gb_per_s,
-    *,
-    per_host=8,
-    gke="",
-    machine="",
-):
-    """A GPU's row; 90% of its memory is usable (XLA_PYTHON_CLIENT_MEM_FRACTION=0.9; JAX's own
-    default is 75%).
+def _gpu(name, device_kinds, tflops, hbm_gib, hbm_tb_per_s, nvlink_gb_per_s, *, per_host=8, gke=""):
+    """Returns a GPU's row. 90% of its memory is usable: the presets of compiler flags set
+    XLA_PYTHON_CLIENT_MEM_FRACTION=0.9, where JAX's own default is 75%.
     """
     return Accelerator(
         name=name,
@@ -246,79 +232,30 @@ def _gpu(
         link_bandwidth=nvlink_gb_per_s * 1e9,
         chips_per_host=per_host,
         gke_accelerator=gke,
-        machine_types={per_host: machine} if machine else {},
     )
 
 
 # GPUs: NVIDIA's data sheets, half of the "with sparsity" figure where only that is printed. The
 # kinds match exactly, so that a MIG slice, a PCIe or an NVL card is not taken for the SXM module of
-# the same name. fmt: off
-_GPUS = (  # name, device kinds, TFLOP/s, GiB, TB/s, GB/s of NVLink (PCIe where there is none)
-    _gpu(
-        "a100-40gb",
-        ("NVIDIA A100-SXM4-40GB",),
-        312,
-        40,
-        1.56,
-        600,
-        gke="nvidia-tesla-a100",
-        machine="a2-highgpu-8g",
-    ),
-    _gpu(
-        "a100-80gb",
-        ("NVIDIA A100-SXM4-80GB",),
-        312,
-        80,
-        2.04,
-        600,
-        gke="nvidia-a100-80gb",
-        machine="a2-ultragpu-8g",
-    ),
+# the same name.
+# Columns: name, device kinds, TFLOP/s, GiB, TB/s, GB/s of NVLink (of PCIe where there is none).
+_GPUS = (
+    _gpu("a100-40gb", ("NVIDIA A100-SXM4-40GB",), 312, 40, 1.56, 600, gke="nvidia-tesla-a100"),
+    _gpu("a100-80gb", ("NVIDIA A100-SXM4-80GB",), 312, 80, 2.04, 600, gke="nvidia-a100-80gb"),
     _gpu("h100-pcie", ("NVIDIA H100 PCIe",), 756, 80, 2.0, 128),
-    _gpu(
-        "h100",
-        ("NVIDIA H100 80GB HBM3",),
-        989,
-        80,
-        3.35,
-        900,
-        gke="nvidia-h100-mega-80gb",
-        machine="a3-megagpu-8g",
-    ),
+    _gpu("h100", ("NVIDIA H100 80GB HBM3",), 989, 80, 3.35, 900, gke="nvidia-h100-mega-80gb"),
     _gpu("gh200", ("NVIDIA GH200 120GB", "NVIDIA GH200 480GB"), 989, 96, 4.0, 900, per_host=1),
-    _gpu(
-        "h200",
-        ("NVIDIA H200",),
-        989,
-        141,
-        4.8,
-        900,
-        gke="nvidia-h200-141gb",
-        machine="a3-ultragpu-8g",
-    ),
-    _gpu(
-        "b200", ("NVIDIA B200",), 2250, 180, 8.0, 1800, gke="nvidia-b200", machine="a4-highgpu-8g"
-    ),
-    _gpu(
-        "gb200",
-        ("NVIDIA GB200",),
-        2500,
-        186,
-        8.0,
-        1800,
-        per_host=4,
-        gke="nvidia-gb200",
-        machine="a4x-highgpu-4g",
-    ),
+    _gpu("h200", ("NVIDIA H200",), 989, 141, 4.8, 900, gke="nvidia-h200-141gb"),
+    _gpu("b200", ("NVIDIA B200",), 2250, 180, 8.0, 1800, gke="nvidia-b200"),
+    _gpu("gb200", ("NVIDIA GB200",), 2500, 186, 8.0, 1800, per_host=4, gke="nvidia-gb200"),
     _gpu("l40s", ("NVIDIA L40S",), 362, 48, 0.864, 64),
-    _gpu("l4", ("NVIDIA L4",), 121, 24, 0.3, 64, gke="nvidia-l4", machine="g2-standard-96"),
+    _gpu("l4", ("NVIDIA L4",), 121, 24, 0.3, 64, gke="nvidia-l4"),
 )
-# fmt: on
 
 ACCELERATORS = {chip.name: chip for chip in _TPUS + _GPUS}
 
 # Topologies that can be ordered. The number in a slice's name counts TensorCores on v4 and v5p and
-# JAX devices on TPU7x (2 a chip each), and chips on v5e and v6e.
+# JAX devices on TPU7x (2 per chip each), and chips on v5e and v6e.
 _TORUS_2D = ((1, 1), (2, 2), (2, 4), (4, 4), (4, 8), (8, 8), (8, 16), (16, 16))
 _TORUS_3D = (
     *((2, 2, 1), (2, 2, 2), (2, 2, 4), (2, 4, 4), (4, 4, 4)),
@@ -341,11 +278,13 @@ SLICES = {
 
 
 def slice_named(name: str) -> Slice:
-    """Returns the slice with the name that is ordered, e.g. "v5p-128"; "v5e-16" is read as
-    "v5litepod-16".
+    """Returns the slice that is ordered under a name such as "v5p-128".
 
-    Raises UserError with the sizes of the series, or with the closest name when the series is
-    unknown too.
+    "v5e-16" is read as "v5litepod-16", which is what the cloud calls it.
+
+    Raises:
+        UserError: lists the sizes of the series, or the closest name when the series is unknown
+        too.
     """
     name = re.sub(r"^v5e-", "v5litepod-", name)
     series = [known for known in SLICES if known.split("-")[0] == name.split("-")[0]]
@@ -356,9 +295,10 @@ def slice_named(name: str) -> Slice:
 
 def machines_named(name: str) -> Slice:
     """Returns a TPU slice by its name ("v5p-128"), or GPUs by their number ("64xh100": 8 hosts of
-    8, say).
+    8).
 
-    Raises UserError with what there is when there are no such machines.
+    Raises:
+        UserError: there are no such machines; lists what exists.
     """
     gpus = re.fullmatch(r"(\d+)x([a-z].*)", name)
     if not gpus:
@@ -367,16 +307,14 @@ def machines_named(name: str) -> Slice:
     number, chip = int(gpus.group(1)), look_up(table, gpus.group(2), "GPU")
     if number < 1 or (number > chip.chips_per_host and number % chip.chips_per_host):
         raise UserError(
-            f"{name} is no whole number of hosts: a host has {chip.chips_per_host} {chip.name}; "
-            f"choose a multiple of {chip.chips_per_host}."
+            f"{name} is not a whole number of hosts: each host has {chip.chips_per_host} "
+            f"{chip.name}; choose a multiple of {chip.chips_per_host}."
         )
     return Slice(name=name, accelerator=chip, topology=(number,))
 
 
 def accelerator_of(device) -> Accelerator | None:
-    """Returns the row for a `jax.Device`, or None for hardware that is not in the table (a CPU,
-    say).
-    """
+    """Returns the row for a `jax.Device`, or None for hardware that is not in the table (a CPU)."""
     for chip in ACCELERATORS.values():
         if device.device_kind in chip.device_kinds:
             return chip
@@ -384,15 +322,6 @@ def accelerator_of(device) -> Accelerator | None:
 
 
 def peak_flops(device) -> float | None:
-    """Returns the dense bfloat16 peak of one JAX device in FLOP/s, or None for hardware that is not
-    in the table.
-    """
+    """Returns the dense bfloat16 FLOP/s of one JAX device, None if it is not in the table."""
     chip = accelerator_of(device)
-    return chip.peak_flops / chip.devices_per_chip if chip else None
-
-
-# ---- compiler flags
-# What published recipes set beyond the compilers' defaults (MaxText's xla_flags_library.py and its
-# v5p, Trillium and Ironwood recipes; NVIDIA's JAX-Toolbox for GPUs). Whether they help a given run
-# is to be measured. Names that the installed compilers do not know are found by
-# tests/cluster/test_hardware.py.
+    return chip.peak_flops_per_device if chip else None

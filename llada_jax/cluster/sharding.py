@@ -1,8 +1,8 @@
-"""Device mesh, the one table from logical to mesh axes, and the placement of global arrays.
+"""The device mesh, the one table from logical to mesh axes, and the placement of global arrays.
 
-Every mesh axis always exists, at size 1 when unused. The partitioner propagates (`AxisType.Auto`);
-the places where a sharding is stated are the parameters, the batch and the few `constrain` calls in
-the model.
+Every mesh axis always exists, at size 1 when it is not used. The partitioner propagates shardings
+(`AxisType.Auto`); they are stated only for the parameters, the batch and in the few calls of
+`constrain` in the model.
 """
 
 import math
@@ -13,12 +13,12 @@ from jax.experimental import mesh_utils
 from jax.sharding import AxisType, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
-from llada_jax.errors import UserError
+from llada_jax.errors import UserError, did_you_mean
 
 AXES = ("data", "fsdp", "sequence", "tensor", "expert")
 
-# logical axis -> mesh axis or axes. Parameters name the side of the model they are on, activations
-# begin with act_.
+# {logical axis: mesh axis or axes}. Parameters name the side of the model that they are on; the
+# axes of activations begin with act_.
 RULES = {
     "layers": None,
     "embed": "fsdp",
@@ -37,27 +37,34 @@ RULES = {
 }
 
 
-def mesh_shape(sizes: dict[str, int], num_devices: int) -> tuple[int, ...]:
-    """Returns the size of each of AXES on `num_devices` devices; one of `sizes` may be -1: what the
-    others leave.
+def mesh_shape(sizes: dict[str, int], num_devices: int, *, num_slices: int = 1) -> tuple[int, ...]:
+    """Returns the size of each of AXES on `num_devices` devices.
+
+    Args:
+        sizes: {mesh axis: size}; an axis that is not named has size 1, and one size may be -1,
+            which stands for what the others leave.
+        num_slices: TPU slices that the devices come from; they are joined along data.
 
     Raises:
-        UserError: the sizes do not multiply to the number of devices.
+        UserError: an axis is unknown, the sizes do not multiply to the number of devices, or data
+            is not a multiple of the slices.
     """
-    shape = [int(sizes[axis]) for axis in AXES]
+    for axis in sizes:
+        if axis not in AXES:
+            raise UserError(f"The mesh has no axis {axis!r}.{did_you_mean(axis, AXES)}")
+    shape = [int(sizes.get(axis, 1)) for axis in AXES]
     stated = math.prod(n for n in shape if n != -1)
     written = " x ".join(f"{axis}={n}" for axis, n in zip(AXES, shape))
     if shape.count(-1) > 1 or any(n < 1 and n != -1 for n in shape):
         raise UserError(
-            f"The mesh {written} is not possible: sizes are at least 1, and at most one is -1 (the "
-            "rest)."
+            f"The mesh {written} is not possible: sizes are at least 1, and at most one of them is "
+            "-1 (the rest)."
         )
     if -1 in shape:
         if num_devices % stated:
             raise UserError(
                 f"The mesh {written} needs a multiple of {stated} devices, and there are "
-                f"{num_devices}; "
-                "change config.mesh so that the stated sizes divide the devices."
+                f"{num_devices}; change config.mesh so that the stated sizes divide the devices."
             )
         shape[shape.index(-1)] = num_devices // stated
     if math.prod(shape) != num_devices:
@@ -65,38 +72,47 @@ def mesh_shape(sizes: dict[str, int], num_devices: int) -> tuple[int, ...]:
             f"The mesh {written} needs {math.prod(shape)} devices, and there are {num_devices}; "
             "change config.mesh, or leave one axis at -1."
         )
+    data = shape[AXES.index("data")]
+    if data % num_slices:
+        raise UserError(
+            f"config.mesh.data={data} is not a multiple of the {num_slices} slices, which are "
+            f"joined along data; set --config.mesh.data={num_slices}."
+        )
     return tuple(shape)
 
 
 def make_mesh(sizes: dict[str, int], devices=None) -> Mesh:
-    """Returns a mesh over all devices with the given size for each of AXES; one size may be -1.
+    """Returns a mesh over all devices; see mesh_shape for the sizes.
 
-    Several TPU slices lie along the data axis, whose gradients are all that crosses the data centre
-    network.
+    Several TPU slices lie along the data axis, so that gradients are all that crosses the data
+    centre network, which is 30 to 100 times slower than the links within a slice.
+
+    Args:
+        devices: default: all devices of this run.
 
     Raises:
-        UserError: the sizes do not multiply to the number of devices, or data is no multiple of the
-            slices.
+        UserError: see `mesh_shape`.
     """
     devices = jax.devices() if devices is None else devices
-    shape = mesh_shape(sizes, len(devices))
+    is_tpu = devices[0].platform == "tpu"
+    # Elsewhere slice_index does not name a TPU slice: the GPUs of one host share one.
+    num_slices = len({getattr(d, "slice_index", 0) for d in devices}) if is_tpu else 1
+    shape = mesh_shape(sizes, len(devices), num_slices=num_slices)
     types = (AxisType.Auto,) * len(AXES)
-    num_slices = (
-        len({getattr(d, "slice_index", 0) for d in devices}) if devices[0].platform == "tpu" else 1
-    )
     if num_slices == 1:
         return jax.make_mesh(shape, AXES, axis_types=types, devices=devices)
     data, *others = shape
-    if data % num_slices:
-        raise UserError(
-            f"config.mesh.data={data} is no multiple of the {num_slices} slices, which are joined "
-            "along data; set "
-            f"config.mesh.data={num_slices}."
-        )
     within, across = (data // num_slices, *others), (num_slices, *[1] * len(others))
-    return Mesh(
-        mesh_utils.create_hybrid_device_mesh(within, across, devices), AXES, axis_types=types
-    )
+    grid = mesh_utils.create_hybrid_device_mesh(within, across, devices)
+    return Mesh(grid, AXES, axis_types=types)
+
+
+def one_device_mesh() -> Mesh:
+    """Returns a mesh of the first device of this process, on which every axis has size 1.
+
+    A local device, so that each process of a run can load a checkpoint on its own.
+    """
+    return make_mesh({}, devices=jax.local_devices()[:1])
 
 
 def spec(names: tuple[str | None, ...]) -> P:
@@ -105,8 +121,10 @@ def spec(names: tuple[str | None, ...]) -> P:
 
 
 def constrain(x: jax.Array, *names: str | None) -> jax.Array:
-    """States the sharding of an activation by logical names; does nothing where no mesh is set
-    (jax.set_mesh).
+    """States the sharding of an activation by logical names, one per dim.
+
+    Does nothing where no mesh is set (jax.set_mesh), so that the model runs on one device without
+    knowing about meshes.
     """
     if jax.sharding.get_abstract_mesh().empty:
         return x
@@ -114,7 +132,7 @@ def constrain(x: jax.Array, *names: str | None) -> jax.Array:
 
 
 def axis_size(mesh: Mesh, logical: str) -> int:
-    """Returns over how many devices a logical axis is split."""
+    """Returns the number of ways in which a mesh splits a logical axis."""
     axes = RULES[logical]
     axes = axes if isinstance(axes, tuple) else (axes,) if axes else ()
     return int(np.prod([mesh.shape[axis] for axis in axes], initial=1))
@@ -124,8 +142,8 @@ def check_divisible(mesh: Mesh, sizes: dict[str, tuple[str, int]]) -> None:
     """Raises UserError when a size is not divisible by the mesh axes it is split over.
 
     Args:
-        sizes: {what the user calls it: (logical axis, size)}, for example {"config.model.d_ff":
-            ("mlp", 2048)}.
+        sizes: {what the user calls it: (logical axis, size)}, for example
+            {"config.model.d_ff": ("mlp", 2048)}.
     """
     for what, (logical, size) in sizes.items():
         ways = axis_size(mesh, logical)
@@ -147,7 +165,7 @@ def leading_dims(sharding: NamedSharding, num_dims: int) -> NamedSharding:
 
 
 def local_rows(sharding: NamedSharding, shape: tuple[int, int]) -> list[int]:
-    """Returns the global rows of a [B, T] array that this process' devices hold, in order."""
+    """Returns the global rows of a [B, T] array that the devices of this process hold, in order."""
     rows = set()
     for row_slice, _ in sharding.addressable_devices_indices_map(shape).values():
         rows.update(range(*row_slice.indices(shape[0])))
@@ -171,7 +189,8 @@ def place_batch(
 
         def piece(index):
             first, last, _ = index[0].indices(num_rows)
-            start = place_of[first]  # a device's rows are contiguous, here as in the global batch
+            # A device's rows are contiguous, here as in the global batch.
+            start = place_of[first]
             return host[(slice(start, start + last - first), *index[1:])]
 
         return jax.make_array_from_callback(shape, leading_dims(sharding, host.ndim), piece)
@@ -180,11 +199,13 @@ def place_batch(
 
 
 def replicated_by_accident(tree, mesh: Mesh, *, num_elements: int = 1 << 20) -> list[str]:
-    """Returns the paths of arrays of at least `num_elements` that every device holds whole although
-    the mesh shards.
+    """Returns the paths of large arrays that every device holds whole although the mesh shards.
+
+    The partitioner says nothing about an array that no rule splits; it only costs memory.
 
     Args:
         tree: arrays or jax.ShapeDtypeStructs with shardings.
+        num_elements: the size from which an array is large.
     """
     if mesh.shape["fsdp"] * mesh.shape["tensor"] == 1:
         return []
@@ -197,7 +218,5 @@ def replicated_by_accident(tree, mesh: Mesh, *, num_elements: int = 1 << 20) -> 
 
 
 def platform(mesh: Mesh) -> str:
-    """Returns "cpu", "gpu" or "tpu" of the mesh's devices, which need not be present (ahead-of-time
-    compilation).
-    """
+    """Returns "cpu", "gpu" or "tpu": that of the mesh's devices, which need not be present."""
     return mesh.devices.flat[0].platform

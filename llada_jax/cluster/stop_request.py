@@ -1,5 +1,6 @@
-"""A request to stop, from a scheduler (SIGTERM) or the keyboard (Ctrl-C), seen at the same step by
-every process.
+"""A request to stop, which every process sees at the same step.
+
+It comes from a scheduler (SIGTERM) or from the keyboard (Ctrl-C).
 """
 
 import signal
@@ -9,11 +10,10 @@ from jax.experimental import multihost_utils
 
 
 class StopRequest:
-    """Within its `with` block, SIGTERM or the first Ctrl-C lets the step finish instead of killing
-    the process.
+    """Within its `with` block, SIGTERM or the first Ctrl-C lets the step finish.
 
-    With several processes, SIGTERM to any one of them is spread by JAX's preemption service, and
-    all of them see it at the same step; Ctrl-C is left alone there, because a launcher forwards
+    With several processes, JAX's preemption service spreads a SIGTERM to any one of them, and all
+    of them see it at the same step. Ctrl-C is left alone there, because a launcher forwards
     SIGTERM.
     """
 
@@ -35,15 +35,17 @@ class StopRequest:
 
     def _request(self, number, frame):
         self._is_requested = True
-        if number == signal.SIGINT:  # a second Ctrl-C means now
+        # A second Ctrl-C stops at once.
+        if number == signal.SIGINT:
             signal.signal(signal.SIGINT, signal.default_int_handler)
 
     def reached(self, step: int) -> bool:
-        """Whether to save and stop after `step`; call it once a step, in every process."""
+        """Whether to save and stop after `step`; call it once per step, in every process."""
         if self._is_distributed:
-            # JAX answers True at one number: that after the largest it was asked for, which is 0
-            # before the first. A resumed run, whose steps begin later, would never be told of a
-            # signal that came while it restored or compiled.
+            # JAX answers True at exactly one number: the one after the largest that any process has
+            # asked about, which is 0 before the first call. The steps of a resumed run begin later,
+            # so that it would never hear of a signal that came while it restored or compiled.
+            # Therefore calls are counted and not steps.
             self._num_calls += 1
             return multihost_utils.reached_preemption_sync_point(self._num_calls - 1)
         return self._is_requested

@@ -1,10 +1,14 @@
-"""Turns units of raw text into shards of packed records, each unit on its own and restartable."""
+"""Turns units of raw text into shards of packed records, each unit on its own and restartable.
+
+A unit is a few input files that one process reads, tokenizes and packs. It is finished when its
+receipt is written, which happens after its shards have reached the disk; the receipts add up to
+dataset.json.
+"""
 
 import contextlib
 import hashlib
 import itertools
 import json
-import os
 import sys
 import tempfile
 from collections.abc import Callable, Iterator
@@ -17,7 +21,8 @@ from llada_jax.data.packing import is_heldout, pack
 from llada_jax.data.records import FORMAT, encode_record, write_shard
 from llada_jax.data.text import Cut, Input, read_documents
 from llada_jax.data.tokenizer import Tokenizer
-from llada_jax.errors import UserError, reason
+from llada_jax.errors import UserError
+from llada_jax.storage import files
 
 SPLITS = ("train", "heldout")
 COUNTS = ("num_records", "num_tokens", "num_bytes", "num_documents", "num_padding")
@@ -28,37 +33,34 @@ UNIT_BYTES = 64_000_000
 # Documents are tokenized in batches of about this many characters: the libraries' fixed costs
 # vanish in it.
 BATCH_CHARS = 1_000_000
+# The folder below the output directory with one receipt per finished unit, and with the notes that
+# a later run compares.
 RECEIPTS = "receipts"
+# Held by the command and shared with its workers, which may outlive it for a moment.
+LOCK = f"{RECEIPTS}/lock"
 
 
 def fingerprint(content) -> str:
+    """Returns a hex digest of plain JSON values."""
     return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
 
 
-@contextlib.contextmanager
-def writing_to(output: Path):
-    """Turns a refusal of the disk into a UserError."""
-    try:
-        yield
-    except OSError as error:
-        raise UserError(
-            f"{error.filename or output} cannot be written ({reason(error)}); free some space or "
-            "give "
-            "another --output, and run prepare again: what is finished is kept."
-        ) from error
+def writing_to(output: Path) -> contextlib.AbstractContextManager[None]:
+    """Turns what the disk refuses in its block into a UserError."""
+    return files.writing(
+        output,
+        remedy="free some space or give another --output, and run prepare again: what is finished "
+        "is kept",
+    )
 
 
 def write_json(path: Path, content) -> None:
-    """Writes a file that is there whole or not at all."""
-    partial = path.with_name(path.name + ".partial")
-    with open(partial, "w") as file:
-        file.write(json.dumps(content, indent=2) + "\n")
-        file.flush()
-        os.fsync(file.fileno())
-    partial.replace(path)
+    """Writes a receipt or a note, whole or not at all."""
+    files.write_whole(path, json.dumps(content, indent=2) + "\n")
 
 
 def read_json(path: Path):
+    """Reads what `write_json` wrote; raises UserError when the file is damaged."""
     try:
         return json.loads(path.read_text())
     except (ValueError, OSError) as error:
@@ -67,11 +69,11 @@ def read_json(path: Path):
 
 @dataclass(frozen=True)
 class Unit:
-    """Inputs that one process turns into one shard a split."""
+    """Inputs that one process turns into one shard per split."""
 
     index: int
     inputs: tuple[Input, ...]
-    fingerprint: str  # of all that decides what the shards hold
+    fingerprint: str  # of everything that decides what the shards hold
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -85,7 +87,11 @@ class Job:
 
 
 def units_of(inputs: list[Input], job: Job, tokenizer_fingerprint: str) -> list[Unit]:
-    """Groups consecutive inputs: up to UNIT_BYTES together, a larger one alone."""
+    """Groups consecutive inputs into units of up to UNIT_BYTES; a larger input stands alone.
+
+    The groups depend on the files alone and not on the number of workers, so that the same text
+    gives the same shards on any machine.
+    """
     groups, size = [], 0
     for file in inputs:
         if not groups or size + file.size > UNIT_BYTES:
@@ -102,6 +108,7 @@ def units_of(inputs: list[Input], job: Job, tokenizer_fingerprint: str) -> list[
 
 
 def size_of(units: list[Unit]) -> int:
+    """Returns the bytes of all inputs, as they are stored."""
     return sum(file.size for unit in units for file in unit.inputs)
 
 
@@ -114,7 +121,7 @@ def receipt_path(output: Path, unit: Unit) -> Path:
 
 
 def is_done(output: Path, unit: Unit) -> bool:
-    """True when the receipt is of this very unit and its shards are as long as it says."""
+    """Whether the receipt belongs to this very unit and its shards are as long as it says."""
     path = receipt_path(output, unit)
     if not path.exists():
         return False
@@ -128,7 +135,7 @@ def is_done(output: Path, unit: Unit) -> bool:
 
 
 def remove_leftovers(output: Path, units: list[Unit]) -> None:
-    """Removes half-written files, and the shards and receipts of units that exist no more."""
+    """Removes half-written files, and the shards and receipts of units that no longer exist."""
     keep = {_shard_name(split, unit) for split in SPLITS for unit in units}
     keep |= {receipt_path(output, unit).name for unit in units}
     for pattern in ("*.arrayrecord*", f"{RECEIPTS}/unit-*"):
@@ -172,7 +179,8 @@ def write_unit(
 
     with writing_to(job.output):
         # A shard is written in one go, so the held-out documents wait on the disk until the
-        # training shard is done.
+        # training shard is finished. Reading the inputs a second time instead would decompress and
+        # tokenize them twice. An unnamed file, so that a kill leaves nothing behind.
         with tempfile.TemporaryFile(dir=job.output) as spool:
             documents = {"train": training_documents(spool), "heldout": heldout_documents(spool)}
             shards = {
@@ -211,8 +219,8 @@ def _write_shard(
     tokenizer: Tokenizer,
     counts: dict,
 ) -> dict:
-    """Packs documents into a shard, counts its rows, and returns its part of the receipt; no
-    documents, no shard.
+    """Packs documents into a shard, counts its rows in `counts`, and returns its part of the
+    receipt. Without documents there is no shard.
     """
     digest = hashlib.sha256()
 
@@ -247,8 +255,10 @@ def _write_shard(
 
 
 def dataset_json(receipts: list[dict], source: dict, tokenizer: Tokenizer) -> dict:
-    """Adds up the receipts. The fingerprint covers what a record can hold, hence not where the text
-    came from.
+    """Returns the content of dataset.json: the receipts added up.
+
+    The fingerprint covers what the records hold and therefore not where the text came from: the
+    same text in another folder is the same data set.
     """
     splits = {}
     for name in SPLITS:
@@ -273,25 +283,24 @@ def dataset_json(receipts: list[dict], source: dict, tokenizer: Tokenizer) -> di
 
 
 def check_splits(content: dict, *, heldout: float) -> None:
-    """Raises UserError when there is nothing to train on; says so when nothing was held out against
-    the user's wish.
+    """Raises UserError when there is nothing to train on; prints a note when `heldout` is positive
+    and no document was held out.
     """
     splits, source = content["splits"], content["source"]
     if not any(split["num_documents"] for split in splits.values()):
         raise UserError(
-            f"The {source['num_files']} input files hold no text at all; give files with text in "
-            "them."
+            f"The {source['num_files']} input files hold no text at all; give files that have text "
+            "in them."
         )
     if not splits["train"]["num_documents"]:
         raise UserError(
             f"All {splits['heldout']['num_documents']} documents fell into the held-out split; "
-            "lower --heldout "
-            f"{heldout}, or cut the text into more documents with --documents or --document-start."
+            f"lower --heldout {heldout}, or cut the text into more documents with --documents or "
+            "--document-start."
         )
     if heldout and not splits["heldout"]["num_documents"]:
         print(
             f"prepare: none of {splits['train']['num_documents']} documents fell into the held-out "
-            "split; to have one, "
-            f"raise --heldout {heldout} or cut the text into more documents.",
+            f"split; to have one, raise --heldout {heldout} or cut the text into more documents.",
             file=sys.stderr,
         )

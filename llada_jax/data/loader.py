@@ -1,16 +1,15 @@
 """The training and held-out batches, read with grain from packed records.
 
-A global batch is a pure function of (seed, step):
-    record(step, row) = permutation_of_epoch[step * batch_size + row]        with `row` the global
-    row
+A global batch is a pure function of (seed, step), with `row` the global row:
+    record(step, row) = permutation_of_epoch[step * batch_size + row]
 Every stage below is a grain MapDataset, that is, a function of an index without any state: shuffle,
 repeat and mix map the index, and the random length draws from a generator that is keyed by (seed,
-index). A host evaluates the function at the rows its devices own, so the same step holds the same
-rows on 1, 2 or 64 hosts, with any number of threads, and before and after a restart; the loader's
-whole state is `step`, and starting at a step replays nothing.
+index). A host evaluates the function at the rows its devices own, so a step has the same rows on
+1, 2 or 64 hosts, with any number of threads, and before and after a restart. The loader's whole
+state is `step`, and starting at a late step replays nothing.
 
 Decoding a record takes 13 us at T = 128 and 26 us at T = 4096, and the whole pipeline about 130 us
-a row at either length (1 and 20-28 million tokens/s on one CPU core), so threads suffice and no
+per row at either length (1 and 20-28 million tokens/s on one CPU core), so threads suffice and no
 worker processes are started.
 """
 
@@ -163,8 +162,8 @@ def describe(sources: Sequence[Source], *, sequence_length: int) -> tuple[Source
 
 
 class _HostRows(grain.MapDataset):
-    """Maps a host's n-th row to the global row of the parent: step and place in `rows`, then step *
-    B + row.
+    """Maps a host's n-th row, which is a step and a place in `rows`, to the parent's row
+    step * B + rows[place].
     """
 
     def __init__(
@@ -185,7 +184,7 @@ class _HostRows(grain.MapDataset):
 
 
 class _Padded:
-    """A source with empty rows behind it, up to a multiple of the batch size."""
+    """A source followed by empty rows, up to a multiple of the batch size."""
 
     def __init__(self, records: Records, *, multiple: int, sequence_length: int):
         self._records, self._sequence_length = records, sequence_length
@@ -206,9 +205,7 @@ class _Padded:
 def _open(
     sources: Sequence[Source], *, sequence_length: int, split: str = "train"
 ) -> list[DatasetInfo]:
-    """Reads every dataset of a mixture and checks that they can be trained on together; see the
-    messages for what.
-    """
+    """Reads every dataset of a mixture; UserError when they cannot be trained on together."""
     if not sources:
         raise UserError(
             "No dataset is given: name at least one directory that llada-jax prepare wrote."
@@ -224,10 +221,8 @@ def _open(
         if info.sequence_length != sequence_length:
             raise UserError(
                 f"{directory} holds records of sequence_length {info.sequence_length} and "
-                f"{sequence_length} is asked "
-                f"for: set sequence_length to {info.sequence_length}, or prepare the text again "
-                "with "
-                f"--sequence-length {sequence_length}."
+                f"{sequence_length} is asked for: set sequence_length to {info.sequence_length}, "
+                f"or prepare the text again with --sequence-length {sequence_length}."
             )
         if info.split(split).num_records == 0:
             raise UserError(
@@ -237,16 +232,18 @@ def _open(
             raise UserError(
                 f"{infos[0].directory} and {directory} were written with different tokenizers "
                 f"({infos[0].tokenizer['fingerprint'][:12]} and "
-                f"{info.tokenizer['fingerprint'][:12]}): prepare both "
-                f"with --tokenizer {infos[0].directory}/tokenizer."
+                f"{info.tokenizer['fingerprint'][:12]}): prepare both with "
+                f"--tokenizer {infos[0].directory}/tokenizer."
             )
         infos.append(info)
     return infos
 
 
 def _check_rows(rows: Sequence[int] | None, *, batch_size: int) -> Sequence[int]:
-    """Returns the rows to read, all of them for None; a row outside the batch is a programmer's
-    error.
+    """Returns the rows to read, all of them for None.
+
+    Raises UserError for a batch without rows, and ValueError for a row outside the batch, which is
+    a mistake in the calling code.
     """
     if batch_size < 1:
         raise UserError(f"batch_size is {batch_size} and must be at least 1.")
@@ -266,9 +263,7 @@ def _stream(seed: int, purpose: int, number: int) -> int:
 
 
 def _random_length(probability: float):
-    """Returns the random map that, with this probability, keeps only the first U{1..T} tokens of a
-    row.
-    """
+    """Returns the map that keeps, with this probability, only the first U{1..T} tokens of a row."""
     if not 0 <= probability <= 1:
         raise UserError(f"random_length_probability is {probability} and must lie between 0 and 1.")
 
@@ -302,7 +297,7 @@ def _row_for(attend_across_documents: bool):
 
 
 def _iterate(dataset: grain.MapDataset, *, num_threads: int, prefetch: int) -> Iterator[Batch]:
-    """Yields the elements, read ahead by threads that end with the iteration."""
+    """Yields the elements; threads read ahead, and end with the iteration."""
     iterator = iter(
         dataset.to_iter_dataset(
             grain.ReadOptions(num_threads=num_threads, prefetch_buffer_size=prefetch)

@@ -9,16 +9,17 @@ import numpy as np
 def pack(
     documents: Iterable[np.ndarray], *, sequence_length: int, eos_id: int
 ) -> Iterator[tuple[np.ndarray, np.ndarray]]:
-    """Joins documents, an EOS after each, and cuts the stream into rows; a document may go on in
-    the next row.
+    """Joins documents, with an EOS after each, and cuts the stream into rows.
+
+    A document may continue in the next row.
 
     Args:
-        documents: int[any] token ids of one document each, without EOS.
+        documents: int[any] token ids of one document each, without an EOS.
         sequence_length: T.
 
     Yields:
-        (tokens int32[n], starts bool[n]), starts True where a document begins; n = T, in the last
-        row 1 <= n <= T.
+        (tokens int32[n], starts bool[n]); starts is True where a document begins. n = T, except in
+        the last row, where 1 <= n <= T.
     """
     tokens, starts, length = [], [], 0
     for document in documents:
@@ -40,10 +41,10 @@ def pack(
 
 
 def is_heldout(text: str, *, fraction: float) -> bool:
-    """True for about `fraction` of all texts, decided by a hash of the text alone: equal texts
-    share a side.
+    """Whether a text is held out: true for about `fraction` of all texts.
 
-    So the split depends neither on the order of the documents nor on the files that hold them.
+    A hash of the text alone decides, so that the split depends neither on the order of the
+    documents nor on the files they are in, and two copies of a text are never on both sides.
     """
     number = int.from_bytes(hashlib.blake2b(text.encode(), digest_size=8).digest(), "big")
     return number < fraction * 2**64

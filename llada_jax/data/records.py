@@ -11,7 +11,6 @@ with uint16. Riegeli, the format below ArrayRecord, hashes every record, so a fl
 when the record is read.
 """
 
-import contextlib
 import errno
 import json
 import os
@@ -27,14 +26,18 @@ from array_record.python.array_record_data_source import ArrayRecordDataSource
 from etils import epath
 
 from llada_jax.errors import UserError, look_up
+from llada_jax.storage import files
 
 FORMAT = 1
 JSON_NAME = "dataset.json"
+_WRITE_REMEDY = (
+    "check that the folder exists, can be written to and has free space, then run prepare again"
+)
 
 
 def token_dtype(vocab_size: int) -> np.dtype:
-    """Returns the little-endian integer type in which ids below `vocab_size` are stored: 2 bytes
-    where they fit.
+    """Returns the little-endian integer type that stores ids below `vocab_size`: 2 bytes wide where
+    they fit, otherwise 4.
     """
     return np.dtype("<u2" if vocab_size <= 65_536 else "<u4")
 
@@ -67,8 +70,7 @@ def encode_record(tokens, starts, *, sequence_length: int, vocab_size: int) -> b
     if low < 0 or high >= vocab_size:
         raise UserError(
             f"Token ids reach from {low} to {high}, outside the {vocab_size} ids of the "
-            "vocabulary: use the tokenizer "
-            "that has this vocab_size."
+            "vocabulary: use the tokenizer that has this vocab_size."
         )
     padded_T = np.zeros(sequence_length, dtype=token_dtype(vocab_size))
     padded_T[:n] = tokens
@@ -89,15 +91,14 @@ def decode_record(data: bytes, *, sequence_length: int, vocab_size: int) -> dict
     and at the beginning of a row that continues a document of the row before; tokens and positions
     of the padding are 0.
 
-    Raises UserError, without the name of a file, when the bytes are no record of this length and
+    Raises UserError, without the name of a file, when the bytes are not a record of this length and
     vocabulary.
     """
     size = record_size(sequence_length=sequence_length, vocab_size=vocab_size)
     if len(data) != size:
         raise UserError(
             f"a record has {len(data)} bytes instead of the {size} of sequence_length "
-            f"{sequence_length} with "
-            f"{vocab_size} token ids"
+            f"{sequence_length} with {vocab_size} token ids"
         )
     dtype = token_dtype(vocab_size)
     end = 4 + sequence_length * dtype.itemsize
@@ -112,7 +113,7 @@ def decode_record(data: bytes, *, sequence_length: int, vocab_size: int) -> dict
         )
 
     (starts,) = np.nonzero(np.unpackbits(bitmap, count=n, bitorder="little"))
-    # Without a start at 0 the row opens with the rest of a document of the row before, which is a
+    # Without a start at 0 the row opens with the rest of a document from the row before, which is a
     # segment too.
     is_continued = len(starts) == 0 or starts[0] > 0
     bounds = np.concatenate(([0] if is_continued else [], starts, [n])).astype(np.int32)
@@ -131,31 +132,24 @@ def decode_record(data: bytes, *, sequence_length: int, vocab_size: int) -> dict
 def write_shard(path, records: Iterable[bytes]) -> int:
     """Writes the records as one ArrayRecord file and returns their number.
 
-    The bytes go to `path` + ".partial", reach the disk, and only then take the name `path`: a shard
-    that exists is whole. When anything fails, the partial file is removed. Raises UserError when
-    the disk does not take the bytes.
+    A shard that exists is whole and has reached the disk. Raises UserError when the disk refuses,
+    and leaves no partial file, whatever is raised.
     """
-    path = epath.Path(path)
-    partial = epath.Path(f"{path}.partial")
     num_records = 0
-    try:
+    with files.writing(path, remedy=_WRITE_REMEDY), files.whole_file(path) as partial:
         # group_size:1 makes every record its own chunk, so that a shuffled read decodes one record
-        # and no neighbour.
+        # and none of its neighbours.
         writer = array_record_module.ArrayRecordWriter(os.fspath(partial), "group_size:1")
         try:
             for record in records:
                 writer.write(record)
                 num_records += 1
-                if not writer.ok():  # The writer keeps a failure silent until it is closed.
+                # The writer keeps a failure to itself until it is closed; without this question a
+                # full disk would be noticed only after all of the text has been tokenized.
+                if not writer.ok():
                     break
         finally:
             _close(writer, path)
-        _sync(partial)
-        partial.replace(path)
-    except BaseException:
-        with contextlib.suppress(OSError):
-            partial.unlink(missing_ok=True)
-        raise
     return num_records
 
 
@@ -165,21 +159,7 @@ def _close(writer, path) -> None:
         writer.close()
     except RuntimeError as error:
         raise UserError(
-            f"{path} could not be written ({str(error).splitlines()[0]}): check that the folder "
-            "exists, can be written "
-            "to and has free space, then run prepare again."
-        ) from error
-
-
-def _sync(path) -> None:
-    """Flushes a file to the disk, where a full disk or quota may still refuse it."""
-    try:
-        with open(path, "rb") as file:
-            os.fsync(file.fileno())
-    except OSError as error:
-        raise UserError(
-            f"{path} could not be written ({error.strerror}): free some space and run prepare "
-            "again."
+            f"{path} cannot be written ({str(error).splitlines()[0]}); {_WRITE_REMEDY}."
         ) from error
 
 
@@ -194,8 +174,8 @@ class Shard:
 
 @dataclass(frozen=True, kw_only=True)
 class Split:
-    """The counts of one split; num_tokens is text plus one EOS a document, num_bytes the UTF-8
-    bytes of the text.
+    """The counts of one split. num_tokens counts the text and one EOS per document; num_bytes is
+    the text in UTF-8.
     """
 
     num_records: int
@@ -208,7 +188,7 @@ class Split:
 
 @dataclass(frozen=True, kw_only=True)
 class DatasetInfo:
-    """What dataset.json says, checked against the files beside it."""
+    """What dataset.json says, checked against the files next to it."""
 
     directory: str
     sequence_length: int
@@ -227,29 +207,17 @@ class DatasetInfo:
 
 
 def write_dataset_json(directory, content: dict) -> None:
-    """Writes DIR/dataset.json at once: the old file or the new one, never a half. Raises UserError
-    when it cannot.
-    """
+    """Writes DIR/dataset.json, whole or not at all; raises UserError when the disk refuses."""
     path = epath.Path(directory) / JSON_NAME
-    partial = epath.Path(f"{path}.partial")
-    try:
-        partial.write_text(json.dumps(content, indent=2, ensure_ascii=False) + "\n")
-        partial.replace(path)
-    except OSError as error:
-        with contextlib.suppress(OSError):
-            partial.unlink(missing_ok=True)
-        raise UserError(
-            f"{path} could not be written ({error.strerror}): free some space or choose another "
-            "--output."
-        ) from error
+    with files.writing(path, remedy="free some space or choose another --output"):
+        files.write_whole(path, json.dumps(content, indent=2, ensure_ascii=False) + "\n")
 
 
 def read_dataset(directory) -> DatasetInfo:
-    """Reads DIR/dataset.json and checks that every shard lies beside it with the size that was
-    recorded.
+    """Reads DIR/dataset.json and checks that every shard lies next to it and has the recorded size.
 
-    Raises UserError when the directory is no dataset written by prepare, was written by another
-    version of the format, or has lost or damaged a shard.
+    Raises UserError when prepare has not written the directory, has written it in another version
+    of the format, or when a shard is missing or damaged.
     """
     directory = epath.Path(directory)
     if "://" in str(directory):
@@ -303,12 +271,12 @@ def _read_json(directory) -> dict:
         ) from error
     if not isinstance(content, dict) or "format" not in content:
         raise UserError(
-            f"{path} was not written by llada-jax prepare: it names no format, so give the "
+            f"{path} was not written by llada-jax prepare, because it names no format: give the "
             "directory of a dataset."
         )
     if content["format"] != FORMAT:
         raise UserError(
-            f"{path} has format {content['format']!r} and this version reads format {FORMAT}: "
+            f"{path} has format {content['format']!r}, but this version reads format {FORMAT}: "
             "prepare the text again."
         )
     return content
@@ -347,8 +315,7 @@ def _check_shard(shard: Shard) -> None:
     if size != shard.num_bytes_on_disk:
         raise UserError(
             f"Shard {shard.path} has {size} bytes instead of the {shard.num_bytes_on_disk} that "
-            "were written: "
-            "delete it and run prepare again, which writes only what is missing."
+            "were written: delete it and run prepare again, which writes only what is missing."
         )
 
 
@@ -364,8 +331,8 @@ class Records:
         self._shards = [shard for shard in info.split(split).shards if shard.num_records]
         self._ends = list(accumulate(shard.num_records for shard in self._shards))
         self._sizes = {"sequence_length": info.sequence_length, "vocab_size": info.vocab_size}
-        # "path[0:n]" hands over the count from dataset.json, so that thousands of shards need not
-        # be opened at start.
+        # "path[0:n]" passes on the count from dataset.json, so that thousands of shards need not be
+        # opened at the start of a run.
         self._source = (
             ArrayRecordDataSource([f"{s.path}[0:{s.num_records}]" for s in self._shards])
             if self._shards
@@ -387,14 +354,17 @@ class Records:
             raise UserError(self._explain(index, str(error).splitlines()[0])) from error
 
     def _explain(self, index: int, reason: str) -> str:
-        """Returns the sentence for a record that could not be read: which one, why, and what to do."""
+        """Returns the error for a record that cannot be read: which one, why, and what to do."""
         number = bisect_right(self._ends, index)
         shard = self._shards[number]
         record = f"Record {index - (self._ends[number] - shard.num_records)} of shard {shard.path}"
-        # A system call that fails, "open() failed: Too many open files", says nothing against the
-        # shard.
+        # When a system call fails ("open() failed: Too many open files"), nothing is known about
+        # the shard, and the advice to delete it could cost hours.
         if re.search(r"\w\(\) failed", reason):
-            return f"{record} cannot be read ({reason}): check the disk, the permissions and the limit of open files."
+            return (
+                f"{record} cannot be read ({reason}): "
+                "check the disk, the permissions and the limit of open files."
+            )
         return (
             f"{record} is damaged ({reason}): "
             "delete the shard and run prepare again, which writes only what is missing."

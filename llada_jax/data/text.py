@@ -18,9 +18,9 @@ from pathlib import Path
 
 from llada_jax.errors import UserError, require
 
-BLOCK_BYTES = (
-    1 << 20
-)  # read at once: large enough to stream from an object store, small beside any document limit
+# Read at once: large enough to stream well from an object store, and small against the memory of
+# any machine.
+BLOCK_BYTES = 1 << 20
 
 FORMATS = (".txt", ".jsonl", ".parquet")
 COMPRESSIONS = ("", ".gz", ".xz", ".zst")
@@ -29,8 +29,13 @@ SUFFIXES = tuple(f + c for f in FORMATS for c in COMPRESSIONS if f != ".parquet"
 
 @dataclass(frozen=True)
 class Input:
-    """One file to read: its path or URL, its size in bytes as stored, and what changes when it is
-    rewritten.
+    """One file to read.
+
+    Attributes:
+        path: path or URL.
+        size: bytes, as it is stored.
+        version: changes when the file is rewritten: a modification time, or what a store has for
+            it.
     """
 
     path: str
@@ -39,7 +44,7 @@ class Input:
 
     @property
     def identity(self) -> list:
-        """What tells two inputs apart, for the fingerprints of what was made from them."""
+        """What distinguishes two inputs, for the fingerprints of what was made from them."""
         return [
             self.path if "://" in self.path else os.path.abspath(self.path),
             self.size,
@@ -67,11 +72,11 @@ class Cut:
 
 
 def find_inputs(patterns: list[str]) -> list[Input]:
-    """Returns the files that paths, globs and directories (searched recursively) name, sorted and
-    each once.
+    """Returns the files that paths, globs and directories (searched recursively) name, sorted, each
+    once.
 
     Raises:
-        UserError: a pattern names nothing, or a file whose name ends in none of SUFFIXES.
+        UserError: a pattern names no file, or a file whose name ends in none of SUFFIXES.
     """
     found = {}
     for pattern in patterns:
@@ -79,8 +84,7 @@ def find_inputs(patterns: list[str]) -> list[Input]:
         if not matches:
             raise UserError(
                 f"--input {pattern!r} matches no file; give files, globs or directories with files "
-                "that end in "
-                f"{', '.join(FORMATS)} (text also {', '.join(COMPRESSIONS[1:])})."
+                f"that end in {', '.join(FORMATS)} (text also {', '.join(COMPRESSIONS[1:])})."
             )
         found.update({match.path: match for match in matches})
     for path in found:
@@ -115,9 +119,8 @@ def _raise(error: OSError):
 def _find_remote(pattern: str) -> list[Input]:
     with _reading(pattern):
         fs, path = require("fsspec", extra="data").core.url_to_fs(pattern)
-        if fs.isfile(
-            path
-        ):  # asked first: "?" in a web address is no wildcard, and a web page is no directory
+        # Asked first: a "?" in a web address is not a wildcard, and a web page not a directory.
+        if fs.isfile(path):
             infos = [fs.info(path)]
         elif fs.isdir(path):
             infos = [i for i in fs.find(path, detail=True).values() if i["name"].endswith(SUFFIXES)]
@@ -125,8 +128,8 @@ def _find_remote(pattern: str) -> list[Input]:
             infos = [i for i in fs.glob(path, detail=True).values() if i["type"] == "file"]
     inputs = []
     for info in infos:
-        # Every file system has its own word for it; without one, the size alone tells that a file
-        # has changed.
+        # Every file system has its own name for the version. Where it has none, only the size shows
+        # that a file has changed.
         marks = [
             str(info[key])
             for key in ("ETag", "etag", "mtime", "LastModified", "created")
@@ -143,7 +146,7 @@ def _format_of(path: str) -> str:
         if path.endswith(suffix):
             return "." + suffix.split(".")[1]
     raise UserError(
-        f"Input file {path!r} is of no known format; its name must end in one of "
+        f"Input file {path!r} has an unknown format; its name must end in one of "
         f"{', '.join(SUFFIXES)}."
     )
 
@@ -157,12 +160,12 @@ def check_cut(inputs: list[Input], cut: Cut) -> None:
             re.compile(cut.document_start)
         except re.error as error:
             raise UserError(
-                f"--document-start {cut.document_start!r} is no regular expression: {error}."
+                f"--document-start {cut.document_start!r} is not a regular expression: {error}."
             ) from error
         if cut.documents:
             raise UserError(
                 f"--document-start {cut.document_start!r} and --documents {cut.documents} "
-                "contradict; keep one."
+                "contradict each other; keep one."
             )
         if other:
             raise UserError(
@@ -195,8 +198,8 @@ def read_documents(
         on_read: called with the bytes of the file (as stored) read since the last call.
 
     Raises:
-        UserError: unreadable or truncated file, invalid UTF-8, a line that is no JSON, a missing
-            field; with the place.
+        UserError: the file is unreadable or truncated, is not valid UTF-8, has a line that is not
+            JSON or a record without the field; the message names the place.
     """
     form = _format_of(path)
     if form == ".parquet":
@@ -245,7 +248,9 @@ def _jsonl_documents(path: str, blocks: Iterator[bytes], field: str) -> Iterator
                 f"{where} is not valid JSON ({error}); mend or remove the line."
             ) from error
         if not isinstance(record, dict) or field not in record:
-            fields = ", ".join(record) if isinstance(record, dict) else "none, it is no JSON object"
+            fields = (
+                ", ".join(record) if isinstance(record, dict) else "none, it is not a JSON object"
+            )
             raise UserError(
                 f"{where} has no field {field!r} (its fields: {fields}); name one with "
                 "--text-field."
@@ -263,8 +268,7 @@ def _parquet_documents(path: str, field: str, on_read: Callable[[int], None]) ->
         if field not in table.schema_arrow.names:
             raise UserError(
                 f"{path} has no column {field!r} (its columns: "
-                f"{', '.join(table.schema_arrow.names)}); name one with "
-                "--text-field."
+                f"{', '.join(table.schema_arrow.names)}); name one with --text-field."
             )
         done = 0
         for batch in table.iter_batches(batch_size=256, columns=[field]):
@@ -289,8 +293,7 @@ def _checked_text(value, *, where: str, field: str) -> str:
     except UnicodeEncodeError as error:
         raise UserError(
             f"{where}: {field!r} holds half of a surrogate pair at character {error.start}, which "
-            "is no Unicode text; "
-            "mend or remove the record."
+            "is not Unicode text; fix or remove the record."
         ) from error
     return value
 
@@ -302,8 +305,7 @@ def _decode(data: bytes, *, path: str, line: int, offset: int) -> str:
         line += data.count(b"\n", 0, error.start)
         raise UserError(
             f"{path} is not valid UTF-8 at byte {offset + error.start} (line {line}): "
-            f"{error.reason}; convert "
-            "the file, for example with iconv -t UTF-8."
+            f"{error.reason}; convert the file, for example with iconv -t UTF-8."
         ) from error
 
 
@@ -353,9 +355,9 @@ def _xz_blocks(file) -> Iterator[bytes]:
 
 
 def _zstd_blocks(file) -> Iterator[bytes]:
-    # The library's own stream reader takes a truncated file for a complete one. What it is given
-    # here is decompressed at once, whatever it grows to, hence in small steps: of ordinary text a
-    # few kB, never more than 32 MB.
+    # Not the library's own stream reader, which takes a truncated file for a complete one. A
+    # decompressobj decompresses at once whatever it is given, however large that becomes, so it is
+    # given little: 1 kB becomes a few kB of ordinary text, and never more than 32 MB.
     zstandard = require("zstandard", extra="data")
     frame = None
     for block in _plain_blocks(file, 1024):
@@ -401,7 +403,8 @@ def _reading(path: str):
         library = type(error).__module__.split(".")[0]
         if library in ("pyarrow", "zstandard"):
             raise UserError(f"{path} is damaged ({error}); fetch or write it again.") from error
-        if "://" in path:  # each file system behind a URL has errors of its own
+        # The file systems behind URLs share no class of errors.
+        if "://" in path:
             raise UserError(
                 f"{path} cannot be read: {library}: {error}; check the address and credentials."
             ) from error

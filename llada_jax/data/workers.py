@@ -1,20 +1,25 @@
-"""The processes that work on units side by side, and the progress that they report."""
+"""The processes that work on units in parallel, and the progress that they report.
+
+The command's process hands out the units and shows the progress; each worker writes its unit
+(build.write_unit) and shares only counters with the others.
+"""
 
 import concurrent.futures
 import fcntl
 import multiprocessing
 import os
 import signal
-import sys
 import threading
 import time
 from collections.abc import Callable
 from concurrent.futures.process import BrokenProcessPool
 
-from llada_jax.data.build import RECEIPTS, Job, Unit, size_of, write_unit
+from llada_jax.data.build import LOCK, Job, Unit, size_of, write_unit
 from llada_jax.data.tokenizer import load_tokenizer
 from llada_jax.errors import UserError
+from llada_jax.progress import Display
 from llada_jax.storage.locks import try_lock
+from llada_jax.units import format_seconds
 
 
 class _Stopped(Exception):
@@ -25,12 +30,10 @@ def run_units(units: list[Unit], job: Job, *, workers: int, num_bytes_done: int)
     """Writes the units, in this process when one is enough."""
     total = num_bytes_done + size_of(units)
     workers = min(workers, len(units))
-    context = multiprocessing.get_context(
-        "spawn"
-    )  # a fork would copy the threads of libraries in mid-air
-    counters = context.Array(
-        "q", 4
-    )  # bytes read, bytes of text, tokens, 1 when the workers shall stop
+    # Not fork, which would copy locks that a library's thread holds at that moment.
+    context = multiprocessing.get_context("spawn")
+    # Bytes read, bytes of text, tokens, and 1 once the workers must stop.
+    counters = context.Array("q", 4)
     counters[0] = num_bytes_done
     with _Progress(total, counters) as progress:
         if workers == 1:
@@ -52,9 +55,8 @@ def run_units(units: list[Unit], job: Job, *, workers: int, num_bytes_done: int)
                     progress.show()
             except BrokenProcessPool as error:
                 raise UserError(
-                    "A worker of prepare was killed, most likely for memory; run the same command "
-                    "with fewer "
-                    f"--workers than {workers}: what is finished is kept."
+                    "A worker of prepare was killed, most likely for lack of memory; run the same "
+                    f"command with fewer --workers than {workers}: what is finished is kept."
                 ) from error
             finally:
                 counters[3] = 1
@@ -71,22 +73,22 @@ def _counting(counters, after: Callable[[], None]) -> Callable[..., None]:
     return on_progress
 
 
-# what _start_worker keeps for _work: job, tokenizer, on_progress, and the open lock file
+# What _start_worker keeps for _work: job, tokenizer, on_progress, and the open lock file.
 _worker = {}
 
 
 def _start_worker(job: Job, counters) -> None:
-    signal.signal(
-        signal.SIGINT, signal.SIG_IGN
-    )  # Ctrl-C reaches the whole group; the command itself stops us
+    # Ctrl-C reaches every process of the group; the command then stops its workers by a counter.
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
     threading.Thread(target=_die_with_parent, daemon=True).start()
-    os.environ["TOKENIZERS_PARALLELISM"] = "false"  # a process a core is enough
+    os.environ["TOKENIZERS_PARALLELISM"] = "false"  # one process per core is enough
 
     def stop_if_told():
         if counters[3]:
             raise _Stopped
 
-    lock = open(job.output / RECEIPTS / "lock", "a")  # noqa: SIM115
+    # Held as long as this process lives.
+    lock = open(job.output / LOCK, "a")  # noqa: SIM115
     try_lock(lock, fcntl.LOCK_SH)
     tokenizer = load_tokenizer(job.output / "tokenizer")
     _worker.update(
@@ -95,6 +97,7 @@ def _start_worker(job: Job, counters) -> None:
 
 
 def _die_with_parent() -> None:
+    """Ends this worker when the command is killed, which cannot tell its workers to stop."""
     multiprocessing.parent_process().join()
     os._exit(1)
 
@@ -108,37 +111,17 @@ class _Progress:
 
     def __init__(self, total: int, counters):
         self._total, self._counters, self._first_read = max(1, total), counters, counters[0]
-        self._started = time.monotonic()
-        self._is_terminal = sys.stderr.isatty()
-        self._every = 0.2 if self._is_terminal else 5.0
-        self._shown = self._started
+        self._display = Display(total=self._total, completed=self._first_read)
+        self._every = 0.2 if self._display.has_bar else 5.0
+        self._started = self._shown = time.monotonic()
 
     def __enter__(self):
-        if self._is_terminal:
-            from rich.console import Console
-            from rich.progress import (
-                BarColumn,
-                Progress,
-                TaskProgressColumn,
-                TextColumn,
-                TimeRemainingColumn,
-            )
-
-            columns = (
-                BarColumn(),
-                TaskProgressColumn(),
-                TextColumn("{task.description}"),
-                TimeRemainingColumn(),
-            )
-            self._bar = Progress(*columns, console=Console(stderr=True))
-            self._task = self._bar.add_task("", total=self._total, completed=self._first_read)
-            self._bar.start()
+        self._display.__enter__()
         return self
 
     def __exit__(self, *exception) -> None:
         self._show()
-        if self._is_terminal:
-            self._bar.stop()
+        self._display.__exit__(*exception)
 
     def show(self) -> None:
         """Brings the display up to date, at most every few moments."""
@@ -150,8 +133,11 @@ class _Progress:
         read, text, tokens, _ = self._counters[:]
         seconds = max(1e-9, time.monotonic() - self._started)
         rates = f"{text / seconds / 1e6:.1f} MB/s, {tokens / seconds:,.0f} tokens/s"
-        if self._is_terminal:
-            self._bar.update(self._task, completed=read, description=rates)
+        if self._display.has_bar:
+            # of this start alone: what an earlier one has read came at no cost to this one
+            pace = (read - self._first_read) / seconds
+            eta = f" eta {format_seconds((self._total - read) / pace)}" if pace else ""
+            self._display.update(read, before=f"{read / self._total:.0%}", after=rates + eta)
         else:
             done = f"{read / self._total:.0%} of {self._total / 1e6:.1f} MB"
-            print(f"prepare: {done}, {rates}, {seconds:.0f} s", file=sys.stderr, flush=True)
+            self._display.say(f"prepare: {done}, {rates}, {seconds:.0f} s")

@@ -1,3 +1,1 @@
-"""How good a model is: bounds on the likelihood of held-out text, and baselines to compare them
-with.
-"""
+"""How good a model is: bounds on the likelihood of held-out text, and baselines for comparison."""

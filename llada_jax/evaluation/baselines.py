@@ -1,6 +1,4 @@
-"""What is known about a text without any neural network: the yardsticks beside a model's bits per
-byte.
-"""
+"""What compresses a text without a neural network: yardsticks for a model's bits per byte."""
 
 import lzma
 
@@ -10,7 +8,7 @@ from llada_jax.data.records import DatasetInfo, Records
 
 
 def _documents(info: DatasetInfo, split: str, eos_id: int) -> tuple[np.ndarray, np.ndarray]:
-    """Returns all tokens of a split in file order, int32, and how many of them are EOS."""
+    """Returns all tokens of a split in file order, int32, and which of them are EOS, bool."""
     rows = Records(info, split=split)
     pieces = [row["tokens"][row["segment_ids"] > 0] for row in (rows[i] for i in range(len(rows)))]
     tokens = np.concatenate(pieces)
@@ -18,23 +16,25 @@ def _documents(info: DatasetInfo, split: str, eos_id: int) -> tuple[np.ndarray, 
 
 
 def unigram_bits_per_byte(info: DatasetInfo, *, split: str) -> float:
-    """Returns the cross-entropy of a split under the token frequencies of the training split
-    (add-one), in bits/byte.
+    """Returns the cross-entropy of a split under the token frequencies of the training split, in
+    bits/byte.
     """
     eos_id, vocab_size = info.tokenizer["eos_id"], info.tokenizer["vocab_size"]
     train, _ = _documents(info, "train", eos_id)
     heldout, _ = _documents(info, split, eos_id)
+    # one more of each token: a token that training never saw would cost infinitely many bits
     counts_V = np.bincount(train, minlength=vocab_size) + 1.0
     bits_V = -np.log2(counts_V / counts_V.sum())
     return float(bits_V[heldout].sum() / info.split(split).num_bytes)
 
 
 def xz_bits_per_byte(info: DatasetInfo, tokenizer, *, split: str) -> tuple[float, float]:
-    """Returns the size of a split's text under `xz -9`, in bits/byte: on its own, and after the
-    training text.
+    """Returns the size of a split's text under `xz -9`, in bits/byte: alone, and after the training
+    text.
 
-    The second number is what the split adds to the compressed size of the training text, a fair
-    match for a model that has read it; its window of 64 MiB is what `xz -9` remembers.
+    The second number is what the split adds to the compressed size of the training text: a fair
+    match for a model that has read that text too, as far as the 64 MiB reach that `xz -9` looks
+    back.
     """
     eos_id = info.tokenizer["eos_id"]
     texts = {}

@@ -14,8 +14,11 @@ from llada_jax.rng import key_for
 
 
 class Bound(NamedTuple):
-    """nats_per_token: the mean bound; standard_error: of it, over independent draws; num_tokens:
-    scored, each once.
+    """A bound on -log p(x), in nats.
+
+    nats_per_token: its mean over the scored tokens. standard_error: of that mean, over independent
+    draws; nan for a single one. num_tokens: scored, each counted once however often its row was
+    corrupted.
     """
 
     nats_per_token: float
@@ -25,8 +28,9 @@ class Bound(NamedTuple):
 
 @functools.partial(jax.jit, static_argnames=("objective", "nll_fn", "num_rows"))
 def batch_sums(params, frozen, batch, key, row_B, *, objective, nll_fn, num_rows):
-    """Returns the sums and counts of one batch under one draw of the corruption, whole on every
-    device.
+    """Returns the sums and counts of one batch under one draw of the corruption.
+
+    They are whole on every device, so that each process can read them without another collective.
     """
     sums = objective.bound(
         nll_fn,
@@ -53,21 +57,21 @@ def bound(
     num_draws: int = 1,
     on_compiled=lambda: None,
 ) -> Bound:
-    """Returns the bound over all batches: sum of nats over number of tokens, each row corrupted
-    `num_draws` times.
+    """Returns the bound over all batches: the sum of nats over the number of tokens.
 
     Args:
         objective: its `bound` is computed; the same object in every call, so that the compiled
             program is found again.
         batches: global batches, placed on the mesh.
         frozen: the frozen parameters of the state, if the bound reads any.
-        seed: of the draws, which depend on nothing else: two models are compared under the same
-            corruption.
+        seed: of the draws, which depend on nothing else, so that two models are compared under the
+            same corruption.
+        num_draws: how often each row is corrupted.
         on_compiled: called without arguments once the program is compiled and before it runs.
 
-    The standard error treats (batch, draw) pairs as independent and weights them by their tokens
-    (the ratio estimator); rows are few per batch, so give it at least ten pairs before you trust
-    it.
+    The standard error treats pairs of batch and draw as independent, and weights them by their
+    tokens (the ratio estimator). It is an estimate itself, from as many numbers as there are pairs:
+    do not trust it below ten of them.
     """
     pairs, compiled, frozen = [], None, frozen or {}
     rows, name = np.arange(num_rows, dtype=np.int32), objective.bound_name
@@ -89,6 +93,7 @@ def bound(
                 on_compiled()
             pairs.append(jax.device_get(compiled(params, frozen, batch, key, rows))[name])
     nats, tokens = np.array(pairs, np.float64).T
+    # not the mean of the pairs' means: the last batch is padded and holds fewer tokens
     mean = nats.sum() / tokens.sum()
     residual = nats - mean * tokens
     variance = np.sum(residual**2) / max(len(pairs) - 1, 1) * len(pairs) / tokens.sum() ** 2

@@ -105,7 +105,7 @@ def model_card(
         f"| {what} | {hf_config[f'{what}_token_id']} | `{token}` |"
         for what, token in special_tokens.items()
     ]
-    # Short enough for a model that was trained on short rows, and no longer than a look at it needs.
+    # Short enough for a model that was trained on short rows, and long enough for a first look.
     gen_length = min(64, max(1, training.sequence_length // 2))
     return "\n".join(
         [
@@ -141,7 +141,8 @@ def model_card(
             # The tokenizer's class comes from the config, which is code of the export: without the
             # flag this line would stop and ask whether to run it.
             f'tokenizer = AutoTokenizer.from_pretrained("{name}", trust_remote_code=True)',
-            f'model = AutoModelForCausalLM.from_pretrained("{name}", trust_remote_code=True).eval()',
+            f'model = AutoModelForCausalLM.from_pretrained("{name}", trust_remote_code=True)',
+            "model = model.eval()",
             'prompt = tokenizer("Once upon a time", return_tensors="pt").input_ids',
             f"canvas = model.generate_diffusion(prompt, gen_length={gen_length}, "
             f"block_length={gen_length}, steps={gen_length})",

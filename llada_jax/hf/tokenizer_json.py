@@ -18,7 +18,8 @@ import base64
 import json
 from pathlib import Path
 
-from llada_jax.data.tokenizer import SPACE_MARK, Tokenizer
+from llada_jax.data.codecs import SPACE_MARK
+from llada_jax.data.tokenizer import Tokenizer
 from llada_jax.errors import UserError, reason, require
 
 # Texts on which a converted SentencePiece model must give the ids of the original, in addition to

@@ -34,33 +34,10 @@ import numpy as np, torch
 from transformers import AutoModelForCausalLM
 directory, tokens, logits = sys.argv[1:]
 model = AutoModelForCausalLM.from_pretrained(directory, trust_remote_code=True).float().eval()
+tokens_BT = torch.from_numpy(np.load(tokens).astype(np.int64))
 with torch.no_grad():
-    rows = [model(torch.from_numpy(row[None])).logits[0].numpy() for row in np.load(tokens).astype(np.int64)]
-np.save(logits, np.stack(rows))
-"""
-
-
-"""Does an export compute what the checkpoint computes? PyTorch answers, in a process that has never
-seen this package.
-"""
-
-
-# Nats a token by which the distributions may differ: what rounding the weights costs.
-MAX_KL = {"float32": 1e-6, "bfloat16": 5e-2}
-# Share of the largest logit by which those of PyTorch may differ from ours with the weights rounded
-# alike.
-MAX_DIFFERENCE = 1e-3
-
-LOGITS = """
-import sys
-for name in ("llada_jax", "jax", "flax"):
-    sys.modules[name] = None  # an import of it fails
-import numpy as np, torch
-from transformers import AutoModelForCausalLM
-directory, tokens, logits = sys.argv[1:]
-model = AutoModelForCausalLM.from_pretrained(directory, trust_remote_code=True).float().eval()
-with torch.no_grad():
-    rows = [model(torch.from_numpy(row[None])).logits[0].numpy() for row in np.load(tokens).astype(np.int64)]
+    # one row after the other: a batch would need the memory of all of them
+    rows = [model(tokens_1T).logits[0].numpy() for tokens_1T in tokens_BT.split(1)]
 np.save(logits, np.stack(rows))
 """
 
@@ -84,7 +61,7 @@ def tokens_to_compare(directory: str | None, tokenizer: Tokenizer) -> tuple[np.n
 
 
 def _heldout_tokens(directory: str, tokenizer: Tokenizer, *, size: int) -> np.ndarray:
-    """Returns at least `size` tokens of held-out text, fewer or none where there are not as many."""
+    """Returns at least `size` tokens of held-out text, or fewer where there are not as many."""
     directory = epath.Path(directory)
     if not (directory / JSON_NAME).exists():
         return np.zeros(0, np.int32)
@@ -125,9 +102,10 @@ def compare_with_torch(
     def logits(params):
         return model.logits_fn(params, tokens_BT, np.ones_like(tokens_BT), positions_BT)
 
-    # Two numbers are wanted. With the weights rounded as in the files, ours and PyTorch's must agree
-    # closely, or the network is another one; against the exact weights, the difference is what
-    # rounding costs. Accelerators multiply in lower precision by default, which would hide the first.
+    # Two numbers are wanted. With the weights rounded as in the files, ours and PyTorch's must
+    # agree closely, or the network is another one; against the exact weights, the difference is
+    # what rounding costs. Accelerators multiply in lower precision by default, which would hide
+    # the first.
     with jax.default_matmul_precision("highest"):
         ours_BTV = np.asarray(logits(params))
         rounded = jax.tree.map(

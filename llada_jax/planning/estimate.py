@@ -1,12 +1,21 @@
-"""Memory, traffic and time of a training step, computed from the shapes of a run."""
+"""An estimate of one training step from its shapes: memory, traffic and time.
+
+Nothing is compiled. What can be counted is exact (parameters, state, FLOPs); activations and time
+are estimates whose assumptions are written where they are made. An estimate takes milliseconds,
+which is what makes `search` possible; `check` asks the compiler, which takes minutes.
+"""
+
+import math
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
 
 from llada_jax.cluster import sharding
 from llada_jax.cluster.hardware import Slice
-from llada_jax.models.attention import choose
 from llada_jax.models.flops import flops_per_token
 from llada_jax.models.transformer import num_matmul_parameters, num_parameters
-from llada_jax.planning import absent_devices
-from llada_jax.training.step import Recipe, make_recipe
+from llada_jax.training.step import Recipe
 
 # What fraction of the peak the executed FLOPs reach, recomputation included. Published dense models
 # of 7B to 70B reach 40 to 70% of the peak in model FLOPs, with up to a third recomputed on top
@@ -14,62 +23,62 @@ from llada_jax.training.step import Recipe, make_recipe
 EFFICIENCY = {"slow": 0.45, "fast": 0.75}
 
 
-def recipe_of_shapes(config, mesh, vocab_size: int) -> Recipe:
-    """Returns the recipe of a config for a mesh of absent devices, to read shapes from.
+class Workload(NamedTuple):
+    """What the estimate reads of a config and does not find in the recipe.
 
-    It is put together with the reference attention, because cuDNN cannot even be traced where it is
-    not installed; `attention` names what the run would use.
+    batch_size: B, rows of the global batch. sequence_length: T. num_microbatches: the parts into
+    which each batch is split (gradient accumulation). remat: the policy of the layers, see
+    config.model.remat. nll_chunk: positions of a row whose logits exist at one time.
     """
-    traced = config.copy_and_resolve_references()
-    traced.model.attention = "xla"
-    recipe = make_recipe(traced, absent_devices.mask_token_stand_in(vocab_size), mesh)
-    attention = choose(
-        config.model.attention,
-        platform=sharding.platform(mesh),
-        packed=not config.data.attend_across_documents,
-        sequence_length=config.data.sequence_length,
-        head_dim=recipe.architecture.head_dim,
-        dtype=recipe.dtype,
-    )
-    return recipe._replace(attention=attention)
+
+    batch_size: int
+    sequence_length: int
+    num_microbatches: int
+    remat: str
+    nll_chunk: int
 
 
-def arithmetic(
-    config, recipe: Recipe, shape: dict[str, int], machines: Slice, num_slices: int
+def estimate_run(
+    recipe: Recipe, workload: Workload, shape: dict[str, int], machines: Slice, num_slices: int
 ) -> dict:
-    """Returns `plan` for a mesh of any shape; `recipe` may have been made for another one.
+    """Returns the estimate of a run as nested dicts of plain values, ready for JSON.
+
+    Bytes and FLOPs are those of one device and one step unless the key says otherwise.
 
     Args:
-        shape: {mesh axis: size}.
+        recipe: a recipe for a mesh of any shape, because only its arrays' sizes and axes are read.
+            `search` makes one and estimates hundreds of meshes from it.
+        shape: {mesh axis: size} to estimate for.
+        machines: one slice; num_slices: how many of them the data centre network joins.
     """
     a, chip = recipe.architecture, machines.accelerator
-    B, T, A = (
-        config.data.batch_size,
-        config.data.sequence_length,
-        config.optimizer.gradient_accumulation,
-    )
+    B, T, A = workload.batch_size, workload.sequence_length, workload.num_microbatches
     num_devices = machines.num_devices * num_slices
+    # A causal network attends to half of the positions.
     is_causal = recipe.objective.mask.causal
     num_matmul = num_matmul_parameters(a)
     flops = flops_per_token(num_matmul, a.num_layers, a.num_heads * a.head_dim, T, causal=is_causal)
+    # of one device in one microbatch
     rows = B // A // (shape["data"] * shape["fsdp"] * shape["expert"])
-    tokens = rows * T // shape["sequence"]  # of one device in one microbatch
-    memory = memory_of(config, recipe, shape, rows=rows, tokens=tokens)
-    traffic = traffic_of(config, recipe, shape, tokens=tokens, num_slices=num_slices)
-    step = B * T * flops / num_devices * (1 + recomputed(config, recipe) / flops)
-    seconds = step_seconds(step, traffic, machines, num_slices)
-    num_tokens = recipe.num_steps * B * T
+    tokens = rows * T // shape["sequence"]
+    memory = memory_of(recipe, workload, shape, rows=rows, tokens=tokens)
+    traffic = traffic_of(recipe, workload, shape, tokens=tokens, num_slices=num_slices)
+    tokens_per_device = B * T / num_devices
+    executed_flops = tokens_per_device * (flops + recomputed_flops(recipe, workload))
+    seconds = step_seconds(executed_flops, traffic, machines, num_slices)
+    peak_flops, num_steps = chip.peak_flops_per_device, recipe.num_steps
+    num_chips = machines.num_chips * num_slices
     return {
         "topology": machines.name,
         "slices": num_slices,
-        "chips": machines.num_chips * num_slices,
+        "chips": num_chips,
         "hosts": machines.num_hosts * num_slices,
         "devices": num_devices,
         "accelerator": chip.name,
-        "peak_flops": chip.peak_flops / chip.devices_per_chip,
-        "usable_bytes": chip.usable_hbm_bytes // chip.devices_per_chip,
+        "peak_flops": peak_flops,
+        "usable_bytes": chip.usable_bytes_per_device,
         "mesh": shape,
-        "remat": config.model.remat,
+        "remat": workload.remat,
         "attention": recipe.attention,
         "dtype": recipe.dtype.name,
         "parameters": num_parameters(a),
@@ -85,9 +94,9 @@ def arithmetic(
         "rows_per_device": rows,
         "tokens_per_device": tokens,
         "tokens_per_step": B * T,
-        "num_steps": recipe.num_steps,
-        "num_tokens": num_tokens,
-        "executed_flops": step,
+        "num_steps": num_steps,
+        "num_tokens": num_steps * B * T,
+        "executed_flops": executed_flops,
         "memory": memory,
         "traffic": traffic,
         "network_counted": is_network_known(machines),
@@ -95,121 +104,171 @@ def arithmetic(
             machines, shape, num_slices, tokens=tokens, tokens_per_slice=B * T // A // num_slices
         ),
         "seconds_per_step": seconds,
-        "mfu": {
-            k: B * T * flops / num_devices / (v * chip.peak_flops / chip.devices_per_chip)
-            for k, v in seconds.items()
-        },
-        "days": {k: v * recipe.num_steps / 86400 for k, v in seconds.items()},
-        "chip_hours": {
-            k: v * recipe.num_steps / 3600 * machines.num_chips * num_slices
-            for k, v in seconds.items()
-        },
+        # Model FLOPs utilisation does not count what is recomputed, as in the PaLM paper: a policy
+        # that recomputes less must not look worse.
+        "mfu": {case: tokens_per_device * flops / (s * peak_flops) for case, s in seconds.items()},
+        "days": {case: s * num_steps / 86400 for case, s in seconds.items()},
+        "chip_hours": {case: s * num_steps / 3600 * num_chips for case, s in seconds.items()},
         "replicated": sharding.replicated_by_accident(
             recipe.abstract.params, recipe.batch_sharding.mesh
         ),
     }
 
 
-def memory_of(config, recipe: Recipe, shape: dict[str, int], *, rows: int, tokens: int) -> dict:
-    """Returns bytes of one device: state (exact), and estimates of what a step adds.
+# ---- memory
 
-    Counted in elements a token, with D, N, K, H, F as in llada_jax and heads and F divided by the
-    tensor axis:
-        saved by the forward pass for each layer: D (full: its input), + N H (attention: the output
-        of attention),
-            + D + (N + 2 K) H + 2 F + D (dots: the outputs of all products), + 2 D + (2 N + K) H + 2
-            F (none: norms, rotary, activations; scores too where attention is the reference);
-        at work in the backward pass of one layer: 4 D + (3 N + 2 K) H + 4 F, and its weights twice,
-        gathered; logits of one piece of the vocabulary and their gradient, float32, and the head's
-        input and its gradient.
+
+def memory_of(
+    recipe: Recipe, workload: Workload, shape: dict[str, int], *, rows: int, tokens: int
+) -> dict:
+    """Returns bytes of one device: the state (exact), and estimates of what a step adds to it.
+
+    Counted in elements per token and layer, with the letters of llada_jax; N, K and F stand for the
+    share of one device, that is N H, K H and F divided by the tensor axis. S: scores of one token
+    (N T; 0 where a kernel never holds them).
+
+    Saved by the forward pass, by remat policy:
+        full:       D                               the layer's input
+        attention:  D + N                           and the output of attention
+        dots:       3 D + N + 2 K + 2 F             and the outputs of all products
+        none:       5 D + 3 N + 3 K + 4 F + 3 S     and norms, rotary embeddings, activations
+    At work in the backward pass of one layer, at the same time as all that was saved:
+        4 D + 3 N + 2 K + 4 F + 3 S, and the layer's weights twice (gathered, and their gradient).
+    At work in the head, before any layer: logits of one piece of the vocabulary's product and their
+        gradient, float32, and the head's input and its gradient.
+    The larger of the last two counts, because they never exist together.
+
+    Args:
+        rows, tokens: of one device in one microbatch.
     """
     a, itemsize = recipe.architecture, recipe.dtype.itemsize
-    D, L, t = a.d_model, a.num_layers, shape["tensor"]
+    D, t = a.d_model, shape["tensor"]
     N, K, F = a.num_heads * a.head_dim / t, a.num_kv_heads * a.head_dim / t, a.d_ff / t
-    scores = a.num_heads / t * config.data.sequence_length if recipe.attention == "xla" else 0
+    # Only the reference attention holds the scores of all pairs of positions.
+    S = a.num_heads / t * workload.sequence_length if recipe.attention == "xla" else 0
     saved = {
         "full": D,
         "attention": D + N,
         "dots": 3 * D + (N + 2 * K) + 2 * F,
-        "none": 5 * D + (3 * N + 3 * K) + 4 * F + 3 * scores,
-    }[config.model.remat]
-    gradients = absent_devices.sharded_bytes(
-        recipe.abstract.params, shape
-    )  # float32, as the parameters
-    layer_weights = (num_matmul_parameters(a) - D * a.vocab_size) / L / t * itemsize
-    num_pieces = -(-config.data.sequence_length // config.model.nll_chunk)
-    layer = tokens * itemsize * (4 * D + 3 * N + 2 * K + 4 * F + 3 * scores) + 2 * layer_weights
+        "none": 5 * D + (3 * N + 3 * K) + 4 * F + 3 * S,
+    }[workload.remat]
+    # Gradients are float32, as the parameters are. With several microbatches a second copy holds
+    # the sum while the next part is computed.
+    gradients = sharded_bytes(recipe.abstract.params, shape)
+    gradients *= 2 if workload.num_microbatches > 1 else 1
+    layer_weights = (num_matmul_parameters(a) - D * a.vocab_size) / a.num_layers / t * itemsize
+    num_pieces = -(-workload.sequence_length // workload.nll_chunk)
+    layer = tokens * itemsize * (4 * D + 3 * N + 2 * K + 4 * F + 3 * S) + 2 * layer_weights
     head = tokens * (2 * 4 * a.vocab_size / t / num_pieces + 2 * 4 * D)
     sizes = {
-        "state": absent_devices.sharded_bytes(recipe.abstract, shape),
-        "gradients": gradients * (2 if config.optimizer.gradient_accumulation > 1 else 1),
-        "saved_activations": int(tokens * L * saved * itemsize),
+        "state": sharded_bytes(recipe.abstract, shape),
+        "gradients": gradients,
+        "saved_activations": int(tokens * a.num_layers * saved * itemsize),
         "working": int(max(layer, head)),
     }
     return {**sizes, "peak": sum(sizes.values())}
 
 
-def recomputed(config, recipe: Recipe) -> float:
-    """Returns the FLOPs a token that the backward pass repeats: by remat policy, and the head when
-    it is cut in pieces.
+def sharded_bytes(tree, shape: dict[str, int]) -> int:
+    """Returns the bytes that one device holds of a tree of arrays on a mesh of another shape.
+
+    Args:
+        tree: arrays or jax.ShapeDtypeStructs with NamedShardings, of which only the axes' names are
+            read.
+        shape: {mesh axis: size}.
     """
-    a, T = recipe.architecture, config.data.sequence_length
+    total = 0
+    for leaf in jax.tree.leaves(tree):
+        sizes = list(leaf.shape)
+        for dim, axes in enumerate(leaf.sharding.spec):
+            for axis in (axes,) if isinstance(axes, str) else axes or ():
+                # Rounded up: XLA pads the last shard to the size of the others.
+                sizes[dim] = -(-sizes[dim] // shape[axis])
+        total += math.prod(sizes) * jnp.dtype(leaf.dtype).itemsize
+    return total
+
+
+# ---- FLOPs and traffic
+
+
+def recomputed_flops(recipe: Recipe, workload: Workload) -> float:
+    """Returns the FLOPs per token that the backward pass repeats.
+
+    The remat policy decides for the layers: "dots" keeps the outputs of products but not the
+    scores, "attention" keeps the scores' result and repeats the products, "full" repeats both. The
+    head is repeated whenever it runs in pieces, because then no piece's logits are kept.
+    """
+    a, T = recipe.architecture, workload.sequence_length
     head = a.d_model * a.vocab_size
     projections = 2 * (num_matmul_parameters(a) - head)
     scores = 4 * a.num_layers * a.num_heads * a.head_dim * T
     layers = {"none": 0, "dots": scores, "attention": projections, "full": projections + scores}[
-        config.model.remat
+        workload.remat
     ]
-    return layers + (2 * head if config.data.sequence_length > config.model.nll_chunk else 0)
+    return layers + (2 * head if workload.nll_chunk < T else 0)
 
 
 def traffic_of(
-    config, recipe: Recipe, shape: dict[str, int], *, tokens: int, num_slices: int
+    recipe: Recipe, workload: Workload, shape: dict[str, int], *, tokens: int, num_slices: int
 ) -> dict:
-    """Returns bytes of whole arrays that one device takes part in exchanging in one step, by
-    purpose.
+    """Returns bytes of whole arrays in whose exchange one device takes part per step, by purpose.
 
-    gather: every weight matrix twice a microbatch (forward, backward), in the compute dtype, over
-    fsdp. scatter: its gradient once a microbatch, over fsdp. data: the gradient's shard, over data
-    within a slice; dcn: between slices. tensor: activations, twice forward, twice backward and once
-    again when a layer is recomputed. sequence: keys and values, forward, backward and recomputed.
+    gather: every weight matrix twice per microbatch (forward, backward), in the compute dtype, over
+    fsdp. scatter: its gradient once per microbatch, over fsdp. data: the gradient's shard, over
+    data within a slice; dcn: between slices. tensor: activations, twice forward, twice backward and
+    once more when a layer is recomputed. sequence: keys and values, forward, backward and
+    recomputed.
+
+    Whole arrays, and not what a link carries: a ring of n devices carries (n - 1) / n of that,
+    which is nearly all of it on the meshes in question, and the compiler's programs are counted
+    alike.
+
+    Args:
+        tokens: of one device in one microbatch.
     """
-    a, A, itemsize = (
-        recipe.architecture,
-        config.optimizer.gradient_accumulation,
-        recipe.dtype.itemsize,
-    )
+    a, A, itemsize = recipe.architecture, workload.num_microbatches, recipe.dtype.itemsize
     matrices = num_matmul_parameters(a) / shape["tensor"] * itemsize
-    again = config.model.remat in ("attention", "full")
-    data, sequence = shape["data"] * shape["expert"], shape["sequence"]
+    is_repeated = workload.remat in ("attention", "full")
+    # The expert axis splits the batch as well, so its devices hold replicas of the weights.
+    replicas, sequence = shape["data"] * shape["expert"], shape["sequence"]
     activations = tokens * a.num_layers * itemsize
     keys_and_values = 2 * a.num_kv_heads * a.head_dim / shape["tensor"]
-    return {
-        "gather": int(2 * A * matrices) if shape["fsdp"] > 1 else 0,
-        "scatter": int(A * matrices) if shape["fsdp"] > 1 else 0,
-        "data": int(A * matrices / shape["fsdp"]) if data > num_slices else 0,
-        "dcn": int(A * matrices / shape["fsdp"]) if num_slices > 1 else 0,
-        "tensor": int(A * activations * a.d_model * (5 if again else 4))
-        if shape["tensor"] > 1
-        else 0,
-        "sequence": int(A * activations * sequence * keys_and_values * (3 if again else 2))
-        if sequence > 1
-        else 0,
-    }
+    traffic = dict.fromkeys(("gather", "scatter", "data", "dcn", "tensor", "sequence"), 0)
+    if shape["fsdp"] > 1:
+        traffic["gather"] = int(2 * A * matrices)
+        traffic["scatter"] = int(A * matrices)
+    # What fsdp has scattered is all that is left to reduce.
+    if replicas > num_slices:
+        traffic["data"] = int(A * matrices / shape["fsdp"])
+    if num_slices > 1:
+        traffic["dcn"] = int(A * matrices / shape["fsdp"])
+    if shape["tensor"] > 1:
+        traffic["tensor"] = int(A * activations * a.d_model * (5 if is_repeated else 4))
+    if sequence > 1:
+        passes = 3 if is_repeated else 2
+        traffic["sequence"] = int(A * activations * sequence * keys_and_values * passes)
+    return traffic
+
+
+# ---- time
 
 
 def bandwidth(machines: Slice) -> dict[str, float]:
-    """Returns bytes a second that a device sends over ICI or NVLink: on all its links, and on one
-    axis of the torus.
+    """Returns the bytes per second that a device sends over ICI or NVLink.
+
+    fast: on all its links. slow: on those of one axis of the torus, which is what a collective gets
+    that the compiler could not spread over the axes.
     """
     chip = machines.accelerator
-    whole = chip.link_bandwidth / 2 / chip.devices_per_chip  # the table counts both directions
+    # The table counts both directions; what is sent has only one.
+    whole = chip.link_bandwidth / 2 / chip.devices_per_chip
     return {"fast": whole, "slow": whole / len(machines.topology)}
 
 
 def is_network_known(machines: Slice) -> bool:
-    """Whether the table has the bandwidth of all that connects the devices: not between hosts of
-    GPUs.
+    """Whether the table has the bandwidth of all that connects the devices.
+
+    It has none for the network between hosts of GPUs, which differs from cluster to cluster.
     """
     return machines.accelerator.platform == "tpu" or machines.num_hosts == 1
 
@@ -217,31 +276,29 @@ def is_network_known(machines: Slice) -> bool:
 def step_seconds(
     executed_flops: float, traffic: dict, machines: Slice, num_slices: int
 ) -> dict[str, float]:
-    """Returns the time of a step, fast and slow.
+    """Returns the time of a step under a fast and a slow set of assumptions.
 
-    fast: EFFICIENCY["fast"] of the peak, all communication hidden behind it unless that takes
-    longer, on all links, a gather or scatter of V bytes taking V / bandwidth, an all-reduce twice
-    that. slow: EFFICIENCY["slow"], nothing hidden, on the links of one axis, and gathers and
-    scatters done as all-reduces, as libtpu does over whole slices. Between the hosts of GPUs,
-    communication is not counted: their network is not known.
+    fast: EFFICIENCY["fast"] of the peak; all communication is hidden behind computing unless it
+    takes longer, and uses all links. A gather or scatter of V bytes takes V / bandwidth, an
+    all-reduce twice that. slow: EFFICIENCY["slow"], nothing hidden, the links of one axis, and
+    gathers and scatters done as all-reduces, as libtpu does over whole slices. One number between
+    the two would claim more than shapes can show.
+
+    Between hosts of GPUs communication is not counted: their network is not known, and a guess
+    would be taken for a figure.
     """
-    chip = machines.accelerator
-    links, seconds = bandwidth(machines), {}
+    chip, links, seconds = machines.accelerator, bandwidth(machines), {}
     for case, efficiency in EFFICIENCY.items():
         once = traffic["gather"] + traffic["scatter"] + traffic["sequence"]
         twice = traffic["data"] + traffic["tensor"]
         exchanged = (once * (2 if case == "slow" else 1) + 2 * twice) / links[case]
         if num_slices > 1:
-            exchanged += (
-                2
-                * (num_slices - 1)
-                / num_slices
-                * traffic["dcn"]
-                / (chip.dcn_bandwidth / chip.devices_per_chip)
-            )
+            # A ring of slices: each gradient goes around once to be summed and once to be known.
+            sent = 2 * (num_slices - 1) / num_slices * traffic["dcn"]
+            exchanged += sent / (chip.dcn_bandwidth / chip.devices_per_chip)
         if not is_network_known(machines):
             exchanged = 0.0
-        computed = executed_flops / (efficiency * chip.peak_flops / chip.devices_per_chip)
+        computed = executed_flops / (efficiency * chip.peak_flops_per_device)
         seconds[case] = max(computed, exchanged) if case == "fast" else computed + exchanged
     return seconds
 
@@ -249,21 +306,20 @@ def step_seconds(
 def intensity_of(
     machines: Slice, shape: dict[str, int], num_slices: int, *, tokens: int, tokens_per_slice: int
 ) -> dict:
-    """Returns tokens that there are and that must be, for computing to take longer than gathering
-    weights.
+    """Returns how many tokens there are, and how many are needed to hide the gathers of weights.
 
     A layer of P parameters takes 6 P tokens FLOPs and moves 3 * 2 P bytes over fsdp (both
-    bfloat16), so that it is bound by computing above peak / bandwidth tokens a device (the "How to
+    bfloat16), so that computing takes longer above peak / bandwidth tokens per device (the "How to
     Scale Your Model" book, chapter on training). With several slices, 2 * 2 P bytes of gradient go
     over the data centre network against 6 P tokens of FLOPs on a slice.
     """
     chip, links = machines.accelerator, bandwidth(machines)
-    peak = chip.peak_flops / chip.devices_per_chip
+    peak = chip.peak_flops_per_device
     limits = {
         "tokens_per_device": tokens,
         "needed_on_all_links": peak / links["fast"] / shape["tensor"],
+        "needed_on_one_axis": peak / links["slow"] / shape["tensor"],
     }
-    limits["needed_on_one_axis"] = peak / links["slow"] / shape["tensor"]
     if num_slices > 1:
         limits["tokens_per_slice"] = tokens_per_slice
         limits["needed_between_slices"] = chip.peak_flops / chip.dcn_bandwidth

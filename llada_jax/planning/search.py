@@ -1,81 +1,98 @@
-"""Other meshes, remat policies and numbers of microbatches for the same config."""
+"""Searches other meshes, remat policies and numbers of microbatches for the same run."""
 
 import itertools
 import math
 
 from llada_jax.cluster.hardware import Slice
 from llada_jax.errors import UserError
-from llada_jax.planning import absent_devices
-from llada_jax.planning.estimate import arithmetic, recipe_of_shapes
+from llada_jax.planning.estimate import Workload, estimate_run
 from llada_jax.training.step import Recipe
 
-REMATS = ("none", "dots", "attention", "full")  # from the most memory to the most recomputation
+# From the most memory to the most recomputation.
+REMATS = ("none", "dots", "attention", "full")
+
+# The tensor axis exchanges activations in every layer; more than 8 ways is rarely worth that.
+TENSOR_SIZES = (1, 2, 4, 8)
+
+# The estimate may be too low by some percent, and a choice that does not fit is worth nothing.
+USABLE_SHARE = 0.95
 
 
-def search_choices(config, machines: Slice, num_slices: int, vocab_size: int) -> list[dict]:
-    """Returns the choices of mesh, remat policy and microbatches that are estimated to fit, and
-    that no other choice beats in both time and memory; the fastest first.
+def find_choices(
+    recipe: Recipe, workload: Workload, shape: dict[str, int], machines: Slice, num_slices: int
+) -> list[dict]:
+    """Returns the choices that fit and that no other choice beats in both time and memory.
 
-    Tried: data, fsdp and tensor (at most 8) as powers of two, microbatches up to one row a device;
-    sequence and expert stay as they are.
+    A choice is {"mesh", "remat", "microbatches", "peak" (bytes per device), "seconds_per_step"},
+    the fastest first. Tried: data, fsdp and tensor (at most 8) as powers of two, all remat
+    policies, and microbatches as powers of two up to one row per device; sequence and expert stay
+    as they are.
+    All of it is tried, because an estimate takes less than a millisecond: a cleverer search would
+    have to be trusted.
+
+    Args:
+        recipe, workload, shape: of the run as configured, see `estimate_run`.
+
+    Raises:
+        UserError: nothing is estimated to fit.
     """
-    base = absent_devices.stand_in_mesh(config.mesh, machines, num_slices)
-    recipe = recipe_of_shapes(config, base, vocab_size)
-    fixed = base.shape["sequence"] * base.shape["expert"]
-    rest = machines.num_devices * num_slices // fixed
-    choices = []
-    for tensor, data in itertools.product((1, 2, 4, 8), (num_slices * 2**i for i in range(20))):
+    rest = machines.num_devices * num_slices // (shape["sequence"] * shape["expert"])
+    fitting = []
+    # Slices are joined along data, so that data is a multiple of their number.
+    for tensor, data in itertools.product(TENSOR_SIZES, (num_slices * 2**i for i in range(20))):
         if rest % (tensor * data):
             continue
-        shape = {**base.shape, "data": data, "fsdp": rest // (tensor * data), "tensor": tensor}
-        for remat, accumulation in itertools.product(REMATS, (2**i for i in range(12))):
-            if not is_divisible(config.data.batch_size, accumulation, recipe, shape):
+        mesh = {**shape, "data": data, "fsdp": rest // (tensor * data), "tensor": tensor}
+        for remat, num_microbatches in itertools.product(REMATS, (2**i for i in range(12))):
+            if not is_divisible(recipe, workload.batch_size, num_microbatches, mesh):
                 continue
-            choice = {"mesh": shape, "remat": remat, "microbatches": accumulation}
-            changed = with_choice(config, choice)
-            found = arithmetic(changed, recipe, shape, machines, num_slices)
-            if found["memory"]["peak"] < 0.95 * found["usable_bytes"]:
-                choices.append(
+            changed = workload._replace(remat=remat, num_microbatches=num_microbatches)
+            found = estimate_run(recipe, changed, mesh, machines, num_slices)
+            peak = found["memory"]["peak"]
+            if peak < USABLE_SHARE * found["usable_bytes"]:
+                fitting.append(
                     {
-                        **choice,
-                        "peak": found["memory"]["peak"],
+                        "mesh": mesh,
+                        "remat": remat,
+                        "microbatches": num_microbatches,
+                        "peak": peak,
                         "seconds_per_step": found["seconds_per_step"],
                     }
                 )
-    if not choices:
+    if not fitting:
         raise UserError(
-            f"No mesh, remat policy or microbatch of {config.data.batch_size} rows is estimated to "
-            f"fit {machines.name}; take "
-            "a larger --topology, or a shorter config.data.sequence_length."
+            f"No mesh, remat policy or microbatch of {workload.batch_size} rows is estimated to "
+            f"fit {machines.name}; take a larger --topology, or a shorter "
+            "config.data.sequence_length."
         )
-    middle = lambda choice: sum(choice["seconds_per_step"].values())  # noqa: E731
-    choices.sort(key=lambda choice: (middle(choice), choice["peak"]))
+    return _not_dominated(fitting)
+
+
+def _not_dominated(choices: list[dict]) -> list[dict]:
+    """Returns the choices that need less memory than every faster one, the fastest first."""
+
+    def seconds(choice: dict) -> float:
+        # Twice the middle of the range, which orders alike: neither end alone is to be believed.
+        return sum(choice["seconds_per_step"].values())
+
     frontier, least = [], math.inf
-    for choice in choices:
+    for choice in sorted(choices, key=lambda choice: (seconds(choice), choice["peak"])):
         if choice["peak"] < least:
             frontier.append(choice)
             least = choice["peak"]
     return frontier
 
 
-def with_choice(config, choice: dict):
-    """Returns a copy of the config with the mesh, remat policy and microbatches of a choice."""
-    changed = config.copy_and_resolve_references()
-    changed.mesh.update(choice["mesh"])
-    changed.model.remat = choice["remat"]
-    changed.optimizer.gradient_accumulation = choice["microbatches"]
-    return changed
-
-
 def is_divisible(
-    batch_size: int, num_microbatches: int, recipe: Recipe, shape: dict[str, int]
+    recipe: Recipe, batch_size: int, num_microbatches: int, mesh: dict[str, int]
 ) -> bool:
-    """Whether batch, width, heads and vocabulary can be split over a mesh, and every device has at
-    least one row.
+    """Whether batch, width, heads and vocabulary can be split over a mesh.
+
+    True also means that every device has at least one row in each microbatch.
     """
-    a, ways = recipe.architecture, shape["data"] * shape["fsdp"] * shape["expert"]
-    split = [(batch_size, num_microbatches * ways), (a.d_model, shape["fsdp"])]
-    split += [
-        (size, shape["tensor"]) for size in (a.num_heads, a.num_kv_heads, a.d_ff, a.vocab_size)
+    a, rows_split = recipe.architecture, mesh["data"] * mesh["fsdp"] * mesh["expert"]
+    splits = [(batch_size, num_microbatches * rows_split), (a.d_model, mesh["fsdp"])]
+    splits += [
+        (size, mesh["tensor"]) for size in (a.num_heads, a.num_kv_heads, a.d_ff, a.vocab_size)
     ]
-    return all(size % ways == 0 for size, ways in split)
+    return all(size % ways == 0 for size, ways in splits)

@@ -1,1 +1,1 @@
-"""A workdir while it trains: how it begins, what it reports, and what it accounts for."""
+"""A workdir while it trains: its start, its clock, its metrics, its progress and its rollbacks."""

@@ -8,17 +8,17 @@ from collections import defaultdict
 
 
 class Clock:
-    """Accounts every second since its start to exactly one activity.
+    """Accounts for every second since its start, each under exactly one activity.
 
-    Time begins as "init"; `start_training` makes it "step", the productive one, and `span` names a
-    stretch otherwise:
+    Time begins as "init". After `start_training` it is "step", the productive one, except within a
+    `span`, which names another activity:
 
         with clock.span("data"):        # also: compile, checkpoint, evaluation, samples
             batch = next(batches)
 
-    Spans may nest; the inner one takes its seconds from the outer. JAX computes in the background,
-    so whoever opens a span after training steps first waits for them (`jax.block_until_ready`), or
-    their time is accounted to the span.
+    Spans may nest; the inner one takes its seconds from the outer. JAX computes in the background:
+    wait for the training steps (`jax.block_until_ready`) before you open a span that computes, or
+    their time is counted under the span.
     """
 
     def __init__(self, now=time.perf_counter):
@@ -34,12 +34,13 @@ class Clock:
         self._last = now
 
     def start_training(self) -> None:
-        """Ends the initialisation: from here on, time outside of spans is productive."""
+        """Ends the initialisation: from here on, time outside spans is productive."""
         self._account()
         self._activities[0] = "step"
 
     @contextlib.contextmanager
     def span(self, activity: str):
+        """Counts the time within the block under `activity`, also when the block fails."""
         self._account()
         self._activities.append(activity)
         try:
@@ -54,9 +55,7 @@ class Clock:
         return dict(self._seconds)
 
     def interval(self) -> dict[str, float]:
-        """Returns the seconds of each activity since the last call of this method, or since the
-        start.
-        """
+        """Returns the seconds of each activity since the last call of this method."""
         seconds = self.seconds()
         since = {
             activity: total - self._reported.get(activity, 0.0)
@@ -80,16 +79,17 @@ def speed_metrics(
 
     Args:
         num_steps: training steps in the interval. tokens_per_step: global, padding included.
-        num_devices: JAX devices of all hosts. peak_flops: of one device, None where it is not
-            known.
+        num_devices: JAX devices of all hosts. peak_flops: of one device; None where it is unknown.
 
     Returns:
-        tokens_per_s and step_s over the time of steps and of waiting for data; data_wait_share: the
-        loader's part of that time; tflops_per_device; mfu only where the peak is known; rss_gib:
-        memory of this process on this host.
+        tokens_per_s and step_s, over the time of steps and of waiting for data. data_wait_share:
+        the loader's part of that time. tflops_per_device. mfu, only where the peak is known.
+        rss_gib: the memory of this process.
     """
     interval = clock.interval()
     data_s = interval.get("data", 0.0)
+    # evaluation, samples and saving are left out: they would make the speed depend on how often
+    # they are done
     training_s = max(interval.get("step", 0.0) + data_s, 1e-9)
     tokens_per_s = num_steps * tokens_per_step / training_s
     flops_per_device = tokens_per_s * flops_per_token / num_devices
@@ -106,12 +106,11 @@ def speed_metrics(
 
 
 def host_rss_bytes() -> int:
-    """Returns the resident memory of this process in bytes, or its peak where the system tells only
-    that.
-    """
+    """Returns the memory that this process holds, in bytes; its peak on systems without /proc."""
     try:
         with open("/proc/self/statm") as file:
             return int(file.read().split()[1]) * resource.getpagesize()
     except OSError:
+        # in bytes on macOS, in KiB elsewhere
         peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
         return peak if sys.platform == "darwin" else peak * 1024

@@ -15,15 +15,16 @@ FILE = "goodput.json"
 class Ledger:
     """The account of one run. Every second since its first start belongs to exactly one activity.
 
-    "step" is productive; "init", "compile", "data", "checkpoint", "evaluation" and "samples" are
-    those of llada_jax.run.clock.Clock; "down" passed between the attempts; "replay" were steps that
-    had to be done again, because the attempt that did them ended before the next checkpoint.
+    "step" is productive. "init", "compile", "data", "checkpoint", "evaluation" and "samples" are
+    the activities of llada_jax.run.clock.Clock. "down" is the time between two attempts. "replay"
+    is the time of steps that had to be done again, because the attempt that did them ended before
+    the next checkpoint.
 
     Args:
         workdir: local directory or URL.
         clock: llada_jax.run.clock.Clock of this attempt, started with it.
         start_step: from which this attempt continues; 0 at the beginning.
-        enabled: False writes nothing; for all processes but the first.
+        enabled: False writes nothing; for all processes except the first.
     """
 
     def __init__(self, workdir, clock, *, start_step: int, enabled: bool = True, now=time.time):
@@ -32,15 +33,16 @@ class Ledger:
         began = now() - sum(clock.seconds().values())
         self._first_start = began
         self._before: dict[str, float] = {}  # seconds of the earlier attempts
-        self._marks: list[
-            tuple[int, float]
-        ] = []  # (step, productive seconds of the whole run when it was done)
+        # (step, productive seconds of the whole run when it was done)
+        self._marks: list[tuple[int, float]] = []
         if enabled and start_step and self._path.exists():
             self._continue(json.loads(self._path.read_text()), start_step, began)
 
     def _continue(self, kept: dict, start_step: int, began: float) -> None:
         self._first_start = kept["first_start"]
         self._before = dict(kept["seconds"])
+        # What was productive after the step from which this attempt continues has to be done again.
+        # Only now is it known to be lost, and so it is moved from "step" to "replay".
         self._marks = [(step, seconds) for step, seconds in kept["marks"] if step <= start_step]
         productive = self._marks[-1][1] if self._marks else 0.0
         replayed = self._before.get("step", 0.0) - productive
@@ -60,7 +62,7 @@ class Ledger:
         }
 
     def report(self) -> dict[str, float]:
-        """Returns {"goodput": productive / all seconds, "lost_init_s": ..., "lost_replay_s": ...}."""
+        """Returns {"goodput": productive share of all seconds, "lost_init_s": ..., ...}."""
         seconds = self.seconds()
         lost = {
             f"lost_{activity}_s": total
@@ -70,10 +72,10 @@ class Ledger:
         return {"goodput": seconds.get("step", 0.0) / max(sum(seconds.values()), 1e-9), **lost}
 
     def mark(self, step: int) -> None:
-        """Notes the productive time up to a step and writes the file; call it whenever `step` is
-        about to be saved.
-        """
+        """Notes the productive time up to a step that is about to be saved, and writes the file."""
         seconds = self.seconds()
+        # 100 are enough: a run continues from a recent save; one that is rolled back further than
+        # that counts all of its steps as done again
         self._marks = [*self._marks[-99:], (step, seconds.get("step", 0.0))]
         if self._enabled:
             kept = {
@@ -95,4 +97,5 @@ class Ledger:
             ", ".join(f"{activity} {s / total:.0%}" for s, activity in lost)
             or "nothing to speak of"
         )
-        return f"goodput     {seconds.get('step', 0.0) / total:.0%} of {total / 3600:.2f} h; lost to {causes}"
+        share = seconds.get("step", 0.0) / total
+        return f"goodput     {share:.0%} of {total / 3600:.2f} h; lost to {causes}"

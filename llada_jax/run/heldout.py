@@ -1,79 +1,64 @@
 """The held-out bound while a run trains."""
 
 import math
+from collections.abc import Sequence
 from pathlib import Path
 
-from llada_jax.cluster import sharding
-from llada_jax.data.loader import heldout_batches
-from llada_jax.evaluation import likelihood
-from llada_jax.units import bits_per_byte
+from llada_jax.data.loader import SourceSummary
+from llada_jax.evaluation.splits import bound_of_split
+from llada_jax.objectives.objective import Objective
 
 
 def evaluate_heldout(
-    config,
     model,
-    objective,
-    sources,
-    summaries,
     params,
-    frozen,
-    num_batches,
+    summaries: Sequence[SourceSummary],
     *,
-    batch_sharding,
-    on_batch,
-    on_compiled,
-) -> dict:
-    """Returns {group: {objective.bound_name, standard_error, bits_per_byte, ...}} for the held-out split of
-    each dataset.
+    objective: Objective,
+    num_batches: int,
+    **settings,
+) -> dict[str, dict[str, float]]:
+    """Returns {group: {bound name, standard_error, bits_per_byte}} of each held-out split.
 
-    In batches as large as a microbatch of training, which is known to fit.
+    A dataset without held-out text is left out. The group is "heldout", or of a mixture
+    "heldout_NUMBER_DIRECTORY", because one bound over texts of different kinds says little about
+    either.
+
+    Args:
+        objective: its bound is computed, and gives the bound's name.
+        num_batches: scored of each dataset; 0: all of the split.
+        settings: of llada_jax.evaluation.splits.bound_of_split.
     """
-    B, T = (
-        config.data.batch_size // config.optimizer.gradient_accumulation,
-        config.data.sequence_length,
-    )
-    rows = sharding.local_rows(batch_sharding, (B, T))
     results = {}
-    for number, ((directory, _), summary) in enumerate(zip(sources, summaries)):
+    for number, summary in enumerate(summaries):
         if "heldout" not in summary.bytes_per_token:
             continue
-        batches = heldout_batches(
-            directory,
-            batch_size=B,
-            sequence_length=T,
-            rows=rows,
-            max_batches=num_batches or None,
-            attend_across_documents=config.data.attend_across_documents,
-        )
-
-        def placed(batches=batches):
-            for batch in batches:
-                on_batch()
-                yield sharding.place_batch(batch, rows, B, batch_sharding)
-
-        bound = likelihood.bound(
-            objective,
-            model.nll_fn,
+        bound = bound_of_split(
+            model,
             params,
-            placed(),
-            num_rows=B,
-            frozen=frozen,
-            on_compiled=on_compiled,
+            summary.directory,
+            split="heldout",
+            objective=objective,
+            bytes_per_token=summary.bytes_per_token["heldout"],
+            max_batches=num_batches or None,
+            **settings,
         )
-        group = "heldout" if len(sources) == 1 else f"heldout_{number}_{Path(directory).name}"
+        is_mixture = len(summaries) > 1
+        group = f"heldout_{number}_{Path(summary.directory).name}" if is_mixture else "heldout"
+        # one batch has no spread, and JSON has no number for that: the key is left out
         error = {} if math.isnan(bound.standard_error) else {"standard_error": bound.standard_error}
         results[group] = {
             objective.bound_name: bound.nats_per_token,
             **error,
-            "bits_per_byte": bits_per_byte(
-                bound.nats_per_token, bytes_per_token=summary.bytes_per_token["heldout"]
-            ),
+            "bits_per_byte": bound.bits_per_byte,
         }
     return results
 
 
-def bound_line(bound: dict, name: str) -> str:
-    """Returns one group of evaluate_heldout in words; name: Objective.bound_name."""
+def bound_line(bound: dict[str, float], name: str) -> str:
+    """Returns one group of evaluate_heldout in words, e.g. "1.234 bits/byte (2.345 nats/token +-
+    0.012)"; name: Objective.bound_name.
+    """
     nats = bound[name]
     error = f" +- {bound['standard_error']:.3f}" if "standard_error" in bound else ""
     return f"{bound['bits_per_byte']:.3f} bits/byte ({nats:.3f} nats/token{error})"

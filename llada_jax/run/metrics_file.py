@@ -1,10 +1,9 @@
-"""What a run reports: sums to means, where the time went, metrics.jsonl, TensorBoard and the
-progress bar.
+"""What a run reports: the means of its sums, in metrics.jsonl and as TensorBoard events.
 
 Two kinds of numbers are kept apart everywhere. Metrics of the model (loss, nelbo, accuracy,
 gradient norm, learning rate) are a function of config and data: a run that was interrupted and
-resumed writes the same ones as a straight run. Measurements of the machine (tokens/s, waiting,
-memory) differ from run to run and stand in the group "speed" alone.
+resumed writes the same ones as a run without interruption. Measurements of the machine (tokens/s,
+waiting, memory) differ from run to run and stand in the group "speed" alone.
 """
 
 import contextlib
@@ -19,18 +18,20 @@ import time
 from llada_jax.errors import UserError, reason
 from llada_jax.storage import remote
 
-FLUSH_SECONDS = (
-    30.0  # how long TensorBoard events, and lines for a remote workdir, may stay in memory
-)
+# how long TensorBoard events, and lines for a remote workdir, may stay in memory
+FLUSH_SECONDS = 30.0
 
 
 def means(sums: dict) -> dict[str, float]:
-    """Returns sum / count for each {name: (sum, count)}, as floats; what was never counted is left
-    out.
+    """Returns sum / count for each {name: (sum, count)}, as floats.
 
-    A name such as "nll_by_t" with vectors of sums and counts becomes one mean an element: "nll_t0",
-    "nll_t1", ... The sums and counts are arrays or numbers on the host (`jax.device_get` first):
-    this never waits for a device twice.
+    What was never counted is left out: a bucket without a token has no mean, and 0 would look like
+    a perfect one. A name such as "nll_by_t" with vectors of sums and counts becomes one mean per
+    element: "nll_t0", "nll_t1", ...
+
+    Args:
+        sums: arrays or numbers on the host. Fetch them with one `jax.device_get`; each float() of
+            an array on a device would wait for that device.
     """
     result = {}
     for name, (total, count) in sums.items():
@@ -50,7 +51,7 @@ def means(sums: dict) -> dict[str, float]:
 
 
 class MetricsWriter:
-    """Writes WORKDIR/metrics.jsonl, one object a line, and the same numbers as TensorBoard scalars.
+    """Writes WORKDIR/metrics.jsonl, one object per line, and the numbers as TensorBoard scalars.
 
         {"step": 40, "train": {"loss": 3.41, ...}, "speed": {"tokens_per_s": 12310.5, ...}}
 
@@ -62,14 +63,15 @@ class MetricsWriter:
     Args:
         workdir: local directory, or a URL that etils.epath can write (gs://, s3://). Its
             TensorBoard events go to WORKDIR/tensorboard.
-        enabled: False makes every method do nothing; for all processes of a run but the first.
+        enabled: False makes every method do nothing; for all processes of a run except the first.
         resume_step: the step of the restored checkpoint: lines and events of later steps are
             dropped. None: the run starts from scratch, and all that an earlier attempt left is
             dropped.
         tensorboard: False writes metrics.jsonl alone.
 
-    Raises UserError when the disk is full, the workdir cannot be written, or metrics.jsonl holds
-    something else.
+    Raises:
+        UserError: the disk is full, the workdir cannot be written, or metrics.jsonl holds something
+            else.
     """
 
     def __init__(
@@ -91,15 +93,19 @@ class MetricsWriter:
         with self._disk():
             self._workdir.mkdir(parents=True, exist_ok=True)
             self._text = self._keep_until(-1 if resume_step is None else resume_step)
-            if (
-                not self._is_remote
-            ):  # object stores cannot append: there the whole text is kept and sent at each flush
+            # Object stores cannot append: there the whole text is kept and sent at each flush.
+            if not self._is_remote:
+                # open for the life of the writer
                 self._file = open(self._path, "a", encoding="utf-8")  # noqa: SIM115
             if tensorboard:
                 self._open_tensorboard(first_step=0 if resume_step is None else resume_step + 1)
 
     def _keep_until(self, step: int) -> str:
-        """Drops the lines of later steps and a half-written last line; returns the text that stays."""
+        """Drops the lines of later steps and a half-written last line; returns the rest.
+
+        Only the last line may be broken, by a kill. Any other is not of a run: the file may be
+        somebody's notes, and must not be rewritten.
+        """
         if not self._path.exists():
             return ""
         lines = self._path.read_bytes().decode("utf-8", errors="replace").splitlines(keepends=True)
@@ -113,9 +119,8 @@ class MetricsWriter:
                 is_half_written = number == len(lines) and not line.endswith("\n")
                 if not is_half_written:
                     raise UserError(
-                        f"{self._path} line {number} is no metrics line, so the file was not "
-                        "written by a training "
-                        "run; move it away, or choose another --workdir."
+                        f"{self._path} line {number} is not a line of metrics, so the file was not "
+                        "written by a training run; move it away, or choose another --workdir."
                     ) from error
         text = "".join(kept)
         if len(kept) < len(lines):
@@ -125,25 +130,25 @@ class MetricsWriter:
         return text
 
     def _open_tensorboard(self, *, first_step: int) -> None:
-        # The event writer itself and not SummaryWriter: that one writes from a thread which dies
-        # silently on a full disk, and then blocks the training loop on its queue.
-        # 1.5 s and 200 MB where it is installed, for a type of tensor that is never written here
+        # EventsWriter and not the usual SummaryWriter: that one writes from a thread, which dies
+        # silently on a full disk and then blocks the training loop on its queue.
+        # tensorboardX imports torch where it is installed, which costs 1.5 s and 200 MB, for a kind
+        # of tensor that is never written here.
         with _without("torch"):
             from tensorboardX.event_file_writer import EventsWriter
             from tensorboardX.proto.event_pb2 import Event, SessionLog
 
         directory = self._workdir / "tensorboard"
         directory.mkdir(parents=True, exist_ok=True)
-        # an object cannot grow: events for a remote workdir gather on this disk, and the whole file
-        # is sent at each flush
+        # An object cannot grow: events for a remote workdir gather on this disk, and the whole file
+        # is sent at each flush.
         self._spool = tempfile.TemporaryDirectory() if self._is_remote else None
         folder = self._spool.name if self._is_remote else os.fspath(directory)
         self._events = EventsWriter(
             os.path.join(folder, "events"), filename_suffix=f".{os.getpid()}.{first_step}"
         )
-        start = SessionLog(
-            status=SessionLog.START
-        )  # TensorBoard hides events of these steps in older files
+        # a START event makes TensorBoard hide what older files say about this step and later ones
+        start = SessionLog(status=SessionLog.START)
         self._events.write_event(Event(step=first_step, wall_time=time.time(), session_log=start))
 
     @contextlib.contextmanager
@@ -155,13 +160,11 @@ class MetricsWriter:
             if error.errno in (errno.ENOSPC, errno.EDQUOT):
                 raise UserError(
                     f"The disk of {self._workdir} is full while writing metrics: free some space "
-                    "and start the same "
-                    "command again; it continues from the last checkpoint."
+                    "and start the same command again; it continues from the last checkpoint."
                 ) from error
             raise UserError(
                 f"{self._workdir} cannot be written ({reason(error)}): choose another --workdir or "
-                "mend its "
-                "permissions."
+                "change its permissions."
             ) from error
 
     def write(self, step: int, groups: dict[str, dict[str, float]]) -> None:
@@ -184,7 +187,9 @@ class MetricsWriter:
                 self._text += line
             else:
                 self._file.write(line)
-                self._file.flush()  # to the system, which keeps it when this process is killed
+                # to the system, which keeps it when this process is killed; an fsync per line
+                # would also survive a power cut, and cost a disk's latency each time
+                self._file.flush()
             if self._events:
                 from tensorboardX.summary import scalar
 
@@ -235,10 +240,12 @@ class MetricsWriter:
 
 
 def read_lines(workdir) -> list[dict]:
-    """Returns the lines of WORKDIR/metrics.jsonl, without a last one that is half written; [] where
-    there is no file.
+    """Returns the lines of WORKDIR/metrics.jsonl; [] where there is no file.
 
-    Raises UserError when a line is no JSON.
+    A last line that is half written is left out: the run may be writing it at this moment.
+
+    Raises:
+        UserError: a line is not JSON.
     """
     path = remote.path_of(workdir) / "metrics.jsonl"
     whole = path.read_text().rpartition("\n")[0] if path.exists() else ""
@@ -246,14 +253,12 @@ def read_lines(workdir) -> list[dict]:
         return [json.loads(line) for line in whole.splitlines()]
     except ValueError as error:
         raise UserError(
-            f"{path} holds a line that is no JSON ({error}); mend that line, or move the file away."
+            f"{path} holds a line that is not JSON ({error}); fix that line, or move the file away."
         ) from error
 
 
 def is_over(lines: list[dict], num_steps: int) -> bool:
-    """Whether a run has written its last line: the bound on all of the held-out text after its last
-    step.
-    """
+    """Whether a run has written its last line, the bound on held-out text after its last step."""
     return any(
         line["step"] == num_steps and any(group.startswith("final") for group in line)
         for line in lines
@@ -262,7 +267,7 @@ def is_over(lines: list[dict], num_steps: int) -> bool:
 
 @contextlib.contextmanager
 def _without(module: str):
-    """Makes `import module` fail, as where it is not installed, unless it has been imported before."""
+    """Makes `import module` fail as if it were not installed, unless it was imported before."""
     is_hidden = sys.modules.setdefault(module, None) is None
     try:
         yield
@@ -272,8 +277,6 @@ def _without(module: str):
 
 
 def _plain(values: dict) -> dict:
-    """Returns what JSON can hold: floats, and "nan", "inf" or "-inf" as text, because JSON has no
-    such numbers.
-    """
+    """Returns floats, and "nan", "inf" or "-inf" as text, because JSON has no such numbers."""
     numbers = {name: float(value) for name, value in values.items()}
     return {name: value if math.isfinite(value) else str(value) for name, value in numbers.items()}

@@ -1,13 +1,11 @@
-"""The progress bar of a run on a terminal, or its lines elsewhere."""
+"""The progress of a run: its step, its latest numbers, and the time to its end."""
 
-import sys
-
+from llada_jax.progress import Display
 from llada_jax.units import format_count, format_seconds
 
 
 class Progress:
-    """A progress bar on a terminal, plain lines elsewhere (a file, a pipe, a scheduler's log);
-    always on stderr.
+    """The display of a run, on stderr.
 
         with Progress(num_steps=2000, start_step=0) as progress:
             progress.advance(step)                       # every step, cheap
@@ -16,67 +14,41 @@ class Progress:
 
     Args:
         num_steps: the last step of the run. start_step: the step that is already done.
-        enabled: False prints nothing at all; for all processes of a run but the first.
+        enabled: False shows nothing at all; for all processes of a run except the first.
     """
 
     def __init__(self, *, num_steps: int, start_step: int = 0, enabled: bool = True, stream=None):
-        self._num_steps, self._start_step, self._enabled = num_steps, start_step, enabled
-        self._stream = sys.stderr if stream is None else stream
-        self._bar = None
+        self._num_steps, self._start_step = num_steps, start_step
+        self._display = Display(
+            total=num_steps, completed=start_step, enabled=enabled, stream=stream
+        )
 
     def __enter__(self):
-        if self._enabled and self._stream.isatty():
-            self._bar, self._task = self._open_bar()
+        self._display.__enter__()
+        self._move(self._start_step, after="first steps")
         return self
 
     def __exit__(self, *exception):
-        if self._bar:
-            self._bar.stop()
-            self._bar = None
+        self._display.__exit__(*exception)
 
-    def _open_bar(self):
-        from rich.console import Console
-        from rich.progress import BarColumn, TextColumn
-        from rich.progress import Progress as Bar
-
-        bar = Bar(
-            TextColumn("step {task.completed:.0f}/{task.total:.0f}"),
-            BarColumn(bar_width=None),
-            TextColumn("{task.fields[numbers]}", markup=False),
-            console=Console(file=self._stream, force_terminal=True),
-            # a result that goes to a pipe must not land in the bar
-            redirect_stdout=sys.stdout.isatty(),
-            expand=True,
-        )
-        task = bar.add_task(
-            "", total=self._num_steps, completed=self._start_step, numbers="first steps"
-        )
-        bar.start()
-        return bar, task
+    def _move(self, step: int, **words: str) -> None:
+        self._display.update(step, before=f"step {step}/{self._num_steps}", **words)
 
     def advance(self, step: int) -> None:
         """Moves the bar to `step` steps done."""
-        if self._bar:
-            self._bar.update(self._task, completed=step)
+        self._move(step)
 
     def report(self, step: int, metrics: dict[str, float], speed: dict[str, float]) -> None:
-        """Shows the numbers of a log interval: loss, bits/byte, tokens/s, waiting or MFU, and the
-        time to the end.
-        """
+        """Shows the numbers of a log interval: next to the bar, or as a line without one."""
         numbers = summary_line(metrics, speed, steps_left=self._num_steps - step)
-        if self._bar:
-            self._bar.update(self._task, completed=step, numbers=numbers)
+        if self._display.has_bar:
+            self._move(step, after=numbers)
         else:
             self.say(f"step {step}/{self._num_steps} {numbers}")
 
     def say(self, message: str) -> None:
-        """Prints a line; a bar below it stays whole."""
-        if not self._enabled:
-            return
-        if self._bar:
-            self._bar.console.print(message, markup=False, highlight=False, soft_wrap=True)
-        else:
-            print(message, file=self._stream, flush=True)
+        """Prints a line; a bar stays whole below it."""
+        self._display.say(message)
 
 
 def summary_line(metrics: dict[str, float], speed: dict[str, float], *, steps_left: int) -> str:

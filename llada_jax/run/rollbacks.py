@@ -1,7 +1,7 @@
-"""Stretches of the data that a run leaves out, after a rollback: which batch a step reads.
+"""Stretches of the data that a run leaves out after a rollback: which batch a step reads.
 
-Without any, step s reads batch s. A stretch (first, last) takes those batches out of the order, for
-good: later rollbacks to an earlier step do not bring them back. The list lies in
+Without any, step s reads batch s. A stretch (first, last) takes those batches out of the order for
+good: a later rollback to an earlier step does not bring them back. The list is kept in
 WORKDIR/rollbacks.json and in the record of every checkpoint.
 """
 
@@ -17,10 +17,13 @@ Stretch = tuple[int, int]  # first and last batch, counted from 1 like steps
 
 
 def batch_of_step(step: int, skipped: Sequence[Stretch]) -> int:
-    """Returns the number of the batch that a step reads, both counted from 1: the step-th that is
-    not skipped.
+    """Returns the number of the batch that a step reads, the step-th one that is not skipped.
+
+    Both are counted from 1.
     """
     batch = step
+    # in ascending order: each stretch moves the batch, and only then is it known whether it has
+    # come to the next one
     for first, last in sorted(skipped):
         if batch >= first:
             batch += last - first + 1
@@ -28,10 +31,9 @@ def batch_of_step(step: int, skipped: Sequence[Stretch]) -> int:
 
 
 def skip_after(step: int, num_batches: int, skipped: Sequence[Stretch]) -> list[Stretch]:
-    """Returns the stretches with the next `num_batches` batches that would follow `step` taken out
-    as well.
+    """Returns the stretches after the `num_batches` batches that follow `step` are taken out too.
 
-    Those may lie on both sides of an older stretch; touching stretches become one.
+    Those may lie on both sides of an older stretch; stretches that touch become one.
     """
     batches = [batch_of_step(step + i, skipped) for i in (1, num_batches)]
     merged: list[Stretch] = []
@@ -44,23 +46,23 @@ def skip_after(step: int, num_batches: int, skipped: Sequence[Stretch]) -> list[
 
 
 class Rollbacks(NamedTuple):
-    """What has been done to a run: how often it went back, and the batches that it leaves out
-    since.
-    """
+    """How often a run went back, and the batches that it leaves out since."""
 
     count: int = 0
     skipped: Sequence[Stretch] = ()
 
 
 def read_rollbacks(workdir) -> Rollbacks:
+    """Returns what WORKDIR/rollbacks.json says; without that file, that nothing happened."""
     path = remote.path_of(workdir) / FILE
     return as_rollbacks(json.loads(path.read_text())) if path.exists() else Rollbacks()
 
 
 def write_rollbacks(workdir, rollbacks: Rollbacks) -> None:
+    """Replaces WORKDIR/rollbacks.json as a whole."""
     remote.write_whole(remote.path_of(workdir) / FILE, json.dumps(rollbacks._asdict()) + "\n")
 
 
 def as_rollbacks(record: dict) -> Rollbacks:
-    """Returns the Rollbacks that a file or the record of a checkpoint holds as JSON."""
+    """Returns what a file, or the record of a checkpoint, holds as JSON."""
     return Rollbacks(record["count"], tuple(tuple(stretch) for stretch in record["skipped"]))

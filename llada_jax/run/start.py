@@ -1,22 +1,181 @@
-"""How a run begins: its workdir, its first state, and the agreement of its processes."""
+"""How a run begins: its data, its workdir, its first state, and the agreement of its processes."""
 
 import contextlib
+import dataclasses
+import functools
 import hashlib
+from collections.abc import Sequence
+from typing import NamedTuple
 
 import jax
 import numpy as np
+from etils import epath
 from jax.experimental import multihost_utils
+from jax.sharding import Mesh
 
 from llada_jax.checkpoints.continuation import check_continues, check_fits
+from llada_jax.checkpoints.host_copies import LocalCheckpoints
 from llada_jax.checkpoints.huggingface import find_weights
-from llada_jax.checkpoints.record import RunRecord
-from llada_jax.checkpoints.workdir import find_checkpoint
+from llada_jax.checkpoints.record import RunRecord, write_run
+from llada_jax.checkpoints.workdir import Checkpoints, find_checkpoint
+from llada_jax.data.loader import Source, SourceSummary, describe
+from llada_jax.data.records import read_dataset
+from llada_jax.data.tokenizer import SPECIAL_IDS, Tokenizer, load_same
 from llada_jax.errors import UserError, reason
+from llada_jax.models.model import abstract_parameters
+from llada_jax.run.metrics_file import MetricsWriter
+from llada_jax.run.rollbacks import Rollbacks, as_rollbacks, read_rollbacks
 from llada_jax.storage import remote
+from llada_jax.storage.locks import only_run_in
+from llada_jax.training.state import TrainState, create_state
+from llada_jax.training.step import Recipe
+
+
+class RunData(NamedTuple):
+    """The datasets of a run and the tokenizer of them all."""
+
+    sources: Sequence[Source]
+    summaries: tuple[SourceSummary, ...]
+    tokenizer: Tokenizer
+
+    @property
+    def bytes_per_token(self) -> float:
+        """UTF-8 bytes per token of what training reads, in the proportions of the mixture."""
+        return sum(s.share * s.bytes_per_token["train"] for s in self.summaries)
+
+    def record(self) -> list[dict]:
+        """Returns what run.json says about the datasets."""
+        return [
+            {"directory": s.directory, "fingerprint": s.fingerprint, "share": s.share}
+            for s in self.summaries
+        ]
+
+
+def open_data(sources: Sequence[Source], *, sequence_length: int) -> RunData:
+    """Reads the description of each dataset; raises UserError when they cannot be trained on."""
+    summaries = describe(sources, sequence_length=sequence_length)
+    # the first dataset speaks for all: describe() refuses a mixture of several tokenizers
+    directory, _ = sources[0]
+    written_with = read_dataset(directory).tokenizer["fingerprint"]
+    tokenizer = load_same(epath.Path(directory) / "tokenizer", written_with, of="the records")
+    return RunData(sources, summaries, tokenizer)
+
+
+class OpenWorkdir(NamedTuple):
+    """A workdir that a run has opened and may write into.
+
+    saved: its checkpoints. local: copies on the disks of the hosts; None without them. writer: of
+    its metrics. record: what this start writes into run.json, and into the record of every
+    checkpoint. rollbacks: what was rolled back before. start_step: the step that is already done;
+    origin: where its state comes from, in words.
+    """
+
+    saved: Checkpoints
+    local: LocalCheckpoints | None
+    writer: MetricsWriter
+    record: RunRecord
+    rollbacks: Rollbacks
+    start_step: int
+    origin: str
+
+
+def open_workdir(
+    workdir: str,
+    recipe: Recipe,
+    mesh: Mesh,
+    record: RunRecord,
+    *,
+    config_text: str,
+    tokenizer: Tokenizer,
+    until_end: contextlib.ExitStack,
+    seed: int,
+    keep: int,
+    keep_every_steps: int,
+    local_directory: str,
+    restore: str,
+    init_from: str,
+    tensorboard: bool,
+) -> tuple[OpenWorkdir, TrainState]:
+    """Opens a workdir for training; returns it with the state that training starts from.
+
+    run.json and the metrics are touched last, when nothing can be refused any more: a start that
+    fails leaves the run as it was.
+
+    Args:
+        record: run.json as this start would write it.
+        config_text: the config file, of which the workdir keeps a copy; "": none.
+        until_end: is given what must be closed after the run, such as the lock of the workdir.
+        restore, init_from: see first_state.
+        keep, keep_every_steps: see Checkpoints. local_directory: of LocalCheckpoints; "": none.
+        tensorboard: whether events are written next to metrics.jsonl.
+
+    Raises:
+        UserError: the workdir cannot be written, is in use, or holds another run.
+    """
+    is_first = jax.process_index() == 0
+    make_workdir(workdir)
+    if is_first:
+        until_end.enter_context(only_run_in(workdir))
+    saved = Checkpoints(workdir, keep=keep, keep_every_steps=keep_every_steps)
+    local = None
+    if local_directory:
+        local = LocalCheckpoints(local_directory, saved.directory.parent)
+        until_end.callback(local.close)
+    rollbacks = read_rollbacks(workdir)
+    state, origin, continued = first_state(
+        saved,
+        local,
+        run=record,
+        abstract=recipe.abstract,
+        abstract_params=abstract_parameters(recipe.model, mesh),
+        create=functools.partial(
+            create_state,
+            recipe.model,
+            recipe.optimizer,
+            recipe.abstract,
+            split=recipe.objective.split_parameters,
+        ),
+        seed=seed,
+        restore=restore,
+        init_from=init_from,
+        is_causal=recipe.objective.mask.causal,
+        num_rollbacks=rollbacks.count,
+    )
+    start_step = int(state.step)
+    # A run restored from another workdir has no rollbacks.json of its own, and must leave out the
+    # same data as the run that it continues.
+    if not rollbacks.count and continued is not None and continued.rollbacks:
+        rollbacks = as_rollbacks(continued.rollbacks)
+    record = dataclasses.replace(record, rollbacks=rollbacks._asdict())
+    if local:
+        local.drop_after(start_step)
+    if start_step > recipe.num_steps:
+        raise UserError(
+            f"The run in {workdir} is at step {start_step} and the config ends at "
+            f"{recipe.num_steps}; raise config.num_steps, or start a new --workdir from a "
+            "checkpoint with config.checkpoint.restore=WORKDIR@STEP."
+        )
+    # the workdir's tokenizer decodes what the run samples: it must be that of the records
+    if (epath.Path(workdir) / "tokenizer" / SPECIAL_IDS).exists():
+        load_same(epath.Path(workdir) / "tokenizer", tokenizer.fingerprint, of="the records")
+    writer = MetricsWriter(
+        workdir,
+        enabled=is_first,
+        resume_step=start_step if start_step else None,
+        tensorboard=tensorboard,
+    )
+    if is_first:
+        with writing(workdir):
+            write_run(workdir, tokenizer, record, config_text=config_text)
+    return OpenWorkdir(saved, local, writer, record, rollbacks, start_step, origin), state
 
 
 def make_workdir(workdir: str) -> None:
-    """Creates the workdir; raises UserError when it cannot be written."""
+    """Creates the workdir; raises UserError when nothing can be written into it.
+
+    The probe is written before anything is compiled: a run that finds out at its first checkpoint
+    that the disk is read-only has lost an hour.
+    """
     path = remote.path_of(workdir)
     with writing(workdir):
         path.mkdir(parents=True, exist_ok=True)
@@ -34,23 +193,60 @@ def writing(workdir: str):
     except OSError as error:
         raise UserError(
             f"The workdir {workdir} cannot be written ({reason(error)}); choose another --workdir, "
-            "free space, or "
-            "change its permissions."
+            "free space, or change its permissions."
         ) from error
 
 
+class FirstState(NamedTuple):
+    """state: where training starts. origin: where the state comes from, as the start-up lines say
+    it. continued: the record of the run that is continued; None for a run that begins.
+    """
+
+    state: TrainState
+    origin: str
+    continued: RunRecord | None
+
+
 def first_state(
-    config, saved, local, run: RunRecord, num_rollbacks: int, abstract, abstract_params, create
-):
-    """Returns the state to start from, where it comes from, and the record of the run that it
-    continues (None if none).
+    saved,
+    local,
+    *,
+    run: RunRecord,
+    abstract: TrainState,
+    abstract_params: dict,
+    create,
+    seed: int,
+    restore: str,
+    init_from: str,
+    is_causal: bool,
+    num_rollbacks: int,
+) -> FirstState:
+    """Returns the state from which a run starts.
 
-    `abstract` is the state's, `abstract_params` those of the whole network, of which the state may
-    train a part; `create(seed=, params=None)` makes a state of step 0.
+    The first of these that exists decides:
+      1. the latest step of this workdir or, where they are newer, of the local copies;
+      2. the full state of another run (`restore`);
+      3. the weights of another run or of a Hugging Face directory (`init_from`);
+      4. the seed.
 
-    The order: 1. the latest step of this workdir or, where they are newer, of the local copies;
-    2. config.checkpoint.restore, the full state of another run; 3. config.checkpoint.init_from, the
-    weights of another run or of a Hugging Face directory; 4. the seed.
+    This workdir comes first, because a run is continued by the command that began it: were
+    `restore` looked at first, each restart would throw away what the run has learned since.
+
+    Args:
+        saved: Checkpoints of this workdir. local: LocalCheckpoints, or None.
+        run: run.json as this start would write it; it must fit what is continued.
+        abstract: shapes and shardings of the state. abstract_params: of the whole network, of
+            which the state may train a part.
+        create: create(seed=, params=None) -> the TrainState of step 0.
+        restore: WORKDIR or WORKDIR@STEP; "": none.
+        init_from: WORKDIR, WORKDIR@STEP or a Hugging Face directory; "": none.
+        is_causal: whether the run trains a causal network, which is all that some Hugging Face
+            directories hold.
+        num_rollbacks: how often this run went back; local copies from before the last time hold
+            what was rolled back.
+
+    Raises:
+        UserError: a checkpoint is damaged, or is of another network, tokenizer, data or config.
     """
     note = ""
     if local:
@@ -62,57 +258,57 @@ def first_state(
             state, note = None, " (the local copies are from before the rollback)"
         if state is not None:
             check_continues(theirs, run, local.directory)
-            return state, f"step {int(state.step)} of {local.directory}{note}", theirs
+            return FirstState(state, f"step {int(state.step)} of {local.directory}{note}", theirs)
     if saved.steps:
         step = saved.steps[-1]
         theirs = saved.record(step)
         check_continues(theirs, run, saved.directory)
-        return (
-            saved.restore(step, abstract),
-            f"step {step} of {saved.directory.parent}{note}",
-            theirs,
-        )
-    if config.checkpoint.restore:
-        other, step = find_checkpoint(config.checkpoint.restore)
+        origin = f"step {step} of {saved.directory.parent}{note}"
+        return FirstState(saved.restore(step, abstract), origin, theirs)
+    if restore:
+        other, step = find_checkpoint(restore)
         theirs = other.record(step)
         check_continues(theirs, run, other.directory)
         origin = f"step {step} of {other.directory.parent} (config.checkpoint.restore)"
-        return other.restore(step, abstract), origin, theirs
-    if config.checkpoint.init_from:
-        other, step = find_weights(config.checkpoint.init_from, causal=run.mask.causal)
+        return FirstState(other.restore(step, abstract), origin, theirs)
+    if init_from:
+        other, step = find_weights(init_from, causal=is_causal)
         theirs = other.record(step)
         check_fits(theirs, run, other.directory)
         params = other.restore_params(step, abstract_params, ema=theirs.keeps_ema)
-        # this passes them through jit, which makes buffers that the train step may take over (see
-        # Checkpoints.restore)
-        return (
-            create(seed=config.seed, params=params),
-            f"weights of step {step} of {config.checkpoint.init_from} "
-            "(config.checkpoint.init_from)",
-            None,
-        )
-    return create(seed=config.seed), f"initialisation from seed {config.seed}{note}", None
+        # create() passes them through jit, which makes buffers that the train step may take over
+        # (see Checkpoints.restore)
+        state = create(seed=seed, params=params)
+        origin = f"weights of step {step} of {init_from} (config.checkpoint.init_from)"
+        return FirstState(state, origin, None)
+    return FirstState(create(seed=seed), f"initialisation from seed {seed}{note}", None)
 
 
 def on_first_process(question) -> bool:
-    """Returns the first process' answer in every process: files that it writes may not be seen by
-    the others yet.
+    """Returns the first process' answer in every process.
+
+    For questions about files that the first process writes: the others may not see them yet, and
+    processes that answer differently wait for each other for ever.
     """
     answer = question() if jax.process_index() == 0 else False
     return bool(multihost_utils.broadcast_one_to_all(np.array(answer)))
 
 
-def check_same_everywhere(config) -> None:
-    """Raises UserError when the processes of a run were started with different configs, which would
-    hang later.
+def check_same_everywhere(settings: str) -> None:
+    """Raises UserError when the processes of a run were started with different settings.
+
+    Asked before the first step, because processes that compile different programs hang in their
+    first collective, without a word.
+
+    Args:
+        settings: all of them as text, for example the repr of a config.
     """
     if jax.process_count() > 1:
-        digest = np.frombuffer(hashlib.sha256(repr(config).encode()).digest(), np.uint8)
+        digest = np.frombuffer(hashlib.sha256(settings.encode()).digest(), np.uint8)
         try:
             multihost_utils.assert_equal(digest, "config")
         except AssertionError as error:
             raise UserError(
                 f"Process {jax.process_index()} of {jax.process_count()} was started with another "
-                "config than the first; "
-                "start all of them with the same command."
+                "config than the first; start all of them with the same command."
             ) from error

@@ -19,14 +19,15 @@ def kvstore_of(directory: str) -> dict:
     return {"driver": "gcs", "bucket": bucket, "path": f"{path}/"}
 
 
-READ_BYTES = (
-    64 << 20
-)  # of chunks on their way at a time: enough to hide the latency of an object store
+# How much is being fetched at a time: enough to hide the latency of an object store.
+READ_BYTES = 64 << 20
 
 
 def read_chunks(store: tensorstore.TensorStore) -> np.ndarray:
-    """Returns all of an array, holding beside it no more than READ_BYTES of its chunks, or one if
-    that is larger.
+    """Returns a whole array. On top of the array itself this needs memory for READ_BYTES of its
+    chunks, or for one chunk if that is larger.
+
+    `store.read()` of everything would hold all chunks and the array at once, twice its size.
     """
     chunk = store.chunk_layout.read_chunk.shape
     starts = list(
@@ -50,17 +51,18 @@ def read_chunks(store: tensorstore.TensorStore) -> np.ndarray:
 
 
 def s3_spec(url: str) -> dict:
-    """Returns tensorstore's description of s3://bucket/path, with the endpoint that AWS' own tools
-    would use.
+    """Returns tensorstore's description of s3://bucket/path, with the endpoint and credentials that
+    AWS's own tools take from the environment.
     """
     bucket, _, path = url.removeprefix("s3:").lstrip("/").partition("/")
     spec = {"driver": "s3", "bucket": bucket, "path": path}
-    if (
-        "AWS_ACCESS_KEY_ID" in os.environ
-    ):  # the default looks for files first, and complains when there are none
+    # The default looks for files first, and complains when there are none.
+    if "AWS_ACCESS_KEY_ID" in os.environ:
         spec["aws_credentials"] = {"type": "environment"}
     endpoint = os.environ.get("AWS_ENDPOINT_URL_S3") or os.environ.get("AWS_ENDPOINT_URL")
-    if endpoint:  # of AWS itself, tensorstore finds endpoint and region by the bucket's name
+    # Without one the store is AWS itself, whose endpoint and region tensorstore finds by the
+    # bucket's name.
+    if endpoint:
         spec["endpoint"] = endpoint
         spec["aws_region"] = (
             os.environ.get("AWS_REGION") or os.environ.get("AWS_DEFAULT_REGION") or "us-east-1"

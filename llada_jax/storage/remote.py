@@ -1,9 +1,9 @@
 """Paths in object stores, gs:// and s3://: what they need, and how they differ from a disk.
 
-An object appears whole or not at all, so it needs no partial file beside it; a folder is no thing
-of its own, so it can neither be renamed at once nor locked. gcsfs and s3fs move small files below
-etils.epath, tensorstore the arrays below Orbax; all of them take endpoint and credentials from the
-environment, as the clouds' own tools do (docs/operations.md).
+An object appears whole or not at all, so it is written in place. A folder is only a common
+beginning of names, so it can be neither renamed in one step nor locked. Small files go through
+gcsfs and s3fs (below etils.epath), arrays through tensorstore (below Orbax). All of them take the
+endpoint and the credentials from the environment, as the clouds' own tools do (docs/operations.md).
 """
 
 import functools
@@ -16,10 +16,8 @@ from etils import epath
 
 from llada_jax.errors import UserError, look_up, reason, require
 
-LIBRARIES = {
-    "gs": "gcsfs",
-    "s3": "s3fs",
-}  # scheme -> what reads it; the extra that installs it is called like the scheme
+# Scheme -> the library that reads it. The extra that installs the library has the scheme's name.
+LIBRARIES = {"gs": "gcsfs", "s3": "s3fs"}
 
 
 def is_remote(path) -> bool:
@@ -28,8 +26,11 @@ def is_remote(path) -> bool:
 
 
 def path_of(path) -> epath.Path:
-    """Returns a path of which a URL is known to work; raises UserError when its bucket cannot be
-    reached.
+    """Returns a path that can be used: of a URL, the bucket has answered.
+
+    Raises:
+        UserError: the kind of URL is unknown, its library is missing, or the bucket does not
+            answer.
     """
     text = os.fspath(path)
     if is_remote(text):
@@ -40,37 +41,27 @@ def path_of(path) -> epath.Path:
 
 @functools.cache
 def _connect(scheme: str, bucket: str) -> None:
-    """Raises UserError when the scheme is not known, its library is missing, or the bucket does not
-    answer.
-    """
+    """Checks a bucket once per process; see `path_of` for what is raised."""
     module = look_up(LIBRARIES, scheme, "kind of URL")
     require(module, extra=scheme)
-    logging.getLogger(module).setLevel(
-        logging.CRITICAL
-    )  # it logs tracebacks of what it then raises
+    # The library logs a traceback of everything that it then raises as well.
+    logging.getLogger(module).setLevel(logging.CRITICAL)
     from fsspec.config import conf
 
-    for name in (
-        "gs",
-        "gcs",
-        "s3",
-    ):  # what tensorstore writes would not be seen in a remembered listing
+    # tensorstore writes to the same bucket, and a listing that is remembered would not show it.
+    for name in ("gs", "gcs", "s3"):
         conf.setdefault(name, {})["use_listings_cache"] = False
     try:
         is_there = epath.Path(f"{scheme}://{bucket}").exists()
-    except (
-        Exception
-    ) as error:  # each client has a family of its own for credentials, endpoints and names
+    except Exception as error:  # the clients share no class of errors for what can go wrong here
         raise UserError(
             f"{scheme}://{bucket} cannot be reached ({reason(error)}): check the credentials and "
-            "the endpoint in the "
-            "environment."
+            "the endpoint in the environment."
         ) from error
     if not is_there:
         raise UserError(
             f"No bucket {scheme}://{bucket} answers to these credentials: create it, or check its "
-            "name, the credentials and "
-            "the endpoint in the environment."
+            "name, the credentials and the endpoint in the environment."
         )
 
 
@@ -86,18 +77,20 @@ def write_whole(path, text: str) -> None:
 
 
 def upload(folder, target) -> None:
-    """Copies the files of a local folder, and of those in it, to a folder of objects."""
+    """Copies the files of a local folder, those in its subfolders included, to a folder of
+    objects.
+    """
     for file in Path(folder).rglob("*"):
         if file.is_file():
             (epath.Path(target) / file.relative_to(folder)).write_bytes(file.read_bytes())
 
 
 class Claim:
-    """Makes the newest process that claims a remote folder its only writer: an older one is told at
-    its next `check`.
+    """Makes the newest process that claims a remote folder its only writer; an older one finds out
+    when it next asks `is_ours`.
 
-    Object stores have no locks that end with their holder, and a job that was restarted must not
-    wait for the one that hangs.
+    Not a lock: object stores have none that ends with its holder, and a job that was restarted must
+    not wait for the one that hangs.
     """
 
     def __init__(self, folder):
@@ -106,5 +99,5 @@ class Claim:
         self._path.write_text(self._token)
 
     def is_ours(self) -> bool:
-        """Whether nobody has claimed the folder since."""
+        """Whether no other process has claimed the folder since."""
         return self._path.read_text() == self._token

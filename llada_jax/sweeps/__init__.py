@@ -1,4 +1,4 @@
-"""Numbered runs from one config file, and what they say together.
+"""Numbered runs from one config file, and what can be learned from them together.
 
 A config file lists its runs with the functions of `llada_jax.sweeps.grid`, which are exported here:
 

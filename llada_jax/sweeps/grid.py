@@ -5,8 +5,8 @@
     def sweep(add):
         add(seed=1)                                      # one run: a top-level knob as a keyword
         add({"optimizer.b2": 0.98}, seed=1)              # knobs of groups as a dict
-        for knobs in sweeps.product({"schedule.learning_rate": [1e-3, 3e-3]}, {"optimizer.b2": [0.9,
-        0.95]}):
+        rates = {"schedule.learning_rate": [1e-3, 3e-3]}
+        for knobs in sweeps.product(rates, {"optimizer.b2": [0.9, 0.95]}):
             add(knobs)                                   # four runs
 
 `product`, `zip` and `chain` take dicts {knob: values} and lists of dicts {knob: value}, and return
@@ -28,8 +28,10 @@ def product(*parts) -> list[Knobs]:
 
 
 def zip(*parts) -> list[Knobs]:
-    """Returns the first settings of all parts together, then the second ...; UserError unless all
-    are equally many.
+    """Returns the first settings of all parts together, then the second ones, and so on.
+
+    Raises:
+        UserError: the parts have different lengths. Python's own zip would drop the rest unnoticed.
     """
     columns = [column for part in parts for column in _columns(part)]
     lengths = [len(column) for column in columns]
@@ -53,8 +55,7 @@ def added_by(sweep: Callable) -> list[Knobs]:
         if knobs is not None and not isinstance(knobs, dict):
             raise UserError(
                 f"add({knobs!r}) of the sweep must be given a dict, as in "
-                f"add({{'optimizer.b2': 0.98}}); "
-                "loop over a list and add each of its dicts."
+                "add({'optimizer.b2': 0.98}); loop over a list and add each of its dicts."
             )
         runs.append({name: _plain(value) for name, value in _merged([knobs or {}, more]).items()})
 
@@ -63,8 +64,9 @@ def added_by(sweep: Callable) -> list[Knobs]:
 
 
 def _columns(part) -> list[list[Knobs]]:
-    """Returns {knob: values, ...} as one list of settings a knob; a list of dicts is one list
-    already.
+    """Returns one list of settings for each knob of {knob: values, ...}.
+
+    A list of dicts is one list of settings already.
     """
     if not isinstance(part, dict):
         return [list(part)]
@@ -94,5 +96,5 @@ def _merged(settings) -> Knobs:
 
 
 def _plain(value):
-    """Returns numpy's numbers as Python's, which a config can be compared with."""
+    """Returns a number of numpy as one of Python, which JSON can hold."""
     return value.item() if hasattr(value, "item") else value

@@ -1,4 +1,8 @@
-"""A search with Optuna instead of a list of runs."""
+"""A search with Optuna instead of a list of runs: suggest(trial) of a config file says what to try.
+
+Optuna keeps its trials in DIR/optuna.journal, and every trial is also a run of the sweep with a
+number of its own, so that the list, the table and the curves need not know about Optuna.
+"""
 
 import math
 import sys
@@ -8,15 +12,18 @@ from llada_jax.errors import Preempted, UserError, require
 from llada_jax.sweeps.attempts import POLL_SECONDS, Attempts, outcome, record_end, say
 from llada_jax.sweeps.grid import Knobs, added_by
 from llada_jax.sweeps.results import INTERRUPTED
-from llada_jax.sweeps.runs import Sweep, as_json, blaming, describe, planned, write_record
+from llada_jax.sweeps.runs import Sweep, as_json, describe, next_run, user_code, write_sweep_json
 
 
 def run_optuna(sweep: Sweep, num_trials: int) -> None:
-    """Runs trials of suggest(trial) one after another until `num_trials` are over; continues where
-    it was stopped.
+    """Runs trials of suggest(trial) one after another until `num_trials` are over.
 
-    A trial's value is the held-out bits per byte. After each held-out evaluation Optuna's pruner
-    may end the run.
+    Continues where it was stopped. A trial's value is the held-out bits per byte. After each
+    held-out evaluation Optuna's pruner may end the run.
+
+    Raises:
+        UserError: the file has no suggest(trial), Optuna is missing, or a suggestion is impossible.
+        Preempted: asked to stop; the same command continues.
     """
     if not sweep.suggest:
         raise UserError(
@@ -28,22 +35,24 @@ def run_optuna(sweep: Sweep, num_trials: int) -> None:
             "directory."
         )
     optuna = require("optuna", extra="optuna")
-    write_record(sweep)
+    write_sweep_json(sweep)
     study, states = open_study(optuna, sweep), optuna.trial.TrialState
     for stopped in study.get_trials(deepcopy=False, states=(states.RUNNING,)):
         if "run" in stopped.user_attrs:
             run_trial(optuna, study, optuna.trial.Trial(study, stopped._trial_id), sweep)
-        else:  # stopped before its run had a number
+        # It was stopped between its suggestion and the number of its run.
+        else:
             study.tell(stopped.number, state=states.FAIL)
     over = (states.COMPLETE, states.PRUNED)
     while len(study.get_trials(deepcopy=False, states=over)) < num_trials:
         trial = study.ask()
-        with blaming(f"suggest(trial) of {sweep.file}"):
+        with user_code(f"suggest(trial) of {sweep.file}"):
             changes = suggested(sweep, trial)
+        # Optuna may suggest the same values twice; the run is then not trained again.
         same = [run for run in sweep.runs if run.changes == changes]
         if not same:
-            sweep.runs.append(planned(sweep, changes))
-            write_record(sweep)
+            sweep.runs.append(next_run(sweep, changes))
+            write_sweep_json(sweep)
         trial.set_user_attr("run", same[0].index if same else sweep.runs[-1].index)
         run_trial(optuna, study, trial, sweep)
     best = study.best_trial
@@ -72,8 +81,8 @@ def open_study(optuna, sweep: Sweep):
         direction="minimize",
         load_if_exists=True,
     )
-    # a sampler starts anew with every process: with the same seed it would suggest the first trials
-    # once more
+    # A sampler starts again with every process. With the same seed it would suggest the first
+    # trials a second time.
     study.sampler = optuna.samplers.TPESampler(
         seed=sweep.base.seed + len(study.get_trials(deepcopy=False))
     )
@@ -81,12 +90,11 @@ def open_study(optuna, sweep: Sweep):
 
 
 def run_trial(optuna, study, trial, sweep: Sweep) -> None:
-    """Runs one trial to its end, or until it is pruned, and tells the study."""
+    """Runs one trial to its end, or until it is pruned, and reports its value to the study."""
     states, run = optuna.trial.TrialState, sweep.runs[trial.user_attrs["run"]]
-    reported, is_pruned = (
-        set(study.get_trials(deepcopy=False)[trial.number].intermediate_values),
-        False,
-    )
+    # Not empty for a trial that is continued: Optuna warns about a step reported twice.
+    reported = set(study.get_trials(deepcopy=False)[trial.number].intermediate_values)
+    is_pruned = False
     say(f"{run.name} starts: {describe(run.changes)}")
     with Attempts(sweep) as attempts:
         attempts.start(run, to_log=True)
@@ -99,18 +107,17 @@ def run_trial(optuna, study, trial, sweep: Sweep) -> None:
                 for step, bits in run.result().curve
                 if step < run.num_steps and step not in reported
             ]
-            pause = max(
-                POLL_SECONDS, 20 * (time.monotonic() - began)
-            )  # long files are read less often
+            # The whole file is read each time, so long files are read less often: at most 5% of the
+            # time goes into it.
+            pause = max(POLL_SECONDS, 20 * (time.monotonic() - began))
             for step, bits in news:
                 reported.add(step)
                 trial.report(bits, step)
             if news and not is_pruned and trial.should_prune():
                 is_pruned = True
                 attempt.process.terminate()
-    is_pruned = (
-        is_pruned and attempt.process.returncode != 0
-    )  # it may have been over before it was told
+    # The process may have finished before the signal reached it.
+    is_pruned = is_pruned and attempt.process.returncode != 0
     status = record_end(attempt, pruned=is_pruned)
     say(outcome(attempt))
     if attempts.must_stop or (status in INTERRUPTED and not is_pruned):
@@ -124,12 +131,11 @@ def run_trial(optuna, study, trial, sweep: Sweep) -> None:
         study.tell(trial, state=states.FAIL)
         if status == 0:
             raise UserError(
-                f"{run.workdir} has no held-out bits per byte to tell Optuna; prepare data with "
-                "--heldout."
+                f"{run.workdir} has no held-out bits per byte to report to Optuna; prepare the "
+                "data with --heldout."
             )
-        if status != 3:  # a loss that is not finite only says: not here
-            say(
-                f"trial {trial.number} failed with status {status}; {run.workdir}/train.log tells "
-                "why"
-            )
+        # 3 is a loss that is not finite, which only says that this is no place to look. Any other
+        # failure would meet the next trial too.
+        if status != 3:
+            say(f"trial {trial.number} failed with status {status}; see {run.workdir}/train.log")
             sys.exit(status)

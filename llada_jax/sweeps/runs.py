@@ -3,7 +3,6 @@
 import contextlib
 import json
 import math
-import os
 import runpy
 from typing import NamedTuple
 
@@ -11,17 +10,14 @@ from etils import epath
 from ml_collections import ConfigDict
 
 from llada_jax.config import knob, knobs, load_config
-from llada_jax.errors import UserError, reason
+from llada_jax.errors import UserError
+from llada_jax.storage.files import write_whole, writing
 from llada_jax.sweeps.grid import Knobs, added_by
-from llada_jax.sweeps.results import (
-    FINISHED,
-    Result,
-    read_result,
-)
+from llada_jax.sweeps.results import FINISHED, Result, read_result
 
-# knobs that change how a run is carried out and not what comes out: they may differ from one start
-# to the next
-CARRIED_OUT = (
+# Knobs that change how a run is carried out and not what comes out of it. They may differ from one
+# start to the next, so that a sweep can continue on other machines.
+_MAY_CHANGE = (
     "mesh.",
     "log.",
     "samples.",
@@ -32,7 +28,7 @@ CARRIED_OUT = (
 )
 
 
-class Planned(NamedTuple):
+class Run(NamedTuple):
     """One run of a sweep: its number, what it changes, the whole config, and where it lives."""
 
     index: int
@@ -59,27 +55,32 @@ class Planned(NamedTuple):
 
 
 class Sweep(NamedTuple):
-    """file: the config file; words: knobs of the command line that all runs share, "seed=1";
-    workdir: DIR; base: the config with the words; suggest: suggest(trial) of the file, None where
-    it has sweep(add)."""
+    """All runs of one config file.
+
+    file: the config file. overrides: knobs of the command line that all runs share, as in "seed=1".
+    workdir: DIR. base: the config with the overrides. runs: appended to while Optuna adds trials.
+    suggest: suggest(trial) of the file, None where it has sweep(add).
+    """
 
     file: str
-    words: list[str]
+    overrides: list[str]
     workdir: str
     base: ConfigDict
-    runs: list[Planned]
+    runs: list[Run]
     suggest: object
 
 
-def read_sweep(file: str, words: list[str], workdir: str) -> Sweep:
-    """Returns the sweep of a config file, each run a valid config, and none other than those DIR
-    was begun with.
+def load_sweep(file: str, overrides: list[str], workdir: str) -> Sweep:
+    """Returns the sweep of a config file.
+
+    Every run is checked before any is started: a mistake in the last one would otherwise show after
+    days. Runs that DIR was begun with must be unchanged, because the table compares them.
 
     Raises:
         UserError: the file, a knob or a combination of them is wrong, runs repeat, or DIR holds the
             runs of another sweep.
     """
-    base = load_config(file, words)
+    base = load_config(file, overrides)
     functions = {
         name: value for name, value in runpy.run_path(file).items() if name in ("sweep", "suggest")
     }
@@ -88,17 +89,18 @@ def read_sweep(file: str, words: list[str], workdir: str) -> Sweep:
             f"{file} defines {'both' if functions else 'neither'} of sweep(add) and "
             "suggest(trial); define one of them."
         )
-    recorded = read_record(workdir)
-    sweep = Sweep(file, words, workdir, base, [], functions.get("suggest"))
-    if sweep.suggest:  # the runs are those that were suggested so far
+    recorded = read_sweep_json(workdir)
+    sweep = Sweep(file, overrides, workdir, base, [], functions.get("suggest"))
+    # With suggest(trial) the runs are those that were suggested so far.
+    if sweep.suggest:
         runs = recorded["runs"] if recorded else []
     else:
-        with blaming(f"sweep(add) of {file}"):
+        with user_code(f"sweep(add) of {file}"):
             runs = added_by(functions["sweep"])
         if not runs:
             raise UserError(f"sweep(add) of {file} adds no run; call add(...) once for each.")
     for changes in runs:
-        sweep.runs.append(planned(sweep, changes))
+        sweep.runs.append(next_run(sweep, changes))
     check_distinct(sweep)
     if recorded:
         check_unchanged(sweep, recorded)
@@ -106,35 +108,34 @@ def read_sweep(file: str, words: list[str], workdir: str) -> Sweep:
 
 
 @contextlib.contextmanager
-def blaming(what: str):
-    """Turns whatever the user's function raises into a UserError that names it."""
+def user_code(what: str):
+    """Turns whatever the user's function raises within it into a UserError that names `what`."""
     try:
         yield
     except UserError:
         raise
     except Exception as error:
-        raise UserError(f"{what} fails with {type(error).__name__}: {error}; mend it.") from error
+        raise UserError(f"{what} fails with {type(error).__name__}: {error}; fix it.") from error
 
 
-def planned(sweep: Sweep, changes: Knobs) -> Planned:
+def next_run(sweep: Sweep, changes: Knobs) -> Run:
     """Returns the next run of a sweep; UserError when its config is impossible."""
-    given = {word.partition("=")[0] for word in sweep.words}
+    given = {word.partition("=")[0] for word in sweep.overrides}
     if both := sorted(given & set(changes)):
         raise UserError(
-            f"--config.{both[0]} is given here and set by the sweep as well; remove it from one of "
-            "them."
+            f"--config.{both[0]} is given here and set by the sweep as well; remove one of them."
         )
     index = len(sweep.runs)
     try:
-        config = load_config(sweep.file, [*sweep.words, *words_of(changes)])
+        config = load_config(sweep.file, [*sweep.overrides, *as_overrides(changes)])
     except UserError as error:
         raise UserError(
             f"Run {index:03d} of the sweep ({describe(changes)}) is impossible: {error}"
         ) from error
-    return Planned(index, changes, config, f"{sweep.workdir.rstrip('/')}/{index:03d}")
+    return Run(index, changes, config, f"{sweep.workdir.rstrip('/')}/{index:03d}")
 
 
-def words_of(changes: Knobs) -> list[str]:
+def as_overrides(changes: Knobs) -> list[str]:
     """Returns knobs as the command line spells them: ["optimizer.b2=0.98"]."""
     return [
         f"{name}={value if isinstance(value, str) else repr(value)}"
@@ -143,7 +144,7 @@ def words_of(changes: Knobs) -> list[str]:
 
 
 def describe(changes: Knobs) -> str:
-    return " ".join(words_of(changes)) or "(the config as it is)"
+    return " ".join(as_overrides(changes)) or "(the config as it is)"
 
 
 def check_distinct(sweep: Sweep) -> None:
@@ -153,54 +154,46 @@ def check_distinct(sweep: Sweep) -> None:
         if first is not run:
             raise UserError(
                 f"Runs {first.name} and {run.name} of {sweep.file} are the same "
-                f"({describe(run.changes)}); add it once, or "
-                "give them different seeds."
+                f"({describe(run.changes)}); add it once, or give them different seeds."
             )
 
 
-def read_record(workdir: str) -> dict | None:
+def read_sweep_json(workdir: str) -> dict | None:
     """Returns sweep.json, None where no run was ever started."""
     path = epath.Path(workdir) / "sweep.json"
     try:
         return json.loads(path.read_text()) if path.exists() else None
     except ValueError as error:
-        raise UserError(f"{path} is no JSON ({error}); choose another --workdir.") from error
+        raise UserError(f"{path} is not JSON ({error}); choose another --workdir.") from error
 
 
-def record_of(sweep: Sweep) -> dict:
+def sweep_json_of(sweep: Sweep) -> dict:
     """Returns what sweep.json holds."""
     base = {
         name: knob(sweep.base, name)
         for name in knobs(sweep.base)
-        if not name.startswith(CARRIED_OUT)
+        if not name.startswith(_MAY_CHANGE)
     }
     return as_json(
         {"config": sweep.file, "base": base, "runs": [run.changes for run in sweep.runs]}
     )
 
 
-def write_record(sweep: Sweep) -> None:
+def write_sweep_json(sweep: Sweep) -> None:
     path = epath.Path(sweep.workdir) / "sweep.json"
-    try:
+    with writing(path, remedy="choose another --workdir"):
         path.parent.mkdir(parents=True, exist_ok=True)
-        partial = (
-            path.parent / f"sweep.json.{os.getpid()}.partial"
-        )  # the tasks of an array write at the same time
-        partial.write_text(json.dumps(record_of(sweep), indent=1) + "\n")
-        partial.replace(path)
-    except OSError as error:
-        raise UserError(
-            f"{path} cannot be written ({reason(error)}); choose another --workdir."
-        ) from error
+        # The tasks of a SLURM array write it at the same time.
+        text = json.dumps(sweep_json_of(sweep), indent=1) + "\n"
+        write_whole(path, text, concurrent=True)
 
 
 def check_unchanged(sweep: Sweep, recorded: dict) -> None:
-    """Raises UserError when DIR holds runs of another sweep; runs added at the end are welcome."""
-    now, remedy = record_of(sweep), "undo the change, or give a new --workdir"
+    """Raises UserError when DIR holds runs of another sweep; runs may be added at the end."""
+    now, remedy = sweep_json_of(sweep), "undo the change, or give a new --workdir"
     for name, value in now["base"].items():
-        old = recorded["base"].get(
-            name, value
-        )  # a knob that did not exist when DIR was begun had its default
+        # A knob that did not exist when DIR was begun had what is now its default.
+        old = recorded["base"].get(name, value)
         if old != value:
             raise UserError(
                 f"The runs in {sweep.workdir} have {name}={old!r}, the config has {value!r}; "
@@ -211,18 +204,19 @@ def check_unchanged(sweep: Sweep, recorded: dict) -> None:
         if describe(old) != new:
             raise UserError(
                 f"Run {index:03d} in {sweep.workdir} was begun as {describe(old)} and is now "
-                f"{new}; {remedy} "
-                "(new runs go to the end)."
+                f"{new}; {remedy} (new runs go to the end)."
             )
 
 
-def unfinished(sweep: Sweep) -> list[Planned]:
+def unfinished(sweep: Sweep) -> list[Run]:
     return [run for run in sweep.runs if run.result().state not in FINISHED]
 
 
 def as_json(value):
     """Returns a value as JSON holds it: named tuples as dicts, tuples as lists, nan and inf as
     None.
+
+    Python would write NaN, which is not JSON.
     """
     if hasattr(value, "_asdict"):
         value = value._asdict()

@@ -1,5 +1,6 @@
-"""Scaling laws from runs: IsoFLOP parabolas, power laws of the optimum, and the parametric fit,
-with confidence intervals.
+"""Scaling laws from finished runs: IsoFLOP parabolas, power laws of the optimum, a parametric fit.
+
+All of them come with confidence intervals, because a handful of runs determines an exponent poorly.
 
 The method is that of Hoffmann et al. (Chinchilla, arXiv 2203.15556, approaches 2 and 3), which SMDM
 (arXiv 2410.18514) applied to masked diffusion. Compute is C = 6 N D with N parameters, without
@@ -17,16 +18,22 @@ from scipy.optimize import least_squares
 from llada_jax.errors import UserError
 from llada_jax.units import format_count
 
-SAME_BUDGET = (
-    1.1  # runs belong to one budget while the next larger compute is less than this factor away
-)
-MAX_EXPONENT = 3.0  # of the parametric fit; reported ones are below 1
-HUBER_DELTA = 1e-3  # of the residual of log loss (Chinchilla, section 3.3)
-INTERVAL = (2.5, 97.5)  # percentiles of the bootstrap that are reported
+# Runs belong to one budget while the next larger compute is less than this factor away.
+SAME_BUDGET = 1.1
+# Of alpha and beta in the parametric fit; published ones are below 1.
+MAX_EXPONENT = 3.0
+# Of the residual of log loss (Chinchilla, section 3.3).
+HUBER_DELTA = 1e-3
+# Percentiles of the bootstrap that are reported.
+INTERVAL = (2.5, 97.5)
 
 
-class Run(NamedTuple):
-    """parameters: N, without embeddings and head; tokens: D; loss: held-out nats per token."""
+class FinishedRun(NamedTuple):
+    """One run, as the fits see it.
+
+    parameters: N, without embeddings and head; tokens: D; loss: held-out nats per
+    token.
+    """
 
     parameters: float
     tokens: float
@@ -39,8 +46,9 @@ class Run(NamedTuple):
 
 
 class Estimate(NamedTuple):
-    """A number with its 95% bootstrap interval; low and high are nan where the runs leave no
-    residual to draw from.
+    """A number with its 95% bootstrap interval.
+
+    low and high are nan where there are as many unknowns as runs, and so no residuals to draw from.
     """
 
     value: float
@@ -55,7 +63,7 @@ class Budget(NamedTuple):
     """
 
     compute: float
-    runs: list[Run]
+    runs: list[FinishedRun]
     parameters: float
     tokens: float
     loss: float
@@ -70,11 +78,11 @@ class PowerLaw(NamedTuple):
 
 
 class IsoFlop(NamedTuple):
-    """laws: of "parameters" (N_opt), "tokens" (D_opt) and "loss" over the bracketed budgets; {}
-    with fewer than two.
+    """Approach 2: a parabola per budget, and the power laws of their minima.
 
-    share_refitted: how many bootstrap samples had a minimum in every budget; the others say nothing
-    and are dropped.
+    laws: of "parameters" (N_opt), "tokens" (D_opt) and "loss" over the bracketed budgets; {} with
+    fewer than two of them. share_refitted: the share of the bootstrap samples that had a minimum in
+    every budget; the others say nothing and are dropped, which makes the intervals too narrow.
     """
 
     budgets: list[Budget]
@@ -83,8 +91,9 @@ class IsoFlop(NamedTuple):
 
 
 class Parametric(NamedTuple):
-    """L(N, D) = E + A / N**alpha + B / D**beta; a and b: exponents of N_opt and D_opt in C that
-    follow from it.
+    """Approach 3: L(N, D) = E + A / N**alpha + B / D**beta.
+
+    a and b: the exponents of N_opt and D_opt in C that follow from it.
     """
 
     E: Estimate
@@ -113,7 +122,7 @@ class Parametric(NamedTuple):
 # ---- approach 2: IsoFLOP
 
 
-def budgets_of(runs: Sequence[Run]) -> list[list[Run]]:
+def budgets_of(runs: Sequence[FinishedRun]) -> list[list[FinishedRun]]:
     """Returns the runs grouped by compute, smallest budget and smallest model first."""
     groups = []
     for run in sorted(runs, key=lambda run: run.compute):
@@ -123,14 +132,16 @@ def budgets_of(runs: Sequence[Run]) -> list[list[Run]]:
     return [sorted(group) for group in groups]
 
 
-def fit_isoflop(runs: Sequence[Run], *, num_samples: int = 1000, seed: int = 0) -> IsoFlop:
+def fit_isoflop(runs: Sequence[FinishedRun], *, num_samples: int = 1000, seed: int = 0) -> IsoFlop:
     """Fits loss = parabola in log N for each budget, then the power laws of the optima.
 
-    The interval is a residual bootstrap: residuals of all parabolas, scaled up for the three
-    coefficients each has, are drawn anew onto the fitted curves, and everything is fitted again.
+    The interval is that of a residual bootstrap: the residuals of all parabolas are drawn again
+    onto the fitted curves, and everything is fitted again. They are scaled up first, because a
+    parabola with three coefficients fits its few points too well. Drawing runs instead of residuals
+    would often leave a budget with fewer than three sizes.
 
     Args:
-        num_samples: bootstrap samples. seed: of them.
+        num_samples: how many bootstrap samples to draw. seed: of the draws.
 
     Raises:
         UserError: no budget has three sizes, which a parabola needs.
@@ -172,17 +183,17 @@ def fit_isoflop(runs: Sequence[Run], *, num_samples: int = 1000, seed: int = 0) 
     return IsoFlop(budgets, laws, len(samples) / num_samples if freedom > 0 else math.nan)
 
 
-def _log_sizes(group: list[Run]) -> np.ndarray:
+def _log_sizes(group: list[FinishedRun]) -> np.ndarray:
     """Returns log N around its mean, so that the parabola's coefficients are well determined."""
     logs = np.log([run.parameters for run in group])
     return logs - logs.mean()
 
 
-def _parabola(group: list[Run], losses) -> np.ndarray:
+def _parabola(group: list[FinishedRun], losses) -> np.ndarray:
     return np.polyfit(_log_sizes(group), losses, 2)
 
 
-def _budget(group: list[Run], losses) -> Budget:
+def _budget(group: list[FinishedRun], losses) -> Budget:
     sizes = np.array([run.parameters for run in group])
     compute = math.exp(np.mean(np.log([run.compute for run in group])))
     curvature, slope, level = _parabola(group, losses)
@@ -215,12 +226,15 @@ def _exponents(budgets: list[Budget]) -> dict[str, tuple[float, float]]:
 # ---- approach 3: parametric fit
 
 
-def fit_parametric(runs: Sequence[Run], *, num_samples: int = 200, seed: int = 0) -> Parametric:
-    """Fits L(N, D) = E + A / N**alpha + B / D**beta to all runs: Huber loss of the residual of log
-    L.
+def fit_parametric(
+    runs: Sequence[FinishedRun], *, num_samples: int = 200, seed: int = 0
+) -> Parametric:
+    """Fits L(N, D) = E + A / N**alpha + B / D**beta to all runs, by the Huber loss of log L.
+
+    The surface has several local minima, so the fit starts from 18 points and keeps the best.
 
     Args:
-        num_samples: bootstrap samples of the residuals. seed: of them.
+        num_samples: how many bootstrap samples of the residuals to draw. seed: of the draws.
 
     Raises:
         UserError: fewer than 6 runs, or fewer than three sizes or token counts, for 5 unknowns.
@@ -229,11 +243,11 @@ def fit_parametric(runs: Sequence[Run], *, num_samples: int = 200, seed: int = 0
     if len(runs) < 6 or len(set(N)) < 3 or len(set(D)) < 3:
         raise UserError(
             f"{len(runs)} finished runs of {len(set(N))} sizes and {len(set(D))} token counts "
-            "cannot determine the five "
-            "numbers of L(N, D); train at least 6 runs of 3 sizes and 3 token counts."
+            "cannot determine the five numbers of L(N, D); train at least 6 runs of 3 sizes and 3 "
+            "token counts."
         )
     # log N and log D around their means: otherwise A and alpha are almost one direction, and the
-    # solver stops early
+    # solver stops early.
     x, y, z = np.log(N) - np.log(N).mean(), np.log(D) - np.log(D).mean(), np.log(L)
     starts = [
         (np.log(L.mean() * (1 - share) / 2),) * 2 + (np.log(L.min() * share), alpha, beta)
@@ -254,8 +268,10 @@ def fit_parametric(runs: Sequence[Run], *, num_samples: int = 200, seed: int = 0
 
 
 def _log_loss(theta, x, y) -> tuple[np.ndarray, np.ndarray]:
-    """Returns log L [runs] and the shares [3, runs] that the three terms have in L, for theta = (a,
-    b, e, alpha, beta).
+    """Returns log L [runs], and the shares [3, runs] of the three terms in L.
+
+    theta = (a, b, e, alpha, beta), where a, b and e are the logarithms of the three terms at x = y
+    = 0, so that no term can become negative.
     """
     a, b, e, alpha, beta = theta
     terms = np.stack([a - alpha * x, b - beta * y, np.full_like(x, e)])
@@ -272,7 +288,7 @@ def _minimum(x, y, z, start):
         shares = _log_loss(theta, x, y)[1]
         return np.stack([*shares, -shares[0] * x, -shares[1] * y], axis=1)
 
-    # the terms may vanish but not explode
+    # The terms may vanish but not explode.
     bounds = ([-30] * 3 + [0] * 2, [30] * 3 + [MAX_EXPONENT] * 2)
     return least_squares(
         residual,
@@ -311,8 +327,10 @@ def _estimate(value: float, samples) -> Estimate:
 
 
 def fit_lines(isoflop: IsoFlop, parametric: Parametric | None, reason: str) -> list[str]:
-    """Returns the fits with their 95% intervals, and what they cannot tell; `reason`: why there is
-    no parametric one.
+    """Returns the fits with their 95% intervals, and what they cannot determine.
+
+    Args:
+        reason: why there is no parametric fit.
     """
     lines = [
         "IsoFLOP: one parabola of the held-out nats/token in log N for each budget C = 6 N D",
@@ -326,9 +344,8 @@ def fit_lines(isoflop: IsoFlop, parametric: Parametric | None, reason: str) -> l
             continue
         N, D = format_count(budget.parameters), format_count(budget.tokens)
         note = "" if budget.is_bracketed else "  outside the sizes trained: not used"
-        lines.append(
-            f"{head}{N:>10}{D:>10}{budget.tokens / budget.parameters:>8.1f}{budget.loss:>9.4f}{note}"
-        )
+        ratio = budget.tokens / budget.parameters
+        lines.append(f"{head}{N:>10}{D:>10}{ratio:>8.1f}{budget.loss:>9.4f}{note}")
     lines.append("")
     if not isoflop.laws:
         lines.append(

@@ -1,11 +1,13 @@
-"""The one argument parser of all verbs: help that ends with an example, mistakes that exit 2 with
-one sentence.
+"""The argument parser that all verbs share: help that ends with an example, and mistakes that end
+the command with one sentence and exit status 2.
 """
 
 import argparse
 import re
 
 from llada_jax.errors import UserError, did_you_mean
+
+KNOB = "--config."
 
 
 class Parser(argparse.ArgumentParser):
@@ -18,6 +20,7 @@ class Parser(argparse.ArgumentParser):
     """
 
     def __init__(self, verb: str, summary: str, example: str):
+        # no abbreviations: a flag added later could make a script's short form ambiguous
         super().__init__(
             prog=f"llada-jax {verb}",
             description=summary,
@@ -29,10 +32,33 @@ class Parser(argparse.ArgumentParser):
 
     def add_argument(self, *names, **kwargs):
         action = super().add_argument(*names, **kwargs)
+        # getattr: argparse adds --help from its own __init__, before there is a set
         getattr(self, "known_flags", set()).update(
             n for n in action.option_strings if n.startswith("--")
         )
         return action
+
+    def add_config_flags(self, *, file: str, knob: str) -> None:
+        """Adds --config FILE and --config.KEY VALUE; parse the line with `parse_with_overrides`.
+
+        Args:
+            file: the help of --config. knob: the help of --config.KEY.
+        """
+        self.add_argument("--config", required=True, metavar="FILE", help=file)
+        # Stands for all knobs, in the help alone: parse_with_overrides takes them off the line.
+        # One argparse flag per knob would fill screens, and would need the config to be loaded.
+        self.add_argument(f"{KNOB}KEY", metavar="VALUE", dest="_", help=knob)
+
+    def parse_with_overrides(self, argv: list[str]) -> tuple[argparse.Namespace, list[str]]:
+        """Returns the parsed flags, and the knobs as words such as "optimizer.b2=0.98".
+
+        A knob is written --config.KEY=VALUE or --config.KEY VALUE.
+
+        Raises:
+            UserError: a knob has no value, or a flag is wrong.
+        """
+        others, overrides = take_overrides(argv)
+        return self.parse_args(others), overrides
 
     def error(self, message):
         unknown = re.match(r"unrecognized arguments: (\S+)", message)
@@ -42,3 +68,21 @@ class Parser(argparse.ArgumentParser):
                 f"{self.prog}: there is no {flag!r}.{did_you_mean(flag, self.known_flags)}"
             )
         raise UserError(f"{self.prog}: {message}; see {self.prog} --help.")
+
+
+def take_overrides(argv: list[str]) -> tuple[list[str], list[str]]:
+    """Returns the words that are not about knobs, and the knobs as KEY=VALUE."""
+    others, overrides = [], []
+    words = iter(argv)
+    for word in words:
+        if not word.startswith(KNOB):
+            others.append(word)
+            continue
+        key, equals, value = word.removeprefix(KNOB).partition("=")
+        if not equals:
+            # "-1" is a value; "--workdir" is the next flag, and so the value was forgotten
+            value = next(words, "--")
+            if value.startswith("--"):
+                raise UserError(f"{KNOB}{key} has no value; write {KNOB}{key}=VALUE.")
+        overrides.append(f"{key}={value}")
+    return others, overrides

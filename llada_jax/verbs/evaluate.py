@@ -1,5 +1,5 @@
-"""`llada-jax evaluate`: the likelihood bound of a checkpoint on records, beside what needs no
-network.
+"""`llada-jax evaluate`: the likelihood bound of a checkpoint on records, next to baselines without
+a network.
 """
 
 import json
@@ -7,13 +7,11 @@ import json
 from llada_jax import pretrained
 from llada_jax.checkpoints.orbax_patches import drop_echoes
 from llada_jax.cluster import sharding
-from llada_jax.data.loader import heldout_batches
 from llada_jax.data.records import read_dataset
 from llada_jax.errors import UserError
-from llada_jax.evaluation import likelihood
 from llada_jax.evaluation.baselines import unigram_bits_per_byte, xz_bits_per_byte
+from llada_jax.evaluation.splits import bound_of_split
 from llada_jax.objectives.named import make_objective
-from llada_jax.units import bits_per_byte
 from llada_jax.verbs.command_line import Parser
 
 
@@ -32,16 +30,16 @@ def main(argv: list[str]) -> None:
     parser.add_argument("--data", required=True, metavar="DIR", help="directory written by prepare")
     parser.add_argument("--split", default="heldout", help="train or heldout (default)")
     parser.add_argument(
-        "--mc-samples", type=int, default=1, metavar="N", help="corruptions drawn of each row (1)"
+        "--mc-samples", type=int, default=1, metavar="N", help="corruptions drawn for each row (1)"
     )
     parser.add_argument(
-        "--batch-size", type=int, default=64, metavar="B", help="rows at a time (64)"
+        "--batch-size", type=int, default=64, metavar="B", help="rows scored at a time (64)"
     )
-    parser.add_argument("--seed", type=int, default=0, help="of the corruptions (0)")
+    parser.add_argument("--seed", type=int, default=0, help="seed of the corruptions (0)")
     parser.add_argument(
-        "--baselines", action="store_true", help="also unigram and xz -9 on the same text"
+        "--baselines", action="store_true", help="also score unigram and xz -9 on the same text"
     )
-    parser.add_argument("--json", action="store_true", help="one JSON object on stdout")
+    parser.add_argument("--json", action="store_true", help="print one JSON object on stdout")
     args = parser.parse_args(argv)
     for flag in ("mc_samples", "batch_size"):
         if getattr(args, flag) < 1:
@@ -67,25 +65,22 @@ def evaluate(args) -> dict:
         )
     objective = make_objective(model.tokenizer, **model.config["objective"])
     split = info.split(args.split)
-    batches = heldout_batches(
+    bound = bound_of_split(
+        model.model,
+        model.params,
         args.data,
         split=args.split,
+        objective=objective,
+        bytes_per_token=split.num_bytes / split.num_tokens,
         batch_size=args.batch_size,
         sequence_length=info.sequence_length,
+        batch_sharding=sharding.batch_sharding(model.mesh),
+        # as in training: a model that never saw a document end within a row is not asked to
         attend_across_documents=model.config["data"]["attend_across_documents"],
-    )
-    place = sharding.batch_sharding(model.mesh)
-    rows = list(range(args.batch_size))
-    bound = likelihood.bound(
-        objective,
-        model.model.nll_fn,
-        model.params,
-        (sharding.place_batch(batch, rows, args.batch_size, place) for batch in batches),
-        num_rows=args.batch_size,
         seed=args.seed,
         num_draws=args.mc_samples,
     )
-    to_bits = bits_per_byte(1.0, bytes_per_token=split.num_bytes / split.num_tokens)
+    # the keys are what scripts read; they stay
     result = {
         "checkpoint": str(args.checkpoint),
         "step": model.step,
@@ -94,8 +89,8 @@ def evaluate(args) -> dict:
         "mc_samples": args.mc_samples,
         f"{objective.bound_name}_nats_per_token": bound.nats_per_token,
         "standard_error": bound.standard_error,
-        "bits_per_byte": bound.nats_per_token * to_bits,
-        "bits_per_byte_standard_error": bound.standard_error * to_bits,
+        "bits_per_byte": bound.bits_per_byte,
+        "bits_per_byte_standard_error": bound.bits_per_byte_standard_error,
     }
     if args.baselines:
         alone, after_train = xz_bits_per_byte(info, model.tokenizer, split=args.split)
@@ -107,12 +102,12 @@ def evaluate(args) -> dict:
 
 def report(result: dict) -> str:
     """Returns the result as aligned lines."""
+    kind = "exactly" if "nll_nats_per_token" in result else "an upper bound"
     lines = [
         f"bits per byte of the {result['split']} text ({result['num_tokens']:,} tokens), lower is "
         "better",
         f"  {result['bits_per_byte']:.3f} +- {result['bits_per_byte_standard_error']:.3f}  this "
-        "model at step "
-        f"{result['step']}, {'exactly' if 'nll_nats_per_token' in result else 'an upper bound'}",
+        f"model at step {result['step']}, {kind}",
     ]
     named = {
         "unigram_bits_per_byte": "token frequencies of the training text",

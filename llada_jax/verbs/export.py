@@ -248,7 +248,7 @@ def verify(directory: Path, export: Export, *, dtype: str) -> dict:
     record = export.record
     dataset = record.data[0].directory if record.data else None
     tokens_BT, origin = tokens_to_compare(dataset, export.tokenizer)
-    mesh = sharding.make_mesh(dict.fromkeys(sharding.AXES, 1), devices=jax.local_devices()[:1])
+    mesh = sharding.one_device_mesh()
     params = export.found.restore_params(
         export.step,
         abstract_parameters(make_model(record.architecture), mesh),

@@ -1,9 +1,8 @@
-"""`llada-jax plan`: what a config needs on a machine that is not there: memory, time, cost, and the
-compiled program.
+"""`llada-jax plan`: what a config needs on machines that you have not rented yet.
 
-The arithmetic is exact where it can be (parameters, state, FLOPs) and stated with its assumptions
-where it cannot (activations, time). `--compile` asks the compiler instead: it builds the very train
-step that `llada-jax train` would run.
+It prints memory, time and cost. The arithmetic is exact where it can be (parameters, state, FLOPs)
+and states its assumptions where it cannot (activations, time). `--compile` asks the compiler
+instead: it builds the very train step that `llada-jax train` would run.
 """
 
 import json
@@ -11,15 +10,22 @@ import sys
 
 import jax
 
-from llada_jax.cluster import hardware
+from llada_jax.cluster import hardware, sharding
 from llada_jax.cluster.compiler_flags import flags_named
 from llada_jax.cluster.hardware import Slice
 from llada_jax.config import load_config
 from llada_jax.errors import UserError
-from llada_jax.planning import absent_devices
-from llada_jax.planning.check import compiled
-from llada_jax.planning.estimate import EFFICIENCY, arithmetic, recipe_of_shapes
-from llada_jax.planning.search import REMATS, search_choices, with_choice
+from llada_jax.models.attention import choose
+from llada_jax.planning.absent_devices import (
+    libtpu_mesh,
+    load_libtpu,
+    stand_in_mesh,
+    stand_in_tokenizer,
+)
+from llada_jax.planning.check import check_program, compile_report
+from llada_jax.planning.estimate import EFFICIENCY, Workload, estimate_run
+from llada_jax.planning.search import REMATS, find_choices
+from llada_jax.training.step import Recipe, make_recipe
 from llada_jax.units import format_bytes, format_count, format_seconds
 from llada_jax.verbs.command_line import Parser
 
@@ -27,120 +33,170 @@ from llada_jax.verbs.command_line import Parser
 def main(argv: list[str]) -> None:
     parser = Parser(
         "plan",
-        "Tells memory, time and cost of a config on TPU slices or GPUs that need not be there.",
+        "Reports memory, time and cost of a config on TPUs or GPUs that you have not rented yet.",
         "llada-jax plan --config configs/llada_8b.py --topology v5p-128 --compile",
     )
-    parser.add_argument(
-        "--config", required=True, metavar="FILE", help="Python file with get_config()"
+    parser.add_config_flags(
+        file="Python file with get_config()",
+        knob="changes one knob, e.g. --config.mesh.data=2",
     )
     parser.add_argument(
         "--topology", required=True, metavar="NAME", help="TPU slice (v5p-128) or GPUs (64xh100)"
     )
     parser.add_argument(
-        "--slices", type=int, default=1, metavar="N", help="of that topology, joined by the network"
+        "--slices",
+        type=int,
+        default=1,
+        metavar="N",
+        help="how many of that topology, joined by the network",
     )
     parser.add_argument(
-        "--vocab-size", type=int, default=0, metavar="V", help="if config.model.vocab_size is 0"
+        "--vocab-size",
+        type=int,
+        default=0,
+        metavar="V",
+        help="needed if config.model.vocab_size is 0",
     )
     parser.add_argument(
-        "--compile", action="store_true", help="ask libtpu's compiler too; takes minutes"
+        "--compile", action="store_true", help="also ask the compiler of libtpu; takes minutes"
     )
     parser.add_argument(
         "--search", action="store_true", help="try other meshes, remat policies and microbatches"
     )
     parser.add_argument(
-        "--flags", default="", metavar="PRESET", help="compiler flags to compile with, e.g. v5p"
+        "--flags",
+        default="",
+        metavar="PRESET",
+        help="preset of compiler flags for --compile, as in v5p",
     )
-    parser.add_argument("--json", action="store_true", help="one JSON object on stdout")
-    parser.add_argument(
-        "--config.KEY",
-        metavar="VALUE",
-        dest="_",
-        help="changes one knob, e.g. --config.mesh.data=2",
-    )
-    overrides = [word.removeprefix("--config.") for word in argv if word.startswith("--config.")]
-    args = parser.parse_args([word for word in argv if not word.startswith("--config.")])
+    parser.add_argument("--json", action="store_true", help="print one JSON object on stdout")
+    args, overrides = parser.parse_with_overrides(argv)
     config = load_config(args.config, overrides)
     machines = hardware.machines_named(args.topology)
     if args.slices < 1:
-        raise UserError(f"--slices {args.slices} is no number of slices; give 1 or more.")
+        raise UserError(f"--slices {args.slices} is not possible; give 1 or more.")
     if not config.model.vocab_size and not args.vocab_size:
         raise UserError(
-            "config.model.vocab_size is 0, the tokenizer's, and no data is read; give --vocab-size."
+            "config.model.vocab_size is 0, which takes the tokenizer's, and a plan reads no data; "
+            "give --vocab-size."
         )
     vocab_size = config.model.vocab_size or args.vocab_size
     flags = flags_named(args.flags)
     if args.compile:
         if machines.accelerator.platform != "tpu":
             raise UserError(
-                f"--compile is for TPUs: {args.topology} needs a machine with its GPUs to compile "
-                "on."
+                f"--compile is for TPUs, and {args.topology} is not one: XLA compiles for GPUs "
+                "only on a machine that has them. Leave out --compile."
             )
-        absent_devices.load_libtpu(flags)
-    jax.config.update(
-        "jax_platforms", "cpu"
-    )  # plans are made on the CPU, also where a TPU is attached
+        load_libtpu(flags)
+    # Everything here runs on the CPU, even where a TPU is attached: a plan must not take its chips.
+    jax.config.update("jax_platforms", "cpu")
 
-    report = plan(config, machines, args.slices, vocab_size)
+    report = estimate(config, machines, args.slices, vocab_size)
     if args.search:
-        report["search"] = search_choices(config, machines, args.slices, vocab_size)
+        report["search"] = search(config, machines, args.slices, vocab_size)
         if args.compile:
             for choice in report["search"][:3]:
-                changed = with_choice(config, choice)
                 print(f"compiling {describe_choice(choice)}", file=sys.stderr)
-                choice["compiled"] = compiled(changed, machines, args.slices, vocab_size)
+                changed = with_choice(config, choice)
+                choice["compiled"] = compile_and_check(changed, machines, args.slices, vocab_size)
     elif args.compile:
-        print(
-            f"compiling the train step for {machines.num_devices * args.slices} devices",
-            file=sys.stderr,
-        )
-        report["compiled"] = compiled(config, machines, args.slices, vocab_size)
+        num_devices = machines.num_devices * args.slices
+        print(f"compiling the train step for {num_devices} devices", file=sys.stderr)
+        report["compiled"] = compile_and_check(config, machines, args.slices, vocab_size)
     print(json.dumps(report) if args.json else "\n".join(describe(report)))
     if not report.get("compiled", {}).get("fits", True):
         raise UserError(does_not_fit(report))
 
 
-def plan(config, machines: Slice, num_slices: int, vocab_size: int) -> dict:
-    """Returns the arithmetic of a run as nested dicts of plain values; bytes and FLOPs are of one
-    device and step.
+# ---- from the config to the arguments of llada_jax.planning
 
-    Raises:
-        UserError: config and machines do not fit together.
+
+def workload_of(config) -> Workload:
+    return Workload(
+        batch_size=config.data.batch_size,
+        sequence_length=config.data.sequence_length,
+        num_microbatches=config.optimizer.gradient_accumulation,
+        remat=config.model.remat,
+        nll_chunk=config.model.nll_chunk,
+    )
+
+
+def recipe_of_shapes(config, mesh, vocab_size: int) -> Recipe:
+    """Returns the recipe of a config for a stand-in mesh, from which only shapes can be read.
+
+    It is assembled with the reference attention, because cuDNN cannot even be traced where it is
+    not installed; `attention` names the kernel that the run would use.
     """
-    mesh = absent_devices.stand_in_mesh(config.mesh, machines, num_slices)
-    if num_slices > 1 and mesh.shape["data"] % num_slices:
-        raise UserError(
-            f"config.mesh.data={mesh.shape['data']} is no multiple of the {num_slices} slices, "
-            "which are joined along data; "
-            f"set --config.mesh.data={num_slices}."
-        )
+    traced = config.copy_and_resolve_references()
+    traced.model.attention = "xla"
+    recipe = make_recipe(traced, stand_in_tokenizer(vocab_size), mesh)
+    attention = choose(
+        config.model.attention,
+        platform=sharding.platform(mesh),
+        packed=not config.data.attend_across_documents,
+        sequence_length=config.data.sequence_length,
+        head_dim=recipe.architecture.head_dim,
+        dtype=recipe.dtype,
+    )
+    return recipe._replace(attention=attention)
+
+
+def estimate(config, machines: Slice, num_slices: int, vocab_size: int) -> dict:
+    """Returns the estimate of a config; raises UserError if it does not fit the machines."""
+    mesh = stand_in_mesh(config.mesh, machines, num_slices)
     recipe = recipe_of_shapes(config, mesh, vocab_size)
-    return arithmetic(config, recipe, dict(mesh.shape), machines, num_slices)
+    return estimate_run(recipe, workload_of(config), dict(mesh.shape), machines, num_slices)
 
 
-# ---- compile
+def search(config, machines: Slice, num_slices: int, vocab_size: int) -> list[dict]:
+    """Returns llada_jax.planning.search.find_choices of a config."""
+    mesh = stand_in_mesh(config.mesh, machines, num_slices)
+    recipe = recipe_of_shapes(config, mesh, vocab_size)
+    return find_choices(recipe, workload_of(config), dict(mesh.shape), machines, num_slices)
+
+
+def with_choice(config, choice: dict):
+    """Returns a copy of the config with the mesh, remat policy and microbatches of a choice."""
+    changed = config.copy_and_resolve_references()
+    changed.mesh.update(choice["mesh"])
+    changed.model.remat = choice["remat"]
+    changed.optimizer.gradient_accumulation = choice["microbatches"]
+    return changed
+
+
+def compile_and_check(config, machines: Slice, num_slices: int, vocab_size: int) -> dict:
+    """Returns llada_jax.planning.check.compile_report of a config, with "checks" where it fits."""
+    mesh = libtpu_mesh(config.mesh, machines, num_slices)
+    recipe = make_recipe(config, stand_in_tokenizer(vocab_size), mesh)
+    shape = (config.data.batch_size, config.data.sequence_length)
+    report = compile_report(recipe, mesh, machines, shape=shape)
+    if report["fits"]:
+        # Of this recipe and not of one for stand-ins: its attention is the one that was compiled.
+        meant = estimate_run(recipe, workload_of(config), dict(mesh.shape), machines, num_slices)
+        report["checks"] = check_program(report, meant)
+    return report
 
 
 def does_not_fit(report: dict) -> str:
-    """Returns the sentence for a program that is too large: the compiler's number and what to
-    change, in this order.
+    """Returns the sentence for a program that is too large: its size, and what to change.
+
+    The remedies come in the order of their price (docs/plan.md, "It does not fit").
     """
-    c, accumulation = report["compiled"], report["microbatches"]
-    remedies = [
-        f"--config.model.remat={policy}"
-        for policy in REMATS[REMATS.index(report["remat"]) + 1 :][-1:]
-    ]
+    compiled, mesh = report["compiled"], report["mesh"]
+    remedies = []
+    if report["remat"] != REMATS[-1]:
+        remedies.append(f"--config.model.remat={REMATS[-1]}")
     if report["rows_per_device"] > 1:
-        remedies.append(f"--config.optimizer.gradient_accumulation={2 * accumulation}")
-    if report["mesh"]["data"] > report["slices"]:
+        remedies.append(f"--config.optimizer.gradient_accumulation={2 * report['microbatches']}")
+    if mesh["data"] > report["slices"]:
         remedies.append(f"--config.mesh.data={report['slices']} (more fsdp)")
-    elif report["mesh"]["tensor"] < 8:
-        remedies.append(f"--config.mesh.tensor={2 * report['mesh']['tensor']}")
+    elif mesh["tensor"] < 8:
+        remedies.append(f"--config.mesh.tensor={2 * mesh['tensor']}")
     return (
-        f"The train step needs {format_bytes(c['needed_bytes'])} and a {report['accelerator']} "
-        "device has "
-        f"{format_bytes(c['usable_bytes'])}: try {', then '.join(remedies)}, or a larger "
-        "--topology."
+        f"The train step needs {format_bytes(compiled['needed_bytes'])} and a "
+        f"{report['accelerator']} device has {format_bytes(compiled['usable_bytes'])}: "
+        f"try {', then '.join([*remedies, 'a larger --topology'])}."
     )
 
 
@@ -148,69 +204,78 @@ def does_not_fit(report: dict) -> str:
 
 
 def describe(p: dict) -> list[str]:
-    """Returns the lines that are printed."""
-    attention = f"{6 if p['causal'] else 12} * {p['layers']} layers * {p['d_attention']} * {p['sequence_length']}"
-    memory, traffic, limits = p["memory"], p["traffic"], p["intensity"]
+    """Returns the lines that are printed for a report."""
+    lines = [*_describe_run(p), *_describe_needs(p), *_describe_time(p)]
+    if "compiled" in p:
+        lines += describe_compiled(p["compiled"])
+    lines += [f"choice      {describe_choice(choice)}" for choice in p.get("search", ())[:12]]
+    return lines
+
+
+def _describe_run(p: dict) -> list[str]:
+    """Returns the lines about what is run where, all of them exact."""
+    matrices = format_count(p["matmul_parameters"])
+    attention = (
+        f"{6 if p['causal'] else 12} * {p['layers']} layers * {p['d_attention']} "
+        f"* {p['sequence_length']}"
+    )
     where = f"{p['slices']} x {p['topology']}" if p["slices"] > 1 else p["topology"]
-    lines = [
-        f"model       {format_count(p['parameters'])} parameters, "
-        f"{format_count(p['matmul_parameters'])} in matrix "
-        f"products, {p['vocab_size']:,} tokens",
-        f"FLOPs       6 * {format_count(p['matmul_parameters'])} + {attention} = "
-        f"{format_count(p['flops_per_token'])} "
-        "a token",
+    return [
+        f"model       {format_count(p['parameters'])} parameters, {matrices} in matrix products, "
+        f"{p['vocab_size']:,} tokens",
+        f"FLOPs       6 * {matrices} + {attention} = "
+        f"{format_count(p['flops_per_token'])} per token",
         f"machine     {where}: {p['chips']} chips, {p['hosts']} hosts, {p['devices']} devices of "
         f"{p['peak_flops'] / 1e12:.0f} TFLOP/s and {format_bytes(p['usable_bytes'])}",
         f"mesh        {describe_mesh(p['mesh'])}",
         f"step        {p['batch_size']} rows * {p['sequence_length']} = {p['tokens_per_step']:,} "
-        "tokens in "
-        f"{p['microbatches']} microbatch{'es' if p['microbatches'] > 1 else ''}: "
-        f"{p['rows_per_device']} "
-        f"row{'s' if p['rows_per_device'] > 1 else ''}, "
-        f"{p['tokens_per_device']:,} tokens a device in each",
+        f"tokens in {_counted(p['microbatches'], 'microbatch', 'es')}: "
+        f"{_counted(p['rows_per_device'], 'row')}, {p['tokens_per_device']:,} tokens per device in "
+        "each",
         f"compute     {p['dtype']}, attention {p['attention']}, remat {p['remat']}",
-        f"memory      {format_bytes(memory['state'])} parameters and optimizer state (exact)",
-        f"            {format_bytes(memory['gradients'])} gradients, "
-        f"{format_bytes(memory['saved_activations'])} saved "
-        f"activations, {format_bytes(memory['working'])} at work (estimates)",
-        f"            {format_bytes(memory['peak'])} of {format_bytes(p['usable_bytes'])} a device "
-        "at the peak"
-        + (" (estimate)" if memory["peak"] < p["usable_bytes"] else ": estimated not to fit"),
-        "traffic     "
-        + (", ".join(f"{name} {format_bytes(n)}" for name, n in traffic.items() if n) or "none")
-        + " a step",
-        f"intensity   {limits['tokens_per_device']:,} tokens a device; computing hides the gathers "
-        "above "
-        f"{limits['needed_on_all_links']:,.0f} (all links) to {limits['needed_on_one_axis']:,.0f} "
-        "(one axis)",
+    ]
+
+
+def _describe_needs(p: dict) -> list[str]:
+    """Returns the lines about memory and traffic."""
+    memory, traffic, limits = p["memory"], p["traffic"], p["intensity"]
+    sizes = {name: format_bytes(size) for name, size in memory.items()}
+    fits = memory["peak"] < p["usable_bytes"]
+    exchanged = ", ".join(f"{name} {format_bytes(size)}" for name, size in traffic.items() if size)
+    lines = [
+        f"memory      {sizes['state']} parameters and optimizer state (exact)",
+        f"            {sizes['gradients']} gradients, {sizes['saved_activations']} saved "
+        f"activations, {sizes['working']} at work (estimates)",
+        f"            {sizes['peak']} of {format_bytes(p['usable_bytes'])} per device at the peak"
+        + (" (estimate)" if fits else ": estimated not to fit"),
+        f"traffic     {exchanged or 'none'} per step",
+        f"intensity   {limits['tokens_per_device']:,} tokens per device; computing hides the "
+        f"gathers above {limits['needed_on_all_links']:,.0f} (all links) to "
+        f"{limits['needed_on_one_axis']:,.0f} (one axis)",
     ]
     if "tokens_per_slice" in limits:
         lines.append(
-            f"            {limits['tokens_per_slice']:,} tokens a slice; computing hides the "
-            "network between slices above "
-            f"{limits['needed_between_slices']:,.0f}"
+            f"            {limits['tokens_per_slice']:,} tokens per slice; computing hides the "
+            f"network between slices above {limits['needed_between_slices']:,.0f}"
         )
-    fast, slow = p["seconds_per_step"]["fast"], p["seconds_per_step"]["slow"]
-    lines += [
-        f"time        {format_seconds(fast)} to {format_seconds(slow)} a step: "
-        f"{100 * p['mfu']['slow']:.0f} to "
-        f"{100 * p['mfu']['fast']:.0f}% MFU. Fast: {EFFICIENCY['fast']:.0%} of the peak with "
-        "recomputation, "
-        "communication hidden;",
+    return lines
+
+
+def _describe_time(p: dict) -> list[str]:
+    """Returns the lines about time and cost, each a range with its assumptions."""
+    seconds, mfu, days, chip_hours = p["seconds_per_step"], p["mfu"], p["days"], p["chip_hours"]
+    lines = [
+        f"time        {format_seconds(seconds['fast'])} to {format_seconds(seconds['slow'])} per "
+        f"step: {100 * mfu['slow']:.0f} to {100 * mfu['fast']:.0f}% MFU. "
+        f"Fast: {EFFICIENCY['fast']:.0%} of the peak with recomputation, communication hidden;",
         f"            slow: {EFFICIENCY['slow']:.0%}, nothing hidden, one axis of links, gathers "
         "done as all-reduces",
         f"run         {p['num_steps']:,} steps = {format_count(p['num_tokens'])} tokens: "
-        f"{p['days']['fast']:,.1f} to "
-        f"{p['days']['slow']:,.1f} days, {format_count(p['chip_hours']['fast'])} to "
-        f"{format_count(p['chip_hours']['slow'])} "
-        "chip-hours",
+        f"{days['fast']:,.1f} to {days['slow']:,.1f} days, {format_count(chip_hours['fast'])} to "
+        f"{format_count(chip_hours['slow'])} chip-hours",
     ]
     if not p["network_counted"]:
         lines.append("            the network between GPU hosts is not known and not in the time")
-    if "compiled" in p:
-        lines += describe_compiled(p["compiled"])
-    for choice in p.get("search", ())[:12]:
-        lines.append("choice      " + describe_choice(choice))
     return lines
 
 
@@ -219,40 +284,40 @@ def describe_mesh(shape: dict[str, int]) -> str:
 
 
 def describe_choice(choice: dict) -> str:
-    number = choice["microbatches"]
-    words = f"{describe_mesh(choice['mesh'])}, remat {choice['remat']}, {number} microbatch{'es' if number > 1 else ''}"
-    if "peak" not in choice:
-        return words
     fast, slow = choice["seconds_per_step"]["fast"], choice["seconds_per_step"]["slow"]
-    words += f": {format_seconds(fast)} to {format_seconds(slow)} a step, about {format_bytes(choice['peak'])} a device"
-    if "compiled" in choice:
-        c = choice["compiled"]
-        told = (
-            f"compiled: {format_bytes(c['peak_bytes'])}" if c["fits"] else "compiled: does not fit"
-        )
-        words += f" ({told})"
-    return words
+    words = (
+        f"{describe_mesh(choice['mesh'])}, remat {choice['remat']}, "
+        f"{_counted(choice['microbatches'], 'microbatch', 'es')}: {format_seconds(fast)} to "
+        f"{format_seconds(slow)} per step, about {format_bytes(choice['peak'])} per device"
+    )
+    if "compiled" not in choice:
+        return words
+    compiled = choice["compiled"]
+    result = format_bytes(compiled["peak_bytes"]) if compiled["fits"] else "does not fit"
+    return f"{words} (compiled: {result})"
 
 
-def describe_compiled(c: dict) -> list[str]:
-    if not c["fits"]:
-        return [
-            f"compiled    does not fit: {format_bytes(c['needed_bytes'])} needed, a device has "
-            f"{format_bytes(c['usable_bytes'])}"
-        ]
+def describe_compiled(compiled: dict) -> list[str]:
+    usable = format_bytes(compiled["usable_bytes"])
+    if not compiled["fits"]:
+        needed = format_bytes(compiled["needed_bytes"])
+        return [f"compiled    does not fit: {needed} needed, a device has {usable}"]
     lines = [
-        f"compiled    in {format_seconds(c['seconds'])}: {format_bytes(c['peak_bytes'])} of "
-        f"{format_bytes(c['usable_bytes'])} a device at the peak"
+        f"compiled    in {format_seconds(compiled['seconds'])}: "
+        f"{format_bytes(compiled['peak_bytes'])} of {usable} per device at the peak"
     ]
-    kinds = {}
-    for one in c["collectives"]:
+    sums = {}
+    for one in compiled["collectives"]:
         kind = one["kind"] + (" between slices" if one["spans_slices"] else "")
-        times, total = kinds.get(kind, (0, 0))
-        kinds[kind] = (times + one["times"], total + one["total_bytes"])
-    for kind, (times, total) in sorted(kinds.items(), key=lambda item: -item[1][1]):
-        lines.append(f"            {format_bytes(total):>9} a step in {times:,} x {kind}")
-    for check in c["checks"]:
-        lines.append(
-            f"  {'ok  ' if check['ok'] else 'LOOK'}      {check['what']}: {check['words']}"
-        )
+        times, total = sums.get(kind, (0, 0))
+        sums[kind] = (times + one["times"], total + one["total_bytes"])
+    for kind, (times, total) in sorted(sums.items(), key=lambda item: -item[1][1]):
+        lines.append(f"            {format_bytes(total):>9} per step in {times:,} x {kind}")
+    for check in compiled["checks"]:
+        mark = "ok  " if check["ok"] else "LOOK"
+        lines.append(f"  {mark}      {check['what']}: {check['words']}")
     return lines
+
+
+def _counted(number: int, noun: str, plural: str = "s") -> str:
+    return f"{number} {noun}{plural if number > 1 else ''}"

@@ -1,5 +1,4 @@
-"""`llada-jax rollback`: a run goes back to an earlier step and leaves out the data that followed
-it.
+"""`llada-jax rollback`: takes a run back to an earlier step and leaves out the data that followed.
 
 The LLaDA authors met a NaN after 1.2T of 2.3T tokens, went back to a checkpoint and lowered the
 learning rate (arXiv 2502.09992, section 2.2).
@@ -24,7 +23,7 @@ def main(argv: list[str]) -> None:
         "llada-jax rollback --workdir runs/8b --to 120000",
     )
     parser.add_argument(
-        "--workdir", required=True, metavar="DIR", help="of the run, which must not be running"
+        "--workdir", required=True, metavar="DIR", help="workdir of a run that is not running"
     )
     parser.add_argument(
         "--to", type=int, required=True, metavar="STEP", help="the checkpoint to go back to"
@@ -33,7 +32,7 @@ def main(argv: list[str]) -> None:
         "--skip",
         type=int,
         metavar="N",
-        help="batches left out (all up to the last step known); 0: none",
+        help="how many batches to leave out (default: up to the last known step; 0: none)",
     )
     args = parser.parse_args(argv)
     drop_echoes()
@@ -44,12 +43,18 @@ def main(argv: list[str]) -> None:
 def roll_back(workdir: str, *, to: int, num_skipped: int | None = None) -> str:
     """Moves what is later than a step into WORKDIR/rolled-back/N and notes the data to leave out.
 
+    Nothing is deleted. A call that was killed half-way may be repeated in the same way.
+
     Args:
         to: a saved step.
         num_skipped: how many of the batches after it are left out; None: up to the last step that
             was logged or saved.
 
-    Returns what was done, in one sentence. Killed half-way, it may be called again in the same way.
+    Returns:
+        One sentence about what was done.
+
+    Raises:
+        UserError: the workdir has no checkpoint of that step, or `num_skipped` is negative.
     """
     path = remote.path_of(workdir)
     if not (path / FOLDER).exists():
@@ -62,10 +67,11 @@ def roll_back(workdir: str, *, to: int, num_skipped: int | None = None) -> str:
     saved.close()
     if to not in steps:
         raise UserError(
-            f"{workdir} has no checkpoint of step {to}; it has "
+            f"{workdir} has no checkpoint of step {to}; give --to one of the steps that it has: "
             f"{', '.join(map(str, steps)) or 'none'}."
         )
     lines = read_lines(workdir)
+    # metrics go further than checkpoints: data that was trained on and never saved is left out too
     last = max([*steps, *(line["step"] for line in lines)])
     num_skipped = last - to if num_skipped is None else num_skipped
     if num_skipped < 0:
@@ -78,10 +84,14 @@ def roll_back(workdir: str, *, to: int, num_skipped: int | None = None) -> str:
     aside.mkdir(parents=True, exist_ok=True)
     if (path / "metrics.jsonl").exists():
         (aside / "metrics.jsonl").write_text((path / "metrics.jsonl").read_text())
-    for step in sorted(
-        (step for step in steps if step > to), reverse=True
-    ):  # newest first: a kill leaves a shorter run
+    # Newest first: a kill in between leaves a run that is shorter, but whole.
+    for step in sorted((step for step in steps if step > to), reverse=True):
         (path / FOLDER / str(step)).rename(aside / str(step))
+    # The list comes last. Were it written first, a kill after it would let the run continue from a
+    # later step, and skip batches there that were never bad.
     write_rollbacks(workdir, Rollbacks(count + 1, skipped))
-    told = f"; the {num_skipped} batches after it are left out" if num_skipped else ""
-    return f"{workdir} is back at step {to}{told}; what was later lies in {aside}, and the same command continues."
+    left_out = f"; the {num_skipped} batches after it are left out" if num_skipped else ""
+    return (
+        f"{workdir} is back at step {to}{left_out}; what was later lies in {aside}, and the same "
+        "command continues."
+    )

@@ -169,9 +169,8 @@ def warn_of_surprises(args, pretrained, prompts: list[str]) -> None:
 def check_objective(checkpoint: str, record: RunRecord) -> None:
     if record.mask.causal:
         raise UserError(
-            f"{checkpoint} was trained with objective.name={record.objective!r} and has never seen a "
-            "mask, so it cannot be "
-            "denoised; sample a checkpoint of masked_diffusion."
+            f"{checkpoint} was trained with objective.name={record.objective!r} and has never seen "
+            "a mask, so it cannot be denoised; sample a checkpoint of masked_diffusion."
         )
 
 

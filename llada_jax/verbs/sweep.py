@@ -1,10 +1,9 @@
-"""`llada-jax sweep`: numbered runs from one config file, each in a workdir of its own; their table,
-curves and scaling law.
+"""`llada-jax sweep`: numbered runs from one config file, each in its own workdir, and what they
+show.
 
-DIR/sweep.json          the base config and what each run changes: a changed file is refused, not
-mixed in
-    000/  001/ ...      workdirs of `llada-jax train`, with train.log and exit.json beside its own
-    files optuna.journal      the trials, where Optuna drives
+DIR/sweep.json          the base config and what each run changes; a changed sweep is refused
+    000/  001/ ...      workdirs of `llada-jax train`, with train.log and exit.json next to its
+    files optuna.journal      the trials, where Optuna suggests them
 """
 
 import json
@@ -12,17 +11,12 @@ import math
 
 from llada_jax.config import knob
 from llada_jax.errors import UserError
-from llada_jax.sweeps.attempts import launch, run_index, run_local
+from llada_jax.sweeps.comparison import effects, ranked
 from llada_jax.sweeps.optuna_search import run_optuna
-from llada_jax.sweeps.results import (
-    Result,
-    effects,
-    plot_curves,
-    progress_of,
-    ranked,
-    table_lines,
-)
-from llada_jax.sweeps.runs import Sweep, as_json, describe, read_sweep
+from llada_jax.sweeps.results import Result
+from llada_jax.sweeps.runs import Sweep, as_json, describe, load_sweep
+from llada_jax.sweeps.table import plot_curves, progress_of, table_lines
+from llada_jax.sweeps.targets import run_index, run_local, run_with_launcher
 from llada_jax.verbs.command_line import Parser
 
 ACTIONS = ("list", "index", "run", "optuna", "table", "fit")
@@ -31,33 +25,32 @@ ACTIONS = ("list", "index", "run", "optuna", "table", "fit")
 def main(argv: list[str]) -> None:
     parser = Parser(
         "sweep",
-        "Runs what sweep(add) of a config file adds, each run in DIR/000, DIR/001 ...; compares "
-        "results.",
+        "Runs what sweep(add) of a config file adds, in DIR/000, DIR/001 ...; compares results.",
         "llada-jax sweep --config configs/ladder_tiny.py --workdir runs/ladder --run local",
     )
-    parser.add_argument(
-        "--config", required=True, metavar="FILE", help="Python file: get_config() and sweep(add)"
+    parser.add_config_flags(
+        file="Python file: get_config() and sweep(add)", knob="changes one knob of all runs"
     )
     parser.add_argument(
         "--workdir", required=True, metavar="DIR", help="where all runs live; local or a URL"
     )
     parser.add_argument(
-        "--list", action="store_true", help="the runs, what each changes, how far each is"
+        "--list", action="store_true", help="list the runs, what each changes and how far it is"
     )
-    parser.add_argument("--index", type=int, metavar="I", help="run or continue run I, here")
+    parser.add_argument("--index", type=int, metavar="I", help="run or continue run I here")
     parser.add_argument(
         "--run",
         metavar="TARGET",
-        help="what is not finished: local; slurm or gke [-- LAUNCHER FLAGS]",
+        help="run what is not finished: local; slurm or gke [-- LAUNCHER FLAGS]",
     )
     parser.add_argument(
-        "--optuna", type=int, metavar="N", help="run N trials of suggest(trial), here"
+        "--optuna", type=int, metavar="N", help="run N trials of suggest(trial) here"
     )
     parser.add_argument(
-        "--table", action="store_true", help="rank the runs; tell which knob moved what"
+        "--table", action="store_true", help="rank the runs and show which knob moved what"
     )
     parser.add_argument(
-        "--fit", action="store_true", help="scaling law of the runs (docs/scaling.md)"
+        "--fit", action="store_true", help="fit the scaling law of the runs (docs/scaling.md)"
     )
     parser.add_argument(
         "--parallel", type=int, metavar="N", help="runs at a time (local: 1, slurm: all)"
@@ -67,17 +60,13 @@ def main(argv: list[str]) -> None:
         "--dry-run", action="store_true", help="with --run: print what would be started"
     )
     parser.add_argument(
-        "--json", action="store_true", help="one JSON object on stdout (list, table, fit)"
-    )
-    parser.add_argument(
-        "--config.KEY", metavar="VALUE", dest="_", help="changes one knob of all runs"
+        "--json", action="store_true", help="print one JSON object on stdout (list, table, fit)"
     )
     cut = argv.index("--") if "--" in argv else len(argv)
     ours, launcher_words = argv[:cut], argv[cut + 1 :]
-    words = [word.removeprefix("--config.") for word in ours if word.startswith("--config.")]
-    args = parser.parse_args([word for word in ours if not word.startswith("--config.")])
+    args, overrides = parser.parse_with_overrides(ours)
     action = check_flags(args, launcher_words)
-    sweep = read_sweep(args.config, words, args.workdir)
+    sweep = load_sweep(args.config, overrides, args.workdir)
     if action == "list":
         show_list(sweep, in_json=args.json)
     elif action == "table":
@@ -91,28 +80,27 @@ def main(argv: list[str]) -> None:
     elif args.run == "local":
         run_local(sweep, num_parallel=args.parallel or 1, dry_run=args.dry_run)
     else:
-        launch(sweep, args.run, launcher_words, num_parallel=args.parallel, dry_run=args.dry_run)
+        run_with_launcher(
+            sweep, args.run, launcher_words, num_parallel=args.parallel, dry_run=args.dry_run
+        )
 
 
 def check_flags(args, launcher_words: list[str]) -> str:
-    """Returns the one action that is asked for; raises UserError for flags that say nothing or
-    contradict each other.
+    """Returns the one action that is asked for.
+
+    Raises:
+        UserError: no action or several, or a flag that has no meaning with this action.
     """
-    chosen = [
-        action
-        for action in ACTIONS
-        if getattr(args, action) is not None and getattr(args, action) is not False
-    ]
+    # By identity, because --index 0 is an action and 0 == False.
+    values = {action: getattr(args, action) for action in ACTIONS}
+    chosen = [name for name, value in values.items() if value is not None and value is not False]
     if len(chosen) != 1:
-        raise UserError(
-            "llada-jax sweep got "
-            f"{' and '.join(f'--{action}' for action in chosen) or 'nothing to do'}; give exactly "
-            "one of "
-            f"{', '.join(f'--{action}' for action in ACTIONS)}."
-        )
+        got = " and ".join(f"--{action}" for action in chosen) or "nothing to do"
+        known = ", ".join(f"--{action}" for action in ACTIONS)
+        raise UserError(f"llada-jax sweep got {got}; give exactly one of {known}.")
     (action,) = chosen
     if not args.workdir:
-        raise UserError("--workdir is empty; give the directory where the runs are to live.")
+        raise UserError("--workdir is empty; give the directory that is to hold the runs.")
     if args.run not in (None, "local", "slurm", "gke"):
         raise UserError(
             f"--run {args.run} is unknown; write --run local, --run slurm or --run gke."
@@ -159,7 +147,7 @@ def print_json(value) -> None:
 
 
 def show_table(sweep: Sweep, *, in_json: bool, plot: str | None) -> None:
-    """Prints the ranking and what each knob did; draws the curves where a file is named."""
+    """Prints the ranking and what each knob did, and draws the curves if a file is given."""
     results = [run.result() for run in sweep.runs]
     names = dict.fromkeys(name for run in sweep.runs for name in run.changes)
     found = effects(
@@ -178,17 +166,22 @@ def show_table(sweep: Sweep, *, in_json: bool, plot: str | None) -> None:
 
 def show_fit(sweep: Sweep, *, in_json: bool) -> None:
     """Prints IsoFLOP optima, their power laws and the parametric fit of all complete runs."""
-    # imported here: scipy and jax take seconds that --list need not wait for
+    # Imported here: scipy and jax take seconds, for which --list need not wait.
     from llada_jax.checkpoints.record import read_run
     from llada_jax.models.transformer import num_matmul_parameters
-    from llada_jax.sweeps.scaling_law import Run, fit_isoflop, fit_lines, fit_parametric
+    from llada_jax.sweeps.scaling_law import (
+        FinishedRun,
+        fit_isoflop,
+        fit_lines,
+        fit_parametric,
+    )
 
     runs = []
     for result in (run.result() for run in sweep.runs):
         if result.state == "complete" and not math.isnan(result.nats_per_token):
             a = read_run(result.workdir).architecture
             runs.append(
-                Run(
+                FinishedRun(
                     num_matmul_parameters(a) - a.d_model * a.vocab_size,
                     result.tokens,
                     result.nats_per_token,
@@ -197,7 +190,8 @@ def show_fit(sweep: Sweep, *, in_json: bool) -> None:
     isoflop = fit_isoflop(runs)
     try:
         parametric, reason = fit_parametric(runs), ""
-    except UserError as error:  # the parabolas need fewer runs than this
+    # The parabolas need fewer runs than this fit, and are worth printing alone.
+    except UserError as error:
         parametric, reason = None, str(error)
     if in_json:
         print_json({"isoflop": isoflop, "parametric": parametric, "parametric_missing": reason})

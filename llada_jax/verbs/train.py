@@ -1,91 +1,80 @@
-"""`llada-jax train`: from a config and a workdir to a trained, resumable model."""
+"""`llada-jax train`: from a config and a workdir to a trained model that can be resumed."""
 
 import contextlib
-import dataclasses
 import functools
-import tempfile
 import time
 from collections import deque
 from pathlib import Path
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
-import numpy as np
-from etils import epath
 
-from llada_jax.checkpoints.host_copies import LocalCheckpoints
 from llada_jax.checkpoints.orbax_patches import drop_echoes
-from llada_jax.checkpoints.record import run_record, write_run
-from llada_jax.checkpoints.workdir import Checkpoints
+from llada_jax.checkpoints.record import run_record
 from llada_jax.cluster import distributed, hardware, sharding
 from llada_jax.cluster.stop_request import StopRequest
 from llada_jax.config import AUTO, load_config, own_parts, parse_sources
-from llada_jax.data.loader import describe, train_batches
-from llada_jax.data.records import read_dataset
-from llada_jax.data.tokenizer import SPECIAL_IDS, load_same
-from llada_jax.errors import LostPeer, NumericsError, Preempted, UserError
-from llada_jax.models.flops import flops_per_token
-from llada_jax.models.model import abstract_parameters, make_model
-from llada_jax.models.transformer import num_matmul_parameters
+from llada_jax.data.loader import train_batches
+from llada_jax.errors import LostPeer, Preempted, UserError
+from llada_jax.models.model import make_model
 from llada_jax.parts import provenance
 from llada_jax.run.clock import Clock, speed_metrics
 from llada_jax.run.goodput import Ledger
 from llada_jax.run.heldout import bound_line, evaluate_heldout
-from llada_jax.run.metrics_file import MetricsWriter, is_over, means, read_lines
+from llada_jax.run.metrics_file import is_over, means, read_lines
+from llada_jax.run.numerics import check_finite, check_skipped
+from llada_jax.run.profiler import ProfilerWindow
 from llada_jax.run.progress import Progress
-from llada_jax.run.rollbacks import as_rollbacks, batch_of_step, read_rollbacks
+from llada_jax.run.rollbacks import batch_of_step
+from llada_jax.run.samples import sample_markdown
 from llada_jax.run.start import (
+    OpenWorkdir,
+    RunData,
     check_same_everywhere,
-    first_state,
-    make_workdir,
     on_first_process,
-    writing,
+    open_data,
+    open_workdir,
 )
-from llada_jax.run.startup_lines import compilation_line, startup_lines
+from llada_jax.run.startup_lines import compilation_line, flops_of_token, startup_lines
 from llada_jax.samplers.denoise import check_schedule
-from llada_jax.samplers.text import generate_text
-from llada_jax.storage import remote
-from llada_jax.storage.locks import only_run_in
-from llada_jax.training.state import create_state
-from llada_jax.training.step import compile_step, make_recipe
+from llada_jax.training.state import TrainState
+from llada_jax.training.step import Recipe, compile_step, make_recipe
 from llada_jax.units import bits_per_byte
 from llada_jax.verbs.command_line import Parser
 
-MAX_STEPS_IN_FLIGHT = (
-    2  # dispatched but not finished: enough to hide the host, few enough to stop promptly
-)
+# Steps that are dispatched and not finished: two keep the devices busy while the host prepares the
+# next batch. With more, a stop request would have to wait for all of them.
+MAX_STEPS_IN_FLIGHT = 2
+
+SAMPLE_KNOBS = ("gen_length", "block_length", "steps", "temperature")
 
 
 def main(argv: list[str]) -> None:
     parser = Parser(
         "train",
         "Trains a model from a config file, or continues the run that the workdir holds.",
-        "llada-jax train --config configs/tiny.py --workdir runs/tiny --config.num_steps=200",
+        "llada-jax train --config configs/tiny.py --workdir runs/tiny/run --config.num_steps=200",
     )
-    parser.add_argument(
-        "--config", required=True, metavar="FILE", help="Python file with get_config()"
+    parser.add_config_flags(
+        file="Python file with get_config()", knob="changes one knob, e.g. --config.seed=1"
     )
     parser.add_argument(
         "--workdir", required=True, metavar="DIR", help="where the run lives; local or a URL"
     )
-    parser.add_argument(
-        "--config.KEY", metavar="VALUE", dest="_", help="changes one knob, e.g. --config.seed=1"
-    )
-    drop_echoes()
-    overrides = [word.removeprefix("--config.") for word in argv if word.startswith("--config.")]
-    for override in overrides:
-        if "=" not in override:
-            raise UserError(f"--config.{override} has no value; write --config.{override}=VALUE.")
-    args = parser.parse_args([word for word in argv if not word.startswith("--config.")])
+    args, overrides = parser.parse_with_overrides(argv)
     if not args.workdir:
         raise UserError("--workdir is empty; give the directory where the run is to live.")
+    drop_echoes()
     config = load_config(args.config, overrides)
     train(config, args.workdir, config_text=Path(args.config).read_text())
 
 
 def train(config, workdir: str, *, config_text: str = "") -> None:
-    """Runs a config in a workdir until its last step; continues where the workdir's latest
-    checkpoint stands.
+    """Runs a config in a workdir until its last step, from the workdir's latest checkpoint on.
+
+    Args:
+        config_text: the file that the config came from; the workdir keeps a copy.
 
     Raises:
         UserError: config, data, mesh and checkpoint do not fit together, or the disk refuses.
@@ -101,9 +90,11 @@ def train(config, workdir: str, *, config_text: str = "") -> None:
         heartbeat_timeout_s=config.distributed.heartbeat_timeout_s,
     )
     mesh = sharding.make_mesh(config.mesh)
+    # Signals are caught from here on, before the first compilation: a preemption may come in the
+    # minutes that it takes, and must not end in a traceback.
     with jax.set_mesh(mesh), StopRequest() as stop, contextlib.ExitStack() as until_end:
         try:
-            train_on(mesh, config, workdir, clock, stop, until_end, config_text)
+            train_on(mesh, config, workdir, config_text, clock, stop, until_end)
         except (jax.errors.JaxRuntimeError, ValueError) as error:
             if not distributed.is_lost_peer(error):
                 raise
@@ -113,114 +104,100 @@ def train(config, workdir: str, *, config_text: str = "") -> None:
             ) from error
 
 
+class OpenRun(NamedTuple):
+    """What a run has read and opened before its first step."""
+
+    data: RunData
+    recipe: Recipe
+    opened: OpenWorkdir
+
+
+def open_run(
+    mesh, config, workdir: str, config_text: str, until_end: contextlib.ExitStack
+) -> tuple[OpenRun, TrainState]:
+    """Reads and opens all that a run needs, and checks that it fits together.
+
+    What a user can get wrong is found here, before the minutes of compilation; and nothing is
+    written before data, model and mesh have been accepted.
+    """
+    # 2. Data and tokenizer.
+    data = open_data(parse_sources(config.data.path), sequence_length=config.data.sequence_length)
+
+    # 3. Model, objective and optimizer, none of them with numbers yet.
+    recipe = make_recipe(config, data.tokenizer, mesh)
+    if config.samples.every_steps:  # now, and not after hours of training
+        check_schedule(**{name: config.samples[name] for name in SAMPLE_KNOBS}, cfg_scale=0.0)
+
+    # 4. The state, from the first of four places that has one.
+    opened, state = open_workdir(
+        workdir,
+        recipe,
+        mesh,
+        run_record(
+            config,
+            recipe.architecture,
+            data.tokenizer,
+            data=data.record(),
+            recorded_mask=recipe.objective.mask,
+            parts=provenance(own_parts(config)),
+        ),
+        config_text=config_text,
+        tokenizer=data.tokenizer,
+        until_end=until_end,
+        seed=config.seed,
+        keep=config.checkpoint.keep,
+        keep_every_steps=config.checkpoint.keep_every_steps,
+        local_directory=config.checkpoint.local_directory,
+        restore=config.checkpoint.restore,
+        init_from=config.checkpoint.init_from,
+        tensorboard=config.log.tensorboard,
+    )
+    # apart from the record: the train step takes the state over, and what is kept of it would
+    # only be a name for memory that has been given away
+    return OpenRun(data, recipe, opened), state
+
+
 def train_on(
     mesh,
     config,
     workdir: str,
+    config_text: str,
     clock: Clock,
     stop: StopRequest,
     until_end: contextlib.ExitStack,
-    config_text: str = "",
 ) -> None:
-    """The rest of `train`: within the mesh, and with its signals caught from before the first
-    compilation.
-    """
-    is_first, timeout_s = jax.process_index() == 0, config.distributed.step_timeout_s
-    # 2. Data and tokenizer.
-    sources = parse_sources(config.data.path)
-    B, T = config.data.batch_size, config.data.sequence_length
-    summaries = describe(sources, sequence_length=T)
-    written_with = read_dataset(sources[0][0]).tokenizer["fingerprint"]
-    tokenizer = load_same(epath.Path(sources[0][0]) / "tokenizer", written_with, of="the records")
-    bytes_per_token = sum(s.share * s.bytes_per_token["train"] for s in summaries)
-
-    # 3. Model, objective and optimizer, none of them with numbers yet.
-    recipe = make_recipe(config, tokenizer, mesh)
-    model, abstract, num_steps = recipe.model, recipe.abstract, recipe.num_steps
-    architecture, batch_sharding = recipe.architecture, recipe.batch_sharding
-    objective = recipe.objective
-    if config.samples.every_steps:  # now, and not after hours of training
-        knobs = {
-            name: config.samples[name]
-            for name in ("gen_length", "block_length", "steps", "temperature")
-        }
-        check_schedule(**knobs, cfg_scale=0.0)
-    # a canvas is padded on the left and of any length, which only the reference attention takes
-    sampling_model = make_model(architecture, dtype=recipe.dtype, attention="xla")
-
-    # 4. The state, from the first of four places that has one.
-    make_workdir(workdir)
-    if is_first:
-        until_end.enter_context(only_run_in(workdir))
-    saved = Checkpoints(
-        workdir, keep=config.checkpoint.keep, keep_every_steps=config.checkpoint.keep_every_steps
-    )
-    data = [
-        {"directory": s.directory, "fingerprint": s.fingerprint, "share": s.share}
-        for s in summaries
-    ]
-    run = run_record(
-        config,
-        architecture,
-        tokenizer,
-        data=data,
-        recorded_mask=objective.mask,
-        parts=provenance(own_parts(config)),
-    )
-    local = None
-    if config.checkpoint.local_directory:
-        local = LocalCheckpoints(config.checkpoint.local_directory, saved.directory.parent)
-        until_end.callback(local.close)
-    rollbacks = read_rollbacks(workdir)
-    create = functools.partial(
-        create_state, model, recipe.optimizer, abstract, split=objective.split_parameters
-    )
-    state, origin, theirs = first_state(
-        config,
-        saved,
-        local,
-        run,
-        rollbacks.count,
-        abstract,
-        abstract_parameters(model, mesh),
-        create,
-    )
-    start_step = int(state.step)
-    if not rollbacks.count and theirs and theirs.rollbacks:  # of the run that was restored here
-        rollbacks = as_rollbacks(theirs.rollbacks)
-    run = dataclasses.replace(run, rollbacks=rollbacks._asdict())
-    if local:
-        local.drop_after(start_step)
-    if start_step > num_steps:
-        raise UserError(
-            f"The run in {workdir} is at step {start_step} and the config ends at {num_steps}; "
-            "raise config.num_steps, or "
-            "start a new --workdir from a checkpoint with config.checkpoint.restore=WORKDIR@STEP."
-        )
-    if (epath.Path(workdir) / "tokenizer" / SPECIAL_IDS).exists():
-        load_same(epath.Path(workdir) / "tokenizer", tokenizer.fingerprint, of="the records")
-    writer = MetricsWriter(
-        workdir,
-        enabled=is_first,
-        resume_step=start_step if start_step else None,
-        tensorboard=config.log.tensorboard,
-    )
-    if is_first:
-        with writing(workdir):
-            write_run(workdir, tokenizer, run, config_text=config_text)
+    """The rest of `train`, within the mesh, in the order of time."""
+    (data, recipe, opened), state = open_run(mesh, config, workdir, config_text, until_end)
+    saved, local, writer = opened.saved, opened.local, opened.writer
+    start_step, num_steps = opened.start_step, recipe.num_steps
+    is_first = jax.process_index() == 0
     ledger = Ledger(workdir, clock, start_step=start_step, enabled=is_first)
+    B, T = config.data.batch_size, config.data.sequence_length
+    bound_name = recipe.objective.bound_name
+    timeout_s = config.distributed.step_timeout_s
 
     # 5. The compiled step.
     progress = Progress(num_steps=num_steps, start_step=start_step, enabled=is_first)
-    for line in startup_lines(config, recipe, mesh, summaries, origin):
+    for line in startup_lines(
+        recipe,
+        mesh,
+        data.summaries,
+        origin=opened.origin,
+        batch_size=B,
+        sequence_length=T,
+        num_microbatches=config.optimizer.gradient_accumulation,
+        remat=config.model.remat,
+    ):
         progress.say(line)
     if start_step >= num_steps:
         progress.say(f"the run is complete: step {start_step} of {num_steps}")
     else:
-        check_same_everywhere(config)
+        check_same_everywhere(repr(config))
         with clock.span("compile"):
             began = time.perf_counter()
             compiled = compile_step(recipe, (B, T))
+            # Hosts compile for different lengths of time, and the first collective of a step gives
+            # the others seconds to come to it; here they may wait for the slowest.
             distributed.meet("compiled", timeout_s=timeout_s)
             progress.say(compilation_line(compiled, time.perf_counter() - began))
         if stop.reached(start_step):
@@ -230,97 +207,88 @@ def train_on(
             )
 
     # 6. The loop.
-    rows = sharding.local_rows(batch_sharding, (B, T))
+    rows = sharding.local_rows(recipe.batch_sharding, (B, T))
     batches = train_batches(
-        sources,
+        data.sources,
         batch_size=B,
         sequence_length=T,
         seed=config.seed,
         rows=rows,
-        start_step=batch_of_step(start_step + 1, rollbacks.skipped) - 1,
+        # step and batch differ after a rollback, which takes batches out of the order
+        start_step=batch_of_step(start_step + 1, opened.rollbacks.skipped) - 1,
         random_length_probability=config.data.random_length_probability,
         attend_across_documents=config.data.attend_across_documents,
         num_threads=config.data.num_threads,
         prefetch=config.data.prefetch,
     )
-    evaluate = functools.partial(
-        evaluate_heldout,
-        config,
-        model,
-        objective,
-        sources,
-        summaries,
-        batch_sharding=batch_sharding,
-    )
-    flops = flops_per_token(
-        num_matmul_parameters(architecture),
-        architecture.num_layers,
-        architecture.num_heads * architecture.head_dim,
-        T,
-        causal=objective.mask.causal,
-    )
+    flops = flops_of_token(recipe, sequence_length=T)
+    peak_flops = hardware.peak_flops(mesh.devices.flat[0])
     zero_metrics = jax.jit(
         lambda sums: jax.tree.map(jnp.zeros_like, sums),
-        out_shardings=jax.tree.map(lambda s: s.sharding, abstract.metrics),
+        out_shardings=jax.tree.map(lambda s: s.sharding, recipe.abstract.metrics),
     )
-    in_flight, logged_step, is_profiling = deque(), start_step, False
-    profile_start = config.log.profile_at_step
-    # the profiler writes to a disk, from where it is copied to a remote workdir
-    profile, is_remote = epath.Path(workdir) / "profile", remote.is_remote(workdir)
-    trace = until_end.enter_context(tempfile.TemporaryDirectory()) if is_remote else str(profile)
-    profile_end = (
-        min(profile_start + config.log.profile_num_steps - 1, num_steps) if profile_start else 0
+    # a canvas is padded on the left and of any length, which only the reference attention takes
+    sampling_model = make_model(recipe.architecture, dtype=recipe.dtype, attention="xla")
+    profiler = ProfilerWindow(
+        workdir,
+        first_step=config.log.profile_at_step,
+        num_steps=config.log.profile_num_steps,
+        last_step=num_steps,
     )
+    in_flight, logged_step = deque(), start_step
     is_due = lambda step, every: every > 0 and (step % every == 0 or step == num_steps)  # noqa: E731
     clock.start_training()
-    with progress, distributed.Watchdog(timeout_s) as watchdog:
+    with progress, profiler, distributed.Watchdog(timeout_s) as watchdog:
         evaluate = functools.partial(
-            evaluate,
+            evaluate_heldout,
+            recipe.model,
+            summaries=data.summaries,
+            objective=recipe.objective,
+            # as large as a microbatch of training, which is known to fit
+            batch_size=B // config.optimizer.gradient_accumulation,
+            sequence_length=T,
+            batch_sharding=recipe.batch_sharding,
+            attend_across_documents=config.data.attend_across_documents,
             on_batch=lambda: watchdog.beat("a held-out batch"),
+            # once for the run: the compiled program is found again by later evaluations
             on_compiled=functools.cache(
                 functools.partial(distributed.meet, "evaluation", timeout_s=timeout_s)
             ),
         )
         for step in range(start_step + 1, num_steps + 1):
-            if step == profile_start:
-                options = jax.profiler.ProfileOptions()
-                # that tracer hooks into all threads, and crashes when one of them ends just then
-                options.python_tracer_level = 0
-                jax.profiler.start_trace(trace, profiler_options=options)
-                is_profiling = True
+            profiler.before(step)
             with clock.span("data"):
-                batch = sharding.place_batch(next(batches), rows, B, batch_sharding)
+                batch = sharding.place_batch(next(batches), rows, B, recipe.batch_sharding)
+            # The state is donated: the old one is gone, also when the step fails.
             state, finished = compiled(state, batch)
+            # The step has been dispatched, not done. Waiting for it here would leave the devices
+            # idle while the host reads; never waiting would queue steps without end.
             in_flight.append(finished)
             if len(in_flight) > MAX_STEPS_IN_FLIGHT:
                 jax.block_until_ready(in_flight.popleft())
             watchdog.beat(f"step {step} was begun")
             progress.advance(step)
+            # asked once per step, in every process: all of them must see the same answer
             must_stop = stop.reached(step)
-            if is_profiling and (step == profile_end or must_stop):
-                jax.block_until_ready(state.step)
-                jax.profiler.stop_trace()
-                if is_remote:
-                    remote.upload(trace, profile)
-                is_profiling = False
+            profiler.after(step, state.step, is_stopping=must_stop)
             must_save = must_stop or is_due(step, config.checkpoint.every_steps)
             must_copy = local and step % config.checkpoint.local_every_steps == 0
 
             # 6a. Metrics: written before the checkpoint of the same step, so that a resumed run can
-            # rely on them.
+            # rely on them. Sums are looked at before each save too: what is saved must be finite.
             if must_save or must_copy or is_due(step, config.log.every_steps):
                 sums = jax.device_get(state.metrics)
-                check_finite(sums, interval=(logged_step + 1, step), saved=saved)
-                check_skipped(
-                    sums, config.optimizer.max_skipped_updates, interval=(logged_step + 1, step)
-                )
-            # an interval in which every update was skipped has no means, and goes on
+                interval = (logged_step + 1, step)
+                check_finite(sums, interval=interval, saved=saved)
+                check_skipped(sums, config.optimizer.max_skipped_updates, interval=interval)
+            # An interval in which every update was skipped has no means. Its sums are kept, so that
+            # the skipped updates of the next interval are counted together with them.
             if is_due(step, config.log.every_steps) and sums["loss"][1] > 0:
                 numbers = means(sums)
                 if not config.optimizer.max_skipped_updates:
                     del numbers["skipped"]
                 numbers["bits_per_byte"] = bits_per_byte(
-                    numbers[objective.bound_name], bytes_per_token=bytes_per_token
+                    numbers[bound_name], bytes_per_token=data.bytes_per_token
                 )
                 speed = speed_metrics(
                     clock,
@@ -328,49 +296,49 @@ def train_on(
                     tokens_per_step=B * T,
                     flops_per_token=flops,
                     num_devices=mesh.size,
-                    peak_flops=hardware.peak_flops(mesh.devices.flat[0]),
+                    peak_flops=peak_flops,
                 )
-                writer.write(
-                    step,
-                    {
-                        "train": {**numbers, "tokens": step * B * T},
-                        "speed": speed | saved.measured | ledger.report(),
-                    },
-                )
+                groups = {
+                    "train": {**numbers, "tokens": step * B * T},
+                    "speed": speed | saved.measured | ledger.report(),
+                }
+                writer.write(step, groups)
                 progress.report(step, numbers, speed)
+                # zeros on the devices, in the shardings of the sums: the step is compiled for them
                 state = state._replace(metrics=zero_metrics(state.metrics))
                 logged_step = step
 
-            # 6b. Held-out text and samples.
-            if (
-                config.evaluation.every_steps
-                and step % config.evaluation.every_steps == 0
-                and step < num_steps
-            ):
+            # 6b. Held-out text and samples. Not after the last step: 7 does that on the whole text.
+            every = config.evaluation.every_steps
+            if every and step % every == 0 and step < num_steps:
+                # or the training steps still in flight would be accounted to the evaluation
                 jax.block_until_ready(state.step)
                 with clock.span("evaluation"):
-                    for group, bound in evaluate(
-                        state.ema or state.params, state.frozen, config.evaluation.num_batches
-                    ).items():
+                    bounds = evaluate(
+                        state.ema or state.params,
+                        frozen=state.frozen,
+                        num_batches=config.evaluation.num_batches,
+                    )
+                    for group, bound in bounds.items():
                         writer.write(step, {group: bound})
-                        progress.say(
-                            f"step {step} {group} {bound_line(bound, objective.bound_name)}"
-                        )
+                        progress.say(f"step {step} {group} {bound_line(bound, bound_name)}")
             if is_due(step, config.samples.every_steps):
                 with clock.span("samples"):
                     text = sample_markdown(
-                        config.samples,
                         sampling_model,
                         state.ema or state.params,
-                        tokenizer,
+                        data.tokenizer,
                         on_step=lambda *_: watchdog.beat("a denoising step"),
+                        prompts=list(config.samples.prompts),
+                        **{name: config.samples[name] for name in SAMPLE_KNOBS},
                     )
                     writer.text(step, "samples", text)
 
             # 6c. Save; then, if asked to, stop.
             if must_save or must_copy:
-                record = run.at(step, step * B * T)
+                record = opened.record.at(step, step * B * T)
                 with clock.span("checkpoint"):
+                    # metrics first: a kill after the save must not lose lines that no start repeats
                     writer.flush()
                     ledger.mark(step)
                     if must_copy:
@@ -379,6 +347,7 @@ def train_on(
                         saved.save(state, record)
             if must_save:
                 if must_stop and step < num_steps:
+                    # saves are asynchronous: close() waits until this one is whole
                     saved.close()
                     writer.close()
                     raise Preempted(
@@ -388,27 +357,25 @@ def train_on(
                 watchdog.beat(f"step {step} was given to the disk")
                 progress.say(f"saving step {step}")
 
-        # 7. The whole held-out split, once.
+        # 7. The whole held-out split, once: a run that was killed during it does it again, and one
+        # that is complete does not.
         with clock.span("checkpoint"):
             saved.wait()
         if not on_first_process(lambda: is_over(read_lines(workdir), num_steps)):
             bounds = evaluate(
-                state.ema or state.params, state.frozen, config.evaluation.final_num_batches
+                state.ema or state.params,
+                frozen=state.frozen,
+                num_batches=config.evaluation.final_num_batches,
             )
             for group, bound in bounds.items():
-                progress.say(f"final {group} {bound_line(bound, objective.bound_name)}")
+                progress.say(f"final {group} {bound_line(bound, bound_name)}")
             if bounds:
-                writer.write(
-                    num_steps,
-                    {group.replace("heldout", "final"): bound for group, bound in bounds.items()},
-                )
+                final = {group.replace("heldout", "final"): bounds[group] for group in bounds}
+                writer.write(num_steps, final)
         ledger.mark(num_steps)
         progress.say(ledger.line())
     saved.close()
     writer.close()
-
-
-# ---- what main calls
 
 
 def compilation_cache(setting: str) -> str | None:
@@ -416,50 +383,3 @@ def compilation_cache(setting: str) -> str | None:
     if setting == AUTO:
         return jax.config.jax_compilation_cache_dir or str(Path.home() / ".cache/llada_jax")
     return setting or None
-
-
-def check_finite(sums: dict, *, interval: tuple[int, int], saved) -> None:
-    """Raises NumericsError that names the steps in which loss or gradient stopped being finite."""
-    for name in ("loss", "grad_norm", "param_norm"):
-        if not np.isfinite(sums[name][0]):
-            saved.wait()
-            good = (
-                f"the last good checkpoint is step {saved.steps[-1]}"
-                if saved.steps
-                else "no checkpoint was saved yet"
-            )
-            raise NumericsError(
-                f"{name} is {sums[name][0]} somewhere in steps {interval[0]} to {interval[1]}; "
-                f"{good}: lower config.schedule.learning_rate and start the same command again."
-            )
-
-
-def check_skipped(sums: dict, limit: int, *, interval: tuple[int, int]) -> None:
-    """Raises NumericsError when more updates of an interval were skipped than
-    config.optimizer.max_skipped_updates.
-    """
-    num_skipped = int(sums["skipped"][0])
-    if num_skipped > limit:
-        raise NumericsError(
-            f"{num_skipped} updates in steps {interval[0]} to {interval[1]} were not finite and "
-            "were skipped, and "
-            f"config.optimizer.max_skipped_updates allows {limit}; lower "
-            "config.schedule.learning_rate, or leave these data "
-            "out with `llada-jax rollback`."
-        )
-
-
-def sample_markdown(knobs, model, params, tokenizer, *, on_step) -> str:
-    """Returns generated texts as Markdown for TensorBoard."""
-    completions = generate_text(
-        model.logits_fn,
-        params,
-        tokenizer,
-        list(knobs.prompts),
-        gen_length=knobs.gen_length,
-        steps=knobs.steps,
-        block_length=knobs.block_length,
-        temperature=knobs.temperature,
-        on_step=on_step,
-    )
-    return "\n\n---\n\n".join(f"**{c.prompt}**{c.text}" for c in completions)

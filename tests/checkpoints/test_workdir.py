@@ -33,7 +33,7 @@ from support.runs import (
 
 from llada_jax.checkpoints import host_copies
 from llada_jax.checkpoints.host_copies import LocalCheckpoints
-from llada_jax.cluster.sharding import AXES, make_mesh
+from llada_jax.cluster.sharding import make_mesh
 from llada_jax.errors import UserError
 from llada_jax.training.state import TrainState
 
@@ -42,7 +42,7 @@ SPECS = {"whole": P(), "rows": P("fsdp"), "both": P("fsdp", "tensor"), "half": P
 
 def mesh_of(**sizes):
     return make_mesh(
-        {**dict.fromkeys(AXES, 1), **sizes},
+        sizes,
         devices=jax.devices()[: int(np.prod(list(sizes.values())))],
     )
 

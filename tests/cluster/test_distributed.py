@@ -1,4 +1,4 @@
-"""Joining the other processes, and what a process does when they are gone, stuck or never come."""
+"""Joining the other processes, and what a process does when they are gone, stuck or never join."""
 
 import http.server
 import os
@@ -44,7 +44,7 @@ def test_the_launchers_variables_are_the_arguments():
         ({"JAX_PROCESS_ID": ""}, "JAX_PROCESS_ID is not; set all three or none"),
         ({"JAX_PROCESS_ID": "4"}, "must lie between 0 and JAX_NUM_PROCESSES - 1 = 3"),
         ({"JAX_NUM_PROCESSES": "four"}, "must be integers"),
-        ({"JAX_COORDINATOR_ADDRESS": "host0"}, "names no port"),
+        ({"JAX_COORDINATOR_ADDRESS": "host0"}, "has no port"),
     ],
 )
 def test_an_environment_that_contradicts_itself_is_refused(change, says):
@@ -57,14 +57,14 @@ def test_an_environment_that_contradicts_itself_is_refused(change, says):
     [
         ({}, False),
         ({"SLURM_NTASKS": "2", "SLURM_STEP_NODELIST": "a,b"}, True),
-        ({"SLURM_NTASKS": "2"}, False),  # inside of sbatch, but not started by srun
+        ({"SLURM_NTASKS": "2"}, False),  # inside sbatch, but not started by srun
         ({"SLURM_NTASKS": "1", "SLURM_STEP_NODELIST": "a"}, False),
         ({"TPU_WORKER_HOSTNAMES": "a,b"}, True),
         ({"TPU_WORKER_HOSTNAMES": "a"}, False),
         ({"TPU_WORKER_HOSTNAMES": "a,b", "JAX_PLATFORMS": "cpu"}, False),
     ],
 )
-def test_a_cluster_is_known_by_its_environment(environment, is_cluster):
+def test_a_cluster_is_recognised_by_its_environment(environment, is_cluster):
     assert distributed.is_cluster(environment) == is_cluster
 
 
@@ -78,7 +78,7 @@ def test_fewer_processes_than_the_slice_has_hosts_are_refused_before_anything_wa
     distributed.check_hosts({}, arguments)
 
 
-def test_a_proxy_is_kept_out_of_the_traffic_between_processes():
+def test_traffic_between_processes_avoids_a_proxy():
     environment = {"https_proxy": "http://proxy:3128", "no_proxy": "localhost"}
     distributed.leave_no_proxy(environment, distributed.explicit_arguments(TEAM))
     assert environment["no_proxy"] == "localhost,host0"
@@ -89,7 +89,7 @@ def test_a_proxy_is_kept_out_of_the_traffic_between_processes():
 
 
 @pytest.mark.parametrize("number", [0, 1])
-def test_a_start_that_waits_in_vain_says_who_is_missing_and_may_be_tried_again(number):
+def test_a_start_that_waits_in_vain_says_who_is_missing_and_may_be_retried(number):
     port = free_port()
     team = {
         "JAX_COORDINATOR_ADDRESS": f"localhost:{port}",
@@ -106,7 +106,7 @@ def test_a_start_that_waits_in_vain_says_who_is_missing_and_may_be_tried_again(n
     assert f"joining     localhost:{port} as process {number} of 2, for at most 3 s" in done.stderr
     last = done.stderr.strip().splitlines()[-1]
     assert last.startswith(f"llada-jax: Not all processes met within 3 s at localhost:{port}")
-    who = "1 of 2 had come" if number == 0 else "nothing answers there:"
+    who = "1 of 2 have joined" if number == 0 else "nothing answers there:"
     assert f"({who}" in last
     assert re.search(rf"waiting +[12] s: {re.escape(who)}", done.stderr)
 
@@ -144,8 +144,8 @@ def on_a_tpu_vm():
         """
         import os
         from jax._src.clusters import cloud_tpu_cluster
-        cloud_tpu_cluster.running_in_cloud_tpu_vm = True  # there: chips and libtpu
-        os.environ.pop("TPU_SKIP_MDS_QUERY", None)  # set by the import, elsewhere than there
+        cloud_tpu_cluster.running_in_cloud_tpu_vm = True  # real VMs have chips and libtpu
+        os.environ.pop("TPU_SKIP_MDS_QUERY", None)  # set by the import, except on real VMs
         from llada_jax.cluster import distributed
         """,
     )
@@ -190,7 +190,7 @@ def test_while_the_name_of_the_first_host_does_not_resolve_it_says_so(on_a_tpu_v
     assert "This cluster does not say where the processes meet" in done.stderr.splitlines()[-1]
 
 
-def test_what_stands_still_is_ended_with_the_stacks_of_all_threads():
+def test_a_process_that_hangs_is_ended_with_the_stacks_of_all_threads():
     done = run_python(
         """
         import time
@@ -212,7 +212,7 @@ def test_what_stands_still_is_ended_with_the_stacks_of_all_threads():
     assert "since step 19" in done.stderr
 
 
-def test_a_watchdog_lets_those_alone_that_beat_or_are_not_watched():
+def test_a_watchdog_leaves_alone_what_beats_and_what_it_does_not_watch():
     done = run_python(
         """
         import time
@@ -230,7 +230,7 @@ def test_a_watchdog_lets_those_alone_that_beat_or_are_not_watched():
     assert (done.returncode, done.stderr) == (0, "")
 
 
-def test_only_what_a_lost_process_causes_is_taken_for_one(monkeypatch):
+def test_only_errors_that_a_lost_process_causes_count_as_one(monkeypatch):
     monkeypatch.setattr(jax, "process_count", lambda: 2)
     error = jax.errors.JaxRuntimeError
     assert distributed.is_lost_peer(

@@ -1,9 +1,8 @@
-"""The loader: a global batch is a pure function of (seed, step), and every token of a corpus is
-seen once an epoch.
+"""The loader: a global batch is a pure function of (seed, step), and every token is seen once an
+epoch.
 """
 
 import ast
-import itertools
 import threading
 from collections import Counter
 from pathlib import Path
@@ -12,93 +11,12 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from support.errors import error_of
+from support.counting import T, batches, rows_of, write_counting_dataset
 
 from llada_jax.data import loader
 from llada_jax.data.loader import describe, heldout_batches, train_batches
-from llada_jax.data.records import encode_record, write_dataset_json, write_shard
 
-T, V = 8, 200_000
 KEYS = ("tokens", "segment_ids", "positions", "is_maskable")
-
-
-def write_dataset(
-    directory: Path, *, first_token: int, train=(11, 6), heldout=(3, 2), fingerprint="beef"
-) -> str:
-    """Writes a dataset whose token ids count up from `first_token`, so that every token of it can
-    be told apart.
-
-    `train` and `heldout` give the records of each shard. A document begins at every 5th token; the
-    last record of a shard is short by 3.
-    """
-    directory.mkdir()
-    token, splits = itertools.count(first_token), {}
-    for split, num_records_by_shard in {"train": train, "heldout": heldout}.items():
-        shards, num_tokens = [], 0
-        for i, num_records in enumerate(num_records_by_shard):
-            records = []
-            for k in range(num_records):
-                tokens = list(itertools.islice(token, T - 3 if k == num_records - 1 else T))
-                starts = [t % 5 == 0 for t in tokens]
-                records.append(encode_record(tokens, starts, sequence_length=T, vocab_size=V))
-                num_tokens += len(tokens)
-            path = directory / f"{split}-{i:05d}.arrayrecord"
-            write_shard(path, records)
-            shards.append(
-                {
-                    "file": path.name,
-                    "num_records": num_records,
-                    "num_bytes_on_disk": path.stat().st_size,
-                }
-            )
-        splits[split] = {
-            "num_records": sum(num_records_by_shard),
-            "num_tokens": num_tokens,
-            "num_bytes": 3 * num_tokens,
-            "num_documents": num_tokens // 5,
-            "num_padding": sum(num_records_by_shard) * T - num_tokens,
-            "shards": shards,
-        }
-    tokenizer = {"kind": "bytes", "fingerprint": fingerprint, "vocab_size": V}
-    content = {
-        "format": 1,
-        "sequence_length": T,
-        "fingerprint": "f00d",
-        "tokenizer": tokenizer,
-        "splits": splits,
-    }
-    write_dataset_json(directory, content)
-    return str(directory)
-
-
-@pytest.fixture(scope="module")
-def small(tmp_path_factory) -> str:
-    """17 training records: 11 and 6 in two shards, 130 tokens from id 1 on; 5 held-out records, 34
-    tokens.
-    """
-    return write_dataset(tmp_path_factory.mktemp("data") / "small", first_token=1)
-
-
-@pytest.fixture(scope="module")
-def large(tmp_path_factory) -> str:
-    """100 training records in one shard, ids from 10,000 on."""
-    return write_dataset(
-        tmp_path_factory.mktemp("data") / "large", first_token=10_000, train=(100,), heldout=()
-    )
-
-
-def batches(sources, *, num_batches: int, **kwargs) -> list[dict]:
-    """The first batches; with the caller's thread only unless threads are asked for."""
-    defaults = {"batch_size": 8, "sequence_length": T, "seed": 0, "num_threads": 0, "prefetch": 0}
-    return list(itertools.islice(train_batches(sources, **{**defaults, **kwargs}), num_batches))
-
-
-def rows_of(sources, *, num_rows: int, **kwargs) -> np.ndarray:
-    """The tokens of the first rows of the global sequence, without random lengths: int32[num_rows,
-    T].
-    """
-    got = batches(sources, num_batches=-(-num_rows // 8), random_length_probability=0.0, **kwargs)
-    return np.concatenate([batch["tokens"] for batch in got])[:num_rows]
 
 
 def assert_equal(batch: dict, expected: dict) -> None:
@@ -224,10 +142,10 @@ def test_the_shuffle_moves_records_everywhere(large):
 
 
 def test_a_dataset_smaller_than_the_batch_repeats_within_it(tmp_path):
-    one = write_dataset(tmp_path / "one", first_token=1, train=(1,), heldout=())
+    one = write_counting_dataset(tmp_path / "one", first_token=1, train=(1,), heldout=())
     (batch,) = batches([(one, 1.0)], num_batches=1, random_length_probability=0.0)
     np.testing.assert_array_equal(batch["tokens"], [[1, 2, 3, 4, 5, 0, 0, 0]] * 8)
-    three = write_dataset(tmp_path / "three", first_token=1, train=(3,), heldout=())
+    three = write_counting_dataset(tmp_path / "three", first_token=1, train=(3,), heldout=())
     first = rows_of([(three, 1.0)], num_rows=9)[:, 0].reshape(3, 3)
     assert [sorted(epoch) for epoch in first] == [[1, 9, 17]] * 3
 
@@ -311,7 +229,7 @@ def test_a_mixture_keeps_its_weights_and_the_epochs_of_its_datasets(small, large
     tokens = rows_of(sources, num_rows=600)
     is_small = tokens[:, 0] < 10_000
     share = weights[0] / sum(weights)
-    # Within a row at every length, beside grain's rounding of the larger weight to 1% of the
+    # Within a row at every length, next to grain's rounding of the larger weight to 1% of the
     # smaller one.
     counts = np.cumsum(is_small)
     assert (abs(counts - share * np.arange(1, 601)) < 1 + 0.01 * counts).all()
@@ -371,83 +289,6 @@ def test_describe_counts_what_a_run_prints(small, large):
     assert first.fingerprint == "f00d"
     assert first.num_epochs(680) == 10.0
     assert second.num_epochs(400) == 3.0
-
-
-@pytest.mark.parametrize("asked", [4, 16])
-def test_another_sequence_length_is_answered_with_both_numbers(small, asked):
-    for message in (
-        error_of(train_batches, [(small, 1.0)], batch_size=2, sequence_length=asked, seed=0),
-        error_of(heldout_batches, small, batch_size=2, sequence_length=asked),
-        error_of(describe, [(small, 1.0)], sequence_length=asked),
-    ):
-        assert small in message
-        assert f"sequence_length {T}" in message
-        assert f"--sequence-length {asked}" in message
-
-
-def test_datasets_of_different_tokenizers_are_both_named(small, tmp_path):
-    other = write_dataset(tmp_path / "other", first_token=1, fingerprint="cafe")
-    message = error_of(batches, [(small, 1.0), (other, 1.0)], num_batches=1)
-    assert small in message
-    assert other in message
-    assert "beef" in message
-    assert "cafe" in message
-
-
-@pytest.mark.parametrize("weight", [0.0, -1.0, float("nan"), float("inf")])
-def test_a_weight_that_is_not_positive_is_refused(small, weight):
-    assert f"weight {weight}" in error_of(batches, [(small, 1.0), (small, weight)], num_batches=1)
-
-
-def test_a_split_without_records_is_refused(large, tmp_path):
-    assert "heldout split" in error_of(heldout_batches, large, batch_size=2, sequence_length=T)
-    empty = write_dataset(tmp_path / "empty", first_token=1, train=(0,))
-    assert "train split" in error_of(batches, [(empty, 1.0)], num_batches=1)
-
-
-def test_unusable_arguments_are_refused_before_the_first_batch(small, tmp_path):
-    kwargs = {"batch_size": 2, "sequence_length": T, "seed": 0}
-    assert "No dataset" in error_of(train_batches, [], **kwargs)
-    assert "holds no dataset.json" in error_of(train_batches, [(str(tmp_path), 1.0)], **kwargs)
-    assert "seed is -1" in error_of(train_batches, [(small, 1.0)], **{**kwargs, "seed": -1})
-    assert "batch_size is 0" in error_of(
-        train_batches, [(small, 1.0)], **{**kwargs, "batch_size": 0}
-    )
-    assert "1.5" in error_of(train_batches, [(small, 1.0)], random_length_probability=1.5, **kwargs)
-    assert "Did you mean 'heldout'?" in error_of(
-        heldout_batches, small, batch_size=2, sequence_length=T, split="held"
-    )
-    for rows in ([], [2], [-1]):
-        with pytest.raises(ValueError, match="global rows"):
-            train_batches([(small, 1.0)], rows=rows, **kwargs)
-
-
-@pytest.mark.parametrize("num_threads", [0, 4])
-def test_a_damaged_record_is_a_user_error_that_names_the_shard(tmp_path, num_threads):
-    directory = write_dataset(tmp_path / "damaged", first_token=1)
-    for name in ("train-00001.arrayrecord", "heldout-00001.arrayrecord"):
-        shard = Path(directory, name)
-        data = bytearray(shard.read_bytes())
-        # The stored row of 8 little-endian ids of 4 bytes that begins with the first id of this
-        # shard.
-        first_token = {"train": 1 + 11 * T - 3, "heldout": 1 + 17 * T - 6 + 3 * T - 3}[
-            name.split("-")[0]
-        ]
-        data[data.index(np.arange(first_token, first_token + T, dtype="<u4").tobytes()) + 9] ^= 1
-        shard.write_bytes(data)
-    kwargs = {
-        "batch_size": 4,
-        "sequence_length": T,
-        "num_threads": num_threads,
-        "prefetch": num_threads,
-    }
-    for iterator, name in (
-        (train_batches([(directory, 1.0)], seed=0, **kwargs), "train-00001.arrayrecord"),
-        (heldout_batches(directory, **kwargs), "heldout-00001.arrayrecord"),
-    ):
-        message = error_of(list, itertools.islice(iterator, 10))
-        assert f"Record 0 of shard {directory}/{name}" in message
-        assert "run prepare again" in message
 
 
 def test_closing_the_iterator_ends_its_threads(small):

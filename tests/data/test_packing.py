@@ -48,7 +48,7 @@ def test_rows_come_as_soon_as_they_are_full():
 
 @pytest.mark.parametrize("fraction", [0.01, 0.3])
 def test_the_held_out_share_is_the_fraction_asked_for(fraction):
-    """20,000 documents; five standard deviations (failure probability below 10^-6) on either side."""
+    """20,000 documents; five standard deviations on either side, a chance of failure below 1e-6."""
     n = 20_000
     share = np.mean([is_heldout(f"document {i}", fraction=fraction) for i in range(n)])
     assert abs(share - fraction) < 5 * (fraction * (1 - fraction) / n) ** 0.5

@@ -188,7 +188,7 @@ def test_a_pattern_without_files_is_refused(tmp_path, pattern):
 @pytest.mark.parametrize("name", ["a.md", "a.txt.bz2", "a.parquet.gz", "txt"])
 def test_a_file_of_unknown_format_is_refused(tmp_path, name):
     (tmp_path / name).write_bytes(bz2.compress(b"x"))
-    with pytest.raises(UserError, match="no known format"):
+    with pytest.raises(UserError, match="has an unknown format"):
         find_inputs([str(tmp_path / name)])
 
 
@@ -250,7 +250,7 @@ def test_invalid_utf8_names_file_byte_and_line(tmp_path, cut):
     [
         ("{'text': 1}", r"a\.jsonl:2 is not valid JSON"),
         ('{"body": "x", "id": 3}', r"a\.jsonl:2 has no field 'text' \(its fields: body, id\)"),
-        ('["text"]', r"a\.jsonl:2 has no field 'text' .*no JSON object"),
+        ('["text"]', r"a\.jsonl:2 has no field 'text' .*not a JSON object"),
         ('{"text": 5}', r"a\.jsonl:2: 'text' is a int, not text"),
         ('{"text": "\\ud800"}', r"a\.jsonl:2: 'text' holds half of a surrogate pair"),
     ],
@@ -296,7 +296,7 @@ def test_a_file_that_vanished_is_refused(tmp_path):
         ("a.txt", Cut(documents="record"), "does not fit .txt"),
         ("a.jsonl", Cut(documents="line"), "--documents line does not fit"),
         ("a.jsonl", Cut(document_start="^x"), "--document-start does not fit"),
-        ("a.txt", Cut(document_start="(", documents=""), "no regular expression"),
+        ("a.txt", Cut(document_start="(", documents=""), "not a regular expression"),
         ("a.txt", Cut(document_start="^x", documents="line"), "contradict"),
     ],
 )

@@ -11,7 +11,9 @@ import pytest
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
-from llada_jax.data.tokenizer import SEGMENT_CHARS, load_tokenizer, train_sentencepiece
+from llada_jax.data.codecs import SEGMENT_CHARS
+from llada_jax.data.tokenizer import load_tokenizer
+from llada_jax.data.tokenizer_training import train_sentencepiece
 from llada_jax.errors import UserError
 
 TEXT = (
@@ -305,7 +307,7 @@ def test_a_huggingface_tokenizer_gets_a_mask_that_its_saved_file_contains(tmp_pa
 
 
 def test_a_unigram_whose_vocabulary_holds_its_specials_does_not_emit_them_for_text(tmp_path):
-    """XLM-R's vocabulary lists "</s>" with score 0, so the model itself prefers it to its letters."""
+    """XLM-R's vocabulary has "</s>" with score 0, so the model itself prefers it to its letters."""
     import tokenizers as hf
 
     vocabulary = [("<unk>", 0.0), ("</s>", 0.0), ("<mask>", 0.0), *((c, -5.0) for c in "</smak>ab")]
@@ -337,7 +339,7 @@ def test_a_path_without_tokenizer_is_refused(tmp_path):
 
 def test_damaged_files_are_refused_by_name(tmp_path, tokenizers):
     (tmp_path / "bad.model").write_bytes(b"no model")
-    with pytest.raises(UserError, match="bad.model is no SentencePiece model"):
+    with pytest.raises(UserError, match="bad.model is not a SentencePiece model"):
         load_tokenizer(tmp_path / "bad.model")
     (tmp_path / "hf").mkdir()
     (tmp_path / "hf" / "tokenizer.json").write_text("{")
@@ -355,9 +357,11 @@ def test_damaged_files_are_refused_by_name(tmp_path, tokenizers):
 def test_the_module_needs_no_tokenizer_library_and_says_how_to_install_one(tmp_path):
     code = """
 import sys
-sys.modules["sentencepiece"] = sys.modules["tokenizers"] = None  # what a missing library looks like to import
+# what a missing library looks like to an import
+sys.modules["sentencepiece"] = sys.modules["tokenizers"] = None
 from llada_jax.errors import UserError
-from llada_jax.data.tokenizer import Tokenizer, load_tokenizer, train_sentencepiece
+from llada_jax.data.tokenizer import load_tokenizer
+from llada_jax.data.tokenizer_training import train_sentencepiece
 assert load_tokenizer("bytes").encode("a") == [97]
 try:
     train_sentencepiece(["a"], vocab_size=300, model_type="bpe")

@@ -1,6 +1,4 @@
-"""The bound on sources whose entropy is known: a trained model reaches it, and never claims to be
-below it.
-"""
+"""The bound on sources of known entropy: a trained model reaches it, and is never below it."""
 
 import math
 
@@ -8,7 +6,7 @@ import jax
 import numpy as np
 import pytest
 
-from llada_jax.cluster.sharding import AXES, make_mesh
+from llada_jax.cluster.sharding import one_device_mesh
 from llada_jax.evaluation import likelihood
 from llada_jax.models.model import make_model
 from llada_jax.models.transformer import Architecture, TokenScores
@@ -56,7 +54,7 @@ def trained(objective, *, num_steps):
         vocab_size=6, num_layers=2, d_model=64, num_heads=4, num_kv_heads=4, head_dim=16, d_ff=128
     )
     model = make_model(a, causal=objective.mask.causal)
-    mesh = make_mesh(dict.fromkeys(AXES, 1), devices=jax.devices()[:1])
+    mesh = one_device_mesh()
     rate = make_schedule(
         name="cosine",
         learning_rate=5e-3,

@@ -15,7 +15,7 @@ from safetensors.numpy import load_file, save_file
 from support.hf_directories import SMALL, causal_config, our_config, random_params
 from support.transformers_versions import VERSIONS, run_python
 
-from llada_jax.cluster.sharding import AXES, make_mesh
+from llada_jax.cluster.sharding import one_device_mesh
 from llada_jax.errors import UserError
 from llada_jax.hf.config_json import (
     architecture_from,
@@ -41,9 +41,7 @@ LLADA_8B = Architecture(
 
 
 def on_one_device(a: Architecture) -> dict:
-    return abstract_parameters(
-        make_model(a), make_mesh(dict.fromkeys(AXES, 1), devices=jax.devices()[:1])
-    )
+    return abstract_parameters(make_model(a), one_device_mesh())
 
 
 def unconverted(layout: str, a: Architecture, files: dict) -> dict:

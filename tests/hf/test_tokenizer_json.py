@@ -17,7 +17,8 @@ from hypothesis import strategies as st
 from support.transformers_versions import VERSIONS, run_python
 
 import llada_jax
-from llada_jax.data.tokenizer import load_tokenizer, train_sentencepiece
+from llada_jax.data.tokenizer import load_tokenizer
+from llada_jax.data.tokenizer_training import train_sentencepiece
 from llada_jax.errors import UserError
 from llada_jax.hf.tokenizer_json import byte_alphabet, tokenizer_files
 

@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from llada_jax.cluster.sharding import AXES, make_mesh
+from llada_jax.cluster.sharding import one_device_mesh
 from llada_jax.hf.convert import tensors
 from llada_jax.hf.read import read_config, read_params
 from llada_jax.models.model import abstract_parameters, make_model
@@ -19,8 +19,7 @@ from llada_jax.models.model import abstract_parameters, make_model
 def oracle(published):
     _, _, architecture = read_config(published)
     model = make_model(architecture, nll_chunk=16)
-    one_device = make_mesh(dict.fromkeys(AXES, 1), devices=jax.devices()[:1])
-    params = read_params(published, abstract_parameters(model, one_device))
+    params = read_params(published, abstract_parameters(model, one_device_mesh()))
     expected = np.load(published / "expected.npz")
     facts = json.loads((published / "expected.json").read_text())
     return model, params, expected, facts

@@ -1,6 +1,4 @@
-"""Reading compiled programs: against programs written by hand, and against ones whose communication
-is known.
-"""
+"""The reader of compiled programs: on programs written by hand, and where the traffic is known."""
 
 import json
 import os
@@ -11,6 +9,8 @@ import pytest
 
 from llada_jax.planning import compiled_program
 
+# HLO has one instruction per line.
+# ruff: noqa: E501
 WRITTEN_BY_HAND = """HloModule jit_step, is_scheduled=true
 
 %add (a: f32[], b: f32[]) -> f32[] {
@@ -99,7 +99,7 @@ def test_collectives_count_their_bytes_their_loops_and_what_they_achieve():
     )
 
 
-def test_groups_that_span_slices_are_told_from_those_within():
+def test_groups_that_span_slices_are_distinguished_from_those_within_one():
     spans = {
         c.kind: c.spans_slices
         for c in compiled_program.collectives(WRITTEN_BY_HAND, devices_per_slice=4)
@@ -156,7 +156,7 @@ ENTRY %main (p: bf16[8,8]) -> (bf16[8,8], s32[]) {
 """
 
 
-def test_a_peeled_loop_an_overlapped_gather_and_a_send_between_slices_count_once_each_turn():
+def test_a_peeled_loop_an_overlapped_gather_and_a_send_between_slices_count_once_per_iteration():
     found = {
         (c.kind, c.num_bytes, c.times, c.spans_slices)
         for c in compiled_program.collectives(PEELED_AND_OVERLAPPED)
@@ -184,7 +184,7 @@ def test_a_peeled_loop_an_overlapped_gather_and_a_send_between_slices_count_once
         ("dimensions={0}", []),
     ],
 )
-def test_groups_are_read_in_each_way_of_writing_them(written, groups):
+def test_groups_are_read_in_every_notation(written, groups):
     assert (
         compiled_program._groups(f"channel_id=1, {written}, use_global_device_ids=true") == groups
     )
@@ -197,27 +197,29 @@ from llada_jax.cluster import sharding
 from llada_jax.models.model import make_model, parameter_shardings
 from llada_jax.models.transformer import Architecture
 from llada_jax.planning.compiled_program import collectives
-a = Architecture(vocab_size=1030, num_layers=1, d_model=64, num_heads=2, num_kv_heads=2, head_dim=16, d_ff=64)
+a = Architecture(
+    vocab_size=1030, num_layers=1, d_model=64, num_heads=2, num_kv_heads=2, head_dim=16, d_ff=64
+)
 results = []
 for sizes in (dict(fsdp=8), dict(data=2, fsdp=2, tensor=2)):
-    mesh = sharding.make_mesh({axis: sizes.get(axis, 1) for axis in sharding.AXES})
+    mesh = sharding.make_mesh(sizes)
     for nll_chunk in (64, 8):
         model = make_model(a, nll_chunk=nll_chunk)
         shardings = parameter_shardings(model, mesh)
-        params = jax.tree.map(lambda l, s: jax.ShapeDtypeStruct(l.shape, l.dtype, sharding=s), model.abstract, shardings)
+        shaped = lambda l, s: jax.ShapeDtypeStruct(l.shape, l.dtype, sharding=s)
+        params = jax.tree.map(shaped, model.abstract, shardings)
         tokens = jax.ShapeDtypeStruct((16, 64), jnp.int32, sharding=sharding.batch_sharding(mesh))
         loss = lambda p, t: model.nll_fn(p, t, t, t > 3, None, t).nll_BT.sum()
         with jax.set_mesh(mesh):
-            text = jax.jit(jax.grad(loss), out_shardings=shardings).lower(params, tokens).compile().as_text()
+            jitted = jax.jit(jax.grad(loss), out_shardings=shardings)
+            text = jitted.lower(params, tokens).compile().as_text()
         results.append([sizes, nll_chunk, [c._asdict() for c in collectives(text)]])
 print(json.dumps(results))
 """
 
 
-def test_the_gradient_of_the_head_is_reduced_once_a_step_in_however_many_pieces():
-    """Read from the programs that XLA compiles for eight CPU devices, the head in one piece and in
-    eight.
-    """
+def test_the_gradient_of_the_head_is_reduced_once_per_step_in_however_many_pieces():
+    """Compiled by XLA for eight CPU devices, with the head in one piece and in eight."""
     done = subprocess.run(
         [sys.executable, "-c", COMPILE],
         capture_output=True,
@@ -238,8 +240,8 @@ def test_the_gradient_of_the_head_is_reduced_once_a_step_in_however_many_pieces(
         extra = total(pieces, "all-reduce", "reduce-scatter") - total(
             whole, "all-reduce", "reduce-scatter"
         )
-        assert extra < 0.5 * kernel, sizes  # a reduction for each piece would add seven kernels
-        again = (
-            2 * 64 * 1030 * 4
-        )  # the kernel once more, for the backward pass, over one axis after the other
+        # A reduction for each piece would add seven kernels.
+        assert extra < 0.5 * kernel, sizes
+        # The kernel once more, for the backward pass, over one axis after the other.
+        again = 2 * 64 * 1030 * 4
         assert total(pieces, "all-gather") < total(whole, "all-gather") + again, sizes

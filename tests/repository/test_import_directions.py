@@ -20,7 +20,7 @@ CONFIGS = PACKAGE.parent / "configs"
 # The floors of the house, from the bottom up. A folder of the package is a floor; so is each file
 # at its top. A file imports from its own folder and from floors below.
 FLOORS = (
-    ("llada_jax", "errors", "units", "rng", "masks", "parts", "config"),
+    ("llada_jax", "errors", "units", "rng", "masks", "parts", "config", "progress"),
     ("storage",),
     ("cluster",),
     ("data",),
@@ -115,8 +115,8 @@ def test_every_file_stands_on_a_floor_and_every_verb_is_one():
 
 def test_the_source_is_read_as_python_reads_it():
     seen = ours(FILES["verbs.train"])
-    assert {"config", "data.loader", "training.state", "errors", "samplers.text"} <= seen
-    assert "checkpoints.workdir" in seen
+    assert {"config", "data.loader", "training.state", "errors", "samplers.denoise"} <= seen
+    assert "checkpoints.record" in seen
     assert "llada_jax" in ours(FILES["checkpoints.record"])
     assert "jax.numpy" in imported(FILES["training.state"])
     assert ours(FILES["llada_jax"]) == {"pretrained"}

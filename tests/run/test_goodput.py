@@ -7,7 +7,7 @@ from llada_jax.run.goodput import Ledger
 
 
 class Time:
-    """A clock of the wall, and one of the process, that only move when told."""
+    """A wall clock, and a process clock, that move only when a test moves them."""
 
     def __init__(self):
         self.seconds = 0.0
@@ -43,9 +43,8 @@ def test_every_second_of_one_attempt_is_counted_once(tmp_path):
 
 def test_steps_done_again_and_the_time_between_are_lost(tmp_path):
     time = Time()
-    attempt(
-        tmp_path, time, start_step=0, steps=10
-    )  # marked at steps 5 and 10, at seconds 13 and 24
+    # marked at steps 5 and 10, at seconds 13 and 24
+    attempt(tmp_path, time, start_step=0, steps=10)
     time.seconds = 100.0
     ledger = attempt(tmp_path, time, start_step=5, steps=10)
     report = ledger.report()

@@ -1,9 +1,6 @@
-"""Sums to means, the clock, metrics.jsonl over interruptions, TensorBoard as it reads the events,
-the display.
-"""
+"""Sums to means, metrics.jsonl over interruptions, and TensorBoard as it reads the events."""
 
 import errno
-import io
 import json
 import math
 import os
@@ -13,7 +10,6 @@ import sys
 import time
 from pathlib import Path
 
-import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
@@ -22,12 +18,8 @@ from hypothesis import strategies as st
 from support.required import library
 
 from llada_jax.errors import UserError
-from llada_jax.models.flops import flops_per_token
 from llada_jax.run import metrics_file
-from llada_jax.run.clock import Clock, host_rss_bytes, speed_metrics
 from llada_jax.run.metrics_file import MetricsWriter, is_over, means, read_lines, remote
-from llada_jax.run.progress import Progress, summary_line
-from llada_jax.units import bits_per_byte, format_bytes, format_count, format_seconds
 
 # ---- sums to means
 
@@ -51,151 +43,6 @@ def test_what_was_never_counted_is_left_out():
 def test_sums_of_parts_give_the_mean_of_the_whole(parts):
     total, count = sum(p[0] for p in parts), sum(p[1] for p in parts)
     assert means({"loss": (np.float64(total), count)})["loss"] == pytest.approx(total / count)
-
-
-def test_a_uniform_model_over_bytes_scores_eight_bits_a_byte():
-    assert bits_per_byte(math.log(256), bytes_per_token=1.0) == pytest.approx(8.0)
-    assert bits_per_byte(math.log(256), bytes_per_token=4.0) == pytest.approx(2.0)
-
-
-# ---- analytic operations
-
-
-@pytest.mark.parametrize(
-    ("n", "layers", "d", "length", "matmul_gflop", "attention_gflop"),
-    [
-        (8_015_581_184 - 126_464 * 4096, 32, 4096, 4096, 45.0, 6.44),  # LLaDA-8B
-        (8_030_261_248 - 128_256 * 4096, 32, 4096, 8192, 45.03, 12.88),  # Llama-3.1-8B
-    ],
-)
-def test_operations_of_published_models(n, layers, d, length, matmul_gflop, attention_gflop):
-    full = flops_per_token(n, layers, d, length)
-    assert full == pytest.approx((matmul_gflop + attention_gflop) * 1e9, rel=1e-3)
-    assert flops_per_token(n, layers, d, length, causal=True) == pytest.approx(
-        full - attention_gflop / 2 * 1e9, rel=1e-3
-    )
-
-
-def test_operations_agree_with_what_xla_counts():
-    """A dense network of matrices and attention; the rest that XLA counts (softmax, relu, adds) is
-    a few percent.
-    """
-    L, D, N, H, F, V, B, T = 2, 128, 2, 64, 512, 512, 2, 128
-
-    def loss(params, x):
-        for p in params["blocks"]:
-            q, k, v = (jnp.einsum("btd,dnh->btnh", x, p[name]) for name in "qkv")
-            probs = jax.nn.softmax(jnp.einsum("btnh,bsnh->bnts", q, k), axis=-1)
-            x = x + jnp.einsum("btnh,nhd->btd", jnp.einsum("bnts,bsnh->btnh", probs, v), p["o"])
-            x = x + jax.nn.relu(x @ p["up"]) @ p["down"]
-        return jnp.sum(x @ params["head"])
-
-    def leaf(*shape):
-        return jax.ShapeDtypeStruct(shape, jnp.float32)
-
-    block = {
-        **{name: leaf(D, N, H) for name in "qkv"},
-        "o": leaf(N, H, D),
-        "up": leaf(D, F),
-        "down": leaf(F, D),
-    }
-    params = {"blocks": [block] * L, "head": leaf(D, V)}
-    num_params = sum(math.prod(p.shape) for p in jax.tree.leaves(params))
-    step = jax.jit(jax.value_and_grad(loss, argnums=(0, 1))).lower(params, leaf(B, T, D)).compile()
-    counted = step.cost_analysis()["flops"] / (B * T)
-    assert flops_per_token(num_params, L, N * H, T) == pytest.approx(counted, rel=0.05)
-
-
-# ---- timing
-
-
-class FakeTime:
-    def __init__(self):
-        self.now = 100.0
-
-    def __call__(self):
-        return self.now
-
-    def passes(self, seconds):
-        self.now += seconds
-
-
-def test_every_second_belongs_to_one_activity():
-    passing = FakeTime()
-    clock = Clock(now=passing)
-    passing.passes(3)
-    with clock.span("compile"):
-        passing.passes(10)
-    clock.start_training()
-    passing.passes(20)
-    with clock.span("evaluation"):
-        passing.passes(4)
-        with clock.span("data"):  # takes its second from evaluation
-            passing.passes(1)
-        passing.passes(2)
-    passing.passes(60)
-    assert clock.seconds() == {"init": 3, "compile": 10, "step": 80, "evaluation": 6, "data": 1}
-    assert sum(clock.seconds().values()) == passing.now - 100
-
-
-def test_a_span_that_fails_is_accounted_too():
-    passing = FakeTime()
-    clock = Clock(now=passing)
-
-    @clock.span("checkpoint")
-    def fail():
-        passing.passes(5)
-        raise KeyError
-
-    with pytest.raises(KeyError):
-        fail()
-    passing.passes(1)
-    assert clock.seconds() == {"init": 1, "checkpoint": 5}
-
-
-def test_speed_is_over_the_interval_and_leaves_out_what_is_no_training():
-    passing = FakeTime()
-    clock = Clock(now=passing)
-    passing.passes(1000)
-    clock.start_training()
-    clock.interval()
-    for _ in range(2):  # two intervals of the same length report the same numbers
-        with clock.span("data"):
-            passing.passes(1)
-        passing.passes(9)
-        with clock.span("checkpoint"):
-            passing.passes(50)
-        speed = speed_metrics(
-            clock,
-            num_steps=20,
-            tokens_per_step=512,
-            flops_per_token=1e9,
-            num_devices=4,
-            peak_flops=1e12,
-        )
-        assert speed["tokens_per_s"] == pytest.approx(1024)
-        assert speed["step_s"] == pytest.approx(0.5)
-        assert speed["data_wait_share"] == pytest.approx(0.1)
-        assert speed["tflops_per_device"] == pytest.approx(0.256)
-        assert speed["mfu"] == pytest.approx(0.256)
-        assert speed["rss_gib"] > 0.01
-
-
-def test_no_utilisation_is_reported_for_unknown_hardware():
-    clock = Clock()
-    clock.start_training()
-    speed = speed_metrics(
-        clock, num_steps=1, tokens_per_step=1, flops_per_token=1.0, num_devices=1, peak_flops=None
-    )
-    assert "mfu" not in speed
-    assert None not in speed.values()
-
-
-def test_memory_of_the_process_grows_by_what_is_allocated():
-    before = host_rss_bytes()
-    block = np.ones(64 * 2**20, np.uint8)
-    grown = host_rss_bytes() - before
-    assert block.nbytes * 0.8 < grown < block.nbytes * 2
 
 
 # ---- on disk
@@ -297,7 +144,9 @@ def test_a_foreign_file_is_refused_and_kept(tmp_path, content):
     path = tmp_path / "metrics.jsonl"
     path.write_bytes(content if isinstance(content, bytes) else content.encode())
     before = path.read_bytes()
-    with pytest.raises(UserError, match=r"metrics.jsonl line 1 is no metrics line.*move it away"):
+    with pytest.raises(
+        UserError, match=r"metrics.jsonl line 1 is not a line of metrics.*move it away"
+    ):
         MetricsWriter(tmp_path)
     assert path.read_bytes() == before
 
@@ -320,7 +169,7 @@ def test_a_half_written_last_line_is_not_read_and_no_line_is_passed_over(tmp_pat
     path.write_text('{"step": 1}\n{"step": 2')
     assert read_lines(tmp_path) == [{"step": 1}]
     path.write_text('{"step": 1}\n{"step": 2\n{"step": 3}\n')
-    with pytest.raises(UserError, match="holds a line that is no JSON"):
+    with pytest.raises(UserError, match="holds a line that is not JSON"):
         read_lines(tmp_path)
 
 
@@ -414,111 +263,3 @@ def test_tensorboard_reads_the_scalars_and_texts_of_a_resumed_run_once(tmp_path)
     (text_tag,) = tags["tensors"]
     assert text_tag.startswith("samples/0")
     assert events.Tensors(text_tag)[0].tensor_proto.string_val == [b"*once* upon"]
-
-
-# ---- on the screen
-
-METRICS = {"loss": 3.41234, "bits_per_byte": 2.909}
-SPEED = {"tokens_per_s": 12_345.0, "data_wait_share": 0.0012, "step_s": 0.0969}
-
-
-class Terminal(io.StringIO):
-    def isatty(self):
-        return True
-
-
-def test_lines_instead_of_a_bar_where_there_is_no_terminal():
-    stream = io.StringIO()
-    with Progress(num_steps=2000, stream=stream) as progress:
-        for step in range(1, 41):
-            progress.advance(step)
-        progress.report(40, METRICS, SPEED)
-        progress.say("checkpoint saved: step 40")
-    assert stream.getvalue() == (
-        "step 40/2000 loss 3.412 bits/byte 2.91 tokens/s 12.3k wait 0.1% eta 3m10s\ncheckpoint "
-        "saved: step 40\n"
-    )
-
-
-def test_utilisation_is_shown_where_it_is_known():
-    assert " mfu 45.5% " in summary_line(METRICS, SPEED | {"mfu": 0.4551}, steps_left=1)
-
-
-def test_a_terminal_shows_a_bar_with_the_numbers_and_messages_stay_whole(monkeypatch):
-    monkeypatch.setenv("COLUMNS", "100")
-    stream = Terminal()
-    with Progress(num_steps=2000, start_step=20, stream=stream) as progress:
-        progress.advance(30)
-        progress.report(40, METRICS, SPEED)
-        progress.say("checkpoint [1] saved: " + "x" * 200)
-        progress.report(50, METRICS, SPEED)
-    text = stream.getvalue()
-    assert "checkpoint [1] saved: " + "x" * 200 in text
-    assert "50/2000" in text
-    assert "12.3k" in text
-    assert text.endswith("\n") or text.endswith("\x1b[?25h")  # the cursor is visible again
-
-
-def test_other_processes_print_nothing():
-    for stream in (Terminal(), io.StringIO()):
-        with Progress(num_steps=10, enabled=False, stream=stream) as progress:
-            progress.advance(1)
-            progress.report(1, METRICS, SPEED)
-            progress.say("hello")
-        assert stream.getvalue() == ""
-
-
-# ---- numbers
-
-
-@pytest.mark.parametrize(
-    ("number", "text"),
-    [
-        (0, "0"),
-        (999, "999"),
-        (0.5, "0.50"),
-        (12_345, "12.3k"),
-        (999_999, "1.00M"),
-        (1_234_567, "1.23M"),
-    ]
-    + [
-        (8_015_581_184, "8.02B"),
-        (2.3e12, "2.30T"),
-        (4e16, "40000T"),
-        (9.996, "10.0"),
-        (-1500, "-1.50k"),
-    ],
-)
-def test_counts(number, text):
-    assert format_count(number) == text
-
-
-@pytest.mark.parametrize(
-    ("number", "text"),
-    [
-        (0, "0 B"),
-        (999, "999 B"),
-        (1023, "1.00 KiB"),
-        (4.5 * 2**30, "4.50 GiB"),
-        (95 * 2**30, "95.0 GiB"),
-        (2**50, "1024 TiB"),
-    ],
-)
-def test_bytes(number, text):
-    assert format_bytes(number) == text
-
-
-@pytest.mark.parametrize(
-    ("seconds", "text"),
-    [(0, "0.0s"), (0.44, "0.4s"), (9.96, "10s"), (59.6, "1m00s"), (190, "3m10s"), (3599.7, "1h00m")]
-    + [(7500, "2h05m"), (86399.9, "1d00h"), (961_200, "11d03h")],
-)
-def test_durations(seconds, text):
-    assert format_seconds(seconds) == text
-
-
-@given(st.floats(0, 1e15))
-def test_counts_are_within_half_of_their_last_digit(number):
-    text = format_count(number)
-    factor = {"k": 1e3, "M": 1e6, "B": 1e9, "T": 1e12}.get(text[-1], 1.0)
-    assert float(text.rstrip("kMBT")) * factor == pytest.approx(number, rel=0.006, abs=0.006)

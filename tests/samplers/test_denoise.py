@@ -16,7 +16,7 @@ from jax.tree_util import Partial
 from safetensors.numpy import load_file
 from support.paths import PUBLISHED
 
-from llada_jax.cluster.sharding import AXES, make_mesh
+from llada_jax.cluster.sharding import make_mesh
 from llada_jax.errors import UserError
 from llada_jax.models.model import make_model, parameter_shardings
 from llada_jax.models.transformer import Architecture
@@ -565,9 +565,7 @@ def test_every_mesh_samples_the_same_and_compiles_one_step(count_compilations):
     }
 
     def sample_on(**sizes):
-        mesh = make_mesh(
-            dict.fromkeys(AXES, 1) | sizes, devices=jax.devices()[: math.prod(sizes.values())]
-        )
+        mesh = make_mesh(sizes, devices=jax.devices()[: math.prod(sizes.values())])
         params = jax.jit(model.init, out_shardings=parameter_shardings(model, mesh))(
             jax.random.key(0)
         )

@@ -19,12 +19,12 @@ from support.required import library
 from support.runs import free_port, metric_lines, saved_arrays
 
 from llada_jax.checkpoints.workdir import Checkpoints, find_checkpoint
+from llada_jax.data.preparation import prepare
 from llada_jax.data.records import read_dataset
 from llada_jax.errors import UserError
 from llada_jax.storage import remote
 from llada_jax.storage.arrays import s3_spec
 from llada_jax.training.state import TrainState
-from llada_jax.verbs.prepare import prepare
 
 EMULATORS = {
     "s3": (

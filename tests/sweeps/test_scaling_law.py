@@ -1,6 +1,4 @@
-"""The fits of llada_jax/sweeps/scaling_law.py find the laws that runs were made from, and say how
-sure they are.
-"""
+"""The fits find the laws from which runs were made, and say how sure they are."""
 
 import math
 import runpy
@@ -14,7 +12,7 @@ from support.paths import CONFIGS
 from llada_jax.errors import UserError
 from llada_jax.sweeps.grid import added_by
 from llada_jax.sweeps.scaling_law import (
-    Run,
+    FinishedRun,
     budgets_of,
     fit_isoflop,
     fit_lines,
@@ -22,13 +20,8 @@ from llada_jax.sweeps.scaling_law import (
 )
 
 BUDGETS = (6e18, 1e19, 3e19, 6e19, 1e20)
-CHINCHILLA = {
-    "E": 1.69,
-    "A": 406.4,
-    "B": 410.7,
-    "alpha": 0.34,
-    "beta": 0.28,
-}  # arXiv 2203.15556, equation 10
+# arXiv 2203.15556, equation 10
+CHINCHILLA = {"E": 1.69, "A": 406.4, "B": 410.7, "alpha": 0.34, "beta": 0.28}
 
 
 def surface(N, D, *, E, A, B, alpha, beta):
@@ -41,7 +34,7 @@ def best_size(compute, *, E, A, B, alpha, beta):
     return N[np.argmin(surface(N, compute / 6 / N, E=E, A=A, B=B, alpha=alpha, beta=beta))]
 
 
-def runs_on(law, *, noise=0.0, seed=0, budgets=BUDGETS, num_sizes=7) -> list[Run]:
+def runs_on(law, *, noise=0.0, seed=0, budgets=BUDGETS, num_sizes=7) -> list[FinishedRun]:
     """Runs around the best size of each budget, a factor of about 3 to either side, with relative
     noise of the loss.
     """
@@ -49,11 +42,11 @@ def runs_on(law, *, noise=0.0, seed=0, budgets=BUDGETS, num_sizes=7) -> list[Run
     for compute in budgets:
         for N in best_size(compute, **law) * np.exp(np.linspace(-1.2, 1.2, num_sizes)):
             loss = surface(N, compute / 6 / N, **law) * np.exp(noise * rng.standard_normal())
-            runs.append(Run(N, compute / 6 / N, float(loss)))
+            runs.append(FinishedRun(N, compute / 6 / N, float(loss)))
     return runs
 
 
-def parabolic_runs(exponent, *, noise=0.0, seed=0, num_sizes=5) -> list[Run]:
+def parabolic_runs(exponent, *, noise=0.0, seed=0, num_sizes=5) -> list[FinishedRun]:
     """Runs whose loss is exactly a parabola in log N with its minimum at N = 0.1 C**exponent, of
     loss 40 C**-0.06.
     """
@@ -62,7 +55,7 @@ def parabolic_runs(exponent, *, noise=0.0, seed=0, num_sizes=5) -> list[Run]:
         best, least = 0.1 * compute**exponent, 40 * compute**-0.06
         for N in best * np.exp(np.linspace(-1.0, 1.4, num_sizes)):
             loss = least + 0.05 * math.log(N / best) ** 2 + noise * rng.standard_normal()
-            runs.append(Run(N, compute / 6 / N, loss))
+            runs.append(FinishedRun(N, compute / 6 / N, loss))
     return runs
 
 
@@ -96,7 +89,7 @@ def test_isoflop_finds_the_optimum_of_chinchillas_surface():
     assert fit.laws["tokens"].exponent.value == pytest.approx(0.34 / 0.62, abs=0.005)
 
 
-def test_isoflop_intervals_hold_the_truth_about_as_often_as_they_say():
+def test_isoflop_intervals_hold_the_truth_about_as_often_as_they_claim():
     """95% intervals of 30 noisy ladders: 24 hits or fewer would have a probability of 0.3% (fixed
     seeds: it never flakes).
     """
@@ -144,12 +137,13 @@ def test_runs_are_grouped_by_compute_whatever_their_order_and_rounding():
         assert all(run.compute == pytest.approx(compute, rel=0.011) for run in group)
 
 
-def test_a_minimum_outside_of_the_sizes_trained_is_reported_and_not_used():
+def test_a_minimum_outside_the_sizes_trained_is_reported_and_not_used():
     runs = parabolic_runs(0.5)
-    beyond = [
-        run for run in runs if run.compute < 7e18 and run.parameters < 0.1 * 6e18**0.5
-    ]  # smaller than best only
-    beyond += [Run(beyond[0].parameters * f, beyond[0].tokens / f, 0.0) for f in (0.5, 0.25)]
+    # sizes smaller than the best only
+    beyond = [run for run in runs if run.compute < 7e18 and run.parameters < 0.1 * 6e18**0.5]
+    beyond += [
+        FinishedRun(beyond[0].parameters * f, beyond[0].tokens / f, 0.0) for f in (0.5, 0.25)
+    ]
     best = 0.1 * 6e18**0.5
     beyond = [run._replace(loss=3 + 0.05 * math.log(run.parameters / best) ** 2) for run in beyond]
     fit = fit_isoflop([*beyond, *[run for run in runs if run.compute > 7e18]], num_samples=1)
@@ -177,7 +171,7 @@ def test_one_budget_gives_an_optimum_and_no_law():
     assert "no power law" in "\n".join(fit_lines(fit, None, ""))
 
 
-def test_three_sizes_a_budget_leave_no_residual_and_so_no_interval():
+def test_three_sizes_per_budget_leave_no_residual_and_so_no_interval():
     fit = fit_isoflop(parabolic_runs(0.5, num_sizes=3))
     assert fit.laws["parameters"].exponent.value == pytest.approx(0.5, abs=1e-6)
     assert math.isnan(fit.laws["parameters"].exponent.low)
@@ -185,9 +179,15 @@ def test_three_sizes_a_budget_leave_no_residual_and_so_no_interval():
 
 
 @pytest.mark.parametrize(
-    "runs", [[], [Run(1e6, 1e8, 3.0)], [Run(1e6, 1e8, 3.0)] * 3, runs_on(CHINCHILLA, num_sizes=2)]
+    "runs",
+    [
+        [],
+        [FinishedRun(1e6, 1e8, 3.0)],
+        [FinishedRun(1e6, 1e8, 3.0)] * 3,
+        runs_on(CHINCHILLA, num_sizes=2),
+    ],
 )
-def test_too_few_sizes_for_a_parabola_is_a_sentence(runs):
+def test_too_few_sizes_for_a_parabola_are_refused_in_one_sentence(runs):
     with pytest.raises(
         UserError, match=f"^{len(runs)} finished runs hold no compute budget .* needs three"
     ):
@@ -247,9 +247,9 @@ def test_huber_loss_shrugs_off_a_run_that_went_wrong():
 
 
 @pytest.mark.parametrize(
-    "runs", [runs_on(CHINCHILLA)[:5], [Run(1e6, D, 3.0) for D in np.geomspace(1e7, 1e9, 8)]]
+    "runs", [runs_on(CHINCHILLA)[:5], [FinishedRun(1e6, D, 3.0) for D in np.geomspace(1e7, 1e9, 8)]]
 )
-def test_too_few_runs_for_five_unknowns_is_a_sentence(runs):
+def test_too_few_runs_for_five_unknowns_are_refused_in_one_sentence(runs):
     with pytest.raises(
         UserError, match="cannot determine the five numbers .* train at least 6 runs"
     ):
@@ -276,7 +276,7 @@ def ladder(name: str) -> tuple[dict, list[dict]]:
     return module, added_by(module["sweep"])
 
 
-def runs_of_ladder(name: str) -> list[Run]:
+def runs_of_ladder(name: str) -> list[FinishedRun]:
     """N, D of each run of a ladder, N counted from the network's own formula."""
     from llada_jax.models.transformer import Architecture, num_matmul_parameters
 
@@ -289,7 +289,7 @@ def runs_of_ladder(name: str) -> list[Run]:
         }
         a = Architecture(**{**fields, "vocab_size": 320})
         tokens = knobs["num_steps"] * config.data.batch_size * config.data.sequence_length
-        runs.append(Run(num_matmul_parameters(a) - a.d_model * 320, tokens, 1.0))
+        runs.append(FinishedRun(num_matmul_parameters(a) - a.d_model * 320, tokens, 1.0))
     return runs
 
 
@@ -306,41 +306,13 @@ def test_every_budget_of_a_ladder_has_sizes_for_a_parabola_at_equal_compute(name
 
 def test_the_ladder_has_the_sizes_that_smdm_published():
     """Millions of parameters without embeddings, as in the names of SMDM's configurations."""
-    published = [
-        6,
-        19,
-        34,
-        48,
-        66,
-        75,
-        85,
-        113,
-        142,
-        170,
-        180,
-        206,
-        231,
-        268,
-        302,
-        336,
-        472,
-        551,
-        571,
-        629,
-        666,
-        717,
-        761,
-        831,
-        944,
-        1028,
-        1233,
-        1476,
-        1678,
-        2121,
-    ]
+    published = (
+        "6 19 34 48 66 75 85 113 142 170 180 206 231 268 302 336 472 551 571 629 "
+        "666 717 761 831 944 1028 1233 1476 1678 2121"
+    )
     module, _ = ladder("ladder")
     ours = [module["num_parameters"](shape) / 1e6 for shape in module["SHAPES"]]
-    assert ours == pytest.approx(published, abs=1)
+    assert ours == pytest.approx([float(size) for size in published.split()], abs=1)
     assert {run.parameters for run in runs_of_ladder("ladder")} <= {
         millions * 1e6 for millions in ours
     }

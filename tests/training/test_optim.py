@@ -6,7 +6,7 @@ import numpy as np
 import optax
 import pytest
 
-from llada_jax.cluster.sharding import AXES, make_mesh
+from llada_jax.cluster.sharding import make_mesh
 from llada_jax.config import default_config
 from llada_jax.errors import UserError
 from llada_jax.models.model import make_model
@@ -188,7 +188,7 @@ def test_every_optimizer_learns_averages_and_is_sharded(name):
         vocab_size=16, num_layers=2, d_model=16, num_heads=2, num_kv_heads=2, head_dim=8, d_ff=32
     )
     model = make_model(a)
-    mesh = make_mesh({**dict.fromkeys(AXES, 1), "fsdp": 4, "tensor": 2}, devices=jax.devices())
+    mesh = make_mesh({"fsdp": 4, "tensor": 2}, devices=jax.devices())
     objective = masked_diffusion(mask_id=15)
     rate = lambda step: 1e-2  # noqa: E731
     optimizer = optimizer_of(rate, name=name)

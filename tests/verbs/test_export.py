@@ -26,7 +26,7 @@ import llada_jax
 from llada_jax.__main__ import main
 from llada_jax.checkpoints.record import RunRecord
 from llada_jax.checkpoints.workdir import Checkpoints, find_checkpoint
-from llada_jax.cluster.sharding import AXES, make_mesh
+from llada_jax.cluster.sharding import make_mesh, one_device_mesh
 from llada_jax.config import default_config
 from llada_jax.data.records import Records, read_dataset
 from llada_jax.data.tokenizer import load_tokenizer
@@ -116,7 +116,7 @@ def export(workdir, output, *more) -> Path:
 
 
 def read_back(directory, a: Architecture) -> dict:
-    mesh = make_mesh(dict.fromkeys(AXES, 1), devices=jax.devices()[:1])
+    mesh = one_device_mesh()
     return read.read_params(directory, abstract_parameters(make_model(a), mesh))
 
 
@@ -761,7 +761,7 @@ def test_a_flipped_number_is_found_by_its_checksum(workdir, tmp_path, refused, m
 @pytest.mark.parametrize("read_bytes", [1, 3_000, 10**9])
 def test_an_array_in_many_chunks_is_read_as_it_was_written(read_bytes, tmp_path, monkeypatch):
     monkeypatch.setattr("llada_jax.storage.arrays.READ_BYTES", read_bytes)
-    mesh = make_mesh({**dict.fromkeys(AXES, 1), "fsdp": 4, "tensor": 2})
+    mesh = make_mesh({"fsdp": 4, "tensor": 2})
     places = jax.tree.map(lambda leaf: leaf.sharding, abstract_parameters(make_model(LLADA), mesh))
     params = random_params(LLADA)
     run = write_checkpoint(tmp_path / "run", LLADA, jax.device_put(params, places))
@@ -794,7 +794,7 @@ def test_an_array_of_one_device_is_saved_in_chunks_of_bounded_size(tmp_path, mon
     seen.clear()
     assert saved.restore_params(
         7,
-        abstract_parameters(make_model(LLADA), make_mesh({**dict.fromkeys(AXES, 1), "fsdp": -1})),
+        abstract_parameters(make_model(LLADA), make_mesh({"fsdp": -1})),
         ema=False,
     )
 

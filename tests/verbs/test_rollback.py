@@ -43,10 +43,8 @@ def test_steps_before_a_rollback_read_what_they_read():
 
 @pytest.mark.slow
 def test_a_run_rolled_back_continues_on_the_data_behind_the_bad_stretch(runs, capsys):
-    workdir, knobs = (
-        runs.directory / "rolled",
-        ("num_steps=8", "checkpoint.every_steps=4", "log.every_steps=1"),
-    )
+    workdir = runs.directory / "rolled"
+    knobs = ("num_steps=8", "checkpoint.every_steps=4", "log.every_steps=1")
     runs.train(workdir, *knobs)
     before = metric_lines(workdir, "train")
     assert main(["rollback", "--workdir", str(workdir), "--to", "4"]) == 0
@@ -64,7 +62,7 @@ def test_a_run_rolled_back_continues_on_the_data_behind_the_bad_stretch(runs, ca
         "8",
         "metrics.jsonl",
     ]
-    # the record of a checkpoint tells which data it has not seen
+    # the record of a checkpoint says which data it has not seen
     assert json.loads((workdir / "run.json").read_text())["rollbacks"] == {
         "count": 1,
         "skipped": [[5, 8]],
@@ -79,6 +77,6 @@ def test_a_run_rolled_back_continues_on_the_data_behind_the_bad_stretch(runs, ca
     np.testing.assert_array_equal(next(continued)["tokens"], batches[8]["tokens"])
 
 
-def test_only_a_saved_step_can_be_gone_back_to(tmp_path, capsys):
+def test_a_run_goes_back_to_a_saved_step_only(tmp_path, capsys):
     assert main(["rollback", "--workdir", str(tmp_path), "--to", "4"]) == 2
     assert "holds no checkpoints" in capsys.readouterr().err

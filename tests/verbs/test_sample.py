@@ -14,7 +14,8 @@ from rich.console import Console
 
 import llada_jax.verbs.sample
 from llada_jax import __main__
-from llada_jax.data.tokenizer import load_tokenizer, train_sentencepiece
+from llada_jax.data.tokenizer import load_tokenizer
+from llada_jax.data.tokenizer_training import train_sentencepiece
 from llada_jax.errors import UserError
 from llada_jax.samplers.denoise import denoise, make_canvas
 from llada_jax.samplers.show import NUM_SNAPSHOTS, CanvasText, LiveShow, LogShow, make_show

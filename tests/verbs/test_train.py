@@ -1,5 +1,5 @@
-"""Whole runs as users start them: every config, every objective, what is written, and where a run
-may start from.
+"""Whole runs as users start them: every config and objective, what is written, and where a run may
+start.
 """
 
 import json
@@ -47,7 +47,7 @@ def test_every_config_trains_when_it_is_made_small(config, runs):
     assert "final heldout" in log
 
 
-def test_the_compilation_cache_is_where_the_config_says_else_the_environment_else_in_the_home():
+def test_the_compilation_cache_is_where_config_or_environment_say_and_else_in_the_home():
     known = jax.config.jax_compilation_cache_dir
     try:
         for said, setting, expected in (
@@ -94,21 +94,22 @@ def rich_run(runs, tmp_path_factory):
 
 
 @pytest.mark.slow
-def test_the_plan_says_what_will_be_run_with_its_arithmetic(rich_run):
+def test_the_start_up_lines_say_what_will_be_run_with_the_arithmetic(rich_run):
     _, log = rich_run
     for piece in (
         "initialisation from seed 0",
         "16 rows * 32 = 512 tokens in 2 microbatches",
         "20 steps = 10.2k tokens",
         "12 * 2 layers * 32 * 32",
-        "a device for parameters and optimizer state",
+        "per device for parameters and optimizer state",
         "no MFU: the peak of 'cpu' is unknown",
         "epochs",
         "attention xla",
         "compiled",
     ):
         assert piece in log, piece
-    assert "\x1b" not in log  # no terminal, no colours, no bar
+    # no terminal: no colours, and no bar
+    assert "\x1b" not in log
     assert "\r" not in log
 
 
@@ -131,9 +132,8 @@ def test_metrics_hold_the_curve_and_keep_the_machine_apart(rich_run):
     seen = set().union(*(line["train"] for line in train))
     assert wanted | {f"nll_t{i}" for i in range(10)} == seen
     for line in train:
-        assert line["train"]["bits_per_byte"] == pytest.approx(
-            line["train"]["nelbo"] / np.log(2)
-        )  # a byte a token
+        # each token is one byte
+        assert line["train"]["bits_per_byte"] == pytest.approx(line["train"]["nelbo"] / np.log(2))
         assert {"tokens_per_s", "step_s", "data_wait_share", "rss_gib", "goodput"} <= set(
             line["speed"]
         )
@@ -246,7 +246,7 @@ def test_evaluate_agrees_with_the_run_and_its_baselines_with_their_definitions(
 
 
 @pytest.mark.slow
-def test_processes_with_different_configs_are_told_so_instead_of_hanging(runs):
+def test_processes_with_different_configs_say_so_instead_of_hanging(runs):
     team = {"JAX_COORDINATOR_ADDRESS": f"localhost:{free_port()}", "JAX_NUM_PROCESSES": "2"}
     processes = [
         runs.start(
@@ -316,7 +316,7 @@ def sampled_texts(workdir) -> list[str]:
 
 @pytest.mark.slow
 def test_several_processes_sample_while_they_train_what_one_samples(runs):
-    # so many denoising steps stood still for ever when they were dispatched all at once
+    # many steps: when all of them were dispatched at once, they hung
     lengths = [f"samples.{name}=48" for name in ("gen_length", "steps", "block_length")]
     knobs = ("num_steps=6", "schedule.name=cosine", "samples.every_steps=6", *lengths)
     alone, together = runs.directory / "samples-of-one", runs.directory / "samples-of-two"

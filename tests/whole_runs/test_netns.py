@@ -1,4 +1,6 @@
-"""Two hosts: two network namespaces of this machine, each with its own name and address, and one
+"""A run on two hosts that loses its link, and each of its hosts.
+
+The hosts are two network namespaces of this machine, each with its own name and address, and one
 cable between them.
 """
 
@@ -37,25 +39,14 @@ class TwoHosts:
         self.names = [f"llada{os.getpid()}n{number}" for number in range(2)]
         for name in self.names:
             sh("ip", "netns", "add", name)
-        sh(
-            "ip",
-            "link",
-            "add",
-            "cable",
-            "netns",
-            self.names[0],
-            "type",
-            "veth",
-            "peer",
-            "cable",
-            "netns",
-            self.names[1],
-        )
+        first, second = self.names
+        sh(*f"ip link add cable netns {first} type veth peer cable netns {second}".split())
         for number, name in enumerate(self.names):
             sh("ip", "-n", name, "address", "add", f"10.77.0.{number + 1}/24", "dev", "cable")
             for device in ("lo", "cable"):
                 sh("ip", "-n", name, "link", "set", device, "up")
-            etc = Path("/etc/netns", name)  # what `ip netns exec` shows as /etc
+            # What `ip netns exec` shows as /etc.
+            etc = Path("/etc/netns", name)
             etc.mkdir(parents=True)
             lines = [
                 "127.0.0.1 localhost",
@@ -74,15 +65,9 @@ class TwoHosts:
     def start(self, runs, workdir: Path) -> list[subprocess.Popen]:
         """Starts `llada-jax train` on both hosts."""
         knobs = [f"data.path={runs.dataset}", *SETTINGS]
-        train = [
-            sys.executable,
-            "-m",
-            "llada_jax",
-            "train",
-            "--config",
-            str(runs.directory / "small.py"),
-        ]
-        train += ["--workdir", str(workdir), *(f"--config.{knob}" for knob in knobs)]
+        train = [sys.executable, "-m", "llada_jax", "train"]
+        train += ["--config", str(runs.directory / "small.py"), "--workdir", str(workdir)]
+        train += [f"--config.{knob}" for knob in knobs]
         team = {
             "JAX_COORDINATOR_ADDRESS": f"{self.names[0]}:9876",
             "JAX_NUM_PROCESSES": "2",
@@ -90,20 +75,9 @@ class TwoHosts:
         }
         processes = []
         for number, name in enumerate(self.names):
-            # each host its name, which is what gloo connects to
-            command = [
-                "ip",
-                "netns",
-                "exec",
-                name,
-                "unshare",
-                "--uts",
-                "sh",
-                "-c",
-                f'hostname {name}; exec "$@"',
-                "sh",
-                *train,
-            ]
+            # Each host gets a name of its own, because gloo connects to names.
+            command = ["ip", "netns", "exec", name, "unshare", "--uts"]
+            command += ["sh", "-c", f'hostname {name}; exec "$@"', "sh", *train]
             env = {**os.environ, **team, "JAX_PROCESS_ID": str(number)}
             with open(f"{workdir}-host{number}.log", "w") as log:
                 processes.append(subprocess.Popen(command, env=env, stdout=log, stderr=log))
@@ -120,7 +94,7 @@ class TwoHosts:
             for process in processes:
                 process.kill()
 
-    def told(self, workdir: Path) -> str:
+    def logs(self, workdir: Path) -> str:
         return "\n".join(Path(f"{workdir}-host{number}.log").read_text() for number in range(2))
 
 
@@ -141,7 +115,7 @@ def hosts():
 @pytest.mark.slow
 def test_a_run_that_loses_its_link_and_each_of_its_hosts_is_the_undisturbed_run(hosts, runs):
     straight, workdir = runs.directory / "netns-straight", runs.directory / "netns"
-    assert hosts.end(hosts.start(runs, straight), straight) == [0, 0], hosts.told(straight)
+    assert hosts.end(hosts.start(runs, straight), straight) == [0, 0], hosts.logs(straight)
     disturbances = {
         "the link is cut": (lambda processes: hosts.set_cable("down"), [42, 42]),
         "host 1 dies": (lambda processes: processes[1].kill(), [42, -9]),
@@ -152,17 +126,17 @@ def test_a_run_that_loses_its_link_and_each_of_its_hosts_is_the_undisturbed_run(
         processes = hosts.start(runs, workdir)
         deadline = time.monotonic() + 300
         while last_logged_step(workdir) < before + 10:
-            assert all(process.poll() is None for process in processes), hosts.told(workdir)
+            assert all(process.poll() is None for process in processes), hosts.logs(workdir)
             assert time.monotonic() < deadline
             time.sleep(0.02)
         disturb(processes)
         assert hosts.end(processes, workdir, seconds=6 * HEARTBEAT_S) == statuses, (
-            f"{what}: {hosts.told(workdir)}"
+            f"{what}: {hosts.logs(workdir)}"
         )
         assert last_logged_step(workdir) < NUM_STEPS, what
         hosts.set_cable("up")
-    assert hosts.end(hosts.start(runs, workdir), workdir) == [0, 0], hosts.told(workdir)
-    assert "start       step" in hosts.told(workdir)
+    assert hosts.end(hosts.start(runs, workdir), workdir) == [0, 0], hosts.logs(workdir)
+    assert "start       step" in hosts.logs(workdir)
     assert metric_lines(workdir) == metric_lines(straight)
     expected, actual = saved_arrays(straight, NUM_STEPS), saved_arrays(workdir, NUM_STEPS)
     assert actual.keys() == expected.keys()

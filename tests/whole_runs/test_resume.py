@@ -1,5 +1,5 @@
-"""A run that is killed and started again is the run that was never killed: every parameter and
-metric, bit for bit.
+"""A run that is killed and started again equals the run that was never killed, bit for bit: every
+parameter and every metric.
 """
 
 from pathlib import Path
@@ -40,8 +40,8 @@ def assert_same_run(workdir: Path, straight: Path) -> None:
 
 @pytest.mark.parametrize("num_calls_before", [0, 1, 7])
 def test_a_request_is_seen_at_the_next_step_of_a_resumed_run(monkeypatch, num_calls_before):
-    """Also one that comes before its first step. JAX's preemption service is modelled: True at one
-    number alone.
+    """Also when it comes before its first step. The test stands in for JAX's preemption service,
+    which answers True at one number alone.
     """
     asked = [-1]
 
@@ -88,9 +88,7 @@ def test_a_checkpoint_inside_a_log_interval_keeps_the_sums_of_the_interval(runs)
 
 @pytest.mark.slow
 def test_kills_in_the_middle_of_asynchronous_saves(runs, straight):
-    """Saves are asynchronous and follow each other closely here, so that most kills hit one that is
-    half done.
-    """
+    """Saves follow each other so closely here that most kills hit one that is half done."""
     workdir = runs.directory / "random-kills"
     words = [*WORDS, "checkpoint.every_steps=1"]
     checkpoints = workdir / "checkpoints"
@@ -132,7 +130,7 @@ def test_one_run_over_one_two_and_four_processes_and_three_meshes_keeps_its_curv
     words = ["evaluation.every_steps=0", "evaluation.final_num_batches=1"]
     straight, chain = runs.directory / "chain-straight", runs.directory / "chain"
     runs.train(straight, "num_steps=15", *words)
-    links = [  # each is told to end where the next goes on
+    links = [  # each ends where the next goes on
         (3, dict(num_devices=1), []),
         (6, dict(num_devices=2, num_processes=2), []),
         (9, dict(num_devices=1, num_processes=4), []),

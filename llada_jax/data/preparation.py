@@ -1,0 +1,284 @@
+"""The recipe from raw text to a data set: a tokenizer, packed records, dataset.json.
+
+The inputs are grouped into units (llada_jax.data.build). A unit is read, tokenized and packed by
+one process into its own shards and is finished when its receipt is written; dataset.json comes
+last. So the result depends neither on the number of processes nor on how often they were
+interrupted, and running the same preparation again continues after the last finished unit.
+"""
+
+import contextlib
+import fcntl
+import json
+import sys
+import time
+from collections.abc import Callable, Iterable, Iterator
+from pathlib import Path
+
+from llada_jax.data.build import (
+    LOCK,
+    RECEIPTS,
+    Job,
+    check_splits,
+    dataset_json,
+    fingerprint,
+    is_done,
+    read_json,
+    receipt_path,
+    remove_leftovers,
+    size_of,
+    units_of,
+    write_json,
+    writing_to,
+)
+from llada_jax.data.packing import is_heldout
+from llada_jax.data.records import JSON_NAME, write_dataset_json
+from llada_jax.data.text import Cut, Input, check_cut, find_inputs, read_documents
+from llada_jax.data.tokenizer import Tokenizer, load_tokenizer
+from llada_jax.data.tokenizer_training import train_sentencepiece
+from llada_jax.data.workers import run_units
+from llada_jax.errors import UserError
+from llada_jax.storage import files
+from llada_jax.storage.locks import try_lock
+
+# A tokenizer is trained on at most this many characters: unigram training takes about 25 bytes of
+# memory and, on one or two cores, 4 microseconds per character (32 million: 0.8 GB, two minutes).
+SAMPLE_CHARS = 20_000_000
+
+LOCK_SECONDS = 5.0  # how long the processes of a killed run are given to notice it
+
+# What a directory was begun with; another run may not change these, because the finished units
+# were made with them.
+SETTINGS = (
+    "sequence_length",
+    "tokenizer",
+    "documents",
+    "text_field",
+    "document_start",
+    "heldout",
+)
+
+
+def prepare(
+    patterns: list[str],
+    output,
+    *,
+    sequence_length: int,
+    tokenizer: str,
+    cut: Cut = Cut(),  # noqa: B008
+    heldout: float = 0.01,
+    workers: int = 1,
+    add_mask_token: bool = False,
+) -> dict:
+    """Writes the data set directory `output` and returns the content of its dataset.json.
+
+    Args:
+        patterns: files, globs, directories or URLs.
+        output: local directory: new, empty, or one in which the same preparation was interrupted or
+            finished.
+        sequence_length: T, tokens in a record.
+        tokenizer: "spm:N", "spm-bpe:N", "bytes", or what `load_tokenizer` takes.
+        cut: how files are cut into documents.
+        heldout: share of the documents, chosen by the hash of their text, that goes into the split
+            "heldout".
+        workers: number of processes.
+        add_mask_token: see `load_tokenizer`.
+
+    Raises:
+        UserError: the input is unusable, the settings differ from those that the directory was
+            begun with, or the disk refuses.
+    """
+    # 1. What to do, checked before anything is written.
+    _check_numbers(sequence_length=sequence_length, heldout=heldout, workers=workers)
+    make_tokenizer, tokenizer_name = _parse_tokenizer(tokenizer, add_mask_token=add_mask_token)
+    inputs = find_inputs(patterns)
+    check_cut(inputs, cut)
+    source = {
+        "input": list(patterns),
+        "num_files": len(inputs),
+        "input_fingerprint": fingerprint([i.identity for i in inputs]),
+        "tokenizer": tokenizer_name,
+        "sequence_length": sequence_length,
+        "documents": cut.documents,
+        "text_field": cut.text_field,
+        "document_start": cut.document_start,
+        "heldout": heldout,
+    }
+    output = _begin_output(output)
+    with _lock(output):
+        # 2. What an earlier run has done, which must have been the same preparation.
+        _refuse_other_settings(output, source)
+        # 3. The tokenizer: made once, if need be by training it on a sample of the training text.
+        made = _make_tokenizer_once(
+            output, source, lambda: make_tokenizer(sample_texts(inputs, cut, heldout=heldout))
+        )
+        # 4. The shards of the units that have no receipt yet.
+        job = Job(output=output, sequence_length=sequence_length, cut=cut, heldout=heldout)
+        units = units_of(inputs, job, made.fingerprint)
+        remove_leftovers(output, units)
+        pending = [unit for unit in units if not is_done(output, unit)]
+        if pending:
+            run_units(
+                pending, job, workers=workers, num_bytes_done=size_of(units) - size_of(pending)
+            )
+        elif (output / JSON_NAME).exists():
+            print(f"{output} is complete; nothing to do.", file=sys.stderr)
+            return json.loads((output / JSON_NAME).read_text())
+        # 5. dataset.json, which shows readers that everything is there.
+        receipts = [read_json(receipt_path(output, unit)) for unit in units]
+        content = dataset_json(receipts, source, made)
+        check_splits(content, heldout=heldout)
+        write_dataset_json(output, content)
+        return content
+
+
+# ---- what to do
+
+
+def _check_numbers(*, sequence_length: int, heldout: float, workers: int) -> None:
+    if sequence_length < 2:
+        raise UserError(f"--sequence-length {sequence_length} must be at least 2; LLaDA uses 4096.")
+    if not 0 <= heldout < 1:
+        raise UserError(
+            f"--heldout {heldout} must lie in [0, 1); 0.01 holds out one document in a hundred."
+        )
+    if workers < 1:
+        raise UserError(f"--workers {workers} must be at least 1; leave it out to use every core.")
+
+
+def _parse_tokenizer(
+    spec: str, *, add_mask_token: bool
+) -> tuple[Callable[[Iterable[str]], Tokenizer], str]:
+    """Returns a function from sample texts to the tokenizer, and the name under which the settings
+    are compared.
+    """
+    kind, colon, size = spec.partition(":")
+    model_type = {"spm": "unigram", "spm-bpe": "bpe"}.get(kind)
+    if model_type and colon:
+        if not size.isdecimal():
+            raise UserError(
+                f"--tokenizer {spec}: {size!r} is not a vocabulary size; write for example "
+                f"{kind}:8000."
+            )
+
+        def train(texts: Iterable[str]) -> Tokenizer:
+            print(
+                f"prepare: training {spec} on at most {SAMPLE_CHARS / 1e6:.0f} MB of the text",
+                file=sys.stderr,
+            )
+            return train_sentencepiece(texts, vocab_size=int(size), model_type=model_type)
+
+        return train, spec
+    tokenizer = load_tokenizer(spec, add_mask_token=add_mask_token)
+    # The fingerprint rather than the path: the same model may have moved.
+    name = spec if tokenizer.kind == "bytes" else f"{tokenizer.kind} {tokenizer.fingerprint[:16]}"
+    return lambda texts: tokenizer, name
+
+
+# ---- the output directory
+
+
+def _begin_output(output) -> Path:
+    """Creates the directory; raises UserError when it holds anything that prepare did not begin."""
+    if "://" in str(output):
+        raise UserError(
+            f"--output {output} must be a local or mounted directory, since ArrayRecord files are "
+            "written in place; copy the finished directory to where it is needed."
+        )
+    output = Path(output)
+    with writing_to(output):
+        output.mkdir(parents=True, exist_ok=True)
+        foreign = sorted(entry.name for entry in output.iterdir() if entry.name != RECEIPTS)
+        if foreign and not (output / RECEIPTS).is_dir():
+            raise UserError(
+                f"--output {output} is not empty (it holds {foreign[0]!r}) and was not begun by "
+                "prepare; give a new directory."
+            )
+        (output / RECEIPTS).mkdir(exist_ok=True)
+    return output
+
+
+@contextlib.contextmanager
+def _lock(output: Path):
+    """Keeps other prepare commands out of the directory, and waits for the workers of a killed one,
+    which may still be writing.
+    """
+    with contextlib.ExitStack() as until_end:
+        with writing_to(output):
+            file = until_end.enter_context(open(output / LOCK, "a"))
+        deadline = time.monotonic() + LOCK_SECONDS
+        while not try_lock(file, fcntl.LOCK_EX):
+            if time.monotonic() > deadline:
+                raise UserError(
+                    f"Another prepare is writing into {output}; wait for it to end, or give "
+                    "another --output."
+                )
+            time.sleep(0.05)
+        # From here on shared with the workers (workers._start_worker): when this process is killed,
+        # the lock stays until the last of them is gone.
+        try_lock(file, fcntl.LOCK_SH)
+        yield
+
+
+def _refuse_other_settings(output: Path, source: dict) -> None:
+    """Raises UserError when the directory was begun with other settings, or when it is complete and
+    the inputs have changed since.
+    """
+    is_complete = (output / JSON_NAME).exists()
+    file = output / JSON_NAME if is_complete else output / RECEIPTS / "settings.json"
+    if not file.exists():
+        return
+    before = read_json(file)
+    before = before.get("source", {}) if is_complete else before
+    for key in SETTINGS:
+        if before.get(key) != source[key]:
+            raise UserError(
+                f"{output} was prepared with --{key.replace('_', '-')} {before.get(key)!r} and "
+                f"this command says {source[key]!r}; give the same value, another --output, or "
+                "delete the directory."
+            )
+    if is_complete and before.get("input_fingerprint") != source["input_fingerprint"]:
+        raise UserError(
+            f"{output} is complete, and its {before.get('num_files')} input files have changed "
+            f"since or others are given now ({source['num_files']}); give another --output, or "
+            "delete the directory."
+        )
+
+
+def _make_tokenizer_once(output: Path, source: dict, make: Callable[[], Tokenizer]) -> Tokenizer:
+    """Returns the tokenizer saved in the directory; makes and saves it when there is none for these
+    inputs.
+
+    The receipt is written after the tokenizer has its name, so a kill in between makes it again.
+    """
+    receipt, directory = output / RECEIPTS / "tokenizer.json", output / "tokenizer"
+    key = fingerprint(
+        [source["tokenizer"], source["input_fingerprint"], source["heldout"], SAMPLE_CHARS]
+    )
+    if receipt.exists() and read_json(receipt) == key and directory.exists():
+        return load_tokenizer(directory)
+    tokenizer = make()
+    with writing_to(output):
+        write_json(output / RECEIPTS / "settings.json", source)
+        with files.whole_directory(directory) as partial:
+            tokenizer.save(partial)
+        write_json(receipt, key)
+    return tokenizer
+
+
+def sample_texts(inputs: list[Input], cut: Cut, *, heldout: float) -> Iterator[str]:
+    """Yields the text on which a tokenizer is trained: the beginning of every file, without what is
+    held out, SAMPLE_CHARS characters in all.
+
+    Files share the budget equally. They are read from the smallest to the largest, so that what a
+    small one does not use is there for the larger ones.
+    """
+    budget = SAMPLE_CHARS
+    for i, file in enumerate(sorted(inputs, key=lambda file: (file.size, file.path))):
+        share = budget // (len(inputs) - i)
+        for text in read_documents(file.path, cut):
+            if not text.strip() or is_heldout(text, fraction=heldout):
+                continue
+            yield text[:share]
+            share, budget = share - len(text[:share]), budget - len(text[:share])
+            if not share:
+                break

@@ -1,0 +1,99 @@
+"""The bound on one split of a dataset, for `evaluate` and for the evaluations of `train`."""
+
+from collections.abc import Callable
+from typing import NamedTuple
+
+from jax.sharding import NamedSharding
+
+from llada_jax.cluster import sharding
+from llada_jax.data.loader import heldout_batches
+from llada_jax.evaluation import likelihood
+from llada_jax.objectives.objective import Objective
+from llada_jax.units import bits_per_byte
+
+
+class SplitBound(NamedTuple):
+    """The bound on one split; standard errors are nan where fewer than two batches were scored.
+
+    nats_per_token: mean over all scored tokens, in nats. bits_per_byte: the same in bits per UTF-8
+    byte, which models with different tokenizers share. num_tokens: scored, each counted once
+    however often its row was corrupted.
+    """
+
+    nats_per_token: float
+    standard_error: float
+    num_tokens: int
+    bits_per_byte: float
+    bits_per_byte_standard_error: float
+
+
+def bound_of_split(
+    model,
+    params,
+    directory: str,
+    *,
+    split: str,
+    objective: Objective,
+    bytes_per_token: float,
+    batch_size: int,
+    sequence_length: int,
+    batch_sharding: NamedSharding,
+    attend_across_documents: bool,
+    frozen: dict | None = None,
+    max_batches: int | None = None,
+    seed: int = 0,
+    num_draws: int = 1,
+    on_batch: Callable[[], None] = lambda: None,
+    on_compiled: Callable[[], None] = lambda: None,
+) -> SplitBound:
+    """Scores a split of a dataset in file order.
+
+    Args:
+        model: llada_jax.models.model.Model. params: its parameters, on the mesh.
+        directory: the dataset.
+        objective: its bound is computed; the same object in every call, so that the compiled
+            program is found again.
+        frozen: the frozen parameters of the state, if the bound reads any.
+        bytes_per_token: of the split.
+        batch_size: rows at a time, over all processes; the last batch is filled with empty rows.
+        batch_sharding: of a [batch_size, sequence_length] array. Each process reads the rows that
+            its devices hold.
+        max_batches: scores only the first so many; None: the whole split.
+        seed: of the corruptions. num_draws: corruptions drawn for each row.
+        on_batch: called before each batch. on_compiled: called once, after compiling.
+
+    Raises:
+        UserError: the dataset cannot be read, or a record is damaged.
+    """
+    rows = sharding.local_rows(batch_sharding, (batch_size, sequence_length))
+    batches = heldout_batches(
+        directory,
+        split=split,
+        batch_size=batch_size,
+        sequence_length=sequence_length,
+        rows=rows,
+        max_batches=max_batches,
+        attend_across_documents=attend_across_documents,
+    )
+
+    def placed():
+        for batch in batches:
+            on_batch()
+            yield sharding.place_batch(batch, rows, batch_size, batch_sharding)
+
+    bound = likelihood.bound(
+        objective,
+        model.nll_fn,
+        params,
+        placed(),
+        frozen=frozen,
+        num_rows=batch_size,
+        seed=seed,
+        num_draws=num_draws,
+        on_compiled=on_compiled,
+    )
+    return SplitBound(
+        *bound,
+        bits_per_byte(bound.nats_per_token, bytes_per_token=bytes_per_token),
+        bits_per_byte(bound.standard_error, bytes_per_token=bytes_per_token),
+    )

@@ -1,0 +1,20 @@
+"""The texts that a run samples while it trains."""
+
+from collections.abc import Callable
+
+from llada_jax.samplers.text import generate_text
+
+
+def sample_markdown(
+    model, params, tokenizer, *, prompts: list[str], on_step: Callable, **settings
+) -> str:
+    """Returns what the model writes after each prompt, as Markdown for TensorBoard.
+
+    Args:
+        model: with the reference attention, which takes a canvas of any length.
+        settings: of llada_jax.samplers.text.generate_text.
+    """
+    completions = generate_text(
+        model.logits_fn, params, tokenizer, prompts, on_step=on_step, **settings
+    )
+    return "\n\n---\n\n".join(f"**{c.prompt}**{c.text}" for c in completions)

@@ -1,0 +1,123 @@
+"""Where the runs of a sweep are run: in the foreground, on this machine, or by a launcher."""
+
+import re
+import shlex
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+from llada_jax.errors import Preempted, UserError
+from llada_jax.sweeps.attempts import (
+    POLL_SECONDS,
+    Attempts,
+    outcome,
+    record_end,
+    say,
+    train_command,
+)
+from llada_jax.sweeps.results import INTERRUPTED
+from llada_jax.sweeps.runs import Sweep, describe, unfinished, write_sweep_json
+
+LAUNCHERS = Path(__file__).parents[2] / "launch"
+
+
+def run_index(sweep: Sweep, index: int) -> None:
+    """Runs one run in the foreground, for a task of an array or a pod.
+
+    If `train` fails, this process ends with the same exit status.
+    """
+    if not 0 <= index < len(sweep.runs):
+        raise UserError(f"--index {index}: {sweep.file} has the runs 0 to {len(sweep.runs) - 1}.")
+    write_sweep_json(sweep)
+    with Attempts(sweep) as attempts:
+        attempts.start(sweep.runs[index], to_log=False)
+        attempts.under_way[0].process.wait()
+    if status := record_end(attempts.under_way[0]):
+        sys.exit(status)
+
+
+def run_local(sweep: Sweep, *, num_parallel: int, dry_run: bool) -> None:
+    """Runs on this machine what is not finished, `num_parallel` at a time.
+
+    A run that fails does not stop the others.
+
+    Args:
+        dry_run: whether to print the commands instead.
+
+    Raises:
+        Preempted: this process or a run was asked to stop; the same command continues.
+    """
+    waiting = unfinished(sweep)
+    if dry_run:
+        for run in waiting:
+            print(shlex.join(train_command(sweep, run)))
+        return
+    write_sweep_json(sweep)
+    say(f"{len(waiting)} of {len(sweep.runs)} runs are to be done")
+    statuses = {}
+    with Attempts(sweep) as attempts:
+        while attempts.under_way or (waiting and not attempts.must_stop):
+            while waiting and len(attempts.under_way) < num_parallel and not attempts.must_stop:
+                run = waiting.pop(0)
+                say(f"{run.name} starts: {describe(run.changes)}")
+                attempts.start(run, to_log=True)
+            time.sleep(POLL_SECONDS)
+            for attempt in attempts.take_ended():
+                statuses[attempt.run.index] = record_end(attempt)
+                say(outcome(attempt))
+    # 3 is a loss that is not finite: a result, and not a failure.
+    failed = [index for index, status in statuses.items() if status not in (0, 3, *INTERRUPTED)]
+    if failed:
+        status = statuses[failed[0]]
+        log = f"{sweep.runs[failed[0]].workdir}/train.log"
+        say(f"{len(failed)} failed, the first with status {status}; {log} says why")
+        sys.exit(status)
+    if attempts.must_stop or set(INTERRUPTED) & set(statuses.values()):
+        left = len(unfinished(sweep))
+        raise Preempted(
+            f"asked to stop with {left} of {len(sweep.runs)} runs left; the same command continues."
+        )
+
+
+def run_with_launcher(
+    sweep: Sweep, target: str, launcher_words: list[str], *, num_parallel: int | None, dry_run: bool
+) -> None:
+    """Hands what is not finished to a launcher, whose tasks call `run_index`.
+
+    launch/slurm.py gets one array of all runs, launch/gke.py one JobSet per run.
+
+    Args:
+        target: "slurm" or "gke".
+        launcher_words: flags for the launcher.
+    """
+    script = LAUNCHERS / f"{target}.py"
+    if not script.is_file():
+        raise UserError(
+            f"--run {target} needs {script}, which is part of the repository; run it from a clone."
+        )
+    waiting = unfinished(sweep)
+    if not waiting:
+        say(f"all {len(sweep.runs)} runs are finished")
+        return
+    if not dry_run:
+        write_sweep_json(sweep)
+    launcher = [sys.executable, str(script), *(["--dry-run"] if dry_run else []), *launcher_words]
+    ours = ["llada-jax", "sweep", "--config", sweep.file, "--workdir", sweep.workdir]
+    ours += [f"--config.{word}" for word in sweep.overrides]
+    if target == "slurm":
+        indices = ",".join(str(run.index) for run in waiting)
+        # SLURM's notation for "at most so many at a time".
+        indices += f"%{num_parallel}" if num_parallel else ""
+        commands = [[*launcher, "--array", indices, "--", *ours, "--index", "$SLURM_ARRAY_TASK_ID"]]
+    else:
+        # Kubernetes allows a-z, 0-9 and "-" in names.
+        directory = sweep.workdir.rstrip("/").rpartition("/")[2]
+        stem = re.sub(r"[^a-z0-9]+", "-", directory.lower()).strip("-")
+        commands = [
+            [*launcher, "--name", f"{stem}-{run.name}", "--", *ours, "--index", str(run.index)]
+            for run in waiting
+        ]
+    for command in commands:
+        if status := subprocess.run(command, check=False).returncode:
+            sys.exit(status)

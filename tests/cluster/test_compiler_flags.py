@@ -1,0 +1,100 @@
+"""Presets of compiler flags: the installed compilers know them, and launchers apply them."""
+
+import os
+import subprocess
+import sys
+
+import pytest
+from support.paths import LAUNCH
+from support.required import libtpu_environment
+
+from llada_jax.cluster.compiler_flags import FLAGS, flags_named
+from llada_jax.errors import UserError
+
+
+def test_presets_join_into_one_environment():
+    both = flags_named("v6e+multislice")["LIBTPU_INIT_ARGS"]
+    assert both == " ".join(FLAGS[name]["LIBTPU_INIT_ARGS"] for name in ("v6e", "multislice"))
+    assert flags_named("hopper")["CUDA_DEVICE_MAX_CONNECTIONS"] == "1"
+    assert flags_named("") == {}
+    with pytest.raises(
+        UserError, match="Unknown preset of compiler flags 'v6'. Did you mean 'v6e'"
+    ):
+        flags_named("v6")
+
+
+def all_flags(platform_variable: str) -> str:
+    presets = [name for name, environment in FLAGS.items() if platform_variable in environment]
+    assert presets
+    return flags_named("+".join(presets))[platform_variable]
+
+
+def run_python(code: str, **environment: str) -> subprocess.CompletedProcess:
+    environment = {**os.environ, "JAX_PLATFORMS": "cpu", **environment}
+    return subprocess.run(
+        [sys.executable, "-c", code], env=environment, capture_output=True, text=True, check=False
+    )
+
+
+def test_gpu_flags_are_known_to_the_installed_compiler():
+    start = "import jax; jax.devices()"
+    done = run_python(start, XLA_FLAGS=all_flags("XLA_FLAGS"))
+    assert done.returncode == 0, done.stderr
+    misspelt = run_python(start, XLA_FLAGS="--xla_gpu_enable_latency_hiding_schedulers=true")
+    assert misspelt.returncode != 0, "an unknown flag is no longer refused: this test shows nothing"
+    assert "Unknown flag" in misspelt.stderr
+
+
+def test_tpu_flags_are_known_to_libtpu():
+    """libtpu ends the process that loads it at a flag that it does not know."""
+    environment = {**libtpu_environment(), "JAX_PLATFORMS": "cpu"}
+    load = """
+import sys
+from llada_jax.cluster.hardware import slice_named
+from llada_jax.planning.absent_devices import libtpu_mesh, load_libtpu
+load_libtpu({"LIBTPU_INIT_ARGS": sys.stdin.read()})
+libtpu_mesh(dict(fsdp=-1), slice_named("v5p-8"), 1)
+"""
+
+    def loaded(flags: str) -> subprocess.CompletedProcess:
+        return subprocess.run(
+            [sys.executable, "-c", load],
+            input=flags,
+            capture_output=True,
+            text=True,
+            check=False,
+            env=environment,
+        )
+
+    done = loaded(all_flags("LIBTPU_INIT_ARGS"))
+    assert done.returncode == 0, done.stderr
+    misspelt = loaded("--xla_tpu_enable_async_collective_fusions=true")
+    assert misspelt.returncode != 0, "an unknown flag is no longer refused: this test shows nothing"
+    assert "Unknown command line flag" in misspelt.stderr
+
+
+@pytest.mark.parametrize(
+    ("launcher", "flags"),
+    [
+        ("gke", "--name x --topology v6e-16 --image i"),
+        ("tpu_vm", "--name x --topology v6e-16 --zone z"),
+        ("slurm", "--nodes 2"),
+    ],
+)
+def test_every_launcher_applies_a_preset_by_name(launcher, flags):
+    script = LAUNCH / f"{launcher}.py"
+
+    def dry_run(preset: str) -> subprocess.CompletedProcess:
+        words = [*flags.split(), "--flags", preset, "--dry-run", "--", "llada-jax", "train"]
+        return subprocess.run(
+            [sys.executable, str(script), *words], capture_output=True, text=True, check=False
+        )
+
+    done = dry_run("v6e+multislice")
+    assert done.returncode == 0, done.stderr
+    printed = " ".join(done.stdout.replace("\\\n", " ").split())
+    for flag in flags_named("v6e+multislice")["LIBTPU_INIT_ARGS"].split():
+        assert flag in printed
+    wrong = dry_run("v6f")
+    assert wrong.returncode == 2
+    assert "Did you mean 'v6e'?" in wrong.stderr

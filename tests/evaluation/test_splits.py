@@ -1,0 +1,61 @@
+"""The bound on a split, with a model whose surprise is the same everywhere, so that it is known."""
+
+import math
+from types import SimpleNamespace
+
+import jax.numpy as jnp
+import pytest
+from support.datasets import SEQUENCE_LENGTH
+
+from llada_jax.cluster.sharding import batch_sharding, one_device_mesh
+from llada_jax.evaluation.splits import bound_of_split
+from llada_jax.models.transformer import TokenScores
+from llada_jax.objectives.masked_diffusion import masked_diffusion
+
+NATS = 1.25
+OBJECTIVE = masked_diffusion(mask_id=256)
+
+
+def constant_nll(params, noisy_BT, targets_BT, where_BT, segment_ids_BT, positions_BT):
+    return TokenScores(jnp.where(where_BT, NATS, 0.0), where_BT)
+
+
+def bound_of(dataset, **settings):
+    return bound_of_split(
+        SimpleNamespace(nll_fn=constant_nll),
+        {},
+        str(dataset),
+        split="heldout",
+        objective=OBJECTIVE,
+        bytes_per_token=2.0,
+        batch_size=8,
+        sequence_length=SEQUENCE_LENGTH,
+        batch_sharding=batch_sharding(one_device_mesh()),
+        attend_across_documents=True,
+        **settings,
+    )
+
+
+def test_every_token_of_the_split_is_scored_once_however_often_its_row_is_corrupted(small_dataset):
+    batches, compilations = [], []
+    bound = bound_of(
+        small_dataset,
+        num_draws=3,
+        on_batch=lambda: batches.append(1),
+        on_compiled=lambda: compilations.append(1),
+    )
+    assert bound.num_tokens == 4000
+    assert len(batches) == math.ceil(4000 / SEQUENCE_LENGTH / 8)
+    assert len(compilations) == 1
+    assert bound.nats_per_token == pytest.approx(NATS, rel=1e-5)
+    assert bound.standard_error == pytest.approx(0.0, abs=1e-5)
+    assert bound.bits_per_byte == pytest.approx(NATS / math.log(2) / 2.0, rel=1e-5)
+    assert bound.bits_per_byte_standard_error == pytest.approx(0.0, abs=1e-5)
+
+
+def test_a_single_batch_has_a_bound_and_no_standard_error(small_dataset):
+    bound = bound_of(small_dataset, max_batches=1)
+    assert bound.num_tokens == 8 * SEQUENCE_LENGTH
+    assert bound.nats_per_token == pytest.approx(NATS, rel=1e-5)
+    assert math.isnan(bound.standard_error)
+    assert math.isnan(bound.bits_per_byte_standard_error)

@@ -1,0 +1,166 @@
+"""Estimates of a training step against closed forms, written out for LLaDA-8B."""
+
+import re
+
+import jax
+import jax.numpy as jnp
+import pytest
+from jax.interpreters import partial_eval as pe
+from support.plans import LLADA_8B, MATRICES, PARAMETERS, VOCAB_SIZE, estimated
+
+from llada_jax.cluster import hardware
+from llada_jax.config import load_config
+from llada_jax.models.model import make_model
+from llada_jax.models.transformer import Architecture
+from llada_jax.planning.absent_devices import stand_in_mesh
+from llada_jax.planning.estimate import sharded_bytes
+from llada_jax.planning.search import REMATS
+from llada_jax.verbs import plan
+
+
+def test_parameters_flops_and_tokens_are_those_of_llada_8b():
+    p = estimated()
+    assert (p["parameters"], p["matmul_parameters"]) == (PARAMETERS, MATRICES)
+    assert p["flops_per_token"] == 6 * MATRICES + 12 * 32 * 4096 * 4096
+    assert p["tokens_per_step"] == 1280 * 4096 == 5_242_880
+    assert p["num_steps"] == 2_300_000_000_000 // 5_242_880
+    assert (p["chips"], p["hosts"], p["devices"]) == (64, 16, 64)
+
+
+def test_a_causal_objective_takes_half_the_flops_of_attention():
+    both, past = estimated(), estimated("v5p-128", "objective.name=autoregressive")
+    assert (both["causal"], past["causal"]) == (False, True)
+    assert past["flops_per_token"] == 6 * MATRICES + 6 * 32 * 4096 * 4096
+
+
+@pytest.mark.parametrize(
+    ("topology", "mesh", "ways"),
+    [("v5p-128", {}, 64), ("v6e-256", {}, 256), ("v5p-128", {"data": 4, "tensor": 2}, 16)],
+)
+def test_state_is_three_float32_copies_split_over_fsdp_and_tensor(topology, mesh, ways):
+    p = estimated(topology, *(f"mesh.{axis}={n}" for axis, n in mesh.items()))
+    norms = 4096 * 65
+    assert p["memory"]["state"] == pytest.approx(
+        12 * ((PARAMETERS - norms) / ways + norms), abs=1000
+    )  # and counters
+
+
+def test_state_on_another_mesh_equals_the_state_estimated_for_it():
+    config = load_config(LLADA_8B)
+    mesh = stand_in_mesh(config.mesh, hardware.machines_named("v5p-128"), 1)
+    recipe = plan.recipe_of_shapes(config, mesh, VOCAB_SIZE)
+    shape = {"data": 2, "fsdp": 8, "sequence": 1, "tensor": 4, "expert": 1}
+    other = estimated("v5p-128", *(f"mesh.{axis}={n}" for axis, n in shape.items()))
+    assert sharded_bytes(recipe.abstract, shape) == other["memory"]["state"]
+
+
+def test_more_recomputation_takes_less_memory_and_more_flops():
+    estimates = [estimated("v5p-128", f"model.remat={remat}") for remat in REMATS]
+    assert [p["memory"]["peak"] for p in estimates] == sorted(
+        (p["memory"]["peak"] for p in estimates), reverse=True
+    )
+    none, dots, attention, full = (p["executed_flops"] for p in estimates)
+    assert none < dots < attention < full
+    model = 5_242_880 * estimates[0]["flops_per_token"] / 64
+    head, layers = 2 * 126_464 * 4096, 2 * (MATRICES - 126_464 * 4096)
+    tokens = 5_242_880 / 64
+    assert none == pytest.approx(model + tokens * head)  # the head is cut in pieces
+    assert full - none == pytest.approx(tokens * (layers + 4 * 32 * 4096 * 4096))
+
+
+def test_saved_activations_follow_the_remat_policy():
+    tokens = 20 * 4096
+    for remat, width in (("full", 4096), ("attention", 2 * 4096), ("dots", 6 * 4096 + 2 * 12_288)):
+        p = estimated("v5p-128", f"model.remat={remat}")
+        assert p["memory"]["saved_activations"] == tokens * 32 * width * 2, remat
+
+
+def test_microbatches_divide_the_activations_and_multiply_the_traffic():
+    one, four = estimated(), estimated("v5p-128", "optimizer.gradient_accumulation=4")
+    assert four["memory"]["saved_activations"] * 4 == one["memory"]["saved_activations"]
+    assert four["traffic"]["gather"] == 4 * one["traffic"]["gather"] == 4 * 2 * 2 * MATRICES
+    assert four["traffic"]["scatter"] == 4 * 2 * MATRICES
+    assert four["tokens_per_device"] * 4 == one["tokens_per_device"] == 20 * 4096
+
+
+def test_traffic_is_what_the_axes_exchange():
+    alone = estimated("v6e-1", "data.batch_size=8")
+    assert not any(alone["traffic"].values())
+    replicas = estimated("v5p-128", "mesh.data=64", "mesh.fsdp=1")
+    assert {k: v for k, v in replicas["traffic"].items() if v} == {"data": 2 * MATRICES}
+    both = estimated("v5p-128", "mesh.tensor=2")
+    assert both["traffic"]["gather"] == 2 * MATRICES
+    assert both["traffic"]["tensor"] == 5 * 32 * (40 * 4096) * 4096 * 2
+    pods = estimated("v5e-256", "mesh.data=2", "data.batch_size=512", slices=2)
+    assert (pods["traffic"]["data"], pods["traffic"]["dcn"]) == (0, 2 * MATRICES // 256)
+
+
+def test_time_lies_between_its_assumptions_and_money_follows_from_it():
+    p = estimated("v5p-128", "data.batch_size=256")
+    peak, executed, exchanged = 459e12, p["executed_flops"], 3 * 2 * MATRICES
+    assert p["seconds_per_step"]["fast"] == pytest.approx(executed / (0.75 * peak))
+    assert p["seconds_per_step"]["slow"] == pytest.approx(
+        executed / (0.45 * peak) + 2 * exchanged / 200e9
+    )
+    for case, seconds in p["seconds_per_step"].items():
+        assert p["mfu"][case] == pytest.approx(
+            1_048_576 * p["flops_per_token"] / (64 * peak * seconds)
+        )
+        assert p["days"][case] == pytest.approx(seconds * p["num_steps"] / 86_400)
+        assert p["chip_hours"][case] == pytest.approx(64 * 24 * p["days"][case])
+    assert 0.2 < p["mfu"]["slow"] < p["mfu"]["fast"] < 0.7
+
+
+def test_a_small_batch_on_a_large_slice_waits_for_its_weights():
+    p = estimated("v5p-1024", "data.sequence_length=128", "data.batch_size=512")
+    exchanged = (p["traffic"]["gather"] + p["traffic"]["scatter"]) / 600e9
+    assert p["seconds_per_step"]["fast"] == pytest.approx(exchanged)
+    assert p["intensity"]["tokens_per_device"] < p["intensity"]["needed_on_all_links"]
+
+
+def test_limits_are_those_of_the_scaling_book():
+    """2550 and 850 tokens a chip on one and three axes of v5p, 76,000 a slice; it counts 90 GB/s a
+    link, Google 100.
+    """
+    limits = estimated("v5p-128", "mesh.data=2", slices=2)["intensity"]
+    assert limits["needed_on_one_axis"] == pytest.approx(2550, rel=0.12)
+    assert limits["needed_on_all_links"] == pytest.approx(850, rel=0.12)
+    assert limits["needed_between_slices"] == pytest.approx(76_000, rel=0.05)
+
+
+def test_gpus_are_estimated_too_without_a_guess_about_their_network():
+    one, many = estimated("8xh100"), estimated("64xh100")
+    assert (one["hosts"], many["hosts"], many["chips"]) == (1, 8, 64)
+    assert (one["attention"], one["network_counted"], many["network_counted"]) == (
+        "cudnn",
+        True,
+        False,
+    )
+    assert many["seconds_per_step"]["slow"] == pytest.approx(
+        many["executed_flops"] / (0.45 * 989e12)
+    )
+
+
+@pytest.mark.parametrize(("remat", "forward_calls"), [("full", 2), ("attention", 1)])
+def test_splash_runs_again_in_the_backward_pass_only_where_its_output_is_not_kept(
+    remat, forward_calls
+):
+    a = Architecture(
+        vocab_size=512,
+        num_layers=2,
+        d_model=256,
+        num_heads=2,
+        num_kv_heads=2,
+        head_dim=128,
+        d_ff=512,
+    )
+    model = make_model(a, dtype=jnp.bfloat16, attention="splash", remat=remat, nll_chunk=128)
+    tokens = jax.ShapeDtypeStruct((8, 256), jnp.int32)
+    sizes = {"fsdp": -1}
+    with jax.set_mesh(stand_in_mesh(sizes, hardware.machines_named("v5p-8"), 1)):
+        gradient = jax.make_jaxpr(
+            jax.grad(lambda p, t: model.nll_fn(p, t, t, t > 0, t, t).nll_BT.sum())
+        )
+        jaxpr = gradient(model.abstract, tokens).jaxpr
+    needed, _ = pe.dce_jaxpr(jaxpr, [True] * len(jaxpr.outvars))
+    assert len(re.findall(r"name=splash_mha_fwd", str(needed))) == forward_calls

@@ -1,0 +1,139 @@
+"""The runs of a sweep: which there are, what is refused, and what sweep.json protects."""
+
+import itertools
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from support.sweeps import RATES, states
+
+from llada_jax.config import apply_override, default_config, knob
+from llada_jax.sweeps.runs import as_overrides
+
+
+@given(
+    changes=st.fixed_dictionaries(
+        {
+            "seed": st.integers(0, 2**32 - 1),
+            "optimizer.b2": st.floats(0, 1),
+            "model.tie_embeddings": st.booleans(),
+            "data.path": st.text(st.characters(codec="ascii", exclude_characters="\0"), max_size=8),
+            "samples.prompts": st.lists(st.text(max_size=4), min_size=1, max_size=2).map(tuple),
+        }
+    )
+)
+def test_overrides_of_a_run_give_its_values_back(changes):
+    """Every value survives the way over train's command line."""
+    base = default_config()
+    for word in as_overrides(changes):
+        apply_override(base, word)
+    assert {name: knob(base, name) for name in changes} == changes
+
+
+def test_list_shows_every_run_and_writes_nothing(write_config, call_sweep, tmp_path):
+    write_config(
+        "for knobs in sweeps.product({'optimizer.b2': [0.9, 0.95]}, {'seed': [0, 1]}): add(knobs)"
+    )
+    out, _ = call_sweep("--list")
+    assert out.splitlines() == [
+        f"{i:03d}  missing           optimizer.b2={b2} seed={seed}"
+        for i, (b2, seed) in enumerate(itertools.product((0.9, 0.95), (0, 1)))
+    ]
+    assert not (tmp_path / "runs").exists()
+
+
+@pytest.mark.parametrize(
+    ("lines", "words"),
+    [
+        (
+            ["add(sede=1)"],
+            "Run 000 of the sweep (sede=1) is impossible: The config has no knob 'sede'. Did you "
+            "mean 'seed'?",
+        ),
+        (["add(seed=1)", "add({'optimizer.b3': 1.0})"], "Did you mean 'optimizer.b2'?"),
+        (["add({'optimizer.nmae': 'lion'})"], "Did you mean 'optimizer.name'?"),
+        (["add({'optimizer.name': 'lyon'})"], "Did you mean 'lion'?"),
+        (["add({'model.num_layers': 1.5})"], "model.num_layers=1.5 is no int"),
+        (["add({'model.num_kv_heads': 5})"], "must be a multiple of num_kv_heads=5"),
+        (["add(seed=1)", "add(seed=2)", "add(seed=1)"], "Runs 000 and 002 of"),
+        (["add()", "add(seed=0)"], "Runs 000 and 001 of"),  # 0 is the default
+        (["pass"], "adds no run"),
+        (["add(seed=1 / 0)"], "fails with ZeroDivisionError: division by zero"),
+    ],
+)
+def test_an_impossible_sweep_is_refused_before_anything_is_started(
+    lines, words, write_config, call_sweep, tmp_path
+):
+    write_config(*lines)
+    for action in (["--list"], ["--run", "local"], ["--index", "0"]):
+        _, err = call_sweep(*action, status=2)
+        assert words in err
+        assert len(err.splitlines()) == 1
+    assert not (tmp_path / "runs").exists()
+
+
+def test_a_config_without_a_sweep_or_with_both_kinds_is_refused(write_config, call_sweep):
+    write_config("pass", head="def swep(add):")
+    assert "defines neither of sweep(add) and suggest(trial)" in call_sweep("--list", status=2)[1]
+    write_config("pass", head="def suggest(trial):\n    return {}\ndef sweep(add):")
+    assert "defines both of sweep(add) and suggest(trial)" in call_sweep("--list", status=2)[1]
+
+
+def test_a_changed_sweep_is_refused_and_names_the_change(write_config, call_sweep, fake_train):
+    write_config(RATES)
+    call_sweep("--run", "local")
+    write_config(RATES.replace("3e-3", "5e-3"))
+    for action in (["--list"], ["--table"], ["--run", "local"], ["--index", "0"]):
+        _, err = call_sweep(*action, status=2)
+        assert "Run 001" in err
+        assert (
+            "was begun as schedule.learning_rate=0.003 and is now schedule.learning_rate=0.005"
+            in err
+        )
+    write_config(RATES.replace(", 1e-2", ""))
+    assert "Run 002" in (err := call_sweep("--table", status=2)[1])
+    assert "is now gone" in err
+
+
+def test_a_changed_base_is_refused_unless_it_only_changes_how_runs_are_carried_out(
+    write_config, call_sweep, fake_train
+):
+    write_config(RATES)
+    call_sweep("--run", "local")
+    _, err = call_sweep("--list", "--config.optimizer.b2=0.9", status=2)
+    assert "have optimizer.b2=0.95, the config has 0.9; undo the change" in err
+    for word in (
+        "mesh.data=2",
+        "log.every_steps=1",
+        "checkpoint.every_steps=7",
+        "data.num_threads=1",
+    ):
+        call_sweep("--list", f"--config.{word}")
+
+
+def test_runs_may_be_added_at_the_end(write_config, call_sweep, fake_train):
+    write_config(RATES)
+    call_sweep("--run", "local")
+    write_config(RATES, "add(seed=9)")
+    assert states(call_sweep) == ["complete"] * 3 + ["missing"]
+    assert "1 of 4 runs are to be done" in call_sweep("--run", "local")[1]
+    write_config(RATES)  # and then they are part of it
+    assert "Run 003" in call_sweep("--list", status=2)[1]
+
+
+def test_a_damaged_sweep_json_is_reported(write_config, call_sweep, tmp_path):
+    write_config(RATES)
+    (tmp_path / "runs").mkdir()
+    (tmp_path / "runs" / "sweep.json").write_text("{")
+    assert "sweep.json is not JSON" in call_sweep("--list", status=2)[1]
+
+
+def test_a_workdir_with_something_else_in_it_is_reported(write_config, call_sweep, tmp_path):
+    write_config(RATES)
+    (tmp_path / "runs" / "000").mkdir(parents=True)
+    (tmp_path / "runs" / "000" / "metrics.jsonl").write_text("not a metric\n")
+    assert "holds a line that is not JSON" in call_sweep("--list", status=2)[1]
+    (tmp_path / "runs" / "000" / "metrics.jsonl").write_text(
+        '{"step": 1, "tr'
+    )  # being written at this moment
+    assert states(call_sweep) == ["missing"] * 3

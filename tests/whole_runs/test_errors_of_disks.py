@@ -1,0 +1,111 @@
+"""Disks that are full or read-only: nothing is lost, and with room the same command continues."""
+
+import json
+import os
+import subprocess
+from pathlib import Path
+
+import jax
+import numpy as np
+from support.mishaps import copy, prepare_argv, train_argv, tree
+from support.runs import metric_lines
+
+import llada_jax
+from llada_jax.__main__ import main
+
+
+def test_a_workdir_or_output_below_a_file_is_refused(home, tmp_path, refused):
+    (tmp_path / "file").write_text("keep me")
+    below = tmp_path / "file" / "run"
+    says = [str(below), "cannot be written", "Not a directory", "another --workdir"]
+    refused(train_argv(home, below), says=says, keeps=[tmp_path])
+    says = ["cannot be written", "another --output"]
+    refused(prepare_argv(home / "text.txt", below), says=says, keeps=[tmp_path])
+
+
+def fill(disk: Path, *, leave: int) -> Path:
+    """Fills a disk except for so many bytes; returns the file to delete for room."""
+    filler = disk / "filler"
+    free = os.statvfs(disk).f_bavail * os.statvfs(disk).f_bsize
+    filler.write_bytes(b"\0" * (free - leave))
+    return filler
+
+
+def test_a_read_only_workdir_or_output_is_refused_and_can_be_read(home, tmp_path, mount, refused):
+    run = copy(home / "run", tmp_path / "run")
+    read_only = mount("bind", run)
+    subprocess.run(["mount", "-o", "remount,bind,ro", str(read_only)], check=True)
+    says = [str(read_only), "cannot be written", "Read-only file system", "another --workdir"]
+    refused(train_argv(home, read_only), says=says, keeps=[run])
+    refused(train_argv(home, read_only / "new"), says=says[1:], keeps=[run])
+    says = ["cannot be written", "Read-only file system", "another --output"]
+    refused(prepare_argv(home / "text.txt", read_only / "data"), says=says, keeps=[run])
+    assert llada_jax.load(read_only).step == 4
+
+
+def test_a_full_disk_stops_prepare_and_the_same_command_finishes_with_room(
+    home, tmp_path, mount, refused
+):
+    disk = mount("size=2m")
+    filler = fill(disk, leave=24 * 1024)
+    argv = prepare_argv(home / "text.txt", disk / "data", "--documents", "line", "--heldout", "0.1")
+    sentence = refused(argv, says=["could not be written", "run prepare again"], is_late=True)
+    assert "space" in sentence
+    assert not (disk / "data" / "dataset.json").exists()
+    filler.unlink()
+    assert main(argv) == 0
+    ours, straight = (
+        {n: b for n, b in tree(d).items() if "receipts" not in n}
+        for d in (disk / "data", home / "data")
+    )
+    assert ours == straight
+
+
+def test_a_full_disk_stops_the_first_start_of_a_run(home, mount, refused):
+    disk = mount("size=64k")
+    fill(disk, leave=0)
+    refused(
+        train_argv(home, disk / "run"), says=["disk0/run", "No space left", "free"], is_late=True
+    )
+
+
+def test_a_full_disk_never_costs_the_run_its_tokenizer_or_record(home, mount, refused):
+    disk = mount("size=2m")
+    run = copy(home / "run", disk / "run")
+    argv = train_argv(home, run, "num_steps=60", "checkpoint.every_steps=60", "log.every_steps=1")
+    # Without any room the run cannot even begin again; with one page it can, and comes as far as
+    # the metrics.
+    cases = {
+        0: ["No space left", "free"],
+        4096: ["full while writing metrics", "free some space", "same command"],
+    }
+    for leave, says in cases.items():
+        filler = fill(disk, leave=leave)
+        refused(
+            argv, says=["disk", *says], keeps=[run / "checkpoints", run / "tokenizer"], is_late=True
+        )
+        assert json.loads((run / "run.json").read_text())["tokenizer"]["kind"] == "bytes"
+        filler.unlink()
+    assert main(argv) == 0
+    assert sorted({line["step"] for line in metric_lines(run)}) == [2, 4, *range(5, 61)]
+
+
+def test_a_full_disk_stops_a_save_and_the_same_command_continues_with_room(
+    home, tmp_path, mount, refused
+):
+    straight = tmp_path / "straight"
+    assert main(train_argv(home, straight, "num_steps=8")) == 0
+    disk = mount("size=2m")
+    run = copy(home / "run", disk / "run")
+    filler = fill(disk, leave=40 * 1024)
+    argv = train_argv(home, run, "num_steps=8")
+    says = ["Step 6 could not be saved", "last good step is 4", "free space", "same command again"]
+    refused(
+        argv, says=says, keeps=[run / "checkpoints" / "4", run / "checkpoints" / "2"], is_late=True
+    )
+    assert llada_jax.load(run).step == 4
+    filler.unlink()
+    assert main(argv) == 0
+    jax.tree.map(
+        np.testing.assert_array_equal, llada_jax.load(run).params, llada_jax.load(straight).params
+    )
