@@ -121,9 +121,7 @@ class JaxSide:
         objective = masked_diffusion(mask_id=size["vocab_size"] - 1, eps=P_MIN)
         B, T = size["batch_size"], size["sequence_length"]
         jax.set_mesh(sharding.one_device_mesh())
-        metrics = abstract_metrics(
-            objective, self.model.abstract, num_rows=B, sequence_length=T
-        )
+        metrics = abstract_metrics(objective, self.model.abstract, num_rows=B, sequence_length=T)
         abstract = abstract_state(
             self.model, optimizer, self._mesh(), metrics=metrics, keep_ema=False
         )

@@ -21,11 +21,11 @@ class HuggingFace:
 
     Args:
         directory: with config.json, safetensors and a tokenizer.
-        causal: what Llama and Qwen weights are taken for. True: what they are, an autoregressive
+        causal: how Llama and Qwen weights are used. True: as what they are, an autoregressive
             model. False: the start of a masked diffusion model, with shifted output and a mask
             token whose row is new (DiffuLLaMA, arXiv 2410.17891).
-        mask_token: a token of the tokenizer that is to be the mask; "" takes what it has, or adds
-            one to a causal model's.
+        mask_token: the token of the tokenizer to use as the mask; "" takes the one that it has, or
+            adds one to a causal model's.
 
     Raises:
         UserError: config.json or the tokenizer cannot be used.
@@ -85,7 +85,8 @@ class HuggingFace:
         is_new_V |= self.is_new_mask & (row_V == self.tokenizer.mask_id)
         if not is_new_V.any():
             return params
-        # Qwen has more rows than tokens: those beyond the tokens were never trained
+        # Qwen has more rows than tokens. Those after the last token were never trained, and would
+        # pull the mean of the new rows towards their initialisation.
         return read.fill_rows(
             params, is_new_V=is_new_V, is_trained_V=row_V < self.tokenizer.vocab_size
         )

@@ -391,7 +391,7 @@ def git_commit() -> str:
     if not (root / ".git").exists():
         return ""
     try:
-        told = subprocess.run(
+        done = subprocess.run(
             ["git", "-C", str(root), "rev-parse", "HEAD"],
             capture_output=True,
             text=True,
@@ -399,4 +399,4 @@ def git_commit() -> str:
         )
     except OSError:  # there is no git here, as in most containers
         return ""
-    return told.stdout.strip()
+    return done.stdout.strip()

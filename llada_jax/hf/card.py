@@ -184,8 +184,8 @@ def _licence(license_id: str | None) -> list[str]:
     weights = (
         f"- The weights are licensed under `{license_id}`."
         if license_id
-        else "- No licence has been chosen for the weights: add `license:` to the head of this file "
-        "before publishing."
+        else "- No licence has been chosen for the weights: add `license:` to the head of this "
+        "file before publishing."
     )
     code = "https://www.apache.org/licenses/LICENSE-2.0"
     return [

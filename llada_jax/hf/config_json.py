@@ -27,13 +27,12 @@ def layout_of(hf_config: dict) -> str:
         for key in ("num_experts", "num_local_experts", "n_routed_experts")
         if hf_config.get(key)
     ]
-    # LLaDA-MoE calls itself "llada" too; only its keys tell
+    # LLaDA-MoE calls itself "llada" too; only its keys show what it is.
     if experts or "moe" in str(kind).lower():
         raise UserError(
             f"config.json: model_type={kind!r}"
             + "".join(f" with {key}={hf_config[key]}" for key in experts[:1])
-            + " is a "
-            "mixture of experts, which this network is not; give a dense checkpoint."
+            + " is a mixture of experts, which this network is not; give a dense checkpoint."
         )
     if kind not in READ:
         raise UserError(
@@ -56,8 +55,8 @@ def _need(hf_config: dict, *keys: str, kind: type | tuple = object) -> None:
     missing = [key for key in keys if hf_config.get(key) is None]
     if missing:
         raise UserError(
-            f"config.json has no {', '.join(missing)}; fetch the whole file: what is not written "
-            "cannot be guessed."
+            f"config.json has no {', '.join(missing)}; fetch the whole file: what it does not "
+            "state cannot be guessed."
         )
     for key in keys:
         value = hf_config[key]
@@ -183,7 +182,8 @@ def _from_llama(hf_config: dict) -> Architecture:
 def _head_dim(width: int, heads: int) -> int:
     if width % heads:
         raise UserError(
-            f"config.json: a width of {width} is no multiple of {heads} heads; the file is damaged."
+            f"config.json: a width of {width} is not a multiple of {heads} heads; the file is "
+            "damaged."
         )
     return width // heads
 
@@ -194,7 +194,7 @@ LLAMA3 = ("factor", "low_freq_factor", "high_freq_factor", "original_max_positio
 
 def _rope(hf_config: dict) -> tuple[float, tuple[float, ...]]:
     """Returns rope_theta and rope_scaling; transformers 5 writes both into `rope_parameters`, 4
-    uses `rope_scaling` and the key beside it.
+    uses `rope_scaling` and the key next to it.
 
     Frequencies that are rescaled in another way than Llama 3.1's (yarn, linear, dynamic, longrope)
     are refused.
@@ -216,7 +216,7 @@ def _rope(hf_config: dict) -> tuple[float, tuple[float, ...]]:
             f"config.json: partial_rotary_factor={factor} is not possible here, only 1.0."
         )
     theta = described.get("rope_theta", hf_config.get("rope_theta", 10_000.0))
-    if layout_of(hf_config) == "illada":  # whose code reads the key beside it and not the copy
+    if layout_of(hf_config) == "illada":  # whose code reads the key next to it and not the copy
         theta = hf_config["rope_theta"]
     if kind == "default":
         return float(theta), ()
@@ -235,10 +235,10 @@ def cannot_hold(layout: str, a: Architecture) -> str:
         f"head_dim={a.head_dim} is not d_model / num_heads = {a.d_model} / {a.num_heads}": (
             a.head_dim * a.num_heads != a.d_model
         ),
-        "qk_norm='per_head' has no place in it": a.qk_norm == "per_head",
-        f"attention_bias={a.attention_bias!r} has no place in it": a.attention_bias != "none",
-        "output_shift=True has no place in it": a.output_shift,
-        f"rope_scaling={a.rope_scaling} has no place in it": bool(a.rope_scaling),
+        "qk_norm='per_head' has no key in it": a.qk_norm == "per_head",
+        f"attention_bias={a.attention_bias!r} has no key in it": a.attention_bias != "none",
+        "output_shift=True has no key in it": a.output_shift,
+        f"rope_scaling={a.rope_scaling} has no key in it": bool(a.rope_scaling),
     }
     return next((reason for reason, holds in reasons.items() if holds), "")
 
@@ -361,8 +361,10 @@ def _to_llada(a: Architecture, max_sequence_length: int) -> tuple[dict, dict]:
 
 
 def _to_illada(a: Architecture, max_sequence_length: int) -> tuple[dict, dict]:
-    """The same for the Llama-style names; keys that the published iLLaDA lacks are written only
-    where they say something.
+    """Returns the same for the Llama-style names.
+
+    Keys that the published iLLaDA lacks are written only where they differ from its network, so
+    that its own code reads every export that it can compute.
     """
     silent = {
         "attention_dropout": 0.0,
@@ -389,7 +391,8 @@ def _to_illada(a: Architecture, max_sequence_length: int) -> tuple[dict, dict]:
     }
     if a.head_dim * a.num_heads != a.d_model:
         stated["head_dim"] = a.head_dim
-    # beside a rope_scaling that is not null, transformers 5.23 reads no tokenizer
+    # Not under the name rope_scaling: next to one that is not null, transformers 5.23 does not
+    # read a tokenizer.
     if a.rope_scaling:
         numbers = (*a.rope_scaling[:-1], round(a.rope_scaling[-1]))  # it wants whole tokens
         stated["rope_parameters"] = {

@@ -97,7 +97,7 @@ def tokenizer_files(
     if chat_template is not None:
         config = json.loads(files["tokenizer_config.json"])
         files |= _json_files({"tokenizer_config.json": {**config, "chat_template": chat_template}})
-        # newer versions of transformers would read these instead
+        # Newer versions of transformers would read these instead of the key.
         files.pop("chat_template.jinja", None)
         files.pop("chat_template.json", None)
     return files
@@ -115,7 +115,7 @@ def _config(tokenizer: Tokenizer, max_length: int) -> dict:
     return {
         "tokenizer_class": "PreTrainedTokenizerFast",
         **{f"{what}_token": token for what, token in tokenizer.special_tokens.items()},
-        # the default of older versions removes the space in " ."
+        # The default of older versions removes the space in " .".
         "clean_up_tokenization_spaces": False,
         "model_input_names": ["input_ids", "attention_mask"],
         "model_max_length": max_length,
@@ -132,8 +132,11 @@ def _tokenizer_json(
     pre_tokenizer=None,
     added=(),
 ):
-    """Returns tokenizer.json; special and added are {id: how it is written}, the latter found in
-    texts, too.
+    """Returns tokenizer.json.
+
+    Args:
+        special: {id: how it is written}; never found in a text.
+        added: (id, how it is written) of tokens that are found in texts.
     """
     tokens = {
         **{i: (content, True) for i, content in special.items()},
@@ -267,8 +270,8 @@ def _sentencepiece_json(tokenizer: Tokenizer) -> dict:
     decoders = [unknown, {"type": "ByteFallback"}, {"type": "Fuse"}, *strip]
     if trainer.model_type == trainer.UNIGRAM:
         return _tokenizer_json(model=_unigram_of_characters(pieces), decoders=decoders, **parts)
-    # a user-defined symbol of one character is never merged anyhow; longer ones must be found
-    # before BPE begins
+    # A user-defined symbol of one character is never merged anyway; longer ones must be found
+    # before BPE begins.
     added = [(i, pieces.names[i]) for i in pieces.user_defined if len(pieces.names[i]) > 1]
     return _tokenizer_json(model=_bpe(pieces), decoders=decoders, added=added, **parts)
 
@@ -295,7 +298,7 @@ class Pieces:
         ]
         self.scores = [piece.score for piece in model.pieces]
         top = max((self.scores[i] for i in self.normal), default=0.0)
-        for i in self.user_defined:  # what SentencePiece's search takes for them
+        for i in self.user_defined:  # the score that SentencePiece's search gives them
             self.scores[i] = len(model.pieces[i].piece.encode()) * top - 0.1
 
 
@@ -325,11 +328,9 @@ def _unigram_of_bytes(pieces: Pieces) -> dict:
     for i in (*pieces.normal, *pieces.user_defined):
         vocab[i] = ["".join(alphabet[byte] for byte in pieces.names[i].encode()), pieces.scores[i]]
     taken = {name for name, _ in vocab}
-    for (
-        i,
-        byte,
-        # the byte of a character that is a piece keeps its name, <0x41>: never needed
-    ) in pieces.bytes.items():
+    for i, byte in pieces.bytes.items():
+        # The byte of a character that is a piece is never needed, and keeps its name, <0x41>: two
+        # entries of one name would be one token.
         if alphabet[byte] not in taken:
             vocab[i] = [alphabet[byte], BYTE_SCORE]
     return {"type": "Unigram", "unk_id": None, "vocab": vocab, "byte_fallback": False}
@@ -372,8 +373,11 @@ def _bpe(pieces: Pieces) -> dict:
 
 
 def _check_same_ids(tokenizer: Tokenizer, content: bytes) -> None:
-    """Raises UserError when the converted tokenizer reads a probe or the text of a piece otherwise
-    than the original.
+    """Raises UserError when the converted tokenizer reads a probe, or the text of a piece,
+    differently from the original.
+
+    The two libraries implement the same algorithms in their own ways, and a model may have been
+    trained with options that one of them ignores. So the result is compared, and not trusted.
     """
     tokenizers = require("tokenizers", extra="hf")
     converted = tokenizers.Tokenizer.from_str(content.decode())

@@ -169,7 +169,7 @@ def compare(
     Returns:
         max_difference: of theirs and rounded. relative_difference: the same as a share of the
             largest logit.
-        kl_nats: KL(checkpoint || export) of the distributions of a token, mean over positions.
+        kl_nats: KL(checkpoint || export) of the distributions at one position, mean over positions.
     """
     log_p, log_q = _log_softmax(ours_BTV), _log_softmax(theirs_BTV)
     difference = float(np.abs(theirs_BTV - rounded_BTV).max())
@@ -190,8 +190,9 @@ def check(found: dict[str, float], *, dtype: str) -> None:
         )
     if not found["kl_nats"] <= MAX_KL[dtype]:
         raise NumericsError(
-            f"Rounding to {dtype} moves the distribution of a token by {found['kl_nats']:.3g} "
-            f"nats, more than {MAX_KL[dtype]:g}; export with --dtype float32; nothing was kept."
+            f"Rounding to {dtype} moves the predicted distribution by {found['kl_nats']:.3g} "
+            f"nats per token, more than {MAX_KL[dtype]:g}; export with --dtype float32; "
+            "nothing was kept."
         )
 
 

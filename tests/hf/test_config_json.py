@@ -52,7 +52,7 @@ def llama3(**changes) -> dict:
         ({**PUBLISHED, "include_qkv_bias": True}, "include_qkv_bias=True"),
         ({**PUBLISHED, "scale_logits": True}, "scale_logits=True"),
         ({**PUBLISHED, "input_emb_norm": True}, "input_emb_norm=True"),
-        ({**PUBLISHED, "n_heads": 7}, "64 is no multiple of 7 heads"),
+        ({**PUBLISHED, "n_heads": 7}, "64 is not a multiple of 7 heads"),
         ({"model_type": "llama"}, "has no vocab_size, hidden_size"),
         ({**LLAMA, "hidden_act": "gelu"}, "hidden_act='gelu'"),
         ({**LLAMA, "mlp_bias": True}, "mlp_bias=True"),
@@ -160,6 +160,6 @@ def test_a_scaling_is_exported_as_transformers_reads_it_and_comes_back_however_i
     again = hf_config(a, "illada", **ids, max_sequence_length=128, dtype="float32", source=saved)
     assert again == written
     with pytest.raises(
-        UserError, match=r"'llada' cannot hold this model: rope_scaling=\(32.0, .*\) has no place"
+        UserError, match=r"'llada' cannot hold this model: rope_scaling=\(32.0, .*\) has no key"
     ):
         choose_layout(a, "llada")

@@ -51,7 +51,7 @@ def test_what_cannot_be_exported_is_refused_with_the_reason(
     assert "kept no moving average" in refused_export("--checkpoint", plain, "--ema", output=out)
     per_head = ARCHITECTURES["illada, qk_norm per head"]
     other = write_checkpoint(tmp_path / "other", per_head, random_params(per_head))
-    assert "qk_norm='per_head' has no place in it" in refused_export(
+    assert "qk_norm='per_head' has no key in it" in refused_export(
         "--checkpoint", other, "--layout", "llada", output=out
     )
     config = default_config().to_dict()

@@ -1,1 +1,1 @@
-"""PyTorch files that are copied into every export. They never import llada_jax: they stand alone."""
+"""PyTorch files that are copied into every export, and so never import llada_jax."""

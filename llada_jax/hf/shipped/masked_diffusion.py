@@ -81,8 +81,8 @@ def rotary_angles(
 
 
 def rotate(x_BNTH: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """Rotates the pairs (i, i + H/2) of every head, in float32: bfloat16 cannot tell position 257
-    from 256.
+    """Rotates the pairs (i, i + H/2) of every head, in float32: in bfloat16, position 257 would
+    be 256.
     """
     first, second = x_BNTH.float().chunk(2, dim=-1)
     return torch.cat([first * cos - second * sin, second * cos + first * sin], dim=-1).to(
@@ -119,8 +119,8 @@ def corrupt(
     mask_id: int,
     generator: torch.Generator | None = None,
 ):
-    """The forward process: t ~ U(0, 1) a row, then each maskable token is masked with p = (1 - EPS)
-    t + EPS.
+    """The forward process: t ~ U(0, 1) for each row, then each maskable token is masked with
+    p = (1 - EPS) t + EPS.
 
     Returns:
         noisy_BT, is_masked_BT and p_B1 (float32). Everything is drawn on the device of `generator`,
@@ -216,7 +216,7 @@ class MaskedDiffusionLM(PreTrainedModel):
     supports_gradient_checkpointing = True
     accepts_loss_kwargs = True  # transformers.Trainer then hands in num_items_in_batch
     _supports_sdpa = True
-    _auto_class = "AutoModelForCausalLM"  # save_pretrained copies the code beside the weights
+    _auto_class = "AutoModelForCausalLM"  # save_pretrained copies the code next to the weights
 
     required = {}  # config key -> the one value (or tuple of values) that this file expresses
 
@@ -406,7 +406,7 @@ class MaskedDiffusionLM(PreTrainedModel):
             gen_length: number of tokens to generate.
             block_length: blocks are finished from left to right; gen_length unless given (pure
                 diffusion).
-            steps: forward passes in total; one a token unless given.
+            steps: forward passes in total; one per token unless given.
             temperature: 0 takes the most likely token, 1 samples the distribution of the model.
             remasking: which proposals a step keeps: "low_confidence" (the surest) or "random".
             cfg_scale: strength w of classifier-free guidance, un + (w + 1) (l - un), where `un`
