@@ -83,8 +83,8 @@ class JaxSide:
         from llada_jax.models.transformer import Architecture
         from llada_jax.objectives.masked_diffusion import masked_diffusion
         from llada_jax.training import optim
-        from llada_jax.training.state import abstract_state, create_state
-        from llada_jax.training.step import abstract_metrics, make_train_step
+        from llada_jax.training.state import abstract_metrics, abstract_state, create_state
+        from llada_jax.training.step import make_train_step
 
         self.jax, self.size = jax, size
         sizes = {

@@ -73,7 +73,8 @@ def load_part(name: str, kind: str, table: dict) -> Callable:
         part = getattr(part, step)
     if not callable(part):
         raise UserError(
-            f"The {kind} {name!r} is a {type(part).__name__}; name a function of {module_name}."
+            f"The {kind} {name!r} has the type {type(part).__name__}; name a function of "
+            f"{module_name}."
         )
     return part
 

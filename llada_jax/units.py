@@ -13,14 +13,14 @@ _BYTES = {
 
 
 def bits_per_byte(nats_per_token: float, *, bytes_per_token: float) -> float:
-    """Returns a likelihood that can be compared between tokenizers: nats/token / ln 2 / (UTF-8
-    bytes/token).
+    """Returns nats/token / ln 2 / (UTF-8 bytes/token): a likelihood that can be compared between
+    tokenizers.
     """
     return nats_per_token / math.log(2) / bytes_per_token
 
 
 def format_count(number: float) -> str:
-    """Returns three digits and a decimal prefix: 999, 12.3k, 1.23M, 8.02B, 2.30T."""
+    """Returns a number with three digits and a decimal prefix: 999, 12.3k, 1.23M, 8.02B, 2.30T."""
     for prefix in ("", "k", "M", "B", "T"):
         digits = _three_digits(number) if prefix or number != int(number) else f"{number:.0f}"
         if abs(float(digits)) < 1000 or prefix == "T":
@@ -30,7 +30,7 @@ def format_count(number: float) -> str:
 
 
 def format_bytes(number: float) -> str:
-    """Returns three digits and a binary unit: 512 B, 4.50 GiB."""
+    """Returns a number of bytes with three digits and a binary unit: 512 B, 4.50 GiB."""
     for unit in ("B", "KiB", "MiB", "GiB", "TiB"):
         digits = _three_digits(number) if unit != "B" else f"{number:.0f}"
         if abs(float(digits)) < 1000 or unit == "TiB":
@@ -60,7 +60,7 @@ def _three_digits(number: float) -> str:
 
 
 def format_seconds(seconds: float) -> str:
-    """Returns the two largest units: 0.4s, 45s, 3m10s, 2h05m, 11d03h."""
+    """Returns a duration in its two largest units: 0.4s, 45s, 3m10s, 2h05m, 11d03h."""
     if seconds < 9.95:
         return f"{seconds:.1f}s"
     seconds = round(seconds)

@@ -46,7 +46,7 @@ LONGEST = (
     "verbs/test_export",
     "whole_runs/test_netns",
     "verbs/test_sweep",
-    "samplers/test_denoise",
+    "samplers/test_published_samples",
     "verbs/test_import_hf",
     "hf/test_shipped",
 )

@@ -245,7 +245,7 @@ def _jsonl_documents(path: str, blocks: Iterator[bytes], field: str) -> Iterator
             record = json.loads(line)
         except ValueError as error:
             raise UserError(
-                f"{where} is not valid JSON ({error}); mend or remove the line."
+                f"{where} is not valid JSON ({error}); fix or remove the line."
             ) from error
         if not isinstance(record, dict) or field not in record:
             fields = (

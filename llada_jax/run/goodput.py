@@ -7,7 +7,7 @@ was lost and to what.
 import json
 import time
 
-from llada_jax.storage import remote
+from llada_jax.storage import files, remote
 
 FILE = "goodput.json"
 
@@ -84,7 +84,7 @@ class Ledger:
                 "seconds": seconds,
                 "marks": self._marks,
             }
-            remote.write_whole(self._path, json.dumps(kept, indent=1) + "\n")
+            files.write_whole(self._path, json.dumps(kept, indent=1) + "\n")
 
     def line(self) -> str:
         """Returns the account in one line, the largest losses first."""

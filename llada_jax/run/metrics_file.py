@@ -7,7 +7,6 @@ waiting, memory) differ from run to run and stand in the group "speed" alone.
 """
 
 import contextlib
-import errno
 import json
 import math
 import os
@@ -15,8 +14,8 @@ import sys
 import tempfile
 import time
 
-from llada_jax.errors import UserError, reason
-from llada_jax.storage import remote
+from llada_jax.errors import UserError
+from llada_jax.storage import files, remote
 
 # how long TensorBoard events, and lines for a remote workdir, may stay in memory
 FLUSH_SECONDS = 30.0
@@ -124,9 +123,7 @@ class MetricsWriter:
                     ) from error
         text = "".join(kept)
         if len(kept) < len(lines):
-            partial = self._workdir / "metrics.jsonl.partial"
-            partial.write_text(text)
-            partial.replace(self._path)
+            files.write_whole(self._path, text)
         return text
 
     def _open_tensorboard(self, *, first_step: int) -> None:
@@ -151,21 +148,13 @@ class MetricsWriter:
         start = SessionLog(status=SessionLog.START)
         self._events.write_event(Event(step=first_step, wall_time=time.time(), session_log=start))
 
-    @contextlib.contextmanager
-    def _disk(self):
-        """Turns what the file system refuses into a UserError."""
-        try:
-            yield
-        except OSError as error:
-            if error.errno in (errno.ENOSPC, errno.EDQUOT):
-                raise UserError(
-                    f"The disk of {self._workdir} is full while writing metrics: free some space "
-                    "and start the same command again; it continues from the last checkpoint."
-                ) from error
-            raise UserError(
-                f"{self._workdir} cannot be written ({reason(error)}): choose another --workdir or "
-                "change its permissions."
-            ) from error
+    def _disk(self) -> contextlib.AbstractContextManager[None]:
+        """Turns what the file system refuses in its block into a UserError."""
+        return files.writing(
+            f"The metrics in {self._workdir}",
+            remedy="free some space or change the permissions, and start the same command again, "
+            "which continues from the last checkpoint, or choose another --workdir",
+        )
 
     def write(self, step: int, groups: dict[str, dict[str, float]]) -> None:
         """Writes one line, and one scalar GROUP/NAME for each number.

@@ -9,7 +9,7 @@ import json
 from collections.abc import Sequence
 from typing import NamedTuple
 
-from llada_jax.storage import remote
+from llada_jax.storage import files, remote
 
 FILE = "rollbacks.json"
 
@@ -60,7 +60,7 @@ def read_rollbacks(workdir) -> Rollbacks:
 
 def write_rollbacks(workdir, rollbacks: Rollbacks) -> None:
     """Replaces WORKDIR/rollbacks.json as a whole."""
-    remote.write_whole(remote.path_of(workdir) / FILE, json.dumps(rollbacks._asdict()) + "\n")
+    files.write_whole(remote.path_of(workdir) / FILE, json.dumps(rollbacks._asdict()) + "\n")
 
 
 def as_rollbacks(record: dict) -> Rollbacks:

@@ -21,11 +21,11 @@ from llada_jax.checkpoints.workdir import Checkpoints, find_checkpoint
 from llada_jax.data.loader import Source, SourceSummary, describe
 from llada_jax.data.records import read_dataset
 from llada_jax.data.tokenizer import SPECIAL_IDS, Tokenizer, load_same
-from llada_jax.errors import UserError, reason
+from llada_jax.errors import UserError
 from llada_jax.models.model import abstract_parameters
 from llada_jax.run.metrics_file import MetricsWriter
 from llada_jax.run.rollbacks import Rollbacks, as_rollbacks, read_rollbacks
-from llada_jax.storage import remote
+from llada_jax.storage import files, remote
 from llada_jax.storage.locks import only_run_in
 from llada_jax.training.state import TrainState, create_state
 from llada_jax.training.step import Recipe
@@ -185,16 +185,12 @@ def make_workdir(workdir: str) -> None:
             probe.unlink()
 
 
-@contextlib.contextmanager
-def writing(workdir: str):
-    """Turns what the file system refuses into a UserError."""
-    try:
-        yield
-    except OSError as error:
-        raise UserError(
-            f"The workdir {workdir} cannot be written ({reason(error)}); choose another --workdir, "
-            "free space, or change its permissions."
-        ) from error
+def writing(workdir: str) -> contextlib.AbstractContextManager[None]:
+    """Turns what the file system refuses in its block into a UserError."""
+    return files.writing(
+        f"The workdir {workdir}",
+        remedy="choose another --workdir, free space, or change its permissions",
+    )
 
 
 class FirstState(NamedTuple):

@@ -135,6 +135,7 @@ def recipe_of_shapes(config, mesh, vocab_size: int) -> Recipe:
         config.model.attention,
         platform=sharding.platform(mesh),
         packed=not config.data.attend_across_documents,
+        mask=recipe.objective.mask,
         sequence_length=config.data.sequence_length,
         head_dim=recipe.architecture.head_dim,
         dtype=recipe.dtype,

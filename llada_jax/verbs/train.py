@@ -228,7 +228,9 @@ def train_on(
         out_shardings=jax.tree.map(lambda s: s.sharding, recipe.abstract.metrics),
     )
     # a canvas is padded on the left and of any length, which only the reference attention takes
-    sampling_model = make_model(recipe.architecture, dtype=recipe.dtype, attention="xla")
+    sampling_model = make_model(
+        recipe.architecture, dtype=recipe.dtype, attention="xla", mask=recipe.objective.mask
+    )
     profiler = ProfilerWindow(
         workdir,
         first_step=config.log.profile_at_step,
@@ -258,7 +260,10 @@ def train_on(
         for step in range(start_step + 1, num_steps + 1):
             profiler.before(step)
             with clock.span("data"):
-                batch = sharding.place_batch(next(batches), rows, B, recipe.batch_sharding)
+                arrays = next(batches)
+                # the step is compiled for the fields that the objective reads, and for no others
+                arrays = {name: arrays[name] for name in recipe.objective.batch}
+                batch = sharding.place_batch(arrays, rows, B, recipe.batch_sharding)
             # The state is donated: the old one is gone, also when the step fails.
             state, finished = compiled(state, batch)
             # The step has been dispatched, not done. Waiting for it here would leave the devices

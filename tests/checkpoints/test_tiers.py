@@ -147,6 +147,7 @@ SAVER = """
 from llada_jax.checkpoints import host_copies
 from support.records import small_record
 from support.states import *
+jax.config.update("jax_num_cpu_devices", 8)
 mesh = mesh_of(fsdp=4, tensor=2)
 crc32 = host_copies.zlib.crc32
 host_copies.zlib.crc32 = lambda content: time.sleep(0.005) or crc32(content)  # most of the time
@@ -192,7 +193,7 @@ import jax.numpy as jnp
 from support.records import small_record
 from llada_jax.checkpoints.workdir import Checkpoints
 from llada_jax.checkpoints.host_copies import LocalCheckpoints
-from llada_jax.run.metrics_file import host_rss_bytes
+from llada_jax.run.clock import host_rss_bytes
 from llada_jax.training.state import TrainState
 
 zeros = lambda: jnp.zeros((4, 512, 1024))

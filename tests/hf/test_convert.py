@@ -23,6 +23,7 @@ from llada_jax.hf.config_json import (
 )
 from llada_jax.hf.convert import tensors
 from llada_jax.hf.read import read_params
+from llada_jax.masks import CAUSAL
 from llada_jax.models.model import abstract_parameters, make_model
 from llada_jax.models.transformer import Architecture
 
@@ -259,7 +260,7 @@ def test_the_real_llama_and_qwen_classes_agree_with_what_is_read_and_load_what_i
         expected = np.load(directory / "logits.npz")
         tokens = jnp.asarray(expected["tokens"])
         positions = jnp.broadcast_to(jnp.arange(tokens.shape[1]), tokens.shape)
-        logits = jax.jit(make_model(a, causal=True).logits_fn)(params, tokens, None, positions)
+        logits = jax.jit(make_model(a, mask=CAUSAL).logits_fn)(params, tokens, None, positions)
         np.testing.assert_allclose(logits, expected["logits"], atol=1e-4, rtol=0, err_msg=name)
         (directory / "back").mkdir()
         params = jax.device_get(params)

@@ -17,6 +17,7 @@ import llada_jax
 from llada_jax.__main__ import main
 from llada_jax.config import load_config
 from llada_jax.hf import read
+from llada_jax.masks import CAUSAL
 from llada_jax.models.model import make_model
 from llada_jax.models.transformer import Architecture
 from llada_jax.training.step import architecture_of
@@ -39,7 +40,7 @@ def test_a_causal_model_gets_a_mask_row_and_a_shift_and_keeps_all_else(
 
 def test_a_causal_control_gives_the_causal_logits(imported_workdirs, huggingface_directories):
     tokens = np.arange(30).reshape(2, 15) % 7
-    raw = make_model(QWEN, causal=True)
+    raw = make_model(QWEN, mask=CAUSAL)
     positions = jnp.broadcast_to(jnp.arange(15), tokens.shape)
     params = read.read_params(huggingface_directories["qwen"], abstract_on(QWEN))
     expected = jax.jit(raw.logits_fn)(params, jnp.asarray(tokens), None, positions)
@@ -107,7 +108,7 @@ def test_llama_3_is_imported_as_what_it_is_and_as_a_start_with_its_scaled_freque
         shifted,
         unscaled,
     ) = (  # under a causal mask the start is Llama, shifted, but for the new row of the mask token
-        jax.jit(make_model(b, causal=True).logits_fn)(model.params, tokens, None, positions)[
+        jax.jit(make_model(b, mask=CAUSAL).logits_fn)(model.params, tokens, None, positions)[
             :, 1:, :257
         ]
         for b in (a, dataclasses.replace(a, rope_scaling=()))
