@@ -27,7 +27,7 @@ class ILLaDAConfig(PretrainedConfig):
     """
 
     model_type = "illada"
-    _auto_class = "AutoConfig"  # save_pretrained copies the code beside the weights
+    _auto_class = "AutoConfig"  # save_pretrained copies the code next to the weights
 
     def __init__(
         self,
