@@ -1,6 +1,6 @@
 """run.json as a typed record: what a checkpoint was made from.
 
-The same record stands in WORKDIR/run.json (as of the last start), in the metadata of every
+The same record is in WORKDIR/run.json (as of the last start), in the metadata of every
 checkpoint (with its step and its checksums), and next to every local copy. It is the one place in
 which a run describes itself, so that a checkpoint can be loaded, sampled and exported without the
 config file and without the code of the objective.
@@ -62,7 +62,7 @@ class RunRecord:
     data: the datasets; empty for weights that came from elsewhere.
     versions: {"jax": "0.10.2", ...}, of those who wrote it. commit: of the checkout, "" without
         one. started: when, ISO 8601 in UTC.
-    recorded_mask: what attention may see; None where nobody wrote it down. `mask` answers always.
+    recorded_mask: what attention may see; None where it was not recorded. `mask` answers always.
     parts: {knob: where it came from} of the user's own parts (llada_jax.parts.provenance).
     rollbacks: {"count", "skipped"}, see llada_jax.run.rollbacks; None before there could be any.
     step, tokens: how far the checkpoint is; None in WORKDIR/run.json, which is written at the
@@ -250,7 +250,7 @@ class _WrongField(ValueError):
 
 
 def _field(content, name: str, kind: type | tuple, whose: str = ""):
-    """Returns the value at a dotted name; `whose` stands in front of the fault."""
+    """Returns the value at a dotted name; `whose` precedes the fault."""
     value = content
     for key in name.split("."):
         if not isinstance(value, dict) or key not in value:

@@ -394,7 +394,7 @@ def _to_illada(a: Architecture, max_sequence_length: int) -> tuple[dict, dict]:
     # Not under the name rope_scaling: next to one that is not null, transformers 5.23 does not
     # read a tokenizer.
     if a.rope_scaling:
-        numbers = (*a.rope_scaling[:-1], round(a.rope_scaling[-1]))  # it wants whole tokens
+        numbers = (*a.rope_scaling[:-1], round(a.rope_scaling[-1]))  # it takes whole tokens
         stated["rope_parameters"] = {
             "rope_type": "llama3",
             "rope_theta": a.rope_theta,

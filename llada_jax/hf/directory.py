@@ -27,7 +27,7 @@ def check_output(output: str, *, force: bool) -> None:
         raise UserError(f"--output {output} is a file; give a directory.")
     if not path.exists() or not any(path.iterdir()):
         return
-    # --force replaces the directory, and must never delete somebody's home.
+    # --force replaces the directory, and must never delete a home directory.
     if not (path / "config.json").exists():
         raise UserError(
             f"--output {output} is not empty and does not hold an export; give a new directory."

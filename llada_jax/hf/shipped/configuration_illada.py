@@ -75,5 +75,5 @@ class ILLaDAConfig(PretrainedConfig):
             auto_map=kwargs.pop("auto_map", AUTO_MAP),
             **kwargs,
         )
-        if rope_scaling or rope_parameters:  # transformers 5 wants rope_theta in it, too
+        if rope_scaling or rope_parameters:  # transformers 5 needs rope_theta in it, too
             self.rope_parameters = {**(rope_scaling or rope_parameters), "rope_theta": rope_theta}

@@ -285,7 +285,7 @@ class MaskedDiffusionLM(PreTrainedModel):
         Args:
             input_ids: [B, T]; without labels they may contain masks, with labels they are the clean
                 tokens.
-            attention_mask: [B, T], nonzero = real, zero = padding, which nobody attends to. What
+            attention_mask: [B, T], nonzero = real, zero = padding, which is never attended to. What
                 comes out at padding has no meaning.
             position_ids: [B, T]; 0, 1, ... T - 1 unless given.
             inputs_embeds: [B, T, D] in place of input_ids; without labels.
