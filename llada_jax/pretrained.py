@@ -11,12 +11,11 @@ import numpy as np
 from jax.sharding import Mesh
 
 from llada_jax.checkpoints.huggingface import HuggingFace, find_weights
-from llada_jax.checkpoints.record import mask_of
+from llada_jax.checkpoints.record import RunRecord
 from llada_jax.cluster import sharding
 from llada_jax.data.tokenizer import load_same
 from llada_jax.errors import UserError
 from llada_jax.models.model import Model, abstract_parameters, compute_dtype, make_model
-from llada_jax.models.transformer import Architecture
 from llada_jax.samplers.denoise import DenoiseStep
 from llada_jax.samplers.text import generate_text, generate_tokens, ignore_step
 
@@ -41,6 +40,11 @@ class Pretrained:
     model: Model
     run: dict
     mesh: Mesh
+
+    @property
+    def record(self) -> RunRecord:
+        """The typed form of `run`."""
+        return RunRecord.from_json(self.run, file="model.run")
 
     @property
     def logits_fn(self) -> Callable[..., jax.Array]:
@@ -95,7 +99,7 @@ class Pretrained:
             remasking: which proposals a step keeps: "low_confidence", "random", or
                 "module:function" for an own rule.
             temperature: 0 takes the most likely tokens, 1 samples the model's distribution.
-            cfg_scale: strength of guidance towards the prompt; 0 is none and costs half.
+            cfg_scale: strength of guidance towards the prompt; 0 switches it off, at half the cost.
             stop_at_eos: end a text at the end-of-text token; False generates all tokens, as the
                 published sampler.
             seed: the same seed gives the same texts, whatever batch_size is.
@@ -199,25 +203,23 @@ def load(checkpoint: str, *, dtype: str = "auto", mesh: Mesh | None = None) -> P
         UserError: there is no checkpoint, or it cannot be read.
     """
     found, step = find_weights(checkpoint, causal=True)
-    run = found.run(step)
+    record = found.record(step)
     if mesh is None:
         mesh = sharding.one_device_mesh()
-    config = run["config"]
     platform = sharding.platform(mesh)
     model = make_model(
-        Architecture(**run["architecture"]),
+        record.architecture,
         dtype=compute_dtype(dtype, platform),
         # A canvas has any length, and its padding is on the left: the kernels want multiples of
         # 128, and cuDNN padding on the right.
         attention="xla",
-        mask=mask_of(run),
+        mask=record.mask,
     )
-    params = found.restore_params(
-        step, abstract_parameters(model, mesh), ema=config["optimizer"]["ema_decay"] > 0
-    )
+    params = found.restore_params(step, abstract_parameters(model, mesh), ema=record.keeps_ema)
     if isinstance(found, HuggingFace):
         tokenizer = found.tokenizer
     else:
         directory = found.directory.parent / "tokenizer"
-        tokenizer = load_same(directory, run["tokenizer"]["fingerprint"], of="the checkpoint")
-    return Pretrained(tokenizer, config, params, step, model, run, mesh)
+        tokenizer = load_same(directory, record.tokenizer.fingerprint, of="the checkpoint")
+    run = record.to_json()
+    return Pretrained(tokenizer, run["config"], params, step, model, run, mesh)

@@ -1,6 +1,15 @@
 """Numbers as people read them: counts, bytes, seconds, and bits per byte."""
 
 import math
+import re
+
+from llada_jax.errors import UserError
+
+_BYTES = {
+    f"{prefix}{unit}": base**power
+    for unit, base in (("B", 1000), ("iB", 1024))
+    for power, prefix in enumerate("KMGT", 1)
+}
 
 
 def bits_per_byte(nats_per_token: float, *, bytes_per_token: float) -> float:
@@ -28,6 +37,21 @@ def format_bytes(number: float) -> str:
             return f"{digits} {unit}"
         number /= 1024
     raise AssertionError("unreachable: the last unit takes any number")
+
+
+def parse_bytes(text: str, *, flag: str) -> int:
+    """Returns the bytes of "5GB" (decimal) or "512MiB" (binary).
+
+    Args:
+        flag: what `text` was given to, for the message.
+
+    Raises:
+        UserError: it is not a size, or is zero.
+    """
+    match = re.fullmatch(r"(\d+(?:\.\d+)?) ?([KMGT]i?B)", text)
+    if not match or not float(match[1]):
+        raise UserError(f"{flag} {text!r} is not a size; write for example 5GB or 512MiB.")
+    return int(float(match[1]) * _BYTES[match[2]])
 
 
 def _three_digits(number: float) -> str:

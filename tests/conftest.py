@@ -38,7 +38,7 @@ LONGEST = (
     "whole_runs/test_resume",
     "whole_runs/test_meshes",
     "storage/test_remote",
-    "checkpoints/test_workdir",
+    "checkpoints/test_tiers",
     "whole_runs/test_errors_of_checkpoints",
     "whole_runs/test_stops_by_signals",
     "whole_runs/test_errors_of_configs",

@@ -46,7 +46,7 @@ def train_batches(
 ) -> Iterator[Batch]:
     """Returns the endless batches of the mixture from `start_step` on.
 
-    Each dataset is shuffled anew every epoch and repeated; the datasets take turns in the
+    Each dataset is reshuffled in every epoch and repeated; the datasets take turns in the
     proportion of their weights (grain rounds a weight to 1% of the smallest one), so that no record
     of a dataset is seen twice before all are seen once.
 

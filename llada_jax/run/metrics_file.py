@@ -3,7 +3,7 @@
 Two kinds of numbers are kept apart everywhere. Metrics of the model (loss, nelbo, accuracy,
 gradient norm, learning rate) are a function of config and data: a run that was interrupted and
 resumed writes the same ones as a run without interruption. Measurements of the machine (tokens/s,
-waiting, memory) differ from run to run and stand in the group "speed" alone.
+waiting, memory) differ from run to run and are in the group "speed" only.
 """
 
 import contextlib
@@ -103,7 +103,7 @@ class MetricsWriter:
         """Drops the lines of later steps and a half-written last line; returns the rest.
 
         Only the last line may be broken, by a kill. Any other is not of a run: the file may be
-        somebody's notes, and must not be rewritten.
+        a file of notes, and must not be rewritten.
         """
         if not self._path.exists():
             return ""

@@ -1,6 +1,7 @@
 """How a run begins: its data, its workdir, its first state, and the agreement of its processes."""
 
 import contextlib
+import dataclasses
 import functools
 import hashlib
 from collections.abc import Sequence
@@ -12,9 +13,10 @@ from etils import epath
 from jax.experimental import multihost_utils
 from jax.sharding import Mesh
 
+from llada_jax.checkpoints.continuation import check_continues, check_fits
 from llada_jax.checkpoints.host_copies import LocalCheckpoints
 from llada_jax.checkpoints.huggingface import find_weights
-from llada_jax.checkpoints.record import check_continues, check_fits, write_run
+from llada_jax.checkpoints.record import RunRecord, write_run
 from llada_jax.checkpoints.workdir import Checkpoints, find_checkpoint
 from llada_jax.data.loader import Source, SourceSummary, describe
 from llada_jax.data.records import read_dataset
@@ -72,7 +74,7 @@ class OpenWorkdir(NamedTuple):
     saved: Checkpoints
     local: LocalCheckpoints | None
     writer: MetricsWriter
-    record: dict
+    record: RunRecord
     rollbacks: Rollbacks
     start_step: int
     origin: str
@@ -82,7 +84,7 @@ def open_workdir(
     workdir: str,
     recipe: Recipe,
     mesh: Mesh,
-    record: dict,
+    record: RunRecord,
     *,
     config_text: str,
     tokenizer: Tokenizer,
@@ -143,9 +145,9 @@ def open_workdir(
     start_step = int(state.step)
     # A run restored from another workdir has no rollbacks.json of its own, and must leave out the
     # same data as the run that it continues.
-    if not rollbacks.count and "rollbacks" in continued:
-        rollbacks = as_rollbacks(continued["rollbacks"])
-    record = {**record, "rollbacks": rollbacks._asdict()}
+    if not rollbacks.count and continued is not None and continued.rollbacks:
+        rollbacks = as_rollbacks(continued.rollbacks)
+    record = dataclasses.replace(record, rollbacks=rollbacks._asdict())
     if local:
         local.drop_after(start_step)
     if start_step > recipe.num_steps:
@@ -195,19 +197,19 @@ def writing(workdir: str) -> contextlib.AbstractContextManager[None]:
 
 class FirstState(NamedTuple):
     """state: where training starts. origin: where the state comes from, as the start-up lines say
-    it. continued: run.json of the run that is continued; {} for a run that begins.
+    it. continued: the record of the run that is continued; None for a run that begins.
     """
 
     state: TrainState
     origin: str
-    continued: dict
+    continued: RunRecord | None
 
 
 def first_state(
     saved,
     local,
     *,
-    run: dict,
+    run: RunRecord,
     abstract: TrainState,
     abstract_params: dict,
     create,
@@ -250,35 +252,34 @@ def first_state(
             abstract, newer_than=saved.steps[-1] if saved.steps else 0
         )
         note = note and f" ({note})"
-        if state is not None and theirs.get("rollbacks", {}).get("count", 0) < num_rollbacks:
+        if state is not None and theirs.num_rollbacks < num_rollbacks:
             state, note = None, " (the local copies are from before the rollback)"
         if state is not None:
             check_continues(theirs, run, local.directory)
             return FirstState(state, f"step {int(state.step)} of {local.directory}{note}", theirs)
     if saved.steps:
         step = saved.steps[-1]
-        theirs = saved.run(step)
+        theirs = saved.record(step)
         check_continues(theirs, run, saved.directory)
         origin = f"step {step} of {saved.directory.parent}{note}"
         return FirstState(saved.restore(step, abstract), origin, theirs)
     if restore:
         other, step = find_checkpoint(restore)
-        theirs = other.run(step)
+        theirs = other.record(step)
         check_continues(theirs, run, other.directory)
         origin = f"step {step} of {other.directory.parent} (config.checkpoint.restore)"
         return FirstState(other.restore(step, abstract), origin, theirs)
     if init_from:
         other, step = find_weights(init_from, causal=is_causal)
-        theirs = other.run(step)
+        theirs = other.record(step)
         check_fits(theirs, run, other.directory)
-        has_ema = theirs["config"]["optimizer"]["ema_decay"] > 0
-        params = other.restore_params(step, abstract_params, ema=has_ema)
+        params = other.restore_params(step, abstract_params, ema=theirs.keeps_ema)
         # create() passes them through jit, which makes buffers that the train step may take over
         # (see Checkpoints.restore)
         state = create(seed=seed, params=params)
         origin = f"weights of step {step} of {init_from} (config.checkpoint.init_from)"
-        return FirstState(state, origin, {})
-    return FirstState(create(seed=seed), f"initialisation from seed {seed}{note}", {})
+        return FirstState(state, origin, None)
+    return FirstState(create(seed=seed), f"initialisation from seed {seed}{note}", None)
 
 
 def on_first_process(question) -> bool:

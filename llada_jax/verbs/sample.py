@@ -8,7 +8,7 @@ import time
 from contextlib import nullcontext
 
 from llada_jax.checkpoints.orbax_patches import drop_echoes
-from llada_jax.checkpoints.record import mask_of
+from llada_jax.checkpoints.record import RunRecord
 from llada_jax.errors import UserError
 from llada_jax.pretrained import load
 from llada_jax.samplers.denoise import check_schedule
@@ -165,12 +165,11 @@ def warn_of_surprises(args, pretrained, prompts: list[str]) -> None:
         )
 
 
-def check_objective(checkpoint: str, run: dict) -> None:
-    objective = run["config"]["objective"]["name"]
-    if mask_of(run).causal:
+def check_objective(checkpoint: str, record: RunRecord) -> None:
+    if record.mask.causal:
         raise UserError(
-            f"{checkpoint} was trained with objective.name={objective!r} and has never seen a "
-            "mask, so it cannot denoise; sample a checkpoint of masked_diffusion."
+            f"{checkpoint} was trained with objective.name={record.objective!r} and has never seen "
+            "a mask, so it cannot denoise; sample a checkpoint of masked_diffusion."
         )
 
 
@@ -220,7 +219,7 @@ def main(argv: list[str]) -> None:
 
     # 2. The model.
     pretrained = load(args.checkpoint)
-    check_objective(args.checkpoint, pretrained.run)
+    check_objective(args.checkpoint, pretrained.record)
     warn_of_surprises(args, pretrained, prompts)
 
     # 3. The texts.

@@ -138,7 +138,7 @@ def open_run(
             recipe.architecture,
             data.tokenizer,
             data=data.record(),
-            mask=recipe.objective.mask._asdict(),
+            recorded_mask=recipe.objective.mask,
             parts=provenance(own_parts(config)),
         ),
         config_text=config_text,
@@ -385,7 +385,7 @@ def train_on(
 
             # 6c. Save; then, if asked to, stop.
             if must_save or must_copy:
-                record = {**opened.record, "step": step, "tokens": step * B * T}
+                record = opened.record.at(step, step * B * T)
                 with clock.span("checkpoint"):
                     # metrics first: a kill after the save must not lose lines that no start repeats
                     writer.flush()

@@ -111,7 +111,7 @@ def test_a_rule_that_is_undecided_still_reveals_every_token():
         ("forgets", "returned NoneType; it must return float32[2, 8]"),
         ("no_keys", "its signature (logits_BTV, choices_BT) does not take"),
         ("raises", "fails in "),
-        ("confidence", "is a float; name a function"),
+        ("confidence", "has the type float; name a function"),
         ("undecidedd", "Did you mean 'undecided'?"),
     ],
 )
