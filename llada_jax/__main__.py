@@ -6,7 +6,15 @@ import os
 import sys
 import traceback
 
-from llada_jax.errors import LostPeer, NumericsError, Preempted, UserError, look_up, reason
+from llada_jax.errors import (
+    LostPeer,
+    NumericsError,
+    Preempted,
+    UserError,
+    look_up,
+    one_line,
+    reason,
+)
 from llada_jax.streams import Log, lead_nowhere, open_missing, reader_of_stdout_is_gone
 
 # verb -> (module, what it does). A module is imported only when its verb is called, so that
@@ -80,6 +88,10 @@ def run_verb(argv: list[str]) -> int:
         if is_of_stdout and argv[0] not in WITHOUT_RESULT:
             lead_nowhere(sys.stdout.fileno())
             return 0
+        if sentence := mistake_in_environment(error):
+            print(f"llada-jax: {sentence}", file=sys.stderr)
+            leave_the_others(UserError.exit_status)
+            return UserError.exit_status
         if is_one_of_several():
             traceback.print_exc()
             leave_the_others(1)
@@ -103,6 +115,24 @@ def flush_result() -> None:
             f"The result cannot be written to stdout ({reason(error)}); free space where it leads, "
             "and run the same command again."
         ) from error
+
+
+def mistake_in_environment(error: Exception) -> str:
+    """Returns a sentence about a variable that JAX refuses, "" for any other error.
+
+    JAX reads some of its variables when it is imported and others when the first device is asked
+    for, so that no single place of this package could check them.
+    """
+    variables = ", ".join(f"{n}={v!r}" for n, v in os.environ.items() if n.startswith("JAX_"))
+    if isinstance(error, RuntimeError) and "initialize backend" in str(error):
+        return (
+            f"JAX finds no devices ({one_line(str(error))}); correct JAX_PLATFORMS and the other "
+            f"variables of JAX (set: {variables or 'none'}), or install JAX for this hardware."
+        )
+    files = [frame.filename for frame in traceback.extract_tb(error.__traceback__)]
+    if isinstance(error, ValueError) and any(f.endswith("jax/_src/config.py") for f in files[-3:]):
+        return f"JAX cannot use its variables ({one_line(str(error))}); set: {variables or 'none'}."
+    return ""
 
 
 def is_one_of_several() -> bool:

@@ -4,7 +4,9 @@ import contextlib
 import dataclasses
 import functools
 import hashlib
+import shutil
 from collections.abc import Sequence
+from pathlib import Path
 from typing import NamedTuple
 
 import jax
@@ -68,6 +70,7 @@ class OpenWorkdir(NamedTuple):
     saved: its checkpoints. local: copies on the disks of the hosts; None without them. writer: of
     its metrics. record: what this start writes into run.json, and into the record of every
     checkpoint. rollbacks: what was rolled back before. start_step: the step that is already done;
+    is_continued: whether this workdir held a checkpoint;
     origin: where its state comes from, in words.
     """
 
@@ -77,6 +80,7 @@ class OpenWorkdir(NamedTuple):
     record: RunRecord
     rollbacks: Rollbacks
     start_step: int
+    is_continued: bool
     origin: str
 
 
@@ -168,7 +172,36 @@ def open_workdir(
     if is_first:
         with writing(workdir):
             write_run(workdir, tokenizer, record, config_text=config_text)
-    return OpenWorkdir(saved, local, writer, record, rollbacks, start_step, origin), state
+    opened = OpenWorkdir(
+        saved=saved,
+        local=local,
+        writer=writer,
+        record=record,
+        rollbacks=rollbacks,
+        start_step=start_step,
+        is_continued=bool(saved.steps),
+        origin=origin,
+    )
+    return opened, state
+
+
+@contextlib.contextmanager
+def removed_if_refused(workdir: str):
+    """Removes a local workdir that was created in the block when the block ends with a UserError.
+
+    A start that is refused, of a damaged checkpoint say, leaves nothing that looks like a run.
+    """
+    path = Path(workdir)
+    folders = [folder for folder in (path, *path.parents) if not folder.exists()]
+    try:
+        yield
+    except UserError:
+        if folders and jax.process_index() == 0 and not remote.is_remote(workdir):
+            shutil.rmtree(path, ignore_errors=True)
+            for folder in folders[1:]:  # those in which others have put something by now stay
+                with contextlib.suppress(OSError):
+                    folder.rmdir()
+        raise
 
 
 def make_workdir(workdir: str) -> None:

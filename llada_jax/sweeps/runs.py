@@ -10,7 +10,7 @@ from etils import epath
 from ml_collections import ConfigDict
 
 from llada_jax.config import knob, knobs, load_config, neighbours_importable
-from llada_jax.errors import UserError
+from llada_jax.errors import UserError, reason
 from llada_jax.storage.files import write_whole, writing
 from llada_jax.sweeps.grid import Knobs, added_by
 from llada_jax.sweeps.results import FINISHED, Result, read_result
@@ -162,9 +162,19 @@ def read_sweep_json(workdir: str) -> dict | None:
     """Returns sweep.json, None where no run was ever started."""
     path = epath.Path(workdir) / "sweep.json"
     try:
-        return json.loads(path.read_text()) if path.exists() else None
-    except ValueError as error:
-        raise UserError(f"{path} is not JSON ({error}); choose another --workdir.") from error
+        if not path.exists():
+            return None
+        recorded = json.loads(path.read_text())
+        if not isinstance(recorded["base"], dict) or any(
+            not isinstance(changes, dict) for changes in recorded["runs"]
+        ):
+            raise ValueError("its base or its runs are not objects")
+    except (ValueError, KeyError, TypeError) as error:
+        raise UserError(
+            f"{path} is not the record of a sweep ({reason(error)}); move it away when the config "
+            "is still that of the runs, or choose another --workdir."
+        ) from error
+    return recorded
 
 
 def sweep_json_of(sweep: Sweep) -> dict:

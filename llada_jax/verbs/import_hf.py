@@ -4,7 +4,6 @@ sample, evaluate, export.
 
 import contextlib
 import dataclasses
-import json
 import re
 import sys
 

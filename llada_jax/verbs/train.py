@@ -35,6 +35,7 @@ from llada_jax.run.start import (
     on_first_process,
     open_data,
     open_workdir,
+    removed_if_refused,
 )
 from llada_jax.run.startup_lines import compilation_line, flops_of_token, startup_lines
 from llada_jax.samplers.denoise import check_schedule
@@ -129,29 +130,30 @@ def open_run(
         check_schedule(**{name: config.samples[name] for name in SAMPLE_KNOBS}, cfg_scale=0.0)
 
     # 4. The state, from the first of four places that has one.
-    opened, state = open_workdir(
-        workdir,
-        recipe,
-        mesh,
-        run_record(
-            config,
-            recipe.architecture,
-            data.tokenizer,
-            data=data.record(),
-            recorded_mask=recipe.objective.mask,
-            parts=provenance(own_parts(config)),
-        ),
-        config_text=config_text,
-        tokenizer=data.tokenizer,
-        until_end=until_end,
-        seed=config.seed,
-        keep=config.checkpoint.keep,
-        keep_every_steps=config.checkpoint.keep_every_steps,
-        local_directory=config.checkpoint.local_directory,
-        restore=config.checkpoint.restore,
-        init_from=config.checkpoint.init_from,
-        tensorboard=config.log.tensorboard,
-    )
+    with removed_if_refused(workdir):
+        opened, state = open_workdir(
+            workdir,
+            recipe,
+            mesh,
+            run_record(
+                config,
+                recipe.architecture,
+                data.tokenizer,
+                data=data.record(),
+                recorded_mask=recipe.objective.mask,
+                parts=provenance(own_parts(config)),
+            ),
+            config_text=config_text,
+            tokenizer=data.tokenizer,
+            until_end=until_end,
+            seed=config.seed,
+            keep=config.checkpoint.keep,
+            keep_every_steps=config.checkpoint.keep_every_steps,
+            local_directory=config.checkpoint.local_directory,
+            restore=config.checkpoint.restore,
+            init_from=config.checkpoint.init_from,
+            tensorboard=config.log.tensorboard,
+        )
     # apart from the record: the train step takes the state over, and what is kept of it would
     # only be a name for memory that has been given away
     return OpenRun(data, recipe, opened), state
@@ -171,13 +173,13 @@ def train_on(
     saved, local, writer = opened.saved, opened.local, opened.writer
     start_step, num_steps = opened.start_step, recipe.num_steps
     is_first = jax.process_index() == 0
-    ledger = Ledger(workdir, clock, start_step=start_step, enabled=is_first)
     B, T = config.data.batch_size, config.data.sequence_length
     bound_name = recipe.objective.bound_name
     timeout_s = config.distributed.step_timeout_s
 
     # 5. The compiled step.
     progress = Progress(num_steps=num_steps, start_step=start_step, enabled=is_first)
+    ledger = Ledger(workdir, clock, start_step=start_step, enabled=is_first, say=progress.say)
     for line in startup_lines(
         recipe,
         mesh,
@@ -189,6 +191,10 @@ def train_on(
         remat=config.model.remat,
     ):
         progress.say(line)
+    # of another workdir (checkpoint.restore) the lines are there, and not here
+    gap = writer.gap_before(start_step, every_steps=config.log.every_steps)
+    if gap and opened.is_continued:
+        progress.say(gap)
     if start_step >= num_steps:
         progress.say(f"the run is complete: step {start_step} of {num_steps}")
     else:
