@@ -19,6 +19,7 @@ import numpy as np
 
 from llada_jax.data.packing import is_heldout, pack
 from llada_jax.data.records import FORMAT, encode_record, write_shard
+from llada_jax.data.round_trip import num_encoded_bytes
 from llada_jax.data.text import Cut, Input, read_documents
 from llada_jax.data.tokenizer import Tokenizer
 from llada_jax.errors import UserError
@@ -26,6 +27,8 @@ from llada_jax.storage import files
 
 SPLITS = ("train", "heldout")
 COUNTS = ("num_records", "num_tokens", "num_bytes", "num_documents", "num_padding")
+# Documents that a lossy tokenizer cannot give back, and their bytes that no token stands for.
+LOSSES = ("num_lossy_documents", "num_lost_bytes")
 # Small files share a unit until it has this many bytes: ten thousand small files must not give ten
 # thousand shards with one padded row each, while at a few MB/s a unit still takes well under a
 # minute, all that an interruption can cost.
@@ -84,6 +87,8 @@ class Job:
     sequence_length: int
     cut: Cut
     heldout: float
+    # Whether the tokenizer may lose text, so that each document is decoded to count its bytes.
+    is_lossy: bool = False
 
 
 def units_of(inputs: list[Input], job: Job, tokenizer_fingerprint: str) -> list[Unit]:
@@ -101,6 +106,8 @@ def units_of(inputs: list[Input], job: Job, tokenizer_fingerprint: str) -> list[
         size += file.size
     cut = [job.cut.documents, job.cut.text_field, job.cut.document_start]
     settings = [FORMAT, tokenizer_fingerprint, job.sequence_length, job.heldout, cut]
+    # Named only where it decides something, so that units of earlier versions stay finished.
+    settings += ["lossy"] if job.is_lossy else []
     return [
         Unit(index, tuple(group), fingerprint([index, settings, [file.identity for file in group]]))
         for index, group in enumerate(groups)
@@ -150,6 +157,7 @@ def write_unit(
     """Writes the shards of a unit and then its receipt."""
     counts = {split: dict.fromkeys(COUNTS, 0) for split in SPLITS}
     num_empty = 0
+    lossy = dict.fromkeys(LOSSES, 0)
 
     def training_documents(spool) -> Iterator[np.ndarray]:
         nonlocal num_empty
@@ -160,6 +168,11 @@ def write_unit(
             for text, ids in zip(full, tokenizer.encode_arrays(full)):
                 split = "heldout" if is_heldout(text, fraction=job.heldout) else "train"
                 num_bytes, num_tokens = len(text.encode()), len(ids) + 1
+                if job.is_lossy and (decoded := tokenizer.decode(ids)) != text:
+                    num_kept = num_encoded_bytes(text, decoded)
+                    lossy["num_lossy_documents"] += 1
+                    lossy["num_lost_bytes"] += num_bytes - num_kept
+                    num_bytes = num_kept
                 counts[split]["num_documents"] += 1
                 counts[split]["num_bytes"] += num_bytes
                 counts[split]["num_tokens"] += num_tokens
@@ -191,6 +204,7 @@ def write_unit(
             "fingerprint": unit.fingerprint,
             "input": [file.path for file in unit.inputs],
             "num_empty_documents": num_empty,
+            **(lossy if job.is_lossy else {}),
             "splits": {split: {**counts[split], **shards[split]} for split in SPLITS},
         }
         write_json(receipt_path(job.output, unit), receipt)
@@ -266,6 +280,7 @@ def dataset_json(receipts: list[dict], source: dict, tokenizer: Tokenizer) -> di
         splits[name] = {count: sum(part[count] for part in parts) for count in COUNTS}
         splits[name]["shards"] = [part["shard"] for part in parts if part["shard"]]
     digests = {name: [receipt["splits"][name]["digest"] for receipt in receipts] for name in SPLITS}
+    losses = {name: sum(receipt.get(name, 0) for receipt in receipts) for name in LOSSES}
     names = ("kind", "fingerprint", "vocab_size", "mask_id", "eos_id", "bos_id", "pad_id")
     return {
         "format": FORMAT,
@@ -278,6 +293,7 @@ def dataset_json(receipts: list[dict], source: dict, tokenizer: Tokenizer) -> di
         "source": {
             **source,
             "num_empty_documents": sum(receipt["num_empty_documents"] for receipt in receipts),
+            **(losses if any(losses.values()) else {}),
         },
     }
 

@@ -95,7 +95,8 @@ class SentencePiece:
         # Both must exist before the first use of `decode` and `encode`, which decide them.
         self._starts_with_space = False
         self._segments = None
-        self._starts_with_space = self.decode(self._plain(["a"])[0]) == " a"
+        # Whatever the model makes of the letter, which it may not know, a space before it is added.
+        self._starts_with_space = self.decode(self._plain(["a"])[0]).startswith(" ")
         self._mark_ids = [
             self._processor.piece_to_id(f"<0x{byte:02X}>") for byte in SPACE_MARK.encode()
         ]

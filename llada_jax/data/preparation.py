@@ -32,6 +32,7 @@ from llada_jax.data.build import (
 )
 from llada_jax.data.packing import is_heldout
 from llada_jax.data.records import JSON_NAME, write_dataset_json
+from llada_jax.data.round_trip import describe_loss, is_lossless
 from llada_jax.data.text import Cut, Input, check_cut, find_inputs, read_documents
 from llada_jax.data.tokenizer import Tokenizer, load_tokenizer
 from llada_jax.data.tokenizer_training import train_sentencepiece
@@ -43,6 +44,9 @@ from llada_jax.storage.locks import try_lock
 # A tokenizer is trained on at most this many characters: unigram training takes about 25 bytes of
 # memory and, on one or two cores, 4 microseconds per character (32 million: 0.8 GB, two minutes).
 SAMPLE_CHARS = 20_000_000
+
+# Whether a tokenizer gives the text back is checked on this much of it, which takes a second.
+CHECK_CHARS, CHECK_FILES, CHECK_DOCUMENT_CHARS = 500_000, 25, 20_000
 
 LOCK_SECONDS = 5.0  # how long the processes of a killed run are given to notice it
 
@@ -112,11 +116,20 @@ def prepare(
             output, source, lambda: make_tokenizer(sample_texts(inputs, cut, heldout=heldout))
         )
         # 4. The shards of the units that have no receipt yet.
-        job = Job(output=output, sequence_length=sequence_length, cut=cut, heldout=heldout)
+        sample = texts_to_check(inputs, cut)
+        job = Job(
+            output=output,
+            sequence_length=sequence_length,
+            cut=cut,
+            heldout=heldout,
+            is_lossy=not is_lossless(sample, made),
+        )
         units = units_of(inputs, job, made.fingerprint)
         remove_leftovers(output, units)
         pending = [unit for unit in units if not is_done(output, unit)]
         if pending:
+            if job.is_lossy:
+                _say_what_is_lost(sample, made)
             run_units(
                 pending, job, workers=workers, num_bytes_done=size_of(units) - size_of(pending)
             )
@@ -172,6 +185,35 @@ def _parse_tokenizer(
     # The fingerprint rather than the path: the same model may have moved.
     name = spec if tokenizer.kind == "bytes" else f"{tokenizer.kind} {tokenizer.fingerprint[:16]}"
     return lambda texts: tokenizer, name
+
+
+def texts_to_check(inputs: list[Input], cut: Cut) -> list[str]:
+    """Returns the text on which a tokenizer is checked: the beginnings of the first documents of
+    CHECK_FILES files, which are spread evenly over all, CHECK_CHARS characters in all.
+    """
+    texts = []
+    step = max(1, -(-len(inputs) // CHECK_FILES))
+    share = CHECK_CHARS // min(len(inputs), CHECK_FILES)
+    for file in inputs[::step]:
+        left = share
+        for text in read_documents(file.path, cut):
+            if text.strip():
+                texts.append(text[: min(left, CHECK_DOCUMENT_CHARS)])
+                left -= len(texts[-1])
+            if left <= 0:
+                break
+    return texts
+
+
+def _say_what_is_lost(sample: list[str], tokenizer: Tokenizer) -> None:
+    loss = describe_loss(sample, tokenizer)
+    if loss:
+        print(
+            f"prepare: the tokenizer cannot give back the text: {loss}. num_bytes counts only the "
+            "bytes that its tokens stand for, so that bits per byte are right; --tokenizer spm:N "
+            "trains a tokenizer that loses nothing.",
+            file=sys.stderr,
+        )
 
 
 # ---- the output directory

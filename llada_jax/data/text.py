@@ -8,22 +8,17 @@ import contextlib
 import glob
 import gzip
 import json
-import lzma
 import os
 import re
 import zlib
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from pathlib import Path
 
+from llada_jax.data.compression import BLOCK_BYTES, READERS, Damaged, decompressed
 from llada_jax.errors import UserError, require
 
-# Read at once: large enough to stream well from an object store, and small against the memory of
-# any machine.
-BLOCK_BYTES = 1 << 20
-
 FORMATS = (".txt", ".jsonl", ".parquet")
-COMPRESSIONS = ("", ".gz", ".xz", ".zst")
+COMPRESSIONS = ("", *READERS)
 SUFFIXES = tuple(f + c for f in FORMATS for c in COMPRESSIONS if f != ".parquet" or not c)
 
 
@@ -331,43 +326,12 @@ def _lines(blocks: Iterator[bytes]) -> Iterator[bytes]:
 
 def _blocks(path: str, on_read: Callable[[int], None]) -> Iterator[bytes]:
     """Yields the decompressed content of a file in blocks."""
-    decompress = {".gz": _gzip_blocks, ".xz": _xz_blocks, ".zst": _zstd_blocks}
-    read = decompress.get(Path(path).suffix, _plain_blocks)
     with _open(path) as file, _reading(path):
         position = 0
-        for block in read(file):
+        for block in decompressed(file, path):
             on_read(file.tell() - position)
             position = file.tell()
             yield block
-
-
-def _plain_blocks(file, num_bytes: int = BLOCK_BYTES) -> Iterator[bytes]:
-    while block := file.read(num_bytes):
-        yield block
-
-
-def _gzip_blocks(file) -> Iterator[bytes]:
-    return _plain_blocks(gzip.GzipFile(fileobj=file))
-
-
-def _xz_blocks(file) -> Iterator[bytes]:
-    return _plain_blocks(lzma.LZMAFile(file))
-
-
-def _zstd_blocks(file) -> Iterator[bytes]:
-    # Not the library's own stream reader, which takes a truncated file for a complete one. A
-    # decompressobj decompresses at once whatever it is given, however large that becomes, so it is
-    # given little: 1 kB becomes a few kB of ordinary text, and never more than 32 MB.
-    zstandard = require("zstandard", extra="data")
-    frame = None
-    for block in _plain_blocks(file, 1024):
-        while block:
-            frame = frame or zstandard.ZstdDecompressor(max_window_size=1 << 31).decompressobj()
-            yield frame.decompress(block)
-            block = frame.unused_data if frame.eof else b""
-            frame = None if frame.eof else frame
-    if frame:
-        raise EOFError("the last frame is not complete")
 
 
 @contextlib.contextmanager
@@ -391,7 +355,7 @@ def _reading(path: str):
         raise
     except EOFError as error:
         raise UserError(f"{path} is truncated ({error}); fetch or compress it again.") from error
-    except (gzip.BadGzipFile, zlib.error, lzma.LZMAError) as error:
+    except (Damaged, gzip.BadGzipFile, zlib.error) as error:
         raise UserError(f"{path} is damaged ({error}); fetch or compress it again.") from error
     except UnicodeDecodeError as error:
         raise UserError(f"{path} is not valid UTF-8 ({error}); write it again as UTF-8.") from error

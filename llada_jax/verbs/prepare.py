@@ -116,4 +116,9 @@ def summary(output, content: dict) -> str:
         )
     if content["source"]["num_empty_documents"]:
         lines.append(f"  {content['source']['num_empty_documents']:,} empty documents were skipped")
+    if "num_lossy_documents" in content["source"]:
+        lines.append(
+            f"  {content['source']['num_lossy_documents']:,} documents lose text in the tokenizer, "
+            f"{content['source']['num_lost_bytes']:,} bytes in all, which num_bytes leaves out"
+        )
     return "\n".join(lines)

@@ -20,7 +20,8 @@ from llada_jax.data.text import BLOCK_BYTES, Cut, _lines, check_cut, find_inputs
 from llada_jax.errors import UserError
 
 TEXTS = ["first\nof two lines\n", "", "third: é \u2581 \U0001f600\r\n", "last without line feed"]
-COMPRESS = {"": bytes, ".gz": gzip.compress, ".xz": lzma.compress, ".zst": zstandard.compress}
+COMPRESS = {"": bytes, ".gz": gzip.compress, ".xz": lzma.compress}
+COMPRESS |= {".bz2": bz2.compress, ".zst": zstandard.compress}
 AS_FILES, AS_LINES = Cut(), Cut(documents="line")
 
 
@@ -65,7 +66,7 @@ def test_parquet_rows_are_documents(tmp_path):
 
 
 def test_several_frames_and_members_are_one_file(tmp_path):
-    for suffix in (".gz", ".xz", ".zst"):
+    for suffix in (".gz", ".xz", ".bz2", ".zst"):
         path = tmp_path / f"a.txt{suffix}"
         path.write_bytes(COMPRESS[suffix](b"one ") + COMPRESS[suffix](b"two"))
         assert list(read_documents(str(path), AS_FILES)) == ["one two"]
@@ -185,7 +186,7 @@ def test_a_pattern_without_files_is_refused(tmp_path, pattern):
         find_inputs([str(tmp_path / pattern)])
 
 
-@pytest.mark.parametrize("name", ["a.md", "a.txt.bz2", "a.parquet.gz", "txt"])
+@pytest.mark.parametrize("name", ["a.md", "a.txt.lz4", "a.parquet.gz", "txt"])
 def test_a_file_of_unknown_format_is_refused(tmp_path, name):
     (tmp_path / name).write_bytes(bz2.compress(b"x"))
     with pytest.raises(UserError, match="has an unknown format"):
@@ -261,7 +262,7 @@ def test_a_bad_record_names_file_and_line(tmp_path, line, message):
         list(read_documents(path, AS_FILES))
 
 
-@pytest.mark.parametrize("suffix", [".gz", ".xz", ".zst"])
+@pytest.mark.parametrize("suffix", [".gz", ".xz", ".bz2", ".zst"])
 def test_truncated_and_damaged_compression_is_refused(tmp_path, suffix):
     whole = COMPRESS[suffix](bytes(range(32, 127)) * 1000)
     path = tmp_path / f"a.txt{suffix}"
