@@ -33,7 +33,7 @@ from support.runs import Runs  # noqa: E402
 # a whole file.
 LONGEST = (
     "planning/test_check",
-    "launch/test_slurm",
+    "launch/test_slurm_jobs",
     "verbs/test_train",
     "whole_runs/test_resume",
     "whole_runs/test_meshes",
