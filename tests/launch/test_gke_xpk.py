@@ -30,12 +30,15 @@ def ask_xpk(xpk: str, tmp_path: Path, *flags: str) -> dict:
     """
     out = tmp_path / "xpk.yaml"
     request = (
-        f"--dry-run --skip-validation --output-manifest-file {out} --cluster c --project p "
+        "--dry-run --skip-validation --cluster c --project p "
         f"--zone us-central1-a --workload run --docker-image image:1 --docker-name {gke.CONTAINER} "
         "--max-restarts 10 --termination-grace-period-seconds 300 --priority medium"
     )
     done = subprocess.run(
-        [xpk, "workload", "create", *request.split(), "--command", " ".join(COMMAND), *flags],
+        [
+            *(xpk, "workload", "create", *request.split(), "--output-manifest-file", str(out)),
+            *("--command", " ".join(COMMAND), *flags),
+        ],
         capture_output=True,
         text=True,
         check=False,
@@ -98,26 +101,13 @@ SAME = {
     ("--topology", "v4-32"): ("--tpu-type", "v4-32", "--num-slices", "1"),
     ("--topology", "v6e-1"): ("--tpu-type", "v6e-1", "--num-slices", "1"),
     ("--topology", "v5litepod-16", "--slices", "2", "--ramdisk", "/local", "--env", "A=1"): (
-        "--tpu-type",
-        "v5litepod-16",
-        "--num-slices",
-        "2",
-        "--mtc-enabled",
-        "--ramdisk-directory=local",
-        "--env",
-        "A=1",
+        *("--tpu-type", "v5litepod-16", "--num-slices", "2"),
+        *("--mtc-enabled", "--ramdisk-directory=local", "--env", "A=1"),
     ),
     (
-        "--topology",
-        "tpu7x-128",
-        "--node-selector",
+        *("--topology", "tpu7x-128", "--node-selector"),
         "cloud.google.com/placement-policy-name=tpu7x-128-4x4x4-placement-policy",
-    ): (
-        "--tpu-type",
-        "tpu7x-128",
-        "--num-slices",
-        "1",
-    ),
+    ): ("--tpu-type", "tpu7x-128", "--num-slices", "1"),
 }
 
 

@@ -1,4 +1,4 @@
-"""The local launcher: what it starts, how it ends, and that runs under it equal those without it."""
+"""The local launcher: what it starts, how it ends, and that it does not change a run."""
 
 import runpy
 import signal

@@ -14,6 +14,7 @@ import subprocess
 
 import pytest
 import tpu_vm
+import tpu_vm_commands
 from support.paths import LAUNCH
 from support.required import program
 
@@ -117,7 +118,7 @@ def test_code_outside_git_is_refused(tmp_path):
 @pytest.mark.parametrize("name", ["INSTALL", "CLEAN", "STOP", "run_script"])
 def test_remote_scripts_pass_shellcheck(name):
     # SC2016: the single quotes hold the user's command, which the worker's shell must not expand.
-    script = getattr(tpu_vm, name)
+    script = getattr(tpu_vm_commands, name)
     if callable(script):
         script = script(
             ["llada-jax", "train", "--config=a b", "it's", "$HOME", "*"],

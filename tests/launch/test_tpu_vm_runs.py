@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 import tpu_vm
 from support.fake_gcloud import JOB, Cloud, until
+from tpu_vm_commands import STARTED
 
 # ---- runs without a restart
 
@@ -28,9 +29,9 @@ def test_a_run_is_created_waited_for_installed_and_run_on_every_worker(cloud):
         assert not (home / "llada_jax" / ".venv").exists()
         assert "uv pip install" in (home / "installed").read_text()
         assert "rm -f /tmp/libtpu_lockfile" in (home / "sudo").read_text()
-        assert tpu_vm.STARTED in (cloud.logs / f"slice-0-worker-{worker}.log").read_text()
+        assert STARTED in (cloud.logs / f"slice-0-worker-{worker}.log").read_text()
     # The output of the first worker is shown.
-    assert tpu_vm.STARTED in err
+    assert STARTED in err
 
 
 def test_an_active_resource_is_used_as_it_is(cloud):

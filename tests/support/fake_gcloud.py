@@ -12,7 +12,7 @@ import sys
 import time
 from pathlib import Path
 
-import tpu_vm
+from tpu_vm_commands import STARTED
 
 from support.paths import LAUNCH
 
@@ -100,7 +100,7 @@ class Cloud:
             python=sys.executable,
             here=str(directory),
             num_workers=num_workers,
-            started=tpu_vm.STARTED,
+            started=STARTED,
         )
         self.program("bin/gcloud", fake)
         self.program(
