@@ -5,7 +5,7 @@ Objectives name a Mask, networks obey it, and every attention kernel derives its
 
 Segments, said once for the whole package. The documents of a row carry the ids 1, 2, ..., and a
 query attends only to keys of its own segment. Segment 0 is padding: no document ever attends to it,
-and nobody reads what is computed there (padding attends to padding, or its softmax would be over
+and what is computed there is never read (padding attends to padding, or its softmax would be over
 nothing and give NaN, which the backward pass would spread). `segment_ids_BT=None` means that the
 whole row is one segment.
 """

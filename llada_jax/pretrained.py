@@ -95,7 +95,7 @@ class Pretrained:
             remasking: which proposals a step keeps: "low_confidence", "random", or
                 "module:function" for an own rule.
             temperature: 0 takes the most likely tokens, 1 samples the model's distribution.
-            cfg_scale: strength of guidance towards the prompt; 0 is none and costs half.
+            cfg_scale: strength of guidance towards the prompt; 0, without it, costs half.
             stop_at_eos: end a text at the end-of-text token; False generates all tokens, as the
                 published sampler.
             seed: the same seed gives the same texts, whatever batch_size is.

@@ -58,7 +58,7 @@ class Canvas(NamedTuple):
 
 
 class DenoiseStep(NamedTuple):
-    """What one step has done. Arrays stay on the device until somebody reads them."""
+    """What one step has done. Arrays stay on the device until they are read."""
 
     canvas_BT: jax.Array  # int32, after the step
     is_new_BT: jax.Array  # bool: masked before the step, revealed (or filled with EOS) by it
