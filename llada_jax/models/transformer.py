@@ -89,7 +89,7 @@ def _is_scaling(*numbers) -> bool:
 
 
 class TokenScores(NamedTuple):
-    """How well a network predicts the targets of a batch; zero and False elsewhere."""
+    """How well a network predicts the targets of a batch; zero and False outside of `where`."""
 
     nll_BT: Array  # float32: -log p(target) in nats
     is_correct_BT: Array  # bool: no token scores higher than the target
