@@ -12,12 +12,13 @@ from llada_jax.errors import UserError
 PATTERN_CHARACTERS = "*?["
 
 
-def user_path(text: str) -> str:
+def user_path(text: str | os.PathLike[str]) -> str:
     """Returns the path that a user means by a text: a ~ at its beginning is a home directory.
 
     Raises:
         UserError: the home directory is that of an unknown user.
     """
+    text = os.fspath(text)
     if not text.startswith("~"):
         return text
     path = os.path.expanduser(text)
@@ -40,7 +41,7 @@ def check_savable(workdir: str) -> None:
         )
 
 
-def split_step(checkpoint: str) -> tuple[str, int | None]:
+def split_step(checkpoint: str | os.PathLike[str]) -> tuple[str, int | None]:
     """Returns (workdir, step) of "WORKDIR" or "WORKDIR@STEP"; step None means the latest.
 
     An @ within the path, as in me@home/run, belongs to the path.
@@ -48,6 +49,7 @@ def split_step(checkpoint: str) -> tuple[str, int | None]:
     Raises:
         UserError: what follows the last @ is neither a step nor the end of an existing path.
     """
+    checkpoint = os.fspath(checkpoint)
     workdir, at, step = checkpoint.rpartition("@")
     if not at or "/" in step or (not step.isdigit() and os.path.isdir(checkpoint)):
         return user_path(checkpoint), None

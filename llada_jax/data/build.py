@@ -17,10 +17,11 @@ from pathlib import Path
 
 import numpy as np
 
+from llada_jax.data.inputs import Input, printable
 from llada_jax.data.packing import is_heldout, pack
 from llada_jax.data.records import FORMAT, encode_record, write_shard
 from llada_jax.data.round_trip import num_encoded_bytes
-from llada_jax.data.text import Cut, Input, read_documents
+from llada_jax.data.text import Cut, read_documents
 from llada_jax.data.tokenizer import Tokenizer
 from llada_jax.errors import UserError
 from llada_jax.storage import files
@@ -105,6 +106,7 @@ def units_of(inputs: list[Input], job: Job, tokenizer_fingerprint: str) -> list[
         groups[-1].append(file)
         size += file.size
     cut = [job.cut.documents, job.cut.text_field, job.cut.document_start]
+    cut += [job.cut.form] if job.cut.form else []
     settings = [FORMAT, tokenizer_fingerprint, job.sequence_length, job.heldout, cut]
     # Named only where it decides something, so that units of earlier versions stay finished.
     settings += ["lossy"] if job.is_lossy else []
@@ -202,7 +204,7 @@ def write_unit(
             }
         receipt = {
             "fingerprint": unit.fingerprint,
-            "input": [file.path for file in unit.inputs],
+            "input": [printable(file.path) for file in unit.inputs],
             "num_empty_documents": num_empty,
             **(lossy if job.is_lossy else {}),
             "splits": {split: {**counts[split], **shards[split]} for split in SPLITS},

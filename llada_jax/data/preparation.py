@@ -30,10 +30,11 @@ from llada_jax.data.build import (
     write_json,
     writing_to,
 )
+from llada_jax.data.inputs import Input, find_inputs, printable
 from llada_jax.data.packing import is_heldout
 from llada_jax.data.records import JSON_NAME, write_dataset_json
 from llada_jax.data.round_trip import describe_loss, is_lossless
-from llada_jax.data.text import Cut, Input, check_cut, find_inputs, read_documents
+from llada_jax.data.text import Cut, check_cut, read_documents
 from llada_jax.data.tokenizer import Tokenizer, load_tokenizer
 from llada_jax.data.tokenizer_training import train_sentencepiece
 from llada_jax.data.workers import run_units
@@ -59,6 +60,8 @@ SETTINGS = (
     "text_field",
     "document_start",
     "heldout",
+    # Written only when it was given.
+    "format",
 )
 
 
@@ -94,10 +97,11 @@ def prepare(
     # 1. What to do, checked before anything is written.
     _check_numbers(sequence_length=sequence_length, heldout=heldout, workers=workers)
     make_tokenizer, tokenizer_name = _parse_tokenizer(tokenizer, add_mask_token=add_mask_token)
-    inputs = find_inputs(patterns)
+    _check_words(tokenizer, cut)
+    inputs = find_inputs(patterns, cut.form, on_note=_say)
     check_cut(inputs, cut)
     source = {
-        "input": list(patterns),
+        "input": [printable(pattern) for pattern in patterns],
         "num_files": len(inputs),
         "input_fingerprint": fingerprint([i.identity for i in inputs]),
         "tokenizer": tokenizer_name,
@@ -106,6 +110,7 @@ def prepare(
         "text_field": cut.text_field,
         "document_start": cut.document_start,
         "heldout": heldout,
+        **({"format": cut.form} if cut.form else {}),
     }
     output = _begin_output(output)
     with _lock(output):
@@ -156,6 +161,21 @@ def _check_numbers(*, sequence_length: int, heldout: float, workers: int) -> Non
         )
     if workers < 1:
         raise UserError(f"--workers {workers} must be at least 1; leave it out to use every core.")
+
+
+def _check_words(tokenizer: str, cut: Cut) -> None:
+    """Raises UserError for words that dataset.json could not hold."""
+    for flag, word in (
+        ("--tokenizer", tokenizer),
+        ("--text-field", cut.text_field),
+        ("--document-start", cut.document_start),
+    ):
+        if printable(word) != word:
+            raise UserError(f"{flag} {printable(word)!r} is not valid UTF-8; write it as UTF-8.")
+
+
+def _say(note: str) -> None:
+    print(f"prepare: {printable(note)}.", file=sys.stderr)
 
 
 def _parse_tokenizer(
@@ -226,6 +246,11 @@ def _begin_output(output) -> Path:
             f"--output {output} must be a local or mounted directory, since ArrayRecord files are "
             "written in place; copy the finished directory to where it is needed."
         )
+    if printable(str(output)) != str(output):
+        raise UserError(
+            f"--output {printable(str(output))} is not valid UTF-8, which ArrayRecord files cannot "
+            "be written below; give another name."
+        )
     output = Path(output)
     with writing_to(output):
         output.mkdir(parents=True, exist_ok=True)
@@ -272,10 +297,10 @@ def _refuse_other_settings(output: Path, source: dict) -> None:
     before = read_json(file)
     before = before.get("source", {}) if is_complete else before
     for key in SETTINGS:
-        if before.get(key) != source[key]:
+        if before.get(key) != source.get(key):
             raise UserError(
                 f"{output} was prepared with --{key.replace('_', '-')} {before.get(key)!r} and "
-                f"this command says {source[key]!r}; give the same value, another --output, or "
+                f"this command says {source.get(key)!r}; give the same value, another --output, or "
                 "delete the directory."
             )
     if is_complete and before.get("input_fingerprint") != source["input_fingerprint"]:

@@ -5,7 +5,6 @@ Nothing here holds more than one document and one block of BLOCK_BYTES of a file
 """
 
 import contextlib
-import glob
 import gzip
 import json
 import os
@@ -14,37 +13,12 @@ import zlib
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
-from llada_jax.data.compression import BLOCK_BYTES, READERS, Damaged, decompressed
+from llada_jax.data.compression import BLOCK_BYTES, Damaged, decompressed
+from llada_jax.data.inputs import Input, format_of
 from llada_jax.errors import UserError, require
 
-FORMATS = (".txt", ".jsonl", ".parquet")
-COMPRESSIONS = ("", *READERS)
-SUFFIXES = tuple(f + c for f in FORMATS for c in COMPRESSIONS if f != ".parquet" or not c)
-
-
-@dataclass(frozen=True)
-class Input:
-    """One file to read.
-
-    Attributes:
-        path: path or URL.
-        size: bytes, as it is stored.
-        version: changes when the file is rewritten: a modification time, or what a store has for
-            it.
-    """
-
-    path: str
-    size: int
-    version: str
-
-    @property
-    def identity(self) -> list:
-        """What distinguishes two inputs, for the fingerprints of what was made from them."""
-        return [
-            self.path if "://" in self.path else os.path.abspath(self.path),
-            self.size,
-            self.version,
-        ]
+# Some editors write it where a file begins, to say that it is UTF-8. It is not of the text.
+BYTE_ORDER_MARK = "\ufeff"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -56,100 +30,19 @@ class Cut:
         text_field: the field of a .jsonl record, or column of a .parquet file, that holds the text.
         document_start: in .txt, a line in which this regular expression is found begins a new
             document; "" for none.
+        form: "txt", "jsonl" or "parquet", what all files hold; "": what their names say.
     """
 
     documents: str = ""
     text_field: str = "text"
     document_start: str = ""
-
-
-# ---- finding files
-
-
-def find_inputs(patterns: list[str]) -> list[Input]:
-    """Returns the files that paths, globs and directories (searched recursively) name, sorted, each
-    once.
-
-    Raises:
-        UserError: a pattern names no file, or a file whose name ends in none of SUFFIXES.
-    """
-    found = {}
-    for pattern in patterns:
-        matches = _find_remote(pattern) if "://" in pattern else _find_local(pattern)
-        if not matches:
-            raise UserError(
-                f"--input {pattern!r} matches no file; give files, globs or directories with files "
-                f"that end in {', '.join(FORMATS)} (text also {', '.join(COMPRESSIONS[1:])})."
-            )
-        found.update({match.path: match for match in matches})
-    for path in found:
-        _format_of(path)
-    return [found[path] for path in sorted(found)]
-
-
-def _find_local(pattern: str) -> list[Input]:
-    if os.path.isdir(pattern):
-        with _reading(pattern):
-            paths = [
-                os.path.join(folder, name)
-                for folder, _, names in os.walk(pattern, onerror=_raise)
-                for name in names
-            ]
-        paths = [path for path in paths if path.endswith(SUFFIXES)]
-    elif os.path.isfile(pattern):
-        paths = [pattern]
-    else:
-        paths = [path for path in glob.glob(pattern, recursive=True) if os.path.isfile(path)]
-    inputs = []
-    for path in paths:
-        stat = os.stat(path)
-        inputs.append(Input(os.path.normpath(path), stat.st_size, str(stat.st_mtime_ns)))
-    return inputs
-
-
-def _raise(error: OSError):
-    raise error
-
-
-def _find_remote(pattern: str) -> list[Input]:
-    with _reading(pattern):
-        fs, path = require("fsspec", extra="data").core.url_to_fs(pattern)
-        # Asked first: a "?" in a web address is not a wildcard, and a web page not a directory.
-        if fs.isfile(path):
-            infos = [fs.info(path)]
-        elif fs.isdir(path):
-            infos = [i for i in fs.find(path, detail=True).values() if i["name"].endswith(SUFFIXES)]
-        else:
-            infos = [i for i in fs.glob(path, detail=True).values() if i["type"] == "file"]
-    inputs = []
-    for info in infos:
-        # Every file system has its own name for the version. Where it has none, only the size shows
-        # that a file has changed.
-        marks = [
-            str(info[key])
-            for key in ("ETag", "etag", "mtime", "LastModified", "created")
-            if key in info
-        ]
-        inputs.append(
-            Input(fs.unstrip_protocol(info["name"]), info["size"] or 0, "".join(marks[:1]))
-        )
-    return inputs
-
-
-def _format_of(path: str) -> str:
-    for suffix in SUFFIXES:
-        if path.endswith(suffix):
-            return "." + suffix.split(".")[1]
-    raise UserError(
-        f"Input file {path!r} has an unknown format; its name must end in one of "
-        f"{', '.join(SUFFIXES)}."
-    )
+    form: str = ""
 
 
 def check_cut(inputs: list[Input], cut: Cut) -> None:
     """Raises UserError when files of these formats cannot be cut into documents that way."""
-    with_text = any(_format_of(i.path) == ".txt" for i in inputs)
-    other = next((i.path for i in inputs if _format_of(i.path) != ".txt"), None)
+    with_text = any(format_of(i.path, cut.form) == "txt" for i in inputs)
+    other = next((i.path for i in inputs if format_of(i.path, cut.form) != "txt"), None)
     if cut.document_start:
         try:
             re.compile(cut.document_start)
@@ -184,8 +77,8 @@ def read_documents(
 ) -> Iterator[str]:
     """Yields the documents of one file in order, empty ones included.
 
-    The documents of a .txt joined are the file again, except that with documents="line" the line
-    ends are gone.
+    The documents of a .txt joined are the file again, without a byte order mark at its start, and
+    with documents="line" without the line ends.
 
     Args:
         path: local path or URL.
@@ -196,11 +89,11 @@ def read_documents(
         UserError: the file is unreadable or truncated, is not valid UTF-8, has a line that is not
             JSON or a record without the field; the message names the place.
     """
-    form = _format_of(path)
-    if form == ".parquet":
+    form = format_of(path, cut.form)
+    if form == "parquet":
         return _parquet_documents(path, cut.text_field, on_read)
     blocks = _blocks(path, on_read)
-    if form == ".jsonl":
+    if form == "jsonl":
         return _jsonl_documents(path, blocks, cut.text_field)
     if cut.document_start:
         return _sections(path, blocks, re.compile(cut.document_start))
@@ -211,13 +104,14 @@ def read_documents(
 
 def _whole(path: str, blocks: Iterator[bytes]) -> Iterator[str]:
     data = b"".join(blocks)
-    yield _decode(data, path=path, line=1, offset=0)
+    yield _decode(data, path=path, line=1, offset=0).removeprefix(BYTE_ORDER_MARK)
 
 
 def _text_lines(path: str, blocks: Iterator[bytes]) -> Iterator[str]:
     offset = 0
     for number, line in enumerate(_lines(blocks), start=1):
-        yield _decode(line, path=path, line=number, offset=offset)
+        text = _decode(line, path=path, line=number, offset=offset)
+        yield text.removeprefix(BYTE_ORDER_MARK) if number == 1 else text
         offset += len(line)
 
 
@@ -233,6 +127,8 @@ def _sections(path: str, blocks: Iterator[bytes], document_start: re.Pattern) ->
 
 def _jsonl_documents(path: str, blocks: Iterator[bytes], field: str) -> Iterator[str]:
     for number, line in enumerate(_text_lines(path, blocks), start=1):
+        # Also within a file: behind each of several files that were joined.
+        line = line.removeprefix(BYTE_ORDER_MARK)
         if not line.strip():
             continue
         where = f"{path}:{number}"
@@ -240,7 +136,13 @@ def _jsonl_documents(path: str, blocks: Iterator[bytes], field: str) -> Iterator
             record = json.loads(line)
         except ValueError as error:
             raise UserError(
-                f"{where} is not valid JSON ({error}); fix or remove the line."
+                f"{where} is not valid JSON ({error}); a .json or .jsonl file has one object "
+                "per line: fix or remove the line."
+            ) from error
+        except RecursionError as error:
+            raise UserError(
+                f"{where} has more brackets within brackets than Python can read; fix or remove "
+                "the line."
             ) from error
         if not isinstance(record, dict) or field not in record:
             fields = (

@@ -23,9 +23,9 @@ def xla_attention(
 ) -> Array:
     """The reference: softmax(q k^T / sqrt(H)) v in float32, materialising the scores [B, N, T, S].
 
-    Heads come first, once, and grouped heads are repeated: CPUs are fast at batched products whose
-    batch dims come first, and at a softmax over four dims (a fifth for the groups costs 18% of
-    a training step there).
+    The heads are moved to the front once, and grouped heads are repeated: CPUs are fast at batched
+    products whose batch dims come first, and at a softmax over four dims (a fifth dim for the
+    groups costs 18% of a training step there).
     """
     num_groups = q_BTNH.shape[2] // k_BSKH.shape[2]  # query heads that share a key/value head
     k_BSNH, v_BSNH = (

@@ -89,7 +89,7 @@ def _is_scaling(*numbers) -> bool:
 
 
 class TokenScores(NamedTuple):
-    """How well a network predicts the targets of a batch; zero and False elsewhere."""
+    """How well a network predicts the targets of a batch; zero and False outside of `where`."""
 
     nll_BT: Array  # float32: -log p(target) in nats
     is_correct_BT: Array  # bool: no token scores higher than the target
@@ -109,13 +109,32 @@ def parameter(
 
 
 def rms_norm(x: Array, scale: Array, eps: float, num_dims: int = 1) -> Array:
-    """RMSNorm over the last `num_dims` dims: float32 inside, cast back to the dtype of x, then
-    scaled.
+    """RMSNorm over the last `num_dims` dims, scaled, all in float32; the result has the dtype of x.
+
+    The published code casts before it scales. The gradient of the scale is a sum over all tokens,
+    though, and would then be one of bfloat16 products, off by up to 20%.
     """
     axes = tuple(range(-num_dims, 0))
     x32 = x.astype(jnp.float32)
     normed = x32 * jax.lax.rsqrt(jnp.mean(jnp.square(x32), axis=axes, keepdims=True) + eps)
-    return normed.astype(x.dtype) * scale.astype(x.dtype)
+    return (normed * scale).astype(x.dtype)
+
+
+def add_bias(x: Array, bias: Array) -> Array:
+    """Returns x + bias in the dtype of x, added in float32: the gradient of a bias is a sum over
+    all tokens, and takes the dtype of the addition.
+    """
+    return (x.astype(jnp.float32) + bias).astype(x.dtype)
+
+
+def embed(table_VD: Array, tokens_BT: Array, dtype) -> Array:
+    """Returns the rows of the tokens, [B, T, D] in `dtype`.
+
+    Gathered first and cast then, so that the gradient is scattered into a float32 table. In masked
+    diffusion half of all tokens meet in the row of the mask: a bfloat16 sum stops growing once it
+    is 256 times as large as what is added, and at 16,384 tokens that row lost half of its gradient.
+    """
+    return table_VD[tokens_BT].astype(dtype)
 
 
 def project(x: Array, kernel: Array, num_in: int = 1, out_dtype=None) -> Array:
@@ -230,9 +249,9 @@ class Block(nnx.Module):
             k_BSKH = project(y_BTD, self.k[...])
             v_BSKH = project(y_BTD, self.v[...])
             if a.attention_bias != "none":
-                q_BTNH = q_BTNH + self.q_bias[...].astype(q_BTNH.dtype)
-                k_BSKH = k_BSKH + self.k_bias[...].astype(k_BSKH.dtype)
-                v_BSKH = v_BSKH + self.v_bias[...].astype(v_BSKH.dtype)
+                q_BTNH = add_bias(q_BTNH, self.q_bias[...])
+                k_BSKH = add_bias(k_BSKH, self.k_bias[...])
+                v_BSKH = add_bias(v_BSKH, self.v_bias[...])
             if a.qk_norm != "none":
                 num_dims = 2 if a.qk_norm == "full" else 1
                 q_BTNH = rms_norm(q_BTNH, self.q_norm[...], a.norm_eps, num_dims)
@@ -250,7 +269,7 @@ class Block(nnx.Module):
                 out_BTNH = checkpoint_name(out_BTNH, "attention")
             x_BTD = x_BTD + project(out_BTNH, self.attn_out[...], 2)
             if a.attention_bias == "qkvo":
-                x_BTD = x_BTD + self.attn_out_bias[...].astype(x_BTD.dtype)
+                x_BTD = add_bias(x_BTD, self.attn_out_bias[...])
             x_BTD = constrain(x_BTD, "act_batch", "act_position", "act_embed")
         with jax.named_scope("feed_forward"):
             y_BTD = rms_norm(x_BTD, self.ff_norm[...], a.norm_eps)
@@ -310,7 +329,7 @@ class Transformer(nnx.Module):
             positions_BT, self.a.head_dim, self.a.rope_theta, self.a.rope_scaling
         )
         x_BTD = constrain(
-            self.embed[...].astype(self.dtype)[tokens_BT], "act_batch", "act_position", "act_embed"
+            embed(self.embed[...], tokens_BT, self.dtype), "act_batch", "act_position", "act_embed"
         )
         graphdef, stacked = nnx.split(self.blocks)
 

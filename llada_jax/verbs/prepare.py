@@ -15,7 +15,10 @@ def main(argv: list[str]) -> None:
     """Runs the verb."""
     args = _parser().parse_args(argv)
     cut = Cut(
-        documents=args.documents, text_field=args.text_field, document_start=args.document_start
+        documents=args.documents,
+        text_field=args.text_field,
+        document_start=args.document_start,
+        form=args.format,
     )
     content = prepare(
         args.input,
@@ -61,6 +64,13 @@ def _parser() -> Parser:
         required=True,
         metavar="SPEC",
         help="spm:8000 or spm-bpe:8000 (trained), bytes, or a PATH",
+    )
+    add(
+        "--format",
+        default="",
+        choices=("txt", "jsonl", "parquet"),
+        metavar="F",
+        help="txt, jsonl or parquet, whatever the names end in",
     )
     add("--text-field", default="text", metavar="F", help="field or column with the text (text)")
     add(

@@ -114,7 +114,8 @@ def read_prompts(prompts: list[str] | None, path: str | None) -> list[str]:
             "stdin."
         ) from error
     try:
-        lines = data.decode("utf-8").replace("\r\n", "\n").split("\n")
+        # "utf-8-sig" drops a byte order mark, which would become part of the first prompt.
+        lines = data.decode("utf-8-sig").replace("\r\n", "\n").split("\n")
     except UnicodeDecodeError as error:
         raise UserError(
             f"--prompt-file {path!r} is not UTF-8 at byte {error.start}; convert it, for example "

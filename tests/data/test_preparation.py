@@ -16,9 +16,10 @@ from support.corpora import T, documents_of, refusal, stream, write_corpus
 from support.paths import ROOT
 
 from llada_jax.data.build import UNIT_BYTES, Job, units_of
+from llada_jax.data.inputs import Input
 from llada_jax.data.preparation import prepare, sample_texts
 from llada_jax.data.records import Records, read_dataset
-from llada_jax.data.text import Cut, Input
+from llada_jax.data.text import Cut
 from llada_jax.data.tokenizer import load_tokenizer
 
 

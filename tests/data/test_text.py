@@ -16,7 +16,8 @@ import zstandard
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from llada_jax.data.text import BLOCK_BYTES, Cut, _lines, check_cut, find_inputs, read_documents
+from llada_jax.data.inputs import find_inputs
+from llada_jax.data.text import BLOCK_BYTES, Cut, _lines, check_cut, read_documents
 from llada_jax.errors import UserError
 
 TEXTS = ["first\nof two lines\n", "", "third: é \u2581 \U0001f600\r\n", "last without line feed"]

@@ -153,6 +153,35 @@ def test_words_reach_the_command_as_they_are(tmp_path, word):
     assert ascii([word, "end"]) in output
 
 
+def test_a_job_whose_starts_save_no_new_step_is_requeued_only_twice(tmp_path):
+    run, logs = tmp_path / "a run", tmp_path / "logs"
+    (run / "checkpoints").mkdir(parents=True)
+    logs.mkdir()
+
+    def start(code: str) -> str:
+        words = ["--workdir", run, "--logs-are-elsewhere"]
+        script = dry_run("--logs", logs, "--", "bash", "-c", f"{code}; exit 42", "bash", *words)
+        return in_a_fake_job(script, tmp_path)
+
+    message = "not requeued, because 3 starts in a row saved no new step"
+    for code, is_last in (
+        (":", False),
+        (":", False),
+        # A new step: the count starts again.
+        (f"mkdir '{run}/checkpoints/9'", False),
+        (":", False),
+        (f"mkdir '{run}/checkpoints/10'", False),
+        (f"mkdir '{run}/checkpoints/11.partial'", False),
+        (f"touch '{run}/evaluation.json'", False),
+        (":", False),
+        (":", False),
+        (":", True),
+    ):
+        output = start(code)
+        assert (message in output) == is_last, (code, output)
+        assert ("requeued, to continue" in output) != is_last
+
+
 def test_the_index_of_the_array_is_inserted_into_the_command(tmp_path):
     output = in_a_fake_job(
         dry_run("--array", "0-9", "--", "echo", "at $SLURM_ARRAY_TASK_ID$", "$HOME"), tmp_path
@@ -169,6 +198,15 @@ def test_the_index_of_the_array_is_inserted_into_the_command(tmp_path):
         (["--env", "A", "--", "true"], "--env A must be NAME=VALUE"),
         (["--array", "0-3", "--", "true"], "go together"),
         (["--", "echo", "$SLURM_ARRAY_TASK_ID"], "go together"),
+        (
+            ["--account", "a\ntouch x", "--", "true"],
+            "--account 'a\\ntouch x' contains a line break",
+        ),
+        (["--sbatch=--qos=a\ntouch x", "--", "true"], "--sbatch '--qos=a\\ntouch x' contains"),
+        (["--logs", "a\nb", "--", "true"], "--logs 'a\\nb' contains a line break"),
+        (["--sbatch=qos=high", "--", "true"], "must be an option of sbatch"),
+        (["--name", "../x", "--", "true"], "--name '../x' must consist of"),
+        (["--name=--x", "--", "true"], "--name '--x' must consist of"),
     ],
 )
 def test_mistakes_are_reported(words, sentence):

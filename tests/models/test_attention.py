@@ -87,7 +87,7 @@ def reference(q, k, v, segments, mask, out_grad):
 
 
 def check(kernel, arrays, segments, mask):
-    """Compares outputs and gradients where somebody reads them: not at padding."""
+    """Compares outputs and gradients where they are read: not at padding."""
     q, k, v = arrays
     is_read = np.ones(q.shape[:2], bool) if segments is None else segments > 0
     out_grad = np.random.default_rng(1).normal(size=q.shape).astype(np.float32)

@@ -31,7 +31,8 @@ def test_a_damaged_account_of_time_is_said_and_begins_anew(content, tmp_path):
     (tmp_path / "goodput.json").write_text(content)
     said = []
     ledger = Ledger(tmp_path, Clock(), start_step=5, say=said.append)
-    assert len(said) == 1 and "goodput.json cannot be read" in said[0]
+    assert len(said) == 1
+    assert "goodput.json cannot be read" in said[0]
     ledger.mark(6)
     again = []
     Ledger(tmp_path, Clock(), start_step=6, say=again.append)
@@ -49,7 +50,8 @@ def test_a_disk_that_refuses_the_account_is_said_once_and_stops_nothing(tmp_path
         patch.setattr(goodput.files, "write_whole", full)
         ledger.mark(1)
         ledger.mark(2)
-    assert len(said) == 1 and "No space left" in said[0]
+    assert len(said) == 1
+    assert "No space left" in said[0]
     ledger.mark(3)
     assert json.loads((tmp_path / "goodput.json").read_text())["marks"][-1][0] == 3
 

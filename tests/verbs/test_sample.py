@@ -199,3 +199,9 @@ def test_a_log_shows_the_denoising_in_a_handful_of_lines(run):
 def test_reading_prompts_refuses_two_sources():
     with pytest.raises(UserError, match="keep one"):
         llada_jax.verbs.sample.read_prompts([""], "-")
+
+
+def test_a_byte_order_mark_is_not_part_of_the_first_prompt(tmp_path):
+    (tmp_path / "prompts.txt").write_bytes(b"\xef\xbb\xbfIt is\nIt was\n")
+    prompts = llada_jax.verbs.sample.read_prompts(None, str(tmp_path / "prompts.txt"))
+    assert prompts == ["It is", "It was"]
