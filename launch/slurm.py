@@ -130,9 +130,10 @@ def check_words(args: argparse.Namespace) -> None:
     values |= {f"sbatch[{number}]": option for number, option in enumerate(args.sbatch)}
     for name, value in values.items():
         if not str(value).isprintable():
+            flag = name.partition("[")[0].replace("_", "-")
             raise UserError(
-                f"--{name.partition('[')[0].replace('_', '-')} {str(value)!r} contains a line break "
-                "or another character that cannot be printed; leave it out"
+                f"--{flag} {str(value)!r} contains a line break or another character that cannot be "
+                "printed; leave it out"
             )
     for option in args.sbatch:
         if not option.startswith("-"):

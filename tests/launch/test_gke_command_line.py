@@ -22,6 +22,13 @@ def test_names_are_refused_when_the_names_of_pods_would_exceed_63_characters():
     )
 
 
+@pytest.mark.parametrize("words", [["--name=--all"], ["--name=a", "--namespace=--all-namespaces"]])
+@pytest.mark.parametrize("action", ["--delete", "--follow"])
+def test_a_name_that_kubectl_would_take_for_a_flag_is_refused(words, action, capsys):
+    assert gke.main([*words, action, "--dry-run"]) == 2
+    assert "must consist of lower-case letters" in capsys.readouterr().err
+
+
 @pytest.mark.parametrize(
     ("flags", "message"),
     [
