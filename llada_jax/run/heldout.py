@@ -26,7 +26,8 @@ def evaluate_heldout(
 
     Args:
         objective: its bound is computed, and gives the bound's name.
-        num_batches: scored of each dataset; 0: all of the split.
+        num_batches: scored of each dataset, the same random rows in every evaluation of every run,
+            so that their bounds can be compared; 0: all of the split.
         settings: of llada_jax.evaluation.splits.bound_of_split.
     """
     results = {}
