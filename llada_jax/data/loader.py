@@ -110,6 +110,7 @@ def heldout_batches(
     rows: Sequence[int] | None = None,
     attend_across_documents: bool = True,
     max_batches: int | None = None,
+    subset_seed: int | None = None,
     num_threads: int = 4,
     prefetch: int = 8,
 ) -> Iterator[Batch]:
@@ -117,14 +118,23 @@ def heldout_batches(
     length.
 
     The last batch is filled with empty rows (segment 0, not maskable), so that all hosts see the
-    same number of batches of the same shape. `max_batches` keeps only the first ones. The other
-    arguments are those of `train_batches`.
+    same number of batches of the same shape. The arguments that are not listed are those of
+    `train_batches`.
+
+    Args:
+        max_batches: how many are read; None: all.
+        subset_seed: of which rows these are, where the split has more: a random subset that is the
+            same in every call. None takes the first ones, which may all be of one source, because
+            `prepare` writes the texts in the order in which it was given them.
     """
     (info,) = _open([(directory, 1.0)], sequence_length=sequence_length, split=split)
     rows = _check_rows(rows, batch_size=batch_size)
-    source = _Padded(
-        Records(info, split=split), multiple=batch_size, sequence_length=sequence_length
-    )
+    records = Records(info, split=split)
+    num_rows = batch_size * (max_batches or 0)
+    if subset_seed is not None and 0 < num_rows < len(records):
+        chosen = np.random.default_rng(subset_seed).permutation(len(records))[:num_rows]
+        records = _Chosen(records, np.sort(chosen))  # in file order, which reads fastest
+    source = _Padded(records, multiple=batch_size, sequence_length=sequence_length)
     dataset = grain.MapDataset.source(source).map(_row_for(attend_across_documents))
     dataset = _HostRows(dataset, batch_size=batch_size, rows=rows, start_step=0).batch(len(rows))
     return islice(_iterate(dataset, num_threads=num_threads, prefetch=prefetch), max_batches)
@@ -199,10 +209,23 @@ class _HostRows(grain.MapDataset):
         return self._parent[batch * self._batch_size + self._rows[place]]
 
 
+class _Chosen:
+    """Some rows of a source."""
+
+    def __init__(self, records: Records, indices: np.ndarray):
+        self._records, self._indices = records, indices
+
+    def __len__(self) -> int:
+        return len(self._indices)
+
+    def __getitem__(self, index: int) -> dict[str, np.ndarray]:
+        return self._records[int(self._indices[index])]
+
+
 class _Padded:
     """A source followed by empty rows, up to a multiple of the batch size."""
 
-    def __init__(self, records: Records, *, multiple: int, sequence_length: int):
+    def __init__(self, records: Records | _Chosen, *, multiple: int, sequence_length: int):
         self._records, self._sequence_length = records, sequence_length
         self._length = -(-len(records) // multiple) * multiple
 

@@ -27,6 +27,18 @@ def sample_t(key: Array, row_B: Array, *, num_rows: int, t_sampling: str) -> Arr
     return jax.vmap(jax.random.uniform)(keys_for_rows(key, row_B))
 
 
+def rank_of_real_rows(is_maskable_BT: Array) -> tuple[Array, Array]:
+    """Returns each row's number among the rows that hold maskable tokens, int32 [B], and how many
+    those are, at least 1.
+
+    What `sample_t` is given in place of rows and their number where a batch is filled up with empty
+    rows: the real ones come first, and would otherwise share one narrow window of times. It needs
+    the whole batch, and a train step may see one microbatch of it.
+    """
+    is_real_B = is_maskable_BT.any(axis=1)
+    return jnp.cumsum(is_real_B) - 1, jnp.maximum(is_real_B.sum(), 1)
+
+
 def corrupt(
     key: Array,
     tokens_BT: Array,

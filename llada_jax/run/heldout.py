@@ -39,7 +39,8 @@ def evaluate_heldout(
 
     Args:
         objective: its bound is computed, and gives the bound's name.
-        num_batches: scored of each dataset; 0: all of the split.
+        num_batches: scored of each dataset, the same random rows in every evaluation of every run,
+            so that their bounds can be compared; 0: all of the split.
         scored: what an evaluation that was asked to stop had scored. It is added to in place, and
             batches that it holds are not scored again.
         settings: of llada_jax.evaluation.splits.bound_of_split.
