@@ -223,6 +223,13 @@ def test_longest_name_is_the_one_whose_pods_have_63_characters():
     )
 
 
+@pytest.mark.parametrize("words", [["--name=--all"], ["--name=a", "--namespace=--all-namespaces"]])
+@pytest.mark.parametrize("action", ["--delete", "--follow"])
+def test_a_name_that_kubectl_would_take_for_a_flag_is_refused(words, action, capsys):
+    assert gke.main([*words, action, "--dry-run"]) == 2
+    assert "must consist of lower-case letters" in capsys.readouterr().err
+
+
 @pytest.mark.parametrize(
     ("flags", "told"),
     [
