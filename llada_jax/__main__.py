@@ -13,9 +13,8 @@ from llada_jax.errors import (
     UserError,
     look_up,
     one_line,
-    reason,
 )
-from llada_jax.streams import Log, lead_nowhere, open_missing, reader_of_stdout_is_gone
+from llada_jax.streams import Log, Result, lead_nowhere, open_missing, reader_of_stdout_is_gone
 
 # verb -> (module, what it does). A module is imported only when its verb is called, so that
 # `prepare` starts without loading a model and `--help` answers at once.
@@ -50,7 +49,10 @@ def main(argv: list[str] | None = None) -> int:
     """Runs one verb and returns the exit status (see llada_jax.errors)."""
     argv = sys.argv[1:] if argv is None else argv
     open_missing()
-    with contextlib.redirect_stderr(Log(sys.stderr)):
+    with (
+        contextlib.redirect_stdout(Result(sys.stdout)),
+        contextlib.redirect_stderr(Log(sys.stderr)),
+    ):
         return run_verb(argv)
 
 
@@ -67,7 +69,8 @@ def run_verb(argv: list[str]) -> int:
             return 0
         module, _ = look_up(VERBS, argv[0], "verb")
         importlib.import_module(f"llada_jax.verbs.{module}").main(argv[1:])
-        flush_result()
+        # now, because at Python's exit a failure would be a traceback
+        sys.stdout.flush()
     # Not with the errors below: all processes of the run stop at the same step, so that each can
     # take its leave of the others in order.
     except Preempted as error:
@@ -99,24 +102,6 @@ def run_verb(argv: list[str]) -> int:
     return 0
 
 
-def flush_result() -> None:
-    """Writes what stdout still holds back; at Python's exit a failure would be a traceback.
-
-    Raises:
-        UserError: stdout leads to a disk that is full, say.
-    """
-    try:
-        sys.stdout.flush()
-    except BrokenPipeError:
-        raise
-    except OSError as error:
-        lead_nowhere(sys.stdout.fileno())
-        raise UserError(
-            f"The result cannot be written to stdout ({reason(error)}); free space where it leads, "
-            "and run the same command again."
-        ) from error
-
-
 def mistake_in_environment(error: Exception) -> str:
     """Returns a sentence about a variable that JAX refuses, "" for any other error.
 
@@ -130,6 +115,12 @@ def mistake_in_environment(error: Exception) -> str:
             f"variables of JAX (set: {variables or 'none'}), or install JAX for this hardware."
         )
     files = [frame.filename for frame in traceback.extract_tb(error.__traceback__)]
+    # A platform whose plugin is not installed is passed over, and then none is left.
+    if isinstance(error, AssertionError) and files[-1].endswith("jax/_src/xla_bridge.py"):
+        return (
+            f"JAX has nothing for JAX_PLATFORMS={os.environ.get('JAX_PLATFORMS', '')!r}; correct "
+            "that variable, or install JAX for this hardware."
+        )
     if isinstance(error, ValueError) and any(f.endswith("jax/_src/config.py") for f in files[-3:]):
         return f"JAX cannot use its variables ({one_line(str(error))}); set: {variables or 'none'}."
     return ""

@@ -9,6 +9,8 @@ import os
 import select
 import sys
 
+from llada_jax.errors import UserError, reason
+
 
 class Log:
     """A text stream in whose place nothing raises; what cannot be written is lost.
@@ -49,6 +51,42 @@ class Log:
         # ValueError: the stream was closed
         except (OSError, ValueError):
             pass
+
+
+class Result:
+    """A text stream for results: what a disk refuses becomes a UserError.
+
+    That its reader is gone stays a BrokenPipeError: what has been read was enough.
+    """
+
+    def __init__(self, stream):
+        self._stream = stream
+
+    def __getattr__(self, name):
+        return getattr(self._stream, name)
+
+    def write(self, text: str) -> int:
+        with self._refusals():
+            return self._stream.write(text)
+
+    def flush(self) -> None:
+        with self._refusals():
+            self._stream.flush()
+
+    @contextlib.contextmanager
+    def _refusals(self):
+        try:
+            yield
+        except BrokenPipeError:
+            raise
+        except OSError as error:
+            # Python would try once more at its exit, and complain.
+            with contextlib.suppress(OSError, ValueError):
+                lead_nowhere(self._stream.fileno())
+            raise UserError(
+                f"The result cannot be written to stdout ({reason(error)}); free space where it "
+                "leads, and run the same command again."
+            ) from error
 
 
 def lead_nowhere(descriptor: int) -> None:

@@ -169,7 +169,7 @@ def test_a_half_written_last_line_is_not_read_and_no_line_is_passed_over(tmp_pat
     path.write_text('{"step": 1}\n{"step": 2')
     assert read_lines(tmp_path) == [{"step": 1}]
     path.write_text('{"step": 1}\n{"step": 2\n{"step": 3}\n')
-    with pytest.raises(UserError, match="holds a line that is not JSON"):
+    with pytest.raises(UserError, match="line 2 is not a line of metrics"):
         read_lines(tmp_path)
 
 
