@@ -35,8 +35,8 @@ from llada_jax.training.state import TrainState
 # Kept next to the copy that is being written. Nobody waits for a write until the next save, so when
 # this process writes copy k, another may still be writing k - 1 and have only k - 2 whole.
 KEEP = 2
-# How many steps each process reports to the others: KEEP, and what a killed save or an older attempt
-# left. A fixed number, because processes exchange arrays of one shape.
+# How many steps each process reports to the others: KEEP, and what a killed save or an older
+# attempt left. A fixed number, because processes exchange arrays of one shape.
 MAX_FOUND = 8
 
 

@@ -39,7 +39,7 @@ STUMBLES = {
     r"mend(?:s|ed|ing)?": "fix",
     r"beside": "next to, compared with, in addition to",
     r"tells(?! (?:\w+ ){0,4}apart)": "says, reports, shows",
-    r"(?:is|are|was|were|be|been) told(?! (?:to|apart)\b)": "receives, is informed; or name what is said",
+    r"(?:is|are|was|were|be|been) told(?! (?:to|apart)\b)": "receives; or name what is said",
     r"nobody|somebody|everybody": "name who it is, or use the passive voice",
     r"(?<!user )(?<!who )(?<!you )wants": "needs, takes",
     r"(?:has|have|had) not (?:a|an|the|any|enough|its|their|yet a)": "does not have",
