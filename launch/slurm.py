@@ -132,9 +132,8 @@ def check_words(args: argparse.Namespace) -> None:
         if not str(value).isprintable():
             flag = name.partition("[")[0].replace("_", "-")
             raise UserError(
-                f"--{flag} {str(value)!r} contains a line break or another character that "
-                "cannot be "
-                "printed; leave it out"
+                f"--{flag} {str(value)!r} contains a line break or another character that cannot "
+                "be printed; leave it out"
             )
     for option in args.sbatch:
         if not option.startswith("-"):

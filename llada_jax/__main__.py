@@ -29,11 +29,11 @@ VERBS = {
     "evaluate": ("evaluate", "workdir + records -> held-out likelihood bound"),
     "export": ("export", "workdir -> Hugging Face directory"),
     "import": ("import_hf", "Hugging Face directory -> workdir"),
-    "plan": ("plan", "config + topology -> memory, speed and cost, before anything is rented"),
+    "plan": ("plan", "config + topology -> memory, speed and cost, before you rent anything"),
     "sweep": ("sweep", "config with sweep(add) -> numbered runs and their table"),
 }
 
-# Verbs that write files and no result to stdout: there nobody's leaving means that all is done.
+# Verbs that write files and no result to stdout: a reader that leaves says nothing about them.
 WITHOUT_RESULT = ("train",)
 
 
