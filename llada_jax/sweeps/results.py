@@ -30,8 +30,8 @@ class Result(NamedTuple):
     diverged (its loss is not finite), pruned (by Optuna) or damaged (its metrics.jsonl). step: that
     of the last line of metrics.jsonl; 0 without one. tokens: trained on until then. bits_per_byte,
     standard_error (of bits per byte), nats_per_token: the newest held-out bound, nan without one;
-    the mean over the held-out splits of a mixture. curve: (step, held-out bits per byte); train_curve: the same on
-    training batches.
+    the mean over the held-out splits of a mixture. curve: (step, held-out bits per byte);
+    train_curve: the same on training batches.
     """
 
     index: int
