@@ -6,6 +6,7 @@ import types
 
 import pytest
 from support.recital import BYTES, SENTENCE, letters, recite
+from support.records import small_record
 
 import llada_jax.verbs.sample
 from llada_jax import __main__
@@ -14,11 +15,13 @@ from llada_jax.samplers.show import NUM_SNAPSHOTS
 
 
 def fake_pretrained(text=SENTENCE, objective="masked_diffusion"):
-    config = {"data": {"sequence_length": 48}, "objective": {"name": objective}}
+    record = small_record()
+    record.config["data"]["sequence_length"] = 48
+    record.config["objective"]["name"] = objective
     return types.SimpleNamespace(
         tokenizer=BYTES,
-        config=config,
-        run={"config": config},
+        config=record.config,
+        record=record,
         params=letters(text),
         step=1200,
         logits_fn=recite,
