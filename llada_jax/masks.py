@@ -10,9 +10,7 @@ nothing and give NaN, which the backward pass would spread). `segment_ids_BT=Non
 whole row is one segment.
 """
 
-from typing import NamedTuple
-
-from jax import Array
+from typing import Any, NamedTuple
 
 
 class Mask(NamedTuple):
@@ -42,11 +40,11 @@ CAUSAL = Mask(causal=True)
 def may_attend(
     mask: Mask,
     *,
-    query_segment: Array,
-    key_segment: Array,
-    query_index: Array,
-    key_index: Array,
-) -> Array:
+    query_segment: Any,
+    key_segment: Any,
+    query_index: Any,
+    key_index: Any,
+) -> Any:
     """Returns whether each query may attend to each key, bool in the shape that they broadcast to.
 
     A position may always attend to itself, so that no softmax is over nothing. Works on numpy

@@ -5,11 +5,12 @@ gradient accumulation, before and after a restart.
 """
 
 import zlib
+from typing import Any
 
 import jax
 
 
-def key_for(purpose: str, seed: int, *indices) -> jax.Array:
+def key_for(purpose: str, seed: int, *indices: Any) -> jax.Array:
     """Returns the key of one purpose ("init", "corruption", ...), folded with integers that may be
     traced.
     """

@@ -7,6 +7,7 @@ cannot express. Outputs at padding (segment 0) mean nothing and differ between t
 """
 
 import functools
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -54,7 +55,7 @@ def xla_attention(
 
 
 @functools.cache
-def splash_head_mask(mask: Mask, T: int):
+def splash_head_mask(mask: Mask, T: int) -> Any:
     """Returns the splash attention mask of one head, [T, T]; segments are handed to the kernel.
 
     FullMask and CausalMask cost nothing in the kernel: it skips no tile or half of them, and
@@ -77,7 +78,7 @@ def splash_head_mask(mask: Mask, T: int):
 
         shape = (T, T)
 
-        def __getitem__(self, slices) -> np.ndarray:
+        def __getitem__(self, slices: tuple[slice, slice]) -> np.ndarray:
             rows, columns = (np.arange(T)[part] for part in slices)
             return may_attend(
                 mask,
@@ -91,7 +92,13 @@ def splash_head_mask(mask: Mask, T: int):
 
 
 def splash_attention(
-    q_BTNH, k_BSKH, v_BSKH, segment_ids_BT, *, mask: Mask, interpret: bool = False
+    q_BTNH: Array,
+    k_BSKH: Array,
+    v_BSKH: Array,
+    segment_ids_BT: Array | None,
+    *,
+    mask: Mask,
+    interpret: bool = False,
 ) -> Array:
     """TPU splash attention (jax.experimental.pallas.ops.tpu.splash_attention): every Mask, with
     packing and padding as segment ids.
@@ -132,7 +139,7 @@ def splash_attention(
         residual_checkpoint_name="attention",
     )
 
-    def one_row(q_NTH, k_KSH, v_KSH, segments):
+    def one_row(q_NTH: Array, k_KSH: Array, v_KSH: Array, segments: Array | None) -> Array:
         ids = None if segments is None else kernels.SegmentIds(q=segments, kv=segments)
         if not is_grouped:
             return kernel(q_NTH, k_KSH, v_KSH, segment_ids=ids)
@@ -150,7 +157,9 @@ def splash_attention(
     return jnp.swapaxes(out, 1, 2).astype(q_BTNH.dtype)
 
 
-def cudnn_attention(q_BTNH, k_BSKH, v_BSKH, segment_ids_BT, *, mask: Mask) -> Array:
+def cudnn_attention(
+    q_BTNH: Array, k_BSKH: Array, v_BSKH: Array, segment_ids_BT: Array | None, *, mask: Mask
+) -> Array:
     """cuDNN flash attention for rows of one document, padded on the right: it sees only segments 0
     and 1.
 
@@ -176,7 +185,13 @@ def cudnn_attention(q_BTNH, k_BSKH, v_BSKH, segment_ids_BT, *, mask: Mask) -> Ar
 
 
 def triton_attention(
-    q_BTNH, k_BSKH, v_BSKH, segment_ids_BT, *, mask: Mask, interpret: bool = False
+    q_BTNH: Array,
+    k_BSKH: Array,
+    v_BSKH: Array,
+    segment_ids_BT: Array | None,
+    *,
+    mask: Mask,
+    interpret: bool = False,
 ) -> Array:
     """Segment-aware flash attention for GPUs (jax.experimental.pallas.ops.gpu.attention), for
     packed documents.
@@ -232,7 +247,7 @@ def choose(
     mask: Mask,
     sequence_length: int,
     head_dim: int,
-    dtype,
+    dtype: Any,
 ) -> str:
     """Returns the implementation to use: `name` itself, or what suits the platform for "auto".
 
@@ -275,7 +290,15 @@ def choose(
     return "xla"
 
 
-def attend(q_BTNH, k_BSKH, v_BSKH, segment_ids_BT, *, implementation: str, mask: Mask) -> Array:
+def attend(
+    q_BTNH: Array,
+    k_BSKH: Array,
+    v_BSKH: Array,
+    segment_ids_BT: Array | None,
+    *,
+    implementation: str,
+    mask: Mask,
+) -> Array:
     """Attention by the named implementation, with rows and heads split over the mesh.
 
     XLA splits the reference itself. It cannot look into a kernel, which would then run on every

@@ -4,6 +4,7 @@ jax.jit.
 
 import dataclasses
 from collections.abc import Callable
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -97,19 +98,19 @@ class Model:
         return nnx.to_pure_dict(nnx.split(self.build(key))[1])
 
 
-def compute_dtype(name: str, platform: str):
+def compute_dtype(name: str, platform: str) -> jnp.dtype:
     """Returns the dtype of config.model.dtype: "auto" is float32 on CPU and bfloat16 elsewhere."""
     if name == "auto":
         name = "float32" if platform == "cpu" else "bfloat16"
     return jnp.dtype(name)
 
 
-def make_model(architecture: Architecture, **kwargs) -> Model:
+def make_model(architecture: Architecture, **kwargs: Any) -> Model:
     """Returns the model of an Architecture; kwargs go to Transformer (dtype, attention, mask,
     remat, nll_chunk).
     """
 
-    def build(key):
+    def build(key: Array) -> Transformer:
         return Transformer(architecture, key, **kwargs)
 
     graphdef, variables = nnx.split(nnx.eval_shape(lambda: build(jax.random.key(0))))

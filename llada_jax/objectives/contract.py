@@ -1,6 +1,7 @@
 """Whether an objective keeps its contract: seen from shapes alone, before anything is compiled."""
 
-from typing import NamedTuple
+from collections.abc import Callable
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -18,7 +19,14 @@ class Scores(NamedTuple):
     is_correct_BT: Array
 
 
-def stand_in_nll_fn(params, noisy_BT, targets_BT, where_BT, segment_ids_BT, positions_BT) -> Scores:
+def stand_in_nll_fn(
+    params: dict,
+    noisy_BT: Array,
+    targets_BT: Array,
+    where_BT: Array,
+    segment_ids_BT: Array,
+    positions_BT: Array,
+) -> Scores:
     """Answers as the network does, without one; says what the network would not accept."""
     arrays = {
         "noisy_BT": (noisy_BT, jnp.integer),
@@ -71,12 +79,12 @@ def check_objective(
     rows = jax.ShapeDtypeStruct((num_rows,), jnp.int32)
     step = jax.ShapeDtypeStruct((), jnp.int32)
 
-    def metrics_of(function, what: str, needed: tuple[str, ...]) -> dict:
+    def metrics_of(function: Callable, what: str, needed: tuple[str, ...]) -> dict:
         what = f"The {what} of the objective {name!r}" if name else f"The objective's {what}"
         options = {"num_rows": num_rows, "step": 0, "frozen": {}}
         check_takes(function, what, *(None,) * 5, **options)
 
-        def traced(params, frozen, batch, rows, step):
+        def traced(params: dict, frozen: dict, batch: dict, rows: Array, step: Array) -> Any:
             key = jax.random.key(0)
             returned = function(
                 stand_in_nll_fn,
@@ -105,7 +113,7 @@ def check_objective(
     return metrics
 
 
-def check_returned(returned, what: str, *, needed: tuple[str, ...]) -> None:
+def check_returned(returned: Any, what: str, *, needed: tuple[str, ...]) -> None:
     """Raises UserError unless `returned` is loss_sum, count, {metric: (sum, count)}, float32."""
     if not isinstance(returned, tuple) or len(returned) != 3:
         found = f"a tuple of {len(returned)}" if isinstance(returned, tuple) else type(returned)
@@ -144,7 +152,7 @@ def check_returned(returned, what: str, *, needed: tuple[str, ...]) -> None:
             )
 
 
-def described(array) -> str:
+def described(array: Array) -> str:
     """Returns "float32[8,2]" for an array, and the name of the type for anything else."""
     if not hasattr(array, "shape") or not hasattr(array, "dtype"):
         return type(array).__name__

@@ -1,5 +1,7 @@
 """The objective that a config names."""
 
+from typing import Any
+
 from llada_jax.errors import UserError
 from llada_jax.objectives.autoregressive import autoregressive
 from llada_jax.objectives.masked_diffusion import masked_diffusion
@@ -10,14 +12,14 @@ OBJECTIVES = {"masked_diffusion": masked_diffusion, "autoregressive": autoregres
 
 
 def make_objective(
-    tokenizer,
+    tokenizer: Any,
     *,
     name: str,
     eps: float = 1e-3,
     t_sampling: str = "stratified",
     masking: str = "bernoulli",
     weight: str = "1/p",
-    arguments=(),
+    arguments: Any = (),
 ) -> Objective:
     """Returns the objective of config.objective, whose knobs are the keyword arguments.
 

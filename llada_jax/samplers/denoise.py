@@ -24,19 +24,20 @@ ordinary input:
 """
 
 from collections import deque
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import nullcontext
 from functools import partial
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax import Array
 from jax.sharding import NamedSharding, PartitionSpec
 
 from llada_jax.errors import UserError
 from llada_jax.rng import keys_for_rows
-from llada_jax.samplers.remasking import commit_rule, confidences
+from llada_jax.samplers.remasking import CommitRule, commit_rule, confidences
 
 # Prompts are padded to a multiple of this many tokens, so that prompts of similar length share one
 # compiled step.
@@ -128,15 +129,17 @@ def check_schedule(
             "least one token; "
             f"use steps={gen_length}."
         )
-    for name, value in (("temperature", temperature), ("cfg_scale", cfg_scale)):
-        if not 0 <= value < float("inf"):
+    for name, strength in (("temperature", temperature), ("cfg_scale", cfg_scale)):
+        if not 0 <= strength < float("inf"):
             raise UserError(
-                f"{name}={value} must be a finite number that is not negative; use 0 to switch it "
+                f"{name}={strength} must be a finite number that is not negative; use 0 to switch it "
                 "off."
             )
 
 
-def _pick_tokens(logits_BTV, keys_B, *, mask_id, temperature, is_stochastic):
+def _pick_tokens(
+    logits_BTV: Array, keys_B: Array, *, mask_id: Array, temperature: Array, is_stochastic: bool
+) -> Array:
     """Returns the proposed token of every position, int32 [B, T]; never `mask_id`.
 
     Gumbel-max: argmax(l + T g) draws from softmax(l / T), and equals the published argmax(exp(l) /
@@ -146,7 +149,7 @@ def _pick_tokens(logits_BTV, keys_B, *, mask_id, temperature, is_stochastic):
     """
     if is_stochastic:
 
-        def noise(key):
+        def noise(key: Array) -> Array:
             return jax.random.gumbel(key, logits_BTV.shape[1:], mode="high")
 
         logits_BTV = logits_BTV + temperature * jax.vmap(noise)(keys_B)
@@ -154,7 +157,15 @@ def _pick_tokens(logits_BTV, keys_B, *, mask_id, temperature, is_stochastic):
     return jnp.argmax(jnp.where(is_mask_V, -jnp.inf, logits_BTV), axis=-1).astype(jnp.int32)
 
 
-def _window_logits(logits_fn, tokens_BT, segment_ids_BT, positions_BT, *, start, length):
+def _window_logits(
+    logits_fn: Callable,
+    tokens_BT: Array,
+    segment_ids_BT: Array | None,
+    positions_BT: Array,
+    *,
+    start: Array,
+    length: int,
+) -> Array:
     """Calls logits_fn and returns float32 [B, length, V]; UserError for any other shape."""
     logits_BTV = logits_fn(tokens_BT, segment_ids_BT, positions_BT, start=start, length=length)
     if logits_BTV.ndim != 3 or logits_BTV.shape[:2] != (len(tokens_BT), length):
@@ -166,7 +177,9 @@ def _window_logits(logits_fn, tokens_BT, segment_ids_BT, positions_BT, *, start,
     return logits_BTV.astype(jnp.float32)
 
 
-def _guided_logits(logits_fn, canvas_BT, fixed, *, start, length):
+def _guided_logits(
+    logits_fn: Callable, canvas_BT: Array, fixed: "_Fixed", *, start: Array, length: int
+) -> Array:
     """Classifier-free guidance: un + (w + 1)(l - un), where `un` saw the prompt masked; one pass of
     twice the batch.
     """
@@ -181,7 +194,7 @@ def _guided_logits(logits_fn, canvas_BT, fixed, *, start, length):
     return unprompted_BTV + (fixed.cfg_scale + 1) * (logits_BTV - unprompted_BTV)
 
 
-def _fill_after_eos(canvas_BT, is_generated_BT, eos_id):
+def _fill_after_eos(canvas_BT: Array, is_generated_BT: Array, eos_id: Array) -> Array:
     """Ends a row at its first generated EOS: everything it generates after that is EOS too."""
     is_eos_BT = (canvas_BT == eos_id) & is_generated_BT
     is_after_BT = jnp.cumsum(is_eos_BT, axis=1) > 0
@@ -216,19 +229,19 @@ class _Fixed(NamedTuple):
     ),
 )
 def _denoise_step(
-    logits_fn,
-    canvas_BT,
-    step,
-    key,
-    fixed,
+    logits_fn: Callable,
+    canvas_BT: Array,
+    step: Array,
+    key: Array,
+    fixed: _Fixed,
     *,
-    gen_length,
-    block_length,
-    rule,
-    is_stochastic,
-    is_guided,
-    sharding,
-):
+    gen_length: int,
+    block_length: int,
+    rule: CommitRule,
+    is_stochastic: bool,
+    is_guided: bool,
+    sharding: jax.sharding.Sharding | None,
+) -> tuple[Array, Array, Array, Array]:
     """One step of the reverse process; returns (canvas_BT, is_new_BT, number of the next step,
     whether it is done).
 
@@ -241,7 +254,7 @@ def _denoise_step(
     steps_left = fixed.steps_per_block - step_in_block
     start = canvas_BT.shape[1] - gen_length + block * block_length
 
-    def in_block(array):
+    def in_block(array: Array) -> Array:
         return jax.lax.dynamic_slice_in_dim(array, start, block_length, axis=1)
 
     is_generated_BT = ~fixed.is_fixed_BT & (
@@ -297,7 +310,7 @@ def _denoise_step(
     return result if sharding is None else jax.lax.with_sharding_constraint(result, sharding)
 
 
-def _sharding_beside(logits_fn) -> jax.sharding.Sharding | None:
+def _sharding_beside(logits_fn: Callable) -> jax.sharding.Sharding | None:
     """Returns where the canvas belongs: whole on every device that holds parameters of `logits_fn`;
     None if no parameters are bound to it.
     """
@@ -311,14 +324,14 @@ def _sharding_beside(logits_fn) -> jax.sharding.Sharding | None:
 
 
 def denoise(
-    logits_fn,
-    canvas_BT,
-    key,
+    logits_fn: Callable,
+    canvas_BT: Any,
+    key: Array,
     *,
     mask_id: int,
-    is_fixed_BT,
-    segment_ids_BT,
-    positions_BT,
+    is_fixed_BT: np.ndarray | Array,
+    segment_ids_BT: np.ndarray | Array,
+    positions_BT: np.ndarray | Array,
     gen_length: int,
     block_length: int,
     steps: int,
@@ -372,7 +385,8 @@ def denoise(
     if not isinstance(logits_fn, jax.tree_util.Partial):
         logits_fn = jax.tree_util.Partial(logits_fn)
     num_blocks = gen_length // block_length
-    fixed = _Fixed(
+    # numpy values here, which device_put makes the arrays that the fields promise
+    host: dict[str, Any] = dict(
         is_fixed_BT=np.asarray(is_fixed_BT, bool),
         segment_ids_BT=np.asarray(segment_ids_BT, np.int32),
         positions_BT=np.asarray(positions_BT, np.int32),
@@ -385,12 +399,13 @@ def denoise(
     )
     sharding = _sharding_beside(logits_fn)
     canvas_BT, step, key, fixed = jax.device_put(
-        (np.asarray(canvas_BT, np.int32), np.int32(0), key, fixed), sharding
+        (np.asarray(canvas_BT, np.int32), np.int32(0), key, _Fixed(**host)), sharding
     )
-    on_mesh = isinstance(sharding, NamedSharding)
-    in_flight = deque()
+    mesh_sharding = sharding if isinstance(sharding, NamedSharding) else None
+    in_flight: deque[Array] = deque()
     for number in range(1, steps + 1):
-        with jax.set_mesh(sharding.mesh) if on_mesh else nullcontext():
+        # never an abstract mesh: its devices hold the parameters
+        with jax.set_mesh(mesh_sharding.mesh) if mesh_sharding else nullcontext():  # type: ignore[arg-type]
             canvas_BT, is_new_BT, step, is_complete = _denoise_step(
                 logits_fn,
                 canvas_BT,
@@ -402,7 +417,7 @@ def denoise(
                 rule=rule,
                 is_stochastic=temperature > 0,
                 is_guided=cfg_scale > 0,
-                sharding=sharding if on_mesh else None,
+                sharding=mesh_sharding,
             )
         in_flight.append(is_complete)
         if len(in_flight) > MAX_STEPS_IN_FLIGHT:
@@ -419,7 +434,7 @@ def denoise(
             return
 
 
-def generate(logits_fn, canvas_BT, key, **settings) -> jax.Array:
+def generate(logits_fn: Callable, canvas_BT: Any, key: Array, **settings: Any) -> jax.Array:
     """Returns the canvas after the last step; takes exactly what `denoise` takes."""
     for state in denoise(logits_fn, canvas_BT, key, **settings):
         canvas_BT = state.canvas_BT

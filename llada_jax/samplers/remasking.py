@@ -13,6 +13,7 @@ from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
+from jax import Array
 
 from llada_jax.errors import UserError
 from llada_jax.parts import call_part, load_part
@@ -20,7 +21,7 @@ from llada_jax.parts import call_part, load_part
 KIND = "commit rule"  # what messages call these functions
 
 
-def low_confidence(logits_BTV, choices_BT, keys_B):
+def low_confidence(logits_BTV: Array, choices_BT: Array, keys_B: Array) -> Array:
     """The probability of the proposed token, so that the least certain positions stay masked
     (LLaDA, algorithm 5).
 
@@ -39,7 +40,7 @@ def low_confidence(logits_BTV, choices_BT, keys_B):
     return jnp.exp(chosen_BT - jax.nn.logsumexp(logits_BTV, axis=-1))
 
 
-def random(logits_BTV, choices_BT, keys_B):
+def random(logits_BTV: Array, choices_BT: Array, keys_B: Array) -> Array:
     """A uniform draw per position: all orders of revealing are as likely (LLaDA, algorithm 4)."""
     return jax.vmap(lambda key: jax.random.uniform(key, choices_BT.shape[1:]))(keys_B)
 
@@ -63,7 +64,7 @@ def commit_rule(name: str) -> CommitRule:
     return CommitRule(name, load_part(name, KIND, REMASKING))
 
 
-def confidences(rule: CommitRule, logits_BTV, choices_BT, keys_B):
+def confidences(rule: CommitRule, logits_BTV: Array, choices_BT: Array, keys_B: Array) -> Array:
     """Returns what the rule says, as finite numbers: float32 [B, T].
 
     A rule may return -inf or NaN. Both become the lowest finite number, because the sampler gives

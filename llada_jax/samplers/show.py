@@ -2,7 +2,7 @@
 
 import time
 from collections.abc import Sequence
-from typing import NamedTuple, TextIO
+from typing import Any, NamedTuple, TextIO
 
 import jax
 import numpy as np
@@ -44,10 +44,10 @@ class CanvasText:
         mask_width: blocks that stand for one masked token, unless tokens are bytes.
     """
 
-    def __init__(self, tokenizer, stream: TextIO, *, mask_width: int):
+    def __init__(self, tokenizer: Any, stream: TextIO, *, mask_width: int) -> None:
         self.tokenizer = tokenizer
         self.anchor = tokenizer.encode("a")
-        self.text_of = {}
+        self.text_of: dict[int, str] = {}
         can_draw = (getattr(stream, "encoding", None) or "utf-8").lower().startswith("utf")
         block, self.end = ("░", "∎") if can_draw else ("_", "#")
         self.mask = block if tokenizer.kind == "bytes" else " " + block * mask_width
@@ -114,15 +114,17 @@ class LogShow:
     row of the batch.
     """
 
-    def __init__(self, tokenizer, prompts: Sequence[str], *, gen_length: int, stream: TextIO):
+    def __init__(
+        self, tokenizer: Any, prompts: Sequence[str], *, gen_length: int, stream: TextIO
+    ) -> None:
         self.tokenizer, self.prompts = tokenizer, prompts
         self.gen_length, self.stream = gen_length, stream
         self.canvas_text = CanvasText(tokenizer, stream, mask_width=1)
 
-    def __enter__(self):
+    def __enter__(self) -> Any:
         return self
 
-    def __exit__(self, *exception):
+    def __exit__(self, *exception: Any) -> None:
         return None
 
     def on_step(self, rows: range, state: DenoiseStep) -> None:
@@ -155,8 +157,14 @@ class LiveShow:
     """
 
     def __init__(
-        self, tokenizer, prompts: Sequence[str], *, gen_length: int, console, transient: bool
-    ):
+        self,
+        tokenizer: Any,
+        prompts: Sequence[str],
+        *,
+        gen_length: int,
+        console: Any,
+        transient: bool,
+    ) -> None:
         from rich.live import Live
 
         self.tokenizer, self.prompts = tokenizer, prompts
@@ -166,14 +174,15 @@ class LiveShow:
         self.live = Live(
             console=console, auto_refresh=False, transient=transient, vertical_overflow="ellipsis"
         )
-        self.rows, self.age_BT = None, None
+        self.rows: range | None = None
+        self.age_BT: np.ndarray = np.zeros((0, 0), int)
         self.last_frame = 0.0
 
-    def __enter__(self):
+    def __enter__(self) -> Any:
         self.live.__enter__()
         return self
 
-    def __exit__(self, *exception):
+    def __exit__(self, *exception: Any) -> None:
         self.live.__exit__(*exception)
 
     def on_step(self, rows: range, state: DenoiseStep) -> None:
@@ -185,7 +194,7 @@ class LiveShow:
         self.last_frame = time.monotonic()
         self.live.update(self.picture(rows, state, frame), refresh=True)
 
-    def picture(self, rows: range, state: DenoiseStep, frame: _Frame):
+    def picture(self, rows: range, state: DenoiseStep, frame: _Frame) -> Any:
         """Returns a status line with a bar above one panel for each of the rows that fit the
         screen.
         """
@@ -207,7 +216,8 @@ class LiveShow:
             self.row_text(rows[i], frame.tokens_BT[i], frame.is_masked_BT[i], self.age_BT[i])
             for i in range(len(rows))
         ]
-        panels, lines_left = [], self.console.height - 2
+        panels: list[Any] = []
+        lines_left = self.console.height - 2
         for row, text in zip(rows, texts):
             height = 2 + len(text.wrap(self.console, self.console.width - 4))
             if panels and height > lines_left:
@@ -217,7 +227,7 @@ class LiveShow:
             panels.append(Panel(text, title=title, title_align="left", border_style=MASK_STYLE))
         return Group(header, *panels)
 
-    def row_text(self, row: int, tokens, is_masked, age):
+    def row_text(self, row: int, tokens: Any, is_masked: Any, age: Any) -> Any:
         """Returns the prompt and the generation of one row as styled text."""
         from rich.text import Text
 
@@ -235,8 +245,8 @@ class LiveShow:
 
 
 def make_show(
-    tokenizer, prompts: Sequence[str], *, gen_length: int, stream: TextIO, transient: bool
-):
+    tokenizer: Any, prompts: Sequence[str], *, gen_length: int, stream: TextIO, transient: bool
+) -> Any:
     """Returns the show that suits the stream: a context manager with the `on_step` that
     `generate_tokens` calls after each step.
     """

@@ -3,7 +3,7 @@ one shape.
 """
 
 from collections.abc import Callable, Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import numpy as np
@@ -38,8 +38,8 @@ def check_request(*, num_prompts: int, batch_size: int, seed: int) -> None:
 
 
 def generate_tokens(
-    logits_fn,
-    params,
+    logits_fn: Callable,
+    params: dict,
     prompts: Sequence[Sequence[int]],
     *,
     mask_id: int,
@@ -117,7 +117,7 @@ def cut_at_eos(tokens: Sequence[int], eos_id: int) -> list[int]:
     return tokens[: tokens.index(eos_id)] if eos_id in tokens else tokens
 
 
-def decode_after(tokenizer, before: Sequence[int], tokens: Sequence[int]) -> str:
+def decode_after(tokenizer: Any, before: Sequence[int], tokens: Sequence[int]) -> str:
     """Returns the text of `tokens` where they follow `before`.
 
     Both are decoded together, because tokenizers drop the space in front of the first word they
@@ -132,13 +132,13 @@ def decode_after(tokenizer, before: Sequence[int], tokens: Sequence[int]) -> str
 
 
 def generate_text(
-    logits_fn,
-    params,
-    tokenizer,
+    logits_fn: Callable,
+    params: dict,
+    tokenizer: Any,
     prompts: Sequence[str],
     *,
     stop_at_eos: bool = True,
-    **settings,
+    **settings: Any,
 ) -> list[Completion]:
     """Generates text after each prompt.
 
