@@ -20,7 +20,7 @@ CONFIGS = PACKAGE.parent / "configs"
 # The floors of the house, from the bottom up. A folder of the package is a floor; so is each file
 # at its top. A file imports from its own folder and from floors below.
 FLOORS = (
-    ("llada_jax", "errors", "units", "rng", "masks", "paths", "streams", "parts", "config", "progress"),
+    ("llada_jax", "errors", "units", "rng", "masks", "paths", "streams", "parts", "ranges", "config", "progress"),
     ("storage",),
     ("cluster",),
     ("data",),
