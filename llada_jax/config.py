@@ -19,6 +19,7 @@ from ml_collections import ConfigDict
 from llada_jax.errors import UserError, did_you_mean
 from llada_jax.parts import add_to_path, is_own
 from llada_jax.paths import user_path
+from llada_jax.ranges import check_ranges
 
 AUTO = "auto"
 
@@ -202,47 +203,6 @@ PATHS = (
 # Knobs that may also name a part of the user's own, as module:attribute.
 OWN_PARTS = ("objective.name", "optimizer.name", "schedule.name")
 
-AT_LEAST = {
-    "data.batch_size": 1,
-    "data.sequence_length": 2,
-    "data.num_threads": 1,
-    "data.prefetch": 1,
-    "model.num_layers": 1,
-    "model.d_model": 1,
-    "model.num_heads": 1,
-    "model.num_kv_heads": 1,
-    "model.head_dim": 2,
-    "model.d_ff": 1,
-    "model.nll_chunk": 1,
-    "optimizer.gradient_accumulation": 1,
-    "optimizer.max_skipped_updates": 0,
-    "checkpoint.every_steps": 1,
-    "checkpoint.keep": 1,
-    "log.every_steps": 1,
-    "log.profile_at_step": 0,
-    "log.profile_num_steps": 1,
-    "num_steps": 0,
-    "num_tokens": 0,
-    "seed": 0,
-    "model.vocab_size": 0,
-    "optimizer.clip_norm": 0,
-    "optimizer.weight_decay": 0,
-    "schedule.learning_rate": 0,
-    "schedule.warmup_steps": 0,
-    "evaluation.every_steps": 0,
-    "evaluation.num_batches": 0,
-    "evaluation.final_num_batches": 0,
-    "samples.every_steps": 0,
-    "samples.gen_length": 1,
-    "samples.steps": 1,
-    "samples.block_length": 1,
-    "checkpoint.keep_every_steps": 0,
-    "distributed.initialization_timeout_s": 1,
-    "distributed.heartbeat_timeout_s": 1,
-    "distributed.step_timeout_s": 0,
-    "checkpoint.local_every_steps": 0,
-}
-
 
 def load_config(path: str, overrides: list[str] = ()) -> ConfigDict:
     """Returns the validated config of a file, changed by `overrides` such as "seed=3" or
@@ -419,13 +379,7 @@ def validate(config: ConfigDict) -> None:
             )
     for path in OWN_PARTS:
         check_arguments(config, path)
-    for path, least in AT_LEAST.items():
-        if knob(config, path) < least:
-            raise UserError(f"config.{path}={knob(config, path)} must be at least {least}.")
-    for path in knobs(config):
-        value = knob(config, path)
-        if isinstance(value, float) and not math.isfinite(value):
-            raise UserError(f"config.{path}={value} must be a finite number.")
+    check_ranges({path: knob(config, path) for path in knobs(config)})
     if (config.num_steps > 0) == (config.num_tokens > 0):
         raise UserError(
             f"config.num_steps={config.num_steps} and config.num_tokens={config.num_tokens}: "
@@ -447,26 +401,7 @@ def validate(config: ConfigDict) -> None:
             f"config.optimizer.gradient_accumulation={config.optimizer.gradient_accumulation}; "
             "change one of them."
         )
-    if not 0 <= config.data.random_length_probability <= 1:
-        raise UserError(
-            f"config.data.random_length_probability={config.data.random_length_probability} must "
-            "lie in [0, 1]."
-        )
-    if not 0 <= config.objective.eps < 1:
-        raise UserError(
-            f"config.objective.eps={config.objective.eps} must lie in [0, 1); the published value "
-            "is 1e-3."
-        )
-    if not 0 <= config.optimizer.ema_decay < 1:
-        raise UserError(
-            f"config.optimizer.ema_decay={config.optimizer.ema_decay} must lie in [0, 1); 0 keeps "
-            "none."
-        )
     schedule = config.schedule
-    if not 0 < schedule.decay_fraction <= 1:
-        raise UserError(
-            f"config.schedule.decay_fraction={schedule.decay_fraction} must lie in (0, 1]."
-        )
     ends = [stage[0] for stage in schedule.stages if _is_row(stage, (float, float, float))]
     if (
         not ends
@@ -484,14 +419,20 @@ def validate(config: ConfigDict) -> None:
                 f"config.optimizer.{group}={rules} must be ((regex, factor), ...), as in (('.*', "
                 "1.0),)."
             )
+        for regex, factor in rules:
+            check_rule(f"config.optimizer.{group}", regex, factor)
+    for _, *rates in schedule.stages:
+        if any(not 0 <= rate < math.inf for rate in rates):
+            raise UserError(
+                f"config.schedule.stages={schedule.stages} holds a rate that is negative or not "
+                "finite; learning rates are 0 or more."
+            )
     prompts = config.samples.prompts
     if not prompts or not all(isinstance(prompt, str) for prompt in prompts):
         raise UserError(
             f"config.samples.prompts={prompts} must be one text or more; ('',) samples "
             "without a prompt."
         )
-    if config.seed >= 2**32:
-        raise UserError(f"config.seed={config.seed} must be less than 2**32.")
     checkpoint = config.checkpoint
     if bool(checkpoint.local_directory) != bool(checkpoint.local_every_steps):
         raise UserError(
@@ -508,6 +449,21 @@ def validate(config: ConfigDict) -> None:
         raise UserError(
             "config.checkpoint.restore and config.checkpoint.init_from are both set; restore "
             "continues a whole run, and init_from takes only its weights: keep one."
+        )
+
+
+def check_rule(path: str, regex: str, factor: float) -> None:
+    """Raises UserError for a row (regex, factor) of a table of multipliers that cannot be meant."""
+    try:
+        re.compile(regex)
+    except re.error as error:
+        raise UserError(
+            f"{path}: {regex!r} is not a regular expression ({error}); correct it."
+        ) from error
+    if not 0 <= factor < math.inf:
+        raise UserError(
+            f"{path}: the factor {factor} of {regex!r} must be 0 or more and finite; a negative one "
+            "would make the loss grow."
         )
 
 

@@ -132,8 +132,8 @@ def check_schedule(
     for name, strength in (("temperature", temperature), ("cfg_scale", cfg_scale)):
         if not 0 <= strength < float("inf"):
             raise UserError(
-                f"{name}={strength} must be a finite number that is not negative; use 0 to switch it "
-                "off."
+                f"{name}={strength} must be a finite number that is not negative; use 0 to switch "
+                "it off."
             )
 
 

@@ -8,7 +8,6 @@ import pytest
 from support.configs import DEFAULT, PATHS, valid
 
 from llada_jax.config import (
-    AT_LEAST,
     CHOICES,
     OWN_PARTS,
     knob,
@@ -17,6 +16,7 @@ from llada_jax.config import (
     validate,
 )
 from llada_jax.errors import UserError
+from llada_jax.ranges import RANGES, check_ranges
 
 
 def test_the_defaults_are_valid_once_the_length_of_the_run_is_given():
@@ -32,18 +32,67 @@ def test_exactly_one_of_steps_and_tokens_says_how_long_to_train(num_steps, num_t
         validate(valid(**{"num_steps": num_steps, "num_tokens": num_tokens}))
 
 
-@pytest.mark.parametrize("path", AT_LEAST)
-def test_every_lower_bound_is_of_a_knob_and_is_exact(path):
-    least = AT_LEAST[path]
+def changes_for(path: str) -> dict:
+    """What else has to change so that a knob may have any value of its range."""
+    return {
+        "num_steps": {"num_steps": 0, "num_tokens": 10},
+        "num_tokens": {"num_steps": 5},
+        "model.num_heads": {"model.num_kv_heads": 1},
+        "checkpoint.local_every_steps": {"checkpoint.local_directory": "/dev/shm/x"},
+    }.get(path, {})
+
+
+def test_every_number_has_a_range():
+    numbers = {path for path in PATHS if type(knob(DEFAULT, path)) in (int, float)}
+    assert numbers == set(RANGES)
+
+
+@pytest.mark.parametrize("path", RANGES)
+def test_every_range_holds_the_default_and_its_ends_are_exact(path):
+    low, high, above, below = RANGES[path]
     kind = type(knob(DEFAULT, path))
-    assert knob(DEFAULT, path) >= least
-    changes = {"num_steps": 0, "num_tokens": 10} if path == "num_steps" else {}
-    changes |= {"model.num_kv_heads": 1} if path == "model.num_heads" else {}
-    validate(valid(**{**changes, path: kind(least)}))
-    with pytest.raises(
-        UserError, match=re.escape(f"config.{path}={kind(least - 1)} must be at least {least}")
-    ):
-        validate(valid(**{**changes, path: kind(least - 1)}))
+    assert RANGES[path].holds(knob(DEFAULT, path))
+
+    def step(value, direction):
+        return value + direction if kind is int else math.nextafter(value, math.inf * direction)
+
+    inside = [step(kind(low), 1) if above else kind(low)]
+    outside = [kind(low) if above else step(kind(low), -1)]
+    if high < math.inf:
+        inside.append(step(kind(high), -1) if below else kind(high))
+        outside.append(kind(high) if below else step(kind(high), 1))
+    for value in inside:
+        check_ranges({path: value})
+    for value in outside:
+        with pytest.raises(UserError, match=re.escape(f"config.{path}={value} must ")):
+            validate(valid(**{**changes_for(path), path: value}))
+
+
+@pytest.mark.parametrize(
+    ("path", "value"),
+    [
+        ("optimizer.b1", 2.0),
+        ("optimizer.b2", 1.0),
+        ("optimizer.eps", -1.0),
+        ("optimizer.eps", 0.0),
+        ("model.rope_theta", 0.0),
+        ("model.norm_eps", -1e-5),
+        ("model.d_model", 10**12),
+        ("model.num_layers", 10**9),
+        ("data.batch_size", 10**15),
+        ("num_steps", 2**31),
+        ("schedule.final_learning_rate", -1e-4),
+        ("samples.temperature", -0.5),
+        ("optimizer.weight_decay_multipliers", ((".*", -1.0),)),
+        ("optimizer.learning_rate_multipliers", ((".*", math.inf),)),
+        ("optimizer.learning_rate_multipliers", (("(", 1.0),)),
+        ("schedule.stages", ((1e9, -1e-4, 1e-4),)),
+        ("schedule.stages", ((1e9, 1e-4, math.nan),)),
+    ],
+)
+def test_a_value_that_can_mean_nothing_is_refused_by_name(path, value):
+    with pytest.raises(UserError, match=re.escape(f"config.{path}")):
+        validate(valid(**{path: value}))
 
 
 def test_no_count_or_interval_may_be_negative():

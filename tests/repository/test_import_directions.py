@@ -29,6 +29,7 @@ FLOORS = (
         "paths",
         "streams",
         "parts",
+        "ranges",
         "config",
         "progress",
     ),

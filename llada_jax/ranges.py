@@ -1,0 +1,115 @@
+"""The range of every number in the config.
+
+A bound is where a value stops to mean anything, not where it stops to be wise: a size above its
+bound fits no machine, and would end in a traceback or in a hang instead of a sentence.
+"""
+
+import math
+from typing import NamedTuple
+
+from llada_jax.errors import UserError
+
+
+class Range(NamedTuple):
+    """From least to most; `above` leaves out the lower end, `below` the upper one."""
+
+    least: float
+    most: float = math.inf
+    above: bool = False
+    below: bool = False
+
+    def holds(self, value: float) -> bool:
+        low = value > self.least if self.above else value >= self.least
+        return low and (value < self.most if self.below else value <= self.most)
+
+    def refusal(self, value: float) -> str:
+        """Returns what is wrong with a value, as the end of a sentence."""
+        if self.above or self.below or self.most <= 1:
+            opening, closing = "(["[not self.above], ")]"[not self.below]
+            return f"must lie in {opening}{self.least:g}, {self.most:g}{closing}."
+        if value < self.least:
+            return f"must be at least {self.least}."
+        return f"must be at most {self.most}."
+
+
+# Steps are counted in int32, on the devices and in checkpoints.
+MAX_STEPS = 2**31 - 1
+# Of one dimension of an array: the largest networks have some 2**18.
+MAX_SIZE = 2**24
+# Seconds and numbers of threads, which the system takes as C's int.
+MAX_INT = 2**31 - 1
+
+_STEPS = Range(0, MAX_STEPS)
+_FROM_ONE = Range(1, MAX_STEPS)
+_SIZE = Range(1, MAX_SIZE)
+
+RANGES = {
+    "seed": Range(0, 2**32 - 1),
+    "num_steps": _STEPS,
+    "num_tokens": Range(0, 2**63 - 1),
+    "data.batch_size": _SIZE,
+    "data.sequence_length": Range(2, MAX_SIZE),
+    "data.random_length_probability": Range(0, 1),
+    "data.num_threads": Range(1, 2**12),
+    "data.prefetch": Range(1, 2**16),
+    "model.vocab_size": Range(0, MAX_SIZE),
+    "model.num_layers": Range(1, 2**16),
+    "model.d_model": _SIZE,
+    "model.num_heads": Range(1, 2**16),
+    "model.num_kv_heads": Range(1, 2**16),
+    "model.head_dim": Range(2, 2**16),
+    "model.d_ff": _SIZE,
+    "model.rope_theta": Range(0, above=True),
+    "model.norm_eps": Range(0, 1, above=True),
+    "model.nll_chunk": _SIZE,
+    "objective.eps": Range(0, 1, below=True),
+    "optimizer.b1": Range(0, 1, below=True),
+    "optimizer.b2": Range(0, 1, below=True),
+    # without it an element whose gradient was always zero is 0/0
+    "optimizer.eps": Range(0, 1, above=True),
+    "optimizer.weight_decay": Range(0),
+    "optimizer.clip_norm": Range(0),
+    "optimizer.ema_decay": Range(0, 1, below=True),
+    "optimizer.max_skipped_updates": _STEPS,
+    "optimizer.gradient_accumulation": _SIZE,
+    "schedule.learning_rate": Range(0),
+    "schedule.final_learning_rate": Range(0),
+    "schedule.warmup_steps": _STEPS,
+    "schedule.decay_fraction": Range(0, 1, above=True),
+    # one axis may be -1, the devices that are left
+    "mesh.data": Range(-1, 2**20),
+    "mesh.fsdp": Range(-1, 2**20),
+    "mesh.sequence": Range(-1, 2**20),
+    "mesh.tensor": Range(-1, 2**20),
+    "mesh.expert": Range(-1, 2**20),
+    "distributed.initialization_timeout_s": Range(1, MAX_INT // 1000),
+    "distributed.heartbeat_timeout_s": Range(1, MAX_INT // 1000),
+    "distributed.step_timeout_s": Range(0, MAX_INT // 1000),
+    "evaluation.every_steps": _STEPS,
+    "evaluation.num_batches": _STEPS,
+    "evaluation.final_num_batches": _STEPS,
+    "samples.every_steps": _STEPS,
+    "samples.gen_length": _SIZE,
+    "samples.steps": _SIZE,
+    "samples.block_length": _SIZE,
+    "samples.temperature": Range(0),
+    "checkpoint.every_steps": _FROM_ONE,
+    "checkpoint.keep": _FROM_ONE,
+    "checkpoint.keep_every_steps": _STEPS,
+    "checkpoint.local_every_steps": _STEPS,
+    "log.every_steps": _FROM_ONE,
+    "log.profile_at_step": _STEPS,
+    "log.profile_num_steps": _FROM_ONE,
+}
+
+
+def check_ranges(values: dict[str, float]) -> None:
+    """Raises UserError for the first of {dotted path of a knob: value} that lies out of its range.
+
+    A number without a range must still be finite.
+    """
+    for path, value in values.items():
+        if isinstance(value, float) and not math.isfinite(value):
+            raise UserError(f"config.{path}={value} must be a finite number.")
+        if path in RANGES and not RANGES[path].holds(value):
+            raise UserError(f"config.{path}={value} {RANGES[path].refusal(value)}")
