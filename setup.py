@@ -1,4 +1,7 @@
-"""Package metadata, dependency ranges and extras. The ranges are those the tests have run on (docs/log.md)."""
+"""Package metadata, dependency ranges and extras.
+
+The tests have run on these ranges (docs/log.md).
+"""
 
 from pathlib import Path
 
@@ -36,7 +39,7 @@ setup(
     name="llada_jax",
     version="0.1.0",
     description="Pretraining of LLaDA, the masked diffusion language model, in JAX",
-    # The image of launch/Dockerfile installs the dependencies from setup.py alone, without a README.
+    # The image of launch/Dockerfile installs the dependencies from setup.py, without a README.
     long_description=README.read_text(encoding="utf-8") if README.exists() else "",
     long_description_content_type="text/markdown",
     license="Apache-2.0",

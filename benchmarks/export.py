@@ -23,28 +23,30 @@ from pathlib import Path
 SAVE = """
 import json, sys
 import jax
-from llada_jax import sharding
+from llada_jax.checkpoints.record import run_record
 from llada_jax.checkpoints.workdir import Checkpoints
+from llada_jax.cluster import sharding
 from llada_jax.config import default_config
-from llada_jax.models.transformer import Architecture
-from llada_jax.training.state import TrainState, make_model, parameter_shardings
 from llada_jax.data.tokenizer import load_tokenizer
+from llada_jax.models.model import make_model, parameter_shardings
+from llada_jax.models.transformer import Architecture
+from llada_jax.training.state import TrainState
 workdir, architecture = sys.argv[1], json.loads(sys.argv[2])
 tokenizer = load_tokenizer("bytes")
 tokenizer.save(workdir + "/tokenizer")
-model = make_model(Architecture(**architecture))
+architecture = Architecture(**architecture)
+model = make_model(architecture)
 mesh = sharding.make_mesh({"fsdp": -1})
 params = jax.jit(model.init, out_shardings=parameter_shardings(model, mesh))(jax.random.key(0))
-run = {"config": default_config().to_dict(), "architecture": architecture, "data": [], "tokens": 0,
-       "tokenizer": {"kind": "bytes", "vocab_size": 260, "fingerprint": tokenizer.fingerprint}}
+record = run_record(default_config(), architecture, tokenizer, data=[], step=1, tokens=0)
 saved = Checkpoints(workdir)
-saved.save(TrainState(jax.numpy.int32(1), params, (), {}, {}), json.loads(json.dumps(run)))
+saved.save(TrainState(jax.numpy.int32(1), params, (), {}, {}), record)
 saved.close()
 """
 EXPORT = """
 import json, resource, sys
 import jax
-from llada_jax import export
+from llada_jax.verbs import export
 peak = lambda: resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024  # Linux counts KiB
 jax.devices()
 before = peak()

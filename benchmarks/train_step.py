@@ -83,8 +83,8 @@ class JaxSide:
         from llada_jax.models.transformer import Architecture
         from llada_jax.objectives.masked_diffusion import masked_diffusion
         from llada_jax.training import optim
-        from llada_jax.training.state import abstract_state, create_state
-        from llada_jax.training.step import abstract_metrics, make_train_step
+        from llada_jax.training.state import abstract_metrics, abstract_state, create_state
+        from llada_jax.training.step import make_train_step
 
         self.jax, self.size = jax, size
         sizes = {
@@ -121,9 +121,7 @@ class JaxSide:
         objective = masked_diffusion(mask_id=size["vocab_size"] - 1, eps=P_MIN)
         B, T = size["batch_size"], size["sequence_length"]
         jax.set_mesh(sharding.one_device_mesh())
-        metrics = abstract_metrics(
-            objective, self.model.abstract, num_rows=B, sequence_length=T
-        )
+        metrics = abstract_metrics(objective, self.model.abstract, num_rows=B, sequence_length=T)
         abstract = abstract_state(
             self.model, optimizer, self._mesh(), metrics=metrics, keep_ema=False
         )

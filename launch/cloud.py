@@ -156,17 +156,22 @@ def command_of(args: argparse.Namespace) -> list[str]:
     return command
 
 
+def check_label(name: str, flag: str) -> None:
+    """Raises UserError unless the value of a flag is a DNS label; see check_name."""
+    if not re.fullmatch(r"[a-z]([a-z0-9-]*[a-z0-9])?", name):
+        raise UserError(
+            f"{flag} {name!r} must consist of lower-case letters, digits and hyphens, begin with a "
+            "letter and not end with a hyphen."
+        )
+
+
 def check_name(name: str, *, longest: str) -> None:
     """Raises UserError unless `name` is a DNS label, as Kubernetes and Compute Engine require.
 
     Args:
         longest: the longest name that is derived from `name`; a label has at most 63 characters.
     """
-    if not re.fullmatch(r"[a-z]([a-z0-9-]*[a-z0-9])?", name):
-        raise UserError(
-            f"--name {name!r} must consist of lower-case letters, digits and hyphens, begin with a "
-            "letter and not end with a hyphen."
-        )
+    check_label(name, "--name")
     if len(longest) > 63:
         raise UserError(
             f"--name {name!r} is too long: {longest!r}, which is derived from it, would have "

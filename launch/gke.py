@@ -23,6 +23,7 @@ from cloud import (
     COORDINATOR_PORT,
     RESTART_STATUSES,
     Capacity,
+    check_label,
     check_name,
     command_of,
     make_parser,
@@ -426,6 +427,10 @@ def parse(argv: list[str]) -> argparse.Namespace:
 def main(argv: list[str]) -> int:
     args = parse(argv)
     try:
+        # Before kubectl sees them: --name=--all --delete would delete every JobSet.
+        check_name(args.name, longest=args.name)
+        if args.namespace:
+            check_label(args.namespace, "--namespace")
         manifest = None if args.follow or args.delete else to_yaml(manifest_of(args))
     except UserError as error:
         print(f"gke: {error}", file=sys.stderr)

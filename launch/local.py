@@ -12,6 +12,7 @@ The exit status is that of the first process that failed.
 
 import argparse
 import contextlib
+import ctypes
 import os
 import shlex
 import shutil
@@ -51,9 +52,28 @@ def copy(stream, log: Path, terminal) -> None:
         for line in stream:
             file.write(line)
             # A closed terminal must not stop the run.
-            with contextlib.suppress(OSError):
+            with contextlib.suppress(OSError, ValueError):
                 terminal.write(line)
                 terminal.flush()
+
+
+def tied_to(launcher: int):
+    """Returns what a process does before it becomes the command: it ends when the launcher is gone.
+
+    The kernel sends SIGTERM however the launcher ends, SIGKILL included, so that the run saves and
+    no process is left that holds the devices. Only Linux has this.
+    """
+    if not sys.platform.startswith("linux"):
+        return None
+    # looked up here, because little is safe between fork and exec
+    prctl, set_signal_at_death = ctypes.CDLL(None).prctl, 1
+
+    def tie() -> None:
+        prctl(set_signal_at_death, signal.SIGTERM)
+        if os.getppid() != launcher:  # it ended before that call
+            os._exit(1)
+
+    return tie
 
 
 def start(
@@ -63,7 +83,12 @@ def start(
     with open(log, "ab") as file:
         out = subprocess.PIPE if is_shown else file
         process = subprocess.Popen(
-            command, env={**os.environ, **env}, stdout=out, stderr=out, start_new_session=True
+            command,
+            env={**os.environ, **env},
+            stdout=out,
+            stderr=out,
+            start_new_session=True,
+            preexec_fn=tied_to(os.getpid()),
         )
     if is_shown:
         for pair in ((process.stdout, sys.stdout.buffer), (process.stderr, sys.stderr.buffer)):
@@ -117,7 +142,7 @@ def parse(argv: list[str]) -> tuple[argparse.Namespace, list[str]]:
     )
     add(
         "--logs",
-        type=Path,
+        type=lambda text: Path(text).expanduser(),
         default=Path("logs"),
         metavar="DIR",
         help="directory with one log per process (default logs)",
@@ -148,7 +173,9 @@ def parse(argv: list[str]) -> tuple[argparse.Namespace, list[str]]:
 
 def main(argv: list[str]) -> int:
     args, command = parse(argv)
-    envs = environments(args.processes, args.devices, f"localhost:{free_port()}")
+    # not "localhost": the address of the loopback device alone is also where the first process
+    # listens, out of reach of other machines
+    envs = environments(args.processes, args.devices, f"127.0.0.1:{free_port()}")
     if args.dry_run:
         for env in envs:
             print(
@@ -185,10 +212,13 @@ def main(argv: list[str]) -> int:
         failed = ", ".join(
             str(number) for number, process in enumerate(processes) if process.returncode
         )
-        print(
-            f"launch: ended with status {status}; failed: process {failed}; logs: {args.logs}",
-            file=sys.stderr,
-        )
+        # A closed terminal must not change the status.
+        with contextlib.suppress(OSError, ValueError):
+            print(
+                f"launch: ended with status {status}; failed: process {failed}; logs: {args.logs}",
+                file=sys.stderr,
+                flush=True,
+            )
     return status
 
 

@@ -9,7 +9,7 @@
 
 It writes LOGS/NAME.sbatch, passes it to sbatch and prints the number of the job; --dry-run prints
 the script instead. A job is requeued when its command exits with 42 (saved; start me again) or is
-killed by a signal; 0, 2 and 3 end it.
+killed by a signal; 0, 2 and 3 end it, and so do three starts in a row that saved nothing new.
 """
 
 import argparse
@@ -22,6 +22,9 @@ from pathlib import Path
 
 from llada_jax.cluster.compiler_flags import flags_named
 from llada_jax.errors import UserError
+
+# A job that was started this often in a row without a new checkpoint is not requeued again.
+MAX_STARTS_WITHOUT_GAIN = 3
 
 # The only thing that the job's shell expands in the command.
 INDEX = "$SLURM_ARRAY_TASK_ID"
@@ -61,12 +64,34 @@ status=$?
 ((status == 0 || status == 42 || status > 128)) || status=$((200 + (status < 55 ? status : 55)))
 exit "$status"'
 
+# How far the run in the workdir of the command has come: its newest checkpoint, and the sums of an
+# evaluation that it was in. A command without a local workdir shows nothing.
+workdir={workdir}
+reached() {{
+    find "$workdir/checkpoints" -maxdepth 1 -printf '%f\n' 2>/dev/null |
+        grep -Ex '[0-9]+' | sort -n | tail -n 1
+    stat -c %s "$workdir/evaluation.json" 2>/dev/null
+    return 0
+}}
+before=$(reached)
+
 echo "start ${{SLURM_RESTART_COUNT:-0}} of job $SLURM_JOB_ID on $SLURM_JOB_NODELIST"
 status=0
 srun --kill-on-bad-exit=1 --cpu-bind=none {srun} \\
     bash -c "$task" task "${{command[@]}}" || status=$?
 
 if ((status == 42 || (status > 128 && status < 200))); then
+    # A restart that does not help would use the nodes up to the last one allowed.
+    file={logs}/.without-gain-$SLURM_JOB_ID without_gain=0
+    if [[ -n $workdir && $(reached) == "$before" ]]; then
+        read -r without_gain 2>/dev/null <"$file"
+        without_gain=$((without_gain + 1))
+    fi
+    echo "$without_gain" >"$file"
+    if ((without_gain >= {max_without_gain})); then
+        echo "status $status: not requeued, because $without_gain starts in a row saved no new step"
+        exit "$status"
+    fi
     if ((${{SLURM_RESTART_COUNT:-0}} < {max_restarts})); then
         echo "status $status: requeued, to continue from the last checkpoint"
         scontrol requeue "$SLURM_JOB_ID" && exec sleep 600 # until SLURM ends it
@@ -85,6 +110,39 @@ def quote(word: str) -> str:
     return (
         f'"{INDEX}"'.join(shlex.quote(part) if part else "" for part in word.split(INDEX)) or "''"
     )
+
+
+def workdir_of(command: list[str]) -> str:
+    """Returns the local workdir that a command names, "" without one."""
+    for word, following in zip(command, [*command[1:], ""]):
+        if word == "--workdir" or word.startswith("--workdir="):
+            workdir = following if word == "--workdir" else word.partition("=")[2]
+            return "" if "://" in workdir else str(Path(workdir).expanduser())
+    return ""
+
+
+def check_words(args: argparse.Namespace) -> None:
+    """Raises UserError for a value that would not stay on its line of the script.
+
+    A line break ends the comment that #SBATCH begins, and bash would execute what follows.
+    """
+    values = {name: value for name, value in vars(args).items() if isinstance(value, str | Path)}
+    values |= {f"sbatch[{number}]": option for number, option in enumerate(args.sbatch)}
+    for name, value in values.items():
+        if not str(value).isprintable():
+            flag = name.partition("[")[0].replace("_", "-")
+            raise UserError(
+                f"--{flag} {str(value)!r} contains a line break or another character that cannot "
+                "be printed; leave it out"
+            )
+    for option in args.sbatch:
+        if not option.startswith("-"):
+            raise UserError(f"--sbatch={option} must be an option of sbatch, as in --qos=high")
+    if not re.fullmatch(r"\w[\w.-]*", args.name, flags=re.ASCII):
+        raise UserError(
+            f"--name {args.name!r} must consist of letters, digits, dots, hyphens and underscores, "
+            "and begin with a letter, a digit or an underscore: files are named after it"
+        )
 
 
 def render(args: argparse.Namespace, command: list[str]) -> str:
@@ -135,6 +193,9 @@ def render(args: argparse.Namespace, command: list[str]) -> str:
             f"--{name}={shlex.quote(str(value))}" for name, value in srun.items() if value
         ),
         max_restarts=args.max_restarts,
+        max_without_gain=MAX_STARTS_WITHOUT_GAIN,
+        workdir=quote(workdir_of(command)),
+        logs=shlex.quote(str(args.logs)),
     )
 
 
@@ -217,7 +278,7 @@ def parse(argv: list[str]) -> tuple[argparse.Namespace, list[str]]:
     )
     add(
         "--logs",
-        type=Path,
+        type=lambda text: Path(text).expanduser(),
         default=Path("logs"),
         metavar="DIR",
         help="directory of the logs, on a shared file system (default logs)",
@@ -257,6 +318,10 @@ def parse(argv: list[str]) -> tuple[argparse.Namespace, list[str]]:
         args.flags = flags_named(args.flags)
     except UserError as error:
         parser.error(f"--flags: {error}")
+    try:
+        check_words(args)
+    except UserError as error:
+        parser.error(str(error))
     for pair in args.env:
         if not re.match(r"[A-Za-z_]\w*=", pair):
             parser.error(f"--env {pair} must be NAME=VALUE")

@@ -25,222 +25,27 @@ import time
 from dataclasses import dataclass
 from pathlib import Path
 
-from cloud import COORDINATOR_PORT, RESTART_STATUSES, Capacity, check_name, command_of, make_parser
+from cloud import RESTART_STATUSES, check_name, command_of, make_parser
+from tpu_vm_commands import ARCHIVE, CLEAN, INSTALL, STARTED, STOP, Target, run_script
 
-from llada_jax.cluster.hardware import Slice, slice_named
+from llada_jax.cluster.hardware import slice_named
 from llada_jax.errors import UserError
 
 REPOSITORY = Path(__file__).parent.parent
-ARCHIVE = "llada_jax.tar.gz"
-# The images of TPU VMs bring 3.10, which is too old for jax.
-PYTHON = "3.12"
-# A log without this line means that the worker was never reached.
-STARTED = "launch: the command starts"
 # A queued resource never leaves these states; its slices are gone.
 DEAD = ("FAILED", "SUSPENDED")
 TRANSIENT = re.compile(
     r"UNAVAILABLE|DEADLINE_EXCEEDED|INTERNAL|ABORTED|HTTPError 5\d\d"
     r"|[Cc]onnection (reset|refused|aborted)|timed out"
 )
-# Of one gcloud command that fails for a reason that may pass.
+# How often one gcloud command is tried that fails for a reason that may pass.
 MAX_TRIES = 5
-# At the workers' processes.
+# Between two looks at the processes of the workers.
 SECONDS_BETWEEN_LOOKS = 1.0
 
 
 class GcloudError(UserError):
     """gcloud refused. The message is gcloud's, because it names the permission, quota or flag."""
-
-
-# ------------------------------------------------------------------------------ the gcloud commands
-
-
-@dataclass(frozen=True, kw_only=True)
-class Target:
-    """A queued resource, and how its workers are reached.
-
-    Attributes:
-        name: of the resource and of its only slice; several slices are called NAME-0, NAME-1...
-        internal_ip: workers have no external address and are reached from inside the network.
-        create_flags: passed to `queued-resources create` unchanged.
-    """
-
-    name: str
-    zone: str
-    project: str
-    slice: Slice
-    num_slices: int
-    capacity: Capacity
-    internal_ip: bool
-    create_flags: list[str]
-
-    @property
-    def nodes(self) -> list[str]:
-        return (
-            [self.name]
-            if self.num_slices == 1
-            else [f"{self.name}-{i}" for i in range(self.num_slices)]
-        )
-
-    @property
-    def workers(self) -> list[tuple[str, int]]:
-        """(node, number within the node) of every worker; the first one coordinates."""
-        return [
-            (node, worker) for node in self.nodes for worker in range(self.slice.num_tpu_vm_hosts)
-        ]
-
-    @property
-    def place(self) -> list[str]:
-        return [f"--zone={self.zone}", *([f"--project={self.project}"] if self.project else [])]
-
-    def create(self) -> list[str]:
-        kind, detail = self.capacity.kind, self.capacity.detail
-        paid = {
-            "on-demand": [],
-            "spot": ["--spot"],
-            "reservation": ["--provisioning-model=reservation-bound", f"--reservation={detail}"]
-            if detail
-            else ["--reserved"],
-            "flex": ["--provisioning-model=flex-start", f"--max-run-duration={detail}"],
-        }[kind]
-        # The released commands do not know flex and reservations by name yet.
-        track = ["alpha"] if detail else []
-        names = (
-            [f"--node-id={self.name}"]
-            if self.num_slices == 1
-            else [f"--node-count={self.num_slices}", f"--node-prefix={self.name}"]
-        )
-        return [
-            *(
-                "gcloud",
-                *track,
-                "compute",
-                "tpus",
-                "queued-resources",
-                "create",
-                self.name,
-                *self.place,
-            ),
-            *(
-                f"--accelerator-type={self.slice.name}",
-                f"--runtime-version={self.slice.accelerator.tpu_vm_runtime}",
-            ),
-            *(
-                *names,
-                *paid,
-                *(["--internal-ips"] if self.internal_ip else []),
-                *self.create_flags,
-                "--quiet",
-            ),
-        ]
-
-    def describe(self) -> list[str]:
-        return [
-            *("gcloud", "compute", "tpus", "queued-resources", "describe", self.name, *self.place),
-            "--format=value(state.state)",
-        ]
-
-    def delete(self) -> list[str]:
-        return [
-            "gcloud",
-            "compute",
-            "tpus",
-            "queued-resources",
-            "delete",
-            self.name,
-            *self.place,
-            "--force",
-            "--quiet",
-        ]
-
-    def reach(self) -> list[str]:
-        return [
-            "--strict-host-key-checking=no",
-            "--quiet",
-            *(["--internal-ip"] if self.internal_ip else []),
-        ]
-
-    def ssh(self, node: str, worker: int | str, script: str) -> list[str]:
-        """Returns the command that runs a script on one worker, or on "all" workers of a node.
-
-        ssh notices a host that has vanished after two minutes.
-        """
-        alive = ["--ssh-flag=-oServerAliveInterval=15", "--ssh-flag=-oServerAliveCountMax=8"]
-        return [
-            *(
-                "gcloud",
-                "compute",
-                "tpus",
-                "tpu-vm",
-                "ssh",
-                node,
-                *self.place,
-                f"--worker={worker}",
-            ),
-            *(*self.reach(), *alive, f"--command={script}"),
-        ]
-
-    def copy(self, file: Path, node: str) -> list[str]:
-        return [
-            *("gcloud", "compute", "tpus", "tpu-vm", "scp", str(file), f"{node}:{ARCHIVE}"),
-            *(*self.place, "--worker=all", *self.reach()),
-        ]
-
-
-# --------------------------------------------------- what runs on the workers, in their login shell
-
-INSTALL = f"""
-set -eu
-mkdir -p "$HOME/llada_jax"
-tar -xzf "$HOME/{ARCHIVE}" -C "$HOME/llada_jax"
-export PIP_BREAK_SYSTEM_PACKAGES=1 # newer images mark their Python as managed by the system
-python3 -m pip install --quiet --user uv
-venv="$HOME/llada_jax.venv"
-[ -x "$venv/bin/python" ] || python3 -m uv venv --quiet --python {PYTHON} "$venv"
-python3 -m uv pip install --quiet --python "$venv/bin/python" -e "$HOME/llada_jax[tpu]"
-"""
-
-# Ends the command of an earlier start and every process that holds the chips (/dev/accel* up to v4,
-# /dev/vfio/* since v5), and removes the lock file, because the one that a killed process leaves
-# behind keeps libtpu from starting.
-CLEAN = """
-set -u
-if pid=$(cat "$HOME/llada_jax.pid" 2>/dev/null) &&
-  [ "$(readlink "/proc/$pid/cwd")" = "$HOME/llada_jax" ]; then
-  kill -KILL "$pid"
-fi
-for _ in 1 2 3 4 5; do
-  holders=$(sudo lsof -t /dev/accel* /dev/vfio/* 2>/dev/null | sort -u)
-  [ -n "$holders" ] || break
-  echo "$holders" | xargs sudo kill -KILL
-  sleep 1
-done
-rm -f "$HOME/llada_jax.pid"
-sudo rm -f /tmp/libtpu_lockfile
-"""
-
-STOP = 'kill -TERM "$(cat "$HOME/llada_jax.pid")"'
-
-
-def run_script(command: list[str], env: dict[str, str]) -> str:
-    """Returns the script that starts the command on a worker.
-
-    It ends with `exec`, so that the process in the pid file is the command itself.
-    """
-    exports = {"JAX_COORDINATOR_PORT": str(COORDINATOR_PORT), "PYTHONUNBUFFERED": "1"} | env
-    lines = [f"export {name}={shlex.quote(value)}" for name, value in exports.items()]
-    return "\n".join(
-        [
-            "set -eu",
-            'cd "$HOME/llada_jax"',
-            'echo $$ > "$HOME/llada_jax.pid"',
-            'export PATH="$HOME/llada_jax.venv/bin:$PATH"',
-            *lines,
-            f'echo "{STARTED} on $(hostname)"',
-            f"exec {shlex.join(command)}",
-            "",
-        ]
-    )
 
 
 def pack(code: Path, archive: Path) -> int:
@@ -264,9 +69,6 @@ def pack(code: Path, archive: Path) -> int:
         for name in files:
             tar.add(code / name, arcname=name)
     return len(files)
-
-
-# ------------------------------------------------------------------------------------- the launcher
 
 
 class Stop:
@@ -415,7 +217,7 @@ def start_workers(target: Target, script: str, logs: Path) -> list[Running]:
     return workers
 
 
-def tell_all(target: Target, script: str) -> None:
+def run_on_all(target: Target, script: str) -> None:
     """Runs a script on every worker that can be reached."""
     for node in target.nodes:
         subprocess.run(
@@ -443,7 +245,7 @@ def run_everywhere(
             sys.stderr.write(shown.read().decode(errors="replace"))
             if stop.is_requested and not is_stopping:
                 say(f"asking the workers to save and stop, for at most {grace:.0f} s")
-                tell_all(target, STOP)
+                run_on_all(target, STOP)
                 is_stopping = True
             for worker in list(running):
                 status = worker.status()
@@ -459,7 +261,7 @@ def run_everywhere(
         worker.process.wait()
     # They have had their time. After a failure, it is the next start that clears them away.
     if running and is_stopping:
-        tell_all(target, CLEAN)
+        run_on_all(target, CLEAN)
     return statuses
 
 

@@ -5,13 +5,28 @@ Letters of array dims, carried as suffixes of array names (tokens_BT):
     heads, H head width, F feed-forward width, V vocabulary, L layers.
 """
 
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from jax.sharding import Mesh
+
+    from llada_jax.pretrained import Pretrained
+
 __version__ = "0.1.0"
 
 
-def load(checkpoint, **kwargs):
-    """Loads a trained model for sampling and scoring; see llada_jax.pretrained.load."""
-    from llada_jax.pretrained import (
-        load as load_pretrained,  # importing the package alone must not import jax
-    )
+def load(checkpoint: str, *, dtype: str = "auto", mesh: "Mesh | None" = None) -> "Pretrained":
+    """Loads a trained model for sampling and scoring.
 
-    return load_pretrained(checkpoint, **kwargs)
+    Args:
+        checkpoint: WORKDIR, WORKDIR@STEP, or a Hugging Face directory.
+        dtype: of the matrix products: "auto" (float32 on CPU, bfloat16 elsewhere), "float32" or
+            "bfloat16".
+        mesh: where to put the parameters; None: the first device.
+
+    See llada_jax.pretrained.load, which this calls.
+    """
+    # Imported here, because importing the package alone must not import jax.
+    from llada_jax.pretrained import load as load_pretrained
+
+    return load_pretrained(checkpoint, dtype=dtype, mesh=mesh)

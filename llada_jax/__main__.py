@@ -1,11 +1,20 @@
 """The table of verbs: `llada-jax VERB ...` and `python -m llada_jax VERB ...`."""
 
+import contextlib
 import importlib
 import os
 import sys
 import traceback
 
-from llada_jax.errors import LostPeer, NumericsError, Preempted, UserError, look_up
+from llada_jax.errors import (
+    LostPeer,
+    NumericsError,
+    Preempted,
+    UserError,
+    look_up,
+    one_line,
+)
+from llada_jax.streams import Log, Result, lead_nowhere, open_missing, reader_of_stdout_is_gone
 
 # verb -> (module, what it does). A module is imported only when its verb is called, so that
 # `prepare` starts without loading a model and `--help` answers at once.
@@ -20,9 +29,12 @@ VERBS = {
     "evaluate": ("evaluate", "workdir + records -> held-out likelihood bound"),
     "export": ("export", "workdir -> Hugging Face directory"),
     "import": ("import_hf", "Hugging Face directory -> workdir"),
-    "plan": ("plan", "config + topology -> memory, speed and cost, before anything is rented"),
+    "plan": ("plan", "config + topology -> memory, speed and cost, before you rent anything"),
     "sweep": ("sweep", "config with sweep(add) -> numbered runs and their table"),
 }
+
+# Verbs that write files and no result to stdout: a reader that leaves says nothing about them.
+WITHOUT_RESULT = ("train",)
 
 
 def usage() -> str:
@@ -36,6 +48,16 @@ def usage() -> str:
 def main(argv: list[str] | None = None) -> int:
     """Runs one verb and returns the exit status (see llada_jax.errors)."""
     argv = sys.argv[1:] if argv is None else argv
+    open_missing()
+    with (
+        contextlib.redirect_stdout(Result(sys.stdout)),
+        contextlib.redirect_stderr(Log(sys.stderr)),
+    ):
+        return run_verb(argv)
+
+
+def run_verb(argv: list[str]) -> int:
+    """The rest of `main`, in which what is written to stderr never raises."""
     try:
         if not argv or argv[0] in ("-h", "--help", "help"):
             print(usage(), flush=True)
@@ -47,6 +69,8 @@ def main(argv: list[str] | None = None) -> int:
             return 0
         module, _ = look_up(VERBS, argv[0], "verb")
         importlib.import_module(f"llada_jax.verbs.{module}").main(argv[1:])
+        # now, because at Python's exit a failure would be a traceback
+        sys.stdout.flush()
     # Not with the errors below: all processes of the run stop at the same step, so that each can
     # take its leave of the others in order.
     except Preempted as error:
@@ -59,17 +83,47 @@ def main(argv: list[str] | None = None) -> int:
     except KeyboardInterrupt:
         print("llada-jax: interrupted.", file=sys.stderr)
         return 130
-    # The reader of our stdout (head, less) has gone, which is not an error. Python would complain
-    # about it once more when it flushes stdout at its exit, and so stdout leads nowhere from here.
-    except BrokenPipeError:
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        return 0
-    except Exception:
+    except Exception as error:
+        # The reader of our result (head, less) has gone, which is not an error. Python would
+        # complain about it once more when it flushes stdout at its exit, and so stdout leads
+        # nowhere from here.
+        is_of_stdout = isinstance(error, BrokenPipeError) and reader_of_stdout_is_gone()
+        if is_of_stdout and argv[0] not in WITHOUT_RESULT:
+            lead_nowhere(sys.stdout.fileno())
+            return 0
+        if sentence := mistake_in_environment(error):
+            print(f"llada-jax: {sentence}", file=sys.stderr)
+            leave_the_others(UserError.exit_status)
+            return UserError.exit_status
         if is_one_of_several():
             traceback.print_exc()
             leave_the_others(1)
         raise
     return 0
+
+
+def mistake_in_environment(error: Exception) -> str:
+    """Returns a sentence about a variable that JAX refuses, "" for any other error.
+
+    JAX reads some of its variables when it is imported and others when the first device is asked
+    for, so that no single place of this package could check them.
+    """
+    variables = ", ".join(f"{n}={v!r}" for n, v in os.environ.items() if n.startswith("JAX_"))
+    if isinstance(error, RuntimeError) and "initialize backend" in str(error):
+        return (
+            f"JAX finds no devices ({one_line(str(error))}); correct JAX_PLATFORMS and the other "
+            f"variables of JAX (set: {variables or 'none'}), or install JAX for this hardware."
+        )
+    files = [frame.filename for frame in traceback.extract_tb(error.__traceback__)]
+    # A platform whose plugin is not installed is passed over, and then none is left.
+    if isinstance(error, AssertionError) and files[-1].endswith("jax/_src/xla_bridge.py"):
+        return (
+            f"JAX has nothing for JAX_PLATFORMS={os.environ.get('JAX_PLATFORMS', '')!r}; correct "
+            "that variable, or install JAX for this hardware."
+        )
+    if isinstance(error, ValueError) and any(f.endswith("jax/_src/config.py") for f in files[-3:]):
+        return f"JAX cannot use its variables ({one_line(str(error))}); set: {variables or 'none'}."
+    return ""
 
 
 def is_one_of_several() -> bool:

@@ -6,15 +6,19 @@ command line. Only verbs see the config; everything below them takes keyword arg
 """
 
 import ast
+import contextlib
 import math
+import os
 import re
 import runpy
+import sys
 from pathlib import Path
 
 from ml_collections import ConfigDict
 
 from llada_jax.errors import UserError, did_you_mean
 from llada_jax.parts import add_to_path, is_own
+from llada_jax.paths import user_path
 
 AUTO = "auto"
 
@@ -187,6 +191,14 @@ CHOICES = {
     "schedule.decay_shape": ("linear", "1-sqrt"),
 }
 
+# Knobs that hold one path; data.path may hold several, which parse_sources takes apart.
+PATHS = (
+    "checkpoint.init_from",
+    "checkpoint.local_directory",
+    "checkpoint.restore",
+    "log.compilation_cache",
+)
+
 # Knobs that may also name a part of the user's own, as module:attribute.
 OWN_PARTS = ("objective.name", "optimizer.name", "schedule.name")
 
@@ -233,8 +245,8 @@ AT_LEAST = {
 
 
 def load_config(path: str, overrides: list[str] = ()) -> ConfigDict:
-    """Returns the validated config of a file, with `overrides` such as "seed=3" or "optimizer.b2=0.98"
-    applied.
+    """Returns the validated config of a file, changed by `overrides` such as "seed=3" or
+    "optimizer.b2=0.98".
 
     When the config names parts of the user's own, the file's directory becomes importable.
 
@@ -249,10 +261,12 @@ def load_config(path: str, overrides: list[str] = ()) -> ConfigDict:
             "get_config()."
         )
     try:
-        get_config = runpy.run_path(str(file))["get_config"]
-        config = get_config()
-    # whatever the user's file raises is the user's to mend: name the file and the reason
-    except Exception as error:
+        with neighbours_importable(file):
+            get_config = runpy.run_path(str(file))["get_config"]
+            config = get_config()
+    # Whatever the user's file raises is the user's to fix; a sys.exit(3) in it must not end the
+    # command with a status that means something else.
+    except (Exception, SystemExit) as error:
         if isinstance(error, KeyError) and error.args == ("get_config",):
             raise UserError(
                 f"{path} defines no get_config(); it must return a changed default_config()."
@@ -270,15 +284,40 @@ def load_config(path: str, overrides: list[str] = ()) -> ConfigDict:
         )
     for override in overrides:
         apply_override(config, override)
+    for knob_path in PATHS:
+        group, name = knob_path.split(".")
+        config[group][name] = user_path(config[group][name])
     validate(config)
     if own_parts(config):
         add_to_path(file.parent)
     return config
 
 
-def _reason(error: Exception) -> str:
-    """Returns what is wrong in a config file, as the end of a sentence; ConfigDict's own words fill
-    a screen.
+@contextlib.contextmanager
+def neighbours_importable(file):
+    """Lets a config file import what lies next to it, as Python does for the script that it runs.
+
+    What was imported from there is forgotten at the end: the config of another directory may have a
+    neighbour of the same name.
+    """
+    directory = str(Path(file).resolve().parent)
+    before = set(sys.modules)
+    sys.path.insert(0, directory)
+    try:
+        yield
+    finally:
+        with contextlib.suppress(ValueError):
+            sys.path.remove(directory)
+        for name in set(sys.modules) - before:
+            origin = getattr(sys.modules[name], "__file__", None)
+            if origin and str(Path(origin).resolve()).startswith(directory + os.sep):
+                del sys.modules[name]
+
+
+def _reason(error: BaseException) -> str:
+    """Returns what is wrong in a config file, as the end of a sentence.
+
+    The messages of ConfigDict fill a screen, so that those that users meet are put in other words.
     """
     text = " ".join(str(error.args[0] if error.args else error).split())
     unknown = re.match(r"""['"\\]*(?:Key )?['"\\]+(\w+)""", text)
@@ -290,13 +329,17 @@ def _reason(error: Exception) -> str:
         text,
     )
     if cast:
-        return f"it sets {cast.group(1)} to {cast.group(2)}, which is no {cast.group(3).rpartition('.')[2]}; mend it."
-    return f"{type(error).__name__}: {text.rstrip('.')}; mend it."
+        kind = cast.group(3).rpartition(".")[2]
+        return (
+            f"it sets {cast.group(1)} to {cast.group(2)}, which is not of type {kind}; change it."
+        )
+    return f"{type(error).__name__}: {text.rstrip('.')}; fix it there."
 
 
 def apply_override(config: ConfigDict, override: str) -> None:
-    """Sets one knob from text such as "optimizer.b2=0.98"; the default's type decides how the value
-    is read.
+    """Sets one knob from text such as "optimizer.b2=0.98".
+
+    The type of the default decides how the value is read, and is the type that the knob keeps.
     """
     path, equals, text = override.partition("=")
     if not equals:
@@ -322,24 +365,22 @@ def _parse(path: str, text: str, *, like):
         return text
     if kind is bool and text.lower() in ("true", "false"):
         return text.lower() == "true"
+    # these are all the errors that literal_eval documents
+    unreadable = (ValueError, SyntaxError, TypeError, MemoryError, RecursionError)
     try:
         value = ast.literal_eval(text)
-    except (
-        ValueError,
-        SyntaxError,
-        TypeError,
-        MemoryError,
-        RecursionError,
-    ):  # all that literal_eval documents
+    except unreadable:
         value = text
     if kind is int and isinstance(value, float) and value.is_integer():
-        value = int(value)  # 2.3e12 is how people write a token count
+        value = int(value)  # people write a number of tokens as 2.3e12
     if kind is float and type(value) is int:
         value = float(value)
     if kind is tuple and isinstance(value, list):
         value = tuple(value)
     if type(value) is not kind:
-        raise UserError(f"--config.{path}={text} is no {kind.__name__}; the default is {like!r}.")
+        raise UserError(
+            f"--config.{path}={text} is not of type {kind.__name__}; the default is {like!r}."
+        )
     return value
 
 
@@ -361,8 +402,11 @@ def knob(config: ConfigDict, path: str):
 
 
 def validate(config: ConfigDict) -> None:
-    """Raises UserError for knobs that contradict each other; what needs devices or data is checked
-    where it is known.
+    """Raises UserError for a value that a knob cannot have, and for knobs that contradict each
+    other.
+
+    What depends on the devices, the data or the objective is checked where these are known
+    (llada_jax.training.step.make_recipe).
     """
     for path, choices in CHOICES.items():
         value = knob(config, path)
@@ -391,8 +435,7 @@ def validate(config: ConfigDict) -> None:
     if model.num_heads % model.num_kv_heads:
         raise UserError(
             f"config.model.num_heads={model.num_heads} must be a multiple of "
-            f"num_kv_heads={model.num_kv_heads}; "
-            "set num_kv_heads to a divisor."
+            f"num_kv_heads={model.num_kv_heads}; set num_kv_heads to a divisor of it."
         )
     if model.head_dim % 2:
         raise UserError(
@@ -432,8 +475,7 @@ def validate(config: ConfigDict) -> None:
     ):
         raise UserError(
             f"config.schedule.stages={schedule.stages} must be ((until_tokens, first rate, last "
-            "rate), ...) with growing "
-            "token counts."
+            "rate), ...) with growing token counts."
         )
     for group in ("weight_decay_multipliers", "learning_rate_multipliers"):
         rules = config.optimizer[group]
@@ -445,8 +487,8 @@ def validate(config: ConfigDict) -> None:
     prompts = config.samples.prompts
     if not prompts or not all(isinstance(prompt, str) for prompt in prompts):
         raise UserError(
-            f"config.samples.prompts={prompts} must be texts, at least one; ('',) samples from "
-            "nothing."
+            f"config.samples.prompts={prompts} must be one text or more; ('',) samples "
+            "without a prompt."
         )
     if config.seed >= 2**32:
         raise UserError(f"config.seed={config.seed} must be less than 2**32.")
@@ -455,20 +497,17 @@ def validate(config: ConfigDict) -> None:
         raise UserError(
             f"config.checkpoint.local_directory={checkpoint.local_directory!r} and "
             f"config.checkpoint.local_every_steps={checkpoint.local_every_steps}: set both for "
-            "copies on local disks, or "
-            "neither."
+            "copies on local disks, or neither."
         )
     if "://" in checkpoint.local_directory:
         raise UserError(
             f"config.checkpoint.local_directory={checkpoint.local_directory!r} must be on a disk "
-            "of this host, such as "
-            "/dev/shm/llada_jax; what is remote goes into --workdir."
+            "of this host, such as /dev/shm/llada_jax; what is remote goes into --workdir."
         )
     if config.checkpoint.restore and config.checkpoint.init_from:
         raise UserError(
             "config.checkpoint.restore and config.checkpoint.init_from are both set; restore "
-            "continues a whole run, "
-            "init_from takes only its weights: keep one."
+            "continues a whole run, and init_from takes only its weights: keep one."
         )
 
 
@@ -478,7 +517,9 @@ def own_parts(config: ConfigDict) -> dict[str, str]:
 
 
 def check_arguments(config: ConfigDict, path: str) -> None:
-    """Raises UserError unless the arguments next to a name are ((name, value), ...) of an own part."""
+    """Raises UserError unless the arguments next to a name are ((name, value), ...), and only an
+    own part has any.
+    """
     name = knob(config, path)
     path = path.rpartition(".")[0] + ".arguments"
     arguments = knob(config, path)
@@ -500,7 +541,9 @@ def check_arguments(config: ConfigDict, path: str) -> None:
 
 
 def _is_row(row, kinds: tuple[type, ...]) -> bool:
-    """Whether a row of a table in the config has entries of these types; an int is a number too."""
+    """Returns whether a row of a table in the config has entries of these types; an int may stand
+    for a float.
+    """
     accepted = {float: (int, float), str: (str,)}
     return (
         isinstance(row, tuple | list)
@@ -514,18 +557,18 @@ def parse_sources(path: str) -> tuple[tuple[str, float], ...]:
     sources = []
     for part in path.split(","):
         directory, equals, weight = part.strip().rpartition("=")
-        if not equals:
-            directory, weight = weight, "1"
+        # A weight holds no slash: in lr=0.1/data the sign belongs to the path.
+        if not equals or "/" in weight:
+            directory, weight = part.strip(), "1"
         if not directory:
             raise UserError(
                 f"config.data.path={path!r} names no directory; pass --config.data.path=DIR with "
-                "one that prepare wrote, "
-                "or a mixture such as dir_a=0.7,dir_b=0.3."
+                "one that prepare wrote, or a mixture such as dir_a=0.7,dir_b=0.3."
             )
         try:
-            sources.append((directory, float(weight)))
+            sources.append((user_path(directory), float(weight)))
         except ValueError as error:
             raise UserError(
-                f"config.data.path={path!r}: {weight!r} is no weight; write dir_a=0.7,dir_b=0.3."
+                f"config.data.path={path!r}: {weight!r} is not a weight; write dir_a=0.7,dir_b=0.3."
             ) from error
     return tuple(sources)

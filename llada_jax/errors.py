@@ -1,9 +1,13 @@
 """Errors that end a command on purpose, each with the exit status that launchers and schedulers act
 on.
 
-0 done, 2 the user's mistake (one sentence, no traceback), 3 the numbers went wrong, 42 stopped
-without having failed: asked to stop, or another process is gone (start me again). Any other status,
-and any traceback, is a bug in llada_jax.
+    0   The command is done.
+    2   The input cannot be used; stderr has one sentence and no traceback.
+    3   The numbers went wrong.
+    42  The command stopped without having failed, because it was asked to or because another
+        process is gone: start it again.
+
+Any other status, and any traceback, is a bug in llada_jax.
 """
 
 import difflib
@@ -19,8 +23,9 @@ class UserError(ValueError):
 
 
 class NumericsError(ArithmeticError):
-    """The numbers are wrong: a loss is not finite (which steps, the last good checkpoint), or an
-    export differs.
+    """The numbers are wrong: a loss is not finite, or an export differs from its checkpoint.
+
+    The message says in which steps, and which checkpoint is the last good one.
     """
 
     exit_status = 3
@@ -41,19 +46,19 @@ class LostPeer(RuntimeError):
 
 
 def reason(error: BaseException) -> str:
-    """Returns what an error says, in one line."""
+    """Returns the message of an error in one line."""
     return one_line(getattr(error, "strerror", None) or str(error) or type(error).__name__)
 
 
 def one_line(text: str) -> str:
-    """Returns a text without line breaks and its full stop, and not longer than anyone reads."""
+    """Returns a text without line breaks and its full stop, cut in the middle when it is long."""
     text = " ".join(text.split()).rstrip(".")
     return text if len(text) <= 250 else f"{text[:80]} ... {text[-160:]}"
 
 
 def did_you_mean(word: str, known) -> str:
-    """Returns ' Did you mean ...?' for the closest of `known`, otherwise ' Known: ...' with all of
-    them.
+    """Returns ' Did you mean ...?' with the closest of `known`, or ' Known: ...' with all of them
+    when none is close.
     """
     known = sorted(str(k) for k in known)
     close = difflib.get_close_matches(str(word), known, n=1, cutoff=0.6)
@@ -70,8 +75,10 @@ def look_up(table: dict, name: str, what: str):
 
 
 def require(module: str, *, extra: str = ""):
-    """Imports an optional library and returns it; raises UserError with the line that installs it
-    when it is missing.
+    """Imports an optional library and returns it.
+
+    Raises:
+        UserError: the library is missing; the message has the command that installs it.
     """
     try:
         return importlib.import_module(module)

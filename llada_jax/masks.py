@@ -2,6 +2,12 @@
 
 Objectives name a Mask, networks obey it, and every attention kernel derives its own form from it.
 `may_attend` is the one definition that all of them are tested against.
+
+Segments, said once for the whole package. The documents of a row carry the ids 1, 2, ..., and a
+query attends only to keys of its own segment. Segment 0 is padding: no document ever attends to it,
+and what is computed there is never read (padding attends to padding, or its softmax would be over
+nothing and give NaN, which the backward pass would spread). `segment_ids_BT=None` means that the
+whole row is one segment.
 """
 
 from typing import NamedTuple
@@ -16,11 +22,17 @@ class Mask(NamedTuple):
     block_length: the query's own block of that many positions and the blocks before it, as in block
         diffusion (BD3-LM, arXiv 2503.09573, section 3.1). 0 means that there are no blocks.
 
-    Without either, a query sees its whole segment.
+    Without either, a query sees its whole segment. With both, `causal` decides alone: it is the
+    stricter of the two.
     """
 
     causal: bool = False
     block_length: int = 0
+
+    @property
+    def has_blocks(self) -> bool:
+        """Whether this is neither causal nor bidirectional, which few kernels can express."""
+        return self.block_length > 0 and not self.causal
 
 
 BIDIRECTIONAL = Mask()
@@ -35,17 +47,20 @@ def may_attend(
     query_index: Array,
     key_index: Array,
 ) -> Array:
-    """Returns whether each query may attend to each key; the arguments broadcast together.
+    """Returns whether each query may attend to each key, bool in the shape that they broadcast to.
+
+    A position may always attend to itself, so that no softmax is over nothing. Works on numpy
+    arrays, on jax arrays and on plain integers alike.
 
     Args:
-        query_segment, key_segment: ids of the documents; segment 0 is padding. Padding attends to
-            padding, so that no row of the softmax is empty; what it computes is never read.
-        query_index, key_index: where in the row they stand, counted over the whole row. A mask with
-            blocks counts them from the start of the row.
+        query_segment, key_segment: ids of the documents (see above).
+        query_index, key_index: columns of the row, counted from 0 over the whole row. Blocks tile
+            the row and not the document, because kernels skip tiles that start at fixed columns.
     """
     allowed = query_segment == key_segment
     if mask.causal:
-        allowed &= key_index <= query_index
+        allowed = allowed & (key_index <= query_index)
     if mask.block_length:
-        allowed &= key_index // mask.block_length <= query_index // mask.block_length
+        is_no_later_block = key_index // mask.block_length <= query_index // mask.block_length
+        allowed = allowed & is_no_later_block
     return allowed

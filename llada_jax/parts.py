@@ -61,7 +61,7 @@ def load_part(name: str, kind: str, table: dict) -> Callable:
                 "there, or set PYTHONPATH."
             ) from error
         raise broken(kind, name, "cannot be imported", error) from error
-    except Exception as error:
+    except (Exception, SystemExit) as error:
         raise broken(kind, name, "cannot be imported", error) from error
     part = module
     for step in attribute.split("."):
@@ -73,7 +73,8 @@ def load_part(name: str, kind: str, table: dict) -> Callable:
         part = getattr(part, step)
     if not callable(part):
         raise UserError(
-            f"The {kind} {name!r} is a {type(part).__name__}; name a function of {module_name}."
+            f"The {kind} {name!r} has the type {type(part).__name__}; name a function of "
+            f"{module_name}."
         )
     return part
 
@@ -112,13 +113,13 @@ def blamed_on(name: str, kind: str):
         yield
     except UserError:
         raise
-    except Exception as error:
+    except (Exception, SystemExit) as error:
         if not is_own(name):
             raise
         raise broken(kind, name, "fails", error) from error
 
 
-def broken(kind: str, name: str, how: str, error: Exception) -> UserError:
+def broken(kind: str, name: str, how: str, error: BaseException) -> UserError:
     """Returns a UserError with the innermost line of the user's own files in the traceback."""
     ours = (str(PACKAGE), "site-packages", "<frozen", f"{os.sep}lib{os.sep}python")
     frames = [

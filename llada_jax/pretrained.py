@@ -1,8 +1,9 @@
-"""A trained model in memory: `llada_jax.load("runs/tiny")` gives logits, samples and the run's own
-record.
+"""A trained model in memory: `llada_jax.load("runs/tiny/run")` gives logits, samples and the run's
+own record.
 """
 
 import dataclasses
+from collections.abc import Callable, Sequence
 
 import jax
 import jax.numpy as jnp
@@ -10,22 +11,26 @@ import numpy as np
 from jax.sharding import Mesh
 
 from llada_jax.checkpoints.huggingface import HuggingFace, find_weights
-from llada_jax.checkpoints.record import mask_of
+from llada_jax.checkpoints.record import RunRecord
 from llada_jax.cluster import sharding
 from llada_jax.data.tokenizer import load_same
 from llada_jax.errors import UserError
 from llada_jax.models.model import Model, abstract_parameters, compute_dtype, make_model
-from llada_jax.models.transformer import Architecture
-from llada_jax.samplers.text import generate_text, generate_tokens
+from llada_jax.samplers.denoise import DenoiseStep
+from llada_jax.samplers.text import generate_text, generate_tokens, ignore_step
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Pretrained:
     """Parameters with all that is needed to use them.
 
-    tokenizer: of the run. config: the run's config as a nested dict. params: nested dict of sharded
-    float32 arrays. step: optimizer steps done. model: llada_jax.models.model.Model. run: run.json
-    of the checkpoint. mesh: where params live.
+    tokenizer: of the run; see llada_jax.data.tokenizer.
+    config: the run's config as a nested dict.
+    params: nested dict of sharded float32 arrays.
+    step: optimizer steps done.
+    model: the network without its numbers; its functions take `params` first.
+    run: run.json of the checkpoint.
+    mesh: where params live.
     """
 
     tokenizer: object
@@ -37,13 +42,27 @@ class Pretrained:
     mesh: Mesh
 
     @property
-    def logits_fn(self):
-        """The pure function (params, tokens_BT, segment_ids_BT, positions_BT) -> logits_BTV."""
+    def record(self) -> RunRecord:
+        """The typed form of `run`."""
+        return RunRecord.from_json(self.run, file="model.run")
+
+    @property
+    def logits_fn(self) -> Callable[..., jax.Array]:
+        """The pure function (params, tokens_BT, segment_ids_BT, positions_BT) -> logits_BTV.
+
+        With start= and length= it returns the logits of those columns alone, see
+        llada_jax.models.model.Model.logits_fn.
+        """
         return self.model.logits_fn
 
     def logits(self, tokens_BT, segment_ids_BT=None, positions_BT=None) -> jax.Array:
-        """Returns float32 logits [B, T, V]; segment 0 is padding, positions count from 0 by
-        default.
+        """Returns float32 logits [B, T, V].
+
+        Args:
+            tokens_BT: int32 ids, as an array or as lists of one length.
+            segment_ids_BT: int32; a token sees those of its own segment, and 0 is padding. None:
+                the whole row is one segment.
+            positions_BT: int32; None counts from 0 at the start of the row.
         """
         tokens_BT = jnp.asarray(tokens_BT, jnp.int32)
         if segment_ids_BT is None:
@@ -54,9 +73,42 @@ class Pretrained:
             self.params, tokens_BT, jnp.asarray(segment_ids_BT), positions_BT, self.logits_fn
         )
 
-    def generate(self, prompts, *, gen_length: int = 64, **settings) -> list[str]:
-        """Returns the text that follows each prompt; settings are those of
-        llada_jax.samplers.text.generate_text.
+    def generate(
+        self,
+        prompts: Sequence[str],
+        *,
+        gen_length: int = 64,
+        block_length: int | None = None,
+        steps: int | None = None,
+        remasking: str = "low_confidence",
+        temperature: float = 0.0,
+        cfg_scale: float = 0.0,
+        stop_at_eos: bool = True,
+        seed: int = 0,
+        batch_size: int = 16,
+        on_step: Callable[[range, DenoiseStep], None] = ignore_step,
+    ) -> list[str]:
+        """Returns the text that follows each prompt.
+
+        Args:
+            prompts: a list of texts; "" generates from nothing.
+            gen_length: tokens to generate after each prompt.
+            block_length: tokens denoised together, a divisor of gen_length; None: all of them.
+            steps: passes through the network, a multiple of the number of blocks; None: gen_length,
+                one token per step.
+            remasking: which proposals a step keeps: "low_confidence", "random", or
+                "module:function" for an own rule.
+            temperature: 0 takes the most likely tokens, 1 samples the model's distribution.
+            cfg_scale: strength of guidance towards the prompt; 0 switches it off, at half the cost.
+            stop_at_eos: end a text at the end-of-text token; False generates all tokens, as the
+                published sampler.
+            seed: the same seed gives the same texts, whatever batch_size is.
+            batch_size: texts generated at a time.
+            on_step: called as on_step(rows, state) after each step, see
+                llada_jax.samplers.text.generate_tokens.
+
+        Raises:
+            UserError: a setting is out of range, or prompts is a single text.
         """
         if isinstance(prompts, str):
             raise UserError(
@@ -68,18 +120,61 @@ class Pretrained:
             self.tokenizer,
             list(prompts),
             gen_length=gen_length,
-            **settings,
+            block_length=block_length,
+            steps=steps,
+            remasking=remasking,
+            temperature=temperature,
+            cfg_scale=cfg_scale,
+            stop_at_eos=stop_at_eos,
+            seed=seed,
+            batch_size=batch_size,
+            on_step=on_step,
         )
         return [completion.text for completion in completions]
 
-    def generate_tokens(self, prompt_BT, *, gen_length: int = 64, **settings):
-        """Returns the canvas [B, T + gen_length] for prompts given as ids [B, T]; settings as in
-        generate.
+    def generate_tokens(
+        self,
+        prompt_BT,
+        *,
+        gen_length: int = 64,
+        block_length: int | None = None,
+        steps: int | None = None,
+        remasking: str = "low_confidence",
+        temperature: float = 0.0,
+        cfg_scale: float = 0.0,
+        eos_id: int | None = None,
+        mask_id: int | None = None,
+        pad_id: int | None = None,
+        seed: int = 0,
+        batch_size: int = 16,
+        on_step: Callable[[range, DenoiseStep], None] = ignore_step,
+    ) -> np.ndarray:
+        """Returns prompts and generations as ids, int32 [B, T + gen_length].
+
+        Args:
+            prompt_BT: ids of prompts of one length, int [B, T].
+            eos_id: a row that has generated this token is filled up with it, and sampling stops
+                when all rows have. None, the default, generates all gen_length tokens.
+            mask_id, pad_id: None takes the tokenizer's.
+            The others: see `generate`.
         """
-        settings = {"mask_id": self.tokenizer.mask_id, "pad_id": self.tokenizer.pad_id, **settings}
         prompt_BT = np.asarray(prompt_BT, np.int32)
         generated_BT, _ = generate_tokens(
-            self.logits_fn, self.params, prompt_BT, gen_length=gen_length, **settings
+            self.logits_fn,
+            self.params,
+            prompt_BT,
+            mask_id=self.tokenizer.mask_id if mask_id is None else mask_id,
+            pad_id=self.tokenizer.pad_id if pad_id is None else pad_id,
+            gen_length=gen_length,
+            block_length=block_length,
+            steps=steps,
+            remasking=remasking,
+            temperature=temperature,
+            cfg_scale=cfg_scale,
+            eos_id=eos_id,
+            seed=seed,
+            batch_size=batch_size,
+            on_step=on_step,
         )
         return np.concatenate([prompt_BT, generated_BT], axis=1)
 
@@ -95,36 +190,36 @@ def load(checkpoint: str, *, dtype: str = "auto", mesh: Mesh | None = None) -> P
     """Loads a checkpoint for sampling and scoring.
 
     Args:
-        checkpoint: WORKDIR, WORKDIR@STEP, or a Hugging Face directory; Llama and Qwen are loaded as
+        checkpoint: WORKDIR, WORKDIR@STEP, or a Hugging Face directory. Llama and Qwen are loaded as
             what they are, causal.
         dtype: of the matrix products: "auto" (float32 on CPU, bfloat16 elsewhere), "float32" or
             "bfloat16".
         mesh: where to put the parameters (llada_jax.cluster.sharding.make_mesh); None: the first
             device.
 
-    The moving average of the parameters is taken where the run kept one.
+    Where the run kept a moving average of the parameters, the average is loaded.
 
     Raises:
-        UserError: nothing is there, or it cannot be read.
+        UserError: there is no checkpoint, or it cannot be read.
     """
     found, step = find_weights(checkpoint, causal=True)
-    run = found.run(step)
+    record = found.record(step)
     if mesh is None:
         mesh = sharding.one_device_mesh()
-    config = run["config"]
     platform = sharding.platform(mesh)
     model = make_model(
-        Architecture(**run["architecture"]),
+        record.architecture,
         dtype=compute_dtype(dtype, platform),
-        attention="xla",  # a canvas has any length, and the kernels want whole blocks
-        causal=mask_of(run).causal,
+        # A canvas has any length, and its padding is on the left: the kernels want multiples of
+        # 128, and cuDNN padding on the right.
+        attention="xla",
+        mask=record.mask,
     )
-    params = found.restore_params(
-        step, abstract_parameters(model, mesh), ema=config["optimizer"]["ema_decay"] > 0
-    )
+    params = found.restore_params(step, abstract_parameters(model, mesh), ema=record.keeps_ema)
     if isinstance(found, HuggingFace):
         tokenizer = found.tokenizer
     else:
         directory = found.directory.parent / "tokenizer"
-        tokenizer = load_same(directory, run["tokenizer"]["fingerprint"], of="the checkpoint")
-    return Pretrained(tokenizer, config, params, step, model, run, mesh)
+        tokenizer = load_same(directory, record.tokenizer.fingerprint, of="the checkpoint")
+    run = record.to_json()
+    return Pretrained(tokenizer, run["config"], params, step, model, run, mesh)

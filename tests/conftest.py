@@ -33,12 +33,12 @@ from support.runs import Runs  # noqa: E402
 # a whole file.
 LONGEST = (
     "planning/test_check",
-    "launch/test_slurm",
+    "launch/test_slurm_jobs",
     "verbs/test_train",
     "whole_runs/test_resume",
     "whole_runs/test_meshes",
     "storage/test_remote",
-    "checkpoints/test_workdir",
+    "checkpoints/test_tiers",
     "whole_runs/test_errors_of_checkpoints",
     "whole_runs/test_stops_by_signals",
     "whole_runs/test_errors_of_configs",
@@ -46,7 +46,7 @@ LONGEST = (
     "verbs/test_export",
     "whole_runs/test_netns",
     "verbs/test_sweep",
-    "samplers/test_denoise",
+    "samplers/test_published_samples",
     "verbs/test_import_hf",
     "hf/test_shipped",
 )

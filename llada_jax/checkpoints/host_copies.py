@@ -2,15 +2,16 @@
 in the workdir.
 
     DIRECTORY/RUN/STEP.I-of-N/data        the slices that process I of N holds, one after the other,
-    raw
-                              index.json  where each lies, its checksum, run.json, and which attempt
-                              of the run wrote it
+                                          raw
+                              index.json  where each lies, its checksum, the record of the run, and
+                                          which attempt of the run wrote it
 
 No host sees another's disk, so a step counts only when every process finds all of its slices,
 written by one attempt; then each reads its own and nothing travels. For the same reason the copies
 serve only the mesh that wrote them, and are lost with a host; the workdir's checkpoints serve any.
-Files are not synced to the disk: a process that is killed loses nothing that it had written, and
-what a crashed machine tears, the checksums tell.
+Files are not synced to the disk, since waiting for it would cost the time that this tier is there
+to save: a process that is killed loses nothing that it had written, and what a machine that crashes
+tears, the checksums show.
 """
 
 import hashlib
@@ -18,6 +19,7 @@ import json
 import os
 import shutil
 import zlib
+from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 
@@ -25,13 +27,16 @@ import jax
 import numpy as np
 from jax.experimental import multihost_utils
 
-from llada_jax.errors import UserError, reason
+from llada_jax.checkpoints.checksums import path_text
+from llada_jax.checkpoints.record import RunRecord
+from llada_jax.storage import files
 from llada_jax.training.state import TrainState
 
-# Beside the one being written. Writing is not waited for until the next save, so that when this
-# process writes step k another may still be writing k - 1 and has only k - 2 whole.
+# Kept next to the copy that is being written. Nobody waits for a write until the next save, so when
+# this process writes copy k, another may still be writing k - 1 and have only k - 2 whole.
 KEEP = 2
-# steps that a process tells the others about: KEEP, and what a killed save or an older attempt left
+# How many steps each process reports to the others: KEEP, and what a killed save or an older
+# attempt left. A fixed number, because processes exchange arrays of one shape.
 MAX_FOUND = 8
 
 
@@ -42,23 +47,26 @@ class LocalCheckpoints:
         directory: on a disk of this host: an SSD, or memory such as /dev/shm. Several runs and
             processes may share it.
         workdir: of the run, which names its folder.
+
+    Raises:
+        UserError: the directory cannot be written.
     """
 
     def __init__(self, directory, workdir):
         self._process, self._num_processes = jax.process_index(), jax.process_count()
         name = str(workdir).rstrip("/")
+        # Of the whole path: runs of a sweep have workdirs with the same last name.
         digest = hashlib.sha256(name.encode()).hexdigest()[:12]
         self.directory = (
             Path(directory).expanduser().resolve() / f"{name.rpartition('/')[2]}-{digest}"
         )
-        try:
+        with self._writing():
             self.directory.mkdir(parents=True, exist_ok=True)
-            for partial in self.directory.glob(
-                "*.partial"
-            ):  # of a killed attempt; nobody saves before all are here
-                shutil.rmtree(partial, ignore_errors=True)
-        except OSError as error:
-            raise self._refused(error) from error
+            # Of a killed attempt. No process saves before all of them have come past here, so this
+            # cannot be what another is writing.
+            for leftover in (*self.directory.glob("*.partial"), *self.directory.glob("*.replaced")):
+                shutil.rmtree(leftover, ignore_errors=True)
+        # One number for all processes: parts of two attempts at the same step must not be mixed.
         attempt = np.frombuffer(os.urandom(4), np.uint32)[0]
         self._attempt = int(multihost_utils.broadcast_one_to_all(attempt))
         self._writer = ThreadPoolExecutor(max_workers=1, thread_name_prefix="local-checkpoint")
@@ -66,44 +74,36 @@ class LocalCheckpoints:
 
     # ---- saving
 
-    def save(self, state: TrainState, run: dict) -> None:
-        """Begins to save; returns when the arrays have been copied and may be donated. A failed
-        earlier save raises.
+    def save(self, state: TrainState, record: RunRecord) -> None:
+        """Begins to save; returns once the arrays have been copied and may be donated.
+
+        Raises:
+            UserError: an earlier save has failed.
         """
         self.wait()
         slices = {path: unique_slices(leaf) for path, leaf in paths_of(state)}
+        # All copies are begun before the first is waited for.
         for data in jax.tree.leaves(slices):
             data.copy_to_host_async()
+        # np.array copies: on the CPU np.asarray would be a view of a buffer that is donated soon.
         slices = jax.tree.map(np.array, slices)
-        self._pending = self._writer.submit(self._write, int(state.step), slices, run)
+        self._pending = self._writer.submit(self._write, int(state.step), slices, record)
 
-    def _write(self, step: int, slices: dict, run: dict) -> None:
-        """Writes the part of this process: into a partial folder, which then takes its name."""
+    def _write(self, step: int, slices: dict, record: RunRecord) -> None:
+        """Writes the part of this process, which takes its name once it is whole."""
         who = f".{self._process}-of-{self._num_processes}"
         ours = sorted(
             before for before, name in self._parts() if name.endswith(who) and before < step
         )
         self._remove(lambda other: other < min(ours[-KEEP:], default=0))
-        part = self.directory / f"{step}{who}"
-        partial = part.with_name(part.name + ".partial")
-        shutil.rmtree(partial, ignore_errors=True)
-        partial.mkdir(parents=True)
-        index = {"attempt": self._attempt, "run": run, "arrays": {}}
-        with open(partial / "data", "wb") as file:
-            for path, parts in slices.items():
-                entries = index["arrays"][path] = {}
-                for where, array in parts.items():
-                    entries[where] = {
-                        "offset": file.tell(),
-                        "dtype": array.dtype.name,
-                        "shape": array.shape,
+        index = {"attempt": self._attempt, "run": record.to_json(), "arrays": {}}
+        with files.whole_directory(self.directory / f"{step}{who}", durable=False) as partial:
+            with open(partial / "data", "wb") as file:
+                for path, parts in slices.items():
+                    index["arrays"][path] = {
+                        where: write_slice(file, array) for where, array in parts.items()
                     }
-                    content = np.ascontiguousarray(array).reshape(-1).view(np.uint8)
-                    entries[where]["crc32"] = zlib.crc32(content)
-                    file.write(content)
-        (partial / "index.json").write_text(json.dumps(index))
-        shutil.rmtree(part, ignore_errors=True)  # of an earlier attempt
-        partial.rename(part)
+            (partial / "index.json").write_text(json.dumps(index))
 
     def wait(self) -> None:
         """Waits until the save under way is on the disk; raises UserError when it failed, for
@@ -111,45 +111,43 @@ class LocalCheckpoints:
         """
         if self._pending is None:
             return
+        # Forgotten before it is asked, so that a failure is reported once.
         pending, self._pending = self._pending, None
-        try:
+        with self._writing():
             pending.result()
-        except OSError as error:
-            raise self._refused(error) from error
 
     def close(self) -> None:
         """Waits for the save under way."""
         self.wait()
         self._writer.shutdown()
 
-    def _refused(self, error: OSError) -> UserError:
-        return UserError(
-            f"The local copies in {self.directory} cannot be written ({reason(error)}): free space "
-            "there, or give "
-            "another config.checkpoint.local_directory."
+    def _writing(self):
+        """Turns what the disk refuses into a UserError."""
+        return files.writing(
+            f"The local copy in {self.directory}",
+            remedy="free space there, or give another config.checkpoint.local_directory",
         )
 
     def _parts(self) -> list[tuple[int, str]]:
         """Returns (step, name) of every whole part on this disk, of any process."""
-        names = [
-            path.name for path in self.directory.iterdir() if not path.name.endswith(".partial")
-        ]
+        names = [path.name for path in self.directory.iterdir()]
+        steps = [(name.partition(".")[0], name) for name in names]
+        # Not those in the middle of a write, nor those that another process is removing.
         return [
-            (int(name.partition(".")[0]), name)
-            for name in names
-            if name.partition(".")[0].isdigit()
+            (int(step), name)
+            for step, name in steps
+            if step.isdigit() and not name.endswith((".partial", ".replaced"))
         ]
 
-    def _remove(self, is_unwanted) -> None:
+    def _remove(self, is_unwanted: Callable[[int], bool]) -> None:
         for step, name in self._parts():
             if is_unwanted(step):
-                shutil.rmtree(
-                    self.directory / name, ignore_errors=True
-                )  # another process may do the same
+                # Errors are ignored: another process of this host may be removing the same.
+                shutil.rmtree(self.directory / name, ignore_errors=True)
 
     def drop_after(self, step: int) -> None:
-        """Removes the copies of later steps, when the run goes on from `step`: they are of a past
-        that is given up.
+        """Removes the copies of later steps when the run goes on from `step`: the run will come to
+        those steps again, in another way.
         """
         self._remove(lambda other: other > step)
 
@@ -157,29 +155,31 @@ class LocalCheckpoints:
 
     def restore(
         self, abstract: TrainState, *, newer_than: int
-    ) -> tuple[TrainState | None, dict, str]:
-        """Returns (state, run.json, note) of the newest step that every process can read whole.
+    ) -> tuple[TrainState | None, RunRecord | None, str]:
+        """Returns (state, record, note) of the newest step that every process can read whole.
 
-        All processes call it and get the same answer. Without such a step after `newer_than` the
-        state is None; the note says in half a sentence why newer copies, if there were any, are not
-        used.
+        All processes call it and get the same answer. Without such a step after `newer_than`, state
+        and record are None. The note says in half a sentence why newer copies, if there were any,
+        are not used; "" otherwise.
         """
         note = ""
         found = {pair: parts for pair, parts in self._found().items() if pair[0] > newer_than}
         everywhere = self._tell_all(sorted(found, reverse=True)[:MAX_FOUND])
+        # The order is the same in every process, and so is the number of collective calls below: a
+        # process that skipped one would leave the others waiting for ever.
         for pair in sorted(set().union(*everywhere), reverse=True):
             lacking = [i for i, pairs in enumerate(everywhere) if pair not in pairs]
-            reason = "has no copy"
+            why = "has no copy"
             if not lacking:
-                slices, run = self._read(found[pair], abstract)
+                slices, record = self._read(found[pair], abstract)
                 lacking = np.flatnonzero(
                     multihost_utils.process_allgather(np.int32(slices is None))
                 ).tolist()
-                reason = "has not all of its slices, undamaged and for this mesh"
+                why = "does not have all of its slices, undamaged and for this mesh"
             if not lacking:
-                return assemble(abstract, slices), run, note
-            note = note or f"not the local copy of step {pair[0]}: process {lacking[0]} {reason}"
-        return None, {}, note
+                return assemble(abstract, slices), record, note
+            note = note or f"not the local copy of step {pair[0]}: process {lacking[0]} {why}"
+        return None, None, note
 
     def _found(self) -> dict[tuple[int, int], list[dict]]:
         """Returns {(step, attempt): indexes of its parts on this disk}; what cannot be read is not
@@ -208,26 +208,45 @@ class LocalCheckpoints:
             {(int(step), int(attempt)) for used, step, attempt in rows if used} for rows in gathered
         ]
 
-    def _read(self, parts: list[dict], abstract: TrainState) -> tuple[dict | None, dict]:
-        """Returns ({path: {slice: array}}, run.json) with all that this process needs; (None, {})
-        if anything is amiss.
+    def _read(
+        self, parts: list[dict], abstract: TrainState
+    ) -> tuple[dict | None, RunRecord | None]:
+        """Returns ({path: {slice: array}}, record) with all that this process needs; (None, None)
+        if anything is missing or damaged.
         """
         slices = {}
         try:
             for path, leaf in paths_of(abstract):
                 slices[path] = {}
                 for index in leaf.sharding.addressable_devices_indices_map(leaf.shape).values():
-                    where = text_of(index, leaf.shape)
+                    where = range_text(index, leaf.shape)
                     if where not in slices[path]:
                         slices[path][where] = read_slice(parts, path, where, leaf)
-            return slices, parts[0]["run"]
+            return slices, RunRecord.from_json(parts[0]["run"], file=parts[0]["data"])
         except (OSError, ValueError, KeyError, TypeError):
-            return None, {}
+            # Whatever it is, an older copy or the workdir's checkpoint is as good; only the time
+            # since then is lost.
+            return None, None
+
+
+def write_slice(file, array: np.ndarray) -> dict:
+    """Appends the bytes of an array to an open file; returns what the index says about it."""
+    entry = {"offset": file.tell(), "dtype": array.dtype.name, "shape": array.shape}
+    content = np.ascontiguousarray(array).reshape(-1).view(np.uint8)
+    file.write(content)
+    return {**entry, "crc32": zlib.crc32(content)}
 
 
 def read_slice(parts: list[dict], path: str, where: str, leaf) -> np.ndarray:
-    """Returns one slice of an array from the first part that has it; KeyError or ValueError when
-    none has it whole.
+    """Returns one slice of an array from the first part that has it.
+
+    Args:
+        parts: indexes of the parts on this disk, each with the path of its "data".
+        path: of the array. where: what the slice covers, as of `range_text`.
+        leaf: shape, dtype and sharding that it must have.
+
+    Raises:
+        KeyError, ValueError: no part has it, or the first one that has it is damaged.
     """
     part = next((part for part in parts if where in part["arrays"].get(path, {})), None)
     if part is None:
@@ -245,42 +264,43 @@ def read_slice(parts: list[dict], path: str, where: str, leaf) -> np.ndarray:
         offset=entry["offset"],
     )
     if zlib.crc32(content) != entry["crc32"]:
-        raise ValueError(f"{path}[{where}] has not the checksum with which it was saved")
+        raise ValueError(f"{path}[{where}] does not match its saved checksum")
     return content.view(leaf.dtype).reshape(shape)
 
 
 def assemble(abstract: TrainState, slices: dict) -> TrainState:
     """Returns the global state of which this process holds {path: {slice: array}}."""
     return jax.tree_util.tree_map_with_path(
-        lambda path, leaf: on_devices(leaf, slices[key_of(path)]), abstract
+        lambda path, leaf: on_devices(leaf, slices[path_text(path)]), abstract
     )
 
 
 def on_devices(leaf, slices: dict[str, np.ndarray]) -> jax.Array:
-    """Returns the global array of which this process holds `slices`, in buffers that the train step
-    may take over.
+    """Returns the global array of which this process holds `slices`.
+
+    may_alias=False copies: the train step takes its buffers over, and what it must not take over
+    is the memory of a numpy array.
     """
     placed = [
-        jax.device_put(slices[text_of(index, leaf.shape)], device, may_alias=False)
+        jax.device_put(slices[range_text(index, leaf.shape)], device, may_alias=False)
         for device, index in leaf.sharding.addressable_devices_indices_map(leaf.shape).items()
     ]
     return jax.make_array_from_single_device_arrays(leaf.shape, leaf.sharding, placed)
 
 
 def unique_slices(array: jax.Array) -> dict[str, jax.Array]:
-    """Returns the distinct slices of an array that this process' devices hold, by what they cover."""
-    return {text_of(shard.index, array.shape): shard.data for shard in array.addressable_shards}
+    """Returns the distinct slices of an array that the devices of this process hold, by what they
+    cover: what several devices hold is written once.
+    """
+    return {range_text(shard.index, array.shape): shard.data for shard in array.addressable_shards}
 
 
-def text_of(index: tuple[slice, ...], shape: tuple[int, ...]) -> str:
+def range_text(index: tuple[slice, ...], shape: tuple[int, ...]) -> str:
     """Returns what a slice covers, as "0:4,8:16"; "" for a scalar."""
     ranges = (part.indices(size) for part, size in zip(index, shape))
     return ",".join(f"{start}:{stop}" for start, stop, _ in ranges)
 
 
 def paths_of(tree) -> list[tuple[str, object]]:
-    return [(key_of(path), leaf) for path, leaf in jax.tree_util.tree_leaves_with_path(tree)]
-
-
-def key_of(path) -> str:
-    return jax.tree_util.keystr(path, simple=True, separator="/")
+    """Returns (path as text, leaf) of every leaf."""
+    return [(path_text(path), leaf) for path, leaf in jax.tree_util.tree_leaves_with_path(tree)]

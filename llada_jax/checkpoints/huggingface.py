@@ -6,26 +6,27 @@ from pathlib import Path
 
 import numpy as np
 
-from llada_jax.checkpoints.record import run_record
+from llada_jax.checkpoints.record import RunRecord, run_record
 from llada_jax.checkpoints.workdir import find_checkpoint
 from llada_jax.config import default_config
 from llada_jax.data.tokenizer import Tokenizer, load_tokenizer
 from llada_jax.errors import UserError
 from llada_jax.hf import read
-from llada_jax.hf.convert import WRITTEN
+from llada_jax.hf.config_json import WRITTEN
+from llada_jax.paths import user_path
 
 
 class HuggingFace:
-    """A Hugging Face directory, seen as a run that has not done a step: answers what
-    llada_jax.checkpoints.workdir.Checkpoints does.
+    """A Hugging Face directory, seen as a run that has not done a step: it answers what
+    llada_jax.checkpoints.workdir.Checkpoints answers.
 
     Args:
         directory: with config.json, safetensors and a tokenizer.
-        causal: what Llama and Qwen weights are taken for. True: what they are, an autoregressive
+        causal: how Llama and Qwen weights are used. True: as what they are, an autoregressive
             model. False: the start of a masked diffusion model, with shifted output and a mask
             token whose row is new (DiffuLLaMA, arXiv 2410.17891).
-        mask_token: a token of the tokenizer that is to be the mask; "" takes what it has, or adds
-            one to a causal model's.
+        mask_token: the token of the tokenizer to use as the mask; "" takes the one that it has, or
+            adds one to a causal model's.
 
     Raises:
         UserError: config.json or the tokenizer cannot be used.
@@ -46,17 +47,15 @@ class HuggingFace:
             if self.layout in WRITTEN:
                 raise UserError(
                     f"{directory}: the tokenizer has {self.tokenizer.vocab_size} ids and the "
-                    f"embedding {rows} rows; fetch "
-                    "both from the same revision."
+                    f"embedding {rows} rows; fetch both from the same revision."
                 )
-            rows = (
-                -(-self.tokenizer.vocab_size // 64) * 64
-            )  # so that the head splits evenly over devices
+            # so that the head splits evenly over devices
+            rows = -(-self.tokenizer.vocab_size // 64) * 64
         shift = self._stored.output_shift or self.is_new_mask
         self.architecture = dataclasses.replace(self._stored, vocab_size=rows, output_shift=shift)
 
-    def run(self, step: int) -> dict:
-        """Returns what stands in run.json of a checkpoint, as plain JSON values."""
+    def record(self, step: int) -> RunRecord:
+        """Returns the record that a workdir with these weights has at step 0."""
         config = default_config()
         for name, value in dataclasses.asdict(self.architecture).items():
             config.model[name] = value
@@ -70,7 +69,7 @@ class HuggingFace:
             self.architecture,
             self.tokenizer,
             data=[],
-            step=0,
+            step=step,
             tokens=0,
             special_ids=special_ids(self.tokenizer),
             chat_template=chat_template(self.tokenizer),
@@ -87,7 +86,8 @@ class HuggingFace:
         is_new_V |= self.is_new_mask & (row_V == self.tokenizer.mask_id)
         if not is_new_V.any():
             return params
-        # Qwen has more rows than tokens: those beyond the tokens were never trained
+        # Qwen has more rows than tokens. Those after the last token were never trained, and would
+        # pull the mean of the new rows towards their initialisation.
         return read.fill_rows(
             params, is_new_V=is_new_V, is_trained_V=row_V < self.tokenizer.vocab_size
         )
@@ -98,7 +98,7 @@ END_OF_TURN = ("<|eot_id|>", "<|im_end|>", "<|role_end|>")
 
 
 def special_ids(tokenizer: Tokenizer) -> dict[str, int]:
-    """Returns the ids of mask, eos, bos, pad and, where the tokenizer has one, eot (end of turn)."""
+    """Returns the ids of mask, eos, bos, pad and, where there is one, eot (end of turn)."""
     ids = {
         "mask": tokenizer.mask_id,
         "eos": tokenizer.eos_id,
@@ -126,6 +126,6 @@ def find_weights(checkpoint: str, *, causal: bool):
     Raises:
         UserError: there is none.
     """
-    if read.is_huggingface(checkpoint):
-        return HuggingFace(checkpoint, causal=causal), 0
+    if read.is_huggingface(user_path(checkpoint)):
+        return HuggingFace(user_path(checkpoint), causal=causal), 0
     return find_checkpoint(checkpoint)

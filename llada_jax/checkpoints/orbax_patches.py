@@ -1,5 +1,8 @@
-"""What Orbax 0.12 does not do by itself: write to s3:// and keep its log free of repeated
-tracebacks.
+"""What Orbax 0.12 does not do by itself: write to s3://, and keep repeated tracebacks off the
+screen.
+
+Both reach into private parts of Orbax and may break with its next version; tests of each
+(tests/storage/test_remote.py, tests/whole_runs) then fail. setup.py bounds the version.
 """
 
 import functools
@@ -16,13 +19,15 @@ def teach_orbax_s3() -> None:
     """Lets Orbax hand s3:// to tensorstore, which can write it; Orbax 0.12 itself passes on gs://
     and local paths only.
 
-    The two functions replaced are where Orbax chooses the driver (google/orbax#2739 proposes the
-    same to its authors).
+    The two functions that are replaced are where Orbax chooses the driver (google/orbax#2739
+    proposes the same to its authors). The alternative, a mounted bucket, would ask for a FUSE
+    driver on every host.
     """
     from orbax.checkpoint._src.path import gcs_utils
     from orbax.checkpoint._src.serialization import tensorstore_utils
 
     is_gcs, gcs_spec = tensorstore_utils._use_gcs_driver, gcs_utils.get_kvstore_for_gcs
+    # One slash: Orbax has normalised the path to s3:/bucket/... by then.
     is_s3 = lambda directory: directory.startswith("s3:/")  # noqa: E731
     tensorstore_utils._use_gcs_driver = lambda directory: is_gcs(directory) or is_s3(directory)
     gcs_utils.get_kvstore_for_gcs = lambda directory: (s3_spec if is_s3(directory) else gcs_spec)(
@@ -31,8 +36,8 @@ def teach_orbax_s3() -> None:
 
 
 def drop_echoes() -> None:
-    """Keeps off the screen what Orbax and its event loop say about a failed read or save, late, in
-    many tracebacks and from threads of their own; the one sentence of the UserError says it.
+    """Keeps off the screen what Orbax and its event loop say about a failed read or save: late, in
+    many tracebacks, and from threads of their own. The one sentence of the UserError is enough.
     """
     logging.getLogger("absl").addFilter(lambda record: "/orbax/" not in record.pathname)
     logging.getLogger("asyncio").addFilter(
@@ -41,7 +46,8 @@ def drop_echoes() -> None:
     warnings.filterwarnings("ignore", message="coroutine 'PyTreeHandler", category=RuntimeWarning)
     report = sys.unraisablehook
 
-    def hook(unraisable):  # reads that end, or are dropped, after the first of them has failed
+    # Reads that end, or are dropped, after the first of them has failed.
+    def hook(unraisable):
         frames = traceback.extract_tb(unraisable.exc_traceback)
         is_echo = any("/orbax/" in frame.filename for frame in frames)
         if not is_echo and "Event loop is closed" not in str(unraisable.exc_value):

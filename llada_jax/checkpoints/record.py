@@ -1,10 +1,18 @@
-"""run.json: what a checkpoint was made from, and which runs may continue it."""
+"""run.json as a typed record: what a checkpoint was made from.
 
+The same record is in WORKDIR/run.json (as of the last start), in the metadata of every
+checkpoint (with its step and its checksums), and next to every local copy. It is the one place in
+which a run describes itself, so that a checkpoint can be loaded, sampled and exported without the
+config file and without the code of the objective.
+"""
+
+import dataclasses
 import datetime
 import json
 import platform
 import subprocess
 from pathlib import Path
+from typing import Any, Self
 
 import jax
 from etils import epath
@@ -14,46 +22,364 @@ from llada_jax.data.tokenizer import SPECIAL_IDS, Tokenizer
 from llada_jax.errors import UserError
 from llada_jax.masks import BIDIRECTIONAL, CAUSAL, Mask
 from llada_jax.models.transformer import Architecture
-from llada_jax.storage import remote
+from llada_jax.storage import files, remote
+
+FILE = "run.json"
 
 
-def run_record(config, a: Architecture, tokenizer: Tokenizer, *, data: list[dict], **more) -> dict:
-    """Returns run.json as plain JSON values.
+@dataclasses.dataclass(frozen=True)
+class TokenizerIdentity:
+    """Which tokenizer a run was trained with; the tokenizer itself lies in WORKDIR/tokenizer.
+
+    kind: of the codec, such as "bytes". vocab_size: in tokens. fingerprint: a digest of its files.
+    """
+
+    kind: str
+    vocab_size: int
+    fingerprint: str
+
+
+@dataclasses.dataclass(frozen=True)
+class DataSource:
+    """A dataset that a run reads.
+
+    directory: where it was; nothing depends on it. fingerprint: of its records. share: of the rows
+    of the mixture, 0 to 1.
+    """
+
+    directory: str
+    fingerprint: str
+    share: float
+
+
+@dataclasses.dataclass(frozen=True)
+class RunRecord:
+    """What run.json says about a run.
+
+    config: the whole config as nested dicts of JSON values. `knob` reads from it.
+    architecture: of the network.
+    tokenizer: which one.
+    data: the datasets; empty for weights that came from elsewhere.
+    versions: {"jax": "0.10.2", ...}, of those who wrote it. commit: of the checkout, "" without
+        one. started: when, ISO 8601 in UTC.
+    recorded_mask: what attention may see; None where it was not recorded. `mask` answers always.
+    parts: {knob: where it came from} of the user's own parts (llada_jax.parts.provenance).
+    rollbacks: {"count", "skipped"}, see llada_jax.run.rollbacks; None before there could be any.
+    step, tokens: how far the checkpoint is; None in WORKDIR/run.json, which is written at the
+        start.
+    special_ids, chat_template, source: of an imported checkpoint, None for a run of our own:
+        {"mask": id, ...}, a Jinja template (None if it has none), and {"from", "layout", "config"}.
+    checksums: {item: {path of an array: checksum}}, in a checkpoint.
+    unknown: what a newer version wrote and this one does not know, kept as it is.
+    """
+
+    config: dict[str, Any]
+    architecture: Architecture
+    tokenizer: TokenizerIdentity
+    data: tuple[DataSource, ...] = ()
+    versions: dict[str, str] = dataclasses.field(default_factory=dict)
+    commit: str = ""
+    started: str = ""
+    recorded_mask: Mask | None = None
+    parts: dict[str, dict] | None = None
+    rollbacks: dict[str, Any] | None = None
+    step: int | None = None
+    tokens: int | None = None
+    special_ids: dict[str, int] | None = None
+    chat_template: str | None = None
+    source: dict[str, Any] | None = None
+    checksums: dict[str, dict[str, int]] | None = None
+    unknown: dict[str, Any] = dataclasses.field(default_factory=dict)
+
+    def knob(self, name: str):
+        """Returns a knob of the config by its dotted name, such as "optimizer.ema_decay".
+
+        Raises:
+            UserError: the run was written by a version that did not have it.
+        """
+        try:
+            return _field(self.config, name, object)
+        except _WrongField as error:
+            raise UserError(
+                f"The config of a checkpoint that {self.writer} wrote {error}; use that version."
+            ) from error
+
+    @property
+    def writer(self) -> str:
+        """The version that wrote the record, such as "llada_jax 0.1.0"."""
+        return f"llada_jax {self.versions.get('llada_jax', 'of an unknown version')}"
+
+    @property
+    def objective(self) -> str:
+        """The name of the training objective."""
+        return self.knob("objective.name")
+
+    @property
+    def keeps_ema(self) -> bool:
+        """Whether checkpoints hold a moving average of the parameters."""
+        return self.knob("optimizer.ema_decay") > 0
+
+    @property
+    def mask(self) -> Mask:
+        """What attention may see in the network.
+
+        Known without loading the objective, which may be of the user's own making and not be at
+        hand where the checkpoint is sampled or exported.
+        """
+        if self.recorded_mask is not None:
+            return self.recorded_mask
+        # Written before the mask was recorded, or for weights that came from elsewhere. Only these
+        # two objectives existed then, so that here, and nowhere else, a name decides.
+        return CAUSAL if self.objective == "autoregressive" else BIDIRECTIONAL
+
+    @property
+    def num_rollbacks(self) -> int:
+        """How often the run had gone back when this was written."""
+        return self.rollbacks["count"] if self.rollbacks else 0
+
+    def at(self, step: int, tokens: int) -> Self:
+        """Returns the record of a checkpoint of the run."""
+        return dataclasses.replace(self, step=step, tokens=tokens)
+
+    def to_json(self) -> dict:
+        """Returns run.json as plain JSON values.
+
+        Keys and their order are a format: older versions read these files. A key of which there is
+        nothing to say is left out and not written as null, since older versions ask with `in`.
+        """
+        content = {
+            "config": self.config,
+            "architecture": _shallow(self.architecture),
+            "tokenizer": _shallow(self.tokenizer),
+            "data": [_shallow(source) for source in self.data],
+            "versions": self.versions,
+            "commit": self.commit,
+            "started": self.started,
+            "mask": None if self.recorded_mask is None else self.recorded_mask._asdict(),
+            "parts": self.parts,
+            "rollbacks": self.rollbacks,
+            "step": self.step,
+            "tokens": self.tokens,
+            "special_ids": self.special_ids,
+            "chat_template": self.chat_template,
+            "source": self.source,
+            "checksums": self.checksums,
+        }
+        # An imported tokenizer without a template is recorded as null.
+        null = {"chat_template"} if self.special_ids is not None else set()
+        content = {key: value for key, value in content.items() if value is not None or key in null}
+        # Through JSON, so that what was just made equals what is read back: tuples become lists.
+        return json.loads(json.dumps({**content, **self.unknown}))
+
+    @classmethod
+    def from_json(cls, content: Any, *, file, remedy: str = "") -> Self:
+        """Returns the record that a run.json holds.
+
+        Fields that older versions did not write have their defaults, those of an Architecture
+        included. Top-level keys that this version does not know are kept; an unknown key of the
+        architecture is refused, because the network would not be the one that was trained.
+
+        Args:
+            content: the parsed JSON.
+            file: where it comes from, for messages.
+            remedy: what the user can do when it is not a record, without a full stop.
+
+        Raises:
+            UserError: a field is missing or of the wrong type.
+        """
+        remedy = remedy or "it is damaged, or not written by llada_jax; use another checkpoint"
+        try:
+            return cls._parsed(content)
+        except _WrongField as error:
+            raise UserError(f"{file} {error}; {remedy}.") from error
+
+    @classmethod
+    def _parsed(cls, content) -> Self:
+        if not isinstance(content, dict):
+            raise _WrongField(f"holds a {type(content).__name__} where an object is expected")
+        config = _field(content, "config", dict)
+        # What every reader asks for. The other knobs are looked up by those who need them, so that
+        # a checkpoint of an older version without them loads.
+        _field(content, "config.objective.name", str)
+        _field(content, "config.optimizer.ema_decay", (int, float))
+        optional = {
+            "versions": (dict, {}),
+            "commit": (str, ""),
+            "started": (str, ""),
+            "parts": (dict, None),
+            "rollbacks": (dict, None),
+            "step": (int, None),
+            "tokens": (int, None),
+            "special_ids": (dict, None),
+            "chat_template": (str, None),
+            "source": (dict, None),
+            "checksums": (dict, None),
+        }
+        values = {
+            key: default if content.get(key) is None else _field(content, key, kind)
+            for key, (kind, default) in optional.items()
+        }
+        if values["rollbacks"] is not None:
+            _field(content, "rollbacks.count", int)
+            _field(content, "rollbacks.skipped", list)
+        known = {"config", "architecture", "tokenizer", "data", "mask", *optional}
+        return cls(
+            config=config,
+            architecture=_architecture(_field(content, "architecture", dict)),
+            tokenizer=TokenizerIdentity(
+                _field(content, "tokenizer.kind", str),
+                _field(content, "tokenizer.vocab_size", int),
+                _field(content, "tokenizer.fingerprint", str),
+            ),
+            data=tuple(
+                DataSource(
+                    _field(source, "directory", str, f"has a dataset (data[{i}]) that"),
+                    _field(source, "fingerprint", str, f"has a dataset (data[{i}]) that"),
+                    _field(source, "share", (int, float), f"has a dataset (data[{i}]) that"),
+                )
+                for i, source in enumerate(_field(content, "data", list))
+            ),
+            recorded_mask=_mask(_field(content, "mask", dict)) if content.get("mask") else None,
+            **values,
+            unknown={key: value for key, value in content.items() if key not in known},
+        )
+
+
+class _WrongField(ValueError):
+    """What is wrong with a record, as the words that follow the name of its file."""
+
+
+def _field(content, name: str, kind: type | tuple, whose: str = ""):
+    """Returns the value at a dotted name; `whose` precedes the fault."""
+    value = content
+    for key in name.split("."):
+        if not isinstance(value, dict) or key not in value:
+            raise _WrongField(f"{whose} has no field {name!r}".lstrip())
+        value = value[key]
+    # bool is an int to isinstance, and never one here
+    if not isinstance(value, kind) or (isinstance(value, bool) and kind is not object):
+        shown = json.dumps(value)
+        kinds = kind if isinstance(kind, tuple) else (kind,)
+        expected = " or ".join(_JSON_NAMES[k] for k in kinds)
+        shown = shown if len(shown) <= 60 else f"{shown[:57]}..."
+        raise _WrongField(f"{whose} has {name}={shown}, which must be {expected}".lstrip())
+    return value
+
+
+_JSON_NAMES = {
+    dict: "an object",
+    list: "a list",
+    str: "a text",
+    int: "a whole number",
+    float: "a number",
+}
+
+
+def _architecture(content: dict) -> Architecture:
+    unknown = sorted(set(content) - {field.name for field in dataclasses.fields(Architecture)})
+    if unknown:
+        raise _WrongField(
+            f"has architecture.{unknown[0]}, which llada_jax {__version__} does not know: a newer "
+            "version has written it"
+        )
+    required = [f.name for f in dataclasses.fields(Architecture) if _is_required(f)]
+    for name in required:
+        _field(content, name, (int, float), "has an architecture that")
+    try:
+        return Architecture(**content)
+    except (TypeError, UserError) as error:
+        raise _WrongField(f"has an architecture that is not possible ({error})") from error
+
+
+def _is_required(field: dataclasses.Field) -> bool:
+    return field.default is dataclasses.MISSING and field.default_factory is dataclasses.MISSING
+
+
+def _mask(content: dict) -> Mask:
+    # As with the architecture: a mask of a kind that this version does not have cannot be ignored.
+    unknown = sorted(set(content) - set(Mask._fields))
+    if unknown:
+        raise _WrongField(
+            f"has mask.{unknown[0]}, which llada_jax {__version__} does not know: a newer version "
+            "has written it"
+        )
+    return Mask(**content)
+
+
+def _shallow(record) -> dict:
+    """Returns the fields of a dataclass; unlike dataclasses.asdict it copies nothing."""
+    return {field.name: getattr(record, field.name) for field in dataclasses.fields(record)}
+
+
+# ---- where it is written and read
+
+
+def run_record(
+    config, architecture: Architecture, tokenizer: Tokenizer, *, data: list[dict], **more
+) -> RunRecord:
+    """Returns the record of a run that starts now, with the versions and the commit of this code.
 
     Args:
+        config: the ConfigDict of the run.
         data: directory, fingerprint and share of each dataset; [] for weights that came from
             elsewhere.
-        more: what else is to stand in it.
+        more: further fields of RunRecord, by name.
     """
-    record = {
-        "config": config.to_dict(),
-        "architecture": {name: getattr(a, name) for name in Architecture.__dataclass_fields__},
-        "tokenizer": {
-            "kind": tokenizer.kind,
-            "vocab_size": tokenizer.vocab_size,
-            "fingerprint": tokenizer.fingerprint,
-        },
-        "data": data,
-        "versions": {
+    return RunRecord(
+        config=json.loads(json.dumps(config.to_dict())),
+        architecture=architecture,
+        tokenizer=TokenizerIdentity(tokenizer.kind, tokenizer.vocab_size, tokenizer.fingerprint),
+        data=tuple(DataSource(**source) for source in data),
+        versions={
             "llada_jax": __version__,
             "python": platform.python_version(),
             "jax": jax.__version__,
         },
-        "commit": git_commit(),
-        "started": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
+        commit=git_commit(),
+        started=datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
         **more,
-    }
-    return json.loads(json.dumps(record))
+    )
 
 
-def mask_of(run: dict) -> Mask:
-    """Returns what attention may see in the network of a run.json, without loading its objective,
-    which may be of the user's own making and not be at hand.
+def read_run(workdir) -> RunRecord:
+    """Returns the record in WORKDIR/run.json, of the last start of a run.
+
+    Raises:
+        UserError: it is not there, or not a record.
     """
-    if "mask" in run:
-        return Mask(**run["mask"])
-    # written before the mask was recorded, or for weights that came from elsewhere
-    return CAUSAL if run["config"]["objective"]["name"] == "autoregressive" else BIDIRECTIONAL
+    file = remote.path_of(workdir) / FILE
+    try:
+        content = json.loads(file.read_text())
+    except FileNotFoundError as error:
+        raise UserError(
+            f"{workdir} has no {FILE}; give the workdir of a run that `llada-jax train` began."
+        ) from error
+    except ValueError as error:
+        raise UserError(f"{file} is not valid JSON ({error}); start the run again.") from error
+    return RunRecord.from_json(content, file=file)
+
+
+def write_run(workdir, tokenizer: Tokenizer, record: RunRecord, *, config_text: str = "") -> None:
+    """Writes WORKDIR/tokenizer, config.py and run.json, each whole or not at all.
+
+    Args:
+        config_text: the file that the config came from, kept as it is: run.json holds the values,
+            and the file the reasons that its comments give. "" writes none.
+
+    Raises:
+        OSError: the disk refuses.
+    """
+    path = epath.Path(workdir)
+    # In a bucket a folder of objects does not appear at once: it is a tokenizer once it has the
+    # file that is written last. On a disk it takes its name when it is whole.
+    tokenizer_path = path / "tokenizer"
+    mark = tokenizer_path / SPECIAL_IDS if remote.is_remote(workdir) else tokenizer_path
+    if not mark.exists():
+        with files.whole_directory(tokenizer_path) as partial:
+            tokenizer.save(partial)
+    if config_text:
+        files.write_whole(path / "config.py", config_text)
+    files.write_whole(path / FILE, json.dumps(record.to_json(), indent=1) + "\n")
 
 
 def git_commit() -> str:
@@ -61,118 +387,16 @@ def git_commit() -> str:
     without git.
     """
     root = Path(__file__).parents[2]
+    # Without this check, git would report the repository that the environment happens to lie in.
     if not (root / ".git").exists():
         return ""
     try:
-        told = subprocess.run(
+        done = subprocess.run(
             ["git", "-C", str(root), "rev-parse", "HEAD"],
             capture_output=True,
             text=True,
             check=False,
         )
-    except OSError:  # no git here, as in most containers
+    except OSError:  # there is no git here, as in most containers
         return ""
-    return told.stdout.strip()
-
-
-def write_run(workdir: str, tokenizer: Tokenizer, run: dict, *, config_text: str = "") -> None:
-    """Writes WORKDIR/tokenizer, config.py and run.json, each whole or not at all.
-
-    Args:
-        config_text: the file that the config came from, kept as it is: run.json holds the values,
-            and the file the reasons that its comments give. "" writes none.
-    """
-    path = epath.Path(workdir)
-    if remote.is_remote(
-        workdir
-    ):  # objects are whole, and the one that makes a folder a tokenizer is written last
-        if not (path / "tokenizer" / SPECIAL_IDS).exists():
-            tokenizer.save(path / "tokenizer")
-    elif not (path / "tokenizer").exists():
-        tokenizer.save(path / "tokenizer.partial")
-        (path / "tokenizer.partial").rename(path / "tokenizer")
-    if config_text:
-        remote.write_whole(path / "config.py", config_text)
-    remote.write_whole(path / "run.json", json.dumps(run, indent=1) + "\n")
-
-
-def check_fits(theirs: dict, ours: dict, directory) -> None:
-    """Raises UserError when a checkpoint is of another architecture or tokenizer."""
-    check_same(
-        f"The checkpoint in {directory} is of another architecture",
-        ours["architecture"],
-        vars(
-            Architecture(**theirs["architecture"])
-        ),  # what an older version did not write has its default
-        remedy="set config.model to match it, or choose another --workdir",
-    )
-    check_same(
-        f"The checkpoint in {directory} was trained with another tokenizer",
-        ours["tokenizer"],
-        theirs["tokenizer"],
-        remedy="use data prepared with its tokenizer (WORKDIR/tokenizer), or choose another --workdir",
-    )
-
-
-def check_continues(theirs: dict, ours: dict, directory) -> None:
-    """Raises UserError when continuing would not continue the same run: other network, tokenizer,
-    data or state.
-    """
-    check_fits(theirs, ours, directory)
-    check_same(
-        f"The run in {directory} was trained on other data",
-        mixture_of(ours),
-        mixture_of(theirs),
-        remedy="give the same config.data.path, or start a new --workdir with config.checkpoint.init_from",
-    )
-    # what the order of the data, the noise or the layout of the optimizer state follow from
-    decides = {
-        "": ("seed",),
-        "data": (
-            "batch_size",
-            "sequence_length",
-            "random_length_probability",
-            "attend_across_documents",
-        ),
-        "optimizer": ("name",),
-        "objective": ("name",),
-    }
-
-    def chosen(config):
-        picked = {
-            f"config.{group}.{key}".replace("..", "."): (config[group] if group else config)[key]
-            for group, keys in decides.items()
-            for key in keys
-        }
-        return {**picked, "keeps an EMA": config["optimizer"]["ema_decay"] > 0}
-
-    check_same(
-        f"The run in {directory} cannot be continued with another config",
-        chosen(ours["config"]),
-        chosen(theirs["config"]),
-        remedy="undo the change, or start a new --workdir with config.checkpoint.init_from",
-    )
-
-
-def mixture_of(run: dict) -> dict:
-    """Returns what decides which record is read when, whatever the directories are called."""
-    return {
-        "datasets": [s["fingerprint"] for s in run["data"]],
-        "weights": [s["share"] for s in run["data"]],
-    }
-
-
-def check_same(what: str, ours: dict, theirs: dict, *, remedy: str) -> None:
-    """Raises UserError that names each key in which two small dicts differ."""
-    keys = [
-        key for key in {**theirs, **ours} if _as_json(ours.get(key)) != _as_json(theirs.get(key))
-    ]
-    if keys:
-        differ = ", ".join(
-            f"{key} is {ours.get(key)!r} here and {theirs.get(key)!r} there" for key in keys
-        )
-        raise UserError(f"{what}: {differ}; {remedy}.")
-
-
-def _as_json(value):
-    return json.loads(json.dumps(value))  # a tuple saved as JSON comes back as a list
+    return done.stdout.strip()

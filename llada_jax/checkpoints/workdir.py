@@ -1,58 +1,76 @@
 """Checkpoints in Orbax: what is saved, when it is kept, and how it comes back on any mesh and any
 number of hosts.
 
-    WORKDIR/checkpoints/STEP/params   parameters
-                             ema      their moving average, when one is kept
-                             frozen   parameters that are not trained, when there are any
-                             train    step, optimizer state, and the metric sums since the last log
-                             line _CHECKPOINT_METADATA  with run.json: config, architecture,
-                             tokenizer, data, versions
+    WORKDIR/checkpoints/STEP/params                parameters
+                             ema                   their moving average, when one is kept
+                             frozen                parameters that are not trained, if there are any
+                             train                 step, optimizer state, and the metric sums since
+                                                   the last log line
+                             _CHECKPOINT_METADATA  with the record of the run (record.py)
 
 Saving is asynchronous; a step counts only once Orbax has committed it, so a killed save leaves the
-step before. The files hold no checksum of the numbers themselves, so run.json carries one of every
-array.
+step before. The files hold no checksum of the numbers themselves, so the record carries one of
+every array: what a disk damages silently is found when it is read, and not by a loss that no longer
+falls.
 """
 
+import dataclasses
 import re
 import time
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 import tensorstore
 from etils import epath
 from jax.experimental import multihost_utils
 from orbax.checkpoint import v1 as ocp
 
+from llada_jax.checkpoints.checksums import checksum_of_float32, checksums
 from llada_jax.checkpoints.orbax_patches import teach_orbax_s3
+from llada_jax.checkpoints.record import RunRecord
 from llada_jax.cluster import distributed
 from llada_jax.errors import LostPeer, UserError, one_line
+from llada_jax.paths import split_step
 from llada_jax.storage import remote
 from llada_jax.storage.arrays import kvstore_of, read_chunks
 from llada_jax.training.state import TrainState
 
 FOLDER = "checkpoints"
-CHUNK_BYTES = (
-    64 << 20
-)  # of an array on the disk: what a reader holds beside the array, however few devices saved it
-RUN_KEYS = (
-    "config",
-    "architecture",
-    "tokenizer",
-    "checksums",
-)  # run.json without them is none of ours
+# Of an array on the disk. A reader holds one chunk next to the array, so this bounds its memory,
+# however few devices saved the array.
+CHUNK_BYTES = 64 << 20
 
 
 def parse_checkpoint(checkpoint: str) -> tuple[epath.Path, int | None]:
     """Returns (workdir, step) of "WORKDIR" or "WORKDIR@STEP"; step None means the latest."""
-    workdir, at, step = str(checkpoint).rpartition("@")
-    if not at:
-        return remote.path_of(checkpoint), None
-    if not step.isdigit():
+    workdir, step = split_step(str(checkpoint))
+    return remote.path_of(workdir), step
+
+
+def find_checkpoint(checkpoint: str) -> tuple["Checkpoints", int]:
+    """Returns the checkpoints of "WORKDIR[@STEP]" and the step meant.
+
+    Raises:
+        UserError: there is none.
+    """
+    workdir, step = parse_checkpoint(checkpoint)
+    # Asked before Orbax is: it would create the folder.
+    if not (workdir.expanduser() / FOLDER).exists():
         raise UserError(
-            f"{checkpoint!r}: the part after @ must be a step number, as in {workdir}@1000."
+            f"{workdir} holds no checkpoints; give the workdir of a run that `llada-jax train` has "
+            "saved."
         )
-    return remote.path_of(workdir), int(step)
+    checkpoints = Checkpoints(workdir, owned=False)
+    steps = checkpoints.steps
+    if not steps:
+        raise UserError(
+            f"{checkpoints.directory} holds no finished checkpoint; train until the first save."
+        )
+    if step is not None and step not in steps:
+        raise UserError(
+            f"{workdir} has no checkpoint of step {step}; it has {', '.join(map(str, steps))}."
+        )
+    return checkpoints, steps[-1] if step is None else step
 
 
 class Checkpoints:
@@ -63,7 +81,7 @@ class Checkpoints:
         keep: how many of the newest are kept.
         keep_every_steps: steps at multiples of this are kept for ever; 0: none.
         owned: this is the run itself, which may remove the half-written step of an attempt that was
-            killed. Readers must not: what they see half-written may be on its way.
+            killed. Readers must not: the run may be writing it at this moment.
     """
 
     def __init__(self, workdir, *, keep: int = 1, keep_every_steps: int = 0, owned: bool = True):
@@ -72,9 +90,8 @@ class Checkpoints:
         if keep_every_steps:
             kept.append(policies.EveryNSteps(keep_every_steps))
         self._is_remote = remote.is_remote(workdir)
-        if (
-            self._is_remote
-        ):  # the workdir itself: epath would resolve a URL to a folder of the current directory
+        if self._is_remote:
+            # Not resolved: epath would make a URL a folder of the current directory.
             self.directory = remote.path_of(workdir) / FOLDER
             teach_orbax_s3()
         else:
@@ -83,21 +100,21 @@ class Checkpoints:
         self._claim = remote.Claim(self.directory.parent) if is_writer else None
         context = ocp.Context()
         context.array.saving.storage_options.chunk_byte_size = CHUNK_BYTES
-        if (
-            self._is_remote
-        ):  # a folder of objects cannot be renamed at once: a last file marks a step as committed
+        if self._is_remote:
+            # Orbax commits a step by renaming its folder, which a bucket cannot do at once; there
+            # the file that is written last marks the step as committed.
             context.atomicity.mode = ocp.options.AtomicityMode.COMMIT_FILE
         self._checkpointer = ocp.training.Checkpointer(
             self.directory,
-            save_decision_policy=ocp.training.save_decision_policies.FixedIntervalPolicy(
-                1
-            ),  # train.py decides when
+            # Every step that is handed in is saved: when, the training loop decides, which also
+            # knows about signals and about the last step.
+            save_decision_policy=ocp.training.save_decision_policies.FixedIntervalPolicy(1),
             preservation_policy=policies.AnyPreservationPolicy(kept),
             cleanup_tmp_directories=owned,
             context=context,
         )
-        self._pending = None  # the response of the save under way, and its step
-        # of the last save that was committed: numbers for the group "speed" of the metrics
+        self._pending = None  # (step, response) of the save under way
+        # Seconds and GiB of the last save that was committed, for the group "speed" of the metrics.
         self.measured = {}
 
     @property
@@ -105,19 +122,25 @@ class Checkpoints:
         """The committed steps, oldest first."""
         return sorted(checkpoint.step for checkpoint in self._checkpointer.checkpoints)
 
-    def save(self, state: TrainState, run: dict) -> None:
-        """Begins to save; returns when the arrays have been copied and may be donated. A failed
-        earlier save raises.
+    def save(self, state: TrainState, record: RunRecord) -> None:
+        """Begins to save; returns once the arrays have been copied and may be donated.
+
+        Args:
+            record: of the run at this step; the checksums are added here.
+
+        Raises:
+            UserError: an earlier save has failed, or another `train` has taken the workdir over.
         """
         began = time.monotonic()
         self.wait()
         self._check_claim()
         step = int(state.step)
         items = items_of(state)
-        run = {**run, "checksums": checksums(items)}
+        record = dataclasses.replace(record, checksums=checksums(items))
         try:
+            # A step that is saved again, after a rollback, replaces the one of the same number.
             response = self._checkpointer.save_checkpointables_async(
-                step, items, custom_metadata=run, overwrite=True
+                step, items, custom_metadata=record.to_json(), overwrite=True
             )
         except Exception as error:
             raise self._failed(step, error) from error
@@ -142,6 +165,7 @@ class Checkpoints:
         if self._pending is None:
             return
         step, response = self._pending
+        # Forgotten before it is asked, so that a failure is reported once and not by close() again.
         self._pending = None
         try:
             response.result()
@@ -164,23 +188,21 @@ class Checkpoints:
         if not multihost_utils.broadcast_one_to_all(is_ours):
             raise UserError(
                 f"Another train has started in {self.directory.parent} since, and continues this "
-                "run; give another "
-                "--workdir to train beside it."
+                "run; give another --workdir to train next to it."
             )
 
     def _failed(self, step: int, error: Exception) -> UserError | LostPeer:
-        if distributed.is_lost_peer(_root(error)):  # no fault of the disk
+        # A process that is gone looks like a failed write, and is not the fault of the disk.
+        if distributed.is_lost_peer(_root(error)):
             return LostPeer(
                 f"Another process of this run is gone, and step {step} is not saved "
-                f"({_reason(error)}); the same command "
-                "continues."
+                f"({_reason(error)}); the same command continues."
             )
         good = [s for s in self.steps if s != step]
         return UserError(
             f"Step {step} could not be saved in {self.directory} ({_reason(error)}); the last good "
-            "step is "
-            f"{good[-1] if good else 'none'}: free space or permit writing there, then start the "
-            "same command again."
+            f"step is {good[-1] if good else 'none'}: free space or permit writing there, then "
+            "start the same command again."
         )
 
     def restore(self, step: int, abstract: TrainState) -> TrainState:
@@ -192,8 +214,9 @@ class Checkpoints:
         loaded = self._load(step, items_of(abstract))
         optional = {name: loaded.get(name, {}) for name in ("ema", "frozen")}
         state = TrainState(params=loaded["params"], **optional, **loaded["train"])
-        # restored buffers cannot be donated to the train step (jax#18617): copy them once into ones
-        # that can
+        # Restored buffers cannot be donated to the train step (jax#18617), which would keep the
+        # restored state in memory next to the trained one; one pass through jit makes buffers that
+        # can be.
         shardings = jax.tree.map(lambda leaf: leaf.sharding, abstract)
         return jax.jit(lambda state: state, out_shardings=shardings, donate_argnums=0)(state)
 
@@ -208,11 +231,12 @@ class Checkpoints:
         """Returns one float32 array of a step in the memory of this host, checked against its
         checksum.
 
-        Read from Orbax's files with tensorstore: Orbax would hold all chunks of an array at once
-        beside the array itself, and waits for the other processes of a run at each call.
+        Read from Orbax's files with tensorstore, and not by Orbax: it would hold all chunks of an
+        array at once next to the array itself, and would wait at each call for the other
+        processes, each of which exports different arrays.
 
         Args:
-            path: as in the checksums of run.json, such as "params/blocks/q" or "ema/embed".
+            path: as in the checksums of the record, such as "params/blocks/q" or "ema/embed".
 
         Raises:
             UserError: it cannot be read, or is not what was saved.
@@ -233,46 +257,57 @@ class Checkpoints:
             raise self._damaged(
                 step, f"{path} is {array.dtype}{list(array.shape)} and not float32{list(shape)}"
             )
-        number = int(array.view(np.uint32).sum(dtype=np.uint64)) % 2**32
-        if number != self.run(step)["checksums"][item].get(key):
-            raise self._damaged(step, f"{path} has not the checksum with which it was saved")
+        self._check(step, item, {key: checksum_of_float32(array)})
         return array
 
     def _load(self, step: int, items: dict) -> dict:
         """Returns the items of a step, each of which has the checksum with which it was saved."""
-        saved = self.run(step)["checksums"]
         try:
             loaded = self._checkpointer.load_checkpointables(step, items)
-        except (
-            Exception
-        ) as error:  # whatever Orbax or tensorstore raises on damaged files is a damaged checkpoint
+        except Exception as error:
+            # Which errors Orbax and tensorstore raise on damaged files is not documented and
+            # changes with their versions: each of them means that this checkpoint cannot be read.
             raise self._damaged(step, _reason(error)) from error
-        for name, sums in checksums(loaded).items():
-            differ = [path for path, number in sums.items() if number != saved[name].get(path)]
-            if differ:
-                raise self._damaged(
-                    step, f"{name}/{differ[0]} has not the checksum with which it was saved"
-                )
+        for item, sums in checksums(loaded).items():
+            self._check(step, item, sums)
         return loaded
 
-    def run(self, step: int) -> dict:
-        """Returns run.json of a step."""
+    def _check(self, step: int, item: str, sums: dict[str, int]) -> None:
+        """Raises UserError unless all arrays of an item match the checksums in the record."""
+        saved = self.record(step).checksums.get(item, {})
+        for path, number in sums.items():
+            if number != saved.get(path):
+                raise self._damaged(step, f"{item}/{path} does not match its saved checksum")
+
+    def record(self, step: int) -> RunRecord:
+        """Returns the record of the run at a step, with the checksums of its arrays.
+
+        Raises:
+            UserError: it cannot be read, or is not one of ours.
+        """
         try:
-            run = self._checkpointer.checkpointables_metadata(step).custom_metadata or {}
-        except Exception as error:
+            content = dict(self._checkpointer.checkpointables_metadata(step).custom_metadata or {})
+        except Exception as error:  # as in _load
             raise self._damaged(step, _reason(error)) from error
-        missing = [key for key in RUN_KEYS if key not in run]
-        if missing:
-            raise self._damaged(step, f"its metadata has no {missing[0]!r}")
-        return dict(run)
+        record = RunRecord.from_json(
+            content,
+            file=f"The record of the checkpoint {self.directory / str(step)}",
+            remedy=self._remedy(step),
+        )
+        if record.checksums is None:
+            raise self._damaged(step, "its record has no checksums")
+        return record
 
     def _damaged(self, step: int, reason: str) -> UserError:
-        others = [s for s in self.steps if s != step]
-        remedy = f"continue from step {others[-1]}" if others else "train again"
         return UserError(
-            f"The checkpoint {self.directory / str(step)} cannot be read ({reason}); move that "
-            f"folder away to {remedy}."
+            f"The checkpoint {self.directory / str(step)} cannot be read ({reason}); "
+            f"{self._remedy(step)}."
         )
+
+    def _remedy(self, step: int) -> str:
+        others = [s for s in self.steps if s != step]
+        then = f"continue from step {others[-1]}" if others else "train again"
+        return f"move that folder away to {then}"
 
 
 def items_of(state: TrainState) -> dict:
@@ -281,35 +316,8 @@ def items_of(state: TrainState) -> dict:
         "params": state.params,
         "train": {"step": state.step, "opt_state": state.opt_state, "metrics": state.metrics},
     }
-    # what is empty has no folder, so that a checkpoint is the same with and without the feature
+    # What is empty has no folder, so that a checkpoint is the same with and without the feature
     return items | {name: tree for name in ("ema", "frozen") if (tree := getattr(state, name))}
-
-
-def checksums(items: dict) -> dict[str, dict[str, int]]:
-    """Returns {item: {path of an array: the sum of its bits read as unsigned integers, modulo
-    2**32}}.
-
-    A sum, so that it is the same on every mesh and every number of hosts; any single flipped bit
-    changes it.
-    """
-    sums = jax.device_get(_sums_of_bits(items))
-    return {
-        item: {
-            jax.tree_util.keystr(path, simple=True, separator="/"): int(number)
-            for path, number in jax.tree_util.tree_leaves_with_path(tree)
-        }
-        for item, tree in sums.items()
-    }
-
-
-@jax.jit
-def _sums_of_bits(tree):
-    def sum_of_bits(leaf):
-        unsigned = jnp.dtype(f"uint{8 * leaf.dtype.itemsize}")
-        bits = jax.lax.bitcast_convert_type(leaf, unsigned)
-        return jnp.sum(bits.astype(jnp.uint32), dtype=jnp.uint32)
-
-    return jax.tree.map(sum_of_bits, tree)
 
 
 def _root(error: BaseException) -> BaseException:
@@ -327,24 +335,3 @@ def _reason(error: BaseException) -> str:
             r"\s\[(tensorstore_spec|source locations)=[\s\S]*", "", str(root) or type(root).__name__
         )
     )
-
-
-def find_checkpoint(checkpoint: str) -> tuple[Checkpoints, int]:
-    """Returns the checkpoints of "WORKDIR[@STEP]" and the step meant; UserError when there is none."""
-    workdir, step = parse_checkpoint(checkpoint)
-    if not (workdir.expanduser() / FOLDER).exists():
-        raise UserError(
-            f"{workdir} holds no checkpoints; give the workdir of a run that `llada-jax train` has "
-            "saved."
-        )
-    checkpoints = Checkpoints(workdir, owned=False)
-    steps = checkpoints.steps
-    if not steps:
-        raise UserError(
-            f"{checkpoints.directory} holds no finished checkpoint; train until the first save."
-        )
-    if step is not None and step not in steps:
-        raise UserError(
-            f"{workdir} has no checkpoint of step {step}; it has {', '.join(map(str, steps))}."
-        )
-    return checkpoints, steps[-1] if step is None else step

@@ -65,6 +65,7 @@ def initialize(*, initialization_timeout_s: int = 300, heartbeat_timeout_s: int 
     if jax.distributed.is_initialized():
         return
     arguments = explicit_arguments(os.environ)
+    check_device_ids(os.environ)
     if arguments is None and not is_cluster(os.environ):
         return
     check_hosts(os.environ, arguments)
@@ -95,9 +96,16 @@ def initialize(*, initialization_timeout_s: int = 300, heartbeat_timeout_s: int 
                 # Without arguments JAX asks the cluster again: it needs more of the answer than
                 # `place` holds, to choose the devices of each process.
                 **(arguments or {}),
+                **bind_to_loopback(place),
                 initialization_timeout=initialization_timeout_s,
                 heartbeat_timeout_seconds=heartbeat_timeout_s,
             )
+    # Of a variable that only JAX reads.
+    except (KeyError, ValueError, TypeError) as error:
+        raise UserError(
+            f"The environment of this process cannot be used ({_first_line(error)}); check "
+            "JAX_LOCAL_DEVICE_IDS and the other JAX_* variables."
+        ) from error
     # JaxRuntimeError is one too: an obstacle that JAX meets before the waiting begins.
     except RuntimeError as error:
         raise LostPeer(
@@ -115,6 +123,19 @@ def initialize(*, initialization_timeout_s: int = 300, heartbeat_timeout_s: int 
         file=sys.stderr,
         flush=True,
     )
+
+
+def bind_to_loopback(place: dict) -> dict:
+    """Returns the argument that lets the coordinator of a run on one machine listen there only.
+
+    It serves whoever connects, without a password, and by default on all interfaces. Between hosts
+    it has to; there the network keeps strangers away (docs/launch.md).
+    """
+    host, _, port = place["coordinator_address"].rpartition(":")
+    if host == "localhost" or host.startswith("127."):
+        address = "127.0.0.1" if host == "localhost" else host
+        return {"coordinator_bind_address": f"{address}:{port}"}
+    return {}
 
 
 def meet(name: str, *, timeout_s: int) -> None:
@@ -152,11 +173,28 @@ def explicit_arguments(environment) -> dict | None:
         raise UserError(
             f"{EXPLICIT[2]}={number} must lie between 0 and {EXPLICIT[1]} - 1 = {count - 1}."
         )
-    if ":" not in address:
+    host, colon, port = address.rpartition(":")
+    if not colon or not host:
         raise UserError(
-            f"{EXPLICIT[0]}={address} has no port; write HOST:PORT, the same in every process."
+            f"{EXPLICIT[0]}={address} has no {'host' if colon else 'port'}; write HOST:PORT, the "
+            "same in every process."
+        )
+    if not (port.isascii() and port.isdigit() and 0 < int(port) < 2**16):
+        raise UserError(
+            f"{EXPLICIT[0]}={address}: the port {port!r} must be a number between 1 and 65535; "
+            "write HOST:PORT, the same in every process."
         )
     return {"coordinator_address": address, "num_processes": count, "process_id": number}
+
+
+def check_device_ids(environment) -> None:
+    """Raises UserError unless JAX_LOCAL_DEVICE_IDS, where it is set, lists numbers."""
+    ids = environment.get("JAX_LOCAL_DEVICE_IDS")
+    if ids is not None and not re.fullmatch(r"\d+(,\d+)*", ids):
+        raise UserError(
+            f"The environment variable JAX_LOCAL_DEVICE_IDS={ids!r} must list numbers of devices, "
+            "as in 0,1; correct it, or unset it."
+        )
 
 
 def is_cluster(environment) -> bool:
@@ -165,7 +203,8 @@ def is_cluster(environment) -> bool:
     JAX can then find the others by itself. SLURM_NTASKS alone does not mean that: it is also set in
     the batch script, which runs once.
     """
-    if int(environment.get("SLURM_NTASKS", "1")) > 1 and "SLURM_STEP_NODELIST" in environment:
+    # Outside of a step of srun the other variables of SLURM mean nothing to this process.
+    if "SLURM_STEP_NODELIST" in environment and number_in(environment, "SLURM_NTASKS", 1) > 1:
         return True
     if environment.get("JAX_PLATFORMS", "").startswith("cpu"):
         return False
@@ -173,6 +212,22 @@ def is_cluster(environment) -> bool:
     return len(slice_hosts(environment)) > 1 or (
         has_chips and importlib.util.find_spec("libtpu") is not None
     )
+
+
+def number_in(environment, name: str, default: int, *, least: int = 1) -> int:
+    """Returns the integer that a variable holds; UserError when it holds something else.
+
+    A variable that is set and empty is a mistake of the script that set it, and not the default.
+    """
+    text = environment.get(name)
+    if text is None:
+        return default
+    if not (text.isascii() and text.isdigit() and int(text) >= least):
+        raise UserError(
+            f"The environment variable {name}={text!r} must be an integer of at least {least}; "
+            "correct it, or unset it."
+        )
+    return int(text)
 
 
 def slice_hosts(environment) -> list[str]:
@@ -184,7 +239,7 @@ def slice_hosts(environment) -> list[str]:
 def num_slice_hosts(environment) -> int:
     """Returns how many hosts the TPU slices of this run have together, 0 outside of a slice."""
     if hosts := slice_hosts(environment):
-        return len(hosts) * int(environment.get("MEGASCALE_NUM_SLICES", "1"))
+        return len(hosts) * number_in(environment, "MEGASCALE_NUM_SLICES", 1)
     # Asks the metadata server of a Cloud TPU VM. The public jax.distributed.initialize asks it too,
     # but does not hand out the answer.
     from jax._src.clusters.cloud_tpu_cluster import GceTpuCluster
@@ -225,6 +280,13 @@ def place_in_cluster(timeout_s: int) -> dict:
     except RuntimeError as error:
         raise LostPeer(
             f"This cluster does not say where the processes meet ({_first_line(error)})."
+        ) from error
+    # JAX reads the variables of the scheduler as they are. Starting again would not change them.
+    except (KeyError, ValueError, IndexError, TypeError) as error:
+        raise UserError(
+            "The variables of the scheduler (SLURM_*, TPU_*, MEGASCALE_*) do not say where the "
+            f"processes meet ({type(error).__name__}: {_first_line(error)}); start this process "
+            "with srun or the launcher of the cluster, or unset those variables."
         ) from error
     # A host with chips that belongs to no slice is alone.
     if None in (address, count, number):

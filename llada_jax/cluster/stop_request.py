@@ -40,12 +40,15 @@ class StopRequest:
             signal.signal(signal.SIGINT, signal.default_int_handler)
 
     def reached(self, step: int) -> bool:
-        """Whether to save and stop after `step`; call it once per step, in every process."""
-        if self._is_distributed:
+        """Whether to save and stop after `step`; once True, it stays so.
+
+        Call it equally often in every process: once per step, and once per batch of an evaluation.
+        """
+        if self._is_distributed and not self._is_requested:
             # JAX answers True at exactly one number: the one after the largest that any process has
             # asked about, which is 0 before the first call. The steps of a resumed run begin later,
             # so that it would never hear of a signal that came while it restored or compiled.
             # Therefore calls are counted and not steps.
             self._num_calls += 1
-            return multihost_utils.reached_preemption_sync_point(self._num_calls - 1)
+            self._is_requested = multihost_utils.reached_preemption_sync_point(self._num_calls - 1)
         return self._is_requested

@@ -307,8 +307,8 @@ def check_splits(content: dict, *, heldout: float) -> None:
     splits, source = content["splits"], content["source"]
     if not any(split["num_documents"] for split in splits.values()):
         raise UserError(
-            f"The {source['num_files']} input files hold no text at all; give files that have text "
-            "in them."
+            f"The {source['num_files']} input files hold no text at all; give files with text in "
+            "them."
         )
     if not splits["train"]["num_documents"]:
         raise UserError(

@@ -20,7 +20,7 @@ class Codec(Protocol):
         kind: the name under which a saved tokenizer is found again.
         num_ids: its own ids are 0..num_ids-1; special ids that are appended come after them.
         files: {name: content} of what decides text -> ids, and hence the fingerprint.
-        companions: {name: content} of what else is saved, in the place of a file of that name or
+        companions: {name: content} of what else is saved, instead of a file of that name or
             next to it.
     """
 

@@ -14,7 +14,7 @@ worker processes are started.
 """
 
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import islice
 
@@ -38,6 +38,7 @@ def train_batches(
     seed: int,
     rows: Sequence[int] | None = None,
     start_step: int = 0,
+    batch_number: Callable[[int], int] = lambda step: step,
     random_length_probability: float = 0.01,
     attend_across_documents: bool = True,
     num_threads: int = 4,
@@ -45,7 +46,7 @@ def train_batches(
 ) -> Iterator[Batch]:
     """Returns the endless batches of the mixture from `start_step` on.
 
-    Each dataset is shuffled anew every epoch and repeated; the datasets take turns in the
+    Each dataset is reshuffled in every epoch and repeated; the datasets take turns in the
     proportion of their weights (grain rounds a weight to 1% of the smallest one), so that no record
     of a dataset is seen twice before all are seen once.
 
@@ -59,6 +60,9 @@ def train_batches(
             all by default. Hosts may own rows that are not contiguous and, where the mesh
             replicates, rows that others own too.
         start_step: the step of the first batch.
+        batch_number: step -> the number of the batch that it reads, both counted from 0; differs
+            from the step where a rollback has taken batches out of the order. It is asked at every
+            step, because such a stretch may lie anywhere ahead of `start_step`.
         random_length_probability: how often a row keeps only its first U{1..T} tokens and the rest
             becomes padding (1% in LLaDA, arXiv 2502.09992).
         attend_across_documents: True (as LLaDA published) makes all tokens of a row one segment
@@ -87,9 +91,13 @@ def train_batches(
         .map(_row_for(attend_across_documents))
     )
     rows = _check_rows(rows, batch_size=batch_size)
-    dataset = _HostRows(dataset, batch_size=batch_size, rows=rows, start_step=start_step).batch(
-        len(rows)
-    )
+    dataset = _HostRows(
+        dataset,
+        batch_size=batch_size,
+        rows=rows,
+        start_step=start_step,
+        batch_number=batch_number,
+    ).batch(len(rows))
     return _iterate(dataset, num_threads=num_threads, prefetch=prefetch)
 
 
@@ -102,6 +110,7 @@ def heldout_batches(
     rows: Sequence[int] | None = None,
     attend_across_documents: bool = True,
     max_batches: int | None = None,
+    subset_seed: int | None = None,
     num_threads: int = 4,
     prefetch: int = 8,
 ) -> Iterator[Batch]:
@@ -109,14 +118,23 @@ def heldout_batches(
     length.
 
     The last batch is filled with empty rows (segment 0, not maskable), so that all hosts see the
-    same number of batches of the same shape. `max_batches` keeps only the first ones. The other
-    arguments are those of `train_batches`.
+    same number of batches of the same shape. The arguments that are not listed are those of
+    `train_batches`.
+
+    Args:
+        max_batches: how many are read; None: all.
+        subset_seed: of which rows these are, where the split has more: a random subset that is the
+            same in every call. None takes the first ones, which may all be of one source, because
+            `prepare` writes the texts in the order in which it was given them.
     """
     (info,) = _open([(directory, 1.0)], sequence_length=sequence_length, split=split)
     rows = _check_rows(rows, batch_size=batch_size)
-    source = _Padded(
-        Records(info, split=split), multiple=batch_size, sequence_length=sequence_length
-    )
+    records = Records(info, split=split)
+    num_rows = batch_size * (max_batches or 0)
+    if subset_seed is not None and 0 < num_rows < len(records):
+        chosen = np.random.default_rng(subset_seed).permutation(len(records))[:num_rows]
+        records = _Chosen(records, np.sort(chosen))  # in file order, which reads fastest
+    source = _Padded(records, multiple=batch_size, sequence_length=sequence_length)
     dataset = grain.MapDataset.source(source).map(_row_for(attend_across_documents))
     dataset = _HostRows(dataset, batch_size=batch_size, rows=rows, start_step=0).batch(len(rows))
     return islice(_iterate(dataset, num_threads=num_threads, prefetch=prefetch), max_batches)
@@ -163,14 +181,21 @@ def describe(sources: Sequence[Source], *, sequence_length: int) -> tuple[Source
 
 class _HostRows(grain.MapDataset):
     """Maps a host's n-th row, which is a step and a place in `rows`, to the parent's row
-    step * B + rows[place].
+    batch_number(step) * B + rows[place].
     """
 
     def __init__(
-        self, parent: grain.MapDataset, *, batch_size: int, rows: Sequence[int], start_step: int
+        self,
+        parent: grain.MapDataset,
+        *,
+        batch_size: int,
+        rows: Sequence[int],
+        start_step: int,
+        batch_number: Callable[[int], int] = lambda step: step,
     ):
         super().__init__(parent)
         self._batch_size, self._rows, self._start_step = batch_size, tuple(rows), start_step
+        self._batch_number = batch_number
 
     def __len__(self) -> int:
         num_steps = len(self._parent) // self._batch_size - self._start_step
@@ -180,13 +205,27 @@ class _HostRows(grain.MapDataset):
         if isinstance(index, slice):
             return self.slice(index)
         step, place = divmod(index, len(self._rows))
-        return self._parent[(self._start_step + step) * self._batch_size + self._rows[place]]
+        batch = self._batch_number(self._start_step + step)
+        return self._parent[batch * self._batch_size + self._rows[place]]
+
+
+class _Chosen:
+    """Some rows of a source."""
+
+    def __init__(self, records: Records, indices: np.ndarray):
+        self._records, self._indices = records, indices
+
+    def __len__(self) -> int:
+        return len(self._indices)
+
+    def __getitem__(self, index: int) -> dict[str, np.ndarray]:
+        return self._records[int(self._indices[index])]
 
 
 class _Padded:
     """A source followed by empty rows, up to a multiple of the batch size."""
 
-    def __init__(self, records: Records, *, multiple: int, sequence_length: int):
+    def __init__(self, records: Records | _Chosen, *, multiple: int, sequence_length: int):
         self._records, self._sequence_length = records, sequence_length
         self._length = -(-len(records) // multiple) * multiple
 

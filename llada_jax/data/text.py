@@ -136,8 +136,8 @@ def _jsonl_documents(path: str, blocks: Iterator[bytes], field: str) -> Iterator
             record = json.loads(line)
         except ValueError as error:
             raise UserError(
-                f"{where} is not valid JSON ({error}); a .json or .jsonl file has one object a "
-                "line: fix or remove the line."
+                f"{where} is not valid JSON ({error}); a .json or .jsonl file has one object "
+                "per line: fix or remove the line."
             ) from error
         except RecursionError as error:
             raise UserError(

@@ -1,7 +1,7 @@
 """Tokenizers: text <-> token ids, their identity, and the special ids mask, eos, bos and pad, which
 this file alone decides.
 
-What differs between the kinds (raw bytes, SentencePiece, a Hugging Face tokenizer.json) stands in
+What differs between the kinds (raw bytes, SentencePiece, a Hugging Face tokenizer.json) is in
 llada_jax.data.codecs.
 """
 

@@ -55,6 +55,7 @@ def bound(
     frozen: dict | None = None,
     seed: int = 0,
     num_draws: int = 1,
+    scored: list[tuple[float, float]] | None = None,
     on_compiled=lambda: None,
 ) -> Bound:
     """Returns the bound over all batches: the sum of nats over the number of tokens.
@@ -67,15 +68,23 @@ def bound(
         seed: of the draws, which depend on nothing else, so that two models are compared under the
             same corruption.
         num_draws: how often each row is corrupted.
+        scored: (nats, tokens) of each pair of batch and draw. Pairs are appended as they are
+            scored, so that the caller has them when `batches` raises; batches whose pairs it holds
+            are not scored again.
         on_compiled: called without arguments once the program is compiled and before it runs.
 
     The standard error treats pairs of batch and draw as independent, and weights them by their
     tokens (the ratio estimator). It is an estimate itself, from as many numbers as there are pairs:
     do not trust it below ten of them.
     """
-    pairs, compiled, frozen = [], None, frozen or {}
+    pairs, compiled, frozen = [] if scored is None else scored, None, frozen or {}
+    # of a batch that was interrupted between two draws, all draws are scored again
+    num_before = len(pairs) // num_draws
+    del pairs[num_before * num_draws :]
     rows, name = np.arange(num_rows, dtype=np.int32), objective.bound_name
     for number, batch in enumerate(batches):
+        if number < num_before:
+            continue
         for draw in range(num_draws):
             key = key_for("likelihood", seed, number, draw)
             if compiled is None:
@@ -91,7 +100,8 @@ def bound(
                 )
                 compiled = lowered.compile()  # found again by the next call
                 on_compiled()
-            pairs.append(jax.device_get(compiled(params, frozen, batch, key, rows))[name])
+            sums = jax.device_get(compiled(params, frozen, batch, key, rows))[name]
+            pairs.append(tuple(float(number) for number in sums))
     nats, tokens = np.array(pairs, np.float64).T
     # not the mean of the pairs' means: the last batch is padded and holds fewer tokens
     mean = nats.sum() / tokens.sum()

@@ -41,12 +41,14 @@ def bound_of_split(
     attend_across_documents: bool,
     frozen: dict | None = None,
     max_batches: int | None = None,
+    subset_seed: int = 0,
     seed: int = 0,
     num_draws: int = 1,
+    scored: list[tuple[float, float]] | None = None,
     on_batch: Callable[[], None] = lambda: None,
     on_compiled: Callable[[], None] = lambda: None,
 ) -> SplitBound:
-    """Scores a split of a dataset in file order.
+    """Scores a split of a dataset, or a random subset of it.
 
     Args:
         model: llada_jax.models.model.Model. params: its parameters, on the mesh.
@@ -58,8 +60,10 @@ def bound_of_split(
         batch_size: rows at a time, over all processes; the last batch is filled with empty rows.
         batch_sharding: of a [batch_size, sequence_length] array. Each process reads the rows that
             its devices hold.
-        max_batches: scores only the first so many; None: the whole split.
+        max_batches: scores a random subset of so many, the same in every call with the same
+            subset_seed; None: the whole split.
         seed: of the corruptions. num_draws: corruptions drawn for each row.
+        scored: see llada_jax.evaluation.likelihood.bound.
         on_batch: called before each batch. on_compiled: called once, after compiling.
 
     Raises:
@@ -73,6 +77,7 @@ def bound_of_split(
         sequence_length=sequence_length,
         rows=rows,
         max_batches=max_batches,
+        subset_seed=subset_seed,
         attend_across_documents=attend_across_documents,
     )
 
@@ -90,6 +95,7 @@ def bound_of_split(
         num_rows=batch_size,
         seed=seed,
         num_draws=num_draws,
+        scored=scored,
         on_compiled=on_compiled,
     )
     return SplitBound(

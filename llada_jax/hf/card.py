@@ -7,9 +7,51 @@ one is given. The PyTorch code in the export belongs to llada_jax, so its licenc
 
 import dataclasses
 import math
+import re
 
+from llada_jax.errors import UserError
 from llada_jax.models.transformer import Architecture, num_parameters
 from llada_jax.units import format_count
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Training:
+    """What the card says about the training of the weights.
+
+    step: optimizer steps done; 0 for weights that were imported and not trained here. tokens: seen
+    in them. batch_size: in rows. sequence_length: in tokens. learning_rate: the peak. schedule,
+    optimizer: their names. keeps_ema: whether the results are those of the moving average.
+    imported_from: directory or repository of imported weights, None for others. init_from:
+    config.checkpoint.init_from. data: (fingerprint, share of the rows) of each dataset. versions:
+    {library: version}. commit: of llada_jax, "" if unknown.
+    """
+
+    step: int
+    tokens: int
+    batch_size: int
+    sequence_length: int
+    learning_rate: float
+    schedule: str
+    optimizer: str
+    keeps_ema: bool
+    imported_from: str | None
+    init_from: str
+    data: tuple[tuple[str, float], ...]
+    versions: dict[str, str]
+    commit: str
+
+
+def check_license(license_id: str | None) -> None:
+    """Raises UserError unless it is None or could be an identifier of the Hub, such as "cc-by-4.0".
+
+    The list of the Hub grows, so only the form is checked. What does not have it could break the
+    YAML at the head of the card.
+    """
+    if license_id is not None and not re.fullmatch(r"[a-z0-9]+([.+-][a-z0-9]+)*", license_id):
+        raise UserError(
+            f"--license {license_id!r} must be an identifier of the Hub in lower case, such as "
+            "apache-2.0, mit or cc-by-4.0; for a licence that the Hub does not list, write other."
+        )
 
 
 def heldout_result(lines: list[dict], step: int) -> dict | None:
@@ -43,7 +85,7 @@ def model_card(
     layout: str,
     dtype: str,
     weights: str,
-    run: dict,
+    training: Training,
     result: dict | None,
     hf_config: dict,
     special_tokens: dict[str, str],
@@ -54,7 +96,6 @@ def model_card(
     Args:
         name: what the directory, or the repository, is called.
         weights: "parameters" or "moving average of the parameters".
-        run: run.json of the checkpoint.
         result: of `heldout_result`.
         license_id: the licence of the weights as the Hub writes it, such as "mit"; None leaves it
             open.
@@ -64,8 +105,8 @@ def model_card(
         f"| {what} | {hf_config[f'{what}_token_id']} | `{token}` |"
         for what, token in special_tokens.items()
     ]
-    sequence_length = run["config"]["data"]["sequence_length"]
-    gen_length = min(64, max(1, sequence_length // 2))
+    # Short enough for a model that was trained on short rows, and long enough for a first look.
+    gen_length = min(64, max(1, training.sequence_length // 2))
     return "\n".join(
         [
             "---",
@@ -86,21 +127,22 @@ def model_card(
             "",
             "## Training",
             "",
-            *_training(run),
+            *_training(training),
             "",
             "## Held-out text",
             "",
-            _result(result, run),
+            _result(result, training),
             "",
             "## Sampling",
             "",
             "```python",
             "from transformers import AutoModelForCausalLM, AutoTokenizer",
             "",
-            # the tokenizer's class comes from the config, which is code of the export: without the
-            # flag it stops and asks
+            # The tokenizer's class comes from the config, which is code of the export: without the
+            # flag this line would stop and ask whether to run it.
             f'tokenizer = AutoTokenizer.from_pretrained("{name}", trust_remote_code=True)',
-            f'model = AutoModelForCausalLM.from_pretrained("{name}", trust_remote_code=True).eval()',
+            f'model = AutoModelForCausalLM.from_pretrained("{name}", trust_remote_code=True)',
+            "model = model.eval()",
             'prompt = tokenizer("Once upon a time", return_tensors="pt").input_ids',
             f"canvas = model.generate_diffusion(prompt, gen_length={gen_length}, "
             f"block_length={gen_length}, steps={gen_length})",
@@ -124,7 +166,7 @@ def model_card(
             "| | |",
             "|---|---|",
             *shape,
-            f"| trained on rows of | {sequence_length} tokens |",
+            f"| trained on rows of | {training.sequence_length} tokens |",
             "",
             "| special token | id | |",
             "|---|---|---|",
@@ -142,7 +184,8 @@ def _licence(license_id: str | None) -> list[str]:
     weights = (
         f"- The weights are licensed under `{license_id}`."
         if license_id
-        else "- No licence has been chosen for the weights: add `license:` to the head of this file before publishing."
+        else "- No licence has been chosen for the weights: add `license:` to the head of this "
+        "file before publishing."
     )
     code = "https://www.apache.org/licenses/LICENSE-2.0"
     return [
@@ -151,34 +194,32 @@ def _licence(license_id: str | None) -> list[str]:
     ]
 
 
-def _training(run: dict) -> list[str]:
-    config, versions = run["config"], run.get("versions", {})
-    lines = [
-        f"- {run['tokens']:,} tokens seen in {run['step']:,} steps of "
-        f"{config['data']['batch_size']} rows"
-        if run.get("step")
-        else "- not trained here: imported as it was",
-    ]
-    if "source" in run:
-        lines.append(f"- weights imported from `{run['source'].get('from', '')}`")
-    if config["checkpoint"]["init_from"]:
-        lines.append(f"- continued from `{config['checkpoint']['init_from']}`")
+def _training(training: Training) -> list[str]:
+    lines = ["- not trained here: imported as it was"]
+    if training.step:
+        lines = [
+            f"- {training.tokens:,} tokens seen in {training.step:,} steps of "
+            f"{training.batch_size} rows"
+        ]
+    if training.imported_from is not None:
+        lines.append(f"- weights imported from `{training.imported_from}`")
+    if training.init_from:
+        lines.append(f"- continued from `{training.init_from}`")
     lines += [
-        f"- data with fingerprint `{data['fingerprint'][:16]}`, {data['share']:.1%} of the rows"
-        for data in run["data"]
+        f"- data with fingerprint `{fingerprint[:16]}`, {share:.1%} of the rows"
+        for fingerprint, share in training.data
     ]
-    optimizer, schedule = config["optimizer"], config["schedule"]
-    if run.get("step"):
+    if training.step:
         lines.append(
-            f"- {optimizer['name']}, learning rate {schedule['learning_rate']:g}, schedule "
-            f"{schedule['name']}"
+            f"- {training.optimizer}, learning rate {training.learning_rate:g}, schedule "
+            f"{training.schedule}"
         )
-    made = ", ".join(f"{name} {version}" for name, version in versions.items())
-    commit = f", commit {run['commit'][:12]}" if run.get("commit") else ""
+    made = ", ".join(f"{name} {version}" for name, version in training.versions.items())
+    commit = f", commit {training.commit[:12]}" if training.commit else ""
     return [*lines, f"- {made}{commit}"]
 
 
-def _result(result: dict | None, run: dict) -> str:
+def _result(result: dict | None, training: Training) -> str:
     if result is None:
         return "Not measured."
     bound = (
@@ -189,10 +230,6 @@ def _result(result: dict | None, run: dict) -> str:
     error = result["standard_error"]
     spread = f" +- {error:.4f}" if error is not None and math.isfinite(error) else ""
     bits = f", {result['bits']:.4f} bits per byte" if result["bits"] is not None else ""
-    late = "" if result["step"] == run["step"] else f" at step {result['step']:,}"
-    average = (
-        ", measured with the moving average of the parameters"
-        if run["config"]["optimizer"]["ema_decay"]
-        else ""
-    )
+    late = "" if result["step"] == training.step else f" at step {result['step']:,}"
+    average = ", measured with the moving average of the parameters" if training.keeps_ema else ""
     return f"{bound}{late}: {result['nats']:.4f}{spread} nats per token{bits}{average}."

@@ -1,4 +1,4 @@
-"""An export directory that becomes visible whole or not at all."""
+"""An export directory that appears whole or not at all, written by one process or by several."""
 
 import contextlib
 import fcntl
@@ -10,9 +10,32 @@ import jax
 import numpy as np
 from jax.experimental import multihost_utils
 
-from llada_jax.errors import UserError, reason
-from llada_jax.hf.write import sync
+from llada_jax.errors import UserError
+from llada_jax.storage import files
 from llada_jax.storage.locks import try_lock
+
+
+def check_output(output: str, *, force: bool) -> None:
+    """Raises UserError when a directory cannot become an export, or is one and `force` is False."""
+    if "://" in output:
+        raise UserError(
+            f"--output {output} must be a local or mounted directory; copy the finished one, or "
+            "give --push-to-hub."
+        )
+    path = Path(output)
+    if path.exists() and not path.is_dir():
+        raise UserError(f"--output {output} is a file; give a directory.")
+    if not path.exists() or not any(path.iterdir()):
+        return
+    # --force replaces the directory, and must never delete a home directory.
+    if not (path / "config.json").exists():
+        raise UserError(
+            f"--output {output} is not empty and does not hold an export; give a new directory."
+        )
+    if not force:
+        raise UserError(
+            f"--output {output} holds an export already; give another, or --force to replace it."
+        )
 
 
 @contextlib.contextmanager
@@ -20,23 +43,24 @@ def becoming(output: Path):
     """Yields OUTPUT.partial, which becomes OUTPUT if all goes well in every process and is removed
     otherwise.
 
+    storage.files.whole_directory is the same for one process. Here all processes write into the
+    folder, the first one makes and renames it, and a failure of one is the failure of all: a
+    process that went on alone would wait for the others for ever.
+
     Raises:
         UserError: the disk refuses, another export writes there, or another process has failed.
     """
     is_first = jax.process_index() == 0
-    partial, replaced = (
-        output.with_name(output.name + ".partial"),
-        output.with_name(output.name + ".replaced"),
-    )
+    partial = output.with_name(output.name + ".partial")
     with contextlib.ExitStack() as until_end:
         with everywhere(output):
             if is_first:
-                begin_directory(partial, output, replaced, until_end)
+                begin_directory(partial, output, until_end)
         with everywhere(output):
             yield partial
         with everywhere(output):
             if is_first:
-                move(partial, output, replaced)
+                files.take_name(partial, output)
 
 
 @contextlib.contextmanager
@@ -44,14 +68,10 @@ def everywhere(output: Path):
     """Ends in all processes together, and raises in each of them when one has failed."""
     failure = None
     try:
-        yield
-    except OSError as error:
-        failure = UserError(
-            f"--output {output} cannot be written ({reason(error)}); free some space, change its "
-            "permissions, or "
-            "give another."
-        )
-        failure.__cause__ = error
+        with files.writing(
+            f"--output {output}", remedy="free some space, change its permissions, or give another"
+        ):
+            yield
     except UserError as error:
         failure = error
     if jax.process_count() > 1:
@@ -65,13 +85,12 @@ def everywhere(output: Path):
         raise failure
 
 
-def begin_directory(
-    partial: Path, output: Path, replaced: Path, until_end: contextlib.ExitStack
-) -> None:
+def begin_directory(partial: Path, output: Path, until_end: contextlib.ExitStack) -> None:
     """Makes an empty OUTPUT.partial that is locked against other exports, and removed at the end if
     it is still there.
     """
     partial.mkdir(parents=True, exist_ok=True)
+    # The directory itself is locked: a lock file would have to be left behind.
     descriptor = os.open(partial, os.O_RDONLY)
     until_end.callback(os.close, descriptor)
     if not try_lock(descriptor, fcntl.LOCK_EX):
@@ -82,15 +101,4 @@ def begin_directory(
     until_end.callback(shutil.rmtree, partial, ignore_errors=True)
     for leftover in partial.iterdir():  # of an export that was killed
         leftover.unlink()
-    if replaced.exists() and not output.exists():  # killed between the two renames of `move`
-        replaced.rename(output)
-    shutil.rmtree(replaced, ignore_errors=True)
-
-
-def move(partial: Path, output: Path, replaced: Path) -> None:
-    """Gives the finished directory its name; what bore it is removed once that has succeeded."""
-    if output.exists():
-        output.rename(replaced)
-    partial.rename(output)
-    sync(output.parent)
-    shutil.rmtree(replaced, ignore_errors=True)
+    files.undo_replacement(output)

@@ -1,7 +1,8 @@
-"""Reads safetensors of a Hugging Face directory straight into sharded arrays: a host reads the
-slices its devices hold.
+"""Reads safetensors of a Hugging Face directory straight into sharded arrays: each host reads the
+slices that its devices hold.
 
-Names, shapes, dtypes and the length of every file are checked before the first number is read.
+Names, shapes, dtypes and the length of every file are checked before the first number is read: a
+download that was cut short is the most common fault, and should not cost minutes of loading.
 """
 
 import dataclasses
@@ -14,7 +15,8 @@ import jax.numpy as jnp
 import numpy as np
 
 from llada_jax.errors import UserError, require
-from llada_jax.hf.convert import Tensor, architecture_from, layout_of, tensors
+from llada_jax.hf.config_json import architecture_from, layout_of
+from llada_jax.hf.convert import Tensor, tensors
 from llada_jax.models.transformer import Architecture
 from llada_jax.rng import key_for
 
@@ -90,8 +92,7 @@ def list_tensors(directory) -> dict[str, Stored]:
     holds = f"it holds {others[0]}" if others else "it holds no weights"
     raise UserError(
         f"{directory} has neither {SINGLE} nor {INDEX} ({holds}); fetch the whole checkpoint, or "
-        "save it with "
-        "model.save_pretrained(..., safe_serialization=True)."
+        "save it with model.save_pretrained(..., safe_serialization=True)."
     )
 
 
@@ -140,11 +141,10 @@ def _list_shards(directory: Path) -> dict[str, Stored]:
 def check_tensors(
     directory, stored: dict[str, Stored], expected: list[Tensor], allowed: set[str]
 ) -> None:
-    """Raises UserError that names what is missing, unexpected, misshapen, or of a dtype that is no
-    float.
+    """Raises UserError that names what is missing, unexpected, misshapen, or not of a float dtype.
 
     Args:
-        allowed: names that may be there beside the expected.
+        allowed: names that may be there in addition to the expected ones.
     """
     names = {tensor.name for tensor in expected}
     faults = {
@@ -164,10 +164,10 @@ def check_tensors(
             if stored[name].dtype not in DTYPES
         ],
     }
-    told = [f"{verb} {_some(what)}" for verb, what in faults.items() if what]
-    if told:
+    wrong = [f"{verb} {_some(what)}" for verb, what in faults.items() if what]
+    if wrong:
         raise UserError(
-            f"{directory} {'; it '.join(told)}: config.json and its tensors must be of one "
+            f"{directory} {'; it '.join(wrong)}: config.json and its tensors must be of one "
             "checkpoint."
         )
 
@@ -184,8 +184,8 @@ def read_params(directory, abstract: dict) -> dict:
     """Returns the parameters of a checkpoint, float32, the layers stacked, each in the shards of
     its device.
 
-    One parameter is read after the other, so a host holds, beside what its devices hold, one
-    stacked parameter at most.
+    One parameter is read after the other, so a host holds at most one stacked parameter in addition
+    to what its devices hold.
 
     Args:
         abstract: nested dict of ShapeDtypeStructs with shardings, as of llada_jax.training.state. A
@@ -229,8 +229,8 @@ def _check_copies(directory, one: Stored, one_name: str, other: Stored, other_na
     if not same:
         raise UserError(
             f"{directory}/{CONFIG} ties head and embedding, but {other_name} differs from "
-            f"{one_name}; set "
-            "tie_word_embeddings (weight_tying) to false if the model was trained with both."
+            f"{one_name}; set tie_word_embeddings (weight_tying) to false if the model was trained "
+            "with both."
         )
 
 

@@ -6,24 +6,24 @@ tokenizer.json of the `tokenizers` library (https://huggingface.co/docs/tokenize
 the ids are the same:
 
 - SentencePiece's space mark is written as the space that it stands for, so that a text may hold the
-mark itself.
+  mark itself.
 - A unigram model with byte pieces works on bytes (the alphabet of GPT-2), where no character is
-unknown; the names of
-  special and byte pieces have a score so low that a text that spells them out is still read as
-  ordinary text.
+  unknown; the names of special and byte pieces have a score so low that a text that spells them out
+  is still read as ordinary text.
 - A BPE model lists the merges that SentencePiece derives from the scores; none leads to a special
-or byte piece.
+  or byte piece.
 """
 
 import base64
 import json
+from pathlib import Path
 
 from llada_jax.data.codecs import SPACE_MARK
 from llada_jax.data.tokenizer import Tokenizer
-from llada_jax.errors import UserError, require
+from llada_jax.errors import UserError, reason, require
 
-# Texts on which a converted SentencePiece model must give the ids of the original, beside the text
-# of every piece.
+# Texts on which a converted SentencePiece model must give the ids of the original, in addition to
+# the text of every piece.
 PROBES = (
     "Hello world",
     " two  spaces   three ",
@@ -34,6 +34,28 @@ PROBES = (
 )
 NEVER = -1e6  # a score that no sum of other scores falls below
 BYTE_SCORE = -1e3  # of the byte of an unknown character: below every ordinary piece, above NEVER
+
+
+def read_template(path: str) -> str:
+    """Returns the Jinja source in a file, in which jinja2 has found no mistake.
+
+    Raises:
+        UserError: the file cannot be read, or is not a template.
+    """
+    jinja2 = require("jinja2", extra="hf")
+    try:
+        template = Path(path).read_text()
+        jinja2.Environment().parse(template)
+    except (OSError, UnicodeDecodeError) as error:
+        raise UserError(
+            f"--chat-template {path} cannot be read ({reason(error)}); give a text file."
+        ) from error
+    except jinja2.TemplateSyntaxError as error:
+        raise UserError(
+            f"--chat-template {path} is not a Jinja template (line {error.lineno}: {error}); fix "
+            "that line."
+        ) from error
+    return template
 
 
 def tokenizer_files(
@@ -75,9 +97,8 @@ def tokenizer_files(
     if chat_template is not None:
         config = json.loads(files["tokenizer_config.json"])
         files |= _json_files({"tokenizer_config.json": {**config, "chat_template": chat_template}})
-        files.pop(
-            "chat_template.jinja", None
-        )  # newer versions of transformers would read these instead
+        # Newer versions of transformers would read these instead of the key.
+        files.pop("chat_template.jinja", None)
         files.pop("chat_template.json", None)
     return files
 
@@ -94,7 +115,7 @@ def _config(tokenizer: Tokenizer, max_length: int) -> dict:
     return {
         "tokenizer_class": "PreTrainedTokenizerFast",
         **{f"{what}_token": token for what, token in tokenizer.special_tokens.items()},
-        # the default of older versions removes the space in " ."
+        # The default of older versions removes the space in " .".
         "clean_up_tokenization_spaces": False,
         "model_input_names": ["input_ids", "attention_mask"],
         "model_max_length": max_length,
@@ -111,8 +132,11 @@ def _tokenizer_json(
     pre_tokenizer=None,
     added=(),
 ):
-    """Returns tokenizer.json; special and added are {id: how it is written}, the latter found in
-    texts, too.
+    """Returns tokenizer.json.
+
+    Args:
+        special: {id: how it is written}; never found in a text.
+        added: (id, how it is written) of tokens that are found in texts.
     """
     tokens = {
         **{i: (content, True) for i, content in special.items()},
@@ -210,9 +234,8 @@ def _sentencepiece_json(tokenizer: Tokenizer) -> dict:
     ):
         raise UserError(
             "A SentencePiece model of words or characters, or with treat_whitespace_as_suffix, "
-            "cannot be written as a "
-            "tokenizer.json; train on data prepared with a unigram or bpe model, such as "
-            "--tokenizer spm:8000."
+            "cannot be written as a tokenizer.json; train on data prepared with a unigram or bpe "
+            "model, such as --tokenizer spm:8000."
         )
     pieces = Pieces(model)
     special = {**dict.fromkeys(pieces.control), **_special(tokenizer)}
@@ -247,8 +270,8 @@ def _sentencepiece_json(tokenizer: Tokenizer) -> dict:
     decoders = [unknown, {"type": "ByteFallback"}, {"type": "Fuse"}, *strip]
     if trainer.model_type == trainer.UNIGRAM:
         return _tokenizer_json(model=_unigram_of_characters(pieces), decoders=decoders, **parts)
-    # a user-defined symbol of one character is never merged anyhow; longer ones must be found
-    # before BPE begins
+    # A user-defined symbol of one character is never merged anyway; longer ones must be found
+    # before BPE begins.
     added = [(i, pieces.names[i]) for i in pieces.user_defined if len(pieces.names[i]) > 1]
     return _tokenizer_json(model=_bpe(pieces), decoders=decoders, added=added, **parts)
 
@@ -275,7 +298,7 @@ class Pieces:
         ]
         self.scores = [piece.score for piece in model.pieces]
         top = max((self.scores[i] for i in self.normal), default=0.0)
-        for i in self.user_defined:  # what SentencePiece's search takes for them
+        for i in self.user_defined:  # the score that SentencePiece's search gives them
             self.scores[i] = len(model.pieces[i].piece.encode()) * top - 0.1
 
 
@@ -305,12 +328,9 @@ def _unigram_of_bytes(pieces: Pieces) -> dict:
     for i in (*pieces.normal, *pieces.user_defined):
         vocab[i] = ["".join(alphabet[byte] for byte in pieces.names[i].encode()), pieces.scores[i]]
     taken = {name for name, _ in vocab}
-    for (
-        i,
-        byte,
-    ) in (
-        pieces.bytes.items()
-    ):  # the byte of a character that is a piece keeps its name, <0x41>: never needed
+    for i, byte in pieces.bytes.items():
+        # The byte of a character that is a piece is never needed, and keeps its name, <0x41>: two
+        # entries of one name would be one token.
         if alphabet[byte] not in taken:
             vocab[i] = [alphabet[byte], BYTE_SCORE]
     return {"type": "Unigram", "unk_id": None, "vocab": vocab, "byte_fallback": False}
@@ -353,8 +373,11 @@ def _bpe(pieces: Pieces) -> dict:
 
 
 def _check_same_ids(tokenizer: Tokenizer, content: bytes) -> None:
-    """Raises UserError when the converted tokenizer reads a probe or the text of a piece otherwise
-    than the original.
+    """Raises UserError when the converted tokenizer reads a probe, or the text of a piece,
+    differently from the original.
+
+    The two libraries implement the same algorithms in their own ways, and a model may have been
+    trained with options that one of them ignores. So the result is compared, and not trusted.
     """
     tokenizers = require("tokenizers", extra="hf")
     converted = tokenizers.Tokenizer.from_str(content.decode())
@@ -367,7 +390,6 @@ def _check_same_ids(tokenizer: Tokenizer, content: bytes) -> None:
         if wanted != found:
             raise UserError(
                 f"This SentencePiece model cannot be written as a tokenizer.json: {text!r} would "
-                f"be the ids {found[:8]} and "
-                f"not {wanted[:8]}; train on data prepared with --tokenizer spm:N or a Hugging "
-                "Face tokenizer."
+                f"be the ids {found[:8]} and not {wanted[:8]}; train on data prepared with "
+                "--tokenizer spm:N or a Hugging Face tokenizer."
             )

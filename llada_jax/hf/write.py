@@ -6,17 +6,22 @@ header as JSON, then the tensors without gaps. Files and index are named, and te
 transformers does.
 """
 
+import collections
+import ctypes
 import dataclasses
 import json
 import os
+from collections.abc import Callable
 from pathlib import Path
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 
 from llada_jax.errors import UserError
 from llada_jax.hf.convert import Tensor
 from llada_jax.hf.read import INDEX, SINGLE
+from llada_jax.storage import files
 
 DTYPES = {"bfloat16": ("BF16", np.dtype(jnp.bfloat16)), "float32": ("F32", np.dtype(np.float32))}
 
@@ -85,24 +90,24 @@ def index_json(shards: list[Shard]) -> bytes:
     return (json.dumps(content, indent=2, sort_keys=True) + "\n").encode()
 
 
-def small_files(shards: list[Shard], hf_config: dict, layout: str) -> dict[str, bytes]:
-    """Returns, by name, what stands beside weights and tokenizer: configs, the index of several
-    shards, PyTorch code.
+def other_files(shards: list[Shard], hf_config: dict, layout: str) -> dict[str, bytes]:
+    """Returns, by name, what an export holds next to weights and tokenizer: configs, the index of
+    several shards, PyTorch code.
     """
     keys = ("bos_token_id", "eos_token_id", "pad_token_id", "transformers_version")
-    files = {
+    objects = {
         "config.json": hf_config,
         "generation_config.json": {key: hf_config[key] for key in keys},
     }
-    files = {
-        name: (json.dumps(content, indent=2) + "\n").encode() for name, content in files.items()
+    contents = {
+        name: (json.dumps(content, indent=2) + "\n").encode() for name, content in objects.items()
     }
     if len(shards) > 1:
-        files[INDEX] = index_json(shards)
+        contents[INDEX] = index_json(shards)
     here = Path(__file__).parent / "shipped"
     for name in (f"configuration_{layout}.py", f"modeling_{layout}.py", "masked_diffusion.py"):
-        files[name] = (here / name).read_bytes()
-    return files
+        contents[name] = (here / name).read_bytes()
+    return contents
 
 
 def begin(directory: Path, shard: Shard) -> None:
@@ -130,18 +135,70 @@ def put(directory: Path, shard: Shard, tensor: Tensor, array: np.ndarray, *, dty
     if not np.isfinite(content).all():
         raise UserError(
             f"{tensor.path}{'' if tensor.layer is None else f' of layer {tensor.layer}'} holds NaN "
-            f"or infinity in {dtype}; "
-            "export an earlier step, with --checkpoint WORKDIR@STEP."
+            f"or infinity in {dtype}; export an earlier step, with --checkpoint WORKDIR@STEP."
         )
     with open(directory / shard.name, "r+b") as file:
         file.seek(shard.start[tensor.name])
         file.write(content.view(np.uint8).data)
 
 
-def sync(path: Path) -> None:
-    """Waits until a file, or the names in a directory, are on the disk."""
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
+def write_weights(
+    directory: Path,
+    tensors: list[Tensor],
+    shards: list[Shard],
+    *,
+    read: Callable[[str, tuple[int, ...]], np.ndarray],
+    num_layers: int,
+    dtype: str,
+) -> None:
+    """Writes the shards, one stacked parameter after the other, so that a host holds one of them
+    and not the model; of several processes each writes some of the shards.
+
+    Args:
+        read: read(path, shape) -> one of our arrays, float32, the layers stacked.
+
+    Raises:
+        UserError: a parameter cannot be read, or holds NaN or infinity.
+        OSError: the disk refuses.
+    """
+    number, count = jax.process_index(), jax.process_count()
+    ours = [shard for i, shard in enumerate(shards) if i * count // len(shards) == number]
+    shard_of = {name: shard for shard in ours for name in shard.start}
+    for shard in ours:
+        begin(directory, shard)
+    by_path = collections.defaultdict(list)
+    for tensor in tensors:
+        if tensor.name in shard_of:
+            by_path[tensor.path].append(tensor)
+    for path, group in by_path.items():
+        _write_parameter(
+            directory, path, group, shard_of, read=read, num_layers=num_layers, dtype=dtype
+        )
+    for shard in ours:
+        # Here and not by the process that renames the folder: only the host that has written a file
+        # has its bytes in its cache.
+        files.sync(directory / shard.name)
+
+
+def _write_parameter(
+    directory: Path,
+    path: str,
+    group: list[Tensor],
+    shard_of: dict[str, Shard],
+    *,
+    read,
+    num_layers: int,
+    dtype: str,
+) -> None:
+    """Reads one stacked parameter and writes its tensors; nothing of it is held afterwards."""
+    libc = ctypes.CDLL(None)
+    # glibc keeps for itself what the threads that read the last parameter have freed, so that the
+    # peak would be two parameters. Elsewhere (musl, macOS) there is no such call.
+    if hasattr(libc, "malloc_trim"):
+        libc.malloc_trim(0)
+    is_stacked = group[0].layer is not None
+    shape = (num_layers, *group[0].shape) if is_stacked else group[0].shape
+    array = read(path, shape)
+    for tensor in group:
+        one = array[tensor.layer] if is_stacked else array
+        put(directory, shard_of[tensor.name], tensor, one, dtype=dtype)

@@ -1,30 +1,31 @@
-"""Bidirectional attention over packed, padded rows: one reference and the accelerators' kernels, by
-name.
+"""Attention over packed, padded rows: one reference and the accelerators' kernels, by name.
 
 Every implementation takes q_BTNH, k_BSKH, v_BSKH (rotary already applied), segment ids and the
-softmax scale, and returns [B, T, N, H] in the dtype of q. A query attends to the keys of its own
-segment; segment 0 is padding, whose outputs mean nothing. `segment_ids_BT=None` says that nothing
-is packed or padded.
+Mask, and returns [B, T, N, H] in the dtype of q. What a query may see is defined once, by
+`llada_jax.masks.may_attend`: each kernel derives its own form of it here, or refuses a mask that it
+cannot express. Outputs at padding (segment 0) mean nothing and differ between the kernels.
 """
 
 import functools
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax import Array
 
 from llada_jax.cluster.sharding import RULES, spec
 from llada_jax.errors import UserError
+from llada_jax.masks import BIDIRECTIONAL, Mask, may_attend
 
 
 def xla_attention(
-    q_BTNH: Array, k_BSKH: Array, v_BSKH: Array, segment_ids_BT: Array | None, *, causal: bool
+    q_BTNH: Array, k_BSKH: Array, v_BSKH: Array, segment_ids_BT: Array | None, *, mask: Mask
 ) -> Array:
     """The reference: softmax(q k^T / sqrt(H)) v in float32, materialising the scores [B, N, T, S].
 
-    Heads come first, once, and grouped heads are repeated: CPUs are fast at batched products whose
-    batch dims stand in front, and at a softmax over four dims (a fifth for the groups costs 18% of
-    a training step there).
+    The heads are moved to the front once, and grouped heads are repeated: CPUs are fast at batched
+    products whose batch dims come first, and at a softmax over four dims (a fifth dim for the
+    groups costs 18% of a training step there).
     """
     num_groups = q_BTNH.shape[2] // k_BSKH.shape[2]  # query heads that share a key/value head
     k_BSNH, v_BSNH = (
@@ -33,62 +34,113 @@ def xla_attention(
     q_BNTH, k_BNSH, v_BNSH = (jnp.swapaxes(x, 1, 2) for x in (q_BTNH, k_BSNH, v_BSNH))
     scores_BNTS = jnp.einsum("BNTH,BNSH->BNTS", q_BNTH, k_BNSH, preferred_element_type=jnp.float32)
     scores_BNTS = scores_BNTS * q_BTNH.shape[-1] ** -0.5
-    lowest = jnp.finfo(jnp.float32).min
-    if segment_ids_BT is not None:
-        attend_BTS = segment_ids_BT[:, :, None] == segment_ids_BT[:, None, :]
-        scores_BNTS = jnp.where(attend_BTS[:, None], scores_BNTS, lowest)
-    if causal:
-        T = q_BTNH.shape[1]
-        scores_BNTS = jnp.where(jnp.tril(jnp.ones((T, T), bool)), scores_BNTS, lowest)
+    # A row that is one segment under a bidirectional mask hides nothing: no pass over the scores.
+    if segment_ids_BT is not None or mask != BIDIRECTIONAL:
+        index_T = jnp.arange(q_BTNH.shape[1])
+        if segment_ids_BT is None:
+            segment_ids_BT = jnp.zeros((1, len(index_T)), jnp.int32)
+        allowed_BTS = may_attend(
+            mask,
+            query_segment=segment_ids_BT[:, :, None],
+            key_segment=segment_ids_BT[:, None, :],
+            query_index=index_T[:, None],
+            key_index=index_T[None, :],
+        )
+        # The lowest finite number and not -inf, whose difference with itself is NaN.
+        lowest = jnp.finfo(jnp.float32).min
+        scores_BNTS = jnp.where(allowed_BTS[:, None], scores_BNTS, lowest)
     weights_BNTS = jax.nn.softmax(scores_BNTS, axis=-1).astype(v_BSKH.dtype)
     return jnp.swapaxes(jnp.einsum("BNTS,BNSH->BNTH", weights_BNTS, v_BNSH), 1, 2)
 
 
-def splash_attention(
-    q_BTNH, k_BSKH, v_BSKH, segment_ids_BT, *, causal: bool, interpret: bool = False
-) -> Array:
-    """TPU splash attention (jax.experimental.pallas.ops.tpu.splash_attention); packing and padding
-    as segment ids.
+@functools.cache
+def splash_head_mask(mask: Mask, T: int):
+    """Returns the splash attention mask of one head, [T, T]; segments are handed to the kernel.
+
+    FullMask and CausalMask cost nothing in the kernel: it skips no tile or half of them, and
+    computes the diagonal. Blocks become a lazy mask, of which splash reads one tile at a time: it
+    skips hidden tiles and keeps each different partial tile once, where a dense array of [T, T]
+    would take 1 GiB at 32k positions.
+
+    Cached, so that all layers share one object: splash caches what it derives from a mask by the
+    identity of the object.
     """
-    from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_kernel as splash
+    from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_mask as splash
+
+    if mask.causal:
+        return splash.CausalMask((T, T))
+    if not mask.has_blocks:
+        return splash.FullMask((T, T))
+
+    class LazyMask(splash.Mask):
+        """`may_attend` within one segment, for the rows and columns that are asked for."""
+
+        shape = (T, T)
+
+        def __getitem__(self, slices) -> np.ndarray:
+            rows, columns = (np.arange(T)[part] for part in slices)
+            return may_attend(
+                mask,
+                query_segment=np.zeros((len(rows), 1), np.int32),
+                key_segment=np.zeros((1, len(columns)), np.int32),
+                query_index=rows[:, None],
+                key_index=columns[None, :],
+            )
+
+    return LazyMask()
+
+
+def splash_attention(
+    q_BTNH, k_BSKH, v_BSKH, segment_ids_BT, *, mask: Mask, interpret: bool = False
+) -> Array:
+    """TPU splash attention (jax.experimental.pallas.ops.tpu.splash_attention): every Mask, with
+    packing and padding as segment ids.
+    """
+    from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_kernel as kernels
     from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_mask as masks
 
     _, T, N, H = q_BTNH.shape
-    head_mask = masks.CausalMask((T, T)) if causal else masks.FullMask((T, T))
-    block = next((b for b in (512, 256, 128) if T % b == 0), None)
-    if block is None:
+    tile = next((tile for tile in (512, 256, 128) if T % tile == 0), None)
+    if tile is None:
         raise UserError(
-            f"Splash attention needs a sequence length that is a multiple of 128, not {T}; use xla."
+            f"Splash attention needs a sequence length that is a multiple of 128, not {T}; set "
+            "config.model.attention to auto or xla."
         )
-    blocks = splash.BlockSizes(
-        block_q=block,
-        block_kv=block,
-        block_kv_compute=block,
-        block_q_dkv=block,
-        block_kv_dkv=block,
-        block_kv_dkv_compute=block,
-        block_q_dq=block,
-        block_kv_dq=block,
+    tiles = kernels.BlockSizes(
+        block_q=tile,
+        block_kv=tile,
+        block_kv_compute=tile,
+        block_q_dkv=tile,
+        block_kv_dkv=tile,
+        block_kv_dkv_compute=tile,
+        block_q_dq=tile,
+        block_kv_dq=tile,
     )
-    make = splash.make_splash_mha if k_BSKH.shape[2] == N else splash.make_splash_mqa
-    num_masks = N if k_BSKH.shape[2] == N else N // k_BSKH.shape[2]
+    # Grouped heads: one call of the multi-query kernel for each key/value head and its queries,
+    # so that keys and values are never repeated in memory.
+    is_grouped = k_BSKH.shape[2] != N
+    make = kernels.make_splash_mqa if is_grouped else kernels.make_splash_mha
+    num_masks = N // k_BSKH.shape[2] if is_grouped else N
     kernel = make(
-        mask=masks.MultiHeadMask([head_mask] * num_masks),
-        block_sizes=blocks,
+        mask=masks.MultiHeadMask([splash_head_mask(mask, T)] * num_masks),
+        block_sizes=tiles,
         head_shards=1,
         q_seq_shards=1,
         interpret=interpret,
-        residual_checkpoint_name="attention",  # output and normaliser: what its backward pass reads
+        # The name of output and normaliser, which its backward pass reads: rematerialisation keeps
+        # them (see REMAT_POLICIES), or the whole kernel would run a second time.
+        residual_checkpoint_name="attention",
     )
 
     def one_row(q_NTH, k_KSH, v_KSH, segments):
-        ids = None if segments is None else splash.SegmentIds(q=segments, kv=segments)
-        if k_KSH.shape[0] == q_NTH.shape[0]:
+        ids = None if segments is None else kernels.SegmentIds(q=segments, kv=segments)
+        if not is_grouped:
             return kernel(q_NTH, k_KSH, v_KSH, segment_ids=ids)
         q_KGTH = q_NTH.reshape(k_KSH.shape[0], -1, T, H)
         group = jax.vmap(lambda q, k, v: kernel(q, k, v, segment_ids=ids))
         return group(q_KGTH, k_KSH, v_KSH).reshape(q_NTH.shape)
 
+    # Splash does not scale: the queries are scaled before they come in.
     scaled_q = q_BTNH * jnp.asarray(H**-0.5, q_BTNH.dtype)
     q, k, v = (jnp.swapaxes(x, 1, 2) for x in (scaled_q, k_BSKH, v_BSKH))
     if segment_ids_BT is None:
@@ -98,35 +150,40 @@ def splash_attention(
     return jnp.swapaxes(out, 1, 2).astype(q_BTNH.dtype)
 
 
-def cudnn_attention(q_BTNH, k_BSKH, v_BSKH, segment_ids_BT, *, causal: bool) -> Array:
-    """cuDNN flash attention; padding as lengths (rows are right-padded), never as a bool mask,
-    which becomes a bias.
+def cudnn_attention(q_BTNH, k_BSKH, v_BSKH, segment_ids_BT, *, mask: Mask) -> Array:
+    """cuDNN flash attention for rows of one document, padded on the right: it sees only segments 0
+    and 1.
+
+    Padding goes in as lengths and never as a bool mask, which jax turns into a bias of the shape of
+    the scores. Packed documents cannot go in at all, which only `choose` can refuse: the ids are
+    not known while this is traced.
     """
+    check_expressible("cudnn", mask)
     lengths = None if segment_ids_BT is None else (segment_ids_BT > 0).sum(axis=1).astype(jnp.int32)
     out_BTNH = jax.nn.dot_product_attention(
         q_BTNH,
         k_BSKH,
         v_BSKH,
-        is_causal=causal,
+        is_causal=mask.causal,
         query_seq_lengths=lengths,
         key_value_seq_lengths=lengths,
         implementation="cudnn",
     )
     if segment_ids_BT is None:
         return out_BTNH
-    return jnp.where(
-        (segment_ids_BT > 0)[:, :, None, None], out_BTNH, 0
-    )  # rows beyond the length are not written
+    # cuDNN does not write beyond the length, and what lies there may be NaN.
+    return jnp.where((segment_ids_BT > 0)[:, :, None, None], out_BTNH, 0)
 
 
 def triton_attention(
-    q_BTNH, k_BSKH, v_BSKH, segment_ids_BT, *, causal: bool, interpret: bool = False
+    q_BTNH, k_BSKH, v_BSKH, segment_ids_BT, *, mask: Mask, interpret: bool = False
 ) -> Array:
     """Segment-aware flash attention for GPUs (jax.experimental.pallas.ops.gpu.attention), for
     packed documents.
     """
     from jax.experimental.pallas.ops.gpu.attention import mha
 
+    check_expressible("triton", mask)
     groups = q_BTNH.shape[2] // k_BSKH.shape[2]
     k, v = (jnp.repeat(x, groups, axis=2) for x in (k_BSKH, v_BSKH))
     return mha(
@@ -135,7 +192,7 @@ def triton_attention(
         v,
         segment_ids_BT,
         sm_scale=q_BTNH.shape[-1] ** -0.5,
-        causal=causal,
+        causal=mask.causal,
         interpret=interpret,
     )
 
@@ -147,68 +204,106 @@ IMPLEMENTATIONS = {
     "triton": triton_attention,
 }
 
-
+# Where a kernel runs; xla runs everywhere.
 PLATFORMS = {
     "splash": ("tpu",),
     "cudnn": ("gpu", "cuda"),
     "triton": ("gpu", "cuda"),
-}  # where a kernel runs
+}
+
+# Kernels whose only arguments about the mask are segments or lengths, and `causal`.
+WITHOUT_BLOCKS = ("cudnn", "triton")
+
+
+def check_expressible(name: str, mask: Mask) -> None:
+    """Raises UserError when the kernel `name` cannot express the mask."""
+    if name in WITHOUT_BLOCKS and mask.has_blocks:
+        raise UserError(
+            f"The attention kernel {name!r} cannot express blocks, and the mask has "
+            f"block_length={mask.block_length}; set config.model.attention to auto or xla."
+        )
 
 
 def choose(
-    name: str, *, platform: str, packed: bool, sequence_length: int, head_dim: int, dtype
+    name: str,
+    *,
+    platform: str,
+    packed: bool,
+    mask: Mask,
+    sequence_length: int,
+    head_dim: int,
+    dtype,
 ) -> str:
-    """Returns the implementation for "auto" on the mesh's platform; UserError for a kernel that
-    does not run there.
+    """Returns the implementation to use: `name` itself, or what suits the platform for "auto".
 
     Args:
+        name: "auto" or a key of IMPLEMENTATIONS.
         platform: of the mesh's devices, not of this process' default backend: compiling for absent
             devices works.
         packed: whether segment ids above 1 occur, which cuDNN's lengths cannot express.
-        dtype: of q, k and v. The GPU kernels take 16 bits and heads of at most 128, cuDNN in
-            multiples of 8.
+        mask: what a query may see within its segment.
+        sequence_length: in tokens; the kernels want a multiple of 128.
+        head_dim, dtype: of q, k and v. The GPU kernels take 16 bits and heads of at most 128, cuDNN
+            in multiples of 8.
+
+    Raises:
+        UserError: the named kernel does not run on the platform, or cannot express the mask or
+            packed documents.
     """
+    is_gpu = platform in ("gpu", "cuda")
     if name != "auto":
         if platform not in PLATFORMS.get(name, (platform,)):
             raise UserError(
                 f"The attention kernel {name!r} runs on {PLATFORMS[name][0]}, and the mesh is of "
-                f"{platform}; set "
-                "config.model.attention to auto or xla."
+                f"{platform} devices; set config.model.attention to auto or xla."
             )
+        if name == "cudnn" and packed:
+            raise UserError(
+                "The attention kernel 'cudnn' cannot keep the documents of a row apart, as "
+                "config.data.attend_across_documents=False asks; set config.model.attention to "
+                "auto or triton."
+            )
+        check_expressible(name, mask)
         return name
-    if platform == "tpu" and sequence_length % 128 == 0:
+    if sequence_length % 128:
+        return "xla"
+    if platform == "tpu":
         return "splash"
     is_half = jnp.dtype(dtype).itemsize == 2
-    if (
-        platform in ("gpu", "cuda")
-        and sequence_length % 128 == 0
-        and is_half
-        and head_dim % 8 == 0
-        and head_dim <= 128
-    ):
+    if is_gpu and is_half and head_dim % 8 == 0 and head_dim <= 128 and not mask.has_blocks:
         return "triton" if packed else "cudnn"
     return "xla"
 
 
-def attend(q_BTNH, k_BSKH, v_BSKH, segment_ids_BT, *, implementation: str, causal: bool) -> Array:
-    """Attention by the named implementation; kernels run per device inside shard_map, rows and
-    heads split.
+def attend(q_BTNH, k_BSKH, v_BSKH, segment_ids_BT, *, implementation: str, mask: Mask) -> Array:
+    """Attention by the named implementation, with rows and heads split over the mesh.
 
-    Shapes q [B, T, N, H], k and v [B, T, K, H], segment_ids [B, T] or None; returns [B, T, N, H].
+    XLA splits the reference itself. It cannot look into a kernel, which would then run on every
+    device with all rows: kernels run inside shard_map, each device on its own rows and heads.
+
+    Args:
+        q_BTNH, k_BSKH, v_BSKH: [B, T, N, H] and [B, T, K, H] twice; K divides N.
+        segment_ids_BT: int32, 0 is padding; None means that each row is one segment.
+        implementation: a key of IMPLEMENTATIONS.
+        mask: what a query may see within its segment.
+
+    Returns:
+        [B, T, N, H] in the dtype of q.
+
+    Raises:
+        UserError: the kernel cannot express the mask, or the mesh splits its rows.
     """
-    if implementation == "xla" or jax.sharding.get_abstract_mesh().empty:
-        return IMPLEMENTATIONS[implementation](
-            q_BTNH, k_BSKH, v_BSKH, segment_ids_BT, causal=causal
-        )
+    kernel = functools.partial(IMPLEMENTATIONS[implementation], mask=mask)
     mesh = jax.sharding.get_abstract_mesh()
+    if implementation == "xla" or mesh.empty:
+        return kernel(q_BTNH, k_BSKH, v_BSKH, segment_ids_BT)
     if mesh.shape[RULES["act_position"]] > 1:
         raise UserError(
             f"The attention kernel {implementation!r} needs whole rows; set config.mesh.sequence=1 "
-            "or xla."
+            "or config.model.attention=xla."
         )
     heads = spec(("act_batch", None, "act_heads", None))
     segments = None if segment_ids_BT is None else spec(("act_batch", None))
-    kernel = functools.partial(IMPLEMENTATIONS[implementation], causal=causal)
     sharded = jax.shard_map(
         kernel, in_specs=(heads, heads, heads, segments), out_specs=heads, check_vma=False
     )

@@ -11,17 +11,20 @@ def flops_per_token(
 ) -> float:
     """Returns the floating-point operations of one training step for one token: 6 N + 12 L d T.
 
-    A matrix of n entries costs one token 2 n in the forward pass (a multiplication and an addition
-    each) and twice that in the backward pass (gradients of its input and of itself): 6 N over all
-    matrices, the head among them, the embedding lookup not. Scores and weighted values are two
-    products of T x d_attention for each of L layers: 2 * 2 d T forward and twice that backward, 12
-    L d T. A masked diffusion model attends to all T positions, so that this is the full count;
-    `causal=True` (the autoregressive control) takes the usual half. Recomputation is not counted,
-    so that this over the peak is model FLOP utilisation (PaLM, arXiv 2204.02311, appendix B).
+    A matrix of n entries costs 2 n per token in the forward pass (a multiplication and an addition
+    for each entry) and twice that in the backward pass (gradients of its input and of itself): 6 N
+    over all matrices, which include the head but not the embedding, which is only looked up. Scores
+    and weighted values are two products of T x d in each of the L layers: 2 * 2 d T forward and
+    twice that backward, 12 L d T in all. A masked diffusion model attends to all T positions, which
+    is the full count. Recomputation is not counted, so that this over the peak is model FLOP
+    utilisation (PaLM, arXiv 2204.02311, appendix B).
 
     Args:
-        num_matmul_params: N. num_layers: L. d_attention: d = query heads * head width.
-            sequence_length: T.
+        num_matmul_params: N, see llada_jax.models.transformer.num_matmul_parameters.
+        num_layers: L.
+        d_attention: d, query heads times head width.
+        sequence_length: T, in tokens.
+        causal: take half of the attention, as is usual for autoregressive models.
     """
     attention = 12 * num_layers * d_attention * sequence_length
     return float(6 * num_matmul_params + (attention / 2 if causal else attention))

@@ -1,10 +1,10 @@
-"""The LLaDA Transformer in Flax NNX: pre-norm RMSNorm, rotary positions, bidirectional attention,
-SwiGLU.
+"""The LLaDA Transformer in Flax NNX: pre-norm RMSNorm, rotary positions, attention (bidirectional
+unless a Mask says otherwise), SwiGLU.
 
 The block is that of the published LLaDA-8B (arXiv 2502.09992, section 2.2 and appendix B.2), which
 has no biases; biases, norms of queries and keys, and the shifted output are there for weights that
-come from Llama, Qwen2 and Qwen3. The network receives tokens and returns scores of tokens: what a
-mask is, and how much of the row is masked, it is never told.
+come from Llama, Qwen2 and Qwen3. The network receives tokens and returns scores of tokens: it does
+not know which token is the mask, nor how much of the row is masked.
 
 Parameters are float32 and carry logical axis names (llada_jax.cluster.sharding.RULES); the L blocks
 are stacked on one leading dim and run by one scan. Norms, rotary embedding, softmax and the loss
@@ -23,9 +23,10 @@ from jax.ad_checkpoint import checkpoint_name
 
 from llada_jax.cluster.sharding import RULES, constrain
 from llada_jax.errors import UserError
+from llada_jax.masks import BIDIRECTIONAL, Mask
 from llada_jax.models.attention import attend
 
-# what the backward pass keeps; everything else of a block is computed again
+# What the backward pass keeps; everything else of a block is computed again.
 REMAT_POLICIES = {
     "dots": jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
     "attention": jax.checkpoint_policies.save_only_these_names("attention"),
@@ -39,16 +40,15 @@ class Architecture:
     parameters.
 
     rope_scaling: (), or what stretches the rotary frequencies for rows longer than those of the
-    pretraining, as in Llama
-        3.1: (factor, low_freq_factor, high_freq_factor, original length in tokens), see
-        `rotary_frequencies`.
+        pretraining, as in Llama 3.1: (factor, low_freq_factor, high_freq_factor, original length in
+        tokens), see `rotary_frequencies`.
+    qk_norm: "none", "full" (over the whole query or key vector), or "per_head".
     attention_bias: "none", "qkv" (as Qwen2), or "qkvo" (as Llama with attention_bias: true).
     output_shift: the scores at position i come from position i - 1, as autoregressive weights
-    predict (Dream, arXiv
-        2508.15487); the first position of a segment keeps its own.
+        predict (Dream, arXiv 2508.15487); the first position of a segment keeps its own.
 
     Raises:
-        UserError: rope_scaling is none of these.
+        UserError: rope_scaling is neither () nor four such numbers.
     """
 
     vocab_size: int
@@ -67,16 +67,14 @@ class Architecture:
     output_shift: bool = False
 
     def __post_init__(self):
-        object.__setattr__(
-            self, "rope_scaling", tuple(self.rope_scaling)
-        )  # which run.json holds as a list
+        # run.json holds it as a list, which has no hash.
+        object.__setattr__(self, "rope_scaling", tuple(self.rope_scaling))
         if self.rope_scaling and not _is_scaling(*self.rope_scaling):
             raise UserError(
                 f"model.rope_scaling={self.rope_scaling} must be (), or four positive numbers "
-                "(factor, low_freq_factor, "
-                "high_freq_factor, original length) of which the second is less than the third and "
-                "the last is whole; take "
-                "those of the checkpoint's config.json, or () for frequencies that are not scaled."
+                "(factor, low_freq_factor, high_freq_factor, original length) of which the second "
+                "is less than the third and the last is whole; take those of the checkpoint's "
+                "config.json, or () for frequencies that are not scaled."
             )
 
 
@@ -91,12 +89,10 @@ def _is_scaling(*numbers) -> bool:
 
 
 class TokenScores(NamedTuple):
-    """nll_BT: -log p(target) in nats, float32; is_correct_BT: whether no token scores higher than
-    the target.
-    """
+    """How well a network predicts the targets of a batch; zero and False outside of `where`."""
 
-    nll_BT: Array
-    is_correct_BT: Array
+    nll_BT: Array  # float32: -log p(target) in nats
+    is_correct_BT: Array  # bool: no token scores higher than the target
 
 
 def parameter(
@@ -113,13 +109,32 @@ def parameter(
 
 
 def rms_norm(x: Array, scale: Array, eps: float, num_dims: int = 1) -> Array:
-    """RMSNorm over the last `num_dims` dims: float32 inside, cast back to the dtype of x, then
-    scaled.
+    """RMSNorm over the last `num_dims` dims, scaled, all in float32; the result has the dtype of x.
+
+    The published code casts before it scales. The gradient of the scale is a sum over all tokens,
+    though, and would then be one of bfloat16 products, off by up to 20%.
     """
     axes = tuple(range(-num_dims, 0))
     x32 = x.astype(jnp.float32)
     normed = x32 * jax.lax.rsqrt(jnp.mean(jnp.square(x32), axis=axes, keepdims=True) + eps)
-    return normed.astype(x.dtype) * scale.astype(x.dtype)
+    return (normed * scale).astype(x.dtype)
+
+
+def add_bias(x: Array, bias: Array) -> Array:
+    """Returns x + bias in the dtype of x, added in float32: the gradient of a bias is a sum over
+    all tokens, and takes the dtype of the addition.
+    """
+    return (x.astype(jnp.float32) + bias).astype(x.dtype)
+
+
+def embed(table_VD: Array, tokens_BT: Array, dtype) -> Array:
+    """Returns the rows of the tokens, [B, T, D] in `dtype`.
+
+    Gathered first and cast then, so that the gradient is scattered into a float32 table. In masked
+    diffusion half of all tokens meet in the row of the mask: a bfloat16 sum stops growing once it
+    is 256 times as large as what is added, and at 16,384 tokens that row lost half of its gradient.
+    """
+    return table_VD[tokens_BT].astype(dtype)
 
 
 def project(x: Array, kernel: Array, num_in: int = 1, out_dtype=None) -> Array:
@@ -212,9 +227,9 @@ class Block(nnx.Module):
             self.v_bias = parameter(None, (K, H), ("kv_heads", "head"), fill=0.0)
         if a.attention_bias == "qkvo":
             self.attn_out_bias = parameter(None, (D,), ("norm",), fill=0.0)
-        if (
-            a.qk_norm == "full"
-        ):  # over the whole vector before the split into heads, as `attention_layer_norm`
+        # "full": over the whole vector before the split into heads, as `attention_layer_norm` of
+        # the published code.
+        if a.qk_norm == "full":
             self.q_norm = parameter(None, (N, H), ("heads", "head"))
             self.k_norm = parameter(None, (K, H), ("kv_heads", "head"))
         if a.qk_norm == "per_head":
@@ -226,7 +241,7 @@ class Block(nnx.Module):
         self.ff_out = parameter(keys[6], (F, D), ("mlp", "embed"), F**-0.5 * residual)
 
     def __call__(
-        self, x_BTD, cos, sin, segment_ids_BT, *, a: Architecture, attention: str, causal: bool
+        self, x_BTD, cos, sin, segment_ids_BT, *, a: Architecture, attention: str, mask: Mask
     ) -> Array:
         with jax.named_scope("attention"):
             y_BTD = rms_norm(x_BTD, self.attn_norm[...], a.norm_eps)
@@ -234,9 +249,9 @@ class Block(nnx.Module):
             k_BSKH = project(y_BTD, self.k[...])
             v_BSKH = project(y_BTD, self.v[...])
             if a.attention_bias != "none":
-                q_BTNH = q_BTNH + self.q_bias[...].astype(q_BTNH.dtype)
-                k_BSKH = k_BSKH + self.k_bias[...].astype(k_BSKH.dtype)
-                v_BSKH = v_BSKH + self.v_bias[...].astype(v_BSKH.dtype)
+                q_BTNH = add_bias(q_BTNH, self.q_bias[...])
+                k_BSKH = add_bias(k_BSKH, self.k_bias[...])
+                v_BSKH = add_bias(v_BSKH, self.v_bias[...])
             if a.qk_norm != "none":
                 num_dims = 2 if a.qk_norm == "full" else 1
                 q_BTNH = rms_norm(q_BTNH, self.q_norm[...], a.norm_eps, num_dims)
@@ -246,15 +261,15 @@ class Block(nnx.Module):
             )
             k_BSKH = rotate(k_BSKH, cos, sin)
             out_BTNH = attend(
-                q_BTNH, k_BSKH, v_BSKH, segment_ids_BT, implementation=attention, causal=causal
+                q_BTNH, k_BSKH, v_BSKH, segment_ids_BT, implementation=attention, mask=mask
             )
-            if (
-                attention != "splash"
-            ):  # which names what it saves itself, or it would run again in the backward pass
+            # Splash names what its backward pass reads itself, the normaliser too: with the output
+            # alone saved, recomputation would run the whole kernel again.
+            if attention != "splash":
                 out_BTNH = checkpoint_name(out_BTNH, "attention")
             x_BTD = x_BTD + project(out_BTNH, self.attn_out[...], 2)
             if a.attention_bias == "qkvo":
-                x_BTD = x_BTD + self.attn_out_bias[...].astype(x_BTD.dtype)
+                x_BTD = add_bias(x_BTD, self.attn_out_bias[...])
             x_BTD = constrain(x_BTD, "act_batch", "act_position", "act_embed")
         with jax.named_scope("feed_forward"):
             y_BTD = rms_norm(x_BTD, self.ff_norm[...], a.norm_eps)
@@ -277,10 +292,9 @@ class Transformer(nnx.Module):
             126,464).
         dtype: of the matrix products.
         attention: implementation, a key of llada_jax.models.attention.IMPLEMENTATIONS.
+        mask: what a position may see within its segment; an objective names it.
         remat: "none" or a key of REMAT_POLICIES.
-        nll_chunk: `token_nll` holds as many logits at one time as this many positions of a row
-            have.
-        causal: positions see only earlier ones; for the autoregressive control experiment alone.
+        nll_chunk: peak memory of the logits in `token_nll`, in positions per row.
     """
 
     def __init__(
@@ -289,13 +303,13 @@ class Transformer(nnx.Module):
         key: Array,
         *,
         dtype=jnp.float32,
-        attention="xla",
-        remat="none",
-        nll_chunk=1024,
-        causal=False,
+        attention: str = "xla",
+        mask: Mask = BIDIRECTIONAL,
+        remat: str = "none",
+        nll_chunk: int = 1024,
     ):
-        self.a, self.dtype, self.attention, self.remat = a, dtype, attention, remat
-        self.nll_chunk, self.causal = nll_chunk, causal
+        self.a, self.dtype, self.attention, self.mask = a, dtype, attention, mask
+        self.remat, self.nll_chunk = remat, nll_chunk
         embed_key, blocks_key, head_key = jax.random.split(key, 3)
         V, D = a.vocab_size, a.d_model
         self.embed = parameter(embed_key, (V, D), ("vocab", "embed"), D**-0.5)
@@ -309,13 +323,13 @@ class Transformer(nnx.Module):
 
     def hidden(self, tokens_BT: Array, segment_ids_BT: Array | None, positions_BT: Array) -> Array:
         """Returns what the head reads: [B, T, D] in `dtype`, after the final norm and, if there is
-        one, the shift.
+        one, the shift. A head applied to some of the positions gives the logits of those positions.
         """
         cos, sin = rotary_angles(
             positions_BT, self.a.head_dim, self.a.rope_theta, self.a.rope_scaling
         )
         x_BTD = constrain(
-            self.embed[...].astype(self.dtype)[tokens_BT], "act_batch", "act_position", "act_embed"
+            embed(self.embed[...], tokens_BT, self.dtype), "act_batch", "act_position", "act_embed"
         )
         graphdef, stacked = nnx.split(self.blocks)
 
@@ -328,7 +342,7 @@ class Transformer(nnx.Module):
                 segment_ids_BT,
                 a=self.a,
                 attention=self.attention,
-                causal=self.causal,
+                mask=self.mask,
             )
             return x_BTD, None
 
@@ -345,7 +359,7 @@ class Transformer(nnx.Module):
         return self.embed[...].T if self.a.tie_embeddings else self.lm_head[...]
 
     def head(self, x_BTD: Array) -> Array:
-        """Returns float32 logits [..., V]."""
+        """Returns float32 logits [..., V] of the hidden vectors [..., D] of any positions."""
         with jax.named_scope("head"):
             return project(x_BTD, self.head_kernel(), out_dtype=jnp.float32)
 
@@ -368,13 +382,14 @@ class Transformer(nnx.Module):
         """Returns -log p(target) at the positions `where_BT`, zero elsewhere, without ever holding
         [B, T, V].
 
-        The vocabulary is cut into n pieces, so many that [B, T, V/n] is no more than `nll_chunk`
-        positions of all logits; the logits of a piece are computed again in the backward pass.
-        Pieces and not chunks of the row, because the gradient of a piece of the head is then
-        complete when its turn is over: it is reduced over the devices once a step, in pieces, and
-        neither the whole kernel nor its whole gradient is ever on one device. Pieces are strided
-        (token i * n + j is in piece j), so that a sharded V stays where it is. The tensor axis
-        splits positions here, or the gradient of every position would be reduced once a piece.
+        The vocabulary is cut into n pieces, so many that [B, T, V/n] is no more than the logits of
+        `nll_chunk` positions per row; the logits of a piece are computed again in the backward
+        pass. Pieces of the vocabulary and not chunks of the row, because the gradient of a piece of
+        the head is then complete when its turn is over: it is reduced over the devices once per
+        step, in pieces, and neither the whole kernel nor its whole gradient is ever on one device.
+        Pieces are strided (token i * n + j is in piece j), so that a sharded V stays where it is.
+        The tensor axis splits positions here, or the gradient of every position would be reduced
+        once per piece.
         """
         x_BTD = self.hidden(noisy_BT, segment_ids_BT, positions_BT)
         x_BTD = constrain(x_BTD, "act_batch", "act_head_position", "act_embed")
@@ -384,14 +399,16 @@ class Transformer(nnx.Module):
         num_pieces = min(-(-targets_BT.shape[1] // self.nll_chunk), max(1, V // ways))
 
         def score(x_BTD, kernel_DC, token_C):
-            """Returns of one piece, [B, T] each: logsumexp, logit of the target (0 when it is
-            elsewhere), largest logit.
+            """Returns three arrays [B, T] for one piece of the vocabulary: logsumexp, logit of the
+            target (0 when it is in another piece), and largest logit.
             """
             with jax.named_scope("head"):
                 x_BTD, kernel_DC = x_BTD.astype(self.dtype), kernel_DC.astype(self.dtype)
                 if ways == 1:
                     logits_BTC = project(x_BTD, kernel_DC, out_dtype=jnp.float32)
-                else:  # the positions are split, so that they cannot be merged with the rows
+                else:
+                    # `project` merges rows and positions, which it cannot where the positions are
+                    # split.
                     logits_BTC = jnp.tensordot(
                         x_BTD, kernel_DC, 1, preferred_element_type=jnp.float32
                     )
@@ -405,15 +422,15 @@ class Transformer(nnx.Module):
         if num_pieces == 1:
             normalizer_BT, target_logit_BT, best_BT = score(x_BTD, kernel_DV, jnp.arange(V))
         else:
-            padding = -V % (
-                num_pieces * ways
-            )  # tokens that do not exist, so that the pieces are alike
+            # Tokens that do not exist, so that the pieces are alike.
+            padding = -V % (num_pieces * ways)
             padded_DV = jnp.pad(kernel_DV.astype(self.dtype), ((0, 0), (0, padding)))
 
             def pieces(array):
                 return jnp.moveaxis(array.reshape(*array.shape[:-1], -1, num_pieces), -1, 0)
 
-            x_BTD = x_BTD.astype(jnp.float32)  # so is its gradient, a sum over the pieces
+            # float32, because its gradient then is too, which is a sum over the pieces.
+            x_BTD = x_BTD.astype(jnp.float32)
             piece = jax.checkpoint(score, prevent_cse=False)
             normalizers_nBT, target_logits_nBT, bests_nBT = jax.lax.map(
                 lambda kernel_and_tokens: piece(x_BTD, *kernel_and_tokens),

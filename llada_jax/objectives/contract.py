@@ -34,8 +34,8 @@ def stand_in_nll_fn(params, noisy_BT, targets_BT, where_BT, segment_ids_BT, posi
             or not jnp.issubdtype(array.dtype, kind)
         ):
             raise TypeError(
-                f"nll_fn is called with {name} {array.dtype}{list(array.shape)}; its arrays are "
-                f"[rows, positions] of one shape, and where_BT is bool, the others integers"
+                f"nll_fn is called with {name} {described(array)}; its arrays are "
+                "[rows, positions] of one shape, where_BT is bool, and the others are integers"
             )
     return Scores(jnp.where(where_BT, 1.0, 0.0), where_BT)
 
@@ -132,7 +132,10 @@ def check_returned(returned, what: str, *, needed: tuple[str, ...]) -> None:
             )
     for metric, pair in metrics.items():
         if not isinstance(pair, tuple) or len(pair) != 2:
-            raise UserError(f"{what} returns the metric {metric!r} as no pair (sum, count).")
+            raise UserError(
+                f"{what} returns the metric {metric!r} as something other than a pair "
+                "(sum, count); return both, and leave the division to the train step."
+            )
         total, number = described(pair[0]), described(pair[1])
         if total != number or not total.startswith("float32[") or "," in total:
             raise UserError(

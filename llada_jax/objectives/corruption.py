@@ -1,7 +1,7 @@
 """The forward process: how much of a row is masked, and which tokens (LLaDA, arXiv 2502.09992,
 section 2.1).
 
-Everything is drawn from one key a row, so that a row's corruption depends on nothing but its own
+Everything is drawn from one key per row, so that a row's corruption depends on nothing but its own
 global number.
 """
 
@@ -16,15 +16,27 @@ def sample_t(key: Array, row_B: Array, *, num_rows: int, t_sampling: str) -> Arr
     """Returns diffusion times t_B, float32 in [0, 1), for rows `row_B` of a global batch of
     `num_rows`.
 
-    stratified: row r takes (u + r / num_rows) mod 1 with one u a step, so a batch covers [0, 1)
-    evenly and the variance of the loss falls (MD4, arXiv 2406.04329, section 4.3: antithetic
-    sampling over the batch). iid: U(0, 1) a row.
+    stratified: row r takes (u + r / num_rows) mod 1 with one u per step, so that a batch covers
+    [0, 1) evenly and the variance of the loss falls (MD4, arXiv 2406.04329, section 4.3: antithetic
+    sampling over the batch). iid: every row draws its own U(0, 1).
     """
     if t_sampling == "stratified":
         offset = jax.random.uniform(key)
         return (offset + row_B.astype(jnp.float32) / num_rows) % 1.0
     assert t_sampling == "iid", t_sampling
     return jax.vmap(jax.random.uniform)(keys_for_rows(key, row_B))
+
+
+def rank_of_real_rows(is_maskable_BT: Array) -> tuple[Array, Array]:
+    """Returns each row's number among the rows that hold maskable tokens, int32 [B], and how many
+    those are, at least 1.
+
+    What `sample_t` is given in place of rows and their number where a batch is filled up with empty
+    rows: the real ones come first, and would otherwise share one narrow window of times. It needs
+    the whole batch, and a train step may see one microbatch of it.
+    """
+    is_real_B = is_maskable_BT.any(axis=1)
+    return jnp.cumsum(is_real_B) - 1, jnp.maximum(is_real_B.sum(), 1)
 
 
 def corrupt(

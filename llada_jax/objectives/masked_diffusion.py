@@ -8,7 +8,12 @@ import jax
 import jax.numpy as jnp
 
 from llada_jax.masks import BIDIRECTIONAL
-from llada_jax.objectives.corruption import corrupt, corrupt_exactly_k, sample_t
+from llada_jax.objectives.corruption import (
+    corrupt,
+    corrupt_exactly_k,
+    rank_of_real_rows,
+    sample_t,
+)
 from llada_jax.objectives.objective import Objective
 
 NUM_T_BUCKETS = 10
@@ -36,7 +41,9 @@ def masked_diffusion(
         masking=masking,
         weight=weight,
     )
-    bound = functools.partial(masked_diffusion_loss, mask_id=mask_id, masking="exact_count")
+    bound = functools.partial(
+        masked_diffusion_loss, mask_id=mask_id, masking="exact_count", is_whole_batch=True
+    )
     return Objective(loss=loss, bound=bound, bound_name="nelbo", mask=BIDIRECTIONAL)
 
 
@@ -53,6 +60,7 @@ def masked_diffusion_loss(
     t_sampling: str = "stratified",
     masking: str = "bernoulli",
     weight: str = "1/p",
+    is_whole_batch: bool = False,
     step=0,
     frozen=None,
 ):
@@ -67,6 +75,8 @@ def masked_diffusion_loss(
         masking: "bernoulli", or "exact_count" with weight L/k.
         weight: "1/p" for the bound; "none" trains on the plain sum of nll over masked tokens, while
             the logged `nelbo` always carries the weight.
+        is_whole_batch: the batch is not a microbatch, so that times can be stratified over the rows
+            that hold tokens; the last held-out batch is filled up with rows that hold none.
         step, frozen: part of the signature of every objective; not used here.
 
     A row that happens to have no masked token adds nothing to the sum and its tokens to the count,
@@ -76,7 +86,10 @@ def masked_diffusion_loss(
     tokens_BT, is_maskable_BT = batch["tokens"], batch["is_maskable"]
     t_key, mask_key = jax.random.split(key)
     # 1. how noisy each row is
-    t_B = sample_t(t_key, row_B, num_rows=num_rows, t_sampling=t_sampling)
+    place_B, num_places = row_B, num_rows
+    if is_whole_batch:
+        place_B, num_places = rank_of_real_rows(is_maskable_BT)
+    t_B = sample_t(t_key, place_B, num_rows=num_places, t_sampling=t_sampling)
     # 2. which tokens are masked
     if masking == "bernoulli":
         noisy_BT, is_masked_BT, weight_B = corrupt(

@@ -3,7 +3,7 @@
 The estimate says what the mesh is meant to exchange; the compiler decides what is exchanged. The
 partitioner may gather a weight a third time or exchange an activation between two layouts without a
 word, and the step is then slow for a reason that no loss curve shows. Each check names one such
-surprise. A check that is not ok asks somebody to look at the program; it is not an error.
+surprise. A check that is not ok is a reason to look at the program; it is not an error.
 """
 
 import re

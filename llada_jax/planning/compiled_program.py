@@ -114,7 +114,7 @@ def collectives(text: str, *, devices_per_slice: int = 0) -> list[Collective]:
 
 
 def kernels(text: str) -> dict[str, int]:
-    """Returns {name of a custom kernel (Pallas, cuDNN): how many times a step calls it}."""
+    """Returns {name of a custom kernel (Pallas, cuDNN): its number of calls per step}."""
     computations = _parse(text)
     counted = collections.Counter()
     for name, times in _executions(computations).items():
@@ -376,7 +376,7 @@ def _payloads(instruction: Instruction, kind: str, group_size: int):
 def _achieved_kind(kind, instruction, index, by_name, users, computations, computation: str) -> str:
     """Returns the kind of collective that the instruction's `index`-th array amounts to.
 
-    See the module's docstring for what XLA writes in the place of what. Several arrays are often
+    See the module's docstring for what XLA writes instead of what. Several arrays are often
     reduced together, and each of them may amount to something else.
 
     Args:

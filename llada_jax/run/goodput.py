@@ -5,9 +5,12 @@ was lost and to what.
 """
 
 import json
+import math
 import time
+from collections.abc import Callable
 
-from llada_jax.storage import remote
+from llada_jax.errors import reason
+from llada_jax.storage import files, remote
 
 FILE = "goodput.json"
 
@@ -25,9 +28,20 @@ class Ledger:
         clock: llada_jax.run.clock.Clock of this attempt, started with it.
         start_step: from which this attempt continues; 0 at the beginning.
         enabled: False writes nothing; for all processes except the first.
+        say: takes a sentence for the log. A file that is damaged, or a disk that refuses, is said
+            and does not stop the run: the account is worth less than a step.
     """
 
-    def __init__(self, workdir, clock, *, start_step: int, enabled: bool = True, now=time.time):
+    def __init__(
+        self,
+        workdir,
+        clock,
+        *,
+        start_step: int,
+        enabled: bool = True,
+        say: Callable[[str], None] = lambda sentence: None,
+        now=time.time,
+    ):
         self._path = remote.path_of(workdir) / FILE
         self._clock, self._now, self._enabled = clock, now, enabled
         began = now() - sum(clock.seconds().values())
@@ -35,8 +49,16 @@ class Ledger:
         self._before: dict[str, float] = {}  # seconds of the earlier attempts
         # (step, productive seconds of the whole run when it was done)
         self._marks: list[tuple[int, float]] = []
+        self._say, self._is_refused = say, False
         if enabled and start_step and self._path.exists():
-            self._continue(json.loads(self._path.read_text()), start_step, began)
+            try:
+                self._continue(_checked(json.loads(self._path.read_text())), start_step, began)
+            # a file of any content: what is missing or of another type raises one of these
+            except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+                say(
+                    f"{self._path} cannot be read ({reason(error)}); the account of the run's time "
+                    "begins again"
+                )
 
     def _continue(self, kept: dict, start_step: int, began: float) -> None:
         self._first_start = kept["first_start"]
@@ -84,7 +106,14 @@ class Ledger:
                 "seconds": seconds,
                 "marks": self._marks,
             }
-            remote.write_whole(self._path, json.dumps(kept, indent=1) + "\n")
+            try:
+                files.write_whole(self._path, json.dumps(kept, indent=1) + "\n")
+                self._is_refused = False
+            except OSError as error:
+                # once and not at each save: a disk that is full stays so for a while
+                if not self._is_refused:
+                    self._say(f"{self._path} cannot be written ({reason(error)})")
+                self._is_refused = True
 
     def line(self) -> str:
         """Returns the account in one line, the largest losses first."""
@@ -99,3 +128,14 @@ class Ledger:
         )
         share = seconds.get("step", 0.0) / total
         return f"goodput     {share:.0%} of {total / 3600:.2f} h; lost to {causes}"
+
+
+def _checked(kept: dict) -> dict:
+    """Returns the content of the file; raises ValueError and the like when it is not an account."""
+    marks = [(int(step), float(seconds)) for step, seconds in kept["marks"]]
+    seconds = {str(activity): float(total) for activity, total in kept["seconds"].items()}
+    first_start, last = float(kept["first_start"]), float(kept["last"])
+    numbers = [first_start, last, *seconds.values(), *(s for _, s in marks)]
+    if not all(math.isfinite(number) for number in numbers):
+        raise ValueError("it holds a number that is not finite")
+    return {"first_start": first_start, "last": last, "seconds": seconds, "marks": marks}

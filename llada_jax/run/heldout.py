@@ -1,12 +1,24 @@
-"""The held-out bound while a run trains."""
+"""The held-out bound while a run trains, and what is kept of one that was asked to stop."""
 
+import contextlib
+import json
 import math
 from collections.abc import Sequence
 from pathlib import Path
 
+import jax
+import numpy as np
+from jax.experimental import multihost_utils
+
 from llada_jax.data.loader import SourceSummary
 from llada_jax.evaluation.splits import bound_of_split
 from llada_jax.objectives.objective import Objective
+from llada_jax.storage import files, remote
+
+FILE = "evaluation.json"
+
+# (nats, tokens) of each scored batch, by the group of the metrics that they belong to
+Scored = dict[str, list[tuple[float, float]]]
 
 
 def evaluate_heldout(
@@ -16,6 +28,7 @@ def evaluate_heldout(
     *,
     objective: Objective,
     num_batches: int,
+    scored: Scored | None = None,
     **settings,
 ) -> dict[str, dict[str, float]]:
     """Returns {group: {bound name, standard_error, bits_per_byte}} of each held-out split.
@@ -26,13 +39,18 @@ def evaluate_heldout(
 
     Args:
         objective: its bound is computed, and gives the bound's name.
-        num_batches: scored of each dataset; 0: all of the split.
+        num_batches: scored of each dataset, the same random rows in every evaluation of every run,
+            so that their bounds can be compared; 0: all of the split.
+        scored: what an evaluation that was asked to stop had scored. It is added to in place, and
+            batches that it holds are not scored again.
         settings: of llada_jax.evaluation.splits.bound_of_split.
     """
-    results = {}
+    results, scored = {}, {} if scored is None else scored
     for number, summary in enumerate(summaries):
         if "heldout" not in summary.bytes_per_token:
             continue
+        is_mixture = len(summaries) > 1
+        group = f"heldout_{number}_{Path(summary.directory).name}" if is_mixture else "heldout"
         bound = bound_of_split(
             model,
             params,
@@ -41,10 +59,9 @@ def evaluate_heldout(
             objective=objective,
             bytes_per_token=summary.bytes_per_token["heldout"],
             max_batches=num_batches or None,
+            scored=scored.setdefault(group, []),
             **settings,
         )
-        is_mixture = len(summaries) > 1
-        group = f"heldout_{number}_{Path(summary.directory).name}" if is_mixture else "heldout"
         # one batch has no spread, and JSON has no number for that: the key is left out
         error = {} if math.isnan(bound.standard_error) else {"standard_error": bound.standard_error}
         results[group] = {
@@ -62,3 +79,61 @@ def bound_line(bound: dict[str, float], name: str) -> str:
     nats = bound[name]
     error = f" +- {bound['standard_error']:.3f}" if "standard_error" in bound else ""
     return f"{bound['bits_per_byte']:.3f} bits/byte ({nats:.3f} nats/token{error})"
+
+
+class AskedToStop(Exception):
+    """Raised between two batches of an evaluation when the run is asked to stop."""
+
+
+class Unfinished:
+    """WORKDIR/evaluation.json: the sums of an evaluation that was asked to stop.
+
+    The sums of a batch are float32 numbers that JSON gives back exactly, so an evaluation that
+    continues from them ends with the bound of one that was never interrupted.
+
+    Args:
+        workdir: local directory or URL.
+        settings: what the sums depend on apart from the weights, as JSON. Sums that were computed
+            with others are ignored.
+    """
+
+    def __init__(self, workdir, settings: dict):
+        self._path = remote.path_of(workdir) / FILE
+        # through JSON, which has no tuples, so that both sides of a comparison look alike
+        self._settings = json.loads(json.dumps(settings))
+        self._is_first = jax.process_index() == 0
+
+    def read(self, step: int) -> Scored | None:
+        """Returns what was scored of the weights of this step, in every process; None: nothing."""
+        kept = b""
+        if self._is_first:
+            # It only saves time: a file that is damaged or of something else costs a repetition.
+            with contextlib.suppress(OSError, ValueError, TypeError, KeyError, AttributeError):
+                content = json.loads(self._path.read_text())
+                if content["step"] == step and content["settings"] == self._settings:
+                    scored = {
+                        group: [(float(nats), float(tokens)) for nats, tokens in pairs]
+                        for group, pairs in content["scored"].items()
+                    }
+                    kept = json.dumps(scored).encode()
+        # Only the first process reads the file: processes that continue from different batches
+        # would wait for each other for ever.
+        size = int(multihost_utils.broadcast_one_to_all(np.int32(len(kept))))
+        if not size:
+            return None
+        padded = np.zeros(size, np.uint8)
+        padded[: len(kept)] = np.frombuffer(kept, np.uint8)[:size]
+        return json.loads(np.asarray(multihost_utils.broadcast_one_to_all(padded)).tobytes())
+
+    def write(self, step: int, scored: Scored) -> None:
+        """Keeps the sums; a disk that refuses costs the time of scoring the batches again."""
+        if self._is_first:
+            content = {"step": step, "settings": self._settings, "scored": scored}
+            with contextlib.suppress(OSError):
+                files.write_whole(self._path, json.dumps(content) + "\n")
+
+    def clear(self) -> None:
+        """Removes the file: the evaluation is complete."""
+        if self._is_first:
+            with contextlib.suppress(OSError):
+                self._path.unlink(missing_ok=True)

@@ -3,11 +3,10 @@
 Two kinds of numbers are kept apart everywhere. Metrics of the model (loss, nelbo, accuracy,
 gradient norm, learning rate) are a function of config and data: a run that was interrupted and
 resumed writes the same ones as a run without interruption. Measurements of the machine (tokens/s,
-waiting, memory) differ from run to run and stand in the group "speed" alone.
+waiting, memory) differ from run to run and are in the group "speed" only.
 """
 
 import contextlib
-import errno
 import json
 import math
 import os
@@ -16,7 +15,7 @@ import tempfile
 import time
 
 from llada_jax.errors import UserError, reason
-from llada_jax.storage import remote
+from llada_jax.storage import files, remote
 
 # how long TensorBoard events, and lines for a remote workdir, may stay in memory
 FLUSH_SECONDS = 30.0
@@ -89,6 +88,7 @@ class MetricsWriter:
         self._path = self._workdir / "metrics.jsonl"
         self._is_remote = remote.is_remote(workdir)
         self._events = None
+        self._last_train_step = 0
         self._last_flush = time.monotonic()
         with self._disk():
             self._workdir.mkdir(parents=True, exist_ok=True)
@@ -104,7 +104,7 @@ class MetricsWriter:
         """Drops the lines of later steps and a half-written last line; returns the rest.
 
         Only the last line may be broken, by a kill. Any other is not of a run: the file may be
-        somebody's notes, and must not be rewritten.
+        a file of notes, and must not be rewritten.
         """
         if not self._path.exists():
             return ""
@@ -115,7 +115,9 @@ class MetricsWriter:
                 entry = json.loads(line)
                 if int(entry["step"]) <= step and line.endswith("\n"):
                     kept.append(line)
-            except (ValueError, KeyError, TypeError) as error:
+                    if "train" in entry:
+                        self._last_train_step = int(entry["step"])
+            except (ValueError, KeyError, TypeError, OverflowError) as error:
                 is_half_written = number == len(lines) and not line.endswith("\n")
                 if not is_half_written:
                     raise UserError(
@@ -124,9 +126,7 @@ class MetricsWriter:
                     ) from error
         text = "".join(kept)
         if len(kept) < len(lines):
-            partial = self._workdir / "metrics.jsonl.partial"
-            partial.write_text(text)
-            partial.replace(self._path)
+            files.write_whole(self._path, text)
         return text
 
     def _open_tensorboard(self, *, first_step: int) -> None:
@@ -151,21 +151,31 @@ class MetricsWriter:
         start = SessionLog(status=SessionLog.START)
         self._events.write_event(Event(step=first_step, wall_time=time.time(), session_log=start))
 
-    @contextlib.contextmanager
-    def _disk(self):
-        """Turns what the file system refuses into a UserError."""
-        try:
-            yield
-        except OSError as error:
-            if error.errno in (errno.ENOSPC, errno.EDQUOT):
-                raise UserError(
-                    f"The disk of {self._workdir} is full while writing metrics: free some space "
-                    "and start the same command again; it continues from the last checkpoint."
-                ) from error
-            raise UserError(
-                f"{self._workdir} cannot be written ({reason(error)}): choose another --workdir or "
-                "change its permissions."
-            ) from error
+    def _disk(self) -> contextlib.AbstractContextManager[None]:
+        """Turns what the file system refuses in its block into a UserError."""
+        return files.writing(
+            f"The metrics in {self._workdir}",
+            remedy="free some space or change the permissions, and start the same command again, "
+            "which continues from the last checkpoint, or choose another --workdir",
+        )
+
+    def gap_before(self, step: int, *, every_steps: int) -> str:
+        """Returns a sentence about lines that are missing at the end of what a resumed run kept.
+
+        "" when there are none. Lines are written before the checkpoint of their step, so they are
+        missing only when the file was removed or a disk lost it.
+
+        Args:
+            step: the step from which the run continues.
+            every_steps: of the log.
+        """
+        expected = step // every_steps * every_steps
+        if not self._enabled or self._last_train_step >= expected:
+            return ""
+        return (
+            f"{self._path} has no lines of steps {self._last_train_step + 1} to {expected}: the "
+            "run continues, and its curve has a gap there"
+        )
 
     def write(self, step: int, groups: dict[str, dict[str, float]]) -> None:
         """Writes one line, and one scalar GROUP/NAME for each number.
@@ -245,16 +255,25 @@ def read_lines(workdir) -> list[dict]:
     A last line that is half written is left out: the run may be writing it at this moment.
 
     Raises:
-        UserError: a line is not JSON.
+        UserError: a line is not JSON with a step.
     """
     path = remote.path_of(workdir) / "metrics.jsonl"
-    whole = path.read_text().rpartition("\n")[0] if path.exists() else ""
-    try:
-        return [json.loads(line) for line in whole.splitlines()]
-    except ValueError as error:
-        raise UserError(
-            f"{path} holds a line that is not JSON ({error}); fix that line, or move the file away."
-        ) from error
+    if not path.exists():
+        return []
+    lines = path.read_bytes().decode("utf-8", errors="replace").rpartition("\n")[0].split("\n")
+    entries = []
+    for number, line in enumerate(lines if lines != [""] else [], start=1):
+        try:
+            entry = json.loads(line)
+            if type(entry["step"]) is not int:
+                raise ValueError(f"its step is {entry['step']!r}")
+        except (ValueError, KeyError, TypeError, RecursionError) as error:
+            raise UserError(
+                f"{path} line {number} is not a line of metrics ({reason(error)}); fix that line, "
+                "or move the file away."
+            ) from error
+        entries.append(entry)
+    return entries
 
 
 def is_over(lines: list[dict], num_steps: int) -> bool:

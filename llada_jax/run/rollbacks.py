@@ -9,7 +9,8 @@ import json
 from collections.abc import Sequence
 from typing import NamedTuple
 
-from llada_jax.storage import remote
+from llada_jax.errors import UserError, reason
+from llada_jax.storage import files, remote
 
 FILE = "rollbacks.json"
 
@@ -53,16 +54,32 @@ class Rollbacks(NamedTuple):
 
 
 def read_rollbacks(workdir) -> Rollbacks:
-    """Returns what WORKDIR/rollbacks.json says; without that file, that nothing happened."""
+    """Returns what WORKDIR/rollbacks.json says; without that file, that nothing happened.
+
+    Raises:
+        UserError: the file is damaged. Unlike an account it decides which data a run reads, so that
+            a guess would be worse than a stop.
+    """
     path = remote.path_of(workdir) / FILE
-    return as_rollbacks(json.loads(path.read_text())) if path.exists() else Rollbacks()
+    if not path.exists():
+        return Rollbacks()
+    try:
+        return as_rollbacks(json.loads(path.read_text()))
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise UserError(
+            f"{path} cannot be read ({reason(error)}); put back a copy of it, or move it away to "
+            "leave out the batches that the record of the newest checkpoint names."
+        ) from error
 
 
 def write_rollbacks(workdir, rollbacks: Rollbacks) -> None:
     """Replaces WORKDIR/rollbacks.json as a whole."""
-    remote.write_whole(remote.path_of(workdir) / FILE, json.dumps(rollbacks._asdict()) + "\n")
+    files.write_whole(remote.path_of(workdir) / FILE, json.dumps(rollbacks._asdict()) + "\n")
 
 
 def as_rollbacks(record: dict) -> Rollbacks:
     """Returns what a file, or the record of a checkpoint, holds as JSON."""
-    return Rollbacks(record["count"], tuple(tuple(stretch) for stretch in record["skipped"]))
+    stretches = tuple((int(first), int(last)) for first, last in record["skipped"])
+    if any(not 1 <= first <= last for first, last in stretches) or int(record["count"]) < 0:
+        raise ValueError(f"it holds {record}, which are not stretches of batches")
+    return Rollbacks(int(record["count"]), stretches)

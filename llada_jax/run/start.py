@@ -1,9 +1,12 @@
 """How a run begins: its data, its workdir, its first state, and the agreement of its processes."""
 
 import contextlib
+import dataclasses
 import functools
 import hashlib
+import shutil
 from collections.abc import Sequence
+from pathlib import Path
 from typing import NamedTuple
 
 import jax
@@ -12,18 +15,20 @@ from etils import epath
 from jax.experimental import multihost_utils
 from jax.sharding import Mesh
 
+from llada_jax.checkpoints.continuation import check_continues, check_fits
 from llada_jax.checkpoints.host_copies import LocalCheckpoints
 from llada_jax.checkpoints.huggingface import find_weights
-from llada_jax.checkpoints.record import check_continues, check_fits, write_run
+from llada_jax.checkpoints.record import RunRecord, write_run
 from llada_jax.checkpoints.workdir import Checkpoints, find_checkpoint
 from llada_jax.data.loader import Source, SourceSummary, describe
 from llada_jax.data.records import read_dataset
 from llada_jax.data.tokenizer import SPECIAL_IDS, Tokenizer, load_same
-from llada_jax.errors import UserError, reason
+from llada_jax.errors import UserError
 from llada_jax.models.model import abstract_parameters
+from llada_jax.paths import check_savable
 from llada_jax.run.metrics_file import MetricsWriter
 from llada_jax.run.rollbacks import Rollbacks, as_rollbacks, read_rollbacks
-from llada_jax.storage import remote
+from llada_jax.storage import files, remote
 from llada_jax.storage.locks import only_run_in
 from llada_jax.training.state import TrainState, create_state
 from llada_jax.training.step import Recipe
@@ -65,15 +70,17 @@ class OpenWorkdir(NamedTuple):
     saved: its checkpoints. local: copies on the disks of the hosts; None without them. writer: of
     its metrics. record: what this start writes into run.json, and into the record of every
     checkpoint. rollbacks: what was rolled back before. start_step: the step that is already done;
+    is_continued: whether this workdir held a checkpoint;
     origin: where its state comes from, in words.
     """
 
     saved: Checkpoints
     local: LocalCheckpoints | None
     writer: MetricsWriter
-    record: dict
+    record: RunRecord
     rollbacks: Rollbacks
     start_step: int
+    is_continued: bool
     origin: str
 
 
@@ -81,7 +88,7 @@ def open_workdir(
     workdir: str,
     recipe: Recipe,
     mesh: Mesh,
-    record: dict,
+    record: RunRecord,
     *,
     config_text: str,
     tokenizer: Tokenizer,
@@ -142,9 +149,9 @@ def open_workdir(
     start_step = int(state.step)
     # A run restored from another workdir has no rollbacks.json of its own, and must leave out the
     # same data as the run that it continues.
-    if not rollbacks.count and "rollbacks" in continued:
-        rollbacks = as_rollbacks(continued["rollbacks"])
-    record = {**record, "rollbacks": rollbacks._asdict()}
+    if not rollbacks.count and continued is not None and continued.rollbacks:
+        rollbacks = as_rollbacks(continued.rollbacks)
+    record = dataclasses.replace(record, rollbacks=rollbacks._asdict())
     if local:
         local.drop_after(start_step)
     if start_step > recipe.num_steps:
@@ -165,7 +172,36 @@ def open_workdir(
     if is_first:
         with writing(workdir):
             write_run(workdir, tokenizer, record, config_text=config_text)
-    return OpenWorkdir(saved, local, writer, record, rollbacks, start_step, origin), state
+    opened = OpenWorkdir(
+        saved=saved,
+        local=local,
+        writer=writer,
+        record=record,
+        rollbacks=rollbacks,
+        start_step=start_step,
+        is_continued=bool(saved.steps),
+        origin=origin,
+    )
+    return opened, state
+
+
+@contextlib.contextmanager
+def removed_if_refused(workdir: str):
+    """Removes a local workdir that was created in the block when the block ends with a UserError.
+
+    A start that is refused, of a damaged checkpoint say, leaves nothing that looks like a run.
+    """
+    path = Path(workdir)
+    folders = [folder for folder in (path, *path.parents) if not folder.exists()]
+    try:
+        yield
+    except UserError:
+        if folders and jax.process_index() == 0 and not remote.is_remote(workdir):
+            shutil.rmtree(path, ignore_errors=True)
+            for folder in folders[1:]:  # those in which others have put something by now stay
+                with contextlib.suppress(OSError):
+                    folder.rmdir()
+        raise
 
 
 def make_workdir(workdir: str) -> None:
@@ -174,6 +210,7 @@ def make_workdir(workdir: str) -> None:
     The probe is written before anything is compiled: a run that finds out at its first checkpoint
     that the disk is read-only has lost an hour.
     """
+    check_savable(workdir)
     path = remote.path_of(workdir)
     with writing(workdir):
         path.mkdir(parents=True, exist_ok=True)
@@ -183,33 +220,29 @@ def make_workdir(workdir: str) -> None:
             probe.unlink()
 
 
-@contextlib.contextmanager
-def writing(workdir: str):
-    """Turns what the file system refuses into a UserError."""
-    try:
-        yield
-    except OSError as error:
-        raise UserError(
-            f"The workdir {workdir} cannot be written ({reason(error)}); choose another --workdir, "
-            "free space, or change its permissions."
-        ) from error
+def writing(workdir: str) -> contextlib.AbstractContextManager[None]:
+    """Turns what the file system refuses in its block into a UserError."""
+    return files.writing(
+        f"The workdir {workdir}",
+        remedy="choose another --workdir, free space, or change its permissions",
+    )
 
 
 class FirstState(NamedTuple):
     """state: where training starts. origin: where the state comes from, as the start-up lines say
-    it. continued: run.json of the run that is continued; {} for a run that begins.
+    it. continued: the record of the run that is continued; None for a run that begins.
     """
 
     state: TrainState
     origin: str
-    continued: dict
+    continued: RunRecord | None
 
 
 def first_state(
     saved,
     local,
     *,
-    run: dict,
+    run: RunRecord,
     abstract: TrainState,
     abstract_params: dict,
     create,
@@ -252,35 +285,34 @@ def first_state(
             abstract, newer_than=saved.steps[-1] if saved.steps else 0
         )
         note = note and f" ({note})"
-        if state is not None and theirs.get("rollbacks", {}).get("count", 0) < num_rollbacks:
+        if state is not None and theirs.num_rollbacks < num_rollbacks:
             state, note = None, " (the local copies are from before the rollback)"
         if state is not None:
             check_continues(theirs, run, local.directory)
             return FirstState(state, f"step {int(state.step)} of {local.directory}{note}", theirs)
     if saved.steps:
         step = saved.steps[-1]
-        theirs = saved.run(step)
+        theirs = saved.record(step)
         check_continues(theirs, run, saved.directory)
         origin = f"step {step} of {saved.directory.parent}{note}"
         return FirstState(saved.restore(step, abstract), origin, theirs)
     if restore:
         other, step = find_checkpoint(restore)
-        theirs = other.run(step)
+        theirs = other.record(step)
         check_continues(theirs, run, other.directory)
         origin = f"step {step} of {other.directory.parent} (config.checkpoint.restore)"
         return FirstState(other.restore(step, abstract), origin, theirs)
     if init_from:
         other, step = find_weights(init_from, causal=is_causal)
-        theirs = other.run(step)
+        theirs = other.record(step)
         check_fits(theirs, run, other.directory)
-        has_ema = theirs["config"]["optimizer"]["ema_decay"] > 0
-        params = other.restore_params(step, abstract_params, ema=has_ema)
+        params = other.restore_params(step, abstract_params, ema=theirs.keeps_ema)
         # create() passes them through jit, which makes buffers that the train step may take over
         # (see Checkpoints.restore)
         state = create(seed=seed, params=params)
         origin = f"weights of step {step} of {init_from} (config.checkpoint.init_from)"
-        return FirstState(state, origin, {})
-    return FirstState(create(seed=seed), f"initialisation from seed {seed}{note}", {})
+        return FirstState(state, origin, None)
+    return FirstState(create(seed=seed), f"initialisation from seed {seed}{note}", None)
 
 
 def on_first_process(question) -> bool:

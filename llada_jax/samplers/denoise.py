@@ -1,19 +1,25 @@
-"""The reverse process: a canvas of masks becomes tokens, some in every step, one block after
-another.
+"""The reverse process: a canvas of masks becomes tokens, some in every step, block after block.
 
 This is the sampler of LLaDA (arXiv 2502.09992, algorithms 4 and 5, section 2.4 and appendix B.4).
 With one block as long as the generation it is pure diffusion; with more blocks it is
 semi-autoregressive: later blocks are seen as masks while an earlier one is denoised. What was
 revealed is never revised.
 
+The network is one function, and the only thing that is asked of it are the logits of a window of
+columns:
+
+    logits_fn(tokens_BT, segment_ids_BT, positions_BT, start=, length=) -> float32 [B, length, V]
+
+It sees the whole canvas, and nothing is ever computed at the size of canvas times vocabulary,
+because only the current block is read.
+
 Three deliberate differences from the published code, none of which changes what it produces on
 ordinary input:
 - `mask_id` is never chosen. There, a position that draws the mask token silently stays hidden, its
-turn is lost, and
-  masks can remain in the result. Only the choice is restricted: confidences still come from the
-  full softmax.
+  turn is lost, and masks can remain in the result. Only the choice is restricted: confidences still
+  come from the full softmax.
 - The prompt is what `is_fixed_BT` says, not what differs from `mask_id`, so a prompt may contain
-the mask token.
+  the mask token.
 - Confidences are float32 whatever the model computes in.
 """
 
@@ -28,22 +34,22 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import NamedSharding, PartitionSpec
 
-from llada_jax.errors import UserError, look_up
+from llada_jax.errors import UserError
 from llada_jax.rng import keys_for_rows
-from llada_jax.samplers.remasking import REMASKING
+from llada_jax.samplers.remasking import commit_rule, confidences
 
 # Prompts are padded to a multiple of this many tokens, so that prompts of similar length share one
 # compiled step.
 PROMPT_BUCKET = 32
 
-# Dispatched but not finished: enough to hide the host. Dozens of them stand still for ever where
-# several processes share a mesh of CPU devices: the programs that wait for their turn hold the
-# threads on which the collectives would meet.
+# How many steps may be dispatched but not finished: enough to hide the host's work. Dozens of them
+# deadlock where several processes share a mesh of CPU devices, because the programs that wait for
+# their turn hold the threads on which the collectives would meet.
 MAX_STEPS_IN_FLIGHT = 2
 
 
 class Canvas(NamedTuple):
-    """What a sampler starts from; numpy arrays, T = padded prompt length + gen_length."""
+    """What a sampler starts from: numpy arrays [B, T], T = padded prompt length + gen_length."""
 
     tokens_BT: np.ndarray  # int32: padding, prompt, then gen_length masks
     is_fixed_BT: np.ndarray  # bool: padding and prompt, never changed
@@ -52,7 +58,7 @@ class Canvas(NamedTuple):
 
 
 class DenoiseStep(NamedTuple):
-    """What one step has done. Arrays stay on the device until somebody reads them."""
+    """What one step has done. Arrays stay on the device until they are read."""
 
     canvas_BT: jax.Array  # int32, after the step
     is_new_BT: jax.Array  # bool: masked before the step, revealed (or filled with EOS) by it
@@ -65,12 +71,12 @@ class DenoiseStep(NamedTuple):
 def make_canvas(
     prompts: Sequence[Sequence[int]], *, gen_length: int, mask_id: int, pad_id: int
 ) -> Canvas:
-    """Lays out prompts of any lengths: padded on the LEFT to one bucket, each followed by
-    `gen_length` masks.
+    """Lays out prompts of any lengths: padded on the LEFT to a common width that is a multiple of
+    PROMPT_BUCKET, each followed by `gen_length` masks.
 
-    Left padding keeps every prompt next to its generation and the generation at the same columns in
+    Left padding keeps every prompt next to its generation and the generation in the same columns of
     all rows. The padding has segment 0, so no real token attends to it, and positions start behind
-    it: a row computes what it computes alone.
+    it: a row gets the logits that it would get alone.
     """
     longest = max(len(prompt) for prompt in prompts)
     prompt_width = -(-longest // PROMPT_BUCKET) * PROMPT_BUCKET
@@ -131,33 +137,48 @@ def check_schedule(
 
 
 def _pick_tokens(logits_BTV, keys_B, *, mask_id, temperature, is_stochastic):
-    """Gumbel-max: argmax(l + T g) draws from softmax(l / T), and equals the published argmax(exp(l)
-    / (-log u)^T).
+    """Returns the proposed token of every position, int32 [B, T]; never `mask_id`.
 
-    mode="high": the float32 uniform behind the default mode has too few bits for the tail of a
-    large vocabulary (arXiv 2409.02908), which is why the published code resorts to float64.
+    Gumbel-max: argmax(l + T g) draws from softmax(l / T), and equals the published argmax(exp(l) /
+    (-log u)^T). mode="high": the float32 uniform behind the default mode has too few bits for the
+    tail of a large vocabulary (arXiv 2409.02908), which is why the published code resorts to
+    float64.
     """
     if is_stochastic:
-        noise_BTV = jax.vmap(lambda key: jax.random.gumbel(key, logits_BTV.shape[1:], mode="high"))(
-            keys_B
-        )
-        logits_BTV = logits_BTV + temperature * noise_BTV
+
+        def noise(key):
+            return jax.random.gumbel(key, logits_BTV.shape[1:], mode="high")
+
+        logits_BTV = logits_BTV + temperature * jax.vmap(noise)(keys_B)
     is_mask_V = jnp.arange(logits_BTV.shape[-1]) == mask_id
     return jnp.argmax(jnp.where(is_mask_V, -jnp.inf, logits_BTV), axis=-1).astype(jnp.int32)
 
 
-def _guided_logits(logits_fn, canvas_BT, fixed, *, mask_id, cfg_scale):
+def _window_logits(logits_fn, tokens_BT, segment_ids_BT, positions_BT, *, start, length):
+    """Calls logits_fn and returns float32 [B, length, V]; UserError for any other shape."""
+    logits_BTV = logits_fn(tokens_BT, segment_ids_BT, positions_BT, start=start, length=length)
+    if logits_BTV.ndim != 3 or logits_BTV.shape[:2] != (len(tokens_BT), length):
+        raise UserError(
+            f"logits_fn returned logits of shape {logits_BTV.shape} for length={length}; it must "
+            "return those of the columns start ... start + length - 1 alone, shape [B, length, V] "
+            f"= [{len(tokens_BT)}, {length}, V]."
+        )
+    return logits_BTV.astype(jnp.float32)
+
+
+def _guided_logits(logits_fn, canvas_BT, fixed, *, start, length):
     """Classifier-free guidance: un + (w + 1)(l - un), where `un` saw the prompt masked; one pass of
     twice the batch.
     """
-    unprompted_BT = jnp.where(fixed.is_fixed_BT, mask_id, canvas_BT)
+    unprompted_BT = jnp.where(fixed.is_fixed_BT, fixed.mask_id, canvas_BT)
     rows = (
         jnp.concatenate([canvas_BT, unprompted_BT]),
         jnp.tile(fixed.segment_ids_BT, (2, 1)),
         jnp.tile(fixed.positions_BT, (2, 1)),
     )
-    logits_BTV, unprompted_BTV = jnp.split(logits_fn(*rows).astype(jnp.float32), 2)
-    return unprompted_BTV + (cfg_scale + 1) * (logits_BTV - unprompted_BTV)
+    both_BTV = _window_logits(logits_fn, *rows, start=start, length=length)
+    logits_BTV, unprompted_BTV = jnp.split(both_BTV, 2)
+    return unprompted_BTV + (fixed.cfg_scale + 1) * (logits_BTV - unprompted_BTV)
 
 
 def _fill_after_eos(canvas_BT, is_generated_BT, eos_id):
@@ -188,7 +209,7 @@ class _Fixed(NamedTuple):
     static_argnames=(
         "gen_length",
         "block_length",
-        "remasking",
+        "rule",
         "is_stochastic",
         "is_guided",
         "sharding",
@@ -203,16 +224,19 @@ def _denoise_step(
     *,
     gen_length,
     block_length,
-    remasking,
+    rule,
     is_stochastic,
     is_guided,
     sharding,
 ):
     """One step of the reverse process; returns (canvas_BT, is_new_BT, number of the next step,
     whether it is done).
+
+    Static arguments decide what is compiled, and each of their combinations is compiled once. What
+    only changes numbers is traced: the step, the schedule, ids, temperature and guidance strength.
     """
-    # 1. Where we are. Only the current block is read and written, so the noise and the softmax
-    # cover it alone.
+    # 1. Where we are. Only the current block is read and written, so logits, noise and softmax
+    # cover it alone. `start` is traced: all blocks share one program.
     block, step_in_block = jnp.divmod(step, fixed.steps_per_block)
     steps_left = fixed.steps_per_block - step_in_block
     start = canvas_BT.shape[1] - gen_length + block * block_length
@@ -226,16 +250,14 @@ def _denoise_step(
     tokens_BT = in_block(canvas_BT)
     is_hidden_BT = in_block(is_generated_BT) & (tokens_BT == fixed.mask_id)
 
-    # 2. The whole canvas through the network.
+    # 2. The whole canvas through the network, the current block through its head. Logits of the
+    # whole canvas would be the largest array by far, and thrown away: at 16 rows of 768 tokens and
+    # a vocabulary of 126,464 they take 5.8 GiB.
     if is_guided:
-        logits_BTV = _guided_logits(
-            logits_fn, canvas_BT, fixed, mask_id=fixed.mask_id, cfg_scale=fixed.cfg_scale
-        )
+        logits_BTV = _guided_logits(logits_fn, canvas_BT, fixed, start=start, length=block_length)
     else:
-        logits_BTV = logits_fn(canvas_BT, fixed.segment_ids_BT, fixed.positions_BT).astype(
-            jnp.float32
-        )
-    logits_BTV = in_block(logits_BTV)
+        rows = (canvas_BT, fixed.segment_ids_BT, fixed.positions_BT)
+        logits_BTV = _window_logits(logits_fn, *rows, start=start, length=block_length)
 
     # 3. Keys fold (step, row): neither the other rows of the batch nor the padding change what a
     # row draws.
@@ -250,34 +272,34 @@ def _denoise_step(
         temperature=fixed.temperature,
         is_stochastic=is_stochastic,
     )
-    confidence_BT = REMASKING[remasking](logits_BTV, choices_BT, remasking_keys_B)
+    confidence_BT = confidences(rule, logits_BTV, choices_BT, remasking_keys_B)
     confidence_BT = jnp.where(is_hidden_BT, confidence_BT, -jnp.inf)
 
     # 5. Reveal the most confident. ceil(hidden / steps left) is the published count: hidden //
-    # steps, and one more in
-    #    each of the first hidden % steps steps. Ranks, not top_k, whose k would have to be static;
-    # ties to the left.
+    # steps, and one more in each of the first hidden % steps steps. It is counted from what is
+    # still hidden, so a row with given tokens inside the block reveals fewer per step. Ranks, and
+    # not top_k, whose k would have to be static; ties go to the left.
     count_B = -(-jnp.sum(is_hidden_BT, axis=1) // steps_left)
     rank_BT = jnp.argsort(jnp.argsort(-confidence_BT, axis=1, stable=True), axis=1)
     is_revealed_BT = is_hidden_BT & (rank_BT < count_B[:, None])
     tokens_BT = jnp.where(is_revealed_BT, choices_BT, tokens_BT)
     new_canvas_BT = jax.lax.dynamic_update_slice_in_dim(canvas_BT, tokens_BT, start, axis=1)
 
-    # 6. A row that has met EOS in a finished block is complete.
+    # 6. A row that has met EOS in a finished block is complete. Not before its block is finished:
+    # positions in front of the EOS are still hidden until then, and may reveal an earlier one.
     ended_BT = _fill_after_eos(new_canvas_BT, is_generated_BT, fixed.eos_id)
     new_canvas_BT = jnp.where(steps_left == 1, ended_BT, new_canvas_BT)
 
     is_left_BT = is_generated_BT & (new_canvas_BT == fixed.mask_id)
     is_new_BT = is_generated_BT & (canvas_BT == fixed.mask_id) & ~is_left_BT
     result = (new_canvas_BT, is_new_BT, step + 1, ~jnp.any(is_left_BT))
-    # Placed like the input of the next step, or the second step would compile again for another
-    # placement.
+    # Placed like its input, or the second step would be compiled again for another placement.
     return result if sharding is None else jax.lax.with_sharding_constraint(result, sharding)
 
 
 def _sharding_beside(logits_fn) -> jax.sharding.Sharding | None:
-    """Where the canvas belongs: whole on every device that holds parameters of `logits_fn`; None if
-    it holds none.
+    """Returns where the canvas belongs: whole on every device that holds parameters of `logits_fn`;
+    None if no parameters are bound to it.
     """
     shardings = [
         leaf.sharding for leaf in jax.tree.leaves(logits_fn) if isinstance(leaf, jax.Array)
@@ -312,19 +334,21 @@ def denoise(
     cfg_scale > 0); steps, blocks, prompts, ids, temperatures and scales reuse it.
 
     Args:
-        logits_fn: (tokens_BT, segment_ids_BT, positions_BT) -> logits_BTV. Pass
-            `jax.tree_util.Partial(fn, params)` for a real model: its parameters are then arguments
-            of the compiled step, not constants baked into it.
+        logits_fn: (tokens_BT, segment_ids_BT, positions_BT, start=, length=) -> logits [B, length,
+            V] of the columns start ... start + length - 1; `start` is traced and `length` is an
+            int. Pass `jax.tree_util.Partial(fn, params)` for a real model: its parameters are then
+            arguments of the compiled step, not constants baked into it.
         canvas_BT: int32; `mask_id` where a token is to be generated. The last `gen_length` columns
             are generated.
         key: random key; row r at step s draws from fold(key, s, first_row + r). At temperature 0
             with low_confidence it changes nothing.
         is_fixed_BT: bool; padding and prompt (also given tokens inside the generation), never
             changed.
-        segment_ids_BT, positions_BT: int32, handed to `logits_fn`; 0 is padding.
+        segment_ids_BT, positions_BT: int32, handed to `logits_fn`; segment 0 is padding.
         gen_length, block_length, steps: block_length divides gen_length, the number of blocks
             divides steps.
-        remasking: a name in REMASKING.
+        remasking: which proposals a step keeps: a name in llada_jax.samplers.remasking.REMASKING,
+            or "module:function" for an own rule.
         temperature: 0 takes the most likely token, 1 samples the model's distribution.
         cfg_scale: guidance strength w; 0 means none, otherwise the network runs on twice the batch.
         eos_id: ends a row: after a block that contains it, the rest of the row is filled with it,
@@ -334,7 +358,8 @@ def denoise(
             batches.
 
     Raises:
-        UserError: the schedule does not divide evenly, or the remasking is unknown.
+        UserError: the schedule does not divide evenly, the remasking is unknown, or an own rule or
+            logits_fn returns another shape or dtype than it must (found before the first step).
     """
     check_schedule(
         gen_length=gen_length,
@@ -343,7 +368,7 @@ def denoise(
         temperature=temperature,
         cfg_scale=cfg_scale,
     )
-    look_up(REMASKING, remasking, "remasking")
+    rule = commit_rule(remasking)
     if not isinstance(logits_fn, jax.tree_util.Partial):
         logits_fn = jax.tree_util.Partial(logits_fn)
     num_blocks = gen_length // block_length
@@ -374,7 +399,7 @@ def denoise(
                 fixed,
                 gen_length=gen_length,
                 block_length=block_length,
-                remasking=remasking,
+                rule=rule,
                 is_stochastic=temperature > 0,
                 is_guided=cfg_scale > 0,
                 sharding=sharding if on_mesh else None,
@@ -384,7 +409,7 @@ def denoise(
             jax.block_until_ready(in_flight.popleft())
         block = -(-number * num_blocks // steps)
         yield DenoiseStep(canvas_BT, is_new_BT, number, steps, block, num_blocks)
-        # Reading a value waits for the device, so it is done once a block, and only if it can end
+        # Reading a value waits for the device, so it is done once per block, and only if it can end
         # the loop.
         if (
             eos_id is not None

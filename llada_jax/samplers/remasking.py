@@ -1,9 +1,23 @@
-"""Which of the tokens proposed in a step are kept: a rule gives confidences, and the most confident
-are revealed.
+"""Which of the tokens proposed in a step are kept: a commit rule gives confidences, and the most
+confident are revealed.
+
+    rule(logits_BTV, choices_BT, keys_B) -> confidence_BT
+
+Rules are jax functions, traced once per shape. They see one block of the canvas (T is the block
+length) and say nothing about how many tokens are revealed: that is the schedule's. One of your own
+is named "module:function" wherever a name of REMASKING is expected; docs/extend.md has an example.
 """
+
+from collections.abc import Callable
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
+
+from llada_jax.errors import UserError
+from llada_jax.parts import call_part, load_part
+
+KIND = "commit rule"  # what messages call these functions
 
 
 def low_confidence(logits_BTV, choices_BT, keys_B):
@@ -16,18 +30,57 @@ def low_confidence(logits_BTV, choices_BT, keys_B):
     Args:
         logits_BTV: float32, after guidance, without noise.
         choices_BT: int32 proposed tokens.
-        keys_B: one random key a row (unused).
+        keys_B: one random key per row (unused).
 
     Returns:
-        confidence_BT float32; greater is kept first.
+        confidence_BT float32; the greater is kept first.
     """
     chosen_BT = jnp.take_along_axis(logits_BTV, choices_BT[..., None], axis=-1)[..., 0]
     return jnp.exp(chosen_BT - jax.nn.logsumexp(logits_BTV, axis=-1))
 
 
 def random(logits_BTV, choices_BT, keys_B):
-    """A uniform draw per position, so that the order of revealing is uniform (LLaDA, algorithm 4)."""
+    """A uniform draw per position: all orders of revealing are as likely (LLaDA, algorithm 4)."""
     return jax.vmap(lambda key: jax.random.uniform(key, choices_BT.shape[1:]))(keys_B)
 
 
 REMASKING = {"low_confidence": low_confidence, "random": random}
+
+
+class CommitRule(NamedTuple):
+    """A rule with the name it was asked for, which messages need; hashable, for jax.jit."""
+
+    name: str
+    function: Callable
+
+
+def commit_rule(name: str) -> CommitRule:
+    """Returns the rule of a name in REMASKING, or the function that "module:function" names.
+
+    Raises:
+        UserError: there is no such rule.
+    """
+    return CommitRule(name, load_part(name, KIND, REMASKING))
+
+
+def confidences(rule: CommitRule, logits_BTV, choices_BT, keys_B):
+    """Returns what the rule says, as finite numbers: float32 [B, T].
+
+    A rule may return -inf or NaN. Both become the lowest finite number, because the sampler gives
+    -inf to positions that are not hidden: a hidden one that ties with them, or sorts behind them,
+    would never be revealed.
+
+    Raises:
+        UserError: the rule fails, or returns another shape or dtype. It is raised while the step is
+            traced, before anything is computed.
+    """
+    confidence_BT = call_part(rule.function, rule.name, KIND, logits_BTV, choices_BT, keys_B)
+    shape, dtype = (getattr(confidence_BT, name, None) for name in ("shape", "dtype"))
+    if shape != choices_BT.shape or dtype != jnp.float32:
+        got = type(confidence_BT).__name__ if shape is None else f"{dtype}{list(shape)}"
+        raise UserError(
+            f"The {KIND} {rule.name!r} returned {got}; it must return float32"
+            f"{list(choices_BT.shape)}, one confidence for each position of the block in each row."
+        )
+    lowest = jnp.finfo(jnp.float32).min
+    return jnp.nan_to_num(confidence_BT, nan=lowest, neginf=lowest)

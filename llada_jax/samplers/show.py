@@ -12,22 +12,18 @@ from llada_jax.samplers.text import decode_after
 
 NUM_SNAPSHOTS = 8  # lines written where there is no terminal
 MAX_LINE = 160  # characters of text in such a line
-MIN_FRAME_SECONDS = (
-    0.04  # a small model is slowed down to what an eye can follow: 64 steps last 2.5 seconds
-)
+# A small model is slowed down to what an eye can follow: 64 steps last 2.5 seconds.
+MIN_FRAME_SECONDS = 0.04
 
 MASK_STYLE = "grey35"
 PROMPT_STYLE = "bold cyan"
 END_STYLE = "grey50"
-AGE_STYLES = (
-    "bold grey7 on gold1",
-    "bold gold1",
-    "light_goldenrod1",
-)  # by steps since the token was revealed
+# By the number of steps since the token was revealed.
+AGE_STYLES = ("bold grey7 on gold1", "bold gold1", "light_goldenrod1")
 
 
 class Cell(NamedTuple):
-    """Neighbouring columns that are drawn as one; `is_mask` and `is_end` say that they are no text."""
+    """Neighbouring columns that are drawn as one: text, masks (`is_mask`) or EOS (`is_end`)."""
 
     text: str
     columns: range
@@ -65,8 +61,8 @@ class CanvasText:
         return "\ufffd" in self.text_of[token]
 
     def cells(self, tokens: Sequence[int], is_masked: Sequence[bool]) -> list[Cell]:
-        """Returns the cells of one row, which cover every column once and in order; a run of EOS is
-        one cell.
+        """Returns the cells of one row, which cover every column once and in order. Several EOS in
+        a row are one cell.
         """
         cells = []
         column = 0
@@ -114,17 +110,13 @@ def _frame(rows: range, state: DenoiseStep, *, mask_id: int, gen_length: int) ->
 
 
 class LogShow:
-    """Writes NUM_SNAPSHOTS lines a batch to a stream that is no terminal, showing the first row of
-    the batch.
+    """Writes NUM_SNAPSHOTS lines per batch to a stream that is not a terminal, each with the first
+    row of the batch.
     """
 
     def __init__(self, tokenizer, prompts: Sequence[str], *, gen_length: int, stream: TextIO):
-        self.tokenizer, self.prompts, self.gen_length, self.stream = (
-            tokenizer,
-            prompts,
-            gen_length,
-            stream,
-        )
+        self.tokenizer, self.prompts = tokenizer, prompts
+        self.gen_length, self.stream = gen_length, stream
         self.canvas_text = CanvasText(tokenizer, stream, mask_width=1)
 
     def __enter__(self):
@@ -134,11 +126,10 @@ class LogShow:
         return None
 
     def on_step(self, rows: range, state: DenoiseStep) -> None:
-        is_snapshot = (
-            state.step * NUM_SNAPSHOTS // state.num_steps
-            > (state.step - 1) * NUM_SNAPSHOTS // state.num_steps
+        num_before, num_now = (
+            step * NUM_SNAPSHOTS // state.num_steps for step in (state.step - 1, state.step)
         )
-        if not is_snapshot:
+        if num_now == num_before:
             return
         frame = _frame(rows, state, mask_id=self.tokenizer.mask_id, gen_length=self.gen_length)
         cells = self.canvas_text.cells(frame.tokens_BT[0], frame.is_masked_BT[0])
@@ -159,8 +150,8 @@ class LiveShow:
     reveals it.
 
     Args:
-        transient: take the picture away at the end, because the texts are printed on the same
-            terminal next.
+        transient: remove the picture at the end, because the texts are printed on the same terminal
+            next.
     """
 
     def __init__(
@@ -168,15 +159,10 @@ class LiveShow:
     ):
         from rich.live import Live
 
-        self.tokenizer, self.prompts, self.gen_length, self.console = (
-            tokenizer,
-            prompts,
-            gen_length,
-            console,
-        )
-        self.canvas_text = CanvasText(
-            tokenizer, console.file, mask_width=3
-        )  # about as wide as what it hides
+        self.tokenizer, self.prompts = tokenizer, prompts
+        self.gen_length, self.console = gen_length, console
+        # A mask is about as wide as the word that it hides.
+        self.canvas_text = CanvasText(tokenizer, console.file, mask_width=3)
         self.live = Live(
             console=console, auto_refresh=False, transient=transient, vertical_overflow="ellipsis"
         )
@@ -252,7 +238,7 @@ def make_show(
     tokenizer, prompts: Sequence[str], *, gen_length: int, stream: TextIO, transient: bool
 ):
     """Returns the show that suits the stream: a context manager with the `on_step` that
-    `generate_tokens` calls.
+    `generate_tokens` calls after each step.
     """
     from rich.console import Console
 

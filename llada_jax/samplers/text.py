@@ -20,7 +20,7 @@ class Completion(NamedTuple):
     num_steps: int  # denoising steps run for the batch in which it was generated
 
 
-def _ignore(rows: range, state: DenoiseStep) -> None:
+def ignore_step(rows: range, state: DenoiseStep) -> None:
     """The listener of those who only want the result."""
 
 
@@ -28,8 +28,8 @@ def check_request(*, num_prompts: int, batch_size: int, seed: int) -> None:
     """Raises UserError for a request that cannot be cut into batches or seeded."""
     if num_prompts < 1:
         raise UserError(
-            "There are 0 prompts, and sampling needs at least one; an empty one generates from "
-            "nothing."
+            'There are 0 prompts, and sampling needs at least one; pass an empty one, [""], to '
+            "generate from nothing."
         )
     if batch_size < 1:
         raise UserError(f"batch_size={batch_size} must be at least 1.")
@@ -53,22 +53,24 @@ def generate_tokens(
     eos_id: int | None = None,
     seed: int = 0,
     batch_size: int = 16,
-    on_step: Callable[[range, DenoiseStep], None] = _ignore,
+    on_step: Callable[[range, DenoiseStep], None] = ignore_step,
 ) -> tuple[np.ndarray, np.ndarray]:
     """Generates `gen_length` tokens after each prompt.
 
     Args:
-        logits_fn: (params, tokens_BT, segment_ids_BT, positions_BT) -> logits_BTV, equal in every
-            call, so that its compiled step is found again.
-        params: its first argument.
+        logits_fn: (params, tokens_BT, segment_ids_BT, positions_BT, start=, length=) -> logits of
+            `length` columns, see llada_jax.samplers.denoise; the same object in every call, so that
+            its compiled step is found again.
+        params: its first argument, a pytree of arrays.
         prompts: token ids, of any lengths, empty for unconditional generation.
-        block_length, steps: None means gen_length: pure diffusion, one token a step.
+        block_length, steps: None means gen_length: pure diffusion, one token per step.
         eos_id: see `denoise`; None does not stop.
         seed: row r of the request draws the same numbers whatever the batch size and the other
             prompts are.
-        batch_size: rows in one pass; memory grows with batch_size * T * vocabulary.
-        on_step: called as on_step(rows, state) after each step; rows numbers the prompts that the
-            first rows of the canvas continue.
+        batch_size: rows in one pass; the logits take batch_size * block_length * vocabulary
+            float32 numbers, and twice that with guidance.
+        on_step: called as on_step(rows, state) after each step; `rows` are the numbers of the
+            prompts that the first rows of the canvas continue.
         The others: see `denoise`.
 
     Returns:
@@ -80,8 +82,8 @@ def generate_tokens(
     num_steps_B = np.empty(len(prompts), np.int32)
     for first in range(0, len(prompts), batch_size):
         rows = range(first, min(first + batch_size, len(prompts)))
-        # The last batch is filled up with copies of its last row: the same shape needs no second
-        # compilation.
+        # The last batch is filled up with copies of its last row, because a batch of another size
+        # would be compiled again.
         batch = [prompts[min(row, rows[-1])] for row in range(first, first + batch_size)]
         canvas = make_canvas(batch, gen_length=gen_length, mask_id=mask_id, pad_id=pad_id)
         for state in denoise(
@@ -116,20 +118,27 @@ def cut_at_eos(tokens: Sequence[int], eos_id: int) -> list[int]:
 
 
 def decode_after(tokenizer, before: Sequence[int], tokens: Sequence[int]) -> str:
-    """Decodes `tokens` as what follows `before`: tokenizers drop the space in front of the first
-    word they see.
+    """Returns the text of `tokens` where they follow `before`.
+
+    Both are decoded together, because tokenizers drop the space in front of the first word they
+    see.
     """
     before_text = tokenizer.decode(list(before))
     text = tokenizer.decode([*before, *tokens])
-    # Not a prefix only when the tokens complete a character of which `before` holds the first
-    # bytes.
-    return (
-        text[len(before_text) :] if text.startswith(before_text) else tokenizer.decode(list(tokens))
-    )
+    if text.startswith(before_text):
+        return text[len(before_text) :]
+    # Only when the tokens complete a character of which `before` holds the first bytes.
+    return tokenizer.decode(list(tokens))
 
 
 def generate_text(
-    logits_fn, params, tokenizer, prompts: Sequence[str], *, stop_at_eos: bool = True, **settings
+    logits_fn,
+    params,
+    tokenizer,
+    prompts: Sequence[str],
+    *,
+    stop_at_eos: bool = True,
+    **settings,
 ) -> list[Completion]:
     """Generates text after each prompt.
 

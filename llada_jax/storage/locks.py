@@ -14,7 +14,7 @@ def try_lock(file, how: int) -> bool:
 
     Args:
         file: an open file or descriptor.
-        how: fcntl.LOCK_EX (nobody else) or fcntl.LOCK_SH (shared with others that ask for this).
+        how: fcntl.LOCK_EX (no other holder) or fcntl.LOCK_SH (shared with others).
     """
     try:
         fcntl.flock(file, how | fcntl.LOCK_NB)

@@ -52,7 +52,7 @@ class Attempts:
         return self
 
     def __exit__(self, *exception):
-        # Some are left only after an exception, and then nobody would look after them.
+        # Some are left only after an exception, and then nothing else would end them.
         for attempt in self.under_way:
             if attempt.process.poll() is None:
                 attempt.process.terminate()

@@ -64,7 +64,7 @@ def run_optuna(sweep: Sweep, num_trials: int) -> None:
 
 
 def suggested(sweep: Sweep, trial) -> Knobs:
-    """Returns what suggest(trial) wants changed, as sweep.json will give it back."""
+    """Returns what suggest(trial) changes, as sweep.json will give it back."""
     (changes,) = added_by(lambda add: add(sweep.suggest(trial)))
     return as_json(changes)
 
@@ -134,7 +134,7 @@ def run_trial(optuna, study, trial, sweep: Sweep) -> None:
                 f"{run.workdir} has no held-out bits per byte to report to Optuna; prepare the "
                 "data with --heldout."
             )
-        # 3 is a loss that is not finite, which only says that this is no place to look. Any other
+        # 3 is a loss that is not finite, which only says not to look here. Any other
         # failure would meet the next trial too.
         if status != 3:
             say(f"trial {trial.number} failed with status {status}; see {run.workdir}/train.log")

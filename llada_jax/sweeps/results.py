@@ -1,5 +1,6 @@
 """What one run of a sweep has left in its workdir: how it ended, its curve and its last numbers."""
 
+import contextlib
 import json
 import math
 from typing import NamedTuple
@@ -7,6 +8,7 @@ from typing import NamedTuple
 import numpy as np
 from etils import epath
 
+from llada_jax.errors import UserError
 from llada_jax.run.metrics_file import is_over, read_lines
 from llada_jax.storage.files import write_whole
 
@@ -25,10 +27,10 @@ class Result(NamedTuple):
     """What one run of a sweep has to show.
 
     knobs: what the run sets. state: missing, partial, complete, failed (fix it and start it again),
-    diverged (its loss is not finite) or pruned (by Optuna). step: that of the last line of
-    metrics.jsonl; 0 without one. tokens: trained on until then. bits_per_byte, standard_error (of
-    bits per byte), nats_per_token: the newest held-out bound, nan without one; the mean over the
-    held-out splits of a mixture. curve: (step, held-out bits per byte); train_curve: the same on
+    diverged (its loss is not finite), pruned (by Optuna) or damaged (its metrics.jsonl). step: that
+    of the last line of metrics.jsonl; 0 without one. tokens: trained on until then. bits_per_byte,
+    standard_error (of bits per byte), nats_per_token: the newest held-out bound, nan without one;
+    the mean over the held-out splits of a mixture. curve: (step, held-out bits per byte); train_curve: the same on
     training batches.
     """
 
@@ -47,7 +49,31 @@ class Result(NamedTuple):
 
 
 def read_result(workdir, *, index: int, knobs: dict, num_steps: int) -> Result:
-    """Returns what a workdir holds, of a run that may be missing, under way or over."""
+    """Returns what a workdir holds, of a run that may be missing, under way or over.
+
+    Of metrics that are damaged nothing is taken, and the state is "damaged".
+    """
+    try:
+        return _result(workdir, index=index, knobs=knobs, num_steps=num_steps)
+    # One run whose metrics are damaged must not hide the results of all others.
+    except (UserError, KeyError, TypeError, ValueError, AttributeError):
+        return Result(
+            index=index,
+            knobs=knobs,
+            workdir=str(workdir),
+            state="damaged",
+            step=0,
+            num_steps=num_steps,
+            tokens=0,
+            bits_per_byte=math.nan,
+            standard_error=math.nan,
+            nats_per_token=math.nan,
+            curve=[],
+            train_curve=[],
+        )
+
+
+def _result(workdir, *, index: int, knobs: dict, num_steps: int) -> Result:
     entries = read_lines(workdir)
     train = [(entry["step"], entry["train"]) for entry in entries if "train" in entry]
     bounds = [(entry["step"], bound) for entry in entries if (bound := _heldout(entry))]
@@ -81,7 +107,12 @@ def write_exit(workdir, *, status: int, pruned: bool = False) -> None:
 def _state(workdir, *, is_over: bool, has_begun: bool) -> str:
     path = epath.Path(workdir) / EXIT_FILE
     # Without the file the run was never started, or this machine went down with it: as interrupted.
-    ended = json.loads(path.read_text()) if path.exists() else {"exit_status": 42, "pruned": False}
+    ended = {"exit_status": 42, "pruned": False}
+    if path.exists():
+        # A file that is damaged says no more than one that is missing.
+        with contextlib.suppress(OSError, ValueError, KeyError, TypeError):
+            found = json.loads(path.read_text())
+            ended = {"exit_status": int(found["exit_status"]), "pruned": bool(found["pruned"])}
     if is_over or ended["exit_status"] == 0:
         return "complete"
     if ended["pruned"]:

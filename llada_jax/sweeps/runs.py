@@ -9,8 +9,8 @@ from typing import NamedTuple
 from etils import epath
 from ml_collections import ConfigDict
 
-from llada_jax.config import knob, knobs, load_config
-from llada_jax.errors import UserError
+from llada_jax.config import knob, knobs, load_config, neighbours_importable
+from llada_jax.errors import UserError, reason
 from llada_jax.storage.files import write_whole, writing
 from llada_jax.sweeps.grid import Knobs, added_by
 from llada_jax.sweeps.results import FINISHED, Result, read_result
@@ -81,9 +81,9 @@ def load_sweep(file: str, overrides: list[str], workdir: str) -> Sweep:
             runs of another sweep.
     """
     base = load_config(file, overrides)
-    functions = {
-        name: value for name, value in runpy.run_path(file).items() if name in ("sweep", "suggest")
-    }
+    with neighbours_importable(file):
+        defined = runpy.run_path(file)
+    functions = {name: value for name, value in defined.items() if name in ("sweep", "suggest")}
     if len(functions) != 1:
         raise UserError(
             f"{file} defines {'both' if functions else 'neither'} of sweep(add) and "
@@ -114,7 +114,7 @@ def user_code(what: str):
         yield
     except UserError:
         raise
-    except Exception as error:
+    except (Exception, SystemExit) as error:
         raise UserError(f"{what} fails with {type(error).__name__}: {error}; fix it.") from error
 
 
@@ -162,9 +162,19 @@ def read_sweep_json(workdir: str) -> dict | None:
     """Returns sweep.json, None where no run was ever started."""
     path = epath.Path(workdir) / "sweep.json"
     try:
-        return json.loads(path.read_text()) if path.exists() else None
-    except ValueError as error:
-        raise UserError(f"{path} is not JSON ({error}); choose another --workdir.") from error
+        if not path.exists():
+            return None
+        recorded = json.loads(path.read_text())
+        if not isinstance(recorded["base"], dict) or any(
+            not isinstance(changes, dict) for changes in recorded["runs"]
+        ):
+            raise ValueError("its base or its runs are not objects")
+    except (ValueError, KeyError, TypeError) as error:
+        raise UserError(
+            f"{path} is not the record of a sweep ({reason(error)}); move it away when the config "
+            "is still that of the runs, or choose another --workdir."
+        ) from error
+    return recorded
 
 
 def sweep_json_of(sweep: Sweep) -> dict:

@@ -15,22 +15,25 @@ from llada_jax.errors import UserError
 from llada_jax.parts import blamed_on, call_part, check_takes, is_own, load_part
 
 # ---- schedules
-# Each returns a function from the 0-based step to a learning rate; all begin with a linear warm-up
-# from 0.
+# Each returns a function from the 0-based step to a learning rate. make_schedule multiplies all of
+# them with the warm-up, so that none of them needs to know about it.
 
 
 def warmed_up(schedule, *, warmup_steps: int):
-    """Returns the schedule times min(1, (step + 1) / warmup_steps)."""
+    """Returns the schedule times min(1, (step + 1) / warmup_steps).
+
+    step + 1, because a first step with a rate of 0 would change nothing.
+    """
     return lambda step: schedule(step) * jnp.minimum(1.0, (step + 1) / max(warmup_steps, 1))
 
 
 def staged(stages, *, tokens_per_step: int):
     """LLaDA's published schedule: stages (until_tokens, learning rate at the start, at the end),
-    linear inside each.
+    linear within each.
 
-    The boundaries are token counts, so the curve does not move when the batch size does. After the
-    last stage the last rate holds. (arXiv 2502.09992, section 2.2: 4e-4 to 1.2T tokens, 1e-4 to
-    2.0T, linear to 1e-5 at 2.3T.)
+    The boundaries are numbers of tokens, so that the curve does not move when the batch size
+    changes. After the last stage the last rate holds. (arXiv 2502.09992, section 2.2: 4e-4 until
+    1.2T tokens, 1e-4 until 2.0T, then linear to 1e-5 at 2.3T.)
     """
 
     def schedule(step):
@@ -46,10 +49,10 @@ def staged(stages, *, tokens_per_step: int):
 
 
 def wsd(*, learning_rate, final_learning_rate, num_steps, decay_fraction, decay_shape):
-    """Warm-up, stable, decay: constant, then to `final_learning_rate` over the last
+    """Warm-up, stable, decay: constant, then down to `final_learning_rate` over the last
     `decay_fraction` of the steps.
 
-    decay_shape "linear", or "1-sqrt" (Haegele et al., arXiv 2405.18392, eq. 2).
+    decay_shape is "linear", or "1-sqrt" (Haegele et al., arXiv 2405.18392, eq. 2).
     """
     decay_steps = max(1, round(num_steps * decay_fraction))
 
@@ -138,16 +141,18 @@ def check_schedule(schedule, name: str) -> None:
 
 
 def by_path(tree, rules: tuple[tuple[str, float], ...], *, what: str):
-    """Returns a tree of floats: for each leaf the value of the first (regex, value) that matches
-    its whole path.
+    """Returns a tree of floats: for each leaf, the value of the first (regex, value) whose regex
+    matches its whole path.
 
     Raises:
-        UserError: a path that no pattern covers, or a pattern that is no regular expression.
+        UserError: no pattern covers a path, or a pattern is not a regular expression.
     """
     try:
         patterns = [(re.compile(pattern), float(value)) for pattern, value in rules]
     except re.error as error:
-        raise UserError(f"{what}: {error.pattern!r} is no regular expression: {error}.") from error
+        raise UserError(
+            f"{what}: {error.pattern!r} is not a regular expression: {error}."
+        ) from error
 
     def value_of(path, _):
         name = jax.tree_util.keystr(path, simple=True, separator="/")
@@ -156,8 +161,7 @@ def by_path(tree, rules: tuple[tuple[str, float], ...], *, what: str):
                 return value
         raise UserError(
             f"{what}: no pattern of {[pattern for pattern, _ in rules]} covers the parameter "
-            f"{name!r}; "
-            "end the list with ('.*', value)."
+            f"{name!r}; end the list with ('.*', value)."
         )
 
     return jax.tree_util.tree_map_with_path(value_of, tree)
@@ -191,26 +195,21 @@ def scaled_by_path(rules) -> optax.GradientTransformation:
 
 
 def muon_dimensions(params):
-    """Says which dims of which parameters are a matrix for Muon: those of the blocks; the rest goes
-    to Adam.
+    """Returns which dims of which parameters form a matrix for Muon: those of the blocks. None
+    stands for all others, which Adam takes.
     """
     dims = optax.contrib.MuonDimensionNumbers
-    inputs = {"q": 1, "k": 1, "v": 1, "attn_out": (1, 2), "ff_gate": 1, "ff_up": 1, "ff_out": 1}
-    outputs = {
-        "q": (2, 3),
-        "k": (2, 3),
-        "v": (2, 3),
-        "attn_out": 3,
-        "ff_gate": 2,
-        "ff_up": 2,
-        "ff_out": 2,
+    # dims of the input and of the output; dim 0 counts the layers, each a matrix of its own
+    matrices = {
+        "q": dims(1, (2, 3)),
+        "k": dims(1, (2, 3)),
+        "v": dims(1, (2, 3)),
+        "attn_out": dims((1, 2), 3),
+        "ff_gate": dims(1, 2),
+        "ff_up": dims(1, 2),
+        "ff_out": dims(1, 2),
     }
-
-    def one(path, leaf):
-        name = path[-1].key
-        return dims(inputs[name], outputs[name]) if name in inputs else None
-
-    return jax.tree_util.tree_map_with_path(one, params)
+    return jax.tree_util.tree_map_with_path(lambda path, _: matrices.get(path[-1].key), params)
 
 
 def muon(*, b1: float, b2: float, eps: float) -> optax.GradientTransformation:
@@ -228,9 +227,8 @@ def muon(*, b1: float, b2: float, eps: float) -> optax.GradientTransformation:
         consistent_rms=0.2,
         muon_weight_dimension_numbers=muon_dimensions,
     )
-    return optax.chain(
-        direction, optax.scale(-1.0)
-    )  # optax's muon already descends; the chain below does it again
+    # optax's muon already points downhill, and the chain below turns every direction around
+    return optax.chain(direction, optax.scale(-1.0))
 
 
 OPTIMIZERS = {
@@ -299,8 +297,8 @@ def checked_direction(direction, name: str) -> optax.GradientTransformation:
             updates, after = jax.eval_shape(direction.update, params, state, params)
         if described(updates) != described(params):
             raise UserError(
-                f"The optimizer {name!r} gives updates that differ from the parameters in structure, "
-                "shape or dtype; it must return one float32 update per parameter."
+                f"The optimizer {name!r} gives updates that differ from the parameters in "
+                "structure, shape or dtype; it must return one float32 update per parameter."
             )
         if described(after) != described(state):
             raise UserError(

@@ -14,8 +14,13 @@ from jax.sharding import PartitionSpec as P
 
 from llada_jax.errors import UserError
 from llada_jax.models.model import Model, parameter_shardings
+from llada_jax.objectives.contract import check_objective
+from llada_jax.objectives.objective import Objective
 from llada_jax.parts import blamed_on, check_takes
 from llada_jax.rng import key_for
+
+# What a train step logs next to what the objective returns.
+STEP_METRICS = ("grad_norm", "param_norm", "learning_rate", "skipped")
 
 
 class TrainState(NamedTuple):
@@ -67,6 +72,32 @@ def split_abstract(split, abstract_params: dict, *, name: str = "") -> tuple[dic
             "empty."
         )
     return returned
+
+
+def abstract_metrics(
+    objective: Objective, abstract_params, *, num_rows: int, sequence_length: int, name: str = ""
+) -> dict:
+    """Returns the shapes of the sums and counts that a train step adds to TrainState.metrics.
+
+    Args:
+        abstract_params: of the network.
+        name: of the objective, for messages.
+
+    Raises:
+        UserError: the objective does not keep its contract (llada_jax.objectives.contract).
+    """
+    params, frozen = split_abstract(objective.split_parameters, abstract_params, name=name)
+    metrics = check_objective(
+        objective,
+        params,
+        frozen=frozen,
+        num_rows=num_rows,
+        sequence_length=sequence_length,
+        name=name,
+        reserved=STEP_METRICS,
+    )
+    scalar = jax.ShapeDtypeStruct((), jnp.float32)
+    return {**metrics, **dict.fromkeys(STEP_METRICS, (scalar, scalar))}
 
 
 def abstract_state(

@@ -18,15 +18,11 @@ from llada_jax.errors import UserError
 from llada_jax.models.attention import choose
 from llada_jax.models.model import Model, compute_dtype, make_model
 from llada_jax.models.transformer import Architecture
-from llada_jax.objectives.contract import check_objective
 from llada_jax.objectives.named import make_objective
 from llada_jax.objectives.objective import Objective
 from llada_jax.rng import key_for
 from llada_jax.training.optim import by_path, make_optimizer, make_schedule
-from llada_jax.training.state import TrainState, abstract_state, split_abstract
-
-# Logged next to what the objective returns.
-STEP_METRICS = ("grad_norm", "param_norm", "learning_rate", "skipped")
+from llada_jax.training.state import STEP_METRICS, TrainState, abstract_metrics, abstract_state
 
 
 class Recipe(NamedTuple):
@@ -68,6 +64,7 @@ def make_recipe(config, tokenizer, mesh: Mesh, *, provided=FIELDS) -> Recipe:
         config.model.attention,
         platform=platform,
         packed=not config.data.attend_across_documents,
+        mask=objective.mask,
         sequence_length=T,
         head_dim=architecture.head_dim,
         dtype=dtype,
@@ -78,7 +75,7 @@ def make_recipe(config, tokenizer, mesh: Mesh, *, provided=FIELDS) -> Recipe:
         attention=attention,
         remat=config.model.remat,
         nll_chunk=config.model.nll_chunk,
-        causal=objective.mask.causal,
+        mask=objective.mask,
     )
     # 2. The optimizer, and the state that it advances.
     num_steps = config.num_steps or max(1, config.num_tokens // (B * T))
@@ -136,9 +133,9 @@ def check_objective_fits(config, objective: Objective, provided) -> None:
         )
     if config.samples.every_steps:
         raise UserError(
-            f"config.samples.every_steps={config.samples.every_steps}: the network of the objective "
-            f"{config.objective.name!r} sees only what is to its left, and cannot be sampled as a "
-            "masked_diffusion model; set it to 0."
+            f"config.samples.every_steps={config.samples.every_steps}: the objective "
+            f"{config.objective.name!r} trains a network that sees only what is to its left, which "
+            "cannot be sampled as that of masked_diffusion can; set it to 0."
         )
 
 
@@ -302,32 +299,6 @@ def split_microbatches(batch: dict, num_microbatches: int) -> dict:
         return jnp.moveaxis(strided, 1, 0)
 
     return jax.tree.map(split, batch)
-
-
-def abstract_metrics(
-    objective: Objective, abstract_params, *, num_rows: int, sequence_length: int, name: str = ""
-) -> dict:
-    """Returns the shapes of the sums and counts that a train step adds to TrainState.metrics.
-
-    Args:
-        abstract_params: of the network.
-        name: of the objective, for messages.
-
-    Raises:
-        UserError: the objective does not keep its contract (llada_jax.objectives.contract).
-    """
-    params, frozen = split_abstract(objective.split_parameters, abstract_params, name=name)
-    metrics = check_objective(
-        objective,
-        params,
-        frozen=frozen,
-        num_rows=num_rows,
-        sequence_length=sequence_length,
-        name=name,
-        reserved=STEP_METRICS,
-    )
-    scalar = jax.ShapeDtypeStruct((), jnp.float32)
-    return {**metrics, **dict.fromkeys(STEP_METRICS, (scalar, scalar))}
 
 
 def compile_step(recipe: Recipe, shape: tuple[int, int], compiler_options: dict | None = None):

@@ -1,1 +1,1 @@
-"""The commands: the only files that see a command line. Verbs import libraries, never each other."""
+"""The only files that see a command line. Verbs import libraries, never each other."""

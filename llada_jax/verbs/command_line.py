@@ -3,11 +3,17 @@ the command with one sentence and exit status 2.
 """
 
 import argparse
+import json
+import math
 import re
 
 from llada_jax.errors import UserError, did_you_mean
+from llada_jax.paths import user_path
 
 KNOB = "--config."
+
+# Flags whose help shows one of these as their value take a path (SPEC: the tokenizer of prepare).
+PATHS = ("CKPT", "DIR", "FILE", "HF", "PATH", "SPEC", "WORKDIR")
 
 
 class Parser(argparse.ArgumentParser):
@@ -60,6 +66,18 @@ class Parser(argparse.ArgumentParser):
         others, overrides = take_overrides(argv)
         return self.parse_args(others), overrides
 
+    def parse_args(self, args=None, namespace=None):
+        parsed = super().parse_args(args, namespace)
+        for action in self._actions:
+            value = getattr(parsed, action.dest, None)
+            if action.metavar not in PATHS:
+                continue
+            if isinstance(value, str):
+                setattr(parsed, action.dest, user_path(value))
+            elif isinstance(value, list):
+                setattr(parsed, action.dest, [user_path(entry) for entry in value])
+        return parsed
+
     def error(self, message):
         unknown = re.match(r"unrecognized arguments: (\S+)", message)
         if unknown:
@@ -68,6 +86,19 @@ class Parser(argparse.ArgumentParser):
                 f"{self.prog}: there is no {flag!r}.{did_you_mean(flag, self.known_flags)}"
             )
         raise UserError(f"{self.prog}: {message}; see {self.prog} --help.")
+
+
+def json_text(value) -> str:
+    """Returns what --json prints; nan and inf, for which JSON has no numbers, become null."""
+
+    def plain(value):
+        if isinstance(value, dict):
+            return {name: plain(entry) for name, entry in value.items()}
+        if isinstance(value, list | tuple):
+            return [plain(entry) for entry in value]
+        return None if isinstance(value, float) and not math.isfinite(value) else value
+
+    return json.dumps(plain(value), allow_nan=False)
 
 
 def take_overrides(argv: list[str]) -> tuple[list[str], list[str]]:

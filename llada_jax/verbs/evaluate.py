@@ -2,8 +2,6 @@
 a network.
 """
 
-import json
-
 from llada_jax import pretrained
 from llada_jax.checkpoints.orbax_patches import drop_echoes
 from llada_jax.cluster import sharding
@@ -12,7 +10,7 @@ from llada_jax.errors import UserError
 from llada_jax.evaluation.baselines import unigram_bits_per_byte, xz_bits_per_byte
 from llada_jax.evaluation.splits import bound_of_split
 from llada_jax.objectives.named import make_objective
-from llada_jax.verbs.command_line import Parser
+from llada_jax.verbs.command_line import Parser, json_text
 
 
 def main(argv: list[str]) -> None:
@@ -47,7 +45,7 @@ def main(argv: list[str]) -> None:
     drop_echoes()
     result = evaluate(args)
     if args.json:
-        print(json.dumps(result))
+        print(json_text(result))
     else:
         print(report(result))
 

@@ -2,45 +2,36 @@
 package.
 
 Weights go from the checkpoint to the files one stacked parameter at a time, so that a host holds
-one of them and not the model. All is written into OUTPUT.partial, which takes its name only when it
-is whole.
+one of them and not the model. Everything is written into OUTPUT.partial, which takes its name only
+when it is whole.
 """
 
-import collections
-import ctypes
-import json
-import re
 import sys
 from pathlib import Path
 from typing import NamedTuple
 
 import jax
-import numpy as np
 
 from llada_jax.checkpoints.orbax_patches import drop_echoes
-from llada_jax.checkpoints.record import mask_of
+from llada_jax.checkpoints.record import RunRecord
 from llada_jax.checkpoints.workdir import Checkpoints, find_checkpoint
 from llada_jax.cluster import distributed, sharding
 from llada_jax.data.tokenizer import Tokenizer, load_same
-from llada_jax.errors import UserError, reason, require
-from llada_jax.hf import verify
-from llada_jax.hf.card import heldout_result, model_card
-from llada_jax.hf.convert import Tensor, choose_layout, hf_config, tensors
-from llada_jax.hf.directory import becoming
-from llada_jax.hf.tokenizer_json import tokenizer_files
-from llada_jax.hf.verify import tokens_to_compare
-from llada_jax.hf.write import DTYPES, Shard, begin, plan_shards, put, small_files, sync
+from llada_jax.errors import UserError
+from llada_jax.hf import hub
+from llada_jax.hf.card import Training, check_license, heldout_result, model_card
+from llada_jax.hf.config_json import choose_layout, hf_config
+from llada_jax.hf.convert import Tensor, tensors
+from llada_jax.hf.directory import becoming, check_output
+from llada_jax.hf.tokenizer_json import read_template, tokenizer_files
+from llada_jax.hf.verify import compare_with_torch, tokens_to_compare
+from llada_jax.hf.write import DTYPES, Shard, other_files, plan_shards, write_weights
 from llada_jax.models.model import abstract_parameters, make_model
-from llada_jax.models.transformer import Architecture, num_parameters
+from llada_jax.models.transformer import num_parameters
 from llada_jax.run.metrics_file import read_lines
-from llada_jax.units import format_bytes, format_count
-from llada_jax.verbs.command_line import Parser
-
-UNITS = {
-    f"{prefix}{b}": n**power
-    for b, n in (("B", 1000), ("iB", 1024))
-    for power, prefix in enumerate("KMGT", 1)
-}
+from llada_jax.storage import files
+from llada_jax.units import format_bytes, format_count, parse_bytes
+from llada_jax.verbs.command_line import Parser, json_text
 
 
 def main(argv: list[str]) -> None:
@@ -53,24 +44,24 @@ def main(argv: list[str]) -> None:
     parser.usage = "llada-jax export --checkpoint WORKDIR[@STEP] --output DIR [flags]"
     add = parser.add_argument
     add("--checkpoint", required=True, metavar="CKPT", help="WORKDIR or WORKDIR@STEP")
-    add("--output", required=True, metavar="DIR", help="local directory that the export becomes")
+    add("--output", required=True, metavar="DIR", help="local directory to write")
     add(
         "--dtype",
         default="bfloat16",
         choices=tuple(DTYPES),
         help="of the weights in the files (bfloat16)",
     )
-    add("--shard-size", default="5GB", metavar="SIZE", help="most bytes of weights in a file (5GB)")
+    add("--shard-size", default="5GB", metavar="SIZE", help="most bytes of weights per file (5GB)")
     add(
         "--ema",
         action="store_true",
-        help="the moving average of the parameters, where the run kept one",
+        help="export the moving average of the parameters, where the run kept one",
     )
     add(
         "--layout",
         default="auto",
         metavar="NAME",
-        help="llada, illada or auto (default): llada where it can",
+        help="llada, illada or auto (default): llada where it can hold the model",
     )
     add("--chat-template", metavar="FILE", help="Jinja template to put into the tokenizer's config")
     add(
@@ -83,86 +74,84 @@ def main(argv: list[str]) -> None:
     add(
         "--push-to-hub",
         metavar="REPO",
-        help="upload it, as NAME/MODEL; a new repository is private",
+        help="upload it to NAME/MODEL; a new repository is private",
     )
     add(
         "--dry-run",
         action="store_true",
-        help="say what would be written and uploaded, and do neither",
+        help="show what would be written and uploaded, and do neither",
     )
-    add("--json", action="store_true", help="one JSON object on stdout")
+    add("--json", action="store_true", help="print one JSON object on stdout")
     args = parser.parse_args(argv)
     drop_echoes()
     distributed.initialize()
-    plan = make_plan(args)
+    export = prepare_export(args)
     if not args.dry_run:
-        plan = plan._replace(result=carry_out(args, plan))
+        export = export._replace(result=write_export(args, export))
     if jax.process_index() == 0:
-        print(json.dumps(plan.result) if args.json else report(plan.result))
+        print(json_text(export.result) if args.json else report(export.result))
 
 
-class Plan(NamedTuple):
-    """What an export will be, before anything is written."""
+class Export(NamedTuple):
+    """What an export will be, before anything is written.
+
+    found, step, record: the checkpoint. tokenizer: of the run. weights: "params" or "ema", the item
+    of the checkpoint that is exported. tensors, shards: what the files of weights will hold.
+    others: every other file by its name. result: what is reported.
+    """
 
     found: Checkpoints
     step: int
-    run: dict
-    architecture: Architecture
+    record: RunRecord
     tokenizer: Tokenizer
-    weights: str  # "params" or "ema": which item of the checkpoint
+    weights: str
     tensors: list[Tensor]
     shards: list[Shard]
-    files: dict[str, bytes]  # everything but the weights
-    result: dict  # what is reported
+    others: dict[str, bytes]
+    result: dict
 
 
-def check_license(license_id: str | None) -> None:
-    """Raises UserError unless it is None or could be one of the Hub's identifiers, such as "cc-by-4.0"."""
-    if license_id is not None and not re.fullmatch(r"[a-z0-9]+([.+-][a-z0-9]+)*", license_id):
-        raise UserError(
-            f"--license {license_id!r} must be an identifier of the Hub in lower case, such as apache-2.0, mit or "
-            "cc-by-4.0; for a licence that the Hub does not list, write other."
-        )
-
-
-def make_plan(args) -> Plan:
-    """Reads what the checkpoint says of itself and refuses what cannot be done.
+def prepare_export(args) -> Export:
+    """Reads what the checkpoint says about itself and refuses what cannot be done.
 
     Raises:
         UserError: for every mistake that can be known before the weights are read.
     """
+    # 1. The flags.
     check_output(args.output, force=args.force)
-    check_upload(args.push_to_hub)
-    shard_size = parse_size(args.shard_size)
-    template = read_template(args.chat_template)
+    if args.push_to_hub is not None and jax.process_index() == 0:
+        hub.check_upload(args.push_to_hub)
+    shard_size = parse_bytes(args.shard_size, flag="--shard-size")
+    template = read_template(args.chat_template) if args.chat_template else None
     check_license(args.license)
     if args.verify and jax.process_count() > 1:
         raise UserError(
             "--verify needs the whole model in one process; leave it out when exporting with "
             "several."
         )
+
+    # 2. The checkpoint.
     found, step = find_checkpoint(args.checkpoint)
-    run = {"step": step, **found.run(step)}
-    if mask_of(run).causal:
-        objective = run["config"]["objective"]["name"]
+    record = found.record(step)
+    if record.mask.causal:
         raise UserError(
-            f"{args.checkpoint} was trained with objective.name={objective!r}, and the layouts "
-            "of LLaDA attend in both "
-            "directions; export a checkpoint of masked_diffusion."
+            f"{args.checkpoint} was trained with objective.name={record.objective!r}, and the "
+            "layouts of LLaDA attend in both directions; export a checkpoint of masked_diffusion."
         )
-    keeps_ema = run["config"]["optimizer"]["ema_decay"] > 0
-    if args.ema and not keeps_ema:
+    if args.ema and not record.keeps_ema:
         raise UserError(
             f"--ema: {args.checkpoint} kept no moving average (optimizer.ema_decay=0); leave the "
             "flag out."
         )
-    directory = found.directory.parent / "tokenizer"
-    tokenizer = load_same(directory, run["tokenizer"]["fingerprint"], of="the checkpoint")
-    a = Architecture(**run["architecture"])
+    workdir = found.directory.parent
+    tokenizer = load_same(workdir / "tokenizer", record.tokenizer.fingerprint, of="the checkpoint")
+
+    # 3. The files.
+    a = record.architecture
     layout = choose_layout(a, args.layout)
     listed = tensors(layout, a)
     shards = plan_shards(listed, dtype=args.dtype, shard_size=shard_size)
-    max_length = run["config"]["data"]["sequence_length"]
+    max_length = record.knob("data.sequence_length")
     ids = {name: getattr(tokenizer, name) for name in ("mask_id", "eos_id", "bos_id", "pad_id")}
     config = hf_config(
         a,
@@ -170,27 +159,24 @@ def make_plan(args) -> Plan:
         **ids,
         max_sequence_length=max_length,
         dtype=args.dtype,
-        source=run.get("source", {}).get("config"),
+        source=(record.source or {}).get("config"),
     )
-    name = args.push_to_hub or Path(args.output).absolute().name
-    files = small_files(shards, config, layout)
-    files |= tokenizer_files(tokenizer, max_length=max_length, chat_template=template)
-    files["README.md"] = model_card(
-        name=name,
+    others = other_files(shards, config, layout)
+    others |= tokenizer_files(tokenizer, max_length=max_length, chat_template=template)
+    others["README.md"] = model_card(
+        name=args.push_to_hub or Path(args.output).absolute().name,
         a=a,
         layout=layout,
         dtype=args.dtype,
-        run=run,
+        training=training_of(record, step),
         hf_config=config,
         weights="moving average of the parameters" if args.ema else "parameters",
-        result=heldout_result(read_lines(found.directory.parent), step),
+        result=heldout_result(read_lines(workdir), step),
         special_tokens=tokenizer.special_tokens,
         license_id=args.license,
     ).encode()
-    sizes = {
-        **{shard.name: shard.size for shard in shards},
-        **{name: len(content) for name, content in files.items()},
-    }
+    sizes = {shard.name: shard.size for shard in shards}
+    sizes |= {name: len(content) for name, content in others.items()}
     result = {
         "checkpoint": args.checkpoint,
         "step": step,
@@ -199,208 +185,83 @@ def make_plan(args) -> Plan:
         "dtype": args.dtype,
         "weights": "ema" if args.ema else "params",
         "parameters": num_parameters(a),
-        "keeps_ema": keeps_ema,
+        "keeps_ema": record.keeps_ema,
         "files": dict(sorted(sizes.items())),
         "dry_run": args.dry_run,
         "repository": args.push_to_hub,
     }
-    return Plan(found, step, run, a, tokenizer, result["weights"], listed, shards, files, result)
+    return Export(found, step, record, tokenizer, result["weights"], listed, shards, others, result)
 
 
-def carry_out(args, plan: Plan) -> dict:
+def training_of(record: RunRecord, step: int) -> Training:
+    """Returns what the card says about the training, from the record of a checkpoint."""
+    return Training(
+        step=step,
+        tokens=record.tokens or 0,
+        batch_size=record.knob("data.batch_size"),
+        sequence_length=record.knob("data.sequence_length"),
+        learning_rate=record.knob("schedule.learning_rate"),
+        schedule=record.knob("schedule.name"),
+        optimizer=record.knob("optimizer.name"),
+        keeps_ema=record.keeps_ema,
+        imported_from=None if record.source is None else record.source.get("from", ""),
+        init_from=record.knob("checkpoint.init_from"),
+        data=tuple((source.fingerprint, source.share) for source in record.data),
+        versions=record.versions,
+        commit=record.commit,
+    )
+
+
+def write_export(args, export: Export) -> dict:
     """Writes, verifies and uploads; returns what is reported."""
-    result = plan.result
-    say(result)
+    result, a = export.result, export.record.architecture
+    announce(result)
+    read = lambda path, shape: export.found.read_array(  # noqa: E731
+        export.step, f"{export.weights}/{path}", shape
+    )
     with becoming(Path(args.output).absolute()) as partial:
-        write_weights(partial, plan, dtype=args.dtype)
+        write_weights(
+            partial,
+            export.tensors,
+            export.shards,
+            read=read,
+            num_layers=a.num_layers,
+            dtype=args.dtype,
+        )
         if jax.process_index() == 0:
-            for name, content in plan.files.items():
-                (partial / name).write_bytes(content)
-                sync(partial / name)
-            sync(partial)
+            for name, content in export.others.items():
+                files.write_whole(partial / name, content)
         if args.verify:
-            result = {**result, "verify": compare_with_torch(partial, plan, dtype=args.dtype)}
+            result = {**result, "verify": verify(partial, export, dtype=args.dtype)}
     if args.push_to_hub and jax.process_index() == 0:
-        upload(args.output, args.push_to_hub)
+        hub.upload(args.output, args.push_to_hub)
     return result
 
 
-# ---- what is asked for
-
-
-def parse_size(text: str) -> int:
-    """Returns the bytes of "5GB" or "512MiB"."""
-    match = re.fullmatch(r"(\d+(?:\.\d+)?) ?([KMGT]i?B)", text)
-    if not match or not float(match[1]):
-        raise UserError(f"--shard-size {text!r} is no size; write for example 5GB or 512MiB.")
-    return int(float(match[1]) * UNITS[match[2]])
-
-
-def check_output(output: str, *, force: bool) -> None:
-    """Raises UserError when the output cannot become an export, or is one and --force is not given."""
-    if "://" in output:
-        raise UserError(
-            f"--output {output} must be a local or mounted directory; copy the finished one, or "
-            "give --push-to-hub."
-        )
-    path = Path(output)
-    if path.exists() and not path.is_dir():
-        raise UserError(f"--output {output} is a file; give a directory.")
-    if not path.exists() or not any(path.iterdir()):
-        return
-    if not (path / "config.json").exists():  # --force must never delete somebody's home
-        raise UserError(
-            f"--output {output} is not empty and holds no export; give a new directory."
-        )
-    if not force:
-        raise UserError(
-            f"--output {output} holds an export already; give another, or --force to replace it."
-        )
-
-
-def check_upload(repo: str | None) -> None:
-    """Raises UserError unless the hub takes what is to be uploaded; asked before the work, not
-    after it.
-    """
-    if repo is None or jax.process_index() > 0:
-        return
-    if not re.fullmatch(r"[\w.-]+/[\w.-]+", repo):
-        raise UserError(
-            f"--push-to-hub {repo!r} must be a repository such as your-name/your-model."
-        )
-    hub = require("huggingface_hub", extra="hf")
-    try:
-        hub.HfApi().whoami()
-    except Exception as error:  # the hub raises its own, its HTTP library's and the system's errors
-        raise UserError(
-            f"--push-to-hub {repo}: the hub does not know you ({reason(error)}); run `hf auth "
-            "login`."
-        ) from error
-
-
-def read_template(path: str | None) -> str | None:
-    """Returns the Jinja source in a file, of which jinja2 has found no fault."""
-    if path is None:
-        return None
-    jinja2 = require("jinja2", extra="hf")
-    try:
-        template = Path(path).read_text()
-        jinja2.Environment().parse(template)
-    except (OSError, UnicodeDecodeError) as error:
-        raise UserError(
-            f"--chat-template {path} cannot be read ({reason(error)}); give a text file."
-        ) from error
-    except jinja2.TemplateSyntaxError as error:
-        raise UserError(
-            f"--chat-template {path} is no Jinja template (line {error.lineno}: {error}); mend it."
-        ) from error
-    return template
-
-
-# ---- the weights
-
-
-def write_weights(directory: Path, plan: Plan, *, dtype: str) -> None:
-    """Writes the shards, one stacked parameter after the other; of several processes each writes
-    some of the shards.
-    """
-    number, count = jax.process_index(), jax.process_count()
-    mine = [shard for i, shard in enumerate(plan.shards) if i * count // len(plan.shards) == number]
-    shard_of = {name: shard for shard in mine for name in shard.start}
-    for shard in mine:
-        begin(directory, shard)
-    by_path = collections.defaultdict(list)
-    for tensor in plan.tensors:
-        if tensor.name in shard_of:
-            by_path[tensor.path].append(tensor)
-    for path, group in by_path.items():
-        read_and_put(directory, plan, path, group, shard_of, dtype=dtype)
-    for shard in mine:
-        sync(directory / shard.name)
-
-
-def read_and_put(
-    directory: Path, plan: Plan, path: str, group: list[Tensor], shard_of: dict, *, dtype: str
-) -> None:
-    """Reads one stacked parameter and writes its tensors; when it returns, nothing of it is held
-    any more.
-    """
-    libc = ctypes.CDLL(None)
-    if hasattr(
-        libc, "malloc_trim"
-    ):  # glibc: what the threads that read the last parameter have freed, they still hold
-        libc.malloc_trim(0)
-    is_stacked = group[0].layer is not None
-    shape = (plan.architecture.num_layers, *group[0].shape) if is_stacked else group[0].shape
-    array = plan.found.read_array(plan.step, f"{plan.weights}/{path}", shape)
-    for tensor in group:
-        put(
-            directory,
-            shard_of[tensor.name],
-            tensor,
-            array[tensor.layer] if is_stacked else array,
-            dtype=dtype,
-        )
-
-
-# ---- verify
-
-
-def compare_with_torch(directory: Path, plan: Plan, *, dtype: str) -> dict:
-    """Returns how far PyTorch's logits of an export are from the checkpoint's, see
-    llada_jax.hf.verify.compare.
+def verify(directory: Path, export: Export, *, dtype: str) -> dict:
+    """Returns how far PyTorch's logits of an export are from the checkpoint's, and on which tokens.
 
     Raises:
         NumericsError: too far, or the export cannot be loaded.
     """
-    tokens_BT, origin = tokens_to_compare(plan.run, plan.tokenizer)
-    model = make_model(plan.architecture, attention="xla")
+    record = export.record
+    dataset = record.data[0].directory if record.data else None
+    tokens_BT, origin = tokens_to_compare(dataset, export.tokenizer)
     mesh = sharding.one_device_mesh()
-    params = plan.found.restore_params(
-        plan.step, abstract_parameters(model, mesh), ema=plan.weights == "ema"
+    params = export.found.restore_params(
+        export.step,
+        abstract_parameters(make_model(record.architecture), mesh),
+        ema=export.weights == "ema",
     )
-    positions_BT = np.broadcast_to(np.arange(tokens_BT.shape[1]), tokens_BT.shape)
-
-    @jax.jit
-    def logits(params):
-        return model.logits_fn(params, tokens_BT, np.ones_like(tokens_BT), positions_BT)
-
-    with jax.default_matmul_precision("highest"):
-        ours_BTV = np.asarray(logits(params))
-        rounded = jax.tree.map(
-            lambda leaf: leaf.astype(DTYPES[dtype][1]).astype(leaf.dtype), params
-        )
-        rounded_BTV = np.asarray(logits(rounded))
-    del params, rounded
-    found = verify.compare(ours_BTV, rounded_BTV, verify.torch_logits(directory, tokens_BT))
-    verify.check(found, dtype=dtype)
+    found = compare_with_torch(directory, record.architecture, params, tokens_BT, dtype=dtype)
     return {**found, "num_tokens": tokens_BT.size, "tokens": origin}
 
 
-# ---- upload
+# ---- what is printed
 
 
-def upload(directory: str, repo: str) -> None:
-    """Uploads an export; UserError when the hub refuses it."""
-    api = require("huggingface_hub", extra="hf").HfApi()
-    try:
-        api.create_repo(repo, repo_type="model", private=True, exist_ok=True)
-        api.upload_folder(
-            repo_id=repo, folder_path=directory, commit_message="Export from llada_jax"
-        )
-    except Exception as error:  # as in check_upload
-        raise UserError(
-            f"{directory} is complete, but {repo} did not take it ({reason(error)}); try again "
-            "with "
-            f"`hf upload {repo} {directory}`."
-        ) from error
-
-
-# ---- the words
-
-
-def say(result: dict) -> None:
-    """Says on stderr what is being written, from which weights."""
+def announce(result: dict) -> None:
+    """Says on stderr what is being written, and from which weights."""
     if jax.process_index() > 0:
         return
     if result["keeps_ema"] and result["weights"] == "params":
@@ -412,34 +273,25 @@ def say(result: dict) -> None:
 
 
 def summary(result: dict) -> str:
-    """Returns the layout chosen and what goes into it, in one line."""
-    size, count = (
-        sum(result["files"].values()),
-        sum(name.endswith(".safetensors") for name in result["files"]),
-    )
+    """Returns in one line the layout that was chosen and what goes into it."""
+    size = sum(result["files"].values())
+    count = sum(name.endswith(".safetensors") for name in result["files"])
     return (
         f"layout {result['layout']}: {format_count(result['parameters'])} parameters of step "
-        f"{result['step']} in "
-        f"{result['dtype']}, {format_bytes(size)}, {count} file{'s' if count > 1 else ''} of "
-        f"weights -> {result['output']}"
+        f"{result['step']} in {result['dtype']}, {format_bytes(size)}, {count} "
+        f"file{'s' if count > 1 else ''} of weights -> {result['output']}"
     )
 
 
 def report(result: dict) -> str:
     """Returns what is printed at the end."""
+    repository = result["repository"]
     if result["dry_run"]:
         lines = [f"would write {summary(result)}"]
         lines += [f"  {size:>15,}  {name}" for name, size in result["files"].items()]
-        return "\n".join(
-            [
-                *lines,
-                *(
-                    [f"would upload all of it to {result['repository']}"]
-                    if result["repository"]
-                    else []
-                ),
-            ]
-        )
+        if repository:
+            lines.append(f"would upload all of it to {repository}")
+        return "\n".join(lines)
     lines = [summary(result)]
     if "verify" in result:
         found = result["verify"]
@@ -447,6 +299,6 @@ def report(result: dict) -> str:
             f"verified on {found['num_tokens']} {found['tokens']} tokens: logits differ by at most "
             f"{found['max_difference']:.2g}, KL(checkpoint || export) {found['kl_nats']:.2g} nats"
         )
-    if result["repository"]:
-        lines.append(f"uploaded to {result['repository']}")
+    if repository:
+        lines.append(f"uploaded to {repository}")
     return "\n".join(lines)

@@ -3,10 +3,9 @@ sample, evaluate, export.
 """
 
 import contextlib
-import json
+import dataclasses
 import re
 import sys
-from pathlib import Path
 
 import jax
 import jax.numpy as jnp
@@ -14,18 +13,18 @@ from etils import epath
 
 from llada_jax.checkpoints.huggingface import HuggingFace
 from llada_jax.checkpoints.orbax_patches import drop_echoes
+from llada_jax.checkpoints.record import write_run
 from llada_jax.checkpoints.workdir import Checkpoints
 from llada_jax.cluster import distributed, sharding
-from llada_jax.errors import UserError, did_you_mean, reason, require
+from llada_jax.errors import UserError, did_you_mean
+from llada_jax.hf import hub
 from llada_jax.hf.read import is_huggingface
 from llada_jax.models.model import abstract_parameters, make_model
 from llada_jax.models.transformer import Architecture, num_parameters
+from llada_jax.storage.files import writing
 from llada_jax.training.state import TrainState
 from llada_jax.units import format_count
-from llada_jax.verbs.command_line import Parser
-
-# what a repository is downloaded for: no PyTorch pickles, no images
-PATTERNS = ["*.json", "*.safetensors", "*.jinja", "*.txt", "tokenizer.model"]
+from llada_jax.verbs.command_line import Parser, json_text
 
 
 def main(argv: list[str]) -> None:
@@ -41,66 +40,68 @@ def main(argv: list[str]) -> None:
         dest="source",
         required=True,
         metavar="HF",
-        help="directory, or repository of the Hugging Face hub",
+        help="directory, or repository on the Hugging Face Hub",
     )
     add(
         "--output",
         required=True,
         metavar="WORKDIR",
-        help="where the workdir is to be; must not hold anything yet",
+        help="the workdir to write; must not hold anything yet",
     )
     add(
         "--mesh",
         default="fsdp=-1",
         metavar="AXES",
-        help="devices to load onto, as in fsdp=8,tensor=2 (default all)",
+        help="devices to load onto, as in fsdp=8,tensor=2 (default: all)",
     )
     add(
         "--mask-token",
         default="",
         metavar="TOKEN",
-        help="a token to be the mask (default its own, or a new one)",
+        help="the token to use as the mask (default: its own, or a new one)",
     )
     add(
         "--causal",
         action="store_true",
         help="keep Llama or Qwen autoregressive, instead of adapting them to masks",
     )
-    add("--json", action="store_true", help="one JSON object on stdout")
+    add("--json", action="store_true", help="print one JSON object on stdout")
     args = parser.parse_args(argv)
     drop_echoes()
     distributed.initialize()
     mesh = sharding.make_mesh(parse_mesh(args.mesh))
     check_output(args.output)
     source = HuggingFace(
-        local_directory(args.source), causal=args.causal, mask_token=args.mask_token
+        args.source if is_huggingface(args.source) else hub.download(args.source),
+        causal=args.causal,
+        mask_token=args.mask_token,
     )
     if args.causal and not source.is_causal:
         raise UserError(f"--causal: {args.source} is a masked diffusion model; leave the flag out.")
-    run = source.run(0)
-    run["source"]["from"] = args.source
+    record = source.record(0)
+    # What the user named, which for a repository says more than the directory in the cache.
+    record = dataclasses.replace(record, source={**record.source, "from": args.source})
     with jax.set_mesh(mesh), whole_or_nothing(args.output) as workdir:
         if jax.process_index() == 0:
-            source.tokenizer.save(workdir / "tokenizer")
-            (workdir / "run.json").write_text(json.dumps(run, indent=1) + "\n")
+            write_run(workdir, source.tokenizer, record)
         params = load(source, mesh)
         saved = Checkpoints(workdir)
         saved.save(
-            TrainState(step=jnp.int32(0), params=params, opt_state=(), ema={}, metrics={}), run
+            TrainState(step=jnp.int32(0), params=params, opt_state=(), ema={}, metrics={}), record
         )
-        saved.close()  # waits for the commit, which makes it a workdir
+        saved.close()  # waits for the commit, without which it is not a workdir
     if jax.process_index() == 0:
         result = {
             "output": args.output,
             "source": args.source,
             "layout": source.layout,
-            **run["special_ids"],
+            **record.special_ids,
         }
         result |= {
             "parameters": num_parameters(source.architecture),
-            "architecture": run["architecture"],
+            "architecture": record.to_json()["architecture"],
         }
-        print(json.dumps(result) if args.json else report(result))
+        print(json_text(result) if args.json else report(result))
 
 
 def parse_mesh(text: str) -> dict[str, int]:
@@ -116,7 +117,7 @@ def parse_mesh(text: str) -> dict[str, int]:
             )
         if not re.fullmatch(r"-?\d+", size):
             raise UserError(
-                f"--mesh {text!r}: {size!r} is no size; write {axis}=8, or {axis}=-1 for all "
+                f"--mesh {text!r}: {size!r} is not a size; write {axis}=8, or {axis}=-1 for all "
                 "devices left."
             )
         sizes[axis] = int(size)
@@ -130,30 +131,6 @@ def check_output(output: str) -> None:
         raise UserError(
             f"--output {output} exists and is not empty; give another, or remove it first."
         )
-
-
-def local_directory(source: str) -> str:
-    """Returns the directory of a checkpoint; a repository of the hub is downloaded first (or found
-    in its cache).
-    """
-    if is_huggingface(source):
-        return source
-    if Path(source).exists() or not re.fullmatch(r"[\w.-]+/[\w.-]+", source):
-        raise UserError(
-            f"--from {source} is no directory with a config.json, nor a repository such as "
-            "GSAI-ML/LLaDA-8B-Base; give one."
-        )
-    hub = require("huggingface_hub", extra="hf")
-    try:
-        return hub.snapshot_download(source, allow_patterns=PATTERNS)
-    except (
-        Exception
-    ) as error:  # the hub raises its own, httpx' and the system's errors, and all say why
-        raise UserError(
-            f"--from {source} is no directory here, and cannot be downloaded ({reason(error)}); "
-            "download it where there is a "
-            "network and give its directory."
-        ) from error
 
 
 def load(source: HuggingFace, mesh) -> dict:
@@ -180,23 +157,23 @@ def load(source: HuggingFace, mesh) -> dict:
 def whole_or_nothing(output: str):
     """Yields the new workdir as a path; when what is done in it fails, nothing of it is left.
 
+    Not storage.files.whole_directory: several processes save into the folder, which may be in a
+    bucket. Nobody takes it for a workdir before the checkpoint is committed, which comes last.
+
     Raises:
         UserError: the disk refuses.
     """
     path = epath.Path(output)
     existed = path.exists()
     try:
-        path.mkdir(parents=True, exist_ok=True)
-        yield path
-    except BaseException as error:
+        with writing(
+            f"--output {output}", remedy="choose another, free space, or change its permissions"
+        ):
+            path.mkdir(parents=True, exist_ok=True)
+            yield path
+    except BaseException:
         if jax.process_index() == 0:
             remove(path, but_itself=existed)
-        if isinstance(error, OSError):
-            raise UserError(
-                f"--output {output} cannot be written ({reason(error)}); choose another, free "
-                "space, or change its "
-                "permissions."
-            ) from error
         raise
 
 

@@ -5,7 +5,6 @@ and states its assumptions where it cannot (activations, time). `--compile` asks
 instead: it builds the very train step that `llada-jax train` would run.
 """
 
-import json
 import sys
 
 import jax
@@ -27,7 +26,7 @@ from llada_jax.planning.estimate import EFFICIENCY, Workload, estimate_run
 from llada_jax.planning.search import REMATS, find_choices
 from llada_jax.training.step import Recipe, make_recipe
 from llada_jax.units import format_bytes, format_count, format_seconds
-from llada_jax.verbs.command_line import Parser
+from llada_jax.verbs.command_line import Parser, json_text
 
 
 def main(argv: list[str]) -> None:
@@ -104,7 +103,7 @@ def main(argv: list[str]) -> None:
         num_devices = machines.num_devices * args.slices
         print(f"compiling the train step for {num_devices} devices", file=sys.stderr)
         report["compiled"] = compile_and_check(config, machines, args.slices, vocab_size)
-    print(json.dumps(report) if args.json else "\n".join(describe(report)))
+    print(json_text(report) if args.json else "\n".join(describe(report)))
     if not report.get("compiled", {}).get("fits", True):
         raise UserError(does_not_fit(report))
 
@@ -135,6 +134,7 @@ def recipe_of_shapes(config, mesh, vocab_size: int) -> Recipe:
         config.model.attention,
         platform=sharding.platform(mesh),
         packed=not config.data.attend_across_documents,
+        mask=recipe.objective.mask,
         sequence_length=config.data.sequence_length,
         head_dim=recipe.architecture.head_dim,
         dtype=recipe.dtype,

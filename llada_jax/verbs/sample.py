@@ -8,11 +8,11 @@ import time
 from contextlib import nullcontext
 
 from llada_jax.checkpoints.orbax_patches import drop_echoes
-from llada_jax.checkpoints.record import mask_of
-from llada_jax.errors import UserError, look_up
+from llada_jax.checkpoints.record import RunRecord
+from llada_jax.errors import UserError
 from llada_jax.pretrained import load
 from llada_jax.samplers.denoise import check_schedule
-from llada_jax.samplers.remasking import REMASKING
+from llada_jax.samplers.remasking import commit_rule
 from llada_jax.samplers.show import make_show
 from llada_jax.samplers.text import Completion, check_request, generate_text
 from llada_jax.verbs.command_line import Parser
@@ -22,7 +22,7 @@ def make_parser() -> Parser:
     parser = Parser(
         "sample",
         "Generates text by denoising masks; without a prompt, from nothing.",
-        'llada-jax sample --checkpoint runs/tiny --prompt "It is a truth" --gen-length 64 --show',
+        'llada-jax sample --checkpoint runs/tiny/run --prompt "It is a truth" --show',
     )
     parser.usage = "llada-jax sample --checkpoint CKPT [flags]"
     add = parser.add_argument
@@ -36,7 +36,7 @@ def make_parser() -> Parser:
     add(
         "--prompt-file",
         metavar="FILE",
-        help="file with one prompt a line, empty lines skipped; - is stdin",
+        help="file with one prompt per line, empty lines skipped; - is stdin",
     )
     add(
         "--gen-length",
@@ -49,33 +49,33 @@ def make_parser() -> Parser:
         "--block-length",
         type=int,
         metavar="N",
-        help="tokens denoised together (default gen-length: all)",
+        help="tokens denoised together (default: all of them)",
     )
     add(
         "--steps",
         type=int,
         metavar="N",
-        help="passes through the model (default gen-length: one token a step)",
+        help="passes through the model (default: one per token)",
     )
     add(
         "--temperature",
         type=float,
         default=0.0,
         metavar="X",
-        help="0 (default) most likely, 1 the model's odds",
+        help="0 (default): most likely; 1: the model's odds",
     )
     add(
         "--remasking",
         default="low_confidence",
         metavar="NAME",
-        help="low_confidence (default) or random",
+        help="low_confidence (default), random or module:function",
     )
     add(
         "--cfg-scale",
         type=float,
         default=0.0,
         metavar="X",
-        help="guidance towards the prompt; 0 (default) is none",
+        help="guidance towards the prompt; 0 (default): none",
     )
     add("--num-samples", type=int, default=1, metavar="N", help="texts for each prompt")
     add(
@@ -89,7 +89,7 @@ def make_parser() -> Parser:
     add(
         "--ignore-eos",
         action="store_true",
-        help="go on after the end-of-text token, as the published sampler",
+        help="go on after the end-of-text token, as the published sampler does",
     )
     add("--show", action="store_true", help="show the masks turning into text, on stderr")
     add("--json", action="store_true", help="one JSON object on stdout")
@@ -124,8 +124,8 @@ def read_prompts(prompts: list[str] | None, path: str | None) -> list[str]:
     lines = [line for line in lines if line]
     if not lines:
         raise UserError(
-            f"--prompt-file {path!r} holds no prompt; write one a line, or leave the flag out to "
-            "use none."
+            f"--prompt-file {path!r} holds no prompt; write one per line, or leave the flag out "
+            "to generate from nothing."
         )
     return lines
 
@@ -134,9 +134,8 @@ def _check_unicode(prompts: list[str], flag: str) -> list[str]:
     for prompt in prompts:
         try:
             prompt.encode("utf-8")
-        except (
-            UnicodeEncodeError
-        ) as error:  # Python stands in lone surrogates for bytes it cannot decode
+        except UnicodeEncodeError as error:
+            # Python puts lone surrogates in place of bytes that it cannot decode.
             raise UserError(
                 f"{flag} {prompt!a} is not UTF-8; set the terminal to UTF-8 or use --prompt-file."
             ) from error
@@ -167,20 +166,16 @@ def warn_of_surprises(args, pretrained, prompts: list[str]) -> None:
         )
 
 
-def check_objective(checkpoint: str, run: dict) -> None:
-    objective = run["config"]["objective"]["name"]
-    if mask_of(run).causal:
+def check_objective(checkpoint: str, record: RunRecord) -> None:
+    if record.mask.causal:
         raise UserError(
-            f"{checkpoint} was trained with objective.name={objective!r} and has never seen a "
-            "mask, so it cannot be "
-            "denoised; sample a checkpoint of masked_diffusion."
+            f"{checkpoint} was trained with objective.name={record.objective!r} and has never seen "
+            "a mask, so it cannot denoise; sample a checkpoint of masked_diffusion."
         )
 
 
 def print_texts(completions: list[Completion]) -> None:
-    """Prints prompt and continuation of each, --- between two; on a terminal the prompt is set in
-    colour.
-    """
+    """Prints prompt and continuation of each, with --- between them; in colour on a terminal."""
     colour, plain = ("\033[1;36m", "\033[0m") if sys.stdout.isatty() else ("", "")
     for number, completion in enumerate(completions):
         if number:
@@ -202,7 +197,8 @@ def print_json(args, step: int, settings: dict, completions: list[Completion]) -
 
 def main(argv: list[str]) -> None:
     drop_echoes()
-    # 1. what is asked for; every mistake in it is found before the model is loaded
+    # 1. What is asked for. Every mistake in it is found before the model is loaded, which takes
+    # minutes where it is large.
     args = make_parser().parse_args(argv)
     settings = {
         "gen_length": args.gen_length,
@@ -212,7 +208,7 @@ def main(argv: list[str]) -> None:
         "cfg_scale": args.cfg_scale,
     }
     check_schedule(**settings)
-    look_up(REMASKING, args.remasking, "remasking")
+    commit_rule(args.remasking)
     if args.num_samples < 1:
         raise UserError(f"--num-samples {args.num_samples} must be at least 1.")
     settings |= {"remasking": args.remasking, "seed": args.seed, "batch_size": args.batch_size}
@@ -222,16 +218,16 @@ def main(argv: list[str]) -> None:
     ]
     check_request(num_prompts=len(prompts), batch_size=args.batch_size, seed=args.seed)
 
-    # 2. the model
+    # 2. The model.
     pretrained = load(args.checkpoint)
-    check_objective(args.checkpoint, pretrained.run)
+    check_objective(args.checkpoint, pretrained.record)
     warn_of_surprises(args, pretrained, prompts)
 
-    # 3. the texts
+    # 3. The texts.
     show = nullcontext()
     if args.show:
-        # On one terminal the texts are printed right below, whole and selectable: the picture makes
-        # room for them.
+        # Where stdout is the same terminal, the picture is removed at the end: the texts are
+        # printed in its place, whole and selectable.
         show = make_show(
             pretrained.tokenizer,
             prompts,
@@ -247,7 +243,7 @@ def main(argv: list[str]) -> None:
         )
     seconds = time.perf_counter() - start
 
-    # 4. the results
+    # 4. The results.
     settings.pop("on_step", None)
     if args.json:
         print_json(args, pretrained.step, settings, completions)

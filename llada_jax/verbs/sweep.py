@@ -9,8 +9,6 @@ DIR/sweep.json          the base config and what each run changes; a changed swe
 import json
 import math
 
-from etils import epath
-
 from llada_jax.config import knob
 from llada_jax.errors import UserError
 from llada_jax.sweeps.comparison import effects, ranked
@@ -169,7 +167,8 @@ def show_table(sweep: Sweep, *, in_json: bool, plot: str | None) -> None:
 def show_fit(sweep: Sweep, *, in_json: bool) -> None:
     """Prints IsoFLOP optima, their power laws and the parametric fit of all complete runs."""
     # Imported here: scipy and jax take seconds, for which --list need not wait.
-    from llada_jax.models.transformer import Architecture, num_matmul_parameters
+    from llada_jax.checkpoints.record import read_run
+    from llada_jax.models.transformer import num_matmul_parameters
     from llada_jax.sweeps.scaling_law import (
         FinishedRun,
         fit_isoflop,
@@ -180,8 +179,7 @@ def show_fit(sweep: Sweep, *, in_json: bool) -> None:
     runs = []
     for result in (run.result() for run in sweep.runs):
         if result.state == "complete" and not math.isnan(result.nats_per_token):
-            run_json = json.loads((epath.Path(result.workdir) / "run.json").read_text())
-            a = Architecture(**run_json["architecture"])
+            a = read_run(result.workdir).architecture
             runs.append(
                 FinishedRun(
                     num_matmul_parameters(a) - a.d_model * a.vocab_size,

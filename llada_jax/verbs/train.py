@@ -21,7 +21,7 @@ from llada_jax.models.model import make_model
 from llada_jax.parts import provenance
 from llada_jax.run.clock import Clock, speed_metrics
 from llada_jax.run.goodput import Ledger
-from llada_jax.run.heldout import bound_line, evaluate_heldout
+from llada_jax.run.heldout import AskedToStop, Unfinished, bound_line, evaluate_heldout
 from llada_jax.run.metrics_file import is_over, means, read_lines
 from llada_jax.run.numerics import check_finite, check_skipped
 from llada_jax.run.profiler import ProfilerWindow
@@ -35,6 +35,7 @@ from llada_jax.run.start import (
     on_first_process,
     open_data,
     open_workdir,
+    removed_if_refused,
 )
 from llada_jax.run.startup_lines import compilation_line, flops_of_token, startup_lines
 from llada_jax.samplers.denoise import check_schedule
@@ -129,29 +130,30 @@ def open_run(
         check_schedule(**{name: config.samples[name] for name in SAMPLE_KNOBS}, cfg_scale=0.0)
 
     # 4. The state, from the first of four places that has one.
-    opened, state = open_workdir(
-        workdir,
-        recipe,
-        mesh,
-        run_record(
-            config,
-            recipe.architecture,
-            data.tokenizer,
-            data=data.record(),
-            mask=recipe.objective.mask._asdict(),
-            parts=provenance(own_parts(config)),
-        ),
-        config_text=config_text,
-        tokenizer=data.tokenizer,
-        until_end=until_end,
-        seed=config.seed,
-        keep=config.checkpoint.keep,
-        keep_every_steps=config.checkpoint.keep_every_steps,
-        local_directory=config.checkpoint.local_directory,
-        restore=config.checkpoint.restore,
-        init_from=config.checkpoint.init_from,
-        tensorboard=config.log.tensorboard,
-    )
+    with removed_if_refused(workdir):
+        opened, state = open_workdir(
+            workdir,
+            recipe,
+            mesh,
+            run_record(
+                config,
+                recipe.architecture,
+                data.tokenizer,
+                data=data.record(),
+                recorded_mask=recipe.objective.mask,
+                parts=provenance(own_parts(config)),
+            ),
+            config_text=config_text,
+            tokenizer=data.tokenizer,
+            until_end=until_end,
+            seed=config.seed,
+            keep=config.checkpoint.keep,
+            keep_every_steps=config.checkpoint.keep_every_steps,
+            local_directory=config.checkpoint.local_directory,
+            restore=config.checkpoint.restore,
+            init_from=config.checkpoint.init_from,
+            tensorboard=config.log.tensorboard,
+        )
     # apart from the record: the train step takes the state over, and what is kept of it would
     # only be a name for memory that has been given away
     return OpenRun(data, recipe, opened), state
@@ -171,13 +173,13 @@ def train_on(
     saved, local, writer = opened.saved, opened.local, opened.writer
     start_step, num_steps = opened.start_step, recipe.num_steps
     is_first = jax.process_index() == 0
-    ledger = Ledger(workdir, clock, start_step=start_step, enabled=is_first)
     B, T = config.data.batch_size, config.data.sequence_length
     bound_name = recipe.objective.bound_name
     timeout_s = config.distributed.step_timeout_s
 
     # 5. The compiled step.
     progress = Progress(num_steps=num_steps, start_step=start_step, enabled=is_first)
+    ledger = Ledger(workdir, clock, start_step=start_step, enabled=is_first, say=progress.say)
     for line in startup_lines(
         recipe,
         mesh,
@@ -189,6 +191,10 @@ def train_on(
         remat=config.model.remat,
     ):
         progress.say(line)
+    # of another workdir (checkpoint.restore) the lines are there, and not here
+    gap = writer.gap_before(start_step, every_steps=config.log.every_steps)
+    if gap and opened.is_continued:
+        progress.say(gap)
     if start_step >= num_steps:
         progress.say(f"the run is complete: step {start_step} of {num_steps}")
     else:
@@ -214,8 +220,9 @@ def train_on(
         sequence_length=T,
         seed=config.seed,
         rows=rows,
+        start_step=start_step,
         # step and batch differ after a rollback, which takes batches out of the order
-        start_step=batch_of_step(start_step + 1, opened.rollbacks.skipped) - 1,
+        batch_number=lambda step: batch_of_step(step + 1, opened.rollbacks.skipped) - 1,
         random_length_probability=config.data.random_length_probability,
         attend_across_documents=config.data.attend_across_documents,
         num_threads=config.data.num_threads,
@@ -228,7 +235,9 @@ def train_on(
         out_shardings=jax.tree.map(lambda s: s.sharding, recipe.abstract.metrics),
     )
     # a canvas is padded on the left and of any length, which only the reference attention takes
-    sampling_model = make_model(recipe.architecture, dtype=recipe.dtype, attention="xla")
+    sampling_model = make_model(
+        recipe.architecture, dtype=recipe.dtype, attention="xla", mask=recipe.objective.mask
+    )
     profiler = ProfilerWindow(
         workdir,
         first_step=config.log.profile_at_step,
@@ -239,26 +248,73 @@ def train_on(
     is_due = lambda step, every: every > 0 and (step % every == 0 or step == num_steps)  # noqa: E731
     clock.start_training()
     with progress, profiler, distributed.Watchdog(timeout_s) as watchdog:
-        evaluate = functools.partial(
-            evaluate_heldout,
-            recipe.model,
-            summaries=data.summaries,
-            objective=recipe.objective,
-            # as large as a microbatch of training, which is known to fit
-            batch_size=B // config.optimizer.gradient_accumulation,
-            sequence_length=T,
-            batch_sharding=recipe.batch_sharding,
-            attend_across_documents=config.data.attend_across_documents,
-            on_batch=lambda: watchdog.beat("a held-out batch"),
-            # once for the run: the compiled program is found again by later evaluations
-            on_compiled=functools.cache(
-                functools.partial(distributed.meet, "evaluation", timeout_s=timeout_s)
-            ),
+        # as large as a microbatch of training, which is known to fit
+        eval_batch_size = B // config.optimizer.gradient_accumulation
+        unfinished = Unfinished(
+            workdir, {"data": data.record(), "batch_size": eval_batch_size, "sequence_length": T}
         )
+
+        def on_batch() -> None:
+            watchdog.beat("a held-out batch")
+            if stop.reached(num_steps):
+                raise AskedToStop
+
+        # once for the run: the compiled program is found again by later evaluations
+        on_compiled = functools.cache(
+            functools.partial(distributed.meet, "evaluation", timeout_s=timeout_s)
+        )
+
+        def evaluate(step: int, num_batches: int) -> dict[str, dict[str, float]]:
+            """Returns the bounds of the state after `step`.
+
+            Asked to stop, it keeps what was scored and raises AskedToStop.
+            """
+            scored = unfinished.read(step) or {}
+            try:
+                bounds = evaluate_heldout(
+                    recipe.model,
+                    state.ema or state.params,
+                    frozen=state.frozen,
+                    summaries=data.summaries,
+                    objective=recipe.objective,
+                    num_batches=num_batches,
+                    scored=scored,
+                    batch_size=eval_batch_size,
+                    sequence_length=T,
+                    batch_sharding=recipe.batch_sharding,
+                    attend_across_documents=config.data.attend_across_documents,
+                    on_batch=on_batch,
+                    on_compiled=on_compiled,
+                )
+            except AskedToStop:
+                unfinished.write(step, scored)
+                raise
+            return bounds
+
+        def evaluate_during_training(step: int) -> None:
+            with clock.span("evaluation"):
+                for group, bound in evaluate(step, config.evaluation.num_batches).items():
+                    writer.write(step, {group: bound})
+                    progress.say(f"step {step} {group} {bound_line(bound, bound_name)}")
+            unfinished.clear()
+
+        # The attempt before was asked to stop in the middle of the evaluation after this step.
+        if 0 < start_step < num_steps and unfinished.read(start_step) is not None:
+            try:
+                evaluate_during_training(start_step)
+            except AskedToStop:
+                writer.close()
+                raise Preempted(
+                    f"asked to stop during the evaluation of step {start_step}: nothing is lost; "
+                    "the same command continues."
+                ) from None
         for step in range(start_step + 1, num_steps + 1):
             profiler.before(step)
             with clock.span("data"):
-                batch = sharding.place_batch(next(batches), rows, B, recipe.batch_sharding)
+                arrays = next(batches)
+                # the step is compiled for the fields that the objective reads, and for no others
+                arrays = {name: arrays[name] for name in recipe.objective.batch}
+                batch = sharding.place_batch(arrays, rows, B, recipe.batch_sharding)
             # The state is donated: the old one is gone, also when the step fails.
             state, finished = compiled(state, batch)
             # The step has been dispatched, not done. Waiting for it here would leave the devices
@@ -313,16 +369,15 @@ def train_on(
             if every and step % every == 0 and step < num_steps:
                 # or the training steps still in flight would be accounted to the evaluation
                 jax.block_until_ready(state.step)
-                with clock.span("evaluation"):
-                    bounds = evaluate(
-                        state.ema or state.params,
-                        frozen=state.frozen,
-                        num_batches=config.evaluation.num_batches,
-                    )
-                    for group, bound in bounds.items():
-                        writer.write(step, {group: bound})
-                        progress.say(f"step {step} {group} {bound_line(bound, bound_name)}")
-            if is_due(step, config.samples.every_steps):
+                try:
+                    evaluate_during_training(step)
+                except AskedToStop:
+                    # Saved now; the next start does the rest of this evaluation first.
+                    must_stop = must_save = True
+                    sums = jax.device_get(state.metrics)
+                    check_finite(sums, interval=(logged_step + 1, step), saved=saved)
+            # not when the run is to stop: the grace period is for the checkpoint
+            if is_due(step, config.samples.every_steps) and not must_stop:
                 with clock.span("samples"):
                     text = sample_markdown(
                         sampling_model,
@@ -336,7 +391,7 @@ def train_on(
 
             # 6c. Save; then, if asked to, stop.
             if must_save or must_copy:
-                record = {**opened.record, "step": step, "tokens": step * B * T}
+                record = opened.record.at(step, step * B * T)
                 with clock.span("checkpoint"):
                     # metrics first: a kill after the save must not lose lines that no start repeats
                     writer.flush()
@@ -357,21 +412,27 @@ def train_on(
                 watchdog.beat(f"step {step} was given to the disk")
                 progress.say(f"saving step {step}")
 
-        # 7. The whole held-out split, once: a run that was killed during it does it again, and one
-        # that is complete does not.
+        # 7. The whole held-out split, once: a run that was asked to stop during it continues where
+        # it was, one that was killed does it again, and one that is complete does not.
         with clock.span("checkpoint"):
             saved.wait()
         if not on_first_process(lambda: is_over(read_lines(workdir), num_steps)):
-            bounds = evaluate(
-                state.ema or state.params,
-                frozen=state.frozen,
-                num_batches=config.evaluation.final_num_batches,
-            )
+            try:
+                bounds = evaluate(num_steps, config.evaluation.final_num_batches)
+            except AskedToStop:
+                saved.close()
+                writer.close()
+                raise Preempted(
+                    f"asked to stop during the final evaluation: step {num_steps} of {num_steps} "
+                    "is saved; the same command continues."
+                ) from None
             for group, bound in bounds.items():
                 progress.say(f"final {group} {bound_line(bound, bound_name)}")
             if bounds:
                 final = {group.replace("heldout", "final"): bounds[group] for group in bounds}
                 writer.write(num_steps, final)
+            writer.flush()
+            unfinished.clear()
         ledger.mark(num_steps)
         progress.say(ledger.line())
     saved.close()

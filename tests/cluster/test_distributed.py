@@ -45,6 +45,11 @@ def test_the_launchers_variables_are_the_arguments():
         ({"JAX_PROCESS_ID": "4"}, "must lie between 0 and JAX_NUM_PROCESSES - 1 = 3"),
         ({"JAX_NUM_PROCESSES": "four"}, "must be integers"),
         ({"JAX_COORDINATOR_ADDRESS": "host0"}, "has no port"),
+        ({"JAX_COORDINATOR_ADDRESS": ":1234"}, "has no host"),
+        ({"JAX_COORDINATOR_ADDRESS": "host0:"}, "the port '' must be a number"),
+        ({"JAX_COORDINATOR_ADDRESS": "host0:port"}, "the port 'port' must be a number"),
+        ({"JAX_COORDINATOR_ADDRESS": "host0:0"}, "between 1 and 65535"),
+        ({"JAX_COORDINATOR_ADDRESS": "host0:65536"}, "between 1 and 65535"),
     ],
 )
 def test_an_environment_that_contradicts_itself_is_refused(change, says):
@@ -66,6 +71,100 @@ def test_an_environment_that_contradicts_itself_is_refused(change, says):
 )
 def test_a_cluster_is_recognised_by_its_environment(environment, is_cluster):
     assert distributed.is_cluster(environment) == is_cluster
+
+
+@pytest.mark.parametrize("value", ["", "two", "-1", "0", "1.5"])
+def test_a_number_of_the_scheduler_that_is_none_is_refused_by_name(value):
+    with pytest.raises(UserError, match="SLURM_NTASKS="):
+        distributed.is_cluster({"SLURM_NTASKS": value, "SLURM_STEP_NODELIST": "a,b"})
+    slices = {"TPU_WORKER_HOSTNAMES": "a,b", "MEGASCALE_NUM_SLICES": value}
+    with pytest.raises(UserError, match="MEGASCALE_NUM_SLICES="):
+        distributed.num_slice_hosts(slices)
+
+
+@pytest.mark.parametrize("ids", ["", "a", "0,", "0;1"])
+def test_numbers_of_devices_that_are_none_are_refused(ids):
+    with pytest.raises(UserError, match="JAX_LOCAL_DEVICE_IDS"):
+        distributed.check_device_ids({"JAX_LOCAL_DEVICE_IDS": ids})
+    distributed.check_device_ids({"JAX_LOCAL_DEVICE_IDS": "0,11"})
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    "environment",
+    [
+        {"SLURM_NTASKS": "two", "SLURM_STEP_NODELIST": "a,b"},
+        {"SLURM_NTASKS": "2", "SLURM_STEP_NODELIST": "a,b", "SLURM_JOB_ID": "7"},
+        {"SLURM_NTASKS": "2", "SLURM_STEP_NODELIST": "", "SLURM_JOB_ID": "x", "SLURM_PROCID": ""},
+        {"JAX_NUM_CPU_DEVICES": "two"},
+        {"JAX_NUM_CPU_DEVICES": "0"},
+        {"JAX_ENABLE_X64": "maybe"},
+        {"JAX_PLATFORMS": "rocket"},
+        {"JAX_PLATFORMS": "cuda,tpu"},
+    ],
+    ids=lambda environment: " ".join(f"{n}={v}" for n, v in environment.items()),
+)
+def test_a_wrong_variable_ends_in_one_sentence_and_status_2(environment):
+    # a verb that asks for devices first, as training does
+    code = """
+        import sys, types
+        import llada_jax.__main__ as program
+        def verb(argv):
+            from llada_jax.cluster import distributed
+            import jax
+            distributed.initialize()
+            jax.devices()
+        program.VERBS["devices"] = ("devices", "")
+        sys.modules["llada_jax.verbs.devices"] = types.SimpleNamespace(main=verb)
+        sys.exit(program.main(["devices"]))
+    """
+    done = run_python(code, {"JAX_PLATFORMS": "cpu", **environment}, timeout=300)
+    assert done.returncode == 2, done.stderr
+    assert "Traceback" not in done.stderr
+    assert done.stderr.splitlines()[-1].startswith("llada-jax: ")
+    assert any(name in done.stderr for name in environment) or "SLURM_*" in done.stderr
+
+
+def test_the_coordinator_of_a_run_on_one_machine_listens_there_only():
+    def bind(address):
+        return distributed.bind_to_loopback({"coordinator_address": address})
+
+    assert bind("localhost:7") == bind("127.0.0.1:7")
+    assert bind("127.0.0.1:7") == {"coordinator_bind_address": "127.0.0.1:7"}
+    # between hosts it has to be reachable from the others
+    assert bind("node7:7") == bind("10.0.0.7:7") == bind("localhost.example.org:7") == {}
+
+
+@pytest.mark.slow
+def test_no_other_address_of_this_machine_reaches_the_coordinator_of_a_local_run():
+    code = """
+        import os, socket
+        from llada_jax.cluster import distributed
+        distributed.initialize()
+        port = int(os.environ["JAX_COORDINATOR_ADDRESS"].rpartition(":")[2])
+        if os.environ["JAX_PROCESS_ID"] == "0":
+            listening = [
+                line.split()[1]
+                for table in ("tcp", "tcp6")
+                for line in open(f"/proc/net/{table}")
+                if line.split()[3] == "0A" and line.split()[1].endswith(f":{port:04X}")
+            ]
+            print("listens", *listening)
+    """
+    team = {"JAX_COORDINATOR_ADDRESS": f"127.0.0.1:{free_port()}", "JAX_NUM_PROCESSES": "2"}
+    words = [sys.executable, "-c", textwrap.dedent(code)]
+    environments = [{**os.environ, **team, "JAX_PROCESS_ID": str(i)} for i in (0, 1)]
+    processes = [
+        subprocess.Popen(words, env=env, stdout=subprocess.PIPE, text=True) for env in environments
+    ]
+    out = [process.communicate(timeout=300)[0] for process in processes][0]
+    assert [process.returncode for process in processes] == [0, 0]
+    addresses = out.split("listens", 1)[1].split()
+    assert addresses
+    for address in addresses:
+        host = address.rpartition(":")[0]
+        # 127.0.0.1 as this machine's memory holds it, alone or within an IPv6 address
+        assert host.endswith("0100007F"), addresses
 
 
 def test_fewer_processes_than_the_slice_has_hosts_are_refused_before_anything_waits():

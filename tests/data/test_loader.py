@@ -279,6 +279,29 @@ def test_heldout_batches_can_be_limited_and_take_another_split(small):
     assert sum(batch["is_maskable"].sum() for batch in got) == 130
 
 
+def test_a_limited_number_of_heldout_batches_is_a_random_subset_that_never_changes(small):
+    def rows_of(seed, max_batches=1):
+        (batch,) = heldout_batches(
+            small, batch_size=2, sequence_length=T, max_batches=max_batches, subset_seed=seed
+        )
+        return batch["tokens"][:, 0].tolist()
+
+    first = list(heldout_batches(small, batch_size=8, sequence_length=T))[0]["tokens"][:5, 0]
+    chosen = [rows_of(seed) for seed in range(60)]
+    assert chosen == [rows_of(seed) for seed in range(60)]
+    assert all(a < b for a, b in chosen)  # two different rows, in file order
+    counts = [sum(row in pair for pair in chosen) for row in first.tolist()]
+    assert sum(counts) == 120  # and none that is not of the split
+    assert min(counts) > 12  # 24 are expected of each of the five rows, with a deviation of 3.8
+
+
+def test_a_split_that_is_no_larger_than_the_limit_is_read_whole(small):
+    kwargs = {"batch_size": 2, "sequence_length": T}
+    limited = list(heldout_batches(small, max_batches=3, subset_seed=0, **kwargs))
+    for got, expected in zip(limited, heldout_batches(small, **kwargs), strict=True):
+        np.testing.assert_array_equal(got["tokens"], expected["tokens"])
+
+
 def test_describe_counts_what_a_run_prints(small, large):
     first, second = describe([(small, 1.0), (large, 3.0)], sequence_length=T)
     assert (first.share, second.share) == (0.25, 0.75)

@@ -13,8 +13,8 @@ from llada_jax.models.transformer import Architecture, TokenScores
 from llada_jax.objectives.autoregressive import autoregressive
 from llada_jax.objectives.masked_diffusion import masked_diffusion
 from llada_jax.training.optim import make_optimizer, make_schedule
-from llada_jax.training.state import abstract_state, create_state
-from llada_jax.training.step import abstract_metrics, make_train_step
+from llada_jax.training.state import abstract_metrics, abstract_state, create_state
+from llada_jax.training.step import make_train_step
 
 V, MASK, BOS = 4, 4, 5  # symbols of the source; the two special ids come after them
 T, B = 8, 64
@@ -53,7 +53,7 @@ def trained(objective, *, num_steps):
     a = Architecture(
         vocab_size=6, num_layers=2, d_model=64, num_heads=4, num_kv_heads=4, head_dim=16, d_ff=128
     )
-    model = make_model(a, causal=objective.mask.causal)
+    model = make_model(a, mask=objective.mask)
     mesh = one_device_mesh()
     rate = make_schedule(
         name="cosine",

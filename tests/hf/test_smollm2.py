@@ -13,13 +13,17 @@ from support.transformers_versions import run_python
 
 import llada_jax
 
-TEXT = "It is a truth universally acknowledged, that a single man in possession of a good fortune, must be in want of a wife."
+TEXT = (
+    "It is a truth universally acknowledged, that a single man in possession of a good fortune, "
+    "must be in want of a wife."
+)
 
 LOGITS = """
 import numpy, torch, transformers
 directory, text, file = sys.argv[1:]
 tokens = transformers.AutoTokenizer.from_pretrained(directory)(text, return_tensors="pt").input_ids
-model = transformers.AutoModelForCausalLM.from_pretrained(directory, torch_dtype=torch.float32).eval()
+auto = transformers.AutoModelForCausalLM
+model = auto.from_pretrained(directory, torch_dtype=torch.float32).eval()
 with torch.no_grad():
     numpy.savez(file, tokens=tokens.numpy(), logits=model(tokens).logits.numpy())
 """

@@ -1,12 +1,8 @@
-"""The tokenizer of an export: the ids and texts of ours, in the tokenizers library and in two
-versions of transformers.
-"""
+"""The tokenizer of an export: the ids and texts of ours, in the tokenizers library."""
 
 import io
 import json
-import lzma
 import random
-from pathlib import Path
 
 import numpy as np
 import pytest
@@ -14,120 +10,19 @@ import sentencepiece
 import tokenizers as tokenizers_library
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
-from support.transformers_versions import VERSIONS, run_python
+from support.tokenizer_texts import (
+    CHAT,
+    LOOKALIKES,
+    NASTY,
+    SCRIPTS,
+    mixed_texts,
+    training_texts,
+    write_tokenizer_files,
+)
 
-import llada_jax
 from llada_jax.data.tokenizer import load_tokenizer
-from llada_jax.data.tokenizer_training import train_sentencepiece
 from llada_jax.errors import UserError
 from llada_jax.hf.tokenizer_json import byte_alphabet, tokenizer_files
-
-SCRIPTS = (
-    "It is a truth universally acknowledged, that a single man in possession of a good fortune, "
-    "must be in want of a wife.",
-    "日本語のテキストをトークン化する。漢字とカタカナ。",
-    "مرحبا بالعالم كيف حالك اليوم",
-    "Привет, мир! Как твои дела?",
-    "हिन्दी भाषा में लिखा हुआ",
-    "한국어 문장을 씁니다",
-    "def f(x):\n    return x  # comment\n\n\n\tindented\t\ttabs",
-    "1234567890 3.14159 £18.50 -- == === ==== aaaa",
-    "e\u0301a\u0300 café naïve ﬁ Å",
-)
-NASTY = (
-    "",
-    " ",
-    "  ",
-    "   leading",
-    "trailing   ",
-    "a  b   c    d",
-    "\n",
-    "\n\n\n",
-    "\r\n\t\v\f",
-    "\x00",
-    "\x00\x00a\x01\x1b[0m\x7f",
-    "\u2581",
-    "a\u2581b \u2581\u2581 \n\u2581",
-    "\ufeffmark",
-    "\u200b\u200d\u00ad\u2028\u2029",
-    "\ufffd",
-    "\uffff\U0010ffff",
-    "\U0001f600\U0001f469\u200d\U0001f52c\U0001f3f3\ufe0f\u200d\U0001f308",
-    "e\u0301" * 9,
-    "\u0301\u0301",
-    "\u1112\u1161\u11ab",
-    "=" * 777,
-    "a" * 3001,
-    " " * 1501 + "x",
-    "\u00e9" * 401,
-    "the " * 500,
-    "日" * 300 + "\u2581" + "本" * 300,
-)
-LOOKALIKES = (
-    "<mask>",
-    "</s>",
-    "<s>x</s>",
-    "<pad><pad>",
-    "<unk>",
-    "a<mask>b",
-    "<0x41>",
-    "<0x0A><0xE2><0x96>",
-    "<mask",
-    "mask>",
-)
-ALPHABETS = (
-    "".join(SCRIPTS),
-    "ab \n\t=",
-    " \u2581\n",
-    "".join(map(chr, range(256))),
-    "\U0001f600\u200d\u0301\ufe0f\U0001f3fd" + "日本",
-)
-
-
-NOVELS = Path(llada_jax.__file__).parent / "data" / "austen6.txt.xz"
-
-
-def training_texts() -> list[str]:
-    """Returns enough text, with runs of one character in it, that pieces overlap in many ways."""
-    with lzma.open(NOVELS, "rt") as file:
-        novel = file.read(100_000)
-    runs = [character * n for character in "=- a" for n in range(1, 9)]
-    return [*SCRIPTS * 5, *runs * 5, novel]
-
-
-def mixed_texts(num: int, seed: int = 0) -> list[str]:
-    """Returns texts of all scripts in each other's company, none of which spells out a special
-    token.
-    """
-    rng = random.Random(seed)
-    texts = []
-    while len(texts) < num:
-        pieces = []
-        for _ in range(rng.randrange(1, 12)):
-            kind = rng.random()
-            if kind < 0.4:
-                source = rng.choice(SCRIPTS)
-                start = rng.randrange(len(source))
-                pieces.append(source[start : start + rng.randrange(1, 40)])
-            elif kind < 0.6:
-                pieces.append(rng.choice(NASTY)[:50])
-            elif kind < 0.9:
-                pieces.append("".join(rng.choices(rng.choice(ALPHABETS), k=rng.randrange(1, 60))))
-            else:
-                code = rng.choice([rng.randrange(0xD800), rng.randrange(0xE000, 0x110000)])
-                pieces.append(chr(code) * rng.randrange(1, 4))
-        texts.append(rng.choice(["", " ", "\n"]).join(pieces))
-    return texts
-
-
-@pytest.fixture(scope="module")
-def ours():
-    texts = training_texts()
-    return {
-        "bytes": load_tokenizer("bytes"),
-        "unigram": train_sentencepiece(texts, vocab_size=1200, model_type="unigram"),
-        "bpe": train_sentencepiece(texts, vocab_size=1200, model_type="bpe"),
-    }
 
 
 @pytest.fixture(scope="module")
@@ -142,13 +37,6 @@ def theirs(ours):
 
 
 KINDS = pytest.mark.parametrize("kind", ["bytes", "unigram", "bpe"])
-
-
-def write(tokenizer, directory, **kwargs):
-    directory.mkdir()
-    for name, content in tokenizer_files(tokenizer, **{"max_length": 64, **kwargs}).items():
-        (directory / name).write_bytes(content)
-    return directory
 
 
 # ---- the library of transformers
@@ -172,9 +60,8 @@ def test_any_text_has_the_same_ids_and_comes_back(kind, text, ours, theirs):
     assert theirs[kind].decode(ids) == text
 
 
-@pytest.mark.parametrize(
-    "kind", ["bytes", "unigram"]
-)  # BPE: one U+FFFD for each stray byte, where ours merges some
+# BPE: one U+FFFD for each stray byte, where ours merges some
+@pytest.mark.parametrize("kind", ["bytes", "unigram"])
 @given(ids=st.lists(st.integers(0, 259), max_size=30))
 @settings(max_examples=200, deadline=None)
 def test_any_ids_are_the_same_text(kind, ids, ours, theirs):
@@ -202,102 +89,12 @@ def test_equally_likely_ways_to_cut_a_text_are_decided_the_same_way_everywhere(p
         )
 
 
-# ---- transformers
-
-
-ENCODE = """
-import json, sys
-from transformers import AutoTokenizer
-home, texts, out = sys.argv[1:]
-texts = json.load(open(texts))
-found = {}
-for kind in ("bytes", "unigram", "bpe"):
-    plain = AutoTokenizer.from_pretrained(f"{home}/{kind}")
-    split = AutoTokenizer.from_pretrained(f"{home}/{kind}", split_special_tokens=True)
-    ids = [plain(text)["input_ids"] for text in texts["mixed"]]
-    found[kind] = {
-        "mixed": ids,
-        "decoded": [plain.decode(row, skip_special_tokens=True) for row in ids],
-        "lookalikes": [plain(text)["input_ids"] for text in texts["lookalikes"]],
-        "lookalikes_split": [split(text)["input_ids"] for text in texts["lookalikes"]],
-        "special": [plain.mask_token_id, plain.eos_token_id, plain.bos_token_id, plain.pad_token_id],
-        "length": len(plain),
-        "is_fast": plain.is_fast,
-        "padded": dict(plain(["a b", "longer text"], padding=True)),
-    }
-chat = AutoTokenizer.from_pretrained(f"{home}/chat")
-turns = [{"role": "user", "content": "Hi"}]
-found["chat"] = chat.apply_chat_template(turns, tokenize=False, add_generation_prompt=True)
-json.dump(found, open(out, "w"))
-"""
-
-CHAT = (
-    "{{ bos_token }}{% for m in messages %}[{{ m['role'] }}]\n{{ m['content'] }}{% endfor %}"
-    "{% if add_generation_prompt %}[assistant]\n{% endif %}"
-)
-TEXTS = [*mixed_texts(1000), *NASTY]
-
-
-@pytest.fixture(scope="module", params=VERSIONS)
-def in_transformers(request, ours, tmp_path_factory):
-    """What one version of transformers makes of each kind of export, in a process without this
-    package.
-    """
-    home = tmp_path_factory.mktemp("transformers")
-    for kind, tokenizer in ours.items():
-        write(tokenizer, home / kind)
-    write(ours["bpe"], home / "chat", chat_template=CHAT)
-    (home / "texts.json").write_text(json.dumps({"mixed": TEXTS, "lookalikes": LOOKALIKES}))
-    run_python(request.param, ENCODE, home, home / "texts.json", home / "out.json", home=home)
-    return json.loads((home / "out.json").read_text())
-
-
-@KINDS
-def test_transformers_gives_the_same_ids_and_texts_on_a_thousand_texts(kind, ours, in_transformers):
-    found, tokenizer = in_transformers[kind], ours[kind]
-    assert found["mixed"] == tokenizer.encode_batch(TEXTS)
-    assert found["decoded"] == TEXTS
-    assert found["is_fast"]
-
-
-@KINDS
-def test_transformers_knows_the_special_tokens_and_pads_on_the_left(kind, ours, in_transformers):
-    found, tokenizer = in_transformers[kind], ours[kind]
-    assert found["special"] == [
-        tokenizer.mask_id,
-        tokenizer.eos_id,
-        tokenizer.bos_id,
-        tokenizer.pad_id,
-    ]
-    assert found["length"] == tokenizer.vocab_size
-    short, long = map(tokenizer.encode, ("a b", "longer text"))
-    num_pads = len(long) - len(short)
-    assert found["padded"]["input_ids"] == [[tokenizer.pad_id] * num_pads + short, long]
-    assert found["padded"]["attention_mask"] == [[0] * num_pads + [1] * len(short), [1] * len(long)]
-
-
-@KINDS
-def test_transformers_takes_a_spelled_out_special_token_for_one_unless_told_to_split_it(
-    kind, ours, in_transformers
-):
-    found, tokenizer = in_transformers[kind], ours[kind]
-    assert found["lookalikes_split"] == tokenizer.encode_batch(list(LOOKALIKES))
-    read = dict(zip(LOOKALIKES, found["lookalikes"]))
-    assert read["<mask>"] == [tokenizer.mask_id]
-    assert read["a<mask>b"] == [*tokenizer.encode("a"), tokenizer.mask_id, *tokenizer.encode("b")]
-    assert read["<0x41>"] == tokenizer.encode("<0x41>")
-
-
-def test_a_chat_template_comes_along(in_transformers):
-    assert in_transformers["chat"] == "<s>[user]\nHi[assistant]\n"
-
-
 # ---- other ways
 
 
 @KINDS
 def test_an_export_is_a_tokenizer_here_again(kind, ours, tmp_path):
-    again = load_tokenizer(write(ours[kind], tmp_path / "export"))
+    again = load_tokenizer(write_tokenizer_files(ours[kind], tmp_path / "export"))
     for name in ("mask_id", "eos_id", "bos_id", "pad_id", "vocab_size"):
         assert getattr(again, name) == getattr(ours[kind], name)
     texts = [*mixed_texts(50, seed=1), *NASTY, *LOOKALIKES]
@@ -329,7 +126,8 @@ def hugging_face_folder(directory):
     content = json.loads(tokenizer.to_str())
     files = {
         "tokenizer.json": json.dumps(content, indent=3).encode(),
-        "tokenizer_config.json": b'{"eos_token":   "<|endoftext|>", "tokenizer_class": "PreTrainedTokenizerFast",\n"x": [1]}',
+        "tokenizer_config.json": b'{"eos_token":   "<|endoftext|>", '
+        b'"tokenizer_class": "PreTrainedTokenizerFast",\n"x": [1]}',
         "special_tokens_map.json": b'{ "eos_token":"<|endoftext|>" }',
         "chat_template.jinja": CHAT.encode(),
     }
@@ -402,25 +200,26 @@ def sentencepiece_file(path, **settings):
 @pytest.mark.parametrize(
     "settings",
     [
-        {
-            "model_type": "bpe"
-        },  # nmt_nfkc, a space in front, runs of spaces collapsed, unknown characters
+        # nmt_nfkc, a space in front, runs of spaces collapsed, unknown characters
+        {"model_type": "bpe"},
         {"model_type": "unigram"},
+        # as Llama 2
         {
             "model_type": "bpe",
             "byte_fallback": True,
             "normalization_rule_name": "identity",
             "remove_extra_whitespaces": False,
             "split_digits": True,
-        },  # as Llama 2
+        },
         {"model_type": "unigram", "byte_fallback": True, "normalization_rule_name": "nfkc_cf"},
+        # as Gemma
         {
             "model_type": "bpe",
             "add_dummy_prefix": False,
             "byte_fallback": True,
             "user_defined_symbols": ["<tool>", "\n\n"],
             "remove_extra_whitespaces": False,
-        },  # as Gemma
+        },
     ],
     ids=[
         "default bpe",

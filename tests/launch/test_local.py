@@ -1,4 +1,4 @@
-"""The local launcher: what it starts, how it ends, and that a run under it is the run without it."""
+"""The local launcher: what it starts, how it ends, and that it does not change a run."""
 
 import runpy
 import signal
@@ -31,7 +31,7 @@ def wait_until(condition) -> None:
         time.sleep(0.05)
 
 
-def test_a_dry_run_prints_one_line_a_process_and_starts_nothing(tmp_path):
+def test_a_dry_run_prints_one_line_per_process_and_starts_nothing(tmp_path):
     process = launch(
         "--processes", 3, "--devices", 2, "--dry-run", "--", "touch", tmp_path / "started"
     )
@@ -48,8 +48,11 @@ def test_a_dry_run_prints_one_line_a_process_and_starts_nothing(tmp_path):
     assert not (tmp_path / "started").exists()
 
 
-def test_one_failure_ends_all_with_its_status(tmp_path):
-    code = "import os, sys, time; time.sleep(600) if os.environ['JAX_PROCESS_ID'] != '1' else sys.exit(3)"
+def test_one_failure_ends_all_processes_with_its_status(tmp_path):
+    code = (
+        "import os, sys, time\n"
+        "time.sleep(600) if os.environ['JAX_PROCESS_ID'] != '1' else sys.exit(3)"
+    )
     process = launch(
         "--processes", 3, "--logs", tmp_path, "--grace", 1, "--", sys.executable, "-c", code
     )
@@ -67,7 +70,9 @@ class Ended:
     ("codes", "status"),
     [((0, 0), 0), ((42, 3), 3), ((-9, 42), 137), ((42, 42), 42), ((0, -15), 143), ((1, 2), 1)],
 )
-def test_of_failures_at_once_the_one_that_another_start_cannot_mend_counts(codes, status):
+def test_among_simultaneous_failures_one_that_a_restart_cannot_fix_decides_the_status(
+    codes, status
+):
     launcher = runpy.run_path(str(LAUNCHER))
     assert launcher["wait"]([Ended(code) for code in codes], grace_seconds=60) == status
 
@@ -87,17 +92,17 @@ def test_a_signal_reaches_every_process(tmp_path, number):
     assert process.returncode == 42
 
 
-def test_a_second_ctrl_c_kills(tmp_path):
+def test_a_second_ctrl_c_kills_the_processes(tmp_path):
     code = (
         "import os, signal, time, pathlib\n"
-        "signal.signal(signal.SIGTERM, lambda *_: print('told', flush=True))\n"
+        "signal.signal(signal.SIGTERM, lambda *_: print('asked', flush=True))\n"
         f"pathlib.Path({str(tmp_path)!r}, 'up-' + os.environ['JAX_PROCESS_ID']).touch()\n"
         "while True: time.sleep(1)"
     )
     process = launch("--processes", 2, "--logs", tmp_path, "--", sys.executable, "-c", code)
     wait_until(lambda: len(list(tmp_path.glob("up-*"))) == 2)
     process.send_signal(signal.SIGINT)
-    wait_until(lambda: all("told" in log.read_text() for log in tmp_path.glob("process-*.log")))
+    wait_until(lambda: all("asked" in log.read_text() for log in tmp_path.glob("process-*.log")))
     assert process.poll() is None
     process.send_signal(signal.SIGINT)
     process.communicate(timeout=60)
@@ -105,9 +110,13 @@ def test_a_second_ctrl_c_kills(tmp_path):
 
 
 def test_every_process_has_a_log_and_the_first_is_shown(tmp_path):
-    code = "import os, sys; print('I am', os.environ['JAX_PROCESS_ID'], os.environ.get('JAX_LOCAL_DEVICE_IDS'))\n"
-    code += "sys.stdout.flush(); print('progress', file=sys.stderr)"
-    for _ in range(2):  # a second start appends
+    code = (
+        "import os, sys\n"
+        "print('I am', os.environ['JAX_PROCESS_ID'], os.environ.get('JAX_LOCAL_DEVICE_IDS'))\n"
+        "sys.stdout.flush(); print('progress', file=sys.stderr)"
+    )
+    # The second start appends to the logs of the first.
+    for _ in range(2):
         process = launch("--processes", 2, "--logs", tmp_path, "--", sys.executable, "-c", code)
         out, err = process.communicate(timeout=60)
         assert process.returncode == 0
@@ -117,7 +126,7 @@ def test_every_process_has_a_log_and_the_first_is_shown(tmp_path):
         assert sorted(lines) == [f"I am {number} {number}"] * 2 + ["progress"] * 2
 
 
-def test_much_output_arrives_whole(tmp_path):
+def test_a_large_output_arrives_completely(tmp_path):
     code = "import sys; sys.stdout.write('x' * 3_000_000); sys.stdout.flush(); sys.exit(3)"
     process = launch("--processes", 1, "--logs", tmp_path, "--", sys.executable, "-c", code)
     out, _ = process.communicate(timeout=60)
@@ -136,14 +145,14 @@ def test_a_closed_terminal_does_not_stop_the_run(tmp_path):
     assert (tmp_path / "process-0.log").read_text().endswith("end\n")
 
 
-def test_a_missing_command_is_told():
+def test_a_missing_command_is_reported():
     process = launch("--processes", 2)
     _, err = process.communicate(timeout=60)
     assert process.returncode == 2
     assert "there is no command" in err
 
 
-def test_a_program_that_does_not_exist_is_told(tmp_path):
+def test_a_program_that_does_not_exist_is_reported(tmp_path):
     process = launch("--processes", 2, "--logs", tmp_path, "--", "no-such-program")
     _, err = process.communicate(timeout=60)
     assert process.returncode == 2
@@ -177,3 +186,29 @@ def test_a_run_under_the_launcher_has_the_loss_curve_of_one_process(runs, tmp_pa
     assert process.returncode == 0, err
     assert "2 process" in err
     np.testing.assert_allclose(losses(together), losses(alone), rtol=1e-5)
+
+
+@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="only Linux can tie processes")
+def test_a_launcher_that_is_killed_leaves_no_process_behind(tmp_path):
+    code = (
+        "import os, pathlib, signal, sys, time\n"
+        f"place = pathlib.Path({str(tmp_path)!r}) / os.environ['JAX_PROCESS_ID']\n"
+        "def end(*_):\n"
+        "    place.with_suffix('.saved').write_text('')\n"
+        "    sys.exit(42)\n"
+        "signal.signal(signal.SIGTERM, end)\n"
+        "place.with_suffix('.started').write_text('')\n"
+        "time.sleep(600)\n"
+    )
+    process = launch("--processes", 2, "--logs", tmp_path, "--", sys.executable, "-c", code)
+    wait_until(lambda: len(list(tmp_path.glob("*.started"))) == 2)
+    process.kill()
+    # Each process was asked to stop, so that a run can save.
+    wait_until(lambda: len(list(tmp_path.glob("*.saved"))) == 2)
+    process.communicate(timeout=60)
+
+
+def test_the_coordinator_listens_where_no_other_machine_can_connect():
+    process = launch("--processes", 2, "--dry-run", "--", "true")
+    out, _ = process.communicate(timeout=60)
+    assert all("JAX_COORDINATOR_ADDRESS=127.0.0.1:" in line for line in out.splitlines())

@@ -1,4 +1,4 @@
-"""Every attention kernel against the reference, in interpret mode, and the choice between them."""
+"""Every attention kernel against a float64 softmax over `may_attend`, and how one is chosen."""
 
 import functools
 
@@ -6,120 +6,283 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
-from llada_jax.cluster.sharding import make_mesh
+from llada_jax.cluster.sharding import AXES, make_mesh
+from llada_jax.errors import UserError
+from llada_jax.masks import BIDIRECTIONAL, CAUSAL, Mask, may_attend
+from llada_jax.models import attention
 from llada_jax.models.attention import (
+    IMPLEMENTATIONS,
     attend,
     choose,
+    cudnn_attention,
     splash_attention,
+    splash_head_mask,
     triton_attention,
     xla_attention,
 )
 
 B, T, H = 2, 256, 64
+BLOCKS = Mask(block_length=32)
+ODD_BLOCKS = Mask(block_length=48)  # does not divide the tiles of a kernel
+
+# Ids of the segments of two rows: one document each, two documents, padding on either side.
+SEGMENTS = {
+    "whole": None,
+    "packed": np.array([[1] * 100 + [2] * 156, [1] * 30 + [2] * 30 + [3] * 196]),
+    "padded": np.array([[1] * 256, [1] * 200 + [0] * 56]),
+    "left-padded": np.array([[0] * 100 + [1] * 156, [1] * 256]),
+    "packed and padded": np.array([[1] * 100 + [2] * 156, [1] * 70 + [2] * 130 + [0] * 56]),
+}
 
 
-def inputs(num_heads, num_kv_heads, head_dim=H):
-    rng = np.random.default_rng(0)
-    q = rng.normal(size=(B, T, num_heads, head_dim)).astype(np.float32)
-    k, v = (rng.normal(size=(B, T, num_kv_heads, head_dim)).astype(np.float32) for _ in "kv")
-    segments = np.ones((B, T), np.int32)
-    segments[0, 100:] = 2
-    segments[1, 200:] = 0
-    return q, k, v, segments
+def inputs(num_heads, num_kv_heads, *, rows=B, length=T, head_dim=H, seed=0):
+    rng = np.random.default_rng(seed)
+    q = rng.normal(size=(rows, length, num_heads, head_dim)).astype(np.float32)
+    k, v = (
+        rng.normal(size=(rows, length, num_kv_heads, head_dim)).astype(np.float32) for _ in "kv"
+    )
+    return q, k, v
 
 
-def value_and_gradients(attention, q, k, v, segments):
-    weight = jnp.asarray(np.random.default_rng(1).normal(size=q.shape), jnp.float32)
-    weight = weight * (segments > 0)[:, :, None, None]  # what padding attends to means nothing
+def allowed(mask, segments, length=T):
+    """Returns what may be attended to, bool [rows or 1, length, length]."""
+    segments = np.ones((1, length), int) if segments is None else np.asarray(segments)
+    index = np.arange(length)
+    return np.asarray(
+        may_attend(
+            mask,
+            query_segment=segments[:, :, None],
+            key_segment=segments[:, None, :],
+            query_index=index[:, None],
+            key_index=index[None, :],
+        )
+    )
+
+
+def reference(q, k, v, segments, mask, out_grad):
+    """Returns attention in float64 and plain numpy, and the gradients of sum(out * out_grad)."""
+    q, k, v, out_grad = (np.asarray(x, np.float64) for x in (q, k, v, out_grad))
+    num_groups, scale = q.shape[2] // k.shape[2], q.shape[-1] ** -0.5
+    k, v = (np.repeat(x, num_groups, axis=2) for x in (k, v))
+    scores = np.einsum("btnh,bsnh->bnts", q, k) * scale
+    scores = np.where(allowed(mask, segments, q.shape[1])[:, None], scores, -np.inf)
+    weights = np.exp(scores - scores.max(-1, keepdims=True))
+    weights /= weights.sum(-1, keepdims=True)
+    out = np.einsum("bnts,bsnh->btnh", weights, v)
+    # by hand: the derivative of a softmax is weights * (gradient - its mean under the weights)
+    weights_grad = np.einsum("btnh,bsnh->bnts", out_grad, v)
+    mean = (weights * weights_grad).sum(-1, keepdims=True)
+    scores_grad = weights * (weights_grad - mean) * scale
+    k_grad = np.einsum("bnts,btnh->bsnh", scores_grad, q)
+    v_grad = np.einsum("bnts,btnh->bsnh", weights, out_grad)
+    grouped = (*k.shape[:2], -1, num_groups, k.shape[3])
+    return out, (
+        np.einsum("bnts,bsnh->btnh", scores_grad, k),
+        k_grad.reshape(grouped).sum(3),
+        v_grad.reshape(grouped).sum(3),
+    )
+
+
+def check(kernel, arrays, segments, mask):
+    """Compares outputs and gradients where they are read: not at padding."""
+    q, k, v = arrays
+    is_read = np.ones(q.shape[:2], bool) if segments is None else segments > 0
+    out_grad = np.random.default_rng(1).normal(size=q.shape).astype(np.float32)
+    out_grad = out_grad * is_read[:, :, None, None]
+    ids = None if segments is None else jnp.asarray(segments, jnp.int32)
 
     def loss(q, k, v):
-        out = attention(q, k, v, jnp.asarray(segments))
-        return jnp.sum(out * weight), out
+        out = kernel(q, k, v, ids, mask=mask)
+        return jnp.sum(out * out_grad), out
 
     (_, out), grads = jax.jit(jax.value_and_grad(loss, argnums=(0, 1, 2), has_aux=True))(q, k, v)
-    return np.asarray(out)[segments > 0], grads
+    expected, expected_grads = reference(q, k, v, segments, mask, out_grad)
+    np.testing.assert_allclose(np.asarray(out)[is_read], expected[is_read], atol=2e-5)
+    for name, grad, expected_grad in zip("qkv", grads, expected_grads):
+        np.testing.assert_allclose(grad, expected_grad, atol=2e-4, err_msg=name)
+
+
+@pytest.mark.parametrize("mask", [BIDIRECTIONAL, CAUSAL, BLOCKS, ODD_BLOCKS])
+@pytest.mark.parametrize("segments", SEGMENTS)
+def test_the_reference_follows_may_attend(segments, mask):
+    check(xla_attention, inputs(4, 2, head_dim=16), SEGMENTS[segments], mask)
+
+
+@settings(max_examples=10, deadline=None, derandomize=True)
+@given(
+    segments=st.lists(
+        st.lists(st.integers(0, 3), min_size=9, max_size=9), min_size=2, max_size=2
+    ).map(np.array),
+    mask=st.builds(Mask, causal=st.booleans(), block_length=st.integers(0, 10)),
+)
+def test_the_reference_follows_may_attend_for_any_segments(segments, mask):
+    """Segments in any order, also torn ones, and rows of nothing but padding."""
+    check(xla_attention, inputs(2, 1, length=9, head_dim=4), segments, mask)
+
+
+# One case for each form in which a mask reaches a kernel; all of them would take minutes.
+INTERPRETED = [
+    (splash_attention, "packed and padded", BIDIRECTIONAL, 4),
+    (splash_attention, "left-padded", CAUSAL, 2),
+    (splash_attention, "packed and padded", BLOCKS, 4),
+    (splash_attention, "whole", ODD_BLOCKS, 2),
+    (splash_attention, "whole", BIDIRECTIONAL, 2),
+    (triton_attention, "packed and padded", BIDIRECTIONAL, 4),
+    (triton_attention, "left-padded", CAUSAL, 2),
+    (triton_attention, "packed and padded", CAUSAL, 4),
+    (triton_attention, "whole", BIDIRECTIONAL, 2),
+    (triton_attention, "whole", Mask(causal=True, block_length=32), 2),
+]
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("causal", [False, True])
-@pytest.mark.parametrize(("num_heads", "num_kv_heads"), [(2, 2), (4, 2)])
-@pytest.mark.parametrize("kernel", [splash_attention, triton_attention])
-def test_kernels_equal_the_reference_with_packing_padding_and_grouped_heads(
-    kernel, num_heads, num_kv_heads, causal
-):
-    arrays = inputs(num_heads, num_kv_heads)
-    out, grads = value_and_gradients(
-        functools.partial(kernel, causal=causal, interpret=True), *arrays
-    )
-    expected, expected_grads = value_and_gradients(
-        functools.partial(xla_attention, causal=causal), *arrays
-    )
-    np.testing.assert_allclose(out, expected, atol=2e-5)
-    for grad, expected_grad in zip(grads, expected_grads):
-        np.testing.assert_allclose(grad, expected_grad, atol=2e-4)
-
-
-def test_the_reference_equals_jax_nn():
-    q, k, v, segments = inputs(4, 2)
-    is_same = segments[:, :, None] == segments[:, None, :]
-    expected = jax.nn.dot_product_attention(q, k, v, mask=jnp.asarray(is_same)[:, None])
-    np.testing.assert_allclose(xla_attention(q, k, v, segments, causal=False), expected, atol=1e-5)
-
-
 @pytest.mark.parametrize(
-    ("platform", "packed", "sequence_length", "chosen"),
-    [
-        ("cpu", True, 4096, "xla"),
-        ("tpu", True, 4096, "splash"),
-        ("tpu", False, 100, "xla"),
-        ("gpu", False, 4096, "cudnn"),
-        ("cuda", True, 4096, "triton"),
-        ("gpu", False, 64, "xla"),
-    ],
+    ("kernel", "segments", "mask", "num_heads"),
+    INTERPRETED,
+    ids=lambda value: getattr(value, "__name__", str(value)),
 )
-def test_auto_follows_the_platform_of_the_mesh(platform, packed, sequence_length, chosen):
-    shape = dict(platform=platform, packed=packed, sequence_length=sequence_length)
-    assert choose("auto", **shape, head_dim=128, dtype="bfloat16") == chosen
-    assert choose("xla", **shape, head_dim=128, dtype="bfloat16") == "xla"
-    if platform != "tpu":
-        assert choose("auto", **shape, head_dim=128, dtype="float32") == "xla"
-        assert choose("auto", **shape, head_dim=256, dtype="bfloat16") == "xla"
+def test_kernels_follow_may_attend(kernel, segments, mask, num_heads):
+    """With two key/value heads, so that four query heads are grouped."""
+    interpreted = functools.partial(kernel, interpret=True)
+    check(interpreted, inputs(num_heads, 2), SEGMENTS[segments], mask)
+
+
+@settings(max_examples=60, deadline=None, derandomize=True)
+@given(
+    mask=st.builds(Mask, causal=st.booleans(), block_length=st.integers(0, 300)),
+    rows=st.tuples(st.integers(0, 1), st.integers(0, 1)),
+)
+def test_the_tiles_of_a_splash_mask_are_those_of_may_attend(mask, rows):
+    tile_of = [slice(number * 128, (number + 1) * 128) for number in rows]
+    tile = splash_head_mask(mask, T)[tile_of[0], tile_of[1]]
+    np.testing.assert_array_equal(tile, allowed(mask, None)[0][tile_of[0], tile_of[1]])
+
+
+def test_a_splash_mask_of_blocks_skips_hidden_tiles_and_stores_equal_tiles_once():
+    from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_mask as masks
+    from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_mask_info as info
+
+    def tiles(mask):
+        heads = masks.MultiHeadMask([splash_head_mask(mask, 4096)] * 8)
+        return info.process_mask(heads, (512, 512))[0]
+
+    assert splash_head_mask(BLOCKS, 4096) is splash_head_mask(Mask(block_length=32), 4096)
+    seen = tiles(BLOCKS)
+    assert seen.partial_mask_blocks.shape == (1, 512, 512), "the diagonal, the same in all rows"
+    # 0 hidden, 1 partial, 2 visible; tiles that lie behind the diagonal are not visited
+    counts = np.bincount(np.ravel(seen.block_mask), minlength=3)
+    assert counts[1:].tolist() == [8, 8 * 7 // 2]
+    assert tiles(BIDIRECTIONAL).partial_mask_blocks is None
+
+
+def test_splash_refuses_a_length_that_its_tiles_do_not_divide():
+    with pytest.raises(UserError, match="multiple of 128, not 100; set config.model.attention"):
+        splash_attention(*inputs(2, 2, length=100), None, mask=BIDIRECTIONAL)
+
+
+@pytest.mark.parametrize("kernel", [triton_attention, cudnn_attention])
+def test_kernels_refuse_masks_that_they_cannot_express(kernel):
+    with pytest.raises(UserError, match="cannot express blocks, .* block_length=32; set config"):
+        kernel(*inputs(2, 2), None, mask=BLOCKS)
+
+
+@pytest.mark.parametrize("mask", [BIDIRECTIONAL, CAUSAL])
+@pytest.mark.parametrize("segments", ["whole", "padded"])
+def test_cudnn_attention_is_handed_lengths_and_never_a_mask(monkeypatch, segments, mask):
+    """cuDNN needs a GPU; what jax.nn is asked to let it compute is computed here by XLA."""
+    seen = {}
+    real = jax.nn.dot_product_attention
+
+    def stand_in(q, k, v, *, implementation, **kwargs):
+        seen.update(kwargs, implementation=implementation)
+        return real(q, k, v, implementation="xla", **kwargs)
+
+    monkeypatch.setattr(jax.nn, "dot_product_attention", stand_in)
+    check(cudnn_attention, inputs(4, 2), SEGMENTS[segments], mask)
+    assert seen["implementation"] == "cudnn"
+    assert not {"mask", "bias"} & set(seen)
+    if segments == "padded":
+        np.testing.assert_array_equal(seen["query_seq_lengths"].shape, [B])
+    else:
+        assert seen["query_seq_lengths"] is None
 
 
 @pytest.mark.slow
 def test_a_kernel_on_a_mesh_runs_per_device_and_equals_the_reference(monkeypatch):
-    from llada_jax.models import attention
-
     interpreted = functools.partial(splash_attention, interpret=True)
     monkeypatch.setitem(attention.IMPLEMENTATIONS, "splash", interpreted)
-    q, k, v, segments = inputs(4, 2)
-    expected = xla_attention(q, k, v, segments, causal=False)
-    with jax.set_mesh(make_mesh({"data": 4, "tensor": 2}, devices=jax.devices())):
-        q, k, v, segments = (jnp.concatenate([jnp.asarray(x)] * 2) for x in (q, k, v, segments))
-        out = jax.jit(functools.partial(attend, implementation="splash", causal=False))(
-            q, k, v, segments
+    q, k, v = inputs(4, 2, rows=4)
+    segments = np.tile(SEGMENTS["packed and padded"], (2, 1))
+    mesh = make_mesh({**dict.fromkeys(AXES, 1), "data": 4, "tensor": 2}, devices=jax.devices())
+    with jax.set_mesh(mesh):
+        out = jax.jit(functools.partial(attend, implementation="splash", mask=BLOCKS))(
+            q, k, v, jnp.asarray(segments)
         )
-    is_real = np.asarray(segments[:B] > 0)
-    np.testing.assert_allclose(
-        np.asarray(out)[:B][is_real], np.asarray(expected)[is_real], atol=2e-5
-    )
+    expected, _ = reference(q, k, v, segments, BLOCKS, q)
+    np.testing.assert_allclose(np.asarray(out)[segments > 0], expected[segments > 0], atol=2e-5)
 
 
-@pytest.mark.parametrize("packed", [False, True])
-def test_cudnn_attention_is_handed_lengths_and_never_a_mask(monkeypatch, packed):
-    """cuDNN itself needs a GPU; what it is called with does not."""
-    seen = {}
-    monkeypatch.setattr(
-        jax.nn, "dot_product_attention", lambda q, k, v, **kwargs: seen.update(kwargs) or q
-    )
-    from llada_jax.models.attention import cudnn_attention
+# ---- the choice
 
-    q, k, v, segments = inputs(2, 2)
-    cudnn_attention(q, k, v, jnp.asarray(segments) if packed else None, causal=False)
-    assert seen["implementation"] == "cudnn"
-    assert "mask" not in seen
-    if packed:
-        np.testing.assert_array_equal(seen["query_seq_lengths"], [256, 200])
-    else:
-        assert seen["query_seq_lengths"] is None
+
+def chosen(name="auto", **changes):
+    request = {
+        "platform": "gpu",
+        "packed": False,
+        "mask": BIDIRECTIONAL,
+        "sequence_length": 4096,
+        "head_dim": 128,
+        "dtype": "bfloat16",
+    }
+    return choose(name, **{**request, **changes})
+
+
+@pytest.mark.parametrize(
+    ("expected", "changes"),
+    [
+        ("xla", {"platform": "cpu", "packed": True}),
+        ("splash", {"platform": "tpu", "packed": True}),
+        ("splash", {"platform": "tpu", "packed": True, "mask": BLOCKS}),
+        ("splash", {"platform": "tpu", "dtype": "float32", "head_dim": 256}),
+        ("xla", {"platform": "tpu", "sequence_length": 100}),
+        ("cudnn", {}),
+        ("cudnn", {"mask": CAUSAL}),
+        ("triton", {"platform": "cuda", "packed": True}),
+        ("xla", {"sequence_length": 64}),
+        ("xla", {"dtype": "float32"}),
+        ("xla", {"head_dim": 256}),
+        ("xla", {"head_dim": 60}),
+        ("xla", {"mask": BLOCKS}),
+        ("xla", {"mask": BLOCKS, "packed": True}),
+        ("triton", {"mask": Mask(causal=True, block_length=32), "packed": True}),
+    ],
+    ids=str,
+)
+def test_auto_follows_the_platform_of_the_mesh_and_the_mask(expected, changes):
+    assert chosen(**changes) == expected
+    assert chosen("xla", **changes) == "xla"
+
+
+@pytest.mark.parametrize(
+    ("name", "changes", "sentence"),
+    [
+        ("splash", {}, "'splash' runs on tpu, and the mesh is of gpu devices; set config.model"),
+        ("triton", {"platform": "cpu"}, "'triton' runs on gpu, and the mesh is of cpu devices"),
+        ("triton", {"mask": BLOCKS}, "'triton' cannot express blocks, and the mask has block_len"),
+        ("cudnn", {"mask": BLOCKS}, "'cudnn' cannot express blocks"),
+        ("cudnn", {"packed": True}, "attend_across_documents=False asks; set config.model.atten"),
+    ],
+)
+def test_a_kernel_that_cannot_do_it_is_refused_with_a_remedy(name, changes, sentence):
+    with pytest.raises(UserError) as error:
+        chosen(name, **changes)
+    assert sentence in str(error.value)
+
+
+@pytest.mark.parametrize("name", IMPLEMENTATIONS)
+def test_a_kernel_is_taken_by_name_where_it_can_do_it(name):
+    platform = {"splash": "tpu", "xla": "cpu"}.get(name, "gpu")
+    assert chosen(name, platform=platform) == name

@@ -11,6 +11,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from llada_jax.masks import CAUSAL
 from llada_jax.models.model import make_model
 from llada_jax.models.transformer import Architecture, TokenScores
 from llada_jax.objectives.autoregressive import autoregressive_loss
@@ -226,7 +227,7 @@ def test_the_autoregressive_control_is_the_chain_rule():
     a = Architecture(
         vocab_size=11, num_layers=2, d_model=16, num_heads=2, num_kv_heads=2, head_dim=8, d_ff=16
     )
-    model = make_model(a, causal=True)
+    model = make_model(a, mask=CAUSAL)
     params = jax.jit(model.init)(KEY)
     batch = batch_of(np.random.default_rng(0).integers(0, 8, (3, 6)), lengths=[6, 4, 6])
     loss_sum, count, _ = autoregressive_loss(

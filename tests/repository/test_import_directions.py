@@ -20,7 +20,18 @@ CONFIGS = PACKAGE.parent / "configs"
 # The floors of the house, from the bottom up. A folder of the package is a floor; so is each file
 # at its top. A file imports from its own folder and from floors below.
 FLOORS = (
-    ("llada_jax", "errors", "units", "rng", "masks", "parts", "config", "progress"),
+    (
+        "llada_jax",
+        "errors",
+        "units",
+        "rng",
+        "masks",
+        "paths",
+        "streams",
+        "parts",
+        "config",
+        "progress",
+    ),
     ("storage",),
     ("cluster",),
     ("data",),
@@ -59,11 +70,21 @@ def source_files() -> dict[str, Path]:
 FILES = source_files()
 
 
+def _is_for_type_checkers(node) -> bool:
+    """Whether this is `if TYPE_CHECKING:`, whose imports never run."""
+    return isinstance(node, ast.If) and getattr(node.test, "id", "") == "TYPE_CHECKING"
+
+
 def imported(path: Path, *, at_import_only: bool = False) -> set[str]:
-    """The dotted names that a file imports; at_import_only leaves out imports inside of functions."""
+    """The dotted names that a file imports; at_import_only leaves out imports inside of functions
+    and those for type checkers.
+    """
     tree = ast.parse(path.read_text())
     lazy = {
-        id(node) for f in ast.walk(tree) if isinstance(f, ast.FunctionDef) for node in ast.walk(f)
+        id(node)
+        for part in ast.walk(tree)
+        if isinstance(part, ast.FunctionDef) or _is_for_type_checkers(part)
+        for node in ast.walk(part)
     }
     names = set()
     for node in ast.walk(tree):

@@ -144,7 +144,9 @@ def test_a_foreign_file_is_refused_and_kept(tmp_path, content):
     path = tmp_path / "metrics.jsonl"
     path.write_bytes(content if isinstance(content, bytes) else content.encode())
     before = path.read_bytes()
-    with pytest.raises(UserError, match=r"metrics.jsonl line 1 is not a line of metrics.*move it away"):
+    with pytest.raises(
+        UserError, match=r"metrics.jsonl line 1 is not a line of metrics.*move it away"
+    ):
         MetricsWriter(tmp_path)
     assert path.read_bytes() == before
 
@@ -167,7 +169,7 @@ def test_a_half_written_last_line_is_not_read_and_no_line_is_passed_over(tmp_pat
     path.write_text('{"step": 1}\n{"step": 2')
     assert read_lines(tmp_path) == [{"step": 1}]
     path.write_text('{"step": 1}\n{"step": 2\n{"step": 3}\n')
-    with pytest.raises(UserError, match="holds a line that is not JSON"):
+    with pytest.raises(UserError, match="line 2 is not a line of metrics"):
         read_lines(tmp_path)
 
 
@@ -188,7 +190,8 @@ def test_a_full_disk_is_one_sentence_with_the_remedy(tmp_path, monkeypatch):
             raise OSError(errno.ENOSPC, "No space left on device")
 
     monkeypatch.setattr(writer, "_file", FullFile())
-    with pytest.raises(UserError, match=rf"disk of {tmp_path} is full.*free some space") as error:
+    says = rf"{tmp_path} cannot be written \(No space left.*free some space"
+    with pytest.raises(UserError, match=says) as error:
         writer.write(1, {"train": {"loss": 1.0}})
     assert "\n" not in str(error.value)
 
@@ -197,7 +200,7 @@ def test_a_full_disk_is_one_sentence_with_the_remedy(tmp_path, monkeypatch):
 def test_a_full_disk_under_tensorboard_ends_the_run_and_does_not_hang(tmp_path):
     writer = MetricsWriter(tmp_path)
     writer._events._py_recordio_writer._writer = open("/dev/full", "wb", buffering=0)  # noqa: SIM115
-    with pytest.raises(UserError, match="is full"):
+    with pytest.raises(UserError, match="No space left on device"):
         writer.write(1, {"train": {"loss": 1.0}})
 
 

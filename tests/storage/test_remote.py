@@ -14,6 +14,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from etils import epath
+from support.records import small_record
 from support.required import library
 from support.runs import free_port, metric_lines, saved_arrays
 
@@ -98,7 +99,7 @@ def bucket(request, tmp_path_factory) -> str:
             process.wait()
 
 
-RUN = {"config": {}, "architecture": {}, "tokenizer": {}}
+RUN = small_record()
 
 
 def state_at(step: int) -> TrainState:

@@ -10,7 +10,8 @@ import numpy as np
 from safetensors.numpy import save_file
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
 
-from llada_jax.hf.convert import LLAMA3, hf_config, tensors
+from llada_jax.hf.config_json import LLAMA3, hf_config
+from llada_jax.hf.convert import tensors
 from llada_jax.models.model import make_model
 from llada_jax.models.transformer import Architecture
 

@@ -26,9 +26,8 @@ from pathlib import Path
 
 import numpy as np
 
-sys.path.insert(
-    0, str(Path(__file__).resolve().parents[1])
-)  # as a script it finds its neighbours too
+# as a script it finds its neighbours too
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from support.paths import ROOT
 from support.runs import SMALL_RUN, is_committed, last_logged_step, metric_lines, saved_arrays

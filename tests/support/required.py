@@ -15,9 +15,8 @@ from typing import NoReturn
 
 import pytest
 
-LIBTPU = (
-    Path(sys.prefix) / "libtpu"
-)  # beside the other packages, where JAX does not take it for a TPU of this machine
+# beside the other packages, where JAX does not take it for a TPU of this machine
+LIBTPU = Path(sys.prefix) / "libtpu"
 
 
 def must_be_there() -> bool:

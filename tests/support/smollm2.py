@@ -69,9 +69,8 @@ def write_smollm2(directory: Path) -> None:
         stem = tensor.name.removesuffix(".weight")
         layer, short = stem.split(".")[1:] if stem.startswith("blk.") else (None, stem)
         array = gguf.dequantize(tensor.data, tensor.tensor_type).astype(np.float32)
-        if (
-            short in heads
-        ):  # GGUF interleaves the halves that the rotary embedding turns against each other
+        # GGUF interleaves the halves that the rotary embedding turns against each other
+        if short in heads:
             array = (
                 array.reshape(heads[short], -1, 2, array.shape[1])
                 .swapaxes(1, 2)

@@ -1,4 +1,4 @@
-"""Schedules against their closed forms, optimizers against float64 numpy, parameter groups by path."""
+"""Schedules against closed forms, optimizers against float64 numpy, parameter groups by path."""
 
 import jax
 import jax.numpy as jnp
@@ -13,8 +13,8 @@ from llada_jax.models.model import make_model
 from llada_jax.models.transformer import Architecture
 from llada_jax.objectives.masked_diffusion import masked_diffusion
 from llada_jax.training.optim import OPTIMIZERS, by_path, make_optimizer, make_schedule
-from llada_jax.training.state import abstract_state, create_state
-from llada_jax.training.step import abstract_metrics, make_train_step
+from llada_jax.training.state import abstract_metrics, abstract_state, create_state
+from llada_jax.training.step import make_train_step
 
 
 def schedule_of(num_steps=1000, tokens_per_step=1, **changes):
@@ -174,7 +174,7 @@ def test_an_uncovered_parameter_and_a_broken_pattern_are_errors():
             ((".*norm", 0.0), ("embed", 1.0)),
             what="config.optimizer.weight_decay_multipliers",
         )
-    with pytest.raises(UserError, match="no regular expression"):
+    with pytest.raises(UserError, match="not a regular expression"):
         by_path(PARAMS, (("(", 0.0),), what="x")
     assert by_path(PARAMS, ((".*norm", 0.0), (".*", 1.0)), what="x")["blocks"] == {
         "q": 1.0,

@@ -11,7 +11,7 @@ import pytest
 import llada_jax
 from llada_jax.__main__ import VERBS, main
 from llada_jax.errors import UserError
-from llada_jax.verbs.command_line import Parser, take_overrides
+from llada_jax.verbs.command_line import Parser, json_text, take_overrides
 
 LINES, COLUMNS = 24, 100
 
@@ -282,3 +282,8 @@ def test_an_interrupt_outside_of_training_has_a_status_of_its_own_and_no_traceba
         assert main([verb]) == 130
         (line,) = capsys.readouterr().err.splitlines()
         assert line.startswith("llada-jax: interrupted")
+
+
+def test_json_has_no_nan_and_no_infinity():
+    value = {"a": float("nan"), "b": [1.5, float("-inf"), ("x", None)], "c": True}
+    assert json_text(value) == '{"a": null, "b": [1.5, null, ["x", null]], "c": true}'

@@ -1,16 +1,17 @@
 """Going back to an earlier step: which data a run reads afterwards, and that nothing is lost."""
 
 import json
+import types
 
-import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 from support.runs import metric_lines
 
 from llada_jax.__main__ import main
-from llada_jax.data.loader import train_batches
+from llada_jax.cluster import sharding
 from llada_jax.run.rollbacks import batch_of_step, skip_after
+from llada_jax.verbs import train
 
 stretches = st.lists(st.tuples(st.integers(1, 60), st.integers(1, 9)), max_size=5)
 
@@ -67,14 +68,49 @@ def test_a_run_rolled_back_continues_on_the_data_behind_the_bad_stretch(runs, ca
         "count": 1,
         "skipped": [[5, 8]],
     }
-    # the batches are those that an undisturbed run reads as its ninth to twelfth
-    settings = {"batch_size": 4, "sequence_length": 32, "seed": 0}
-    undisturbed = train_batches([(str(runs.dataset), 1.0)], **settings)
-    batches = [next(undisturbed) for _ in range(9)]
-    continued = train_batches(
-        [(str(runs.dataset), 1.0)], **settings, start_step=batch_of_step(5, [(5, 8)]) - 1
-    )
-    np.testing.assert_array_equal(next(continued)["tokens"], batches[8]["tokens"])
+
+
+@pytest.fixture
+def batches_read(runs, monkeypatch):
+    """Returns batches_read(workdir, num_steps) -> the tokens of each batch that a `train` places on
+    the devices, as bytes and in their order.
+    """
+
+    def batches_read(workdir, num_steps: int) -> list[bytes]:
+        placed = []
+
+        def place_batch(batch, *args):
+            placed.append(batch["tokens"].tobytes())
+            return sharding.place_batch(batch, *args)
+
+        watched = types.SimpleNamespace(**{**vars(sharding), "place_batch": place_batch})
+        monkeypatch.setattr(train, "sharding", watched)
+        knobs = {
+            "data.path": runs.dataset,
+            "num_steps": num_steps,
+            "checkpoint.every_steps": 4,
+            "checkpoint.keep": 9,
+            "evaluation.every_steps": 0,
+        }
+        words = [f"--config.{knob}={value}" for knob, value in knobs.items()]
+        config = str(runs.directory / "small.py")
+        assert main(["train", "--config", config, "--workdir", str(workdir), *words]) == 0
+        return placed
+
+    return batches_read
+
+
+@pytest.mark.slow
+def test_left_out_batches_stay_out_when_the_run_later_goes_back_before_them(batches_read, tmp_path):
+    run = tmp_path / "run"
+    undisturbed = batches_read(run, 12)
+    further = batches_read(tmp_path / "further", 16)
+    assert further[:12] == undisturbed
+    assert len(set(further)) == 16
+    # 9 to 12 are left out; then the run goes back to a step before them and leaves out nothing more
+    assert main(["rollback", "--workdir", str(run), "--to", "8"]) == 0
+    assert main(["rollback", "--workdir", str(run), "--to", "4", "--skip", "0"]) == 0
+    assert batches_read(run, 12) == further[4:8] + further[12:16]
 
 
 def test_a_run_goes_back_to_a_saved_step_only(tmp_path, capsys):

@@ -10,8 +10,11 @@ from pathlib import Path
 
 import pytest
 from support.paths import ROOT
+from support.records import small_record
 from support.runs import SMALL_RUN, metric_lines
 from support.sweeps import RATES, error_of
+
+from llada_jax.models.transformer import Architecture
 
 SCALING = ROOT / "docs" / "scaling.md"
 
@@ -71,7 +74,8 @@ def test_fit_of_a_sweep_reads_sizes_and_tokens_from_the_runs(
             "head_dim": 1,
             "d_ff": d_model,
         }
-        (workdir / "run.json").write_text(json.dumps({"architecture": fields}))
+        record = small_record(architecture=Architecture(**fields))
+        (workdir / "run.json").write_text(json.dumps(record.to_json()))
         best = 57344 * (compute / 1e12) ** 0.5  # 14 * 64**2
         loss = 3 + 0.1 * math.log(size / best) ** 2
         train = {"step": 10, "train": {"bits_per_byte": 4.0, "tokens": compute / 6 / size}}

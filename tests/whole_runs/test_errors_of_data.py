@@ -89,7 +89,7 @@ def test_a_missing_foreign_or_damaged_dataset_is_refused(damage, home, tmp_path,
 def test_datasets_that_do_not_fit_the_config_are_refused(home, tmp_path, refused):
     cases = {
         "data.path=": ["config.data.path=", "names no directory", "--config.data.path=DIR"],
-        f"data.path={home / 'data'}=much": ["'much' is no weight", "dir_a=0.7,dir_b=0.3"],
+        f"data.path={home / 'data'}=much": ["'much' is not a weight", "dir_a=0.7,dir_b=0.3"],
         f"data.path={home / 'data'}=-1": ["weight -1.0", "positive"],
         f"data.path={home / 'data'}=0.5,{home / 'spm'}=0.5": [
             "different tokenizers",
@@ -175,14 +175,14 @@ def test_an_unusable_jsonl_or_gzip_is_refused(tmp_path, refused):
     cases = {
         "bad.jsonl": (
             b'{"text": "fine"}\n{"text": \n',
-            ["bad.jsonl:2", "not valid JSON", "mend or remove"],
+            ["bad.jsonl:2", "not valid JSON", "fix or remove"],
         ),
         "field.jsonl": (
             b'{"body": "fine"}\n',
             ["field.jsonl:1", "no field 'text'", "body", "--text-field"],
         ),
         "cut.txt.gz": (b"\x1f\x8b\x08\x00", ["cut.txt.gz", "truncated", "again"]),
-        "text.csv": (b"a,b\n", ["text.csv", "no known format", ".jsonl"]),
+        "text.csv": (b"a,b\n", ["text.csv", "unknown format", ".jsonl"]),
     }
     for name, (content, says) in cases.items():
         (tmp_path / name).write_bytes(content)

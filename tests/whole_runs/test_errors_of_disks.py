@@ -49,7 +49,7 @@ def test_a_full_disk_stops_prepare_and_the_same_command_finishes_with_room(
     disk = mount("size=2m")
     filler = fill(disk, leave=24 * 1024)
     argv = prepare_argv(home / "text.txt", disk / "data", "--documents", "line", "--heldout", "0.1")
-    sentence = refused(argv, says=["could not be written", "run prepare again"], is_late=True)
+    sentence = refused(argv, says=["cannot be written", "run prepare again"], is_late=True)
     assert "space" in sentence
     assert not (disk / "data" / "dataset.json").exists()
     filler.unlink()
@@ -77,7 +77,7 @@ def test_a_full_disk_never_costs_the_run_its_tokenizer_or_record(home, mount, re
     # the metrics.
     cases = {
         0: ["No space left", "free"],
-        4096: ["full while writing metrics", "free some space", "same command"],
+        4096: ["The metrics in", "No space left", "free some space", "same command"],
     }
     for leave, says in cases.items():
         filler = fill(disk, leave=leave)

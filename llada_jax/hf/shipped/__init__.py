@@ -1,1 +1,1 @@
-"""PyTorch files that are copied into every export. They stand alone and never import this package."""
+"""PyTorch files that are copied into every export, and so never import llada_jax."""

@@ -27,7 +27,7 @@ class ILLaDAConfig(PretrainedConfig):
     """
 
     model_type = "illada"
-    _auto_class = "AutoConfig"  # save_pretrained copies the code beside the weights
+    _auto_class = "AutoConfig"  # save_pretrained copies the code next to the weights
 
     def __init__(
         self,
@@ -75,5 +75,5 @@ class ILLaDAConfig(PretrainedConfig):
             auto_map=kwargs.pop("auto_map", AUTO_MAP),
             **kwargs,
         )
-        if rope_scaling or rope_parameters:  # transformers 5 wants rope_theta in it, too
+        if rope_scaling or rope_parameters:  # transformers 5 needs rope_theta in it, too
             self.rope_parameters = {**(rope_scaling or rope_parameters), "rope_theta": rope_theta}

@@ -62,7 +62,7 @@ class LLaDAConfig(PretrainedConfig):
     """
 
     model_type = "llada"
-    _auto_class = "AutoConfig"  # save_pretrained copies the code beside the weights
+    _auto_class = "AutoConfig"  # save_pretrained copies the code next to the weights
     attribute_map = {
         "hidden_size": "d_model",
         "intermediate_size": "mlp_hidden_size",

@@ -81,8 +81,8 @@ def rotary_angles(
 
 
 def rotate(x_BNTH: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """Rotates the pairs (i, i + H/2) of every head, in float32: bfloat16 cannot tell position 257
-    from 256.
+    """Rotates the pairs (i, i + H/2) of every head, in float32: in bfloat16, position 257 would
+    be 256.
     """
     first, second = x_BNTH.float().chunk(2, dim=-1)
     return torch.cat([first * cos - second * sin, second * cos + first * sin], dim=-1).to(
@@ -119,8 +119,8 @@ def corrupt(
     mask_id: int,
     generator: torch.Generator | None = None,
 ):
-    """The forward process: t ~ U(0, 1) a row, then each maskable token is masked with p = (1 - EPS)
-    t + EPS.
+    """The forward process: t ~ U(0, 1) for each row, then each maskable token is masked with
+    p = (1 - EPS) t + EPS.
 
     Returns:
         noisy_BT, is_masked_BT and p_B1 (float32). Everything is drawn on the device of `generator`,
@@ -193,8 +193,7 @@ def check_request(gen_length, block_length, steps, remasking, temperature, cfg_s
     if steps % num_blocks or steps > gen_length:
         raise ValueError(
             f"steps={steps} must be a multiple of the number of blocks, gen_length/block_length = "
-            f"{num_blocks}, "
-            f"and at most gen_length={gen_length}."
+            f"{num_blocks}, and at most gen_length={gen_length}."
         )
     if remasking not in REMASKING:
         raise ValueError(f"remasking={remasking!r} is unknown; use one of {', '.join(REMASKING)}.")
@@ -217,7 +216,7 @@ class MaskedDiffusionLM(PreTrainedModel):
     supports_gradient_checkpointing = True
     accepts_loss_kwargs = True  # transformers.Trainer then hands in num_items_in_batch
     _supports_sdpa = True
-    _auto_class = "AutoModelForCausalLM"  # save_pretrained copies the code beside the weights
+    _auto_class = "AutoModelForCausalLM"  # save_pretrained copies the code next to the weights
 
     required = {}  # config key -> the one value (or tuple of values) that this file expresses
 
@@ -227,16 +226,14 @@ class MaskedDiffusionLM(PreTrainedModel):
             if getattr(config, key, values[0]) not in values:
                 raise ValueError(
                     f"config.json: {key}={getattr(config, key)!r} is not supported by "
-                    f"{type(self).__name__}; "
-                    f"it expresses only {' or '.join(map(repr, values))}."
+                    f"{type(self).__name__}; it expresses only {' or '.join(map(repr, values))}."
                 )
         scaling = scaling_of(config)
         if scaling and not is_llama3(scaling):
             raise ValueError(
                 f"config.json: rope_parameters={scaling!r} is not supported by "
-                f"{type(self).__name__}; it expresses only None "
-                f"or rope_type 'llama3' with positive {', '.join(LLAMA3)}, low_freq_factor less "
-                "than high_freq_factor."
+                f"{type(self).__name__}; it expresses only None or rope_type 'llama3' with "
+                f"positive {', '.join(LLAMA3)}, low_freq_factor less than high_freq_factor."
             )
         super().__init__(config)
         self.gradient_checkpointing = False
@@ -288,7 +285,7 @@ class MaskedDiffusionLM(PreTrainedModel):
         Args:
             input_ids: [B, T]; without labels they may contain masks, with labels they are the clean
                 tokens.
-            attention_mask: [B, T], nonzero = real, zero = padding, which nobody attends to. What
+            attention_mask: [B, T], nonzero = real, zero = padding, which is never attended to. What
                 comes out at padding has no meaning.
             position_ids: [B, T]; 0, 1, ... T - 1 unless given.
             inputs_embeds: [B, T, D] in place of input_ids; without labels.
@@ -364,9 +361,8 @@ class MaskedDiffusionLM(PreTrainedModel):
             positions_BT, self.config.head_dim, self.config.rope_theta, scaling_of(self.config)
         )
         is_seen = None
-        if (
-            is_real_BT is not None
-        ):  # a row of padding alone sees all of itself: older PyTorch has NaN for nothing seen
+        # a row of padding alone sees all of itself: older PyTorch has NaN for nothing seen
+        if is_real_BT is not None:
             is_seen = (is_real_BT | ~is_real_BT.any(1, keepdim=True))[:, None, None, :]
         for layer in layers:
             if kept is not None:
@@ -410,7 +406,7 @@ class MaskedDiffusionLM(PreTrainedModel):
             gen_length: number of tokens to generate.
             block_length: blocks are finished from left to right; gen_length unless given (pure
                 diffusion).
-            steps: forward passes in total; one a token unless given.
+            steps: forward passes in total; one per token unless given.
             temperature: 0 takes the most likely token, 1 samples the distribution of the model.
             remasking: which proposals a step keeps: "low_confidence" (the surest) or "random".
             cfg_scale: strength w of classifier-free guidance, un + (w + 1) (l - un), where `un`
@@ -436,9 +432,8 @@ class MaskedDiffusionLM(PreTrainedModel):
         canvas_BT = F.pad(input_ids, (0, gen_length), value=mask_id)
         is_real_BT = torch.ones_like(input_ids) if attention_mask is None else attention_mask
         is_real_BT = F.pad((is_real_BT != 0).long(), (0, gen_length), value=1)
-        positions_BT = (is_real_BT.cumsum(1) - 1).clamp(
-            min=0
-        )  # a row computes what it computes without padding
+        # a row computes what it computes without padding
+        positions_BT = (is_real_BT.cumsum(1) - 1).clamp(min=0)
 
         def logits_of(canvas_BT):
             repeats = len(canvas_BT) // B
@@ -488,8 +483,8 @@ class MaskedDiffusionLM(PreTrainedModel):
     def generate(self, *args, **kwargs):
         raise NotImplementedError(
             f"{type(self).__name__} does not write from left to right; call "
-            "model.generate_diffusion(input_ids, "
-            "attention_mask, gen_length=..., steps=...) in place of generate()."
+            "model.generate_diffusion(input_ids, attention_mask, gen_length=..., steps=...) in "
+            "place of generate()."
         )
 
     prepare_inputs_for_generation = generate  # peft looks it up in every causal language model

@@ -119,9 +119,8 @@ class ILLaDAModelLM(MaskedDiffusionLM):
     def _logits(self, x_BTD: Tensor, is_real_BT: Tensor | None) -> Tensor:
         if self.config.output_shift:
             before_BTD = torch.cat([x_BTD[:, :1], x_BTD[:, :-1]], dim=1)
-            if (
-                is_real_BT is not None
-            ):  # the first real token keeps its own hidden state, wherever the row begins
+            # the first real token keeps its own hidden state, wherever the row begins
+            if is_real_BT is not None:
                 is_before_real_BT = torch.cat([is_real_BT[:, :1], is_real_BT[:, :-1]], dim=1)
                 before_BTD = torch.where(is_before_real_BT[..., None], before_BTD, x_BTD)
             x_BTD = before_BTD

@@ -1,5 +1,5 @@
-"""LLaDA in PyTorch, under the tensor names of the published checkpoints. The loss and the sampler:
-masked_diffusion.py.
+"""LLaDA in PyTorch, under the tensor names of the published checkpoints. The loss and the sampler
+are in masked_diffusion.py.
 """
 
 import torch.nn.functional as F

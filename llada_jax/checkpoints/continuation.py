@@ -1,0 +1,94 @@
+"""Which runs may continue a checkpoint, and which may start from its weights."""
+
+import json
+
+from llada_jax.checkpoints.record import RunRecord
+from llada_jax.errors import UserError
+
+# The knobs from which the order of the data, the noise, or the layout of the optimizer's state
+# follow. Others, such as the learning rate, may change between two starts of a run: that is how
+# runs are steered, and the metrics show it.
+DECISIVE = (
+    "seed",
+    "data.batch_size",
+    "data.sequence_length",
+    "data.random_length_probability",
+    "data.attend_across_documents",
+    "optimizer.name",
+    "objective.name",
+)
+
+
+def check_fits(theirs: RunRecord, ours: RunRecord, directory) -> None:
+    """Raises UserError when a checkpoint is of another architecture or tokenizer."""
+    check_same(
+        f"The checkpoint in {directory} is of another architecture",
+        vars(ours.architecture),
+        # what an older version did not write has its default
+        vars(theirs.architecture),
+        remedy="set config.model to match it, or choose another --workdir",
+    )
+    check_same(
+        f"The checkpoint in {directory} was trained with another tokenizer",
+        vars(ours.tokenizer),
+        vars(theirs.tokenizer),
+        remedy=(
+            "use data prepared with its tokenizer (WORKDIR/tokenizer), or choose another --workdir"
+        ),
+    )
+
+
+def check_continues(theirs: RunRecord, ours: RunRecord, directory) -> None:
+    """Raises UserError when continuing would not continue the same run: other network, tokenizer,
+    data or state.
+    """
+    check_fits(theirs, ours, directory)
+    check_same(
+        f"The run in {directory} was trained on other data",
+        mixture_of(ours),
+        mixture_of(theirs),
+        remedy=(
+            "give the same config.data.path, or start a new --workdir with "
+            "config.checkpoint.init_from"
+        ),
+    )
+    check_same(
+        f"The run in {directory} cannot be continued with another config",
+        decisive_knobs(ours),
+        decisive_knobs(theirs),
+        remedy="undo the change, or start a new --workdir with config.checkpoint.init_from",
+    )
+
+
+def mixture_of(record: RunRecord) -> dict:
+    """Returns what decides which row is read when. The directories do not: data may be moved."""
+    return {
+        "datasets": [source.fingerprint for source in record.data],
+        "weights": [source.share for source in record.data],
+    }
+
+
+def decisive_knobs(record: RunRecord) -> dict:
+    """Returns the knobs that must stay the same while a run is continued."""
+    # Of the decay only whether there is an average: its value may change, the tree of the state
+    # may not.
+    return {
+        **{f"config.{name}": record.knob(name) for name in DECISIVE},
+        "keeps an EMA": record.keeps_ema,
+    }
+
+
+def check_same(what: str, ours: dict, theirs: dict, *, remedy: str) -> None:
+    """Raises UserError that names each key in which two small dicts differ."""
+    keys = [
+        key for key in {**theirs, **ours} if _as_json(ours.get(key)) != _as_json(theirs.get(key))
+    ]
+    if keys:
+        differ = ", ".join(
+            f"{key} is {ours.get(key)!r} here and {theirs.get(key)!r} there" for key in keys
+        )
+        raise UserError(f"{what}: {differ}; {remedy}.")
+
+
+def _as_json(value):
+    return json.loads(json.dumps(value))  # a tuple saved as JSON comes back as a list

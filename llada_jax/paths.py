@@ -1,0 +1,61 @@
+"""Paths that a user writes: the one place that gives them their meaning, before anything uses them.
+
+Below the verbs and the config a path is taken as it stands. Libraries differ in what else they
+would make of it (some expand ~, some take brackets for a pattern), and a run would be torn in two.
+"""
+
+import os
+
+from llada_jax.errors import UserError
+
+# Orbax lists the files of a step by patterns, in which these have a meaning of their own.
+PATTERN_CHARACTERS = "*?["
+
+
+def user_path(text: str | os.PathLike[str]) -> str:
+    """Returns the path that a user means by a text: a ~ at its beginning is a home directory.
+
+    Raises:
+        UserError: the home directory is that of an unknown user.
+    """
+    text = os.fspath(text)
+    if not text.startswith("~"):
+        return text
+    path = os.path.expanduser(text)
+    if path.startswith("~"):
+        raise UserError(
+            f"{text!r} names the home directory of a user that this machine does not know; write "
+            f"the directory in full, or ./{text} for one with that name."
+        )
+    return path
+
+
+def check_savable(workdir: str) -> None:
+    """Raises UserError for a local workdir whose checkpoints could be written but not read."""
+    path = os.path.abspath(workdir)
+    if "://" not in workdir and (found := [c for c in PATTERN_CHARACTERS if c in path]):
+        raise UserError(
+            f"--workdir {workdir}: the path {path} contains {found[0]!r}, and checkpoints below "
+            f"such a path cannot be read again; choose a path without "
+            f"{' '.join(PATTERN_CHARACTERS)}."
+        )
+
+
+def split_step(checkpoint: str | os.PathLike[str]) -> tuple[str, int | None]:
+    """Returns (workdir, step) of "WORKDIR" or "WORKDIR@STEP"; step None means the latest.
+
+    An @ within the path, as in me@home/run, belongs to the path.
+
+    Raises:
+        UserError: what follows the last @ is neither a step nor the end of an existing path.
+    """
+    checkpoint = os.fspath(checkpoint)
+    workdir, at, step = checkpoint.rpartition("@")
+    if not at or "/" in step or (not step.isdigit() and os.path.isdir(checkpoint)):
+        return user_path(checkpoint), None
+    # isdecimal and ASCII: int() would also take digits of other scripts
+    if not (step.isascii() and step.isdigit()):
+        raise UserError(
+            f"{checkpoint!r}: the part after @ must be a step number, as in {workdir}@1000."
+        )
+    return user_path(workdir), int(step)

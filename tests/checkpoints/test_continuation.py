@@ -1,0 +1,74 @@
+"""Which runs may continue a checkpoint: what must be the same, and what may change."""
+
+import dataclasses
+
+import pytest
+from support.errors import error_of
+from support.records import SMALL, small_record
+
+from llada_jax.checkpoints.continuation import check_continues, check_fits
+from llada_jax.checkpoints.record import DataSource, RunRecord
+
+
+def test_a_checkpoint_fits_only_its_own_architecture():
+    scaled = dataclasses.replace(SMALL, rope_scaling=(8.0, 1.0, 4.0, 40.0))
+    ours = small_record(architecture=scaled)
+    check_fits(ours, ours, "new")
+    message = error_of(check_fits, small_record(), ours, "old")
+    assert "rope_scaling is (8.0, 1.0, 4.0, 40.0) here and () there" in message
+    biased = small_record(architecture=dataclasses.replace(SMALL, attention_bias="qkv"))
+    message = error_of(check_fits, small_record(), biased, "old")
+    assert "attention_bias is 'qkv' here and 'none' there" in message
+
+
+def test_a_checkpoint_older_than_a_key_of_the_architecture_fits_its_default():
+    content = small_record().to_json()
+    for name in ("attention_bias", "output_shift", "rope_scaling"):
+        del content["architecture"][name]
+    check_fits(RunRecord.from_json(content, file="old"), small_record(), "old")
+
+
+def test_a_checkpoint_fits_only_its_own_tokenizer():
+    ours = small_record()
+    other = dataclasses.replace(ours.tokenizer, fingerprint="f" * 64)
+    message = error_of(check_fits, small_record(tokenizer=other), ours, "runs/a")
+    assert "The checkpoint in runs/a was trained with another tokenizer: fingerprint is" in message
+
+
+def changed(knob: str, value) -> RunRecord:
+    record = small_record()
+    *groups, name = knob.split(".")
+    group = record.config
+    for key in groups:
+        group = group[key]
+    group[name] = value
+    return record
+
+
+@pytest.mark.parametrize(
+    ("knob", "value", "says"),
+    [
+        ("seed", 7, "config.seed is 7 here and 0 there"),
+        ("data.batch_size", 3, "config.data.batch_size is 3 here"),
+        ("objective.name", "autoregressive", "config.objective.name is 'autoregressive' here"),
+        ("optimizer.ema_decay", 0.5, "keeps an EMA is True here and False there"),
+    ],
+)
+def test_a_run_is_not_continued_with_another_order_noise_or_state(knob, value, says):
+    message = error_of(check_continues, small_record(), changed(knob, value), "runs/a")
+    assert "The run in runs/a cannot be continued with another config" in message
+    assert says in message
+    assert "config.checkpoint.init_from" in message
+
+
+@pytest.mark.parametrize(("knob", "value"), [("schedule.learning_rate", 1.0), ("num_steps", 7)])
+def test_a_run_is_continued_with_another_learning_rate_or_length(knob, value):
+    check_continues(small_record(), changed(knob, value), "runs/a")
+
+
+def test_data_may_be_moved_but_not_changed():
+    there = small_record(data=(DataSource("old/place", "a" * 32, 1.0),))
+    check_continues(there, small_record(data=(DataSource("new/place", "a" * 32, 1.0),)), "runs/a")
+    other = small_record(data=(DataSource("old/place", "b" * 32, 1.0),))
+    message = error_of(check_continues, there, other, "runs/a")
+    assert "The run in runs/a was trained on other data: datasets is" in message

@@ -1,0 +1,122 @@
+"""Which values a config may have, and which of them contradict each other."""
+
+import math
+import re
+import sys
+
+import pytest
+from support.configs import DEFAULT, PATHS, valid
+
+from llada_jax.config import (
+    AT_LEAST,
+    CHOICES,
+    OWN_PARTS,
+    knob,
+    load_config,
+    own_parts,
+    validate,
+)
+from llada_jax.errors import UserError
+
+
+def test_the_defaults_are_valid_once_the_length_of_the_run_is_given():
+    validate(valid())
+    validate(valid(**{"num_steps": 0, "num_tokens": 1000}))
+
+
+@pytest.mark.parametrize(
+    ("num_steps", "num_tokens"), [(0, 0), (5, 5), (-5, 100), (100, -5), (-1, -1), (-5, 0)]
+)
+def test_exactly_one_of_steps_and_tokens_says_how_long_to_train(num_steps, num_tokens):
+    with pytest.raises(UserError, match="num_steps|num_tokens"):
+        validate(valid(**{"num_steps": num_steps, "num_tokens": num_tokens}))
+
+
+@pytest.mark.parametrize("path", AT_LEAST)
+def test_every_lower_bound_is_of_a_knob_and_is_exact(path):
+    least = AT_LEAST[path]
+    kind = type(knob(DEFAULT, path))
+    assert knob(DEFAULT, path) >= least
+    changes = {"num_steps": 0, "num_tokens": 10} if path == "num_steps" else {}
+    changes |= {"model.num_kv_heads": 1} if path == "model.num_heads" else {}
+    validate(valid(**{**changes, path: kind(least)}))
+    with pytest.raises(
+        UserError, match=re.escape(f"config.{path}={kind(least - 1)} must be at least {least}")
+    ):
+        validate(valid(**{**changes, path: kind(least - 1)}))
+
+
+def test_no_count_or_interval_may_be_negative():
+    """Every integer knob has a lower bound but the axes of the mesh, where -1 means the rest."""
+    integers = [
+        path for path in PATHS if type(knob(DEFAULT, path)) is int and not path.startswith("mesh.")
+    ]
+    accepted = []
+    for path in integers:
+        try:
+            validate(valid(**{path: -1}))
+        except UserError:
+            continue
+        accepted.append(path)
+    assert accepted == []
+
+
+@pytest.mark.parametrize("path", [path for path in PATHS if type(knob(DEFAULT, path)) is float])
+@pytest.mark.parametrize("value", [math.inf, -math.inf, math.nan])
+def test_no_number_may_be_infinite(path, value):
+    with pytest.raises(UserError, match=re.escape(f"config.{path}={value}")):
+        validate(valid(**{path: value}))
+
+
+@pytest.mark.parametrize("path", CHOICES)
+def test_every_choice_is_valid_and_a_typo_names_it(path):
+    assert knob(DEFAULT, path) in CHOICES[path]
+    for choice in CHOICES[path]:
+        validate(valid(**{path: choice}))
+        if len(choice) > 4:
+            with pytest.raises(
+                UserError,
+                match=re.escape(f"config.{path}=") + ".*" + re.escape(f"mean {choice!r}?"),
+            ):
+                validate(valid(**{path: choice[:-1]}))
+
+
+# ---- parts of the user's own
+
+
+@pytest.mark.parametrize("path", OWN_PARTS)
+def test_a_part_of_the_users_own_is_a_choice_and_takes_arguments(path):
+    group = path.partition(".")[0]
+    config = valid(**{path: "my.parts:Made.here", f"{group}.arguments": (("margin", 0.1),)})
+    validate(config)
+    assert own_parts(config) == {path: "my.parts:Made.here"}
+    assert own_parts(valid()) == {}
+
+
+@pytest.mark.parametrize("name", ["parts:", ":made", "parts:made:twice", "my parts:made", ":"])
+def test_a_name_that_is_not_module_and_attribute_is_refused(name):
+    with pytest.raises(UserError, match="is not known.*named module:attribute"):
+        validate(valid(**{"schedule.name": name}))
+
+
+@pytest.mark.parametrize(
+    "arguments", [("margin",), (("margin",),), (("mar gin", 1),), ((1, 2),), ("ab",)]
+)
+def test_arguments_are_pairs_of_a_name_and_a_value(arguments):
+    with pytest.raises(UserError, match=r"objective.arguments=.* must be \(\(name, value\), ...\)"):
+        validate(valid(**{"objective.name": "m:f", "objective.arguments": arguments}))
+
+
+def test_arguments_next_to_a_part_of_ours_are_refused():
+    with pytest.raises(UserError, match=r"optimizer.arguments=.* 'adamw' is ours"):
+        validate(valid(**{"optimizer.arguments": (("b3", 0.5),)}))
+
+
+def test_only_a_config_with_own_parts_makes_its_directory_importable(tmp_path, monkeypatch):
+    monkeypatch.setattr(sys, "path", [*sys.path])
+    file = tmp_path / "c.py"
+    file.write_text("from llada_jax.config import default_config as get_config\n")
+    load_config(str(file), ["num_steps=5"])
+    assert str(tmp_path) not in sys.path
+    load_config(str(file), ["num_steps=5", "schedule.name=mine:rate"])
+    assert sys.path[-1] == str(tmp_path)

@@ -1,0 +1,116 @@
+"""Which command lines launch/gke.py accepts, and how it refuses the others."""
+
+import re
+import shlex
+
+import gke
+import pytest
+from support.gke_manifests import render
+from support.paths import ROOT
+
+from llada_jax.cluster.hardware import ACCELERATORS
+
+
+def test_names_are_refused_when_the_names_of_pods_would_exceed_63_characters():
+    # JobSet names its pods NAME-slice-job-SLICE-HOST-xxxxx
+    flags = ["--topology", "v6e-256", "--slices", "11"]
+    longest = 63 - len("-slice-job-10-63-abcde")
+    assert render(*flags, name="a" * longest)["metadata"]["name"] == "a" * longest
+    assert (
+        gke.main(["--name", "a" * (longest + 1), "--image", "i", *flags, "--dry-run", "--", "true"])
+        == 2
+    )
+
+
+@pytest.mark.parametrize("words", [["--name=--all"], ["--name=a", "--namespace=--all-namespaces"]])
+@pytest.mark.parametrize("action", ["--delete", "--follow"])
+def test_a_name_that_kubectl_would_take_for_a_flag_is_refused(words, action, capsys):
+    assert gke.main([*words, action, "--dry-run"]) == 2
+    assert "must consist of lower-case letters" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        (["--name", "Run", "--topology", "v5p-8"], "lower-case"),
+        (["--name", "1run", "--topology", "v5p-8"], "begin with a letter"),
+        (["--name", "run-", "--topology", "v5p-8"], "not end with a hyphen"),
+        (["--name", "a" * 60, "--topology", "v5p-8"], "shorten it by"),
+        (["--topology", "v5p-9"], "v5p-8"),
+        (["--topology", "h100", "--slices", "2"], "--hosts 2"),
+        (["--topology", "v5p-8", "--hosts", "2"], "--slices"),
+        (["--topology", "h100-pcie"], "choose one of"),
+        (["--topology", "v5p-8", "--capacity", "reservation"], "reservation:NAME"),
+        (["--topology", "v5p-8", "--gcs-fuse", "bucket"], "BUCKET:/path"),
+        (["--topology", "v5p-8", "--gcs-fuse", "bucket:/dev/shm"], "same place"),
+        (["--topology", "v5p-8", "--ramdisk", "local"], "absolute"),
+        (["--topology", "v5p-8", "--max-restarts", "-1"], "at least 0"),
+    ],
+)
+def test_impossible_requests_are_refused_in_one_sentence(flags, message, capsys):
+    name = [] if "--name" in flags else ["--name", "run"]
+    assert gke.main([*name, "--image", "i", *flags, "--dry-run", "--", "true"]) == 2
+    error = capsys.readouterr().err
+    assert message in error
+    assert len(error.splitlines()) == 1
+
+
+@pytest.mark.parametrize(
+    ("left_out", "message"),
+    [("image", "--image"), ("command", "no command"), ("topology", "--topology")],
+)
+def test_a_missing_flag_or_command_is_named(left_out, message, capsys):
+    words = {
+        "image": ["--image", "i"],
+        "topology": ["--topology", "v5p-8"],
+        "command": ["--", "true"],
+    }
+    assert (
+        gke.main(
+            ["--name", "run", *sum((given for key, given in words.items() if key != left_out), [])]
+        )
+        == 2
+    )
+    assert message in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    "name", [name for name, chip in ACCELERATORS.items() if chip.platform == "gpu"]
+)
+def test_a_gpu_is_accepted_exactly_when_gke_offers_it(name, capsys):
+    status = gke.main(
+        ["--name", "run", "--image", "i", "--topology", name, "--dry-run", "--", "true"]
+    )
+    assert status == (0 if ACCELERATORS[name].gke_accelerator else 2)
+    assert ("gke-accelerator" in capsys.readouterr().out) == (status == 0)
+
+
+def test_a_dry_run_needs_no_kubectl(monkeypatch, capsys):
+    monkeypatch.setenv("PATH", "/nowhere")
+    words = ["--name", "run", "--image", "i", "--topology", "v5p-8"]
+    assert gke.main([*words, "--", "true"]) == 2
+    assert "kubectl is not installed here" in capsys.readouterr().err
+    assert gke.main([*words, "--dry-run", "--", "true"]) == 0
+
+
+def test_every_command_of_the_documents_is_accepted(monkeypatch):
+    monkeypatch.setenv("PATH", "/nowhere")
+    commands = gke_commands()
+    assert len(commands) >= 4
+    for words in commands:
+        at = words.index("--") if "--" in words else len(words)
+        assert gke.main([*words[:at], "--dry-run", *words[at:]]) == 0
+
+
+def gke_commands() -> list[list[str]]:
+    """Returns the words of every use of the launcher in the documents and in its own docstring."""
+    found = []
+    for text in [gke.__doc__, *(path.read_text() for path in (ROOT / "docs").glob("launch*.md"))]:
+        lines = re.sub(r"\\\n\s*", " ", text).splitlines()
+        lines = [
+            line.split("  (")[0]
+            for line in lines
+            if line.strip().startswith("python launch/gke.py")
+        ]
+        found += [shlex.split(line, comments=True)[2:] for line in lines]
+    return found

@@ -1,0 +1,100 @@
+"""What the manifests of launch/gke.py ask for."""
+
+import pytest
+from support.gke_manifests import REQUESTS, container_of, job_of, pod_of, render
+
+from llada_jax.cluster.hardware import SLICES, slice_named
+
+
+@pytest.mark.parametrize("name", SLICES)
+def test_every_slice_asks_for_its_hosts_chips_and_topology(name):
+    manifest, tpu = render("--topology", name, "--slices", "3"), slice_named(name)
+    job, pod = job_of(manifest)["spec"], pod_of(manifest)["spec"]
+    assert manifest["spec"]["replicatedJobs"][0]["replicas"] == 3
+    assert job["parallelism"] == job["completions"] == tpu.num_hosts
+    chips = container_of(manifest)["resources"]["limits"]["google.com/tpu"]
+    assert chips * tpu.num_hosts == tpu.num_chips
+    assert pod["nodeSelector"]["cloud.google.com/gke-tpu-topology"] == tpu.topology_name
+    # Several slices that have one host each may share a node pool.
+    annotations = manifest["metadata"].get("annotations", {})
+    assert ("alpha.jobset.sigs.k8s.io/exclusive-topology" in annotations) == (tpu.num_hosts > 1)
+    assert "annotations" not in pod_of(manifest).get("metadata", {})
+
+
+def test_gpu_hosts_get_their_place_in_the_run_from_the_environment():
+    manifest = render("--topology", "h100", "--hosts", "4")
+    env = {entry["name"]: entry for entry in container_of(manifest)["env"]}
+    assert env["JAX_COORDINATOR_ADDRESS"]["value"] == "run-slice-job-0-0.run:8476"
+    assert env["JAX_NUM_PROCESSES"]["value"] == "4"
+    assert env["JAX_LOCAL_DEVICE_IDS"]["value"] == "0,1,2,3,4,5,6,7"
+    rank = env["JAX_PROCESS_ID"]["valueFrom"]["fieldRef"]["fieldPath"]
+    assert rank == "metadata.annotations['batch.kubernetes.io/job-completion-index']"
+    assert container_of(manifest)["resources"]["limits"] == {"nvidia.com/gpu": 8}
+    alone = {entry["name"] for entry in container_of(render("--topology", "h100"))["env"]}
+    assert not alone & {"JAX_COORDINATOR_ADDRESS", "JAX_NUM_PROCESSES", "JAX_PROCESS_ID"}
+
+
+def test_only_status_42_and_statuses_of_signals_restart_the_run():
+    (rule,) = job_of(render("--topology", "v5p-8"))["spec"]["podFailurePolicy"]["rules"]
+    assert rule["action"] == "FailJob"
+    assert rule["onExitCodes"]["operator"] == "NotIn"
+    assert rule["onExitCodes"]["values"] == [42, *range(127, 256)]
+
+
+def test_the_command_runs_without_a_shell_and_kubernetes_expands_no_dollars_in_it():
+    command = ["llada-jax", "train", "--config.x=$(HOME)", "a b", "$PATH"]
+    assert container_of(render("--topology", "v5p-8", command=command))["command"] == [
+        *command[:2],
+        "--config.x=$$(HOME)",
+        "a b",
+        "$PATH",
+    ]
+
+
+def test_variables_of_the_user_replace_those_of_the_launcher():
+    env = container_of(
+        render("--topology", "v5p-8", "--env", "JAX_PLATFORMS=tpu", "--env", "X=a=b")
+    )["env"]
+    values = {entry["name"]: entry["value"] for entry in env}
+    assert len(values) == len(env)
+    assert values["JAX_PLATFORMS"] == "tpu"
+    assert values["X"] == "a=b"
+
+
+def test_volumes_are_mounted_where_asked():
+    manifest = render(*REQUESTS["buckets"], "--ramdisk", "/local")
+    mounts = {mount["mountPath"]: mount for mount in container_of(manifest)["volumeMounts"]}
+    volumes = {volume["name"]: volume for volume in pod_of(manifest)["spec"]["volumes"]}
+    sources = {path: volumes[mount["name"]] for path, mount in mounts.items()}
+    assert set(mounts) == {"/dev/shm", "/data", "/runs", "/local"}
+    assert sources["/dev/shm"]["emptyDir"] == {"medium": "Memory"}
+    assert sources["/data"]["csi"]["volumeAttributes"]["bucketName"] == "my-bucket"
+    assert (sources["/data"]["csi"].get("readOnly"), mounts["/data"].get("readOnly")) == (
+        True,
+        True,
+    )
+    assert (sources["/runs"]["csi"].get("readOnly"), mounts["/runs"].get("readOnly")) == (
+        None,
+        None,
+    )
+    assert pod_of(manifest)["metadata"]["annotations"]["gke-gcsfuse/volumes"] == "true"
+    assert sources["/local"]["csi"]["driver"] == "multitier-checkpoint.csi.storage.gke.io"
+
+
+@pytest.mark.parametrize(
+    ("capacity", "label", "taint"),
+    [
+        ("on-demand", None, None),
+        ("spot", "cloud.google.com/gke-spot", "cloud.google.com/gke-spot"),
+        ("flex", "cloud.google.com/gke-flex-start", "cloud.google.com/gke-queued"),
+        ("reservation:mine", "cloud.google.com/reservation-name", None),
+    ],
+)
+def test_capacity_selects_the_nodes(capacity, label, taint):
+    pod = pod_of(render("--topology", "v5p-8", "--capacity", capacity))["spec"]
+    selected = set(pod["nodeSelector"]) - {
+        "cloud.google.com/gke-tpu-accelerator",
+        "cloud.google.com/gke-tpu-topology",
+    }
+    assert selected == ({label} if label else set())
+    assert {t["key"] for t in pod["tolerations"]} == {"google.com/tpu", *([taint] if taint else [])}

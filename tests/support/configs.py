@@ -1,0 +1,27 @@
+"""Configs for tests: the defaults, the files of the repository, and changed copies."""
+
+from hypothesis import HealthCheck, settings
+from ml_collections import ConfigDict
+
+from llada_jax.config import default_config, knobs
+from support.paths import ROOT
+
+# for properties of configs: the machine may be busy
+patient = settings(deadline=None, suppress_health_check=[HealthCheck.too_slow])
+
+CONFIGS = sorted((ROOT / "configs").glob("*.py"))
+DEFAULT = default_config()
+PATHS = knobs(DEFAULT)
+
+
+def valid(**changes) -> ConfigDict:
+    """A valid config with knobs changed: valid(**{"data.batch_size": 3})."""
+    config = default_config()
+    config.num_steps = 10
+    for path, value in changes.items():
+        *groups, key = path.split(".")
+        node = config
+        for group in groups:
+            node = node[group]
+        node[key] = value
+    return config

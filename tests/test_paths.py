@@ -1,0 +1,53 @@
+"""What a path means that a user writes."""
+
+import os
+
+import pytest
+from support.errors import error_of
+
+from llada_jax.paths import check_savable, split_step, user_path
+
+
+def test_only_a_tilde_at_the_beginning_is_a_home_directory(monkeypatch, tmp_path):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    assert user_path("~/run") == f"{tmp_path}/run"
+    assert user_path("~") == str(tmp_path)
+    for path in ("run", "", "a/~/b", "gs://bucket/~x", "./~", "-"):
+        assert user_path(path) == path
+    assert "does not know" in error_of(user_path, "~nobody-of-that-name/run")
+
+
+@pytest.mark.parametrize(
+    ("checkpoint", "parts"),
+    [
+        ("run", ("run", None)),
+        ("run@12", ("run", 12)),
+        ("me@home/run", ("me@home/run", None)),
+        ("me@home/run@7", ("me@home/run", 7)),
+        ("s3://key@bucket/run", ("s3://key@bucket/run", None)),
+    ],
+)
+def test_an_at_sign_within_the_path_belongs_to_the_path(checkpoint, parts):
+    assert split_step(checkpoint) == parts
+
+
+def test_an_existing_directory_may_end_in_an_at_sign_and_words(tmp_path):
+    (tmp_path / "run@best").mkdir()
+    assert split_step(str(tmp_path / "run@best")) == (str(tmp_path / "run@best"), None)
+    for wrong in ("run@best", "run@", "run@-1", "run@١"):
+        assert "must be a step number" in error_of(split_step, wrong)
+
+
+@pytest.mark.parametrize("name", ["lr[1e-3]", "a*b", "what?"])
+def test_a_name_that_checkpoints_cannot_be_read_from_is_refused_before_training(name, tmp_path):
+    says = error_of(check_savable, str(tmp_path / name / "run"))
+    assert name in says
+    assert "choose a path without" in says
+    check_savable("gs://bucket/" + name)
+    check_savable(str(tmp_path / "lr=1e-3,me@home (2)"))
+
+
+def test_the_current_directory_counts_too(tmp_path, monkeypatch):
+    (tmp_path / "a[b]").mkdir()
+    monkeypatch.chdir(tmp_path / "a[b]")
+    assert os.getcwd() in error_of(check_savable, "run")

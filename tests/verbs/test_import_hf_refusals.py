@@ -1,0 +1,225 @@
+"""What `llada-jax import` refuses, with nothing left behind: bad directories, flags and disks."""
+
+import dataclasses
+import json
+import shutil
+import subprocess
+from pathlib import Path
+
+import jax
+import numpy as np
+import pytest
+from safetensors.numpy import load_file, save_file
+from support.hf_directories import (
+    SMALL,
+    our_config,
+    write_huggingface,
+    write_tokenizer,
+    write_weights,
+)
+
+from llada_jax.__main__ import main
+from llada_jax.models.model import make_model
+
+# ---- bad input
+
+
+def truncated(directory):
+    file = directory / "model.safetensors"
+    file.write_bytes(file.read_bytes()[:-100])
+
+
+def no_header(directory):
+    (directory / "model.safetensors").write_bytes(b"<html>Not found</html>")
+
+
+def changed(directory, change):
+    files = load_file(directory / "model.safetensors")
+    change(files)
+    save_file(files, directory / "model.safetensors")
+
+
+def sharded(directory, change=lambda index: None, *, remove=""):
+    (directory / "model.safetensors").unlink()
+    params = jax.tree.map(
+        np.ones_like,
+        jax.tree.map(lambda leaf: np.zeros(leaf.shape, np.float32), make_model(SMALL).abstract),
+    )
+    write_weights(directory, "llada", SMALL, params, num_shards=2)
+    file = directory / "model.safetensors.index.json"
+    index = json.loads(file.read_text())
+    change(index)
+    file.write_text(json.dumps(index))
+    if remove:
+        (directory / remove).unlink()
+
+
+def config_of(directory, **changes):
+    (directory / "config.json").write_text(json.dumps({**our_config("llada", SMALL), **changes}))
+
+
+def poisoned(files, value):
+    files["model.transformer.blocks.1.up_proj.weight"][3, 4] = value
+
+
+SECOND = "model-00002-of-00002.safetensors"
+Q0 = "model.transformer.blocks.0.q_proj.weight"
+BAD = {
+    "truncated": (truncated, ["model.safetensors", "cut short", "fetch it again"]),
+    "no header": (no_header, ["model.safetensors", "damaged", "fetch it again"]),
+    "NaN": (
+        lambda d: changed(d, lambda f: poisoned(f, np.nan)),
+        ["NaN or infinity", "blocks.1.up_proj.weight"],
+    ),
+    "infinity": (
+        lambda d: changed(d, lambda f: poisoned(f, np.inf)),
+        ["NaN or infinity", "blocks.1.up_proj.weight"],
+    ),
+    "missing": (lambda d: changed(d, lambda f: f.pop(Q0)), ["lacks", Q0]),
+    "unexpected": (
+        lambda d: changed(d, lambda f: f.update({"adapter": np.ones(3)})),
+        ["does not expect adapter"],
+    ),
+    "misshapen": (
+        lambda d: changed(d, lambda f: f.update({Q0: f[Q0][:-1]})),
+        ["misshapen", "[63, 64] instead of [64, 64]"],
+    ),
+    "integers": (lambda d: changed(d, lambda f: f.update({Q0: f[Q0].astype(np.int8)})), [Q0, "I8"]),
+    "missing shard": (
+        lambda d: sharded(d, remove=SECOND),
+        [SECOND, "lacks", "fetch the whole checkpoint"],
+    ),
+    "wrong index": (
+        lambda d: sharded(d, lambda i: i["weight_map"].update({Q0: SECOND})),
+        ["disagree about", Q0],
+    ),
+    "unlisted": (lambda d: sharded(d, lambda i: i["weight_map"].pop(Q0)), ["disagree about", Q0]),
+    "no map": (lambda d: sharded(d, lambda i: i.pop("weight_map")), ["has no weight_map"]),
+    "no index": (
+        lambda d: sharded(d) or (d / "model.safetensors.index.json").unlink(),
+        ["neither", "model-00001-of-00002.safetensors"],
+    ),
+    "no weights": (
+        lambda d: (d / "model.safetensors").unlink(),
+        ["neither model.safetensors nor", "no weights"],
+    ),
+    "no config": (lambda d: (d / "config.json").unlink(), ["config.json", "cannot be read"]),
+    "damaged config": (
+        lambda d: (d / "config.json").write_text("{"),
+        ["config.json is not valid JSON"],
+    ),
+    "listed config": (lambda d: (d / "config.json").write_text("[]"), ["config.json holds a list"]),
+    "unknown architecture": (
+        lambda d: config_of(d, model_type="mamba"),
+        ["model_type='mamba'", "illada"],
+    ),
+    "mixture of experts": (
+        lambda d: config_of(d, num_experts=64),
+        ["num_experts=64", "mixture of experts"],
+    ),
+    "other network": (lambda d: config_of(d, alibi=True), ["alibi=True"]),
+    "no tokenizer": (lambda d: (d / "tokenizer.json").unlink(), ["There is no tokenizer"]),
+    "long tokenizer": (
+        lambda d: write_tokenizer(d, *(f"<|mask|>{i}" if i else "<|mask|>" for i in range(90))),
+        ["347 ids", "320 rows"],
+    ),
+}
+
+
+@pytest.fixture
+def refused(capsys):
+    """Returns refused(argv, says): the command exits 2 with one sentence, and its output is not
+    there.
+    """
+
+    def refused(argv: list[str], says: list[str]) -> None:
+        assert main(argv) == 2
+        out, err = capsys.readouterr()
+        assert out == ""
+        *progress, sentence = err.splitlines()
+        assert all(line.startswith("llada-jax: reading") for line in progress)
+        assert all(words in sentence for words in says), sentence
+
+    return refused
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory) -> Path:
+    directory = tmp_path_factory.mktemp("whole") / "hf"
+    write_huggingface(directory, "llada", SMALL)
+    return directory
+
+
+@pytest.mark.parametrize("fault", BAD)
+def test_a_bad_directory_is_refused_in_one_sentence_with_nothing_left_behind(
+    fault, whole, tmp_path, refused
+):
+    spoil, says = BAD[fault]
+    directory, output = tmp_path / "hf", tmp_path / "out"
+    shutil.copytree(whole, directory)
+    spoil(directory)
+    refused(["import", "--from", str(directory), "--output", str(output)], says)
+    assert not output.exists()
+
+
+def test_tied_copies_that_differ_are_refused(tmp_path, refused):
+    write_huggingface(tmp_path / "hf", "illada", dataclasses.replace(SMALL, tie_embeddings=True))
+    changed(
+        tmp_path / "hf", lambda f: f.update({"lm_head.weight": f["model.embed_tokens.weight"] + 1})
+    )
+    argv = ["import", "--from", str(tmp_path / "hf"), "--output", str(tmp_path / "out")]
+    refused(argv, ["ties head and embedding", "lm_head.weight differs", "tie_word_embeddings"])
+    assert not (tmp_path / "out").exists()
+
+
+def test_bad_flags_are_refused(whole, tmp_path, refused, monkeypatch):
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    out = ["--output", str(tmp_path / "out")]
+    cases = [
+        (
+            ["--from", str(tmp_path / "absent"), *out],
+            ["absent", "neither a directory with a config.json"],
+        ),
+        (["--from", str(tmp_path), *out], ["neither a directory with a config.json"]),
+        (
+            ["--from", "nobody/nothing", *out],
+            ["nobody/nothing", "cannot be downloaded", "give its directory"],
+        ),
+        (["--from", str(whole), "--output", str(whole)], ["not empty"]),
+        (
+            ["--from", str(whole), *out, "--causal"],
+            ["masked diffusion model", "leave the flag out"],
+        ),
+        (["--from", str(whole), *out, "--mask-token", "<|no|>"], ["no token '<|no|>'"]),
+        (
+            ["--from", str(whole), *out, "--mesh", "fdsp=8"],
+            ["no axis 'fdsp'", "Did you mean 'fsdp'"],
+        ),
+        (["--from", str(whole), *out, "--mesh", "fsdp"], ["is not a size", "fsdp=8"]),
+        (["--from", str(whole), *out, "--mesh", "tensor=8"], ["key/value heads=4", "8 ways"]),
+        (["--from", str(whole), *out, "--mesh", "fsdp=3"], ["needs 3 devices"]),
+    ]
+    for argv, says in cases:
+        refused(["import", *argv], says)
+        assert not (tmp_path / "out").exists()
+
+
+# ---- the disk
+
+
+def test_a_full_or_read_only_disk_leaves_nothing_behind(whole, mount, refused):
+    disk = mount("size=300k")  # the weights are 400 kB
+    argv = ["import", "--from", str(whole), "--output", str(disk / "out")]
+    refused(argv, ["free space"])
+    assert list(disk.iterdir()) == []
+    subprocess.run(["mount", "-o", "remount,ro", str(disk)], check=True)
+    refused(argv, ["cannot be written", "Read-only file system"])
+
+
+def test_an_output_below_a_file_is_refused(whole, tmp_path, refused):
+    (tmp_path / "file").write_text("keep me")
+    refused(
+        ["import", "--from", str(whole), "--output", str(tmp_path / "file" / "out")],
+        ["cannot be written", "file"],
+    )
+    assert (tmp_path / "file").read_text() == "keep me"
