@@ -10,6 +10,7 @@ import contextlib
 import fcntl
 import json
 import sys
+import threading
 import time
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
@@ -41,10 +42,14 @@ from llada_jax.data.workers import run_units
 from llada_jax.errors import UserError
 from llada_jax.storage import files
 from llada_jax.storage.locks import try_lock
+from llada_jax.units import format_seconds
 
 # A tokenizer is trained on at most this many characters: unigram training takes about 25 bytes of
 # memory and, on one or two cores, 4 microseconds per character (32 million: 0.8 GB, two minutes).
 SAMPLE_CHARS = 20_000_000
+# A document of the sample is not cut below this length, so that at least twenty files give some.
+SAMPLE_DOCUMENT_CHARS = SAMPLE_CHARS // 20
+TRAINING_SECONDS = 10.0  # between two lines of progress while it is trained
 
 # Whether a tokenizer gives the text back is checked on this much of it, which takes a second.
 CHECK_CHARS, CHECK_FILES, CHECK_DOCUMENT_CHARS = 500_000, 25, 20_000
@@ -198,13 +203,37 @@ def _parse_tokenizer(
                 f"prepare: training {spec} on at most {SAMPLE_CHARS / 1e6:.0f} MB of the text",
                 file=sys.stderr,
             )
-            return train_sentencepiece(texts, vocab_size=int(size), model_type=model_type)
+            with _saying_that_it_goes_on(f"training {spec}"):
+                return train_sentencepiece(texts, vocab_size=int(size), model_type=model_type)
 
         return train, spec
     tokenizer = load_tokenizer(spec, add_mask_token=add_mask_token)
     # The fingerprint rather than the path: the same model may have moved.
     name = spec if tokenizer.kind == "bytes" else f"{tokenizer.kind} {tokenizer.fingerprint[:16]}"
     return lambda texts: tokenizer, name
+
+
+@contextlib.contextmanager
+def _saying_that_it_goes_on(what: str) -> Iterator[None]:
+    """Says every TRAINING_SECONDS how long the block has taken.
+
+    From a thread, because SentencePiece's trainer reports nothing until it returns; it lets other
+    threads run.
+    """
+    started, ended = time.monotonic(), threading.Event()
+
+    def say() -> None:
+        while not ended.wait(TRAINING_SECONDS):
+            seconds = format_seconds(time.monotonic() - started)
+            print(f"prepare: {what}, {seconds} so far", file=sys.stderr, flush=True)
+
+    thread = threading.Thread(target=say, daemon=True)
+    thread.start()
+    try:
+        yield
+    finally:
+        ended.set()
+        thread.join()
 
 
 def texts_to_check(inputs: list[Input], cut: Cut) -> list[str]:
@@ -333,19 +362,32 @@ def _make_tokenizer_once(output: Path, source: dict, make: Callable[[], Tokenize
 
 
 def sample_texts(inputs: list[Input], cut: Cut, *, heldout: float) -> Iterator[str]:
-    """Yields the text on which a tokenizer is trained: the beginning of every file, without what is
-    held out, SAMPLE_CHARS characters in all.
+    """Yields the text on which a tokenizer is trained: whole documents from the beginning of every
+    file, without what is held out, SAMPLE_CHARS characters in all.
 
     Files share the budget equally. They are read from the smallest to the largest, so that what a
-    small one does not use is there for the larger ones.
+    small one does not use is there for the larger ones. A document that is longer than the share of
+    its file is taken whole at the cost of the next files, which give nothing until that is paid
+    back: cut at their shares, a million files would give 20 characters each. Only a document of
+    more than SAMPLE_DOCUMENT_CHARS, such as a whole corpus in one .txt, is cut.
     """
-    budget = SAMPLE_CHARS
+    # What no file has been promised, what the files so far may still take (below 0: owe), and what
+    # has been taken.
+    free, credit, taken = SAMPLE_CHARS, 0, 0
     for i, file in enumerate(sorted(inputs, key=lambda file: (file.size, file.path))):
-        share = budget // (len(inputs) - i)
+        share = free // (len(inputs) - i)
+        free, credit = free - share, credit + share
+        if credit <= 0:
+            continue
         for text in read_documents(file.path, cut):
             if not text.strip() or is_heldout(text, fraction=heldout):
                 continue
-            yield text[:share]
-            share, budget = share - len(text[:share]), budget - len(text[:share])
-            if not share:
+            text = text[: min(max(credit, SAMPLE_DOCUMENT_CHARS), SAMPLE_CHARS - taken)]
+            yield text
+            credit, taken = credit - len(text), taken + len(text)
+            if credit <= 0:
                 break
+        else:
+            free, credit = free + credit, 0
+        if taken >= SAMPLE_CHARS:
+            return

@@ -6,6 +6,7 @@ import json
 import random
 import subprocess
 import sys
+import threading
 
 import fsspec
 import numpy as np
@@ -174,6 +175,60 @@ def test_the_tokenizer_sample_takes_from_every_file_and_leaves_the_held_out_text
     assert set(sampled) == {
         name[0] for name, size in sizes.items() if not held_out(name[0] * size, fraction)
     }
+
+
+@given(
+    sizes=st.lists(st.lists(st.integers(1, 40), max_size=6), min_size=1, max_size=30),
+    budget=st.integers(1, 400),
+)
+@settings(max_examples=40, deadline=None)
+def test_the_tokenizer_sample_has_whole_documents_of_files_spread_over_all(
+    tmp_path_factory, sizes, budget
+):
+    folder = tmp_path_factory.mktemp("sample")
+    texts, inputs = {}, []
+    for i, lengths in enumerate(sizes):
+        path = folder / f"{i:02d}.jsonl"
+        documents = [f"{i:02d}" + "x" * length for length in lengths]
+        path.write_text("".join(json.dumps({"text": text}) + "\n" for text in documents))
+        inputs.append(Input(str(path), path.stat().st_size, ""))
+        texts.update(dict.fromkeys(documents, i))
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("llada_jax.data.preparation.SAMPLE_CHARS", budget)
+        patch.setattr("llada_jax.data.preparation.SAMPLE_DOCUMENT_CHARS", 10**6)
+        sample = list(sample_texts(inputs, Cut(), heldout=0.0))
+    total = sum(2 + length for lengths in sizes for length in lengths)
+    assert sum(map(len, sample)) <= budget
+    # Only what ends the budget is cut.
+    assert all(text in texts for text in sample[:-1])
+    if total <= budget // len(sizes):
+        assert sorted(sample) == sorted(
+            f"{i:02d}" + "x" * length for i, lengths in enumerate(sizes) for length in lengths
+        )
+
+
+def test_files_with_small_shares_give_whole_documents_from_beginning_to_end(tmp_path, monkeypatch):
+    monkeypatch.setattr("llada_jax.data.preparation.SAMPLE_CHARS", 1_000)
+    monkeypatch.setattr("llada_jax.data.preparation.SAMPLE_DOCUMENT_CHARS", 500)
+    inputs = []
+    for i in range(100):
+        (tmp_path / f"{i:03d}.txt").write_text(f"{i:03d}" + "x" * 97)
+        inputs.append(Input(str(tmp_path / f"{i:03d}.txt"), 100, ""))
+    sample = list(sample_texts(inputs, Cut(), heldout=0.0))
+    assert [len(text) for text in sample] == [100] * 10
+    numbers = [int(text[:3]) for text in sample]
+    assert numbers == list(range(0, 100, 10))
+
+
+def test_training_a_tokenizer_says_that_it_goes_on(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr("llada_jax.data.preparation.TRAINING_SECONDS", 0.01)
+    write_corpus(tmp_path / "corpus", num_files=2, num_documents=100)
+    args = {"sequence_length": T, "heldout": 0}
+    prepare([str(tmp_path / "corpus")], tmp_path / "out", tokenizer="spm-bpe:320", **args)
+    error = capsys.readouterr().err
+    assert "prepare: training spm-bpe:320, " in error
+    assert " so far\n" in error
+    assert not [t for t in threading.enumerate() if "say" in t.name]
 
 
 # ---- inputs of every kind
