@@ -462,8 +462,8 @@ def check_rule(path: str, regex: str, factor: float) -> None:
         ) from error
     if not 0 <= factor < math.inf:
         raise UserError(
-            f"{path}: the factor {factor} of {regex!r} must be 0 or more and finite; a negative one "
-            "would make the loss grow."
+            f"{path}: the factor {factor} of {regex!r} must be 0 or more and finite; a negative "
+            "one would make the loss grow."
         )
 
 
