@@ -245,12 +245,14 @@ def texts_to_check(inputs: list[Input], cut: Cut) -> list[str]:
     share = CHECK_CHARS // min(len(inputs), CHECK_FILES)
     for file in inputs[::step]:
         left = share
-        for text in read_documents(file.path, cut):
-            if text.strip():
-                texts.append(text[: min(left, CHECK_DOCUMENT_CHARS)])
-                left -= len(texts[-1])
-            if left <= 0:
-                break
+        # A defect is reported when its unit is read, so that the units before it are finished.
+        with contextlib.suppress(UserError):
+            for text in read_documents(file.path, cut):
+                if text.strip():
+                    texts.append(text[: min(left, CHECK_DOCUMENT_CHARS)])
+                    left -= len(texts[-1])
+                if left <= 0:
+                    break
     return texts
 
 
