@@ -56,6 +56,25 @@ def mask_of(run: dict) -> Mask:
     return CAUSAL if run["config"]["objective"]["name"] == "autoregressive" else BIDIRECTIONAL
 
 
+def reads_ema(run: dict, wanted: bool | None, checkpoint) -> bool:
+    """Returns whether to read the moving average of a checkpoint, or else its raw parameters.
+
+    Args:
+        run: run.json of the checkpoint.
+        wanted: True or False says which; None takes the average where one is kept.
+
+    Raises:
+        UserError: the average is wanted and none was kept.
+    """
+    is_kept = run["config"]["optimizer"]["ema_decay"] > 0
+    if wanted and not is_kept:
+        raise UserError(
+            f"The moving average of {checkpoint} is asked for and its run kept none "
+            "(optimizer.ema_decay=0); ask for the raw parameters."
+        )
+    return is_kept if wanted is None else wanted
+
+
 def git_commit() -> str:
     """Returns the commit of the checkout that this package lies in; "" for an installed package, or
     without git.
@@ -152,6 +171,21 @@ def check_continues(theirs: dict, ours: dict, directory) -> None:
         chosen(theirs["config"]),
         remedy="undo the change, or start a new --workdir with config.checkpoint.init_from",
     )
+
+
+def changed_knobs(config: dict, before: dict, prefix: str = "config.") -> list[str]:
+    """Returns a line for each knob in which two configs differ, both as nested dicts.
+
+    A knob that one of them does not know is left out: it belongs to another version.
+    """
+    lines = []
+    for key in config.keys() & before.keys():
+        new, old = config[key], before[key]
+        if isinstance(new, dict) and isinstance(old, dict):
+            lines += changed_knobs(new, old, f"{prefix}{key}.")
+        elif _as_json(new) != _as_json(old):
+            lines.append(f"{prefix}{key} changed from {old!r} to {new!r}")
+    return sorted(lines)
 
 
 def mixture_of(run: dict) -> dict:
