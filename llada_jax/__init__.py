@@ -15,7 +15,9 @@ if TYPE_CHECKING:
 __version__ = "0.1.0"
 
 
-def load(checkpoint: str, *, dtype: str = "auto", mesh: "Mesh | None" = None) -> "Pretrained":
+def load(
+    checkpoint: str, *, dtype: str = "auto", mesh: "Mesh | None" = None, ema: bool | None = None
+) -> "Pretrained":
     """Loads a trained model for sampling and scoring.
 
     Args:
@@ -23,10 +25,12 @@ def load(checkpoint: str, *, dtype: str = "auto", mesh: "Mesh | None" = None) ->
         dtype: of the matrix products: "auto" (float32 on CPU, bfloat16 elsewhere), "float32" or
             "bfloat16".
         mesh: where to put the parameters; None: the first device.
+        ema: True loads the moving average of the parameters, False the parameters themselves; None
+            loads the average where the run kept one.
 
     See llada_jax.pretrained.load, which this calls.
     """
     # Imported here, because importing the package alone must not import jax.
     from llada_jax.pretrained import load as load_pretrained
 
-    return load_pretrained(checkpoint, dtype=dtype, mesh=mesh)
+    return load_pretrained(checkpoint, dtype=dtype, mesh=mesh, ema=ema)

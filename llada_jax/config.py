@@ -143,8 +143,10 @@ def default_config() -> ConfigDict:
 
     config.evaluation = ConfigDict()
     config.evaluation.every_steps = 1000  # 0: never during training
-    config.evaluation.num_batches = 8  # of held-out rows; 0: the whole split
-    config.evaluation.final_num_batches = 0  # after the last step; 0: the whole split
+    config.evaluation.num_batches = 8  # of random held-out rows; 0: the whole split
+    # of held-out evaluations and samples: raw | ema; auto: the moving average where one is kept
+    config.evaluation.weights = AUTO
+    config.evaluation.final_num_batches = 256  # after the last step; 0: the whole split
 
     config.samples = ConfigDict()
     config.samples.every_steps = 0  # 0: never; the texts go to TensorBoard
@@ -165,6 +167,8 @@ def default_config() -> ConfigDict:
     config.checkpoint.restore = ""  # full state of another run: WORKDIR or WORKDIR@STEP
     # weights only: WORKDIR, WORKDIR@STEP, or a Hugging Face directory
     config.checkpoint.init_from = ""
+    # raw | ema; auto: the moving average where one is kept
+    config.checkpoint.init_from_weights = AUTO
 
     config.log = ConfigDict()
     config.log.every_steps = 50  # metrics are means over this many steps
@@ -189,6 +193,8 @@ CHOICES = {
     "objective.weight": ("1/p", "none"),
     "optimizer.name": ("adamw", "lion", "muon"),
     "schedule.name": ("llada", "wsd", "cosine", "constant"),
+    "evaluation.weights": (AUTO, "raw", "ema"),
+    "checkpoint.init_from_weights": (AUTO, "raw", "ema"),
     "schedule.decay_shape": ("linear", "1-sqrt"),
 }
 
@@ -202,6 +208,29 @@ PATHS = (
 
 # Knobs that may also name a part of the user's own, as module:attribute.
 OWN_PARTS = ("objective.name", "optimizer.name", "schedule.name")
+
+# Which of the knobs next to its name a part reads; "own": a part of the user's own. Knobs of the
+# group that no part lists, such as clip_norm, are read whatever the part is.
+READ_BY = {
+    "objective": {
+        "masked_diffusion": ("eps", "t_sampling", "masking", "weight"),
+        "autoregressive": (),
+        "own": (),
+    },
+    "optimizer": {
+        "adamw": ("b1", "b2", "eps"),
+        "lion": ("b1", "b2"),
+        "muon": ("b1", "b2", "eps"),
+        "own": ("b1", "b2", "eps"),
+    },
+    "schedule": {
+        "llada": ("stages",),
+        "wsd": ("learning_rate", "final_learning_rate", "decay_fraction", "decay_shape"),
+        "cosine": ("learning_rate", "final_learning_rate"),
+        "constant": ("learning_rate",),
+        "own": ("learning_rate", "final_learning_rate"),
+    },
+}
 
 
 def load_config(path: str, overrides: list[str] = ()) -> ConfigDict:
@@ -242,11 +271,20 @@ def load_config(path: str, overrides: list[str] = ()) -> ConfigDict:
             f"get_config() of {path} returns no knob {lost[0]!r}; it must start from "
             "default_config()."
         )
+    names = {group: config[group].name for group in READ_BY}
     for override in overrides:
         apply_override(config, override)
     for knob_path in PATHS:
         group, name = knob_path.split(".")
         config[group][name] = user_path(config[group][name])
+    # The file's knobs are for the part that it names. Where an override names another, as for a
+    # control experiment, those that this one does not read go back to their defaults; a knob that
+    # is itself an override is refused by `validate`.
+    overridden = {override.partition("=")[0] for override in overrides}
+    for group, name in names.items():
+        for key in unread(config, group) if config[group].name != name else ():
+            if f"{group}.{key}" not in overridden:
+                config[group][key] = default_config()[group][key]
     validate(config)
     if own_parts(config):
         add_to_path(file.parent)
@@ -272,6 +310,32 @@ def neighbours_importable(file):
             origin = getattr(sys.modules[name], "__file__", None)
             if origin and str(Path(origin).resolve()).startswith(directory + os.sep):
                 del sys.modules[name]
+
+
+def unread(config: ConfigDict, group: str) -> list[str]:
+    """Returns the knobs of a group of READ_BY that differ from the defaults and that the part which
+    the group names does not read.
+    """
+    parts, defaults = READ_BY[group], default_config()[group]
+    name = config[group].name
+    read = parts["own" if is_own(name) else name]
+    of_some_part = [key for key in defaults if any(key in keys for keys in parts.values())]
+    return [
+        key
+        for key in of_some_part
+        if key not in read and _plain(config[group][key]) != _plain(defaults[key])
+    ]
+
+
+def _plain(value):
+    """Returns a value in which lists and tuples compare as equal."""
+    return tuple(map(_plain, value)) if isinstance(value, list | tuple) else value
+
+
+def learning_rate_knob(config: ConfigDict) -> str:
+    """Returns the knob that scales the learning rate, as messages name it."""
+    is_staged = config.schedule.name == "llada"
+    return "the rates in config.schedule.stages" if is_staged else "config.schedule.learning_rate"
 
 
 def _reason(error: BaseException) -> str:
@@ -380,6 +444,16 @@ def validate(config: ConfigDict) -> None:
     for path in OWN_PARTS:
         check_arguments(config, path)
     check_ranges({path: knob(config, path) for path in knobs(config)})
+    for group, parts in READ_BY.items():
+        name = config[group].name
+        read = parts["own" if is_own(name) else name]
+        for key in unread(config, group):
+            raise UserError(
+                f"config.{group}.{key}={config[group][key]!r} changes nothing: "
+                f"{group}.name={name!r} reads {', '.join(read) or 'none of the knobs next to it'}; "
+                f"set {key} back to {default_config()[group][key]!r}, or choose a {group} that "
+                "reads it."
+            )
     if (config.num_steps > 0) == (config.num_tokens > 0):
         raise UserError(
             f"config.num_steps={config.num_steps} and config.num_tokens={config.num_tokens}: "
@@ -400,6 +474,11 @@ def validate(config: ConfigDict) -> None:
             f"config.data.batch_size={config.data.batch_size} must be a multiple of "
             f"config.optimizer.gradient_accumulation={config.optimizer.gradient_accumulation}; "
             "change one of them."
+        )
+    if config.evaluation.weights == "ema" and not config.optimizer.ema_decay:
+        raise UserError(
+            "config.evaluation.weights='ema' needs a moving average and "
+            "config.optimizer.ema_decay=0 keeps none; set ema_decay, or weights to auto or raw."
         )
     schedule = config.schedule
     ends = [stage[0] for stage in schedule.stages if _is_row(stage, (float, float, float))]

@@ -11,7 +11,7 @@ import numpy as np
 from jax.sharding import Mesh
 
 from llada_jax.checkpoints.huggingface import HuggingFace, find_weights
-from llada_jax.checkpoints.record import RunRecord
+from llada_jax.checkpoints.record import RunRecord, reads_ema
 from llada_jax.cluster import sharding
 from llada_jax.data.tokenizer import load_same
 from llada_jax.errors import UserError
@@ -186,7 +186,9 @@ def _logits_impl(params, tokens_BT, segment_ids_BT, positions_BT, logits_fn):
 _logits = jax.jit(_logits_impl, static_argnames="logits_fn")
 
 
-def load(checkpoint: str, *, dtype: str = "auto", mesh: Mesh | None = None) -> Pretrained:
+def load(
+    checkpoint: str, *, dtype: str = "auto", mesh: Mesh | None = None, ema: bool | None = None
+) -> Pretrained:
     """Loads a checkpoint for sampling and scoring.
 
     Args:
@@ -196,11 +198,11 @@ def load(checkpoint: str, *, dtype: str = "auto", mesh: Mesh | None = None) -> P
             "bfloat16".
         mesh: where to put the parameters (llada_jax.cluster.sharding.make_mesh); None: the first
             device.
-
-    Where the run kept a moving average of the parameters, the average is loaded.
+        ema: True loads the moving average of the parameters, False the parameters themselves; None
+            loads the average where the run kept one.
 
     Raises:
-        UserError: there is no checkpoint, or it cannot be read.
+        UserError: there is no checkpoint, it cannot be read, or its run kept no moving average.
     """
     found, step = find_weights(checkpoint, causal=True)
     record = found.record(step)
@@ -215,7 +217,9 @@ def load(checkpoint: str, *, dtype: str = "auto", mesh: Mesh | None = None) -> P
         attention="xla",
         mask=record.mask,
     )
-    params = found.restore_params(step, abstract_parameters(model, mesh), ema=record.keeps_ema)
+    params = found.restore_params(
+        step, abstract_parameters(model, mesh), ema=reads_ema(record, ema, checkpoint)
+    )
     if isinstance(found, HuggingFace):
         tokenizer = found.tokenizer
     else:

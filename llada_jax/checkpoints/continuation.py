@@ -78,6 +78,21 @@ def decisive_knobs(record: RunRecord) -> dict:
     }
 
 
+def changed_knobs(config: dict, before: dict, prefix: str = "config.") -> list[str]:
+    """Returns a line for each knob in which two configs differ, both as nested dicts.
+
+    A knob that one of them does not know is left out: it belongs to another version.
+    """
+    lines = []
+    for key in config.keys() & before.keys():
+        new, old = config[key], before[key]
+        if isinstance(new, dict) and isinstance(old, dict):
+            lines += changed_knobs(new, old, f"{prefix}{key}.")
+        elif _as_json(new) != _as_json(old):
+            lines.append(f"{prefix}{key} changed from {old!r} to {new!r}")
+    return sorted(lines)
+
+
 def check_same(what: str, ours: dict, theirs: dict, *, remedy: str) -> None:
     """Raises UserError that names each key in which two small dicts differ."""
     keys = [

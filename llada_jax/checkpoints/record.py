@@ -382,6 +382,23 @@ def write_run(workdir, tokenizer: Tokenizer, record: RunRecord, *, config_text: 
     files.write_whole(path / FILE, json.dumps(record.to_json(), indent=1) + "\n")
 
 
+def reads_ema(record: RunRecord, wanted: bool | None, checkpoint) -> bool:
+    """Returns whether to read the moving average of a checkpoint, or else its raw parameters.
+
+    Args:
+        wanted: True or False says which; None takes the average where one is kept.
+
+    Raises:
+        UserError: the average is wanted and none was kept.
+    """
+    if wanted and not record.keeps_ema:
+        raise UserError(
+            f"The moving average of {checkpoint} is asked for and its run kept none "
+            "(optimizer.ema_decay=0); ask for the raw parameters."
+        )
+    return record.keeps_ema if wanted is None else wanted
+
+
 def git_commit() -> str:
     """Returns the commit of the checkout that this package lies in; "" for an installed package, or
     without git.

@@ -5,7 +5,7 @@ import numpy as np
 from llada_jax.errors import NumericsError
 
 
-def check_finite(sums: dict, *, interval: tuple[int, int], saved) -> None:
+def check_finite(sums: dict, *, interval: tuple[int, int], saved, rate: str) -> None:
     """Raises NumericsError when the loss or a norm of the interval is not finite.
 
     The norm of the parameters is looked at as well: an update may overflow them in a step whose own
@@ -14,6 +14,7 @@ def check_finite(sums: dict, *, interval: tuple[int, int], saved) -> None:
     Args:
         sums: {name: (sum, count)} on the host.
         interval: first and last step of the sums. saved: Checkpoints, to name the last good step.
+        rate: the knob to lower, see llada_jax.config.learning_rate_knob.
     """
     for name in ("loss", "grad_norm", "param_norm"):
         total = sums[name][0]
@@ -28,18 +29,18 @@ def check_finite(sums: dict, *, interval: tuple[int, int], saved) -> None:
         )
         raise NumericsError(
             f"{name} is {total} somewhere in steps {interval[0]} to {interval[1]}; {good}: lower "
-            "config.schedule.learning_rate and start the same command again."
+            f"{rate} and start the same command again."
         )
 
 
-def check_skipped(sums: dict, limit: int, *, interval: tuple[int, int]) -> None:
+def check_skipped(sums: dict, limit: int, *, interval: tuple[int, int], rate: str) -> None:
     """Raises NumericsError when more updates were skipped in an interval than
-    config.optimizer.max_skipped_updates, which is `limit`.
+    config.optimizer.max_skipped_updates, which is `limit`; interval, rate: see check_finite.
     """
     num_skipped = int(sums["skipped"][0])
     if num_skipped > limit:
         raise NumericsError(
             f"{num_skipped} updates in steps {interval[0]} to {interval[1]} were not finite and "
             f"were skipped, and config.optimizer.max_skipped_updates allows {limit}; lower "
-            "config.schedule.learning_rate, or leave these data out with `llada-jax rollback`."
+            f"{rate}, or leave these data out with `llada-jax rollback`."
         )

@@ -15,10 +15,10 @@ from etils import epath
 from jax.experimental import multihost_utils
 from jax.sharding import Mesh
 
-from llada_jax.checkpoints.continuation import check_continues, check_fits
+from llada_jax.checkpoints.continuation import changed_knobs, check_continues, check_fits
 from llada_jax.checkpoints.host_copies import LocalCheckpoints
 from llada_jax.checkpoints.huggingface import find_weights
-from llada_jax.checkpoints.record import RunRecord, write_run
+from llada_jax.checkpoints.record import RunRecord, reads_ema, write_run
 from llada_jax.checkpoints.workdir import Checkpoints, find_checkpoint
 from llada_jax.data.loader import Source, SourceSummary, describe
 from llada_jax.data.records import read_dataset
@@ -70,8 +70,8 @@ class OpenWorkdir(NamedTuple):
     saved: its checkpoints. local: copies on the disks of the hosts; None without them. writer: of
     its metrics. record: what this start writes into run.json, and into the record of every
     checkpoint. rollbacks: what was rolled back before. start_step: the step that is already done;
-    is_continued: whether this workdir held a checkpoint;
-    origin: where its state comes from, in words.
+    is_continued: whether this workdir held a checkpoint; origin: where its state comes from, in
+    words. changed: a line for each knob whose value differs from that of the run that is continued.
     """
 
     saved: Checkpoints
@@ -82,6 +82,7 @@ class OpenWorkdir(NamedTuple):
     start_step: int
     is_continued: bool
     origin: str
+    changed: list[str]
 
 
 def open_workdir(
@@ -99,6 +100,7 @@ def open_workdir(
     local_directory: str,
     restore: str,
     init_from: str,
+    init_from_ema: bool | None,
     tensorboard: bool,
 ) -> tuple[OpenWorkdir, TrainState]:
     """Opens a workdir for training; returns it with the state that training starts from.
@@ -110,7 +112,7 @@ def open_workdir(
         record: run.json as this start would write it.
         config_text: the config file, of which the workdir keeps a copy; "": none.
         until_end: is given what must be closed after the run, such as the lock of the workdir.
-        restore, init_from: see first_state.
+        restore, init_from, init_from_ema: see first_state.
         keep, keep_every_steps: see Checkpoints. local_directory: of LocalCheckpoints; "": none.
         tensorboard: whether events are written next to metrics.jsonl.
 
@@ -143,6 +145,7 @@ def open_workdir(
         seed=seed,
         restore=restore,
         init_from=init_from,
+        init_from_ema=init_from_ema,
         is_causal=recipe.objective.mask.causal,
         num_rollbacks=rollbacks.count,
     )
@@ -181,6 +184,7 @@ def open_workdir(
         start_step=start_step,
         is_continued=bool(saved.steps),
         origin=origin,
+        changed=changed_knobs(record.config, continued.config) if continued else [],
     )
     return opened, state
 
@@ -249,6 +253,7 @@ def first_state(
     seed: int,
     restore: str,
     init_from: str,
+    init_from_ema: bool | None,
     is_causal: bool,
     num_rollbacks: int,
 ) -> FirstState:
@@ -271,6 +276,7 @@ def first_state(
         create: create(seed=, params=None) -> the TrainState of step 0.
         restore: WORKDIR or WORKDIR@STEP; "": none.
         init_from: WORKDIR, WORKDIR@STEP or a Hugging Face directory; "": none.
+        init_from_ema: see reads_ema.
         is_causal: whether the run trains a causal network, which is all that some Hugging Face
             directories hold.
         num_rollbacks: how often this run went back; local copies from before the last time hold
@@ -306,7 +312,9 @@ def first_state(
         other, step = find_weights(init_from, causal=is_causal)
         theirs = other.record(step)
         check_fits(theirs, run, other.directory)
-        params = other.restore_params(step, abstract_params, ema=theirs.keeps_ema)
+        params = other.restore_params(
+            step, abstract_params, ema=reads_ema(theirs, init_from_ema, init_from)
+        )
         # create() passes them through jit, which makes buffers that the train step may take over
         # (see Checkpoints.restore)
         state = create(seed=seed, params=params)

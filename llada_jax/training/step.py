@@ -200,6 +200,9 @@ def make_train_step(
             number and the metric "skipped", the share of such steps.
     """
 
+    # a bare optax optimizer, as in tests, takes no step
+    optimizer = optax.with_extra_args_support(optimizer)
+
     def train_step(state: TrainState, batch: dict) -> TrainState:
         # 1. Everything random about this step follows from (seed, step, row). The key is folded
         # from the step and never carried along: there is no random state that a checkpoint could
@@ -250,11 +253,12 @@ def make_train_step(
         # array to this function, the sums above are global ones already.
         grads = jax.tree.map(lambda grad: grad / jnp.maximum(count, 1.0), grads)
         # 4. The update.
-        updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
+        updates, opt_state = optimizer.update(grads, state.opt_state, state.params, step=state.step)
         params = optax.apply_updates(state.params, updates)
         ema = {}
         if state.ema:
-            average = lambda old, new: ema_decay * old + (1.0 - ema_decay) * new  # noqa: E731
+            decay = warmed_up_decay(ema_decay, state.step)
+            average = lambda old, new: decay * old + (1.0 - decay) * new  # noqa: E731
             ema = jax.tree.map(average, state.ema, params)
         # 5. What is logged: sums and counts over the steps since the last log line.
         grad_norm, one = optax.tree.norm(grads), jnp.float32(1)
@@ -282,6 +286,17 @@ def make_train_step(
         return TrainState(state.step + 1, params, opt_state, ema, metrics, state.frozen)
 
     return train_step
+
+
+def warmed_up_decay(ema_decay: float, step):
+    """Returns the decay of the moving average in the update number `step`, counted from 0:
+    min(ema_decay, (1 + step) / (10 + step)).
+
+    The average starts at the initialisation, which with a constant decay of 0.9999 would still be
+    96% of it after 400 steps. So it looks back over a tenth of the steps until that is as long as
+    the constant decay does, and the initialisation's share falls as step**-9.
+    """
+    return jnp.minimum(ema_decay, (1.0 + step) / (10.0 + step))
 
 
 def split_microbatches(batch: dict, num_microbatches: int) -> dict:

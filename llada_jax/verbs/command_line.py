@@ -33,15 +33,15 @@ class Parser(argparse.ArgumentParser):
             epilog=f"example:\n  {example}",
             formatter_class=argparse.RawDescriptionHelpFormatter,
             allow_abbrev=False,
+            add_help=False,
         )
+        # not in its own list: whoever reads it knows the flag, and the help must fit a screen
+        super().add_argument("-h", "--help", action="help", help=argparse.SUPPRESS)
         self.known_flags = set()
 
     def add_argument(self, *names, **kwargs):
         action = super().add_argument(*names, **kwargs)
-        # getattr: argparse adds --help from its own __init__, before there is a set
-        getattr(self, "known_flags", set()).update(
-            n for n in action.option_strings if n.startswith("--")
-        )
+        self.known_flags.update(n for n in action.option_strings if n.startswith("--"))
         return action
 
     def add_config_flags(self, *, file: str, knob: str) -> None:
@@ -54,6 +54,14 @@ class Parser(argparse.ArgumentParser):
         # Stands for all knobs, in the help alone: parse_with_overrides takes them off the line.
         # One argparse flag per knob would fill screens, and would need the config to be loaded.
         self.add_argument(f"{KNOB}KEY", metavar="VALUE", dest="_", help=knob)
+
+    def add_ema_flag(self) -> None:
+        """Adds --ema and --no-ema; args.ema is None where neither is given."""
+        self.add_argument(
+            "--ema",
+            action=argparse.BooleanOptionalAction,
+            help="the moving average of the weights, if kept",
+        )
 
     def parse_with_overrides(self, argv: list[str]) -> tuple[argparse.Namespace, list[str]]:
         """Returns the parsed flags, and the knobs as words such as "optimizer.b2=0.98".

@@ -37,6 +37,7 @@ def main(argv: list[str]) -> None:
     parser.add_argument(
         "--baselines", action="store_true", help="also score unigram and xz -9 on the same text"
     )
+    parser.add_ema_flag()
     parser.add_argument("--json", action="store_true", help="print one JSON object on stdout")
     args = parser.parse_args(argv)
     for flag in ("mc_samples", "batch_size"):
@@ -52,7 +53,7 @@ def main(argv: list[str]) -> None:
 
 def evaluate(args) -> dict:
     """Returns the bound and, if asked for, the baselines, as a flat dict."""
-    model = pretrained.load(args.checkpoint)
+    model = pretrained.load(args.checkpoint, ema=args.ema)
     info = read_dataset(args.data)
     if info.tokenizer["fingerprint"] != model.tokenizer.fingerprint:
         raise UserError(

@@ -91,6 +91,7 @@ def make_parser() -> Parser:
         action="store_true",
         help="go on after the end-of-text token, as the published sampler does",
     )
+    parser.add_ema_flag()
     add("--show", action="store_true", help="show the masks turning into text, on stderr")
     add("--json", action="store_true", help="one JSON object on stdout")
     return parser
@@ -219,7 +220,7 @@ def main(argv: list[str]) -> None:
     check_request(num_prompts=len(prompts), batch_size=args.batch_size, seed=args.seed)
 
     # 2. The model.
-    pretrained = load(args.checkpoint)
+    pretrained = load(args.checkpoint, ema=args.ema)
     check_objective(args.checkpoint, pretrained.record)
     warn_of_surprises(args, pretrained, prompts)
 

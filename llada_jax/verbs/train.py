@@ -14,7 +14,7 @@ from llada_jax.checkpoints.orbax_patches import drop_echoes
 from llada_jax.checkpoints.record import run_record
 from llada_jax.cluster import distributed, hardware, sharding
 from llada_jax.cluster.stop_request import StopRequest
-from llada_jax.config import AUTO, load_config, own_parts, parse_sources
+from llada_jax.config import AUTO, learning_rate_knob, load_config, own_parts, parse_sources
 from llada_jax.data.loader import train_batches
 from llada_jax.errors import LostPeer, Preempted, UserError
 from llada_jax.models.model import make_model
@@ -47,6 +47,10 @@ from llada_jax.verbs.command_line import Parser
 # Steps that are dispatched and not finished: two keep the devices busy while the host prepares the
 # next batch. With more, a stop request would have to wait for all of them.
 MAX_STEPS_IN_FLIGHT = 2
+
+# What config.evaluation.weights and config.checkpoint.init_from_weights mean: whether to read the
+# moving average; None where one is kept.
+WEIGHTS = {AUTO: None, "raw": False, "ema": True}
 
 SAMPLE_KNOBS = ("gen_length", "block_length", "steps", "temperature")
 
@@ -152,6 +156,7 @@ def open_run(
             local_directory=config.checkpoint.local_directory,
             restore=config.checkpoint.restore,
             init_from=config.checkpoint.init_from,
+            init_from_ema=WEIGHTS[config.checkpoint.init_from_weights],
             tensorboard=config.log.tensorboard,
         )
     # apart from the record: the train step takes the state over, and what is kept of it would
@@ -176,6 +181,7 @@ def train_on(
     B, T = config.data.batch_size, config.data.sequence_length
     bound_name = recipe.objective.bound_name
     timeout_s = config.distributed.step_timeout_s
+    rate_knob = learning_rate_knob(config)
 
     # 5. The compiled step.
     progress = Progress(num_steps=num_steps, start_step=start_step, enabled=is_first)
@@ -195,6 +201,8 @@ def train_on(
     gap = writer.gap_before(start_step, every_steps=config.log.every_steps)
     if gap and opened.is_continued:
         progress.say(gap)
+    for line in opened.changed:
+        progress.say(f"start       {line}")
     if start_step >= num_steps:
         progress.say(f"the run is complete: step {start_step} of {num_steps}")
     else:
@@ -244,6 +252,10 @@ def train_on(
         num_steps=config.log.profile_num_steps,
         last_step=num_steps,
     )
+    # of a state without an average the parameters; validate() has refused to be asked for one
+    read_by_evaluation = lambda state: (  # noqa: E731
+        (WEIGHTS[config.evaluation.weights] is not False and state.ema) or state.params
+    )
     in_flight, logged_step = deque(), start_step
     is_due = lambda step, every: every > 0 and (step % every == 0 or step == num_steps)  # noqa: E731
     clock.start_training()
@@ -251,7 +263,13 @@ def train_on(
         # as large as a microbatch of training, which is known to fit
         eval_batch_size = B // config.optimizer.gradient_accumulation
         unfinished = Unfinished(
-            workdir, {"data": data.record(), "batch_size": eval_batch_size, "sequence_length": T}
+            workdir,
+            {
+                "data": data.record(),
+                "batch_size": eval_batch_size,
+                "sequence_length": T,
+                "weights": config.evaluation.weights,
+            },
         )
 
         def on_batch() -> None:
@@ -273,7 +291,7 @@ def train_on(
             try:
                 bounds = evaluate_heldout(
                     recipe.model,
-                    state.ema or state.params,
+                    read_by_evaluation(state),
                     frozen=state.frozen,
                     summaries=data.summaries,
                     objective=recipe.objective,
@@ -335,8 +353,9 @@ def train_on(
             if must_save or must_copy or is_due(step, config.log.every_steps):
                 sums = jax.device_get(state.metrics)
                 interval = (logged_step + 1, step)
-                check_finite(sums, interval=interval, saved=saved)
-                check_skipped(sums, config.optimizer.max_skipped_updates, interval=interval)
+                check_finite(sums, interval=interval, saved=saved, rate=rate_knob)
+                limit = config.optimizer.max_skipped_updates
+                check_skipped(sums, limit, interval=interval, rate=rate_knob)
             # An interval in which every update was skipped has no means. Its sums are kept, so that
             # the skipped updates of the next interval are counted together with them.
             if is_due(step, config.log.every_steps) and sums["loss"][1] > 0:
@@ -381,7 +400,7 @@ def train_on(
                 with clock.span("samples"):
                     text = sample_markdown(
                         sampling_model,
-                        state.ema or state.params,
+                        read_by_evaluation(state),
                         data.tokenizer,
                         on_step=lambda *_: watchdog.beat("a denoising step"),
                         prompts=list(config.samples.prompts),

@@ -11,6 +11,7 @@ from llada_jax.config import (
     CHOICES,
     OWN_PARTS,
     knob,
+    learning_rate_knob,
     load_config,
     own_parts,
     validate,
@@ -32,6 +33,16 @@ def test_exactly_one_of_steps_and_tokens_says_how_long_to_train(num_steps, num_t
         validate(valid(**{"num_steps": num_steps, "num_tokens": num_tokens}))
 
 
+# What a knob needs next to it, so that something reads it.
+READERS = {
+    "schedule.learning_rate": {"schedule.name": "constant"},
+    "schedule.final_learning_rate": {"schedule.name": "cosine"},
+    "schedule.decay_fraction": {"schedule.name": "wsd"},
+    "schedule.decay_shape": {"schedule.name": "wsd"},
+    "evaluation.weights": {"optimizer.ema_decay": 0.9},
+}
+
+
 def changes_for(path: str) -> dict:
     """What else has to change so that a knob may have any value of its range."""
     return {
@@ -39,6 +50,7 @@ def changes_for(path: str) -> dict:
         "num_tokens": {"num_steps": 5},
         "model.num_heads": {"model.num_kv_heads": 1},
         "checkpoint.local_every_steps": {"checkpoint.local_directory": "/dev/shm/x"},
+        **READERS,
     }.get(path, {})
 
 
@@ -121,7 +133,7 @@ def test_no_number_may_be_infinite(path, value):
 def test_every_choice_is_valid_and_a_typo_names_it(path):
     assert knob(DEFAULT, path) in CHOICES[path]
     for choice in CHOICES[path]:
-        validate(valid(**{path: choice}))
+        validate(valid(**{**READERS.get(path, {}), path: choice}))
         if len(choice) > 4:
             with pytest.raises(
                 UserError,
@@ -169,3 +181,50 @@ def test_only_a_config_with_own_parts_makes_its_directory_importable(tmp_path, m
     assert str(tmp_path) not in sys.path
     load_config(str(file), ["num_steps=5", "schedule.name=mine:rate"])
     assert sys.path[-1] == str(tmp_path)
+
+
+# ---- knobs that the chosen part does not read
+
+UNREAD = [
+    ("schedule.name", "llada", "schedule.learning_rate", 1e-3),
+    ("schedule.name", "cosine", "schedule.stages", ((1e9, 1e-3, 1e-3),)),
+    ("schedule.name", "constant", "schedule.decay_shape", "1-sqrt"),
+    ("schedule.name", "my:rate", "schedule.decay_fraction", 0.5),
+    ("optimizer.name", "lion", "optimizer.eps", 1e-6),
+    ("objective.name", "autoregressive", "objective.t_sampling", "iid"),
+    ("objective.name", "my:loss", "objective.eps", 0.01),
+]
+
+
+@pytest.mark.parametrize(("part", "name", "path", "value"), UNREAD)
+def test_a_changed_knob_that_the_chosen_part_does_not_read_is_refused(part, name, path, value):
+    validate(valid(**{part: name}))
+    with pytest.raises(UserError, match=rf"config\.{path}=.* changes nothing: .* reads "):
+        validate(valid(**{part: name, path: value}))
+
+
+def test_the_refusal_names_the_knobs_that_are_read():
+    with pytest.raises(UserError, match=r"schedule.name='wsd' reads learning_rate, .*decay_shape;"):
+        validate(valid(**{"schedule.name": "wsd", "schedule.stages": ((1e9, 1e-3, 1e-3),)}))
+
+
+def test_an_override_that_chooses_another_part_drops_what_the_file_set_for_its_own(tmp_path):
+    file = tmp_path / "c.py"
+    file.write_text(
+        "from llada_jax.config import default_config\n\n\ndef get_config():\n"
+        "    config = default_config()\n    config.num_steps = 5\n"
+        "    config.schedule.name = 'wsd'\n    config.schedule.decay_fraction = 0.5\n"
+        "    config.schedule.learning_rate = 0.1\n    return config\n"
+    )
+    schedule = load_config(str(file), ["schedule.name=constant"]).schedule
+    assert (schedule.learning_rate, schedule.decay_fraction) == (
+        0.1,
+        DEFAULT.schedule.decay_fraction,
+    )
+    with pytest.raises(UserError, match="decay_fraction=0.3 changes nothing"):
+        load_config(str(file), ["schedule.name=constant", "schedule.decay_fraction=0.3"])
+
+
+def test_the_knob_to_lower_is_the_one_that_the_schedule_reads():
+    assert learning_rate_knob(valid()) == "the rates in config.schedule.stages"
+    assert learning_rate_knob(valid(**{"schedule.name": "wsd"})) == "config.schedule.learning_rate"

@@ -6,11 +6,14 @@ import numpy as np
 import optax
 import pytest
 
+from llada_jax.config import default_config
 from llada_jax.objectives.objective import Objective
+from llada_jax.training.optim import make_optimizer
 from llada_jax.training.state import TrainState
-from llada_jax.training.step import make_train_step
+from llada_jax.training.step import make_train_step, optimizer_knobs
 
 RATE = 0.5
+ADAM = optax.adam(RATE)
 
 
 def loss(nll_fn, params, batch, key, row_B, *, num_rows, step, frozen):
@@ -20,8 +23,7 @@ def loss(nll_fn, params, batch, key, row_B, *, num_rows, step, frozen):
     return loss_sum, count, {"loss": (loss_sum, count)}
 
 
-def trained_on(rows: list[list[float]], *, skip_nonfinite: bool) -> TrainState:
-    optimizer = optax.adam(RATE)
+def trained_on(rows: list[list[float]], *, skip_nonfinite: bool, optimizer=ADAM) -> TrainState:
     params = {"w": jnp.float32(1.0)}
     zero = (jnp.float32(0), jnp.float32(0))
     metrics = dict.fromkeys(("loss", "grad_norm", "param_norm", "learning_rate", "skipped"), zero)
@@ -36,7 +38,7 @@ def trained_on(rows: list[list[float]], *, skip_nonfinite: bool) -> TrainState:
         seed=0,
         num_rows=2,
         num_microbatches=1,
-        ema_decay=0.9,
+        ema_decay=0.1,  # below the warm-up, which follows the step number: the same in all steps
         skip_nonfinite=skip_nonfinite,
     )
     for row in rows:
@@ -69,3 +71,15 @@ def test_skipping_changes_no_step_that_is_finite():
     rows = [[1.0, 2.0], [3.0, -1.0]]
     states = [trained_on(rows, skip_nonfinite=flag) for flag in (True, False)]
     jax.tree.map(np.testing.assert_array_equal, *states)
+
+
+def test_after_a_skipped_update_the_learning_rate_is_still_that_of_the_step():
+    rates = np.array([0.5, 0.25, 0.125, 0.0625])
+    optimizer = make_optimizer(
+        lambda step: jnp.asarray(rates, jnp.float32)[step],
+        **{**optimizer_knobs(default_config().optimizer), "name": "lion", "weight_decay": 0.0},
+    )
+    rows = [[1, 1], [1, np.nan], [1, 1], [1, 1]]
+    state = trained_on(rows, skip_nonfinite=True, optimizer=optimizer)
+    # Lion moves by the sign of the gradient times the rate: the second rate is left out
+    assert float(state.params["w"]) == 1.0 - rates[[0, 2, 3]].sum()

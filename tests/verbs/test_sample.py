@@ -35,7 +35,7 @@ def run(monkeypatch, capsys):
     def run_verb(*argv, pretrained=None, checkpoint="runs/fake"):
         loaded = []
 
-        def load(path):
+        def load(path, *, ema=None):
             loaded.append(path)
             return pretrained or fake_pretrained()
 

@@ -19,6 +19,7 @@ def exploding(home: Path, tmp_path: Path, rate: str) -> list[str]:
     """A run whose learning rate jumps from 1e-3 after step 4; every step is saved."""
     stages = f"((512, 1e-3, 1e-3), (1e9, {rate}, {rate}))"
     change = f"config.schedule.name = 'llada'; config.schedule.stages = {stages}"
+    change += "; config.schedule.learning_rate = 4e-4"  # the default, which llada does not read
     write_config(home, change, name="exploding.py")
     every = ["num_steps=12", "checkpoint.every_steps=1", "log.every_steps=3"]
     return train_argv(home, tmp_path / "run", *every, config="exploding.py")
@@ -30,7 +31,7 @@ def test_not_a_number_exits_3_with_the_interval_and_a_last_good_step_that_is_goo
     rate, home, tmp_path, refused
 ):
     argv = exploding(home, tmp_path, rate)
-    says = ["lower config.schedule.learning_rate", "start the same command again"]
+    says = ["lower the rates in config.schedule.stages", "start the same command again"]
     sentence = refused(argv, status=3, says=says, is_late=True)
     first, last, good = map(
         int, re.search(r"steps (\d+) to (\d+);.* step (\d+)[: ]", sentence).groups()

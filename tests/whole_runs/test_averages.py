@@ -1,0 +1,56 @@
+"""Who reads the moving average of a run and who its parameters: each reader takes what is asked
+for.
+"""
+
+import json
+
+import jax
+import numpy as np
+import pytest
+from support.mishaps import train_argv
+from support.runs import metric_lines
+
+import llada_jax
+from llada_jax.__main__ import main
+from llada_jax.errors import UserError
+
+# a rate so high that parameters and average differ by far more than rounding
+AVERAGED = ("optimizer.ema_decay=0.9", "schedule.learning_rate=0.03")
+
+
+def evaluated(workdir, home, flag: str, capsys) -> float:
+    words = ["--checkpoint", str(workdir), "--data", str(home / "data"), "--batch-size", "8"]
+    capsys.readouterr()
+    assert main(["evaluate", *words, flag, "--json"]) == 0
+    return json.loads(capsys.readouterr().out)["nelbo_nats_per_token"]
+
+
+@pytest.mark.slow
+def test_evaluations_load_and_init_from_read_what_they_are_asked_to(home, tmp_path, capsys):
+    whole = (*AVERAGED, "evaluation.final_num_batches=0")
+    for weights, flag, other in (("raw", "--no-ema", "--ema"), ("auto", "--ema", "--no-ema")):
+        workdir = tmp_path / weights
+        assert main(train_argv(home, workdir, *whole, f"evaluation.weights={weights}")) == 0
+        final = metric_lines(workdir, "final")[0]["final"]["nelbo"]
+        assert evaluated(workdir, home, flag, capsys) == pytest.approx(final, rel=1e-5)
+        assert evaluated(workdir, home, other, capsys) != pytest.approx(final, rel=1e-3)
+    read = {ema: llada_jax.load(workdir, ema=ema).params for ema in (None, True, False)}
+    leaves = {ema: jax.tree.leaves(params) for ema, params in read.items()}
+    for default, average in zip(leaves[None], leaves[True]):
+        np.testing.assert_array_equal(default, average)
+    assert any(not np.allclose(a, b) for a, b in zip(leaves[True], leaves[False]))
+    for weights, ema in (("raw", False), ("ema", True), ("auto", True)):
+        begun = tmp_path / f"from {weights}"
+        frozen = ("schedule.learning_rate=0.0", "num_steps=1", "checkpoint.every_steps=1")
+        asked = f"checkpoint.init_from_weights={weights}"
+        knobs = (f"checkpoint.init_from={workdir}", asked, *frozen)
+        assert main(train_argv(home, begun, *knobs)) == 0
+        for start, expected in zip(jax.tree.leaves(llada_jax.load(begun).params), leaves[ema]):
+            np.testing.assert_array_equal(start, expected)
+
+
+def test_a_moving_average_that_nobody_kept_is_refused(home, tmp_path, refused):
+    with pytest.raises(UserError, match="kept none .*ask for the raw parameters"):
+        llada_jax.load(home / "run", ema=True)
+    argv = train_argv(home, tmp_path / "run", "evaluation.weights=ema")
+    refused(argv, says=["config.evaluation.weights='ema' needs a moving average"])
