@@ -57,7 +57,7 @@ class Ledger:
             except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
                 say(
                     f"{self._path} cannot be read ({reason(error)}); the account of the run's time "
-                    "begins anew"
+                    "begins again"
                 )
 
     def _continue(self, kept: dict, start_step: int, began: float) -> None:

@@ -163,7 +163,7 @@ class MetricsWriter:
         """Returns a sentence about lines that are missing at the end of what a resumed run kept.
 
         "" when there are none. Lines are written before the checkpoint of their step, so they are
-        missing only when somebody removed the file or a disk lost it.
+        missing only when the file was removed or a disk lost it.
 
         Args:
             step: the step from which the run continues.

@@ -376,7 +376,7 @@ def train_on(
                     must_stop = must_save = True
                     sums = jax.device_get(state.metrics)
                     check_finite(sums, interval=(logged_step + 1, step), saved=saved)
-            # not when the run is to stop: nobody waits for a text while the grace period passes
+            # not when the run is to stop: a text is not worth the grace period
             if is_due(step, config.samples.every_steps) and not must_stop:
                 with clock.span("samples"):
                     text = sample_markdown(
