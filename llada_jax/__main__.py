@@ -33,7 +33,7 @@ VERBS = {
     "sweep": ("sweep", "config with sweep(add) -> numbered runs and their table"),
 }
 
-# Verbs that write files and no result to stdout: a reader that leaves says nothing about them.
+# Verbs that write files and no result to stdout: a reader that leaves does not mean success.
 WITHOUT_RESULT = ("train",)
 
 

@@ -114,7 +114,7 @@ def open_missing() -> None:
 
 
 def reader_of_stdout_is_gone() -> bool:
-    """Whether stdout is a pipe without a reader, as in `llada-jax sample ... | head`."""
+    """Whether stdout is a pipe whose reader is gone, as in `llada-jax sample ... | head`."""
     try:
         poll = select.poll()
         poll.register(sys.stdout.fileno(), select.POLLOUT)

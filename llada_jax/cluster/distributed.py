@@ -203,8 +203,7 @@ def is_cluster(environment) -> bool:
     JAX can then find the others by itself. SLURM_NTASKS alone does not mean that: it is also set in
     the batch script, which runs once.
     """
-    # Outside of a step of srun the other variables of SLURM mean nothing to this process.
-    if "SLURM_STEP_NODELIST" in environment and number_in(environment, "SLURM_NTASKS", 1) > 1:
+    if is_step_of_several(environment):
         return True
     if environment.get("JAX_PLATFORMS", "").startswith("cpu"):
         return False
@@ -212,6 +211,14 @@ def is_cluster(environment) -> bool:
     return len(slice_hosts(environment)) > 1 or (
         has_chips and importlib.util.find_spec("libtpu") is not None
     )
+
+
+def is_step_of_several(environment) -> bool:
+    """Whether srun started this process as one of several.
+
+    Outside of a step the other variables of SLURM mean nothing to a process.
+    """
+    return "SLURM_STEP_NODELIST" in environment and number_in(environment, "SLURM_NTASKS", 1) > 1
 
 
 def number_in(environment, name: str, default: int, *, least: int = 1) -> int:
@@ -288,6 +295,12 @@ def place_in_cluster(timeout_s: int) -> dict:
             f"processes meet ({type(error).__name__}: {_first_line(error)}); start this process "
             "with srun or the launcher of the cluster, or unset those variables."
         ) from error
+    if None in (address, count, number) and is_step_of_several(os.environ):
+        raise UserError(
+            f"SLURM started {os.environ['SLURM_NTASKS']} tasks, but the other variables SLURM_* "
+            "are incomplete, and each task would train alone; start the command with srun and pass "
+            "its whole environment on."
+        )
     # A host with chips that belongs to no slice is alone.
     if None in (address, count, number):
         return {"coordinator_address": "", "num_processes": 1, "process_id": 0}
