@@ -13,7 +13,7 @@ are float32, matrix products in `dtype`.
 
 import dataclasses
 import math
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -66,7 +66,7 @@ class Architecture:
     attention_bias: str = "none"
     output_shift: bool = False
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         # run.json holds it as a list, which has no hash.
         object.__setattr__(self, "rope_scaling", tuple(self.rope_scaling))
         if self.rope_scaling and not _is_scaling(*self.rope_scaling):
@@ -78,7 +78,7 @@ class Architecture:
             )
 
 
-def _is_scaling(*numbers) -> bool:
+def _is_scaling(*numbers: float) -> bool:
     """Whether these can be Architecture.rope_scaling."""
     if len(numbers) != 4 or not all(
         type(n) in (int, float) and math.isfinite(n) and n > 0 for n in numbers
@@ -96,7 +96,12 @@ class TokenScores(NamedTuple):
 
 
 def parameter(
-    key: Array | None, shape: tuple[int, ...], names: tuple[str, ...], std=0.0, *, fill=1.0
+    key: Array | None,
+    shape: tuple[int, ...],
+    names: tuple[str, ...],
+    std: float = 0.0,
+    *,
+    fill: float = 1.0,
 ) -> nnx.Param:
     """Returns a float32 parameter: `fill` where `key` is None, otherwise a normal truncated at 3
     standard deviations.
@@ -127,7 +132,7 @@ def add_bias(x: Array, bias: Array) -> Array:
     return (x.astype(jnp.float32) + bias).astype(x.dtype)
 
 
-def embed(table_VD: Array, tokens_BT: Array, dtype) -> Array:
+def embed(table_VD: Array, tokens_BT: Array, dtype: Any) -> Array:
     """Returns the rows of the tokens, [B, T, D] in `dtype`.
 
     Gathered first and cast then, so that the gradient is scattered into a float32 table. In masked
@@ -137,7 +142,7 @@ def embed(table_VD: Array, tokens_BT: Array, dtype) -> Array:
     return table_VD[tokens_BT].astype(dtype)
 
 
-def project(x: Array, kernel: Array, num_in: int = 1, out_dtype=None) -> Array:
+def project(x: Array, kernel: Array, num_in: int = 1, out_dtype: Any = None) -> Array:
     """Contracts the last `num_in` dims of x with the first of the kernel, in the dtype of x;
     accumulates in `out_dtype`.
 
@@ -210,7 +215,7 @@ class Block(nnx.Module):
     (layer + 1)), layer counted from 0; norms are 1, biases 0.
     """
 
-    def __init__(self, a: Architecture, key: Array, layer: Array):
+    def __init__(self, a: Architecture, key: Array, layer: Array) -> None:
         D, N, K, H, F = a.d_model, a.num_heads, a.num_kv_heads, a.head_dim, a.d_ff
         keys = jax.random.split(key, 7)
         residual = (2.0 * (layer + 1)) ** -0.5
@@ -241,7 +246,15 @@ class Block(nnx.Module):
         self.ff_out = parameter(keys[6], (F, D), ("mlp", "embed"), F**-0.5 * residual)
 
     def __call__(
-        self, x_BTD, cos, sin, segment_ids_BT, *, a: Architecture, attention: str, mask: Mask
+        self,
+        x_BTD: Array,
+        cos: Array,
+        sin: Array,
+        segment_ids_BT: Array | None,
+        *,
+        a: Architecture,
+        attention: str,
+        mask: Mask,
     ) -> Array:
         with jax.named_scope("attention"):
             y_BTD = rms_norm(x_BTD, self.attn_norm[...], a.norm_eps)
@@ -302,12 +315,12 @@ class Transformer(nnx.Module):
         a: Architecture,
         key: Array,
         *,
-        dtype=jnp.float32,
+        dtype: Any = jnp.float32,
         attention: str = "xla",
         mask: Mask = BIDIRECTIONAL,
         remat: str = "none",
         nll_chunk: int = 1024,
-    ):
+    ) -> None:
         self.a, self.dtype, self.attention, self.mask = a, dtype, attention, mask
         self.remat, self.nll_chunk = remat, nll_chunk
         embed_key, blocks_key, head_key = jax.random.split(key, 3)
@@ -333,7 +346,7 @@ class Transformer(nnx.Module):
         )
         graphdef, stacked = nnx.split(self.blocks)
 
-        def run_block(x_BTD, params):
+        def run_block(x_BTD: Array, params: Any) -> tuple[Array, None]:
             block = nnx.merge(graphdef, params)
             x_BTD = block(
                 x_BTD,
@@ -398,7 +411,7 @@ class Transformer(nnx.Module):
         ways = 1 if mesh.empty else mesh.shape[RULES["vocab"]]
         num_pieces = min(-(-targets_BT.shape[1] // self.nll_chunk), max(1, V // ways))
 
-        def score(x_BTD, kernel_DC, token_C):
+        def score(x_BTD: Array, kernel_DC: Array, token_C: Array) -> Any:
             """Returns three arrays [B, T] for one piece of the vocabulary: logsumexp, logit of the
             target (0 when it is in another piece), and largest logit.
             """
@@ -426,7 +439,7 @@ class Transformer(nnx.Module):
             padding = -V % (num_pieces * ways)
             padded_DV = jnp.pad(kernel_DV.astype(self.dtype), ((0, 0), (0, padding)))
 
-            def pieces(array):
+            def pieces(array: Array) -> Array:
                 return jnp.moveaxis(array.reshape(*array.shape[:-1], -1, num_pieces), -1, 0)
 
             # float32, because its gradient then is too, which is a sum over the pieces.

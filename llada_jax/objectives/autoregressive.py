@@ -1,8 +1,10 @@
 """Next-token prediction on the same data with the same (causal) network: the control experiment."""
 
 import functools
+from collections.abc import Callable
 
 import jax.numpy as jnp
+from jax import Array
 
 from llada_jax.masks import CAUSAL
 from llada_jax.objectives.objective import Objective
@@ -15,8 +17,17 @@ def autoregressive(*, bos_id: int) -> Objective:
 
 
 def autoregressive_loss(
-    nll_fn, params, batch: dict, key, row_B, *, num_rows: int, bos_id: int, step=0, frozen=None
-):
+    nll_fn: Callable,
+    params: dict,
+    batch: dict,
+    key: Array,
+    row_B: Array,
+    *,
+    num_rows: int,
+    bos_id: int,
+    step: Array | int = 0,
+    frozen: dict | None = None,
+) -> tuple[Array, Array, dict]:
     """Returns the summed -log p(x_i | x_<i), the number of predicted tokens, and sums and counts to
     log.
 

@@ -12,7 +12,7 @@ from jax import Array
 from llada_jax.rng import keys_for_rows
 
 
-def sample_t(key: Array, row_B: Array, *, num_rows: int, t_sampling: str) -> Array:
+def sample_t(key: Array, row_B: Array, *, num_rows: Array | int, t_sampling: str) -> Array:
     """Returns diffusion times t_B, float32 in [0, 1), for rows `row_B` of a global batch of
     `num_rows`.
 

@@ -3,9 +3,11 @@ docs/math.md).
 """
 
 import functools
+from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
+from jax import Array
 
 from llada_jax.masks import BIDIRECTIONAL
 from llada_jax.objectives.corruption import (
@@ -48,11 +50,11 @@ def masked_diffusion(
 
 
 def masked_diffusion_loss(
-    nll_fn,
-    params,
+    nll_fn: Callable,
+    params: dict,
     batch: dict,
-    key,
-    row_B,
+    key: Array,
+    row_B: Array,
     *,
     num_rows: int,
     mask_id: int,
@@ -61,9 +63,9 @@ def masked_diffusion_loss(
     masking: str = "bernoulli",
     weight: str = "1/p",
     is_whole_batch: bool = False,
-    step=0,
-    frozen=None,
-):
+    step: Array | int = 0,
+    frozen: dict | None = None,
+) -> tuple[Array, Array, dict]:
     """Returns the summed loss over masked tokens, the number of maskable tokens, and sums and
     counts to log.
 
@@ -86,7 +88,8 @@ def masked_diffusion_loss(
     tokens_BT, is_maskable_BT = batch["tokens"], batch["is_maskable"]
     t_key, mask_key = jax.random.split(key)
     # 1. how noisy each row is
-    place_B, num_places = row_B, num_rows
+    place_B: Array = row_B
+    num_places: Array | int = num_rows
     if is_whole_batch:
         place_B, num_places = rank_of_real_rows(is_maskable_BT)
     t_B = sample_t(t_key, place_B, num_rows=num_places, t_sampling=t_sampling)

@@ -6,10 +6,13 @@ is an error.
 """
 
 import re
+from collections.abc import Callable
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 import optax
+from jax import Array
 
 from llada_jax.errors import UserError
 from llada_jax.parts import blamed_on, call_part, check_takes, is_own, load_part
@@ -19,7 +22,7 @@ from llada_jax.parts import blamed_on, call_part, check_takes, is_own, load_part
 # them with the warm-up, so that none of them needs to know about it.
 
 
-def warmed_up(schedule, *, warmup_steps: int):
+def warmed_up(schedule: Callable, *, warmup_steps: int) -> Callable:
     """Returns the schedule times min(1, (step + 1) / warmup_steps).
 
     step + 1, because a first step with a rate of 0 would change nothing.
@@ -27,7 +30,7 @@ def warmed_up(schedule, *, warmup_steps: int):
     return lambda step: schedule(step) * jnp.minimum(1.0, (step + 1) / max(warmup_steps, 1))
 
 
-def staged(stages, *, tokens_per_step: int):
+def staged(stages: Any, *, tokens_per_step: int) -> Callable:
     """LLaDA's published schedule: stages (until_tokens, learning rate at the start, at the end),
     linear within each.
 
@@ -36,7 +39,7 @@ def staged(stages, *, tokens_per_step: int):
     1.2T tokens, 1e-4 until 2.0T, then linear to 1e-5 at 2.3T.)
     """
 
-    def schedule(step):
+    def schedule(step: Array) -> Array:
         tokens = jnp.asarray(step, jnp.float32) * tokens_per_step
         rate, begin = jnp.float32(stages[0][1]), 0.0
         for until, first, last in stages:
@@ -48,7 +51,14 @@ def staged(stages, *, tokens_per_step: int):
     return schedule
 
 
-def wsd(*, learning_rate, final_learning_rate, num_steps, decay_fraction, decay_shape):
+def wsd(
+    *,
+    learning_rate: float,
+    final_learning_rate: float,
+    num_steps: int,
+    decay_fraction: float,
+    decay_shape: str,
+) -> Callable:
     """Warm-up, stable, decay: constant, then down to `final_learning_rate` over the last
     `decay_fraction` of the steps.
 
@@ -56,7 +66,7 @@ def wsd(*, learning_rate, final_learning_rate, num_steps, decay_fraction, decay_
     """
     decay_steps = max(1, round(num_steps * decay_fraction))
 
-    def schedule(step):
+    def schedule(step: Array) -> Array:
         done = jnp.clip((step + 1 - (num_steps - decay_steps)) / decay_steps, 0.0, 1.0)
         left = 1.0 - done if decay_shape == "linear" else 1.0 - jnp.sqrt(done)
         return final_learning_rate + (learning_rate - final_learning_rate) * left
@@ -64,10 +74,10 @@ def wsd(*, learning_rate, final_learning_rate, num_steps, decay_fraction, decay_
     return schedule
 
 
-def cosine(*, learning_rate, final_learning_rate, num_steps):
+def cosine(*, learning_rate: float, final_learning_rate: float, num_steps: int) -> Callable:
     """Half a cosine from `learning_rate` to `final_learning_rate` at the last step."""
 
-    def schedule(step):
+    def schedule(step: Array) -> Array:
         done = jnp.clip((step + 1) / num_steps, 0.0, 1.0)
         return final_learning_rate + (learning_rate - final_learning_rate) * 0.5 * (
             1.0 + jnp.cos(jnp.pi * done)
@@ -94,7 +104,7 @@ SCHEDULES = {
 }
 
 
-def make_schedule(*, name: str, warmup_steps: int, arguments=(), **knobs):
+def make_schedule(*, name: str, warmup_steps: int, arguments: Any = (), **knobs: Any) -> Callable:
     """Returns the named schedule, step -> learning rate, from all the knobs of config.schedule.
 
     Args:
@@ -118,7 +128,7 @@ def make_schedule(*, name: str, warmup_steps: int, arguments=(), **knobs):
     return warmed_up(schedule, warmup_steps=warmup_steps)
 
 
-def check_schedule(schedule, name: str) -> None:
+def check_schedule(schedule: Callable, name: str) -> None:
     """Raises UserError unless schedule(int32 scalar) is a scalar number."""
     if not callable(schedule):
         raise UserError(
@@ -140,7 +150,7 @@ def check_schedule(schedule, name: str) -> None:
 # ---- parameter groups
 
 
-def by_path(tree, rules: tuple[tuple[str, float], ...], *, what: str):
+def by_path(tree: Any, rules: tuple[tuple[str, float], ...], *, what: str) -> Any:
     """Returns a tree of floats: for each leaf, the value of the first (regex, value) whose regex
     matches its whole path.
 
@@ -154,7 +164,7 @@ def by_path(tree, rules: tuple[tuple[str, float], ...], *, what: str):
             f"{what}: {error.pattern!r} is not a regular expression: {error}."
         ) from error
 
-    def value_of(path, _):
+    def value_of(path: Any, _: Any) -> float:
         name = jax.tree_util.keystr(path, simple=True, separator="/")
         for pattern, value in patterns:
             if pattern.fullmatch(name):
@@ -167,12 +177,12 @@ def by_path(tree, rules: tuple[tuple[str, float], ...], *, what: str):
     return jax.tree_util.tree_map_with_path(value_of, tree)
 
 
-def decoupled_weight_decay(rate: float, rules) -> optax.GradientTransformation:
+def decoupled_weight_decay(rate: float, rules: Any) -> optax.GradientTransformation:
     """Adds rate * factor(path) * parameter to the update, before the learning rate (AdamW, arXiv
     1711.05101).
     """
 
-    def update(updates, params):
+    def update(updates: Any, params: dict) -> Any:
         factors = by_path(params, rules, what="config.optimizer.weight_decay_multipliers")
         return jax.tree.map(
             lambda u, p, factor: u + rate * factor * p if factor else u, updates, params, factors
@@ -181,7 +191,7 @@ def decoupled_weight_decay(rate: float, rules) -> optax.GradientTransformation:
     return optax.stateless(update)
 
 
-def scaled_by_rate(schedule) -> optax.GradientTransformationExtraArgs:
+def scaled_by_rate(schedule: Callable) -> optax.GradientTransformationExtraArgs:
     """Multiplies each update by -schedule(step), with the step that `update` is given.
 
     optax.scale_by_learning_rate counts its own calls, a count that lags behind the steps once an
@@ -189,11 +199,13 @@ def scaled_by_rate(schedule) -> optax.GradientTransformationExtraArgs:
     hold it.
     """
 
-    def init(params):
+    def init(params: dict) -> Any:
         del params
         return optax.ScaleByScheduleState(count=jnp.zeros((), jnp.int32))
 
-    def update(updates, state, params=None, *, step=None, **_):
+    def update(
+        updates: Any, state: Any, params: Any = None, *, step: Array | None = None, **_: Any
+    ) -> Any:
         del params
         count = state.count if step is None else step
         rate = schedule(count)
@@ -203,10 +215,10 @@ def scaled_by_rate(schedule) -> optax.GradientTransformationExtraArgs:
     return optax.GradientTransformationExtraArgs(init, update)
 
 
-def scaled_by_path(rules) -> optax.GradientTransformation:
+def scaled_by_path(rules: Any) -> optax.GradientTransformation:
     """Multiplies each update by its factor."""
 
-    def update(updates, params):
+    def update(updates: Any, params: dict) -> Any:
         factors = by_path(updates, rules, what="config.optimizer.learning_rate_multipliers")
         return jax.tree.map(lambda u, factor: u * factor if factor != 1.0 else u, updates, factors)
 
@@ -216,7 +228,7 @@ def scaled_by_path(rules) -> optax.GradientTransformation:
 # ---- optimizers
 
 
-def muon_dimensions(params):
+def muon_dimensions(params: dict) -> Any:
     """Returns which dims of which parameters form a matrix for Muon: those of the blocks. None
     stands for all others, which Adam takes.
     """
@@ -261,17 +273,17 @@ OPTIMIZERS = {
 
 
 def make_optimizer(
-    schedule,
+    schedule: Callable,
     *,
     name: str,
     b1: float,
     b2: float,
     eps: float,
     weight_decay: float,
-    weight_decay_multipliers,
-    learning_rate_multipliers,
+    weight_decay_multipliers: Any,
+    learning_rate_multipliers: Any,
     clip_norm: float,
-    arguments=(),
+    arguments: Any = (),
 ) -> optax.GradientTransformation:
     """Returns clip -> optimizer -> weight decay -> learning rate -> per-group factor.
 
@@ -301,7 +313,7 @@ def make_optimizer(
     )
 
 
-def checked_direction(direction, name: str) -> optax.GradientTransformation:
+def checked_direction(direction: Any, name: str) -> optax.GradientTransformation:
     """Returns an own optimizer that is checked when its state is laid out, before compilation.
 
     Raises:
@@ -315,7 +327,7 @@ def checked_direction(direction, name: str) -> optax.GradientTransformation:
         )
     described = lambda tree: jax.tree.map(lambda leaf: (leaf.shape, str(leaf.dtype)), tree)  # noqa: E731
 
-    def init(params):
+    def init(params: dict) -> Any:
         with blamed_on(name, "optimizer"):
             state = direction.init(params)
             updates, after = jax.eval_shape(direction.update, params, state, params)

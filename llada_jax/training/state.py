@@ -4,7 +4,8 @@ The state is a plain tree of arrays (what checkpoints, sharding rules and conver
 module is put together inside `jax.jit` and never outlives it.
 """
 
-from typing import NamedTuple
+from collections.abc import Callable
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -45,7 +46,9 @@ class TrainState(NamedTuple):
     frozen: dict = {}  # never changed in place, like every other part of a state
 
 
-def split_abstract(split, abstract_params: dict, *, name: str = "") -> tuple[dict, dict]:
+def split_abstract(
+    split: Callable | None, abstract_params: dict, *, name: str = ""
+) -> tuple[dict, dict]:
     """Returns the shapes of (params, frozen) that an objective makes of the network's parameters.
 
     Args:
@@ -75,7 +78,12 @@ def split_abstract(split, abstract_params: dict, *, name: str = "") -> tuple[dic
 
 
 def abstract_metrics(
-    objective: Objective, abstract_params, *, num_rows: int, sequence_length: int, name: str = ""
+    objective: Objective,
+    abstract_params: dict,
+    *,
+    num_rows: int,
+    sequence_length: int,
+    name: str = "",
 ) -> dict:
     """Returns the shapes of the sums and counts that a train step adds to TrainState.metrics.
 
@@ -101,7 +109,13 @@ def abstract_metrics(
 
 
 def abstract_state(
-    model: Model, optimizer, mesh: Mesh, *, metrics: dict, keep_ema: bool, split=None
+    model: Model,
+    optimizer: optax.GradientTransformation,
+    mesh: Mesh,
+    *,
+    metrics: dict,
+    keep_ema: bool,
+    split: Callable | None = None,
 ) -> TrainState:
     """Returns the TrainState as ShapeDtypeStructs with shardings: what is created, restored and
     compiled against.
@@ -122,7 +136,7 @@ def abstract_state(
     }
     replicated = NamedSharding(mesh, P())
 
-    def place(path, leaf):
+    def place(path: Any, leaf: Any) -> Any:
         name = jax.tree_util.keystr(path, simple=True, separator="/")
         while name:
             shape, sharding = sharding_of.get(name, (None, None))
@@ -133,7 +147,7 @@ def abstract_state(
 
     params, frozen = split_abstract(split, model.abstract)
     state = TrainState(
-        step=jax.ShapeDtypeStruct((), jnp.int32),
+        step=jax.ShapeDtypeStruct((), jnp.int32),  # type: ignore[arg-type]
         params=params,
         opt_state=jax.eval_shape(optimizer.init, params),
         ema=params if keep_ema else {},
@@ -144,7 +158,13 @@ def abstract_state(
 
 
 def create_state(
-    model: Model, optimizer, abstract: TrainState, *, seed: int, split=None, params=None
+    model: Model,
+    optimizer: optax.GradientTransformation,
+    abstract: TrainState,
+    *,
+    seed: int,
+    split: Callable | None = None,
+    params: dict | None = None,
 ) -> TrainState:
     """Returns the state of step 0; every array is created in its shards, none is ever whole on one
     device.
@@ -154,7 +174,7 @@ def create_state(
         params: the network's parameters to start from; they are donated. None: fresh ones.
     """
 
-    def create(params):
+    def create(params: dict) -> TrainState:
         params = model.init(key_for("init", seed)) if params is None else params
         frozen = {}
         if split is not None:

@@ -4,11 +4,13 @@ The one module below the verbs that reads a config. Read it from the top: make_r
 parts, make_train_step is the step itself, compile_step makes a program of it.
 """
 
-from typing import NamedTuple
+from collections.abc import Callable
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import optax
+from jax import Array
 from jax.sharding import Mesh, NamedSharding
 
 from llada_jax.cluster import sharding
@@ -36,11 +38,11 @@ class Recipe(NamedTuple):
     objective: Objective
     optimizer: optax.GradientTransformation
     abstract: TrainState  # ShapeDtypeStructs with shardings
-    train_step: object  # (state, batch) -> state, see make_train_step
+    train_step: Callable  # (state, batch) -> state, see make_train_step
     batch_sharding: NamedSharding  # of a [B, T] array
 
 
-def make_recipe(config, tokenizer, mesh: Mesh, *, provided=FIELDS) -> Recipe:
+def make_recipe(config: Any, tokenizer: Any, mesh: Mesh, *, provided: Any = FIELDS) -> Recipe:
     """Assembles a run for a mesh, whose devices need not be present.
 
     Args:
@@ -121,7 +123,7 @@ def make_recipe(config, tokenizer, mesh: Mesh, *, provided=FIELDS) -> Recipe:
     )
 
 
-def check_objective_fits(config, objective: Objective, provided) -> None:
+def check_objective_fits(config: Any, objective: Objective, provided: Any) -> None:
     """Raises UserError when the objective cannot work with these data, or with other knobs."""
     check_fields(objective.batch, provided, by=f"config.objective.name={config.objective.name!r}")
     if not objective.mask.causal:
@@ -139,7 +141,7 @@ def check_objective_fits(config, objective: Objective, provided) -> None:
         )
 
 
-def architecture_of(knobs, tokenizer) -> Architecture:
+def architecture_of(knobs: Any, tokenizer: Any) -> Architecture:
     """Returns the Architecture of config.model; raises UserError when the vocabulary does not fit
     the tokenizer.
     """
@@ -155,7 +157,7 @@ def architecture_of(knobs, tokenizer) -> Architecture:
     return Architecture(**fields)
 
 
-def check_mesh(config, a: Architecture, mesh) -> None:
+def check_mesh(config: Any, a: Architecture, mesh: Mesh) -> None:
     """Raises UserError when batch, sequence or model cannot be split as the mesh asks."""
     rows = config.data.batch_size // config.optimizer.gradient_accumulation
     sharding.check_divisible(
@@ -172,7 +174,7 @@ def check_mesh(config, a: Architecture, mesh) -> None:
     )
 
 
-def optimizer_knobs(knobs) -> dict:
+def optimizer_knobs(knobs: Any) -> dict:
     """Returns the arguments of make_optimizer from config.optimizer."""
     elsewhere = ("ema_decay", "gradient_accumulation", "max_skipped_updates")
     return {name: value for name, value in knobs.items() if name not in elsewhere}
@@ -180,16 +182,16 @@ def optimizer_knobs(knobs) -> dict:
 
 def make_train_step(
     objective: Objective,
-    nll_fn,
-    optimizer,
-    schedule,
+    nll_fn: Callable,
+    optimizer: optax.GradientTransformation,
+    schedule: Callable,
     *,
     seed: int,
     num_rows: int,
     num_microbatches: int,
     ema_decay: float,
     skip_nonfinite: bool = False,
-):
+) -> Callable:
     """Returns train_step(state, batch) -> state, a pure function to be jitted.
 
     Args:
@@ -209,7 +211,7 @@ def make_train_step(
         # forget, and a resumed run draws what the straight run draws.
         key = key_for("corruption", seed, state.step)
 
-        def loss_of(params, part):
+        def loss_of(params: dict, part: dict) -> tuple[Array, tuple[Array, dict]]:
             part = dict(part)
             rows = part.pop("row")
             # frozen is closed over, not an argument: gradients see params alone
@@ -231,7 +233,7 @@ def make_train_step(
         first = jax.tree.map(lambda array: array[0], parts)
         value_and_grad = jax.value_and_grad(loss_of, has_aux=True)
 
-        def add_part(sums, part):
+        def add_part(sums: Any, part: dict) -> tuple[Any, None]:
             # inside the scan the partitioner no longer sees how the batch was placed
             part = {
                 name: constrain(array, "act_batch", *["act_position"] * (array.ndim - 1))
@@ -288,7 +290,7 @@ def make_train_step(
     return train_step
 
 
-def warmed_up_decay(ema_decay: float, step):
+def warmed_up_decay(ema_decay: float, step: Array) -> Array:
     """Returns the decay of the moving average in the update number `step`, counted from 0:
     min(ema_decay, (1 + step) / (10 + step)).
 
@@ -307,7 +309,7 @@ def split_microbatches(batch: dict, num_microbatches: int) -> dict:
     devices each, and all rows would have to move before each part.
     """
 
-    def split(array):
+    def split(array: Array) -> Array:
         strided = array.reshape(
             array.shape[0] // num_microbatches, num_microbatches, *array.shape[1:]
         )
@@ -316,14 +318,16 @@ def split_microbatches(batch: dict, num_microbatches: int) -> dict:
     return jax.tree.map(split, batch)
 
 
-def compile_step(recipe: Recipe, shape: tuple[int, int], compiler_options: dict | None = None):
+def compile_step(
+    recipe: Recipe, shape: tuple[int, int], compiler_options: dict | None = None
+) -> Any:
     """Compiles (state, batch) -> (state, a small array that is ready when the step is) for batches
     of a shape [B, T].
 
     Call it within `jax.set_mesh`.
     """
 
-    def step(state, batch):
+    def step(state: TrainState, batch: dict) -> Any:
         state = recipe.train_step(state, batch)
         # the state itself is donated to the next step, and cannot be waited for after that
         return state, state.step + 0
