@@ -12,6 +12,7 @@ import os
 import re
 import runpy
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 
 from ml_collections import ConfigDict
@@ -233,7 +234,7 @@ READ_BY = {
 }
 
 
-def load_config(path: str, overrides: list[str] = ()) -> ConfigDict:
+def load_config(path: str, overrides: Sequence[str] = ()) -> ConfigDict:
     """Returns the validated config of a file, changed by `overrides` such as "seed=3" or
     "optimizer.b2=0.98".
 

@@ -13,7 +13,7 @@ from jax.sharding import Mesh
 from llada_jax.checkpoints.huggingface import HuggingFace, find_weights
 from llada_jax.checkpoints.record import RunRecord, reads_ema
 from llada_jax.cluster import sharding
-from llada_jax.data.tokenizer import load_same
+from llada_jax.data.tokenizer import Tokenizer, load_same
 from llada_jax.errors import UserError
 from llada_jax.models.model import Model, abstract_parameters, compute_dtype, make_model
 from llada_jax.samplers.denoise import DenoiseStep
@@ -33,7 +33,7 @@ class Pretrained:
     mesh: where params live.
     """
 
-    tokenizer: object
+    tokenizer: Tokenizer
     config: dict
     params: dict
     step: int

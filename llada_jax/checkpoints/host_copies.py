@@ -22,6 +22,7 @@ import zlib
 from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
+from typing import Any
 
 import jax
 import numpy as np
@@ -301,6 +302,6 @@ def range_text(index: tuple[slice, ...], shape: tuple[int, ...]) -> str:
     return ",".join(f"{start}:{stop}" for start, stop, _ in ranges)
 
 
-def paths_of(tree) -> list[tuple[str, object]]:
+def paths_of(tree) -> list[tuple[str, Any]]:
     """Returns (path as text, leaf) of every leaf."""
     return [(path_text(path), leaf) for path, leaf in jax.tree_util.tree_leaves_with_path(tree)]

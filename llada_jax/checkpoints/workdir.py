@@ -274,7 +274,7 @@ class Checkpoints:
 
     def _check(self, step: int, item: str, sums: dict[str, int]) -> None:
         """Raises UserError unless all arrays of an item match the checksums in the record."""
-        saved = self.record(step).checksums.get(item, {})
+        saved = (self.record(step).checksums or {}).get(item, {})
         for path, number in sums.items():
             if number != saved.get(path):
                 raise self._damaged(step, f"{item}/{path} does not match its saved checksum")

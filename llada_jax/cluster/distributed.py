@@ -369,6 +369,9 @@ def num_connections(port: int) -> int:
     return sum(row[3] == "01" and int(row[1].rsplit(":", 1)[1], 16) == port for row in rows)
 
 
+_KEPT_FOR_C: list[object] = []
+
+
 def _on_abort(sentence) -> None:
     """Makes an abort of the native runtime end this process with status 42 and `sentence()`.
 
@@ -376,14 +379,12 @@ def _on_abort(sentence) -> None:
     abort(), on a thread of its own. A handler of Python's `signal` module would never run, because
     Python runs it later, on the main thread; one that C calls runs at once.
     """
-    # Kept in a global: C holds only its address, and Python would free it.
-    global _abort_handler
-    _abort_handler = ctypes.CFUNCTYPE(None, ctypes.c_int)(
-        lambda number: leave(sentence(), LostPeer)
-    )
+    handler = ctypes.CFUNCTYPE(None, ctypes.c_int)(lambda number: leave(sentence(), LostPeer))
     libc = ctypes.CDLL(None)
     libc.signal.argtypes, libc.signal.restype = (ctypes.c_int, ctypes.c_void_p), ctypes.c_void_p
-    libc.signal(signal.SIGABRT, ctypes.cast(_abort_handler, ctypes.c_void_p))
+    libc.signal(signal.SIGABRT, ctypes.cast(handler, ctypes.c_void_p))
+    # C holds only its address, and Python would free it.
+    _KEPT_FOR_C.append(handler)
 
 
 def leave(sentence: str, kind) -> None:

@@ -120,7 +120,9 @@ class Slice:
         libtpu assumes 2 x 2 chips per host and its own chip mode; whatever differs is stated.
         """
         bounds = {1: (1, 1, 1), 4: (2, 2, 1)}[self.chips_per_host]
-        arguments = {"topology_name": f"{self.accelerator.aot_name}:{self.topology_name}"}
+        arguments: dict[str, object] = {
+            "topology_name": f"{self.accelerator.aot_name}:{self.topology_name}"
+        }
         if self.accelerator.aot_chip_config:
             arguments |= {
                 "chip_config_name": self.accelerator.aot_chip_config,

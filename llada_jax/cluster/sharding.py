@@ -133,8 +133,8 @@ def constrain(x: jax.Array, *names: str | None) -> jax.Array:
 
 def axis_size(mesh: Mesh, logical: str) -> int:
     """Returns the number of ways in which a mesh splits a logical axis."""
-    axes = RULES[logical]
-    axes = axes if isinstance(axes, tuple) else (axes,) if axes else ()
+    rule = RULES[logical]
+    axes = rule if isinstance(rule, tuple) else (rule,) if rule else ()
     return int(np.prod([mesh.shape[axis] for axis in axes], initial=1))
 
 

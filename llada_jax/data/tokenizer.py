@@ -81,7 +81,9 @@ class Tokenizer:
         self._codec = codec
         self._is_special_V = np.zeros(self.vocab_size, dtype=bool)
         self._is_special_V[[self.mask_id, self.eos_id, self.bos_id, self.pad_id]] = True
-        written = [codec.piece(i) for i in np.flatnonzero(self._is_special_V) if i < codec.num_ids]
+        written = [
+            codec.piece(int(i)) for i in np.flatnonzero(self._is_special_V) if i < codec.num_ids
+        ]
         # Matches the place after the first letter of every special token that a text spells out:
         # cut there, neither part is the token.
         cuts = [

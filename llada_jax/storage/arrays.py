@@ -3,6 +3,7 @@
 import itertools
 import math
 import os
+from typing import Any
 
 import numpy as np
 import tensorstore
@@ -29,7 +30,7 @@ def read_chunks(store: tensorstore.TensorStore) -> np.ndarray:
 
     `store.read()` of everything would hold all chunks and the array at once, twice its size.
     """
-    chunk = store.chunk_layout.read_chunk.shape
+    chunk: tuple = store.chunk_layout.read_chunk.shape or store.shape
     starts = list(
         itertools.product(*(range(0, size, step) for size, step in zip(store.shape, chunk)))
     )
@@ -55,7 +56,7 @@ def s3_spec(url: str) -> dict:
     AWS's own tools take from the environment.
     """
     bucket, _, path = url.removeprefix("s3:").lstrip("/").partition("/")
-    spec = {"driver": "s3", "bucket": bucket, "path": path}
+    spec: dict[str, Any] = {"driver": "s3", "bucket": bucket, "path": path}
     # The default looks for files first, and complains when there are none.
     if "AWS_ACCESS_KEY_ID" in os.environ:
         spec["aws_credentials"] = {"type": "environment"}

@@ -80,7 +80,7 @@ def main(argv: list[str]) -> None:
         raise UserError(f"--causal: {args.source} is a masked diffusion model; leave the flag out.")
     record = source.record(0)
     # What the user named, which for a repository says more than the directory in the cache.
-    record = dataclasses.replace(record, source={**record.source, "from": args.source})
+    record = dataclasses.replace(record, source={**(record.source or {}), "from": args.source})
     with jax.set_mesh(mesh), whole_or_nothing(args.output) as workdir:
         if jax.process_index() == 0:
             write_run(workdir, source.tokenizer, record)
@@ -95,7 +95,7 @@ def main(argv: list[str]) -> None:
             "output": args.output,
             "source": args.source,
             "layout": source.layout,
-            **record.special_ids,
+            **(record.special_ids or {}),
         }
         result |= {
             "parameters": num_parameters(source.architecture),

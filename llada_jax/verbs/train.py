@@ -394,7 +394,9 @@ def train_on(
                     # Saved now; the next start does the rest of this evaluation first.
                     must_stop = must_save = True
                     sums = jax.device_get(state.metrics)
-                    check_finite(sums, interval=(logged_step + 1, step), saved=saved)
+                    check_finite(
+                        sums, interval=(logged_step + 1, step), saved=saved, rate=rate_knob
+                    )
             # not when the run is to stop: the grace period is for the checkpoint
             if is_due(step, config.samples.every_steps) and not must_stop:
                 with clock.span("samples"):
