@@ -4,7 +4,7 @@ BIN := .venv/bin
 RUN := runs/tiny
 CORPUS := llada_jax/data/austen6.txt.xz
 
-.PHONY: demo test lint clean
+.PHONY: demo test test-fast lint clean
 
 # Huge pages (glibc >= 2.35; elsewhere the variable says nothing): XLA asks for its scratch memory anew at every step, and zeroing
 # it page by page costs 15% of the training time.
@@ -21,9 +21,14 @@ demo: .venv/installed
 test: .venv/installed-dev
 	$(BIN)/python -m pytest -n 3 --dist loadfile --no-loadscope-reorder
 
+# The inner loop: what is not marked slow, under three minutes on two cores.
+test-fast: .venv/installed-dev
+	$(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder -m "not slow"
+
 lint: .venv/installed-dev
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
+	$(BIN)/mypy
 
 clean:
 	rm -rf .venv .venv-newest runs

@@ -24,6 +24,7 @@ TEST = [
 ]
 DEV = [
     "ruff>=0.12",
+    "mypy>=2.4,<3",
     # exactly this one: it is found for the CPU, where a range would fetch gigabytes for GPUs
     *("torch==2.13.0", "transformers>=5.0,<6"),
     *(

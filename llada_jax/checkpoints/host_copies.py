@@ -178,7 +178,7 @@ class LocalCheckpoints:
                 ).tolist()
                 why = "does not have all of its slices, undamaged and for this mesh"
             if not lacking:
-                return assemble(abstract, slices), record, note
+                return assemble(abstract, slices), record, note  # type: ignore[arg-type]
             note = note or f"not the local copy of step {pair[0]}: process {lacking[0]} {why}"
         return None, None, note
 
@@ -235,7 +235,7 @@ def write_slice(file, array: np.ndarray) -> dict:
     entry = {"offset": file.tell(), "dtype": array.dtype.name, "shape": array.shape}
     content = np.ascontiguousarray(array).reshape(-1).view(np.uint8)
     file.write(content)
-    return {**entry, "crc32": zlib.crc32(content)}
+    return {**entry, "crc32": zlib.crc32(content)}  # type: ignore[arg-type]
 
 
 def read_slice(parts: list[dict], path: str, where: str, leaf) -> np.ndarray:
@@ -264,7 +264,7 @@ def read_slice(parts: list[dict], path: str, where: str, leaf) -> np.ndarray:
         count=int(np.prod(shape)) * leaf.dtype.itemsize,
         offset=entry["offset"],
     )
-    if zlib.crc32(content) != entry["crc32"]:
+    if zlib.crc32(content) != entry["crc32"]:  # type: ignore[arg-type]
         raise ValueError(f"{path}[{where}] does not match its saved checksum")
     return content.view(leaf.dtype).reshape(shape)
 

@@ -215,7 +215,7 @@ class RunRecord:
             "source": (dict, None),
             "checksums": (dict, None),
         }
-        values = {
+        values: dict[str, Any] = {
             key: default if content.get(key) is None else _field(content, key, kind)
             for key, (kind, default) in optional.items()
         }

@@ -17,6 +17,7 @@ falls.
 import dataclasses
 import re
 import time
+from typing import Any
 
 import jax
 import numpy as np
@@ -113,7 +114,7 @@ class Checkpoints:
             cleanup_tmp_directories=owned,
             context=context,
         )
-        self._pending = None  # (step, response) of the save under way
+        self._pending: tuple[int, Any] | None = None  # (step, response) of the save under way
         # Seconds and GiB of the last save that was committed, for the group "speed" of the metrics.
         self.measured = {}
 

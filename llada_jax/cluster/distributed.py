@@ -149,7 +149,7 @@ def meet(name: str, *, timeout_s: int) -> None:
         # The barriers of the public API are collectives themselves.
         from jax._src.distributed import global_state
 
-        global_state.client.wait_at_barrier(name, (timeout_s or 86_400) * 1000)
+        global_state.client.wait_at_barrier(name, (timeout_s or 86_400) * 1000)  # type: ignore[union-attr]
 
 
 def explicit_arguments(environment) -> dict | None:
@@ -304,7 +304,7 @@ def place_in_cluster(timeout_s: int) -> dict:
     # A host with chips that belongs to no slice is alone.
     if None in (address, count, number):
         return {"coordinator_address": "", "num_processes": 1, "process_id": 0}
-    return {"coordinator_address": address, "num_processes": int(count), "process_id": int(number)}
+    return {"coordinator_address": address, "num_processes": int(count), "process_id": int(number)}  # type: ignore[arg-type]
 
 
 def leave_no_proxy(environment, arguments: dict | None) -> None:

@@ -167,7 +167,7 @@ def leading_dims(sharding: NamedSharding, num_dims: int) -> NamedSharding:
 def local_rows(sharding: NamedSharding, shape: tuple[int, int]) -> list[int]:
     """Returns the global rows of a [B, T] array that the devices of this process hold, in order."""
     rows = set()
-    for row_slice, _ in sharding.addressable_devices_indices_map(shape).values():
+    for row_slice, _ in sharding.addressable_devices_indices_map(shape).values():  # type: ignore[misc]
         rows.update(range(*row_slice.indices(shape[0])))
     return sorted(rows)
 

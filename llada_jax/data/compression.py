@@ -107,7 +107,7 @@ def _streams(
             yield block
             data = b""
             if stream.eof:
-                stream, data = None, stream.unused_data
+                stream, data = None, stream.unused_data  # type: ignore[attr-defined]
     if stream:
         raise EOFError(f"stream {num_streams} is not complete")
     if num_zeros % padding_unit:

@@ -133,7 +133,7 @@ def heldout_batches(
     num_rows = batch_size * (max_batches or 0)
     if subset_seed is not None and 0 < num_rows < len(records):
         chosen = np.random.default_rng(subset_seed).permutation(len(records))[:num_rows]
-        records = _Chosen(records, np.sort(chosen))  # in file order, which reads fastest
+        records = _Chosen(records, np.sort(chosen))  # type: ignore[assignment]  # in file order, which reads fastest
     source = _Padded(records, multiple=batch_size, sequence_length=sequence_length)
     dataset = grain.MapDataset.source(source).map(_row_for(attend_across_documents))
     dataset = _HostRows(dataset, batch_size=batch_size, rows=rows, start_step=0).batch(len(rows))

@@ -30,14 +30,14 @@ def pack(
         length += len(document) + 1
         if length < sequence_length:
             continue
-        flat_tokens = np.concatenate(tokens, dtype=np.int32, casting="same_kind")
+        flat_tokens = np.concatenate(tokens, dtype=np.int32, casting="same_kind")  # type: ignore[call-overload]
         flat_starts = np.concatenate(starts)
         end = length - length % sequence_length
         for i in range(0, end, sequence_length):
             yield flat_tokens[i : i + sequence_length], flat_starts[i : i + sequence_length]
         tokens, starts, length = [flat_tokens[end:]], [flat_starts[end:]], length - end
     if length:
-        yield np.concatenate(tokens, dtype=np.int32, casting="same_kind"), np.concatenate(starts)
+        yield np.concatenate(tokens, dtype=np.int32, casting="same_kind"), np.concatenate(starts)  # type: ignore[call-overload]
 
 
 def is_heldout(text: str, *, fraction: float) -> bool:

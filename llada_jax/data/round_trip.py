@@ -80,7 +80,7 @@ def _normalisations(lossy: list[tuple[str, str]]) -> list[str]:
         )
 
     found = [words for words, change in (_SPACES, _LOWER) if fits(change)]
-    forms = [f for f in _FORMS if fits(lambda text, f=f: unicodedata.normalize(f, text))]
+    forms = [f for f in _FORMS if fits(lambda text, f=f: unicodedata.normalize(f, text))]  # type: ignore[misc]
     return found + [f"in the Unicode form {form}" for form in forms[:1]]
 
 

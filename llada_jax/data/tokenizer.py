@@ -190,7 +190,7 @@ def load_tokenizer(path, *, add_mask_token: bool = False, mask_token: str = "") 
         codec = SentencePiece(path.read_bytes(), name=str(path))
         declared, stated = codec.declared(), {}
     elif (path / "tokenizer.json").exists():
-        codec = HuggingFace(
+        codec = HuggingFace(  # type: ignore[assignment]
             (path / "tokenizer.json").read_bytes(), name=str(path), companions=_companions(path)
         )
         declared, stated = (
@@ -239,7 +239,7 @@ def _load_saved(path) -> Tokenizer:
         if kind == "bytes":
             return Tokenizer(Bytes(), special_ids)
         codec = {"huggingface": HuggingFace, "sentencepiece": SentencePiece}[kind]
-        content, more = (path / codec.file).read_bytes(), {}
+        content, more = (path / codec.file).read_bytes(), {}  # type: ignore[attr-defined]
         if codec is HuggingFace:
             more["companions"] = _companions(path)
         return Tokenizer(codec(content, name=str(path), **more), special_ids)

@@ -98,7 +98,7 @@ def _start_worker(job: Job, counters) -> None:
 
 def _die_with_parent() -> None:
     """Ends this worker when the command is killed, which cannot tell its workers to stop."""
-    multiprocessing.parent_process().join()
+    multiprocessing.parent_process().join()  # type: ignore[union-attr]
     os._exit(1)
 
 

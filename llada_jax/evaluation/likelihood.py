@@ -101,7 +101,7 @@ def bound(
                 compiled = lowered.compile()  # found again by the next call
                 on_compiled()
             sums = jax.device_get(compiled(params, frozen, batch, key, rows))[name]
-            pairs.append(tuple(float(number) for number in sums))
+            pairs.append(tuple(float(number) for number in sums))  # type: ignore[arg-type]
     nats, tokens = np.array(pairs, np.float64).T
     # not the mean of the pairs' means: the last batch is padded and holds fewer tokens
     mean = nats.sum() / tokens.sum()

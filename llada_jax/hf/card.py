@@ -64,8 +64,8 @@ def heldout_result(lines: list[dict], step: int) -> dict | None:
     found = None
     for line in lines:
         for group in ("heldout", "final"):
-            bound = line.get(group)
-            name = next((n for n in ("nelbo", "nll") if bound and n in bound), None)
+            bound = line.get(group) or {}
+            name = next((n for n in ("nelbo", "nll") if n in bound), None)
             if name and line["step"] <= step:
                 found = {
                     "step": line["step"],

@@ -60,7 +60,7 @@ def _need(hf_config: dict, *keys: str, kind: type | tuple = object) -> None:
         )
     for key in keys:
         value = hf_config[key]
-        if not isinstance(value, kind) or (kind is not object and not value > 0):
+        if not isinstance(value, kind) or (kind is not object and not value > 0):  # type: ignore[operator]
             raise UserError(
                 f"config.json: {key}={value!r} must be a positive number; fetch the file again."
             )

@@ -108,14 +108,17 @@ def tensors(layout: str, a: Architecture) -> list[Tensor]:
         "blocks/v_bias": a.attention_bias == "none",
         "blocks/attn_out_bias": a.attention_bias != "qkvo",
     }
-    found = {None: [], **{layer: [] for layer in range(a.num_layers)}}
+    found: dict[int | None, list[Tensor]] = {
+        None: [],
+        **{layer: [] for layer in range(a.num_layers)},
+    }
     for path, dims, hf_dims, llada_name, llama_name in TABLE:
         if absent.get(path):
             continue
         if a.qk_norm == "per_head" and path in ("blocks/q_norm", "blocks/k_norm"):
             dims = hf_dims = "H"
         for layer in range(a.num_layers) if path.startswith("blocks/") else (None,):
-            name = _full_name(layout, path, layer, llada_name if layout == "llada" else llama_name)
+            name = _full_name(layout, path, layer, llada_name if layout == "llada" else llama_name)  # type: ignore[arg-type]
             found[layer].append(Tensor(path, layer, name, dims, hf_dims, sizes))
     embed, *rest = found.pop(None)
     return [embed, *(tensor for layer in found.values() for tensor in layer), *rest]

@@ -8,7 +8,7 @@ download that was cut short is the most common fault, and should not cost minute
 import dataclasses
 import json
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -209,7 +209,7 @@ def read_params(directory, abstract: dict) -> dict:
     layers = {}
     for tensor in expected:
         layers.setdefault(tensor.path, []).append(tensor)
-    params = {"blocks": {}}
+    params: dict[str, Any] = {"blocks": {}}
     for path, of_path in layers.items():
         *group, name = path.split("/")
         leaf = abstract["blocks"][name] if group else abstract[name]
@@ -272,7 +272,7 @@ def _read_into(part: np.ndarray, tensor: Tensor, stored: dict[str, Stored], boun
         for letter, (start, stop) in zip(tensor.dims, bounds)
     }
     slices = []
-    for first, *inner in tensor.hf_dims.split():
+    for first, *inner in tensor.hf_dims.split():  # type: ignore[str-unpack]
         # what stands together in the file is split over devices by its first dim alone
         # (llada_jax.cluster.sharding.RULES)
         assert all(bound_of[letter] == (0, tensor.sizes[letter]) for letter in inner), (

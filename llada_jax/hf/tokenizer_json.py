@@ -17,6 +17,7 @@ the ids are the same:
 import base64
 import json
 from pathlib import Path
+from typing import Any
 
 from llada_jax.data.codecs import SPACE_MARK
 from llada_jax.data.tokenizer import Tokenizer
@@ -239,7 +240,7 @@ def _sentencepiece_json(tokenizer: Tokenizer) -> dict:
         )
     pieces = Pieces(model)
     special = {**dict.fromkeys(pieces.control), **_special(tokenizer)}
-    parts = {
+    parts: dict[str, Any] = {
         "special": {i: content or pieces.names[i] for i, content in special.items()},
         "normalizers": _normalizers(
             model, is_mark_a_space=tokenizer.decode(tokenizer.encode(SPACE_MARK)) != SPACE_MARK
@@ -304,7 +305,8 @@ class Pieces:
 
 def _normalizers(model, *, is_mark_a_space: bool) -> list[dict]:
     """Returns what SentencePiece does to a text first, in its order."""
-    spec, steps = model.normalizer_spec, []
+    spec = model.normalizer_spec
+    steps: list[dict[str, Any]] = []
     if spec.precompiled_charsmap:
         steps.append(
             {

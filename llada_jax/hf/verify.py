@@ -53,19 +53,23 @@ def tokens_to_compare(directory: str | None, tokenizer: Tokenizer) -> tuple[np.n
     B, T = COMPARED
     rng = np.random.default_rng(0)
     tokens_BT, origin = rng.integers(tokenizer.vocab_size, size=(B, T), dtype=np.int32), "random"
-    stream = () if directory is None else _heldout_tokens(directory, tokenizer, size=B * T)
+    stream = (
+        np.zeros(0, np.int32)
+        if directory is None
+        else _heldout_tokens(directory, tokenizer, size=B * T)
+    )
     if len(stream) >= B * T:
         tokens_BT, origin = stream[: B * T].reshape(B, T).astype(np.int32), "held-out"
     is_masked_BT = rng.random((B, T)) < 0.5
     return np.where(is_masked_BT, tokenizer.mask_id, tokens_BT).astype(np.int32), origin
 
 
-def _heldout_tokens(directory: str, tokenizer: Tokenizer, *, size: int) -> np.ndarray:
+def _heldout_tokens(directory: epath.PathLike, tokenizer: Tokenizer, *, size: int) -> np.ndarray:
     """Returns at least `size` tokens of held-out text, or fewer where there are not as many."""
-    directory = epath.Path(directory)
-    if not (directory / JSON_NAME).exists():
+    folder = epath.Path(directory)
+    if not (folder / JSON_NAME).exists():
         return np.zeros(0, np.int32)
-    info = read_dataset(directory)
+    info = read_dataset(folder)
     if "heldout" not in info.splits or info.tokenizer["fingerprint"] != tokenizer.fingerprint:
         return np.zeros(0, np.int32)
     rows = Records(info, split="heldout")
@@ -125,8 +129,8 @@ def torch_logits(directory, tokens_BT: np.ndarray) -> np.ndarray:
     Raises:
         NumericsError: it cannot be loaded there.
     """
-    with tempfile.TemporaryDirectory() as scratch:
-        scratch = Path(scratch)
+    with tempfile.TemporaryDirectory() as name:
+        scratch = Path(name)
         # transformers 4.49 takes no dot in the name
         (scratch / "model").symlink_to(Path(directory).resolve())
         np.save(scratch / "tokens.npy", tokens_BT)

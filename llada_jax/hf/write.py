@@ -13,6 +13,7 @@ import json
 import os
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -60,7 +61,8 @@ def plan_shards(tensors: list[Tensor], *, dtype: str, shard_size: int) -> list[S
 
 
 def _shard(name: str, tensors: list[Tensor], dtype: str) -> Shard:
-    content, position = {"__metadata__": {"format": "pt"}}, 0
+    content: dict[str, Any] = {"__metadata__": {"format": "pt"}}
+    position = 0
     for tensor in tensors:
         end = position + num_bytes(tensor, dtype)
         offsets = [position, end]

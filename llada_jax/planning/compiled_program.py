@@ -147,7 +147,7 @@ def _parse(text: str) -> Computations:
         found = _INSTRUCTION.match(line)
         # The type may be a tuple with spaces, so the opcode is the first word before a parenthesis.
         opcode = _OPCODE.search(found.group(3)) if found else None
-        if not opcode:
+        if not found or not opcode:
             continue
         right = found.group(3)
         inside, _, rest = right[opcode.end() :].partition(")")
@@ -177,7 +177,7 @@ def _arrays(type_text: str) -> list[tuple[int, str]]:
     """Returns (bytes, dtype) of each array in a result type."""
     arrays = []
     for dtype, dims in _ARRAY.findall(type_text):
-        item = _ITEM_BYTES.get(dtype) or max(1, int(re.search(r"\d+", dtype).group()) // 8)
+        item = _ITEM_BYTES.get(dtype) or max(1, int(re.search(r"\d+", dtype).group()) // 8)  # type: ignore[union-attr]
         arrays.append((item * math.prod(int(n) for n in dims.split(",") if n), dtype))
     return arrays
 
@@ -241,7 +241,7 @@ def _trip_count(loop: Instruction, around: list[Instruction], computations: Comp
     start = 0
     if len(counters) == 1 and loop.operands[0] in by_name:
         entering = by_name[loop.operands[0]].operands
-        position = int(counters[0].group(1))
+        position = int(counters[0].group(1))  # type: ignore[union-attr]
         first = by_name.get(entering[position]) if position < len(entering) else None
         while first is not None and first.opcode in ("copy", "bitcast"):
             first = by_name.get(first.operands[0])
@@ -306,7 +306,7 @@ def _between_slices(send: Instruction) -> Collective:
     name = re.search(r'_xla_host_transfer_rendezvous="([^"]*)"', send.rest)
     num_bytes, dtype = _arrays(send.type)[0]
     return Collective(
-        kind=transfer.group(1).lower().replace("_", "-"),
+        kind=transfer.group(1).lower().replace("_", "-"),  # type: ignore[union-attr]
         num_bytes=num_bytes,
         times=0,
         group_size=0,

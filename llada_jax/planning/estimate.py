@@ -110,7 +110,8 @@ def estimate_run(
         "days": {case: s * num_steps / 86400 for case, s in seconds.items()},
         "chip_hours": {case: s * num_steps / 3600 * num_chips for case, s in seconds.items()},
         "replicated": sharding.replicated_by_accident(
-            recipe.abstract.params, recipe.batch_sharding.mesh
+            recipe.abstract.params,
+            recipe.batch_sharding.mesh,  # type: ignore[arg-type]
         ),
     }
 

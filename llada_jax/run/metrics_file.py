@@ -13,6 +13,7 @@ import os
 import sys
 import tempfile
 import time
+from typing import Any
 
 from llada_jax.errors import UserError, reason
 from llada_jax.storage import files, remote
@@ -87,7 +88,7 @@ class MetricsWriter:
         self._workdir = remote.path_of(workdir)
         self._path = self._workdir / "metrics.jsonl"
         self._is_remote = remote.is_remote(workdir)
-        self._events = None
+        self._events: Any = None
         self._last_train_step = 0
         self._last_flush = time.monotonic()
         with self._disk():
@@ -143,7 +144,7 @@ class MetricsWriter:
         # An object cannot grow: events for a remote workdir gather on this disk, and the whole file
         # is sent at each flush.
         self._spool = tempfile.TemporaryDirectory() if self._is_remote else None
-        folder = self._spool.name if self._is_remote else os.fspath(directory)
+        folder = self._spool.name if self._spool else os.fspath(directory)
         self._events = EventsWriter(
             os.path.join(folder, "events"), filename_suffix=f".{os.getpid()}.{first_step}"
         )
@@ -233,7 +234,7 @@ class MetricsWriter:
             if self._events:
                 self._events.flush()
                 if self._is_remote:
-                    remote.upload(self._spool.name, self._workdir / "tensorboard")
+                    remote.upload(self._spool.name, self._workdir / "tensorboard")  # type: ignore[union-attr]
         self._last_flush = time.monotonic()
 
     def close(self) -> None:
@@ -246,7 +247,7 @@ class MetricsWriter:
             if self._events:
                 self._events.close()
                 if self._is_remote:
-                    self._spool.cleanup()
+                    self._spool.cleanup()  # type: ignore[union-attr]
 
 
 def read_lines(workdir) -> list[dict]:
@@ -287,7 +288,7 @@ def is_over(lines: list[dict], num_steps: int) -> bool:
 @contextlib.contextmanager
 def _without(module: str):
     """Makes `import module` fail as if it were not installed, unless it was imported before."""
-    is_hidden = sys.modules.setdefault(module, None) is None
+    is_hidden = sys.modules.setdefault(module, None) is None  # type: ignore[arg-type]
     try:
         yield
     finally:

@@ -49,7 +49,7 @@ def skip_after(step: int, num_batches: int, skipped: Sequence[Stretch]) -> list[
 class Rollbacks(NamedTuple):
     """How often a run went back, and the batches that it leaves out since."""
 
-    count: int = 0
+    count: int = 0  # type: ignore[assignment]
     skipped: Sequence[Stretch] = ()
 
 

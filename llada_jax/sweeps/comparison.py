@@ -90,7 +90,7 @@ def rank_correlation(x, y) -> float | None:
     ranks = [_ranks(np.asarray(values, float)) for values in (x, y)]
     if any(np.ptp(r) == 0 for r in ranks):
         return None
-    return float(np.corrcoef(*ranks)[0, 1])
+    return float(np.corrcoef(*ranks)[0, 1])  # type: ignore[call-overload]
 
 
 def _ranks(values: np.ndarray) -> np.ndarray:

@@ -65,7 +65,7 @@ def run_optuna(sweep: Sweep, num_trials: int) -> None:
 
 def suggested(sweep: Sweep, trial) -> Knobs:
     """Returns what suggest(trial) changes, as sweep.json will give it back."""
-    (changes,) = added_by(lambda add: add(sweep.suggest(trial)))
+    (changes,) = added_by(lambda add: add(sweep.suggest(trial)))  # type: ignore[operator]
     return as_json(changes)
 
 

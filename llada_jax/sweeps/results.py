@@ -34,7 +34,7 @@ class Result(NamedTuple):
     train_curve: the same on training batches.
     """
 
-    index: int
+    index: int  # type: ignore[assignment]
     knobs: dict
     workdir: str
     state: str

@@ -31,7 +31,7 @@ _MAY_CHANGE = (
 class Run(NamedTuple):
     """One run of a sweep: its number, what it changes, the whole config, and where it lives."""
 
-    index: int
+    index: int  # type: ignore[assignment]
     changes: Knobs
     config: ConfigDict
     workdir: str

@@ -418,7 +418,7 @@ def train_on(
                     writer.flush()
                     ledger.mark(step)
                     if must_copy:
-                        local.save(state, record)
+                        local.save(state, record)  # type: ignore[union-attr]
                     if must_save:
                         saved.save(state, record)
             if must_save:
@@ -463,5 +463,5 @@ def train_on(
 def compilation_cache(setting: str) -> str | None:
     """Returns the directory that config.log.compilation_cache means; None: nothing is kept."""
     if setting == AUTO:
-        return jax.config.jax_compilation_cache_dir or str(Path.home() / ".cache/llada_jax")
+        return jax.config.jax_compilation_cache_dir or str(Path.home() / ".cache/llada_jax")  # type: ignore[attr-defined]
     return setting or None
