@@ -172,6 +172,7 @@ class Pretrained:
             temperature=temperature,
             cfg_scale=cfg_scale,
             eos_id=eos_id,
+            num_ids=self.tokenizer.vocab_size,
             seed=seed,
             batch_size=batch_size,
             on_step=on_step,

@@ -138,9 +138,16 @@ def check_schedule(
 
 
 def _pick_tokens(
-    logits_BTV: Array, keys_B: Array, *, mask_id: Array, temperature: Array, is_stochastic: bool
+    logits_BTV: Array,
+    keys_B: Array,
+    *,
+    mask_id: Array,
+    num_ids: Array,
+    temperature: Array,
+    is_stochastic: bool,
 ) -> Array:
-    """Returns the proposed token of every position, int32 [B, T]; never `mask_id`.
+    """Returns the proposed token of every position, int32 [B, T]; never `mask_id`, and below
+    `num_ids`.
 
     Gumbel-max: argmax(l + T g) draws from softmax(l / T), and equals the published argmax(exp(l) /
     (-log u)^T). mode="high": the float32 uniform behind the default mode has too few bits for the
@@ -153,8 +160,9 @@ def _pick_tokens(
             return jax.random.gumbel(key, logits_BTV.shape[1:], mode="high")
 
         logits_BTV = logits_BTV + temperature * jax.vmap(noise)(keys_B)
-    is_mask_V = jnp.arange(logits_BTV.shape[-1]) == mask_id
-    return jnp.argmax(jnp.where(is_mask_V, -jnp.inf, logits_BTV), axis=-1).astype(jnp.int32)
+    id_V = jnp.arange(logits_BTV.shape[-1])
+    is_excluded_V = (id_V == mask_id) | (id_V >= num_ids)
+    return jnp.argmax(jnp.where(is_excluded_V, -jnp.inf, logits_BTV), axis=-1).astype(jnp.int32)
 
 
 def _window_logits(
@@ -215,6 +223,7 @@ class _Fixed(NamedTuple):
     steps_per_block: jax.Array
     temperature: jax.Array
     cfg_scale: jax.Array
+    num_ids: jax.Array
 
 
 @partial(
@@ -282,6 +291,7 @@ def _denoise_step(
         logits_BTV,
         token_keys_B,
         mask_id=fixed.mask_id,
+        num_ids=fixed.num_ids,
         temperature=fixed.temperature,
         is_stochastic=is_stochastic,
     )
@@ -340,6 +350,7 @@ def denoise(
     cfg_scale: float = 0.0,
     eos_id: int | None = None,
     first_row: int = 0,
+    num_ids: int | None = None,
 ) -> Iterator[DenoiseStep]:
     """Runs the reverse process and yields after every step.
 
@@ -367,6 +378,8 @@ def denoise(
         eos_id: ends a row: after a block that contains it, the rest of the row is filled with it,
             and when every row has ended no further step runs. None (as published) generates all
             gen_length tokens.
+        num_ids: only ids below this are generated: the embedding may have more rows than the
+            tokenizer has ids. None (as published): every row of the embedding.
         first_row: number of the first row in the whole request, when the request is cut into
             batches.
 
@@ -396,6 +409,7 @@ def denoise(
         steps_per_block=np.int32(steps // num_blocks),
         temperature=np.float32(temperature),
         cfg_scale=np.float32(cfg_scale),
+        num_ids=np.int32(np.iinfo(np.int32).max if num_ids is None else num_ids),
     )
     sharding = _sharding_beside(logits_fn)
     canvas_BT, step, key, fixed = jax.device_put(

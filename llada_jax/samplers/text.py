@@ -51,6 +51,7 @@ def generate_tokens(
     temperature: float = 0.0,
     cfg_scale: float = 0.0,
     eos_id: int | None = None,
+    num_ids: int | None = None,
     seed: int = 0,
     batch_size: int = 16,
     on_step: Callable[[range, DenoiseStep], None] = ignore_step,
@@ -64,7 +65,7 @@ def generate_tokens(
         params: its first argument, a pytree of arrays.
         prompts: token ids, of any lengths, empty for unconditional generation.
         block_length, steps: None means gen_length: pure diffusion, one token per step.
-        eos_id: see `denoise`; None does not stop.
+        eos_id, num_ids: see `denoise`; None does not stop, and excludes nothing.
         seed: row r of the request draws the same numbers whatever the batch size and the other
             prompts are.
         batch_size: rows in one pass; the logits take batch_size * block_length * vocabulary
@@ -101,6 +102,7 @@ def generate_tokens(
             temperature=temperature,
             cfg_scale=cfg_scale,
             eos_id=eos_id,
+            num_ids=num_ids,
             first_row=first,
         ):
             on_step(rows, state)
@@ -144,7 +146,7 @@ def generate_text(
 
     Args:
         logits_fn, params: see `generate_tokens`.
-        tokenizer: encode, decode, mask_id, pad_id, eos_id (see llada_jax.data.tokenizer).
+        tokenizer: encode, decode, vocab_size and the special ids (see llada_jax.data.tokenizer).
         prompts: text; "" generates unconditionally.
         stop_at_eos: end a text at EOS, and the sampling when all have ended. False generates all
             tokens, as published; the text is what the tokenizer makes of all of them.
@@ -158,6 +160,7 @@ def generate_text(
         mask_id=tokenizer.mask_id,
         pad_id=tokenizer.pad_id,
         eos_id=tokenizer.eos_id if stop_at_eos else None,
+        num_ids=tokenizer.vocab_size,
         **settings,
     )
     completions = []

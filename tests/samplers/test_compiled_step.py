@@ -144,6 +144,7 @@ def traced_step(model, *, rows, width, block_length, is_guided, is_stochastic):
         steps_per_block=number,
         temperature=fraction,
         cfg_scale=fraction,
+        num_ids=number,
     )
     return sampler._denoise_step.trace(
         jax.tree_util.Partial(model.logits_fn, model.abstract),

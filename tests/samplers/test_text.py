@@ -1,9 +1,11 @@
 """From prompts as text to completions as text."""
 
+import jax.numpy as jnp
 import numpy as np
+import pytest
 from support.toy_networks import EOS, MASK, PAD, VOCAB, eos_after
 
-from llada_jax.samplers.text import cut_at_eos, decode_after, generate_text
+from llada_jax.samplers.text import cut_at_eos, decode_after, generate_text, generate_tokens
 
 
 class LetterTokenizer:
@@ -41,3 +43,18 @@ def test_decoding_after_a_prompt():
     assert decode_after(tokenizer, [], [2, 3]) == "c d"
     assert cut_at_eos([1, 2, EOS, 4], EOS) == [1, 2]
     assert cut_at_eos(np.array([1, 2]), EOS) == [1, 2]
+
+
+@pytest.mark.parametrize("temperature", [0.0, 1.0])
+def test_rows_of_the_embedding_that_the_tokenizer_has_no_id_for_are_never_sampled(temperature):
+    """The vocabulary is padded to a multiple of 64 rows; the last ones here are the likeliest."""
+
+    def likes_the_padding(params, tokens_BT, segment_ids_BT, positions_BT, start=0, length=None):
+        shape = (len(tokens_BT), tokens_BT.shape[1] if length is None else length, 64)
+        return jnp.broadcast_to(jnp.arange(64.0), shape)
+
+    settings = {"mask_id": 3, "pad_id": 0, "gen_length": 32, "temperature": temperature}
+    tokens_BT, _ = generate_tokens(likes_the_padding, {}, [[1], [2]], num_ids=40, **settings)
+    assert tokens_BT.max() == 39
+    everything_BT, _ = generate_tokens(likes_the_padding, {}, [[1], [2]], **settings)
+    assert everything_BT.max() == 63
