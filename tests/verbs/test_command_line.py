@@ -23,9 +23,10 @@ FLAGS = {
     "train": "--config --workdir --config.KEY",
     "rollback": "--workdir --to --skip",
     "sample": """--checkpoint --prompt --prompt-file --gen-length --block-length --steps
-        --temperature --remasking --cfg-scale --num-samples --batch-size --seed --ignore-eos
+        --temperature --remasking --cfg-scale --num-samples --batch-size --seed --ignore-eos --ema
         --show --json""",
-    "evaluate": "--checkpoint --data --split --mc-samples --batch-size --seed --baselines --json",
+    "evaluate": """--checkpoint --data --split --mc-samples --batch-size --seed --baselines --ema
+        --json""",
     "import": "--from --output --mesh --mask-token --causal --json",
     "export": """--checkpoint --output --dtype --shard-size --ema --layout --chat-template --force
         --verify --push-to-hub --dry-run --license --json""",
