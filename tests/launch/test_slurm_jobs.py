@@ -245,7 +245,7 @@ def test_the_number_of_restarts_is_limited(submit):
     job = submit("--max-restarts", 0, command=python("sys.exit(42)"))
     ended = job.wait_for_end()
     assert (ended["JobState"], ended["ExitCode"], ended["Restarts"]) == ("FAILED", "42:0", "0")
-    assert "not requeued again after 0 restarts" in job.output()
+    assert "not requeued again, after 0 restarts" in job.output()
 
 
 @pytest.mark.slow

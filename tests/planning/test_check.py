@@ -118,7 +118,7 @@ def report_of(tmp_path_factory):
 
 @pytest.mark.slow
 @pytest.mark.parametrize(
-    ("name", "least", "most"), [("v5p-128", 12, 15), ("v6e-256", 5, 7.5), ("2 x v5e-256", 2.8, 4.2)]
+    ("name", "least", "most"), [("v5p-128", 12, 15), ("v6e-256", 5, 7.5), ("2 x v5e-256", 2.8, 4.5)]
 )
 def test_llada_8b_fits_in_the_memory_that_was_measured(report_of, name, least, most):
     report = report_of(name)
@@ -138,9 +138,10 @@ def test_weights_are_gathered_twice_and_gradients_reduced_once_a_step(report_of,
     } == {}
     totals = bytes_by_purpose(report["compiled"]["collectives"])
     assert 2 * 2 * MATRICES * 0.95 < totals["gather"] < 2 * 2 * MATRICES * 1.3
-    # The embedding's gradient is reduced between replicas too, and the head's is float32 there.
+    # The gradient of the embedding, float32 as it is summed, is reduced between replicas too, and
+    # the head's is float32 there: 4 + 2 bytes per entry more than the matrices.
     embedding = 2 * VOCAB_SIZE * 4096
-    most = 2 * MATRICES + (2 * embedding if name == "2 x v5e-256" else 0)
+    most = 2 * MATRICES + (3 * embedding if name == "2 x v5e-256" else 0)
     assert 2 * MATRICES * 0.95 < totals["scatter"] + totals["reduce"] < 1.05 * most
 
 
