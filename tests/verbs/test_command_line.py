@@ -19,7 +19,7 @@ LINES, COLUMNS = 24, 100
 # somebody's script.
 FLAGS = {
     "prepare": """--input --output --sequence-length --tokenizer --text-field --documents
-        --document-start --heldout --workers --add-mask-token --json""",
+        --document-start --heldout --workers --add-mask-token --json --format""",
     "train": "--config --workdir --config.KEY",
     "rollback": "--workdir --to --skip",
     "sample": """--checkpoint --prompt --prompt-file --gen-length --block-length --steps

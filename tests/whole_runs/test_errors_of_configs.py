@@ -51,8 +51,11 @@ OVERRIDES = {
         ["samples.every_steps=2", "samples.gen_length=5", "samples.block_length=2"],
         ["block_length=2", "divide"],
     ),
-    "no prompts": (["samples.prompts=()"], ["samples.prompts=()", "at least one"]),
-    "prompts of numbers": (["samples.prompts=(1, 2)"], ["samples.prompts=(1, 2)", "texts"]),
+    "no prompts": (["samples.prompts=()"], ["samples.prompts=()", "one text or more"]),
+    "prompts of numbers": (
+        ["samples.prompts=(1, 2)"],
+        ["samples.prompts=(1, 2)", "one text or more"],
+    ),
     "a rule that is no pair": (
         ["optimizer.weight_decay_multipliers=('.*',)"],
         ["weight_decay_multipliers", "(regex, factor)"],
@@ -69,7 +72,7 @@ OVERRIDES = {
         ["schedule.name=llada", "schedule.stages=((1e9, 'a', 1),)"],
         ["schedule.stages", "'a'", "rate"],
     ),
-    "huge seed": (["seed=4294967296"], ["seed=4294967296", "2**32"]),
+    "huge seed": (["seed=4294967296"], ["seed=4294967296", "at most 4294967295"]),
     "kernel of a GPU": (
         ["model.attention=cudnn"],
         ["'cudnn'", "gpu", "the mesh is of cpu", "config.model.attention"],
@@ -107,7 +110,7 @@ OVERRIDES = {
         ["data=3", "multiple of 3", "there are 8", "change config.mesh"],
     ),
     "mesh of nothing": (["mesh.fsdp=0"], ["fsdp=0", "at least 1"]),
-    "mesh of two rests": (["mesh.data=-1"], ["data=-1", "fsdp=-1", "at most one is -1"]),
+    "mesh of two rests": (["mesh.data=-1"], ["data=-1", "fsdp=-1", "at most one of them is -1"]),
     "vocabulary": (["model.vocab_size=64"], ["vocab_size=64", "260", "set it to 0"]),
     "uncovered parameter": (
         ["optimizer.learning_rate_multipliers=(('embed', 2.0),)"],
