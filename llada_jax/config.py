@@ -319,6 +319,8 @@ def unread(config: ConfigDict, group: str) -> list[str]:
     """
     parts, defaults = READ_BY[group], default_config()[group]
     name = config[group].name
+    if not is_own(name) and name not in parts:
+        return []  # the name is misspelt, which `validate` says
     read = parts["own" if is_own(name) else name]
     of_some_part = [key for key in defaults if any(key in keys for keys in parts.values())]
     return [

@@ -7,6 +7,7 @@ import random
 import subprocess
 import sys
 import threading
+import time
 
 import fsspec
 import numpy as np
@@ -18,7 +19,7 @@ from support.paths import ROOT
 
 from llada_jax.data.build import UNIT_BYTES, Job, units_of
 from llada_jax.data.inputs import Input
-from llada_jax.data.preparation import prepare, sample_texts
+from llada_jax.data.preparation import _saying_that_it_goes_on, prepare, sample_texts
 from llada_jax.data.records import Records, read_dataset
 from llada_jax.data.text import Cut
 from llada_jax.data.tokenizer import load_tokenizer
@@ -220,14 +221,14 @@ def test_files_with_small_shares_give_whole_documents_from_beginning_to_end(tmp_
     assert numbers == list(range(0, 100, 10))
 
 
-def test_training_a_tokenizer_says_that_it_goes_on(tmp_path, monkeypatch, capsys):
+def test_training_a_tokenizer_says_that_it_goes_on(monkeypatch, capsys):
     monkeypatch.setattr("llada_jax.data.preparation.TRAINING_SECONDS", 0.01)
-    write_corpus(tmp_path / "corpus", num_files=2, num_documents=100)
-    args = {"sequence_length": T, "heldout": 0}
-    prepare([str(tmp_path / "corpus")], tmp_path / "out", tokenizer="spm-bpe:320", **args)
-    error = capsys.readouterr().err
-    assert "prepare: training spm-bpe:320, " in error
-    assert " so far\n" in error
+    error, deadline = "", time.monotonic() + 60
+    with _saying_that_it_goes_on("training spm-bpe:320"):
+        while " so far\n" not in error and time.monotonic() < deadline:
+            time.sleep(0.01)
+            error += capsys.readouterr().err
+    assert error.startswith("prepare: training spm-bpe:320, ")
     assert not [t for t in threading.enumerate() if "say" in t.name]
 
 

@@ -28,6 +28,7 @@ def get_config():
     config = default_config()
     config.num_steps = 10
     config.data.path = "nowhere"
+    config.schedule.name = "constant"
     return config
 """
 

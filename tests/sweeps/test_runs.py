@@ -125,7 +125,7 @@ def test_a_damaged_sweep_json_is_reported(write_config, call_sweep, tmp_path):
     write_config(RATES)
     (tmp_path / "runs").mkdir()
     (tmp_path / "runs" / "sweep.json").write_text("{")
-    assert "sweep.json is not JSON" in call_sweep("--list", status=2)[1]
+    assert "sweep.json is not the record of a sweep" in call_sweep("--list", status=2)[1]
 
 
 def test_a_workdir_with_something_else_in_it_is_reported(write_config, call_sweep, tmp_path):
