@@ -251,7 +251,7 @@ class MetricsWriter:
 
 
 def read_lines(workdir) -> list[dict]:
-    """Returns the lines of WORKDIR/metrics.jsonl; [] where there is no file.
+    """Returns the lines of WORKDIR/metrics.jsonl; [] for a run without that file.
 
     A last line that is half written is left out: the run may be writing it at this moment.
 

@@ -65,17 +65,6 @@ def _connect(scheme: str, bucket: str) -> None:
         )
 
 
-def write_whole(path, text: str) -> None:
-    """Writes a small file of which a reader sees all or nothing, whenever the writer is killed."""
-    path = epath.Path(path)
-    if is_remote(path):
-        path.write_text(text)
-    else:
-        partial = path.with_name(f"{path.name}.partial")
-        partial.write_text(text)
-        partial.replace(path)
-
-
 def upload(folder, target) -> None:
     """Copies the files of a local folder, those in its subfolders included, to a folder of
     objects.

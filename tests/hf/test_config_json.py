@@ -152,7 +152,7 @@ def test_a_scaling_is_exported_as_transformers_reads_it_and_comes_back_however_i
     assert type(written["rope_parameters"]["original_max_position_embeddings"]) is int
     assert written["rope_scaling"] is None
     assert "rope_parameters" not in our_config("illada", SMALL)
-    # the shipped code reads the rope_theta beside it, which may have been changed
+    # the shipped code reads the rope_theta next to it, which may have been changed
     saved = {**written, "rope_parameters": {**LLAMA3, "rope_theta": 1.0}}
     older = {**written, "rope_parameters": None, "rope_scaling": LLAMA3}
     assert architecture_from(saved) == architecture_from(older) == a

@@ -1,5 +1,6 @@
-"""What a test needs beside Python: where it is absent the test is skipped with a reason; in CI it
-fails.
+"""What a test needs in addition to Python.
+
+Where it is absent, the test is skipped with a reason; in CI it fails.
 
 CI installs all of it and sets LLADA_JAX_REQUIRE_ALL=1, so that nothing goes unseen by being
 skipped. Elsewhere a contributor without root, libtpu or a cluster still runs the rest.

@@ -47,7 +47,7 @@ def test_padding_and_what_stands_in_it_change_nothing(make, variant, left, right
     tokens = torch.tensor([[1, 2, 3, 39, 5, 39, 7]])
     padded = F.pad(tokens, (left, right), value=junk)
     attention_mask = F.pad(torch.ones_like(tokens), (left, right))
-    # beside it, a row of nothing but padding
+    # next to it, a row of nothing but padding
     both = torch.cat([padded, torch.full_like(padded, junk)])
     logits = made(both, attention_mask=torch.cat([attention_mask, torch.zeros_like(padded)])).logits
     torch.testing.assert_close(logits[:1, left : left + 7], made(tokens).logits, atol=2e-5, rtol=0)
