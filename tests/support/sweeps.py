@@ -16,6 +16,7 @@ from pathlib import Path
 import pytest
 
 from llada_jax.__main__ import main
+from llada_jax.sweeps import attempts, targets
 from llada_jax.sweeps.runs import as_overrides
 
 RATES = 'for rate in (1e-3, 3e-3, 1e-2): add({"schedule.learning_rate": rate})'
@@ -64,6 +65,7 @@ with open(path, "a") as file:
 @pytest.fixture
 def fake_train(tmp_path, monkeypatch):
     """Puts FAKE_TRAIN in the place of `llada-jax train`."""
+    assert targets.train_command is attempts.train_command, "a fake of an earlier test is left"
     program = tmp_path / "fake_train.py"
     program.write_text(FAKE_TRAIN)
 
@@ -76,7 +78,9 @@ def fake_train(tmp_path, monkeypatch):
             *as_overrides(run.changes),
         ]
 
-    monkeypatch.setattr("llada_jax.sweeps.attempts.train_command", command)
+    # `targets` is imported at the top: imported for the first time under this patch, it would keep
+    # the fake for the tests that follow.
+    monkeypatch.setattr(attempts, "train_command", command)
 
 
 @pytest.fixture
