@@ -7,7 +7,6 @@ command line. Only verbs see the config; everything below them takes keyword arg
 
 import ast
 import contextlib
-import math
 import os
 import re
 import runpy
@@ -20,9 +19,7 @@ from ml_collections import ConfigDict
 from llada_jax.errors import UserError, did_you_mean
 from llada_jax.parts import add_to_path, is_own
 from llada_jax.paths import user_path
-from llada_jax.ranges import check_ranges
-
-AUTO = "auto"
+from llada_jax.validation import AUTO, OWN_PARTS, READ_BY, knob, knobs, unread, validate
 
 
 def default_config() -> ConfigDict:
@@ -182,23 +179,6 @@ def default_config() -> ConfigDict:
     return config
 
 
-CHOICES = {
-    "model.qk_norm": ("none", "full", "per_head"),
-    "model.attention_bias": ("none", "qkv", "qkvo"),
-    "model.dtype": (AUTO, "bfloat16", "float32"),
-    "model.attention": (AUTO, "xla", "splash", "cudnn", "triton"),
-    "model.remat": ("none", "dots", "attention", "full"),
-    "objective.name": ("masked_diffusion", "autoregressive"),
-    "objective.t_sampling": ("stratified", "iid"),
-    "objective.masking": ("bernoulli", "exact_count"),
-    "objective.weight": ("1/p", "none"),
-    "optimizer.name": ("adamw", "lion", "muon"),
-    "schedule.name": ("llada", "wsd", "cosine", "constant"),
-    "evaluation.weights": (AUTO, "raw", "ema"),
-    "checkpoint.init_from_weights": (AUTO, "raw", "ema"),
-    "schedule.decay_shape": ("linear", "1-sqrt"),
-}
-
 # Knobs that hold one path; data.path may hold several, which parse_sources takes apart.
 PATHS = (
     "checkpoint.init_from",
@@ -206,32 +186,6 @@ PATHS = (
     "checkpoint.restore",
     "log.compilation_cache",
 )
-
-# Knobs that may also name a part of the user's own, as module:attribute.
-OWN_PARTS = ("objective.name", "optimizer.name", "schedule.name")
-
-# Which of the knobs next to its name a part reads; "own": a part of the user's own. Knobs of the
-# group that no part lists, such as clip_norm, are read whatever the part is.
-READ_BY = {
-    "objective": {
-        "masked_diffusion": ("eps", "t_sampling", "masking", "weight"),
-        "autoregressive": (),
-        "own": (),
-    },
-    "optimizer": {
-        "adamw": ("b1", "b2", "eps"),
-        "lion": ("b1", "b2"),
-        "muon": ("b1", "b2", "eps"),
-        "own": ("b1", "b2", "eps"),
-    },
-    "schedule": {
-        "llada": ("stages",),
-        "wsd": ("learning_rate", "final_learning_rate", "decay_fraction", "decay_shape"),
-        "cosine": ("learning_rate", "final_learning_rate"),
-        "constant": ("learning_rate",),
-        "own": ("learning_rate", "final_learning_rate"),
-    },
-}
 
 
 def load_config(path: str, overrides: Sequence[str] = ()) -> ConfigDict:
@@ -283,10 +237,10 @@ def load_config(path: str, overrides: Sequence[str] = ()) -> ConfigDict:
     # is itself an override is refused by `validate`.
     overridden = {override.partition("=")[0] for override in overrides}
     for group, name in names.items():
-        for key in unread(config, group) if config[group].name != name else ():
+        for key in unread(config, default_config(), group) if config[group].name != name else ():
             if f"{group}.{key}" not in overridden:
                 config[group][key] = default_config()[group][key]
-    validate(config)
+    validate(config, default_config())
     if own_parts(config):
         add_to_path(file.parent)
     return config
@@ -311,28 +265,6 @@ def neighbours_importable(file):
             origin = getattr(sys.modules[name], "__file__", None)
             if origin and str(Path(origin).resolve()).startswith(directory + os.sep):
                 del sys.modules[name]
-
-
-def unread(config: ConfigDict, group: str) -> list[str]:
-    """Returns the knobs of a group of READ_BY that differ from the defaults and that the part which
-    the group names does not read.
-    """
-    parts, defaults = READ_BY[group], default_config()[group]
-    name = config[group].name
-    if not is_own(name) and name not in parts:
-        return []  # the name is misspelt, which `validate` says
-    read = parts["own" if is_own(name) else name]
-    of_some_part = [key for key in defaults if any(key in keys for keys in parts.values())]
-    return [
-        key
-        for key in of_some_part
-        if key not in read and _plain(config[group][key]) != _plain(defaults[key])
-    ]
-
-
-def _plain(value):
-    """Returns a value in which lists and tuples compare as equal."""
-    return tuple(map(_plain, value)) if isinstance(value, list | tuple) else value
 
 
 def learning_rate_knob(config: ConfigDict) -> str:
@@ -411,183 +343,9 @@ def _parse(path: str, text: str, *, like):
     return value
 
 
-def knobs(config: ConfigDict, prefix: str = "") -> list[str]:
-    """Returns the dotted path of every knob."""
-    paths = []
-    for key, value in config.items():
-        paths += (
-            knobs(value, f"{prefix}{key}.") if isinstance(value, ConfigDict) else [f"{prefix}{key}"]
-        )
-    return paths
-
-
-def knob(config: ConfigDict, path: str):
-    """Returns the value at a dotted path."""
-    for key in path.split("."):
-        config = config[key]
-    return config
-
-
-def validate(config: ConfigDict) -> None:
-    """Raises UserError for a value that a knob cannot have, and for knobs that contradict each
-    other.
-
-    What depends on the devices, the data or the objective is checked where these are known
-    (llada_jax.training.step.make_recipe).
-    """
-    for path, choices in CHOICES.items():
-        value = knob(config, path)
-        if path in OWN_PARTS and re.fullmatch(r"[\w.]+:[\w.]+", value):
-            continue
-        if value not in choices:
-            own = " A part of your own is named module:attribute." if path in OWN_PARTS else ""
-            raise UserError(
-                f"config.{path}={value!r} is not known.{did_you_mean(value, choices)}{own}"
-            )
-    for path in OWN_PARTS:
-        check_arguments(config, path)
-    check_ranges({path: knob(config, path) for path in knobs(config)})
-    for group, parts in READ_BY.items():
-        name = config[group].name
-        read = parts["own" if is_own(name) else name]
-        for key in unread(config, group):
-            raise UserError(
-                f"config.{group}.{key}={config[group][key]!r} changes nothing: "
-                f"{group}.name={name!r} reads {', '.join(read) or 'none of the knobs next to it'}; "
-                f"set {key} back to {default_config()[group][key]!r}, or choose a {group} that "
-                "reads it."
-            )
-    if (config.num_steps > 0) == (config.num_tokens > 0):
-        raise UserError(
-            f"config.num_steps={config.num_steps} and config.num_tokens={config.num_tokens}: "
-            "set exactly one of them above 0 to say how long to train."
-        )
-    model = config.model
-    if model.num_heads % model.num_kv_heads:
-        raise UserError(
-            f"config.model.num_heads={model.num_heads} must be a multiple of "
-            f"num_kv_heads={model.num_kv_heads}; set num_kv_heads to a divisor of it."
-        )
-    if model.head_dim % 2:
-        raise UserError(
-            f"config.model.head_dim={model.head_dim} must be even: rotary embeddings turn pairs."
-        )
-    if config.data.batch_size % config.optimizer.gradient_accumulation:
-        raise UserError(
-            f"config.data.batch_size={config.data.batch_size} must be a multiple of "
-            f"config.optimizer.gradient_accumulation={config.optimizer.gradient_accumulation}; "
-            "change one of them."
-        )
-    if config.evaluation.weights == "ema" and not config.optimizer.ema_decay:
-        raise UserError(
-            "config.evaluation.weights='ema' needs a moving average and "
-            "config.optimizer.ema_decay=0 keeps none; set ema_decay, or weights to auto or raw."
-        )
-    schedule = config.schedule
-    ends = [stage[0] for stage in schedule.stages if _is_row(stage, (float, float, float))]
-    if (
-        not ends
-        or len(ends) < len(schedule.stages)
-        or any(b <= a for a, b in zip([0, *ends], ends))
-    ):
-        raise UserError(
-            f"config.schedule.stages={schedule.stages} must be ((until_tokens, first rate, last "
-            "rate), ...) with growing token counts."
-        )
-    for group in ("weight_decay_multipliers", "learning_rate_multipliers"):
-        rules = config.optimizer[group]
-        if not all(_is_row(rule, (str, float)) for rule in rules):
-            raise UserError(
-                f"config.optimizer.{group}={rules} must be ((regex, factor), ...), as in (('.*', "
-                "1.0),)."
-            )
-        for regex, factor in rules:
-            check_rule(f"config.optimizer.{group}", regex, factor)
-    for _, *rates in schedule.stages:
-        if any(not 0 <= rate < math.inf for rate in rates):
-            raise UserError(
-                f"config.schedule.stages={schedule.stages} holds a rate that is negative or not "
-                "finite; learning rates are 0 or more."
-            )
-    prompts = config.samples.prompts
-    if not prompts or not all(isinstance(prompt, str) for prompt in prompts):
-        raise UserError(
-            f"config.samples.prompts={prompts} must be one text or more; ('',) samples "
-            "without a prompt."
-        )
-    checkpoint = config.checkpoint
-    if bool(checkpoint.local_directory) != bool(checkpoint.local_every_steps):
-        raise UserError(
-            f"config.checkpoint.local_directory={checkpoint.local_directory!r} and "
-            f"config.checkpoint.local_every_steps={checkpoint.local_every_steps}: set both for "
-            "copies on local disks, or neither."
-        )
-    if "://" in checkpoint.local_directory:
-        raise UserError(
-            f"config.checkpoint.local_directory={checkpoint.local_directory!r} must be on a disk "
-            "of this host, such as /dev/shm/llada_jax; what is remote goes into --workdir."
-        )
-    if config.checkpoint.restore and config.checkpoint.init_from:
-        raise UserError(
-            "config.checkpoint.restore and config.checkpoint.init_from are both set; restore "
-            "continues a whole run, and init_from takes only its weights: keep one."
-        )
-
-
-def check_rule(path: str, regex: str, factor: float) -> None:
-    """Raises UserError for a row (regex, factor) of a table of multipliers that cannot be meant."""
-    try:
-        re.compile(regex)
-    except re.error as error:
-        raise UserError(
-            f"{path}: {regex!r} is not a regular expression ({error}); correct it."
-        ) from error
-    if not 0 <= factor < math.inf:
-        raise UserError(
-            f"{path}: the factor {factor} of {regex!r} must be 0 or more and finite; a negative "
-            "one would make the loss grow."
-        )
-
-
 def own_parts(config: ConfigDict) -> dict[str, str]:
     """Returns {knob: module:attribute} of the parts of the user's own that a config names."""
     return {path: name for path in OWN_PARTS if is_own(name := knob(config, path))}
-
-
-def check_arguments(config: ConfigDict, path: str) -> None:
-    """Raises UserError unless the arguments next to a name are ((name, value), ...), and only an
-    own part has any.
-    """
-    name = knob(config, path)
-    path = path.rpartition(".")[0] + ".arguments"
-    arguments = knob(config, path)
-    if not all(
-        isinstance(pair, tuple | list)
-        and len(pair) == 2
-        and isinstance(pair[0], str)
-        and pair[0].isidentifier()
-        for pair in arguments
-    ):
-        raise UserError(
-            f"config.{path}={arguments} must be ((name, value), ...), as in (('margin', 0.1),)."
-        )
-    if arguments and not is_own(name):
-        raise UserError(
-            f"config.{path}={arguments} is for a part of your own, and {name!r} is ours: it is set "
-            "by the knobs next to it; leave the arguments empty."
-        )
-
-
-def _is_row(row, kinds: tuple[type, ...]) -> bool:
-    """Returns whether a row of a table in the config has entries of these types; an int may stand
-    for a float.
-    """
-    accepted = {float: (int, float), str: (str,)}
-    return (
-        isinstance(row, tuple | list)
-        and len(row) == len(kinds)
-        and all(type(entry) in accepted[kind] for entry, kind in zip(row, kinds))
-    )
 
 
 def parse_sources(path: str) -> tuple[tuple[str, float], ...]:

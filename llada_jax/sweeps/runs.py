@@ -9,11 +9,12 @@ from typing import NamedTuple
 from etils import epath
 from ml_collections import ConfigDict
 
-from llada_jax.config import knob, knobs, load_config, neighbours_importable
+from llada_jax.config import load_config, neighbours_importable
 from llada_jax.errors import UserError, reason
 from llada_jax.storage.files import write_whole, writing
 from llada_jax.sweeps.grid import Knobs, added_by
 from llada_jax.sweeps.results import FINISHED, Result, read_result
+from llada_jax.validation import knob, knobs
 
 # Knobs that change how a run is carried out and not what comes out of it. They may differ from one
 # start to the next, so that a sweep can continue on other machines.

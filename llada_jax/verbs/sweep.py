@@ -9,7 +9,6 @@ DIR/sweep.json          the base config and what each run changes; a changed swe
 import json
 import math
 
-from llada_jax.config import knob
 from llada_jax.errors import UserError
 from llada_jax.sweeps.comparison import effects, ranked
 from llada_jax.sweeps.optuna_search import run_optuna
@@ -17,6 +16,7 @@ from llada_jax.sweeps.results import Result
 from llada_jax.sweeps.runs import Sweep, as_json, describe, load_sweep
 from llada_jax.sweeps.table import plot_curves, progress_of, table_lines
 from llada_jax.sweeps.targets import run_index, run_local, run_with_launcher
+from llada_jax.validation import knob
 from llada_jax.verbs.command_line import Parser
 
 ACTIONS = ("list", "index", "run", "optuna", "table", "fit")

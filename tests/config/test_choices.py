@@ -10,7 +10,6 @@ import pytest
 from support.configs import DEFAULT, valid
 
 from llada_jax import config
-from llada_jax.config import AUTO, CHOICES
 from llada_jax.errors import UserError
 from llada_jax.masks import BIDIRECTIONAL, CAUSAL
 from llada_jax.models.attention import IMPLEMENTATIONS, choose
@@ -21,6 +20,7 @@ from llada_jax.objectives.masked_diffusion import masked_diffusion_loss
 from llada_jax.objectives.named import make_objective
 from llada_jax.training.optim import OPTIMIZERS, make_optimizer, make_schedule
 from llada_jax.training.step import optimizer_knobs
+from llada_jax.validation import AUTO, CHOICES
 
 
 def test_the_choices_of_tables_are_the_keys_of_the_tables():

@@ -6,18 +6,14 @@ import runpy
 import sys
 
 import pytest
-from support.configs import CONFIGS, PATHS
+from support.configs import CONFIGS, PATHS, check
 from support.errors import error_of
 
-from llada_jax.config import (
-    knobs,
-    load_config,
-    parse_sources,
-    validate,
-)
+from llada_jax.config import load_config, parse_sources
 from llada_jax.models.transformer import Architecture
 from llada_jax.training.optim import make_optimizer, make_schedule
 from llada_jax.training.step import optimizer_knobs
+from llada_jax.validation import knobs
 
 
 def test_there_are_the_published_and_the_small_configs():
@@ -29,7 +25,7 @@ def test_there_are_the_published_and_the_small_configs():
 @pytest.mark.parametrize("path", CONFIGS, ids=lambda path: path.stem)
 def test_every_config_loads_is_valid_and_says_how_to_run_it(path):
     config = load_config(str(path))
-    validate(config)
+    check(config)
     assert sorted(knobs(config)) == sorted(PATHS)
     assert config.data.batch_size >= 1
     docstring = ast.get_docstring(ast.parse(path.read_text()))

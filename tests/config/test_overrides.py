@@ -7,13 +7,9 @@ from hypothesis import example, given
 from hypothesis import strategies as st
 from support.configs import DEFAULT, PATHS, patient
 
-from llada_jax.config import (
-    apply_override,
-    default_config,
-    knob,
-    load_config,
-)
+from llada_jax.config import apply_override, default_config, load_config
 from llada_jax.errors import UserError
+from llada_jax.validation import knob
 
 NUMBERS = st.floats(allow_nan=False, allow_infinity=False)
 VALUES = {

@@ -5,24 +5,17 @@ import re
 import sys
 
 import pytest
-from support.configs import DEFAULT, PATHS, valid
+from support.configs import DEFAULT, PATHS, check, valid
 
-from llada_jax.config import (
-    CHOICES,
-    OWN_PARTS,
-    knob,
-    learning_rate_knob,
-    load_config,
-    own_parts,
-    validate,
-)
+from llada_jax.config import learning_rate_knob, load_config, own_parts
 from llada_jax.errors import UserError
 from llada_jax.ranges import RANGES, check_ranges
+from llada_jax.validation import CHOICES, OWN_PARTS, knob
 
 
 def test_the_defaults_are_valid_once_the_length_of_the_run_is_given():
-    validate(valid())
-    validate(valid(**{"num_steps": 0, "num_tokens": 1000}))
+    check(valid())
+    check(valid(**{"num_steps": 0, "num_tokens": 1000}))
 
 
 @pytest.mark.parametrize(
@@ -30,7 +23,7 @@ def test_the_defaults_are_valid_once_the_length_of_the_run_is_given():
 )
 def test_exactly_one_of_steps_and_tokens_says_how_long_to_train(num_steps, num_tokens):
     with pytest.raises(UserError, match="num_steps|num_tokens"):
-        validate(valid(**{"num_steps": num_steps, "num_tokens": num_tokens}))
+        check(valid(**{"num_steps": num_steps, "num_tokens": num_tokens}))
 
 
 # What a knob needs next to it, so that something reads it.
@@ -77,7 +70,7 @@ def test_every_range_holds_the_default_and_its_ends_are_exact(path):
         check_ranges({path: value})
     for value in outside:
         with pytest.raises(UserError, match=re.escape(f"config.{path}={value} must ")):
-            validate(valid(**{**changes_for(path), path: value}))
+            check(valid(**{**changes_for(path), path: value}))
 
 
 @pytest.mark.parametrize(
@@ -104,7 +97,7 @@ def test_every_range_holds_the_default_and_its_ends_are_exact(path):
 )
 def test_a_value_that_can_mean_nothing_is_refused_by_name(path, value):
     with pytest.raises(UserError, match=re.escape(f"config.{path}")):
-        validate(valid(**{path: value}))
+        check(valid(**{path: value}))
 
 
 def test_no_count_or_interval_may_be_negative():
@@ -115,7 +108,7 @@ def test_no_count_or_interval_may_be_negative():
     accepted = []
     for path in integers:
         try:
-            validate(valid(**{path: -1}))
+            check(valid(**{path: -1}))
         except UserError:
             continue
         accepted.append(path)
@@ -126,20 +119,20 @@ def test_no_count_or_interval_may_be_negative():
 @pytest.mark.parametrize("value", [math.inf, -math.inf, math.nan])
 def test_no_number_may_be_infinite(path, value):
     with pytest.raises(UserError, match=re.escape(f"config.{path}={value}")):
-        validate(valid(**{path: value}))
+        check(valid(**{path: value}))
 
 
 @pytest.mark.parametrize("path", CHOICES)
 def test_every_choice_is_valid_and_a_typo_names_it(path):
     assert knob(DEFAULT, path) in CHOICES[path]
     for choice in CHOICES[path]:
-        validate(valid(**{**READERS.get(path, {}), path: choice}))
+        check(valid(**{**READERS.get(path, {}), path: choice}))
         if len(choice) > 4:
             with pytest.raises(
                 UserError,
                 match=re.escape(f"config.{path}=") + ".*" + re.escape(f"mean {choice!r}?"),
             ):
-                validate(valid(**{path: choice[:-1]}))
+                check(valid(**{path: choice[:-1]}))
 
 
 # ---- parts of the user's own
@@ -149,7 +142,7 @@ def test_every_choice_is_valid_and_a_typo_names_it(path):
 def test_a_part_of_the_users_own_is_a_choice_and_takes_arguments(path):
     group = path.partition(".")[0]
     config = valid(**{path: "my.parts:Made.here", f"{group}.arguments": (("margin", 0.1),)})
-    validate(config)
+    check(config)
     assert own_parts(config) == {path: "my.parts:Made.here"}
     assert own_parts(valid()) == {}
 
@@ -157,7 +150,7 @@ def test_a_part_of_the_users_own_is_a_choice_and_takes_arguments(path):
 @pytest.mark.parametrize("name", ["parts:", ":made", "parts:made:twice", "my parts:made", ":"])
 def test_a_name_that_is_not_module_and_attribute_is_refused(name):
     with pytest.raises(UserError, match="is not known.*named module:attribute"):
-        validate(valid(**{"schedule.name": name}))
+        check(valid(**{"schedule.name": name}))
 
 
 @pytest.mark.parametrize(
@@ -165,12 +158,12 @@ def test_a_name_that_is_not_module_and_attribute_is_refused(name):
 )
 def test_arguments_are_pairs_of_a_name_and_a_value(arguments):
     with pytest.raises(UserError, match=r"objective.arguments=.* must be \(\(name, value\), ...\)"):
-        validate(valid(**{"objective.name": "m:f", "objective.arguments": arguments}))
+        check(valid(**{"objective.name": "m:f", "objective.arguments": arguments}))
 
 
 def test_arguments_next_to_a_part_of_ours_are_refused():
     with pytest.raises(UserError, match=r"optimizer.arguments=.* 'adamw' is ours"):
-        validate(valid(**{"optimizer.arguments": (("b3", 0.5),)}))
+        check(valid(**{"optimizer.arguments": (("b3", 0.5),)}))
 
 
 def test_only_a_config_with_own_parts_makes_its_directory_importable(tmp_path, monkeypatch):
@@ -198,14 +191,14 @@ UNREAD = [
 
 @pytest.mark.parametrize(("part", "name", "path", "value"), UNREAD)
 def test_a_changed_knob_that_the_chosen_part_does_not_read_is_refused(part, name, path, value):
-    validate(valid(**{part: name}))
+    check(valid(**{part: name}))
     with pytest.raises(UserError, match=rf"config\.{path}=.* changes nothing: .* reads "):
-        validate(valid(**{part: name, path: value}))
+        check(valid(**{part: name, path: value}))
 
 
 def test_the_refusal_names_the_knobs_that_are_read():
     with pytest.raises(UserError, match=r"schedule.name='wsd' reads learning_rate, .*decay_shape;"):
-        validate(valid(**{"schedule.name": "wsd", "schedule.stages": ((1e9, 1e-3, 1e-3),)}))
+        check(valid(**{"schedule.name": "wsd", "schedule.stages": ((1e9, 1e-3, 1e-3),)}))
 
 
 def test_an_override_that_chooses_another_part_drops_what_the_file_set_for_its_own(tmp_path):

@@ -7,20 +7,13 @@ import shlex
 from pathlib import Path
 
 import pytest
+from support.configs import check
 from support.paths import ROOT
 
 from llada_jax.__main__ import VERBS, main
-from llada_jax.config import (
-    CHOICES,
-    OWN_PARTS,
-    apply_override,
-    default_config,
-    knob,
-    knobs,
-    load_config,
-    validate,
-)
+from llada_jax.config import apply_override, default_config, load_config
 from llada_jax.models.transformer import Architecture, num_parameters
+from llada_jax.validation import CHOICES, OWN_PARTS, knob, knobs
 
 DOCUMENTS = [
     *(ROOT / name for name in ("README.md", "CONTRIBUTING.md")),
@@ -172,7 +165,7 @@ def test_every_command_gives_its_config_values_that_are_valid_together(file):
             config.num_steps = 1
             for override in overrides:
                 apply_override(config, override)
-            validate(config)
+            check(config)
 
 
 @every_document
@@ -215,19 +208,15 @@ def check_paths_of_the_demo(file: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    "file", [*DOCUMENTS, *sorted((ROOT / "configs").glob("*.py"))], ids=lambda path: path.name
+    "file",
+    [
+        *DOCUMENTS,
+        *sorted((ROOT / "configs").glob("*.py")),
+        *sorted((ROOT / "llada_jax").rglob("*.py")),
+    ],
+    ids=lambda path: path.name,
 )
 def test_every_path_of_the_demo_is_one_that_the_demo_makes(file):
-    check_paths_of_the_demo(file)
-
-
-@pytest.mark.skip(
-    reason="three modules name runs/tiny, not runs/tiny/run; delete this line once none does"
-)
-@pytest.mark.parametrize(
-    "file", sorted((ROOT / "llada_jax").rglob("*.py")), ids=lambda path: path.stem
-)
-def test_every_path_of_the_demo_in_the_package_is_one_that_the_demo_makes(file):
     check_paths_of_the_demo(file)
 
 

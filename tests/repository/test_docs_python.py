@@ -11,7 +11,8 @@ from support.paths import ROOT
 from support.transformers_versions import VERSIONS, run_python
 
 from llada_jax.__main__ import main
-from llada_jax.config import default_config, knobs, load_config
+from llada_jax.config import default_config, load_config
+from llada_jax.validation import knobs
 
 DOCUMENTS = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
 every_document = pytest.mark.parametrize("document", DOCUMENTS, ids=lambda path: path.name)

@@ -30,6 +30,7 @@ FLOORS = (
         "streams",
         "parts",
         "ranges",
+        "validation",
         "config",
         "progress",
     ),

@@ -3,7 +3,8 @@
 from hypothesis import HealthCheck, settings
 from ml_collections import ConfigDict
 
-from llada_jax.config import default_config, knobs
+from llada_jax.config import default_config
+from llada_jax.validation import knobs, validate
 from support.paths import ROOT
 
 # for properties of configs: the machine may be busy
@@ -25,3 +26,8 @@ def valid(**changes) -> ConfigDict:
             node = node[group]
         node[key] = value
     return config
+
+
+def check(config) -> None:
+    """Raises UserError if a config is impossible."""
+    validate(config, DEFAULT)

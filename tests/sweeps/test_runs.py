@@ -7,8 +7,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 from support.sweeps import RATES, states
 
-from llada_jax.config import apply_override, default_config, knob
+from llada_jax.config import apply_override, default_config
 from llada_jax.sweeps.runs import as_overrides
+from llada_jax.validation import knob
 
 
 @given(

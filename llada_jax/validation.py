@@ -1,0 +1,278 @@
+"""What makes a set of knobs impossible: unknown names, values out of range, knobs that contradict
+each other, and knobs that the chosen part does not read.
+
+The defaults are an argument, because llada_jax.config, which holds them, calls this module.
+"""
+
+import math
+import re
+
+from ml_collections import ConfigDict
+
+from llada_jax.errors import UserError, did_you_mean
+from llada_jax.parts import is_own
+from llada_jax.ranges import check_ranges
+
+# The value of a knob that the run decides by itself.
+AUTO = "auto"
+
+CHOICES = {
+    "model.qk_norm": ("none", "full", "per_head"),
+    "model.attention_bias": ("none", "qkv", "qkvo"),
+    "model.dtype": (AUTO, "bfloat16", "float32"),
+    "model.attention": (AUTO, "xla", "splash", "cudnn", "triton"),
+    "model.remat": ("none", "dots", "attention", "full"),
+    "objective.name": ("masked_diffusion", "autoregressive"),
+    "objective.t_sampling": ("stratified", "iid"),
+    "objective.masking": ("bernoulli", "exact_count"),
+    "objective.weight": ("1/p", "none"),
+    "optimizer.name": ("adamw", "lion", "muon"),
+    "schedule.name": ("llada", "wsd", "cosine", "constant"),
+    "evaluation.weights": (AUTO, "raw", "ema"),
+    "checkpoint.init_from_weights": (AUTO, "raw", "ema"),
+    "schedule.decay_shape": ("linear", "1-sqrt"),
+}
+
+
+# Knobs that may also name a part of the user's own, as module:attribute.
+OWN_PARTS = ("objective.name", "optimizer.name", "schedule.name")
+
+
+# Which of the knobs next to its name a part reads; "own": a part of the user's own. Knobs of the
+# group that no part lists, such as clip_norm, are read whatever the part is.
+READ_BY = {
+    "objective": {
+        "masked_diffusion": ("eps", "t_sampling", "masking", "weight"),
+        "autoregressive": (),
+        "own": (),
+    },
+    "optimizer": {
+        "adamw": ("b1", "b2", "eps"),
+        "lion": ("b1", "b2"),
+        "muon": ("b1", "b2", "eps"),
+        "own": ("b1", "b2", "eps"),
+    },
+    "schedule": {
+        "llada": ("stages",),
+        "wsd": ("learning_rate", "final_learning_rate", "decay_fraction", "decay_shape"),
+        "cosine": ("learning_rate", "final_learning_rate"),
+        "constant": ("learning_rate",),
+        "own": ("learning_rate", "final_learning_rate"),
+    },
+}
+
+
+def validate(config: ConfigDict, defaults: ConfigDict) -> None:
+    """Raises UserError for a value that a knob cannot have, and for knobs that contradict each
+    other.
+
+    What depends on the devices, the data or the objective is checked where these are known
+    (llada_jax.training.step.make_recipe).
+    """
+    check_choices(config)
+    for path in OWN_PARTS:
+        check_arguments(config, path)
+    check_ranges({path: knob(config, path) for path in knobs(config)})
+    check_read(config, defaults)
+    check_tables(config)
+    check_contradictions(config)
+
+
+def check_choices(config: ConfigDict) -> None:
+    """Raises UserError for a name that is not among the choices of its knob."""
+    for path, choices in CHOICES.items():
+        value = knob(config, path)
+        if path in OWN_PARTS and re.fullmatch(r"[\w.]+:[\w.]+", value):
+            continue
+        if value not in choices:
+            own = " A part of your own is named module:attribute." if path in OWN_PARTS else ""
+            raise UserError(
+                f"config.{path}={value!r} is not known.{did_you_mean(value, choices)}{own}"
+            )
+
+
+def check_read(config: ConfigDict, defaults: ConfigDict) -> None:
+    """Raises UserError for a changed knob that the chosen part does not read."""
+    for group, parts in READ_BY.items():
+        name = config[group].name
+        read = parts["own" if is_own(name) else name]
+        for key in unread(config, defaults, group):
+            raise UserError(
+                f"config.{group}.{key}={config[group][key]!r} changes nothing: "
+                f"{group}.name={name!r} reads {', '.join(read) or 'none of the knobs next to it'}; "
+                f"set {key} back to {defaults[group][key]!r}, or choose a {group} that "
+                "reads it."
+            )
+
+
+def check_contradictions(config: ConfigDict) -> None:
+    """Raises UserError for knobs that are possible one by one and not together."""
+    if (config.num_steps > 0) == (config.num_tokens > 0):
+        raise UserError(
+            f"config.num_steps={config.num_steps} and config.num_tokens={config.num_tokens}: "
+            "set exactly one of them above 0 to say how long to train."
+        )
+    model = config.model
+    if model.num_heads % model.num_kv_heads:
+        raise UserError(
+            f"config.model.num_heads={model.num_heads} must be a multiple of "
+            f"num_kv_heads={model.num_kv_heads}; set num_kv_heads to a divisor of it."
+        )
+    if model.head_dim % 2:
+        raise UserError(
+            f"config.model.head_dim={model.head_dim} must be even: rotary embeddings turn pairs."
+        )
+    if config.data.batch_size % config.optimizer.gradient_accumulation:
+        raise UserError(
+            f"config.data.batch_size={config.data.batch_size} must be a multiple of "
+            f"config.optimizer.gradient_accumulation={config.optimizer.gradient_accumulation}; "
+            "change one of them."
+        )
+    if config.evaluation.weights == "ema" and not config.optimizer.ema_decay:
+        raise UserError(
+            "config.evaluation.weights='ema' needs a moving average and "
+            "config.optimizer.ema_decay=0 keeps none; set ema_decay, or weights to auto or raw."
+        )
+    prompts = config.samples.prompts
+    if not prompts or not all(isinstance(prompt, str) for prompt in prompts):
+        raise UserError(
+            f"config.samples.prompts={prompts} must be one text or more; ('',) samples "
+            "without a prompt."
+        )
+    checkpoint = config.checkpoint
+    if bool(checkpoint.local_directory) != bool(checkpoint.local_every_steps):
+        raise UserError(
+            f"config.checkpoint.local_directory={checkpoint.local_directory!r} and "
+            f"config.checkpoint.local_every_steps={checkpoint.local_every_steps}: set both for "
+            "copies on local disks, or neither."
+        )
+    if "://" in checkpoint.local_directory:
+        raise UserError(
+            f"config.checkpoint.local_directory={checkpoint.local_directory!r} must be on a disk "
+            "of this host, such as /dev/shm/llada_jax; what is remote goes into --workdir."
+        )
+    if config.checkpoint.restore and config.checkpoint.init_from:
+        raise UserError(
+            "config.checkpoint.restore and config.checkpoint.init_from are both set; restore "
+            "continues a whole run, and init_from takes only its weights: keep one."
+        )
+
+
+def check_tables(config: ConfigDict) -> None:
+    """Raises UserError for a table in the config whose rows do not have their form."""
+    schedule = config.schedule
+    ends = [stage[0] for stage in schedule.stages if _is_row(stage, (float, float, float))]
+    if (
+        not ends
+        or len(ends) < len(schedule.stages)
+        or any(b <= a for a, b in zip([0, *ends], ends))
+    ):
+        raise UserError(
+            f"config.schedule.stages={schedule.stages} must be ((until_tokens, first rate, last "
+            "rate), ...) with growing token counts."
+        )
+    for group in ("weight_decay_multipliers", "learning_rate_multipliers"):
+        rules = config.optimizer[group]
+        if not all(_is_row(rule, (str, float)) for rule in rules):
+            raise UserError(
+                f"config.optimizer.{group}={rules} must be ((regex, factor), ...), as in (('.*', "
+                "1.0),)."
+            )
+        for regex, factor in rules:
+            check_rule(f"config.optimizer.{group}", regex, factor)
+    for _, *rates in schedule.stages:
+        if any(not 0 <= rate < math.inf for rate in rates):
+            raise UserError(
+                f"config.schedule.stages={schedule.stages} holds a rate that is negative or not "
+                "finite; learning rates are 0 or more."
+            )
+
+
+def unread(config: ConfigDict, defaults: ConfigDict, group: str) -> list[str]:
+    """Returns the knobs of a group of READ_BY that differ from the defaults and that the part which
+    the group names does not read.
+    """
+    parts = READ_BY[group]
+    name = config[group].name
+    if not is_own(name) and name not in parts:
+        return []  # the name is misspelt, which `validate` says
+    read = parts["own" if is_own(name) else name]
+    of_some_part = [key for key in defaults[group] if any(key in keys for keys in parts.values())]
+    return [
+        key
+        for key in of_some_part
+        if key not in read and _plain(config[group][key]) != _plain(defaults[group][key])
+    ]
+
+
+def _plain(value):
+    """Returns a value in which lists and tuples compare as equal."""
+    return tuple(map(_plain, value)) if isinstance(value, list | tuple) else value
+
+
+def check_arguments(config: ConfigDict, path: str) -> None:
+    """Raises UserError unless the arguments next to a name are ((name, value), ...), and only an
+    own part has any.
+    """
+    name = knob(config, path)
+    path = path.rpartition(".")[0] + ".arguments"
+    arguments = knob(config, path)
+    if not all(
+        isinstance(pair, tuple | list)
+        and len(pair) == 2
+        and isinstance(pair[0], str)
+        and pair[0].isidentifier()
+        for pair in arguments
+    ):
+        raise UserError(
+            f"config.{path}={arguments} must be ((name, value), ...), as in (('margin', 0.1),)."
+        )
+    if arguments and not is_own(name):
+        raise UserError(
+            f"config.{path}={arguments} is for a part of your own, and {name!r} is ours: it is set "
+            "by the knobs next to it; leave the arguments empty."
+        )
+
+
+def check_rule(path: str, regex: str, factor: float) -> None:
+    """Raises UserError for a row (regex, factor) of a table of multipliers that cannot be meant."""
+    try:
+        re.compile(regex)
+    except re.error as error:
+        raise UserError(
+            f"{path}: {regex!r} is not a regular expression ({error}); correct it."
+        ) from error
+    if not 0 <= factor < math.inf:
+        raise UserError(
+            f"{path}: the factor {factor} of {regex!r} must be 0 or more and finite; a negative "
+            "one would make the loss grow."
+        )
+
+
+def _is_row(row, kinds: tuple[type, ...]) -> bool:
+    """Returns whether a row of a table in the config has entries of these types; an int may stand
+    for a float.
+    """
+    accepted = {float: (int, float), str: (str,)}
+    return (
+        isinstance(row, tuple | list)
+        and len(row) == len(kinds)
+        and all(type(entry) in accepted[kind] for entry, kind in zip(row, kinds))
+    )
+
+
+def knobs(config: ConfigDict, prefix: str = "") -> list[str]:
+    """Returns the dotted path of every knob."""
+    paths = []
+    for key, value in config.items():
+        paths += (
+            knobs(value, f"{prefix}{key}.") if isinstance(value, ConfigDict) else [f"{prefix}{key}"]
+        )
+    return paths
+
+
+def knob(config: ConfigDict, path: str):
+    """Returns the value at a dotted path."""
+    for key in path.split("."):
+        config = config[key]
+    return config
