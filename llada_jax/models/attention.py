@@ -20,9 +20,18 @@ from llada_jax.masks import BIDIRECTIONAL, Mask, may_attend
 
 
 def xla_attention(
-    q_BTNH: Array, k_BSKH: Array, v_BSKH: Array, segment_ids_BT: Array | None, *, mask: Mask
+    q_BTNH: Array,
+    k_BSKH: Array,
+    v_BSKH: Array,
+    segment_ids_BT: Array | None,
+    *,
+    mask: Mask,
+    start: Array | None = None,
 ) -> Array:
     """The reference: softmax(q k^T / sqrt(H)) v in float32, materialising the scores [B, N, T, S].
+
+    start: the queries are those of the columns start ... start + T - 1 of rows of S columns, whose
+        segment ids are then [B, S]; None where T is S. May be traced.
 
     The heads are moved to the front once, and grouped heads are repeated: CPUs are fast at batched
     products whose batch dims come first, and at a softmax over four dims (a fifth dim for the
@@ -37,15 +46,21 @@ def xla_attention(
     scores_BNTS = scores_BNTS * q_BTNH.shape[-1] ** -0.5
     # A row that is one segment under a bidirectional mask hides nothing: no pass over the scores.
     if segment_ids_BT is not None or mask != BIDIRECTIONAL:
-        index_T = jnp.arange(q_BTNH.shape[1])
+        index_S = jnp.arange(k_BSKH.shape[1])
         if segment_ids_BT is None:
-            segment_ids_BT = jnp.zeros((1, len(index_T)), jnp.int32)
+            segment_ids_BT = jnp.zeros((1, len(index_S)), jnp.int32)
+        query_segment_BT, index_T = segment_ids_BT, index_S
+        if start is not None:
+            query_segment_BT, index_T = (
+                jax.lax.dynamic_slice_in_dim(array, start, q_BTNH.shape[1], axis=-1)
+                for array in (segment_ids_BT, index_S)
+            )
         allowed_BTS = may_attend(
             mask,
-            query_segment=segment_ids_BT[:, :, None],
+            query_segment=query_segment_BT[:, :, None],
             key_segment=segment_ids_BT[:, None, :],
             query_index=index_T[:, None],
-            key_index=index_T[None, :],
+            key_index=index_S[None, :],
         )
         # The lowest finite number and not -inf, whose difference with itself is NaN.
         lowest = jnp.finfo(jnp.float32).min

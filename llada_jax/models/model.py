@@ -13,6 +13,7 @@ from jax import Array
 from jax.sharding import Mesh, NamedSharding
 
 from llada_jax.cluster.sharding import spec
+from llada_jax.models.cache import KeysValues, hidden_with_cache
 from llada_jax.models.transformer import Architecture, TokenScores, Transformer
 
 
@@ -92,6 +93,47 @@ class Model:
             # After `hidden`, whose output shift moves vectors across the edge of the window.
             hidden_BTD = jax.lax.dynamic_slice_in_dim(hidden_BTD, start, length, axis=1)
         return self.head_fn(params, hidden_BTD)
+
+    def fill_cache(
+        self,
+        params: dict,
+        tokens_BT: Array,
+        segment_ids_BT: Array,
+        positions_BT: Array,
+        *,
+        start: int | Array,
+        length: int,
+    ) -> tuple[Array, KeysValues]:
+        """Returns what `logits_fn` returns, and the keys and values of the whole row."""
+        module = self.bind(params)
+        hidden_BTD, cache = hidden_with_cache(module, tokens_BT, segment_ids_BT, positions_BT)
+        hidden_BTD = jax.lax.dynamic_slice_in_dim(hidden_BTD, start, length, axis=1)
+        return module.head(hidden_BTD), cache
+
+    def read_cache(
+        self,
+        params: dict,
+        cache: KeysValues,
+        tokens_BW: Array,
+        positions_BW: Array,
+        segment_ids_BT: Array,
+        *,
+        start: int | Array,
+        length: int,
+    ) -> tuple[Array, KeysValues]:
+        """Returns the logits of the first `length` columns of a window, float32 [B, length, V], and
+        the cache with the window's keys and values; all other columns are seen as the cache has
+        them.
+
+        Args:
+            tokens_BW, positions_BW: int32, of the columns start ... start + W - 1.
+            segment_ids_BT: int32, of the whole row.
+        """
+        module = self.bind(params)
+        hidden_BWD, cache = hidden_with_cache(
+            module, tokens_BW, segment_ids_BT, positions_BW, cache, start
+        )
+        return module.head(hidden_BWD[:, :length]), cache
 
     def init(self, key: jax.Array) -> dict:
         """Returns freshly initialised parameters as a plain dict."""

@@ -257,22 +257,7 @@ class Block(nnx.Module):
         mask: Mask,
     ) -> Array:
         with jax.named_scope("attention"):
-            y_BTD = rms_norm(x_BTD, self.attn_norm[...], a.norm_eps)
-            q_BTNH = project(y_BTD, self.q[...])
-            k_BSKH = project(y_BTD, self.k[...])
-            v_BSKH = project(y_BTD, self.v[...])
-            if a.attention_bias != "none":
-                q_BTNH = add_bias(q_BTNH, self.q_bias[...])
-                k_BSKH = add_bias(k_BSKH, self.k_bias[...])
-                v_BSKH = add_bias(v_BSKH, self.v_bias[...])
-            if a.qk_norm != "none":
-                num_dims = 2 if a.qk_norm == "full" else 1
-                q_BTNH = rms_norm(q_BTNH, self.q_norm[...], a.norm_eps, num_dims)
-                k_BSKH = rms_norm(k_BSKH, self.k_norm[...], a.norm_eps, num_dims)
-            q_BTNH = constrain(
-                rotate(q_BTNH, cos, sin), "act_batch", "act_position", "act_heads", None
-            )
-            k_BSKH = rotate(k_BSKH, cos, sin)
+            q_BTNH, k_BSKH, v_BSKH = self.queries_keys_values(x_BTD, cos, sin, a=a)
             out_BTNH = attend(
                 q_BTNH, k_BSKH, v_BSKH, segment_ids_BT, implementation=attention, mask=mask
             )
@@ -280,10 +265,35 @@ class Block(nnx.Module):
             # alone saved, recomputation would run the whole kernel again.
             if attention != "splash":
                 out_BTNH = checkpoint_name(out_BTNH, "attention")
-            x_BTD = x_BTD + project(out_BTNH, self.attn_out[...], 2)
-            if a.attention_bias == "qkvo":
-                x_BTD = add_bias(x_BTD, self.attn_out_bias[...])
-            x_BTD = constrain(x_BTD, "act_batch", "act_position", "act_embed")
+            x_BTD = self.add_attention(x_BTD, out_BTNH, a=a)
+        return self.add_feed_forward(x_BTD, a=a)
+
+    def queries_keys_values(
+        self, x_BTD: Array, cos: Array, sin: Array, *, a: Architecture
+    ) -> tuple[Array, Array, Array]:
+        """Returns q [B, T, N, H], k and v [B, T, K, H], normed and rotated where they are to be."""
+        y_BTD = rms_norm(x_BTD, self.attn_norm[...], a.norm_eps)
+        q_BTNH = project(y_BTD, self.q[...])
+        k_BSKH = project(y_BTD, self.k[...])
+        v_BSKH = project(y_BTD, self.v[...])
+        if a.attention_bias != "none":
+            q_BTNH = add_bias(q_BTNH, self.q_bias[...])
+            k_BSKH = add_bias(k_BSKH, self.k_bias[...])
+            v_BSKH = add_bias(v_BSKH, self.v_bias[...])
+        if a.qk_norm != "none":
+            num_dims = 2 if a.qk_norm == "full" else 1
+            q_BTNH = rms_norm(q_BTNH, self.q_norm[...], a.norm_eps, num_dims)
+            k_BSKH = rms_norm(k_BSKH, self.k_norm[...], a.norm_eps, num_dims)
+        q_BTNH = constrain(rotate(q_BTNH, cos, sin), "act_batch", "act_position", "act_heads", None)
+        return q_BTNH, rotate(k_BSKH, cos, sin), v_BSKH
+
+    def add_attention(self, x_BTD: Array, out_BTNH: Array, *, a: Architecture) -> Array:
+        x_BTD = x_BTD + project(out_BTNH, self.attn_out[...], 2)
+        if a.attention_bias == "qkvo":
+            x_BTD = add_bias(x_BTD, self.attn_out_bias[...])
+        return constrain(x_BTD, "act_batch", "act_position", "act_embed")
+
+    def add_feed_forward(self, x_BTD: Array, *, a: Architecture) -> Array:
         with jax.named_scope("feed_forward"):
             y_BTD = rms_norm(x_BTD, self.ff_norm[...], a.norm_eps)
             gate_BTF = project(y_BTD, self.ff_gate[...])

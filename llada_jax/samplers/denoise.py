@@ -2,16 +2,15 @@
 
 This is the sampler of LLaDA (arXiv 2502.09992, algorithms 4 and 5, section 2.4 and appendix B.4).
 With one block as long as the generation it is pure diffusion; with more blocks it is
-semi-autoregressive: later blocks are seen as masks while an earlier one is denoised. What was
-revealed is never revised.
+semi-autoregressive: later blocks are seen as masks while an earlier one is denoised, or not seen at
+all where blocks are appended. What was revealed is never revised.
 
-The network is one function, and the only thing that is asked of it are the logits of a window of
-columns:
+The network is a function that is asked for the logits of a window of columns alone, see
+llada_jax.samplers.network. It sees the whole canvas, and nothing is ever computed at the size of
+canvas times vocabulary, because only the current block is read.
 
-    logits_fn(tokens_BT, segment_ids_BT, positions_BT, start=, length=) -> float32 [B, length, V]
-
-It sees the whole canvas, and nothing is ever computed at the size of canvas times vocabulary,
-because only the current block is read.
+No row sees another: what it draws and keeps, when it ends, and how many passes it is said to have
+taken are what they would be if it were sampled alone.
 
 Three deliberate differences from the published code, none of which changes what it produces on
 ordinary input:
@@ -23,7 +22,6 @@ ordinary input:
 - Confidences are float32 whatever the model computes in.
 """
 
-from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import nullcontext
 from functools import partial
@@ -33,185 +31,62 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import Array
-from jax.sharding import NamedSharding, PartitionSpec
+from jax.sharding import NamedSharding
 
-from llada_jax.errors import UserError
 from llada_jax.rng import keys_for_rows
-from llada_jax.samplers.remasking import CommitRule, commit_rule, confidences
-
-# Prompts are padded to a multiple of this many tokens, so that prompts of similar length share one
-# compiled step.
-PROMPT_BUCKET = 32
-
-# How many steps may be dispatched but not finished: enough to hide the host's work. Dozens of them
-# deadlock where several processes share a mesh of CPU devices, because the programs that wait for
-# their turn hold the threads on which the collectives would meet.
-MAX_STEPS_IN_FLIGHT = 2
-
-
-class Canvas(NamedTuple):
-    """What a sampler starts from: numpy arrays [B, T], T = padded prompt length + gen_length."""
-
-    tokens_BT: np.ndarray  # int32: padding, prompt, then gen_length masks
-    is_fixed_BT: np.ndarray  # bool: padding and prompt, never changed
-    segment_ids_BT: np.ndarray  # int32: 0 padding, 1 everything else
-    positions_BT: np.ndarray  # int32: 0 at the first token of the prompt
+from llada_jax.samplers.choice import pick_tokens, without_ids
+from llada_jax.samplers.commit import CRITERIA, SCHEDULE, count_kept, parse_commit
+from llada_jax.samplers.network import (
+    CacheFns,
+    Rows,
+    as_partial,
+    checked,
+    empty_cache,
+    guided,
+    sharding_beside,
+    with_unprompted,
+)
+from llada_jax.samplers.remasking import (
+    CommitRule,
+    commit_rule,
+    confidences,
+    entropies,
+    low_confidence,
+)
+from llada_jax.samplers.settings import check_options, check_schedule
 
 
 class DenoiseStep(NamedTuple):
-    """What one step has done. Arrays stay on the device until they are read."""
+    """What has been done so far. Arrays stay on the device until they are read."""
 
-    canvas_BT: jax.Array  # int32, after the step
-    is_new_BT: jax.Array  # bool: masked before the step, revealed (or filled with EOS) by it
-    step: int  # 1 ... num_steps
-    num_steps: int
+    canvas_BT: jax.Array  # int32
+    is_new_BT: jax.Array  # bool: revealed (or filled with EOS) since the state before this one
+    step: int  # passes of the network so far, 1 ... num_steps
+    num_steps: int  # the most that there can be
     block: int  # 1 ... num_blocks
     num_blocks: int
+    num_steps_B: jax.Array  # int32: the passes that each row needed so far
 
 
-def make_canvas(
-    prompts: Sequence[Sequence[int]], *, gen_length: int, mask_id: int, pad_id: int
-) -> Canvas:
-    """Lays out prompts of any lengths: padded on the LEFT to a common width that is a multiple of
-    PROMPT_BUCKET, each followed by `gen_length` masks.
+class _Plan(NamedTuple):
+    """What decides which program is compiled; each different plan is compiled once."""
 
-    Left padding keeps every prompt next to its generation and the generation in the same columns of
-    all rows. The padding has segment 0, so no real token attends to it, and positions start behind
-    it: a row gets the logits that it would get alone.
-    """
-    longest = max(len(prompt) for prompt in prompts)
-    prompt_width = -(-longest // PROMPT_BUCKET) * PROMPT_BUCKET
-    shape = (len(prompts), prompt_width + gen_length)
-    tokens_BT = np.full(shape, mask_id, np.int32)
-    tokens_BT[:, :prompt_width] = pad_id
-    first_B = np.array([prompt_width - len(prompt) for prompt in prompts])
-    for row, prompt in enumerate(prompts):
-        tokens_BT[row, first_B[row] : prompt_width] = prompt
-    column_T = np.arange(shape[1])
-    return Canvas(
-        tokens_BT=tokens_BT,
-        is_fixed_BT=np.broadcast_to(column_T < prompt_width, shape),
-        segment_ids_BT=(column_T >= first_B[:, None]).astype(np.int32),
-        positions_BT=np.maximum(column_T - first_B[:, None], 0).astype(np.int32),
-    )
-
-
-def check_schedule(
-    *, gen_length: int, block_length: int, steps: int, temperature: float, cfg_scale: float
-) -> None:
-    """Raises UserError unless the blocks tile the generation and the steps divide evenly among the
-    blocks.
-    """
-    for name, value in (
-        ("gen_length", gen_length),
-        ("block_length", block_length),
-        ("steps", steps),
-    ):
-        if value < 1:
-            raise UserError(f"{name}={value} must be at least 1.")
-    if gen_length % block_length:
-        divisors = [n for n in range(1, gen_length + 1) if gen_length % n == 0]
-        raise UserError(
-            f"block_length={block_length} must divide gen_length={gen_length}; "
-            f"nearest: {min(divisors, key=lambda n: abs(n - block_length))}."
-        )
-    num_blocks = gen_length // block_length
-    if steps % num_blocks:
-        lower = steps // num_blocks * num_blocks
-        nearest = f"{lower} or {lower + num_blocks}" if lower else f"{num_blocks}"
-        raise UserError(
-            f"steps={steps} must be a multiple of the number of blocks, gen_length/block_length = "
-            f"{gen_length}/{block_length} = {num_blocks}; nearest: {nearest}."
-        )
-    if steps > gen_length:
-        raise UserError(
-            f"steps={steps} must not exceed gen_length={gen_length}, because every step reveals at "
-            "least one token; "
-            f"use steps={gen_length}."
-        )
-    for name, strength in (("temperature", temperature), ("cfg_scale", cfg_scale)):
-        if not 0 <= strength < float("inf"):
-            raise UserError(
-                f"{name}={strength} must be a finite number that is not negative; use 0 to switch "
-                "it off."
-            )
-
-
-def _pick_tokens(
-    logits_BTV: Array,
-    keys_B: Array,
-    *,
-    mask_id: Array,
-    num_ids: Array,
-    temperature: Array,
-    is_stochastic: bool,
-) -> Array:
-    """Returns the proposed token of every position, int32 [B, T]; never `mask_id`, and below
-    `num_ids`.
-
-    Gumbel-max: argmax(l + T g) draws from softmax(l / T), and equals the published argmax(exp(l) /
-    (-log u)^T). mode="high": the float32 uniform behind the default mode has too few bits for the
-    tail of a large vocabulary (arXiv 2409.02908), which is why the published code resorts to
-    float64.
-    """
-    if is_stochastic:
-
-        def noise(key: Array) -> Array:
-            return jax.random.gumbel(key, logits_BTV.shape[1:], mode="high")
-
-        logits_BTV = logits_BTV + temperature * jax.vmap(noise)(keys_B)
-    id_V = jnp.arange(logits_BTV.shape[-1])
-    is_excluded_V = (id_V == mask_id) | (id_V >= num_ids)
-    return jnp.argmax(jnp.where(is_excluded_V, -jnp.inf, logits_BTV), axis=-1).astype(jnp.int32)
-
-
-def _window_logits(
-    logits_fn: Callable,
-    tokens_BT: Array,
-    segment_ids_BT: Array | None,
-    positions_BT: Array,
-    *,
-    start: Array,
-    length: int,
-) -> Array:
-    """Calls logits_fn and returns float32 [B, length, V]; UserError for any other shape."""
-    logits_BTV = logits_fn(tokens_BT, segment_ids_BT, positions_BT, start=start, length=length)
-    if logits_BTV.ndim != 3 or logits_BTV.shape[:2] != (len(tokens_BT), length):
-        raise UserError(
-            f"logits_fn returned logits of shape {logits_BTV.shape} for length={length}; it must "
-            "return those of the columns start ... start + length - 1 alone, shape [B, length, V] "
-            f"= [{len(tokens_BT)}, {length}, V]."
-        )
-    return logits_BTV.astype(jnp.float32)
-
-
-def _guided_logits(
-    logits_fn: Callable, canvas_BT: Array, fixed: "_Fixed", *, start: Array, length: int
-) -> Array:
-    """Classifier-free guidance: un + (w + 1)(l - un), where `un` saw the prompt masked; one pass of
-    twice the batch.
-    """
-    unprompted_BT = jnp.where(fixed.is_fixed_BT, fixed.mask_id, canvas_BT)
-    rows = (
-        jnp.concatenate([canvas_BT, unprompted_BT]),
-        jnp.tile(fixed.segment_ids_BT, (2, 1)),
-        jnp.tile(fixed.positions_BT, (2, 1)),
-    )
-    both_BTV = _window_logits(logits_fn, *rows, start=start, length=length)
-    logits_BTV, unprompted_BTV = jnp.split(both_BTV, 2)
-    return unprompted_BTV + (fixed.cfg_scale + 1) * (logits_BTV - unprompted_BTV)
-
-
-def _fill_after_eos(canvas_BT: Array, is_generated_BT: Array, eos_id: Array) -> Array:
-    """Ends a row at its first generated EOS: everything it generates after that is EOS too."""
-    is_eos_BT = (canvas_BT == eos_id) & is_generated_BT
-    is_after_BT = jnp.cumsum(is_eos_BT, axis=1) > 0
-    return jnp.where(is_after_BT & is_generated_BT, eos_id, canvas_BT)
+    gen_length: int
+    block_length: int
+    rule: CommitRule
+    criterion: str  # "schedule" or a key of CRITERIA
+    eos: str  # a key of llada_jax.samplers.settings.EOS
+    is_appending: bool
+    is_stochastic: bool
+    is_filtered: bool
+    is_guided: bool
+    window: int  # columns that a pass with a cache computes; 0: there is no cache
+    sharding: jax.sharding.Sharding | None
 
 
 class _Fixed(NamedTuple):
     """Arrays and numbers that no step changes. All traced: another value of any of them reuses the
-    compiled step.
+    compiled program.
     """
 
     is_fixed_BT: jax.Array
@@ -219,118 +94,233 @@ class _Fixed(NamedTuple):
     positions_BT: jax.Array
     row_B: jax.Array  # number of each row in the whole request, whatever batch it is in
     mask_id: jax.Array
-    eos_id: jax.Array  # -1 when nothing ends a row
+    fill_id: jax.Array  # what fills a row that has ended; -1 when nothing ends a row
+    eos_ids_n: jax.Array
+    suppress_n: jax.Array
     steps_per_block: jax.Array
+    refresh: jax.Array  # steps between passes that fill the cache; 0: the first of a block alone
+    amount: jax.Array  # of the commit criterion
     temperature: jax.Array
+    top_k: jax.Array
+    top_p: jax.Array
     cfg_scale: jax.Array
     num_ids: jax.Array
 
 
-@partial(
-    jax.jit,
-    static_argnames=(
-        "gen_length",
-        "block_length",
-        "rule",
-        "is_stochastic",
-        "is_guided",
-        "sharding",
-    ),
-)
-def _denoise_step(
-    logits_fn: Callable,
-    canvas_BT: Array,
-    step: Array,
+class _State(NamedTuple):
+    """What a step changes."""
+
+    canvas_BT: jax.Array
+    step_in_block: jax.Array
+    num_steps_B: jax.Array
+    cache: Any  # () without one
+
+
+def _is_among(tokens_BT: Array, ids_n: Array) -> Array:
+    return jnp.any(tokens_BT[..., None] == ids_n, axis=-1)
+
+
+def _fill_after_eos(canvas_BT: Array, is_generated_BT: Array, fixed: _Fixed) -> Array:
+    """Ends a row at its first generated EOS: everything it generates after that is EOS too."""
+    is_eos_BT = _is_among(canvas_BT, fixed.eos_ids_n) & is_generated_BT
+    is_after_BT = (jnp.cumsum(is_eos_BT, axis=1) - is_eos_BT) > 0
+    filled_BT = jnp.where(is_after_BT & is_generated_BT, fixed.fill_id, canvas_BT)
+    return jnp.where(fixed.fill_id >= 0, filled_BT, canvas_BT)
+
+
+def _block_logits(
+    network: tuple, state: _State, fixed: _Fixed, start: Array, plan: _Plan
+) -> tuple[Array, Any]:
+    """Returns the logits of the current block, float32 [B, block_length, V], and the cache.
+
+    The whole canvas goes through the network and the current block through its head. Logits of the
+    whole canvas would be the largest array by far, and thrown away: at 16 rows of 768 tokens and a
+    vocabulary of 126,464 they take 5.8 GiB.
+    """
+    logits_fn, cache_fns = network
+    segment_ids_BT = fixed.segment_ids_BT
+    if plan.is_appending:  # later blocks are not there yet
+        is_there_T = jnp.arange(segment_ids_BT.shape[1]) < start + plan.block_length
+        segment_ids_BT = jnp.where(is_there_T, segment_ids_BT, 0)
+    rows = Rows(state.canvas_BT, segment_ids_BT, fixed.positions_BT)
+    if plan.is_guided:
+        rows = with_unprompted(rows, fixed.is_fixed_BT, fixed.mask_id)
+    where: dict = {"start": start, "length": plan.block_length}
+    if plan.window:
+
+        def read() -> tuple[Array, Any]:
+            tokens_BW, positions_BW = (
+                jax.lax.dynamic_slice_in_dim(array, start, plan.window, axis=1)
+                for array in (rows.tokens_BT, rows.positions_BT)
+            )
+            return cache_fns.read_fn(
+                state.cache, tokens_BW, positions_BW, rows.segment_ids_BT, **where
+            )
+
+        is_due = state.step_in_block % jnp.maximum(fixed.refresh, 1) == 0
+        is_due = jnp.where(fixed.refresh > 0, is_due, state.step_in_block == 0)
+        logits_BTV, cache = jax.lax.cond(is_due, lambda: cache_fns.fill_fn(*rows, **where), read)
+    else:
+        logits_BTV, cache = logits_fn(*rows, **where), ()
+    num_rows = rows.tokens_BT.shape[0]
+    logits_BTV = checked(logits_BTV, num_rows=num_rows, length=plan.block_length)
+    return guided(logits_BTV, fixed.cfg_scale) if plan.is_guided else logits_BTV, cache
+
+
+def _rank(score_BT: Array) -> Array:
+    """Returns the place of each position in its row, 0 for the greatest; ties go to the left."""
+    return jnp.argsort(jnp.argsort(-score_BT, axis=1, stable=True), axis=1)
+
+
+def _revealed(
+    plan: _Plan,
+    fixed: _Fixed,
+    logits_BTV: Array,
+    choices_BT: Array,
+    is_hidden_BT: Array,
+    keys_B: Array,
+    steps_left: Array,
+) -> Array:
+    """Returns which hidden positions of the block keep their proposals, bool [B, T]."""
+    order_BT = confidences(plan.rule, logits_BTV, choices_BT, keys_B)
+    is_last_BT = jnp.zeros_like(is_hidden_BT)
+    if plan.eos == "last":
+        is_last_BT = _is_among(choices_BT, fixed.eos_ids_n)
+    order_BT = jnp.where(is_last_BT, jnp.finfo(jnp.float32).min, order_BT)
+    # ceil(hidden / steps left) is the published count: hidden // steps, and one more in each of the
+    # first hidden % steps steps. It is counted from what is still hidden, so a row with given
+    # tokens inside the block, or one that is ahead of the schedule, reveals fewer per step.
+    count_B = -(-jnp.sum(is_hidden_BT, axis=1) // steps_left)
+    if plan.criterion != SCHEDULE:
+        probability_BT = low_confidence(logits_BTV, choices_BT, keys_B)
+        is_by_entropy = CRITERIA[plan.criterion].is_by_entropy
+        entropy_BT = entropies(logits_BTV) if is_by_entropy else jnp.zeros_like(probability_BT)
+        sure_B = count_kept(
+            plan.criterion,
+            probability_BT,
+            entropy_BT,
+            is_hidden_BT & ~is_last_BT,
+            fixed.amount,
+        )
+        count_B = jnp.maximum(count_B, sure_B)
+    # Ranks, and not top_k, whose k would have to be static.
+    rank_BT = _rank(jnp.where(is_hidden_BT, order_BT, -jnp.inf))
+    return is_hidden_BT & (rank_BT < count_B[:, None])
+
+
+@partial(jax.jit, static_argnames="plan")
+def _denoise_block(
+    network: tuple,
+    state: _State,
+    block: Array,
+    max_steps: Array,
     key: Array,
     fixed: _Fixed,
     *,
-    gen_length: int,
-    block_length: int,
-    rule: CommitRule,
-    is_stochastic: bool,
-    is_guided: bool,
-    sharding: jax.sharding.Sharding | None,
-) -> tuple[Array, Array, Array, Array]:
-    """One step of the reverse process; returns (canvas_BT, is_new_BT, number of the next step,
-    whether it is done).
+    plan: _Plan,
+) -> tuple[_State, Array, Array, Array, Array]:
+    """Runs steps until the current block is done, but no more than `max_steps` of them.
 
-    Static arguments decide what is compiled, and each of their combinations is compiled once. What
-    only changes numbers is traced: the step, the schedule, ids, temperature and guidance strength.
+    Static arguments decide what is compiled. What only changes numbers is traced: the block and its
+    steps, the schedule, ids, temperature and guidance strength.
+
+    Returns:
+        the state, is_new_BT, the number of the next block, the steps run, and whether every row is
+        complete.
     """
-    # 1. Where we are. Only the current block is read and written, so logits, noise and softmax
-    # cover it alone. `start` is traced: all blocks share one program.
-    block, step_in_block = jnp.divmod(step, fixed.steps_per_block)
-    steps_left = fixed.steps_per_block - step_in_block
-    start = canvas_BT.shape[1] - gen_length + block * block_length
+    # Only the current block is read and written, so logits, noise and softmax cover it alone.
+    # `start` is traced: all blocks share one program.
+    T = state.canvas_BT.shape[1]
+    start = T - plan.gen_length + block * plan.block_length
+    is_generated_BT = ~fixed.is_fixed_BT & (jnp.arange(T) >= T - plan.gen_length)
+    is_masked_before_BT = is_generated_BT & (state.canvas_BT == fixed.mask_id)
 
     def in_block(array: Array) -> Array:
-        return jax.lax.dynamic_slice_in_dim(array, start, block_length, axis=1)
+        return jax.lax.dynamic_slice_in_dim(array, start, plan.block_length, axis=1)
 
-    is_generated_BT = ~fixed.is_fixed_BT & (
-        jnp.arange(canvas_BT.shape[1]) >= canvas_BT.shape[1] - gen_length
-    )
-    tokens_BT = in_block(canvas_BT)
-    is_hidden_BT = in_block(is_generated_BT) & (tokens_BT == fixed.mask_id)
+    def hidden(state: _State) -> Array:
+        return in_block(is_generated_BT) & (in_block(state.canvas_BT) == fixed.mask_id)
 
-    # 2. The whole canvas through the network, the current block through its head. Logits of the
-    # whole canvas would be the largest array by far, and thrown away: at 16 rows of 768 tokens and
-    # a vocabulary of 126,464 they take 5.8 GiB.
-    if is_guided:
-        logits_BTV = _guided_logits(logits_fn, canvas_BT, fixed, start=start, length=block_length)
-    else:
-        rows = (canvas_BT, fixed.segment_ids_BT, fixed.positions_BT)
-        logits_BTV = _window_logits(logits_fn, *rows, start=start, length=block_length)
+    def step(state_and_count: tuple[_State, Array]) -> tuple[_State, Array]:
+        state, num_done = state_and_count
+        is_hidden_BT = hidden(state)
 
-    # 3. Keys fold (step, row): neither the other rows of the batch nor the padding change what a
-    # row draws.
-    keys_B = keys_for_rows(jax.random.fold_in(key, step), fixed.row_B)
-    token_keys_B, remasking_keys_B = jnp.unstack(jax.vmap(jax.random.split)(keys_B), axis=1)
+        # 1. The logits of the current block.
+        logits_BTV, cache = _block_logits(network, state, fixed, start, plan)
+        logits_BTV = without_ids(logits_BTV, fixed.suppress_n)
+        if plan.eos == "never":
+            logits_BTV = without_ids(logits_BTV, fixed.eos_ids_n)
 
-    # 4. A proposal for every position, and the confidence in it.
-    choices_BT = _pick_tokens(
-        logits_BTV,
-        token_keys_B,
-        mask_id=fixed.mask_id,
-        num_ids=fixed.num_ids,
-        temperature=fixed.temperature,
-        is_stochastic=is_stochastic,
-    )
-    confidence_BT = confidences(rule, logits_BTV, choices_BT, remasking_keys_B)
-    confidence_BT = jnp.where(is_hidden_BT, confidence_BT, -jnp.inf)
+        # 2. Keys fold (step, row). The step is counted within the schedule and not over the passes
+        # of the batch: neither the other rows nor the padding change what a row draws.
+        number = block * fixed.steps_per_block + state.step_in_block
+        keys_B = keys_for_rows(jax.random.fold_in(key, number), fixed.row_B)
+        token_keys_B, remasking_keys_B = jnp.unstack(jax.vmap(jax.random.split)(keys_B), axis=1)
 
-    # 5. Reveal the most confident. ceil(hidden / steps left) is the published count: hidden //
-    # steps, and one more in each of the first hidden % steps steps. It is counted from what is
-    # still hidden, so a row with given tokens inside the block reveals fewer per step. Ranks, and
-    # not top_k, whose k would have to be static; ties go to the left.
-    count_B = -(-jnp.sum(is_hidden_BT, axis=1) // steps_left)
-    rank_BT = jnp.argsort(jnp.argsort(-confidence_BT, axis=1, stable=True), axis=1)
-    is_revealed_BT = is_hidden_BT & (rank_BT < count_B[:, None])
-    tokens_BT = jnp.where(is_revealed_BT, choices_BT, tokens_BT)
-    new_canvas_BT = jax.lax.dynamic_update_slice_in_dim(canvas_BT, tokens_BT, start, axis=1)
+        # 3. A proposal for every position, and those that are kept.
+        choices_BT = pick_tokens(
+            logits_BTV,
+            token_keys_B,
+            in_block(fixed.positions_BT),
+            mask_id=fixed.mask_id,
+            num_ids=fixed.num_ids,
+            temperature=fixed.temperature,
+            top_k=fixed.top_k,
+            top_p=fixed.top_p,
+            is_stochastic=plan.is_stochastic,
+            is_filtered=plan.is_filtered,
+        )
+        is_revealed_BT = _revealed(
+            plan,
+            fixed,
+            logits_BTV,
+            choices_BT,
+            is_hidden_BT,
+            remasking_keys_B,
+            fixed.steps_per_block - state.step_in_block,
+        )
+        tokens_BT = jnp.where(is_revealed_BT, choices_BT, in_block(state.canvas_BT))
+        state = _State(
+            jax.lax.dynamic_update_slice_in_dim(state.canvas_BT, tokens_BT, start, axis=1),
+            state.step_in_block + 1,
+            state.num_steps_B + jnp.any(is_hidden_BT, axis=1),
+            cache,
+        )
+        return state, num_done + 1
 
-    # 6. A row that has met EOS in a finished block is complete. Not before its block is finished:
+    def is_unfinished(state_and_count: tuple[_State, Array]) -> Array:
+        state, num_done = state_and_count
+        return jnp.any(hidden(state)) & (num_done < max_steps)
+
+    state, num_done = jax.lax.while_loop(is_unfinished, step, (state, jnp.int32(0)))
+
+    # A row that has met EOS in a finished block is complete. Not before its block is finished:
     # positions in front of the EOS are still hidden until then, and may reveal an earlier one.
-    ended_BT = _fill_after_eos(new_canvas_BT, is_generated_BT, fixed.eos_id)
-    new_canvas_BT = jnp.where(steps_left == 1, ended_BT, new_canvas_BT)
-
-    is_left_BT = is_generated_BT & (new_canvas_BT == fixed.mask_id)
-    is_new_BT = is_generated_BT & (canvas_BT == fixed.mask_id) & ~is_left_BT
-    result = (new_canvas_BT, is_new_BT, step + 1, ~jnp.any(is_left_BT))
-    # Placed like its input, or the second step would be compiled again for another placement.
-    return result if sharding is None else jax.lax.with_sharding_constraint(result, sharding)
-
-
-def _sharding_beside(logits_fn: Callable) -> jax.sharding.Sharding | None:
-    """Returns where the canvas belongs: whole on every device that holds parameters of `logits_fn`;
-    None if no parameters are bound to it.
-    """
-    shardings = [
-        leaf.sharding for leaf in jax.tree.leaves(logits_fn) if isinstance(leaf, jax.Array)
-    ]
-    for sharding in shardings:
-        if isinstance(sharding, NamedSharding):
-            return NamedSharding(sharding.mesh, PartitionSpec())
-    return shardings[0] if shardings else None
+    is_done = ~jnp.any(hidden(state))
+    ended_BT = _fill_after_eos(state.canvas_BT, is_generated_BT, fixed)
+    canvas_BT = jnp.where(is_done, ended_BT, state.canvas_BT)
+    is_left_BT = is_generated_BT & (canvas_BT == fixed.mask_id)
+    result = (
+        _State(
+            canvas_BT,
+            jnp.where(is_done, 0, state.step_in_block),
+            state.num_steps_B,
+            # Whatever comes next fills it again.
+            state.cache,
+        ),
+        is_masked_before_BT & ~is_left_BT,
+        block + is_done,
+        num_done,
+        ~jnp.any(is_left_BT),
+    )
+    if plan.sharding is None:
+        return result
+    # Placed like its input, or the second call would be compiled again for another placement. The
+    # cache stays where it was computed.
+    placed = jax.lax.with_sharding_constraint(
+        (result[0]._replace(cache=()), *result[1:]), plan.sharding
+    )
+    return (placed[0]._replace(cache=result[0].cache), *placed[1:])
 
 
 def denoise(
@@ -346,16 +336,28 @@ def denoise(
     block_length: int,
     steps: int,
     remasking: str = "low_confidence",
+    commit: str = SCHEDULE,
+    append: bool = False,
     temperature: float = 0.0,
+    top_k: int = 0,
+    top_p: float = 1.0,
     cfg_scale: float = 0.0,
-    eos_id: int | None = None,
+    eos_id: int | Sequence[int] | None = None,
+    eos: str = "free",
+    stop_at_eos: bool = True,
+    suppress: Sequence[int] = (),
+    cache: str = "none",
+    refresh: int = 0,
+    cache_fns: CacheFns | None = None,
     first_row: int = 0,
     num_ids: int | None = None,
+    each_step: bool = True,
 ) -> Iterator[DenoiseStep]:
-    """Runs the reverse process and yields after every step.
+    """Runs the reverse process and yields after every step, or after every block.
 
-    One step is compiled for each (batch, T, gen_length, block_length, remasking, temperature > 0,
-    cfg_scale > 0); steps, blocks, prompts, ids, temperatures and scales reuse it.
+    One program is compiled for each (batch, T, gen_length, block_length, remasking, commit, append,
+    eos, cache, number of ids in eos_id and suppress, and whether temperature, filter and guidance
+    are on); steps, blocks, prompts, ids and the numbers of the options reuse it.
 
     Args:
         logits_fn: (tokens_BT, segment_ids_BT, positions_BT, start=, length=) -> logits [B, length,
@@ -370,22 +372,33 @@ def denoise(
             changed.
         segment_ids_BT, positions_BT: int32, handed to `logits_fn`; segment 0 is padding.
         gen_length, block_length, steps: block_length divides gen_length, the number of blocks
-            divides steps.
-        remasking: which proposals a step keeps: a name in llada_jax.samplers.remasking.REMASKING,
-            or "module:function" for an own rule.
+            divides steps. With a commit criterion `steps` is the most that there can be.
+        remasking: which proposals come first: a name in llada_jax.samplers.remasking.REMASKING, or
+            "module:function" for an own rule.
+        commit: how many of them a step keeps, see llada_jax.samplers.commit.
+        append: later blocks are not there, instead of there as masks, while a block is denoised.
         temperature: 0 takes the most likely token, 1 samples the model's distribution.
+        top_k, top_p: see llada_jax.samplers.choice.keep_likely; 0 and 1 keep every token.
         cfg_scale: guidance strength w; 0 means none, otherwise the network runs on twice the batch.
-        eos_id: ends a row: after a block that contains it, the rest of the row is filled with it,
-            and when every row has ended no further step runs. None (as published) generates all
-            gen_length tokens.
+        eos_id: what ends a text; several ids where there are several such tokens. None: nothing.
+        eos: "free"; "never": its logits are off; "last": proposed EOS are kept after all others.
+        stop_at_eos: after a block that contains one, the rest of the row is filled with (the first)
+            EOS, and when every row has ended no further step runs. False, as published, generates
+            all gen_length tokens.
+        suppress: ids whose logits are off.
+        cache, refresh, cache_fns: "prefix" keeps keys and values of all that stands before the
+            current block, "dual" also of what stands behind it, and computes them again in the
+            first of every `refresh` steps of a block (0: once per block). cache_fns computes them.
         num_ids: only ids below this are generated: the embedding may have more rows than the
             tokenizer has ids. None (as published): every row of the embedding.
         first_row: number of the first row in the whole request, when the request is cut into
             batches.
+        each_step: False yields after every block: the host is not asked in between.
 
     Raises:
-        UserError: the schedule does not divide evenly, the remasking is unknown, or an own rule or
-            logits_fn returns another shape or dtype than it must (found before the first step).
+        UserError: the schedule does not divide evenly, an option is out of range or unknown, or an
+            own rule or logits_fn returns another shape or dtype than it must (found before the
+            first step).
     """
     check_schedule(
         gen_length=gen_length,
@@ -394,9 +407,23 @@ def denoise(
         temperature=temperature,
         cfg_scale=cfg_scale,
     )
-    rule = commit_rule(remasking)
-    if not isinstance(logits_fn, jax.tree_util.Partial):
-        logits_fn = jax.tree_util.Partial(logits_fn)
+    eos_ids = [eos_id] if isinstance(eos_id, (int, np.integer)) else list(eos_id or ())
+    check_options(
+        remasking=remasking,
+        commit=commit,
+        temperature=temperature,
+        top_k=top_k,
+        top_p=top_p,
+        eos=eos,
+        has_eos=bool(eos_ids),
+        suppress=suppress,
+        num_ids=num_ids,
+        cache=cache,
+        refresh=refresh,
+    )
+    criterion = parse_commit(commit)
+    is_by_entropy = criterion.name != SCHEDULE and CRITERIA[criterion.name].is_by_entropy
+    network = (as_partial(logits_fn), None if cache == "none" else cache_fns)
     num_blocks = gen_length // block_length
     # numpy values here, which device_put makes the arrays that the fields promise
     host: dict[str, Any] = dict(
@@ -405,51 +432,77 @@ def denoise(
         positions_BT=np.asarray(positions_BT, np.int32),
         row_B=np.arange(first_row, first_row + len(canvas_BT), dtype=np.int32),
         mask_id=np.int32(mask_id),
-        eos_id=np.int32(-1 if eos_id is None else eos_id),
+        fill_id=np.int32(eos_ids[0] if eos_ids and stop_at_eos else -1),
+        eos_ids_n=np.asarray(eos_ids, np.int32),
+        suppress_n=np.asarray(suppress, np.int32),
         steps_per_block=np.int32(steps // num_blocks),
+        refresh=np.int32(refresh),
+        amount=np.float32(criterion.amount),
         temperature=np.float32(temperature),
+        top_k=np.int32(top_k),
+        top_p=np.float32(top_p),
         cfg_scale=np.float32(cfg_scale),
         num_ids=np.int32(np.iinfo(np.int32).max if num_ids is None else num_ids),
     )
-    sharding = _sharding_beside(logits_fn)
-    canvas_BT, step, key, fixed = jax.device_put(
-        (np.asarray(canvas_BT, np.int32), np.int32(0), key, _Fixed(**host)), sharding
+    state = _State(
+        np.asarray(canvas_BT, np.int32), np.int32(0), np.zeros(len(canvas_BT), np.int32), ()
     )
+    sharding = sharding_beside(network)
+    state, number, key, fixed = jax.device_put((state, np.int32(0), key, _Fixed(**host)), sharding)
     mesh_sharding = sharding if isinstance(sharding, NamedSharding) else None
-    in_flight: deque[Array] = deque()
-    for number in range(1, steps + 1):
+    plan = _Plan(
+        gen_length=gen_length,
+        block_length=block_length,
+        rule=commit_rule("entropy" if is_by_entropy else remasking),
+        criterion=criterion.name,
+        eos=eos,
+        is_appending=append,
+        is_stochastic=temperature > 0,
+        is_filtered=top_k > 0 or top_p < 1,
+        is_guided=cfg_scale > 0,
+        window=0,
+        sharding=mesh_sharding,
+    )
+    max_steps = 1 if each_step else steps
+    step = block = 0
+    while True:
         # never an abstract mesh: its devices hold the parameters
         with jax.set_mesh(mesh_sharding.mesh) if mesh_sharding else nullcontext():  # type: ignore[arg-type]
-            canvas_BT, is_new_BT, step, is_complete = _denoise_step(
-                logits_fn,
-                canvas_BT,
-                step,
-                key,
-                fixed,
-                gen_length=gen_length,
-                block_length=block_length,
-                rule=rule,
-                is_stochastic=temperature > 0,
-                is_guided=cfg_scale > 0,
-                sharding=mesh_sharding,
+            if cache != "none":
+                # What stands behind the block is computed with it unless its cache is kept too. An
+                # appended block has nothing behind it.
+                is_whole = cache == "prefix" and not append
+                width = gen_length - block * block_length if is_whole else block_length
+                plan = plan._replace(window=width)
+                if not step:
+                    state = state._replace(cache=_empty_cache(network, state, fixed, plan=plan))
+            state, is_new_BT, number, num_done, is_complete = _denoise_block(
+                network, state, number, np.int32(max_steps), key, fixed, plan=plan
             )
-        in_flight.append(is_complete)
-        if len(in_flight) > MAX_STEPS_IN_FLIGHT:
-            jax.block_until_ready(in_flight.popleft())
-        block = -(-number * num_blocks // steps)
-        yield DenoiseStep(canvas_BT, is_new_BT, number, steps, block, num_blocks)
-        # Reading a value waits for the device, so it is done once per block, and only if it can end
-        # the loop.
-        if (
-            eos_id is not None
-            and number % (steps // num_blocks) == 0
-            and jax.device_get(is_complete)
-        ):
+        # Waits for the device: dozens of dispatched programs deadlock where several processes share
+        # a mesh of CPU devices, because those that wait for their turn hold the threads on which
+        # the collectives would meet.
+        now = block
+        block, num_done, is_over = (int(x) for x in jax.device_get((number, num_done, is_complete)))
+        step += num_done
+        if num_done:
+            yield DenoiseStep(
+                state.canvas_BT, is_new_BT, step, steps, now + 1, num_blocks, state.num_steps_B
+            )
+        if is_over:
             return
+
+
+@partial(jax.jit, static_argnames="plan")
+def _empty_cache(network: tuple, state: _State, fixed: _Fixed, *, plan: _Plan) -> Any:
+    rows = Rows(state.canvas_BT, fixed.segment_ids_BT, fixed.positions_BT)
+    if plan.is_guided:
+        rows = with_unprompted(rows, fixed.is_fixed_BT, fixed.mask_id)
+    return empty_cache(network[1].fill_fn, rows, length=plan.block_length)
 
 
 def generate(logits_fn: Callable, canvas_BT: Any, key: Array, **settings: Any) -> jax.Array:
     """Returns the canvas after the last step; takes exactly what `denoise` takes."""
-    for state in denoise(logits_fn, canvas_BT, key, **settings):
+    for state in denoise(logits_fn, canvas_BT, key, each_step=False, **settings):
         canvas_BT = state.canvas_BT
     return canvas_BT

@@ -4,8 +4,9 @@ confident are revealed.
     rule(logits_BTV, choices_BT, keys_B) -> confidence_BT
 
 Rules are jax functions, traced once per shape. They see one block of the canvas (T is the block
-length) and say nothing about how many tokens are revealed: that is the schedule's. One of your own
-is named "module:function" wherever a name of REMASKING is expected; docs/extend.md has an example.
+length) and say nothing about how many tokens are revealed: llada_jax.samplers.commit does. One of
+your own is named "module:function" wherever a name of REMASKING is expected; docs/extend.md has an
+example.
 """
 
 from collections.abc import Callable
@@ -45,7 +46,33 @@ def random(logits_BTV: Array, choices_BT: Array, keys_B: Array) -> Array:
     return jax.vmap(lambda key: jax.random.uniform(key, choices_BT.shape[1:]))(keys_B)
 
 
-REMASKING = {"low_confidence": low_confidence, "random": random}
+def entropies(logits_BTV: Array) -> Array:
+    """Returns the entropy of softmax(logits) in nats, float32 [B, T]; logits may be -inf."""
+    log_p_BTV = jax.nn.log_softmax(logits_BTV)
+    p_BTV = jnp.exp(log_p_BTV)
+    return -jnp.sum(p_BTV * jnp.where(p_BTV > 0, log_p_BTV, 0.0), axis=-1)
+
+
+def entropy(logits_BTV: Array, choices_BT: Array, keys_B: Array) -> Array:
+    """The entropy with its sign changed: positions where few tokens are possible come first."""
+    return -entropies(logits_BTV)
+
+
+def margin(logits_BTV: Array, choices_BT: Array, keys_B: Array) -> Array:
+    """The probability of the most likely token less that of the second (top-k margin of Kim et
+    al., arXiv 2502.06768): positions that are torn between two tokens come late.
+    """
+    top_BT2 = jax.lax.top_k(logits_BTV, 2)[0]
+    p_BT2 = jnp.exp(top_BT2 - jax.nn.logsumexp(logits_BTV, axis=-1, keepdims=True))
+    return p_BT2[..., 0] - p_BT2[..., 1]
+
+
+REMASKING = {
+    "low_confidence": low_confidence,
+    "random": random,
+    "entropy": entropy,
+    "margin": margin,
+}
 
 
 class CommitRule(NamedTuple):

@@ -2,7 +2,7 @@
 one shape.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -10,31 +10,21 @@ import numpy as np
 
 from llada_jax.errors import UserError
 from llada_jax.rng import key_for
-from llada_jax.samplers.denoise import DenoiseStep, denoise, make_canvas
+from llada_jax.samplers.canvas import Canvas, make_canvas, make_infill_canvas
+from llada_jax.samplers.denoise import DenoiseStep, denoise
+from llada_jax.samplers.network import CacheFns
+from llada_jax.samplers.settings import check_request
 
 
 class Completion(NamedTuple):
     prompt: str
     text: str  # what follows the prompt, up to EOS
     tokens: list[int]  # the ids of `text`, without EOS
-    num_steps: int  # denoising steps run for the batch in which it was generated
+    num_steps: int  # passes of the network that it needed
 
 
 def ignore_step(rows: range, state: DenoiseStep) -> None:
     """The listener of those who only want the result."""
-
-
-def check_request(*, num_prompts: int, batch_size: int, seed: int) -> None:
-    """Raises UserError for a request that cannot be cut into batches or seeded."""
-    if num_prompts < 1:
-        raise UserError(
-            'There are 0 prompts, and sampling needs at least one; pass an empty one, [""], to '
-            "generate from nothing."
-        )
-    if batch_size < 1:
-        raise UserError(f"batch_size={batch_size} must be at least 1.")
-    if not 0 <= seed < 2**32:
-        raise UserError(f"seed={seed} must lie between 0 and 2**32 - 1.")
 
 
 def generate_tokens(
@@ -47,14 +37,11 @@ def generate_tokens(
     gen_length: int,
     block_length: int | None = None,
     steps: int | None = None,
-    remasking: str = "low_confidence",
-    temperature: float = 0.0,
-    cfg_scale: float = 0.0,
-    eos_id: int | None = None,
-    num_ids: int | None = None,
+    cache_fns: CacheFns | None = None,
     seed: int = 0,
     batch_size: int = 16,
     on_step: Callable[[range, DenoiseStep], None] = ignore_step,
+    **settings: Any,
 ) -> tuple[np.ndarray, np.ndarray]:
     """Generates `gen_length` tokens after each prompt.
 
@@ -65,52 +52,157 @@ def generate_tokens(
         params: its first argument, a pytree of arrays.
         prompts: token ids, of any lengths, empty for unconditional generation.
         block_length, steps: None means gen_length: pure diffusion, one token per step.
-        eos_id, num_ids: see `denoise`; None does not stop, and excludes nothing.
+        cache_fns: for cache="prefix" and "dual": llada_jax.samplers.network.CacheFns that take
+            `params` first.
         seed: row r of the request draws the same numbers whatever the batch size and the other
             prompts are.
         batch_size: rows in one pass; the logits take batch_size * block_length * vocabulary
             float32 numbers, and twice that with guidance.
         on_step: called as on_step(rows, state) after each step; `rows` are the numbers of the
-            prompts that the first rows of the canvas continue.
-        The others: see `denoise`.
+            prompts that the first rows of the canvas continue. Without it the host is asked once
+            per block.
+        settings: every other setting of llada_jax.samplers.denoise.denoise.
 
     Returns:
-        tokens int32 [number of prompts, gen_length], and the number of steps run for each, int32.
+        tokens int32 [number of prompts, gen_length], and the passes of the network that each row
+        needed, int32.
     """
+
+    def make(batch: Sequence[Sequence[int]]) -> tuple[Canvas, dict]:
+        canvas = make_canvas(batch, gen_length=gen_length, mask_id=mask_id, pad_id=pad_id)
+        return canvas, {
+            "gen_length": gen_length,
+            "block_length": gen_length if block_length is None else block_length,
+            "steps": gen_length if steps is None else steps,
+        }
+
     check_request(num_prompts=len(prompts), batch_size=batch_size, seed=seed)
-    batch_size = min(batch_size, len(prompts))
     tokens_BT = np.empty((len(prompts), gen_length), np.int32)
     num_steps_B = np.empty(len(prompts), np.int32)
-    for first in range(0, len(prompts), batch_size):
-        rows = range(first, min(first + batch_size, len(prompts)))
+    for rows, canvas_BT, num_steps in _denoise_batches(
+        logits_fn,
+        params,
+        prompts,
+        make,
+        mask_id=mask_id,
+        cache_fns=cache_fns,
+        seed=seed,
+        batch_size=batch_size,
+        on_step=on_step,
+        **settings,
+    ):
+        tokens_BT[rows.start : rows.stop] = canvas_BT[:, -gen_length:]
+        num_steps_B[rows.start : rows.stop] = num_steps
+    return tokens_BT, num_steps_B
+
+
+def infill_tokens(
+    logits_fn: Callable,
+    params: dict,
+    texts: Sequence[Sequence[int]],
+    is_given: Sequence[Sequence[bool]],
+    *,
+    mask_id: int,
+    pad_id: int,
+    steps: int | None = None,
+    seed: int = 0,
+    batch_size: int = 16,
+    on_step: Callable[[range, DenoiseStep], None] = ignore_step,
+    **settings: Any,
+) -> tuple[list[list[int]], np.ndarray]:
+    """Fills the gaps of texts: pure diffusion over the tokens that are not given.
+
+    Args:
+        logits_fn, params, seed, batch_size, on_step: see `generate_tokens`.
+        texts, is_given: see llada_jax.samplers.canvas.make_infill_canvas.
+        steps: passes of the network; None means one token per step. A text with fewer gaps than
+            that takes fewer.
+        settings: the other settings of llada_jax.samplers.denoise.denoise, but for blocks, caches
+            and the end of the text: a gap has the length that it has.
+
+    Returns:
+        the texts with their gaps filled, and the passes that each needed, int32.
+    """
+    num_gaps = [sum(not given for given in row) for row in is_given]
+    check_request(num_prompts=len(texts), batch_size=batch_size, seed=seed)
+    for number, gaps in enumerate(num_gaps):
+        if not gaps:
+            raise UserError(f"Text {number} has no gap; give it at least one masked token to fill.")
+    if steps is not None and not 1 <= steps <= max(num_gaps):
+        raise UserError(
+            f"steps={steps} must lie between 1 and the number of masked tokens, {max(num_gaps)}."
+        )
+
+    def make(batch: Sequence[tuple]) -> tuple[Canvas, dict]:
+        texts, is_given = zip(*batch)
+        canvas = make_infill_canvas(texts, is_given, mask_id=mask_id, pad_id=pad_id)
+        width = canvas.tokens_BT.shape[1]
+        # One token per step whatever the other gaps are: no row has more gaps than columns.
+        steps_or_all = width if steps is None else steps
+        return canvas, {"gen_length": width, "block_length": width, "steps": steps_or_all}
+
+    filled: list[list[int]] = []
+    num_steps_B = np.empty(len(texts), np.int32)
+    for rows, canvas_BT, num_steps in _denoise_batches(
+        logits_fn,
+        params,
+        list(zip(texts, is_given, strict=True)),
+        make,
+        mask_id=mask_id,
+        cache_fns=None,
+        seed=seed,
+        batch_size=batch_size,
+        on_step=on_step,
+        **settings,
+    ):
+        filled += [canvas_BT[i, : len(texts[row])].tolist() for i, row in enumerate(rows)]
+        num_steps_B[rows.start : rows.stop] = num_steps
+    return filled, num_steps_B
+
+
+def _denoise_batches(
+    logits_fn: Callable,
+    params: dict,
+    items: Sequence,
+    make: Callable,
+    *,
+    mask_id: int,
+    cache_fns: CacheFns | None,
+    seed: int,
+    batch_size: int,
+    on_step: Callable[[range, DenoiseStep], None],
+    **settings: Any,
+) -> Iterator[tuple[range, np.ndarray, np.ndarray]]:
+    """Cuts a request into batches of one shape and yields (rows, canvas_BT, num_steps_B) of each.
+
+    make: turns the items of a batch into a canvas and its schedule.
+    """
+    batch_size = min(batch_size, len(items))
+    bind = jax.tree_util.Partial
+    bound = None if cache_fns is None else CacheFns(*(bind(fn, params) for fn in cache_fns))
+    for first in range(0, len(items), batch_size):
+        rows = range(first, min(first + batch_size, len(items)))
         # The last batch is filled up with copies of its last row, because a batch of another size
         # would be compiled again.
-        batch = [prompts[min(row, rows[-1])] for row in range(first, first + batch_size)]
-        canvas = make_canvas(batch, gen_length=gen_length, mask_id=mask_id, pad_id=pad_id)
+        batch = [items[min(row, rows[-1])] for row in range(first, first + batch_size)]
+        canvas, schedule = make(batch)
         for state in denoise(
-            jax.tree_util.Partial(logits_fn, params),
+            bind(logits_fn, params),
             canvas.tokens_BT,
             key_for("sampling", seed),
             mask_id=mask_id,
             is_fixed_BT=canvas.is_fixed_BT,
             segment_ids_BT=canvas.segment_ids_BT,
             positions_BT=canvas.positions_BT,
-            gen_length=gen_length,
-            block_length=gen_length if block_length is None else block_length,
-            steps=gen_length if steps is None else steps,
-            remasking=remasking,
-            temperature=temperature,
-            cfg_scale=cfg_scale,
-            eos_id=eos_id,
-            num_ids=num_ids,
+            cache_fns=bound,
             first_row=first,
+            each_step=on_step is not ignore_step,
+            **schedule,
+            **settings,
         ):
             on_step(rows, state)
-        tokens_BT[rows.start : rows.stop] = jax.device_get(state.canvas_BT)[
-            : len(rows), -gen_length:
-        ]
-        num_steps_B[rows.start : rows.stop] = state.step
-    return tokens_BT, num_steps_B
+        canvas_BT, num_steps_B = jax.device_get((state.canvas_BT, state.num_steps_B))
+        yield rows, canvas_BT[: len(rows)], num_steps_B[: len(rows)]
 
 
 def cut_at_eos(tokens: Sequence[int], eos_id: int) -> list[int]:
@@ -159,7 +251,8 @@ def generate_text(
         prompt_ids,
         mask_id=tokenizer.mask_id,
         pad_id=tokenizer.pad_id,
-        eos_id=tokenizer.eos_id if stop_at_eos else None,
+        eos_id=tokenizer.eos_id,
+        stop_at_eos=stop_at_eos,
         num_ids=tokenizer.vocab_size,
         **settings,
     )

@@ -38,7 +38,7 @@ from llada_jax.run.start import (
     removed_if_refused,
 )
 from llada_jax.run.startup_lines import compilation_line, flops_of_token, startup_lines
-from llada_jax.samplers.denoise import check_schedule
+from llada_jax.samplers.settings import check_schedule
 from llada_jax.training.state import TrainState
 from llada_jax.training.step import Recipe, compile_step, make_recipe
 from llada_jax.units import bits_per_byte

@@ -19,7 +19,8 @@ from support.toy_networks import (
 )
 
 from llada_jax.errors import UserError
-from llada_jax.samplers.denoise import denoise, generate, make_canvas
+from llada_jax.samplers.canvas import make_canvas
+from llada_jax.samplers.denoise import denoise, generate
 from llada_jax.samplers.text import generate_tokens
 
 

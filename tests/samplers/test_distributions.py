@@ -16,7 +16,8 @@ from support.toy_networks import (
     without_tokens,
 )
 
-from llada_jax.samplers.denoise import denoise, make_canvas
+from llada_jax.samplers.canvas import make_canvas
+from llada_jax.samplers.denoise import denoise
 from llada_jax.samplers.text import generate_tokens
 
 

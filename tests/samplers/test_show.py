@@ -10,7 +10,8 @@ from rich.console import Console
 from support.recital import BYTES, SENTENCE, letters, recite
 
 from llada_jax.data.tokenizer_training import train_sentencepiece
-from llada_jax.samplers.denoise import denoise, make_canvas
+from llada_jax.samplers.canvas import make_canvas
+from llada_jax.samplers.denoise import denoise
 from llada_jax.samplers.show import CanvasText, LiveShow, LogShow, make_show
 
 

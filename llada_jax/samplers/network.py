@@ -1,0 +1,87 @@
+"""What a step asks of the network: the logits of the current block, and no others.
+
+The network is a function, and with a cache two more:
+
+    logits_fn(tokens_BT, segment_ids_BT, positions_BT, start=, length=) -> float32 [B, length, V]
+    fill_fn(tokens_BT, segment_ids_BT, positions_BT, start=, length=) -> the same logits, cache
+    read_fn(cache, tokens_BW, positions_BW, segment_ids_BT, start=, length=) -> logits, cache
+
+`read_fn` computes the columns start ... start + W - 1 alone, against what the cache has of all
+others, and returns the logits of the first `length` of them, and the cache with the window's own
+keys and values.
+"""
+
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax import Array
+from jax.sharding import NamedSharding, PartitionSpec
+
+from llada_jax.errors import UserError
+
+
+class CacheFns(NamedTuple):
+    """The two functions of a network that can keep keys and values, see above."""
+
+    fill_fn: Callable
+    read_fn: Callable
+
+
+class Rows(NamedTuple):
+    """What the network sees: int32 arrays [B, T]."""
+
+    tokens_BT: Array
+    segment_ids_BT: Array
+    positions_BT: Array
+
+
+def checked(logits_BTV: Array, *, num_rows: int, length: int) -> Array:
+    """Returns the logits as float32; UserError for any other shape than [num_rows, length, V]."""
+    if logits_BTV.ndim != 3 or logits_BTV.shape[:2] != (num_rows, length):
+        raise UserError(
+            f"logits_fn returned logits of shape {logits_BTV.shape} for length={length}; it must "
+            "return those of the columns start ... start + length - 1 alone, shape [B, length, V] "
+            f"= [{num_rows}, {length}, V]."
+        )
+    return logits_BTV.astype(jnp.float32)
+
+
+def with_unprompted(rows: Rows, is_fixed_BT: Array, mask_id: Array) -> Rows:
+    """Returns twice the rows, for guidance: as they are, and with all that is given masked."""
+    unprompted_BT = jnp.where(is_fixed_BT, mask_id, rows.tokens_BT)
+    return Rows(
+        jnp.concatenate([rows.tokens_BT, unprompted_BT]),
+        jnp.tile(rows.segment_ids_BT, (2, 1)),
+        jnp.tile(rows.positions_BT, (2, 1)),
+    )
+
+
+def guided(both_BTV: Array, cfg_scale: Array) -> Array:
+    """Classifier-free guidance of `with_unprompted` rows: un + (w + 1)(l - un)."""
+    logits_BTV, unprompted_BTV = jnp.split(both_BTV, 2)
+    return unprompted_BTV + (cfg_scale + 1) * (logits_BTV - unprompted_BTV)
+
+
+def empty_cache(fill_fn: Callable, rows: Rows, *, length: int) -> Any:
+    """Returns zeros in the shape of the cache that `fill_fn` gives for these rows."""
+    shapes = jax.eval_shape(lambda *rows: fill_fn(*rows, start=0, length=length)[1], *rows)
+    return jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), shapes)
+
+
+def sharding_beside(network: Any) -> jax.sharding.Sharding | None:
+    """Returns where the canvas belongs: whole on every device that holds parameters of the network;
+    None if no parameters are bound to it.
+    """
+    shardings = [leaf.sharding for leaf in jax.tree.leaves(network) if isinstance(leaf, jax.Array)]
+    for sharding in shardings:
+        if isinstance(sharding, NamedSharding):
+            return NamedSharding(sharding.mesh, PartitionSpec())
+    return shardings[0] if shardings else None
+
+
+def as_partial(function: Callable) -> jax.tree_util.Partial:
+    """Returns a function as a pytree, which jax.jit takes as an argument."""
+    is_partial = isinstance(function, jax.tree_util.Partial)
+    return function if is_partial else jax.tree_util.Partial(function)

@@ -1,0 +1,127 @@
+"""What a request may ask of the samplers: every setting's range, and settings that exclude each other."""
+
+from collections.abc import Sequence
+
+from llada_jax.errors import UserError, look_up
+from llada_jax.samplers.commit import SCHEDULE, parse_commit
+from llada_jax.samplers.remasking import commit_rule
+
+EOS = {
+    "free": "the end-of-text token is proposed and kept like any other",
+    "never": "its logits are off",
+    "last": "where it is proposed, it is kept after all other proposals",
+}
+CACHES = {
+    "none": "every pass computes the whole canvas",
+    "prefix": "keys and values of what stands before the current block are kept",
+    "dual": "and of what stands behind it",
+}
+
+
+def check_schedule(
+    *, gen_length: int, block_length: int, steps: int, temperature: float, cfg_scale: float
+) -> None:
+    """Raises UserError unless the blocks tile the generation and the steps divide evenly among the
+    blocks.
+    """
+    for name, value in (
+        ("gen_length", gen_length),
+        ("block_length", block_length),
+        ("steps", steps),
+    ):
+        if value < 1:
+            raise UserError(f"{name}={value} must be at least 1.")
+    if gen_length % block_length:
+        divisors = [n for n in range(1, gen_length + 1) if gen_length % n == 0]
+        raise UserError(
+            f"block_length={block_length} must divide gen_length={gen_length}; "
+            f"nearest: {min(divisors, key=lambda n: abs(n - block_length))}."
+        )
+    num_blocks = gen_length // block_length
+    if steps % num_blocks:
+        lower = steps // num_blocks * num_blocks
+        nearest = f"{lower} or {lower + num_blocks}" if lower else f"{num_blocks}"
+        raise UserError(
+            f"steps={steps} must be a multiple of the number of blocks, gen_length/block_length = "
+            f"{gen_length}/{block_length} = {num_blocks}; nearest: {nearest}."
+        )
+    if steps > gen_length:
+        raise UserError(
+            f"steps={steps} must not exceed gen_length={gen_length}, because every step reveals at "
+            "least one token; "
+            f"use steps={gen_length}."
+        )
+    for name, strength in (("temperature", temperature), ("cfg_scale", cfg_scale)):
+        if not 0 <= strength < float("inf"):
+            raise UserError(
+                f"{name}={strength} must be a finite number that is not negative; use 0 to switch "
+                "it off."
+            )
+
+
+def check_options(
+    *,
+    remasking: str = "low_confidence",
+    commit: str = SCHEDULE,
+    temperature: float = 0.0,
+    top_k: int = 0,
+    top_p: float = 1.0,
+    eos: str = "free",
+    has_eos: bool = True,
+    suppress: Sequence[int] = (),
+    num_ids: int | None = None,
+    cache: str = "none",
+    refresh: int = 0,
+) -> None:
+    """Raises UserError for an option that is unknown, out of range or without effect."""
+    commit_rule(remasking)
+    name = parse_commit(commit).name
+    if name != SCHEDULE and remasking != "low_confidence":
+        raise UserError(
+            f"commit={commit} keeps the surest tokens, and remasking={remasking} names another "
+            f"order; leave remasking out, or use commit={SCHEDULE}."
+        )
+    if top_k < 0:
+        raise UserError(f"top_k={top_k} must not be negative; use 0 to keep every token.")
+    if not 0 < top_p <= 1:
+        raise UserError(
+            f"top_p={top_p} must be greater than 0 and at most 1; use 1 to keep every token."
+        )
+    if temperature == 0 and (top_k or top_p < 1):
+        raise UserError(
+            f"top_k={top_k} and top_p={top_p} restrict what is drawn, and temperature=0 draws "
+            "nothing; set a temperature, or leave them out."
+        )
+    look_up(EOS, eos, "treatment of the end-of-text token")
+    if eos != "free" and not has_eos:
+        raise UserError(f"eos={eos} needs eos_id, the id of the end-of-text token.")
+    for token in suppress:
+        if token < 0 or (num_ids is not None and token >= num_ids):
+            raise UserError(
+                f"suppress={token} is not the id of a token; ids are "
+                + ("not negative." if num_ids is None else f"0 to {num_ids - 1}.")
+            )
+    look_up(CACHES, cache, "cache")
+    if refresh < 0:
+        raise UserError(
+            f"refresh={refresh} must not be negative; 1 computes everything in every step, and 0 "
+            "once per block."
+        )
+    if refresh and cache == "none":
+        raise UserError(
+            f"refresh={refresh} is about a cache, and there is none; set cache=prefix or "
+            "cache=dual, or leave it out."
+        )
+
+
+def check_request(*, num_prompts: int, batch_size: int, seed: int) -> None:
+    """Raises UserError for a request that cannot be cut into batches or seeded."""
+    if num_prompts < 1:
+        raise UserError(
+            'There are 0 prompts, and sampling needs at least one; pass an empty one, [""], to '
+            "generate from nothing."
+        )
+    if batch_size < 1:
+        raise UserError(f"batch_size={batch_size} must be at least 1.")
+    if not 0 <= seed < 2**32:
+        raise UserError(f"seed={seed} must lie between 0 and 2**32 - 1.")
