@@ -4,6 +4,7 @@ own record.
 
 import dataclasses
 from collections.abc import Callable, Sequence
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -19,7 +20,14 @@ from llada_jax.evaluation.conditional import Question, Score, encode_pair, log_l
 from llada_jax.evaluation.rolling import TextBound, bounds_of_texts
 from llada_jax.models.model import Model, abstract_parameters, compute_dtype, make_model
 from llada_jax.samplers.denoise import DenoiseStep
-from llada_jax.samplers.text import generate_text, generate_tokens, ignore_step
+from llada_jax.samplers.text import (
+    Completion,
+    continue_text,
+    generate_text,
+    generate_tokens,
+    ignore_step,
+    infill_text,
+)
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -89,17 +97,21 @@ class Pretrained:
         seed: int = 0,
         batch_size: int = 16,
         on_step: Callable[[range, DenoiseStep], None] = ignore_step,
+        **settings: Any,
     ) -> list[str]:
         """Returns the text that follows each prompt.
+
+        An autoregressive model predicts it token by token, and refuses what is about denoising.
 
         Args:
             prompts: a list of texts; "" generates from nothing.
             gen_length: tokens to generate after each prompt.
             block_length: tokens denoised together, a divisor of gen_length; None: all of them.
             steps: passes through the network, a multiple of the number of blocks; None: gen_length,
-                one token per step.
-            remasking: which proposals a step keeps: "low_confidence", "random", or
-                "module:function" for an own rule.
+                one token per step. With another `commit` than the schedule, the most that there can
+                be.
+            remasking: which proposals a step keeps first: "low_confidence", "random", "entropy",
+                "margin", or "module:function" for an own rule.
             temperature: 0 takes the most likely tokens, 1 samples the model's distribution.
             cfg_scale: strength of guidance towards the prompt; 0 switches it off, at half the cost.
             stop_at_eos: end a text at the end-of-text token; False generates all tokens, as the
@@ -108,19 +120,14 @@ class Pretrained:
             batch_size: texts generated at a time.
             on_step: called as on_step(rows, state) after each step, see
                 llada_jax.samplers.text.generate_tokens.
+            settings: commit, append, top_k, top_p, eos, suppress, cache and refresh, see
+                llada_jax.samplers.denoise.denoise and docs/sampling.md.
 
         Raises:
             UserError: a setting is out of range, or prompts is a single text.
         """
-        if isinstance(prompts, str):
-            raise UserError(
-                f"prompts={prompts!r} is one text; pass a list, as in generate([{prompts!r}])."
-            )
-        completions = generate_text(
-            self.logits_fn,
-            self.params,
-            self.tokenizer,
-            list(prompts),
+        completions = self.complete(
+            prompts,
             gen_length=gen_length,
             block_length=block_length,
             steps=steps,
@@ -131,6 +138,48 @@ class Pretrained:
             seed=seed,
             batch_size=batch_size,
             on_step=on_step,
+            **settings,
+        )
+        return [completion.text for completion in completions]
+
+    def complete(self, prompts: Sequence[str], **settings: Any) -> list[Completion]:
+        """Returns what `generate` does, with the tokens and the passes that each text needed."""
+        _check_list(prompts, "generate")
+        if self.record.mask.causal:
+            if settings.pop("on_step", ignore_step) is not ignore_step:
+                raise UserError(
+                    "on_step is called between steps of denoising, and this model predicts one "
+                    "token after the other; leave it out."
+                )
+            return continue_text(
+                self.model.cache_fns, self.params, self.tokenizer, list(prompts), **settings
+            )
+        return generate_text(
+            self.logits_fn,
+            self.params,
+            self.tokenizer,
+            list(prompts),
+            cache_fns=self.model.cache_fns,
+            **settings,
+        )
+
+    def infill(self, texts: Sequence[str], **settings: Any) -> list[str]:
+        """Returns the texts with their gaps filled: "The [MASK:4] sat on the mat." has one of four
+        tokens.
+
+        Args:
+            texts: a list of texts, each with at least one gap; see
+                llada_jax.samplers.text.parse_gaps.
+            settings: steps, remasking, commit, temperature, top_k, top_p, cfg_scale, suppress, seed
+                and batch_size as in `generate`; steps=None fills one token per step.
+
+        Raises:
+            UserError: a text has no gap, a setting is out of range, or the model is autoregressive.
+        """
+        _check_list(texts, "infill")
+        check_can_infill(self.record)
+        completions = infill_text(
+            self.logits_fn, self.params, self.tokenizer, list(texts), **settings
         )
         return [completion.text for completion in completions]
 
@@ -150,6 +199,7 @@ class Pretrained:
         seed: int = 0,
         batch_size: int = 16,
         on_step: Callable[[range, DenoiseStep], None] = ignore_step,
+        **settings: Any,
     ) -> np.ndarray:
         """Returns prompts and generations as ids, int32 [B, T + gen_length].
 
@@ -159,7 +209,14 @@ class Pretrained:
                 when all rows have. None, the default, generates all gen_length tokens.
             mask_id, pad_id: None takes the tokenizer's.
             The others: see `generate`.
+
+        Raises:
+            UserError: a setting is out of range, or the model is autoregressive.
         """
+        if self.record.mask.causal:
+            raise UserError(
+                "generate_tokens denoises, and this model has never seen a mask; use generate."
+            )
         prompt_BT = np.asarray(prompt_BT, np.int32)
         generated_BT, _ = generate_tokens(
             self.logits_fn,
@@ -175,9 +232,11 @@ class Pretrained:
             cfg_scale=cfg_scale,
             eos_id=eos_id,
             num_ids=self.tokenizer.vocab_size,
+            cache_fns=self.model.cache_fns,
             seed=seed,
             batch_size=batch_size,
             on_step=on_step,
+            **settings,
         )
         return np.concatenate([prompt_BT, generated_BT], axis=1)
 
@@ -281,6 +340,23 @@ class Pretrained:
             seed=seed,
             batch_size=batch_size,
             mesh=self.mesh,
+        )
+
+
+def check_can_infill(record: RunRecord) -> None:
+    """Raises UserError for a model that sees no text behind a gap."""
+    if record.mask.causal:
+        raise UserError(
+            f"A model of objective.name={record.objective!r} reads from left to right and cannot "
+            "fill in a gap; use a checkpoint of masked_diffusion."
+        )
+
+
+def _check_list(texts: Sequence[str], function: str) -> None:
+    if isinstance(texts, str):
+        name = "prompts" if function == "generate" else "texts"
+        raise UserError(
+            f"{name}={texts!r} is one text; pass a list, as in {function}([{texts!r}])."
         )
 
 

@@ -94,6 +94,11 @@ class Model:
             hidden_BTD = jax.lax.dynamic_slice_in_dim(hidden_BTD, start, length, axis=1)
         return self.head_fn(params, hidden_BTD)
 
+    @property
+    def cache_fns(self) -> tuple[Callable, Callable]:
+        """What samplers with a cache call: `fill_cache` and `read_cache`."""
+        return self.fill_cache, self.read_cache
+
     def fill_cache(
         self,
         params: dict,

@@ -6,7 +6,7 @@ token at that position. Keys and values are cached, which is exact under a causa
 token costs one pass over one column.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from contextlib import nullcontext
 from functools import partial
 from typing import Any, NamedTuple

@@ -128,12 +128,16 @@ class LogShow:
         return None
 
     def on_step(self, rows: range, state: DenoiseStep) -> None:
-        num_before, num_now = (
-            step * NUM_SNAPSHOTS // state.num_steps for step in (state.step - 1, state.step)
-        )
-        if num_now == num_before:
-            return
         frame = _frame(rows, state, mask_id=self.tokenizer.mask_id, gen_length=self.gen_length)
+        # By what is revealed and not by the step, because a row may need few of its steps.
+        num_revealed = frame.tokens_BT.size - frame.is_masked_BT.sum()
+        num_before = num_revealed - frame.is_new_BT.sum()
+        before, now = (
+            int(number) * NUM_SNAPSHOTS // frame.tokens_BT.size
+            for number in (num_before, num_revealed)
+        )
+        if now == before:
+            return
         cells = self.canvas_text.cells(frame.tokens_BT[0], frame.is_masked_BT[0])
         text = "".join([self.prompts[rows[0]], *(cell.text for cell in cells)]).replace("\n", " ")
         text = text if len(text) <= MAX_LINE else text[: MAX_LINE - 3] + "..."

@@ -2,6 +2,7 @@
 one shape.
 """
 
+import re
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any, NamedTuple
 
@@ -10,10 +11,26 @@ import numpy as np
 
 from llada_jax.errors import UserError
 from llada_jax.rng import key_for
+from llada_jax.samplers.autoregressive import continue_tokens
 from llada_jax.samplers.canvas import Canvas, make_canvas, make_infill_canvas
+from llada_jax.samplers.commit import SCHEDULE
 from llada_jax.samplers.denoise import DenoiseStep, denoise
 from llada_jax.samplers.network import CacheFns
 from llada_jax.samplers.settings import check_request
+
+# Settings that only denoising has, with the values that mean nothing.
+DENOISING = {
+    "block_length": None,
+    "steps": None,
+    "remasking": "low_confidence",
+    "commit": SCHEDULE,
+    "append": False,
+    "cfg_scale": 0.0,
+    "eos": "free",
+    "cache": "none",
+    "refresh": 0,
+}
+GAP = re.compile(r"\[MASK(?::([0-9]{1,6}))?\]")
 
 
 class Completion(NamedTuple):
@@ -256,6 +273,57 @@ def generate_text(
         num_ids=tokenizer.vocab_size,
         **settings,
     )
+    return _completions(tokenizer, prompts, prompt_ids, tokens_BT, num_steps_B, stop_at_eos)
+
+
+def continue_text(
+    cache_fns: CacheFns,
+    params: dict,
+    tokenizer: Any,
+    prompts: Sequence[str],
+    *,
+    stop_at_eos: bool = True,
+    **settings: Any,
+) -> list[Completion]:
+    """Generates text after each prompt with a causal network, token by token.
+
+    Args:
+        cache_fns, params: see llada_jax.samplers.autoregressive.continue_tokens.
+        settings: gen_length and everything else that `continue_tokens` takes. The settings of
+            `generate_text` that are about denoising are refused unless they have their defaults.
+        The others: see `generate_text`.
+    """
+    for name, default in DENOISING.items():
+        value = settings.pop(name, default)
+        if value != default:
+            raise UserError(
+                f"{name}={value} is about denoising, and this model predicts one token after the "
+                "other; leave it out."
+            )
+    prompt_ids = [tokenizer.encode(prompt) for prompt in prompts]
+    tokens_BT, num_steps_B = continue_tokens(
+        cache_fns,
+        params,
+        prompt_ids,
+        mask_id=tokenizer.mask_id,
+        pad_id=tokenizer.pad_id,
+        bos_id=tokenizer.bos_id,
+        eos_id=tokenizer.eos_id,
+        stop_at_eos=stop_at_eos,
+        num_ids=tokenizer.vocab_size,
+        **settings,
+    )
+    return _completions(tokenizer, prompts, prompt_ids, tokens_BT, num_steps_B, stop_at_eos)
+
+
+def _completions(
+    tokenizer: Any,
+    prompts: Sequence[str],
+    prompt_ids: Sequence[Sequence[int]],
+    tokens_BT: np.ndarray,
+    num_steps_B: np.ndarray,
+    stop_at_eos: bool,
+) -> list[Completion]:
     completions = []
     for prompt, ids, row, num_steps in zip(
         prompts, prompt_ids, tokens_BT, num_steps_B, strict=True
@@ -265,3 +333,71 @@ def generate_text(
             Completion(prompt, decode_after(tokenizer, ids, tokens), tokens, int(num_steps))
         )
     return completions
+
+
+def parse_gaps(tokenizer: Any, text: str) -> tuple[list[int], list[bool]]:
+    """Returns a text with gaps as token ids, and which of them are given.
+
+    "[MASK]" is one masked token and "[MASK:12]" are twelve. The parts between are encoded each for
+    itself. A space in front of a gap belongs to the gap, because tokenizers join a space to the
+    word behind it; byte tokenizers do not, and keep it.
+
+    Raises:
+        UserError: there is no gap, or one of no tokens.
+    """
+    parts = GAP.split(text)
+    if len(parts) == 1:
+        raise UserError(
+            f"{text!r} has no gap; write [MASK:N] where N tokens are to be filled in, as in "
+            "'The [MASK:4] sat on the mat.'"
+        )
+    tokens: list[int] = []
+    is_given: list[bool] = []
+    for number, part in enumerate(parts):
+        if number % 2:
+            length = int(part or 1)
+            if not length:
+                raise UserError(
+                    f"[MASK:0] in {text!r} has no token to fill in; write at least [MASK:1]."
+                )
+            tokens += [tokenizer.mask_id] * length
+            is_given += [False] * length
+            continue
+        is_before_gap = number < len(parts) - 1
+        if is_before_gap and part.endswith(" ") and tokenizer.kind != "bytes":
+            part = part[:-1]
+        ids = tokenizer.encode(part) if part else []
+        tokens += ids
+        is_given += [True] * len(ids)
+    return tokens, is_given
+
+
+def infill_text(
+    logits_fn: Callable, params: dict, tokenizer: Any, texts: Sequence[str], **settings: Any
+) -> list[Completion]:
+    """Fills the gaps of texts; the `text` and `tokens` of the results are the whole texts.
+
+    Args:
+        logits_fn, params, tokenizer: see `generate_text`.
+        texts: with gaps as `parse_gaps` reads them.
+        settings: everything else that `infill_tokens` takes. The end-of-text token is never
+            proposed, because what stands behind a gap is given.
+    """
+    parsed = [parse_gaps(tokenizer, text) for text in texts]
+    filled, num_steps_B = infill_tokens(
+        logits_fn,
+        params,
+        [tokens for tokens, _ in parsed],
+        [is_given for _, is_given in parsed],
+        mask_id=tokenizer.mask_id,
+        pad_id=tokenizer.pad_id,
+        eos_id=tokenizer.eos_id,
+        eos="never",
+        stop_at_eos=False,
+        num_ids=tokenizer.vocab_size,
+        **settings,
+    )
+    return [
+        Completion(text, tokenizer.decode(tokens), tokens, int(num_steps))
+        for text, tokens, num_steps in zip(texts, filled, num_steps_B, strict=True)
+    ]

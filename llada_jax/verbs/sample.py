@@ -2,20 +2,28 @@
 JSON.
 """
 
+import argparse
 import json
 import sys
 import time
 from contextlib import nullcontext
+from functools import partial
 
 from llada_jax.checkpoints.orbax_patches import drop_echoes
-from llada_jax.checkpoints.record import RunRecord
 from llada_jax.errors import UserError
-from llada_jax.pretrained import load
-from llada_jax.samplers.denoise import check_schedule
-from llada_jax.samplers.remasking import commit_rule
+from llada_jax.pretrained import check_can_infill, load
+from llada_jax.samplers.commit import SCHEDULE
+from llada_jax.samplers.settings import check_options, check_request, check_schedule
 from llada_jax.samplers.show import make_show
-from llada_jax.samplers.text import Completion, check_request, generate_text
+from llada_jax.samplers.text import Completion, continue_text, generate_text, infill_text
 from llada_jax.verbs.command_line import Parser
+
+# One line each would not fit a screen; docs/sampling.md explains them.
+MORE_FLAGS = """more flags, explained in docs/sampling.md:
+  --infill TEXT...  --append  --num-samples N  --batch-size N  --remasking NAME
+  --commit NAME[=X]  --cfg-scale X  --top-k N  --top-p X  --eos NAME  --ignore-eos
+  --suppress ID...  --cache NAME  --refresh N
+"""
 
 
 def make_parser() -> Parser:
@@ -25,6 +33,7 @@ def make_parser() -> Parser:
         'llada-jax sample --checkpoint runs/tiny/run --prompt "It is a truth" --show',
     )
     parser.usage = "llada-jax sample --checkpoint CKPT [flags]"
+    parser.epilog = MORE_FLAGS + "\n" + parser.epilog
     add = parser.add_argument
     add(
         "--checkpoint",
@@ -64,36 +73,27 @@ def make_parser() -> Parser:
         metavar="X",
         help="0 (default): most likely; 1: the model's odds",
     )
-    add(
-        "--remasking",
-        default="low_confidence",
-        metavar="NAME",
-        help="low_confidence (default), random or module:function",
-    )
-    add(
-        "--cfg-scale",
-        type=float,
-        default=0.0,
-        metavar="X",
-        help="guidance towards the prompt; 0 (default): none",
-    )
-    add("--num-samples", type=int, default=1, metavar="N", help="texts for each prompt")
-    add(
-        "--batch-size",
-        type=int,
-        default=16,
-        metavar="N",
-        help="texts generated at a time (default 16)",
-    )
     add("--seed", type=int, default=0, metavar="N", help="same seed, same texts (default 0)")
-    add(
-        "--ignore-eos",
-        action="store_true",
-        help="go on after the end-of-text token, as the published sampler does",
-    )
     parser.add_ema_flag()
     add("--show", action="store_true", help="show the masks turning into text, on stderr")
     add("--json", action="store_true", help="one JSON object on stdout")
+
+    # Listed in MORE_FLAGS.
+    hidden = partial(add, help=argparse.SUPPRESS)
+    hidden("--infill", nargs="+", metavar="TEXT")
+    hidden("--append", action="store_true")
+    hidden("--num-samples", type=int, default=1, metavar="N")
+    hidden("--batch-size", type=int, default=16, metavar="N")
+    hidden("--remasking", default="low_confidence", metavar="NAME")
+    hidden("--commit", default=SCHEDULE, metavar="NAME[=X]")
+    hidden("--cfg-scale", type=float, default=0.0, metavar="X")
+    hidden("--top-k", type=int, default=0, metavar="N")
+    hidden("--top-p", type=float, default=1.0, metavar="X")
+    hidden("--eos", default="free", metavar="NAME")
+    hidden("--ignore-eos", action="store_true")
+    hidden("--suppress", nargs="+", type=int, default=[], metavar="ID")
+    hidden("--cache", default="none", metavar="NAME")
+    hidden("--refresh", type=int, default=0, metavar="N")
     return parser
 
 
@@ -167,21 +167,16 @@ def warn_of_surprises(args, pretrained, prompts: list[str]) -> None:
         )
 
 
-def check_objective(checkpoint: str, record: RunRecord) -> None:
-    if record.mask.causal:
-        raise UserError(
-            f"{checkpoint} was trained with objective.name={record.objective!r} and has never seen "
-            "a mask, so it cannot denoise; sample a checkpoint of masked_diffusion."
-        )
-
-
-def print_texts(completions: list[Completion]) -> None:
-    """Prints prompt and continuation of each, with --- between them; in colour on a terminal."""
+def print_texts(completions: list[Completion], *, is_infill: bool) -> None:
+    """Prints prompt and continuation of each, or the filled texts, with --- between them; in colour
+    on a terminal.
+    """
     colour, plain = ("\033[1;36m", "\033[0m") if sys.stdout.isatty() else ("", "")
     for number, completion in enumerate(completions):
         if number:
             print("---")
-        print(f"{colour}{completion.prompt}{plain}{completion.text}")
+        prompt = "" if is_infill else f"{colour}{completion.prompt}{plain}"
+        print(f"{prompt}{completion.text}")
 
 
 def print_json(args, step: int, settings: dict, completions: list[Completion]) -> None:
@@ -196,35 +191,98 @@ def print_json(args, step: int, settings: dict, completions: list[Completion]) -
     )
 
 
-def main(argv: list[str]) -> None:
-    drop_echoes()
-    # 1. What is asked for. Every mistake in it is found before the model is loaded, which takes
-    # minutes where it is large.
-    args = make_parser().parse_args(argv)
+def read_settings(args) -> dict:
+    """Returns the settings that were asked for; what is not about them keeps its default.
+
+    Raises:
+        UserError: one is out of range, or two exclude each other.
+    """
+    if args.num_samples < 1:
+        raise UserError(f"--num-samples {args.num_samples} must be at least 1.")
     settings = {
+        "temperature": args.temperature,
+        "cfg_scale": args.cfg_scale,
+        "remasking": args.remasking,
+        "seed": args.seed,
+        "batch_size": args.batch_size,
+    }
+    # In the record of the samples only where they were asked for.
+    options = {
+        "commit": args.commit,
+        "top_k": args.top_k,
+        "top_p": args.top_p,
+        "eos": args.eos,
+        "suppress": args.suppress,
+        "append": args.append,
+        "cache": args.cache,
+        "refresh": args.refresh,
+    }
+    unset = vars(make_parser().parse_args(["--checkpoint", "-"]))
+    check_options(
+        remasking=args.remasking,
+        temperature=args.temperature,
+        **{name: value for name, value in options.items() if name != "append"},
+    )
+    return settings | {name: value for name, value in options.items() if value != unset[name]}
+
+
+def read_schedule(args) -> dict:
+    """Returns how many tokens are generated, in which blocks and steps, for denoising."""
+    schedule = {
         "gen_length": args.gen_length,
         "block_length": args.gen_length if args.block_length is None else args.block_length,
         "steps": args.gen_length if args.steps is None else args.steps,
-        "temperature": args.temperature,
-        "cfg_scale": args.cfg_scale,
     }
-    check_schedule(**settings)
-    commit_rule(args.remasking)
-    if args.num_samples < 1:
-        raise UserError(f"--num-samples {args.num_samples} must be at least 1.")
-    settings |= {"remasking": args.remasking, "seed": args.seed, "batch_size": args.batch_size}
+    check_schedule(**schedule, temperature=args.temperature, cfg_scale=args.cfg_scale)
+    return schedule
+
+
+def check_infill(args) -> None:
+    """Raises UserError for flags that mean nothing where gaps are filled."""
+    for flag, value in (
+        ("--prompt", args.prompt),
+        ("--prompt-file", args.prompt_file),
+        ("--block-length", args.block_length),
+        ("--append", args.append),
+        ("--cache", args.cache != "none"),
+        ("--eos", args.eos != "free"),
+        ("--ignore-eos", args.ignore_eos),
+        ("--show", args.show),
+    ):
+        if value:
+            raise UserError(f"{flag} is about texts that go on, and --infill fills gaps; keep one.")
+
+
+def infill(args, pretrained, settings: dict) -> list[Completion]:
+    texts = [text for text in args.infill for _ in range(args.num_samples)]
+    return infill_text(
+        pretrained.logits_fn, pretrained.params, pretrained.tokenizer, texts, **settings
+    )
+
+
+def continue_or_denoise(
+    args, pretrained, settings: dict, schedule: dict, prompts: list[str]
+) -> list[Completion]:
+    """Returns the texts; `settings` becomes what was used of them."""
     settings["stop_at_eos"] = not args.ignore_eos
-    prompts = [
-        p for p in read_prompts(args.prompt, args.prompt_file) for _ in range(args.num_samples)
-    ]
-    check_request(num_prompts=len(prompts), batch_size=args.batch_size, seed=args.seed)
-
-    # 2. The model.
-    pretrained = load(args.checkpoint, ema=args.ema)
-    check_objective(args.checkpoint, pretrained.record)
-    warn_of_surprises(args, pretrained, prompts)
-
-    # 3. The texts.
+    if pretrained.record.mask.causal:
+        if args.show:
+            raise UserError(
+                f"{args.checkpoint} was trained with objective.name="
+                f"{pretrained.record.objective!r} and denoises nothing that --show could show; "
+                "leave it out."
+            )
+        asked = settings | {"block_length": args.block_length, "steps": args.steps}
+        settings |= {"gen_length": args.gen_length}
+        return continue_text(
+            pretrained.model.cache_fns,
+            pretrained.params,
+            pretrained.tokenizer,
+            prompts,
+            **(settings | asked),
+        )
+    settings |= schedule
+    listening: dict = {}
     show = nullcontext()
     if args.show:
         # Where stdout is the same terminal, the picture is removed at the end: the texts are
@@ -236,19 +294,60 @@ def main(argv: list[str]) -> None:
             stream=sys.stderr,
             transient=sys.stdout.isatty(),
         )
-        settings["on_step"] = show.on_step
-    start = time.perf_counter()
+        listening["on_step"] = show.on_step
+    if args.cache != "none":
+        listening["cache_fns"] = pretrained.model.cache_fns
     with show:
-        completions = generate_text(
-            pretrained.logits_fn, pretrained.params, pretrained.tokenizer, prompts, **settings
+        return generate_text(
+            pretrained.logits_fn,
+            pretrained.params,
+            pretrained.tokenizer,
+            prompts,
+            **settings,
+            **listening,
         )
+
+
+def main(argv: list[str]) -> None:
+    drop_echoes()
+    # 1. What is asked for. Every mistake in it is found before the model is loaded, which takes
+    # minutes where it is large.
+    args = make_parser().parse_args(argv)
+    settings = read_settings(args)
+    if args.infill:
+        check_infill(args)
+        prompts = _check_unicode(args.infill, "--infill")
+    else:
+        schedule = read_schedule(args)
+        prompts = [
+            p for p in read_prompts(args.prompt, args.prompt_file) for _ in range(args.num_samples)
+        ]
+    check_request(num_prompts=len(prompts), batch_size=args.batch_size, seed=args.seed)
+
+    # 2. The model.
+    pretrained = load(args.checkpoint, ema=args.ema)
+    if args.infill:
+        check_can_infill(pretrained.record)
+        settings |= {"steps": args.steps}
+    else:
+        warn_of_surprises(args, pretrained, prompts)
+
+    # 3. The texts.
+    start = time.perf_counter()
+    if args.infill:
+        completions = infill(args, pretrained, settings)
+    else:
+        completions = continue_or_denoise(args, pretrained, settings, schedule, prompts)
     seconds = time.perf_counter() - start
 
     # 4. The results.
-    settings.pop("on_step", None)
     if args.json:
         print_json(args, pretrained.step, settings, completions)
     else:
-        print_texts(completions)
+        print_texts(completions, is_infill=bool(args.infill))
     num_tokens = sum(len(c.tokens) for c in completions)
-    warn(f"{len(completions)} texts, {num_tokens} tokens in {seconds:.1f} s, compilation included.")
+    num_passes = sum(c.num_steps for c in completions)
+    warn(
+        f"{len(completions)} texts, {num_tokens} tokens in {num_passes} passes of a row, "
+        f"{seconds:.1f} s, compilation included."
+    )

@@ -133,31 +133,48 @@ def shapes_of(jaxpr) -> set[tuple[int, ...]]:
 def traced_step(model, *, rows, width, block_length, is_guided, is_stochastic):
     """Returns the step of the sampler for canvases of a shape, traced but not compiled."""
     ids_BT = jax.ShapeDtypeStruct((rows, width), jnp.int32)
+    ids_B = jax.ShapeDtypeStruct((rows,), jnp.int32)
+    no_ids = jax.ShapeDtypeStruct((0,), jnp.int32)
     number, fraction = jax.ShapeDtypeStruct((), jnp.int32), jax.ShapeDtypeStruct((), jnp.float32)
     fixed = sampler._Fixed(
         is_fixed_BT=jax.ShapeDtypeStruct((rows, width), bool),
         segment_ids_BT=ids_BT,
         positions_BT=ids_BT,
-        row_B=jax.ShapeDtypeStruct((rows,), jnp.int32),
+        row_B=ids_B,
         mask_id=number,
-        eos_id=number,
+        fill_id=number,
+        eos_ids_n=no_ids,
+        suppress_n=no_ids,
         steps_per_block=number,
+        refresh=number,
+        amount=fraction,
         temperature=fraction,
+        top_k=number,
+        top_p=fraction,
         cfg_scale=fraction,
         num_ids=number,
     )
-    return sampler._denoise_step.trace(
-        jax.tree_util.Partial(model.logits_fn, model.abstract),
-        ids_BT,
-        number,
-        jax.eval_shape(lambda: jax.random.key(0)),
-        fixed,
+    plan = sampler._Plan(
         gen_length=2 * block_length,
         block_length=block_length,
         rule=commit_rule("low_confidence"),
+        criterion="schedule",
+        eos="free",
+        is_appending=False,
         is_stochastic=is_stochastic,
+        is_filtered=False,
         is_guided=is_guided,
+        window=0,
         sharding=None,
+    )
+    return sampler._denoise_block.trace(
+        (jax.tree_util.Partial(model.logits_fn, model.abstract), None),
+        sampler._State(ids_BT, number, ids_B, ()),
+        number,
+        number,
+        jax.eval_shape(lambda: jax.random.key(0)),
+        fixed,
+        plan=plan,
     )
 
 

@@ -110,8 +110,8 @@ def test_rows_end_at_eos_and_sampling_stops_when_all_rows_have_ended():
     logits_fn = eos_after([1, 6])
     tokens_BT, num_steps_B = generate_tokens(logits_fn, {}, [[1, 1], [1]], eos_id=EOS, **request)
     assert tokens_BT.tolist() == [[3] + [EOS] * 15, [3] * 6 + [EOS] * 10]
-    # EOS of the longer row is in the second block, and each block has two steps.
-    assert num_steps_B.tolist() == [4, 4]
+    # EOS of the second row is in its second block, and each block has two steps.
+    assert num_steps_B.tolist() == [2, 4]
     tokens_BT, num_steps_B = generate_tokens(logits_fn, {}, [[1, 1], [1]], eos_id=None, **request)
     assert tokens_BT.tolist() == [[3, EOS] + [3] * 14, [3] * 6 + [EOS] + [3] * 9]
     assert num_steps_B.tolist() == [8, 8]

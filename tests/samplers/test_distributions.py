@@ -1,5 +1,7 @@
 """What is drawn at random has the right distribution, and depends on the seed and the row alone."""
 
+import itertools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -123,3 +125,59 @@ def test_a_row_draws_the_same_whatever_else_is_sampled_with_it(remasking):
     np.testing.assert_array_equal(together, in_pairs)
     np.testing.assert_array_equal(together[[1, 3]], replaced[[1, 3]])
     assert (together != other_seed).any()
+
+
+def joint_and_conditionals():
+    """A distribution over three tokens out of four, and its exact conditionals for every noisy row:
+    [5, 5, 5, 3, 4], where the index 4 is a masked token.
+    """
+    rng = np.random.default_rng(1)
+    joint = rng.dirichlet(np.full(64, 1.5)).reshape(4, 4, 4)
+    conditionals = np.zeros((5, 5, 5, 3, 4))
+    for noisy in itertools.product(range(5), repeat=3):
+        seen = tuple(slice(None) if token == 4 else slice(token, token + 1) for token in noisy)
+        for place in range(3):
+            others = tuple(axis for axis in range(3) if axis != place)
+            conditionals[(*noisy, place, seen[place])] = joint[seen].sum(axis=others)
+    return joint, conditionals / conditionals.sum(axis=-1, keepdims=True)
+
+
+def test_one_token_per_step_in_random_order_draws_from_the_joint_distribution():
+    """With exact conditionals, every order of revealing gives the joint distribution itself."""
+    joint, conditionals = joint_and_conditionals()
+
+    @windowed
+    def exact(log_p, tokens_BT, segment_ids_BT, positions_BT):
+        index = jnp.minimum(tokens_BT[:, -3:], 4)
+        logits_BTV = jnp.full((*tokens_BT.shape, 5), -jnp.inf)
+        rows = log_p[index[:, 0], index[:, 1], index[:, 2]]
+        return logits_BTV.at[:, -3:, :4].set(rows)
+
+    num_rows = 4000
+    tokens_BT, num_steps_B = generate_tokens(
+        exact,
+        np.log(conditionals).astype(np.float32),
+        [[]] * num_rows,
+        mask_id=4,
+        pad_id=0,
+        gen_length=3,
+        remasking="random",
+        temperature=1.0,
+        batch_size=num_rows,
+    )
+    assert (num_steps_B == 3).all()
+    observed = np.bincount(tokens_BT @ np.array([16, 4, 1]), minlength=64)
+    expected = joint.ravel() * num_rows
+    # Outcomes that are expected less than five times are one class.
+    is_rare = expected < 5
+    observed = np.append(observed[~is_rare], observed[is_rare].sum())
+    expected = np.append(expected[~is_rare], expected[is_rare].sum())
+    keep = expected > 0
+    chi_square = ((observed - expected)[keep] ** 2 / expected[keep]).sum()
+    assert chi_square < 130.0, (
+        "at most 63 degrees of freedom: a correct sampler exceeds this once in 500,000 seeds"
+    )
+    # It is a test of the joint: the product of the marginals would fail it.
+    product = np.einsum("i,j,k->ijk", *(joint.sum(axis=a) for a in ((1, 2), (0, 2), (0, 1))))
+    distance = ((product - joint) ** 2 / joint).sum() * num_rows
+    assert distance > 1000

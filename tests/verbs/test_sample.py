@@ -4,6 +4,7 @@ import io
 import json
 import types
 
+import jax
 import pytest
 from support.recital import BYTES, SENTENCE, letters, recite
 from support.records import small_record
@@ -11,6 +12,9 @@ from support.records import small_record
 import llada_jax.verbs.sample
 from llada_jax import __main__
 from llada_jax.errors import UserError
+from llada_jax.masks import CAUSAL
+from llada_jax.models.model import make_model
+from llada_jax.models.transformer import Architecture
 from llada_jax.samplers.show import NUM_SNAPSHOTS
 
 
@@ -147,6 +151,17 @@ def test_prompts_come_from_a_file_or_stdin(run, tmp_path, monkeypatch):
         (["--prompt", "caf\udce9"], "is not UTF-8"),
         (["--seed", "-1"], "seed=-1 must lie between"),
         (["--batch-size", "0"], "batch_size=0 must be at least 1"),
+        (["--commit", "treshold"], "Did you mean 'threshold'?"),
+        (["--commit", "threshold=2"], "must be a number between 0 and 1"),
+        (["--commit", "factor", "--remasking", "random"], "leave remasking out"),
+        (["--top-p", "0.5"], "temperature=0 draws nothing"),
+        (["--eos", "never", "--suppress", "-3"], "suppress=-3 is not the id of a token"),
+        (["--cache", "dul"], "Did you mean 'dual'?"),
+        (["--refresh", "2"], "there is none"),
+        (["--infill", "no gap"], "has no gap"),
+        (["--infill", "a[MASK:0]"], "has no token to fill in"),
+        (["--infill", "a[MASK]", "--prompt", "b"], "--prompt is about texts that go on"),
+        (["--infill", "a[MASK]", "--append"], "--append is about texts that go on"),
     ],
 )
 def test_mistakes_exit_2_with_one_line(run, argv, sentence):
@@ -167,10 +182,60 @@ def test_unusable_prompt_files_exit_2(run, tmp_path, content, sentence):
     assert sentence in err
 
 
-def test_a_model_that_has_seen_no_mask_is_refused(run):
-    status, _, err = run(pretrained=fake_pretrained(objective="autoregressive"))
-    assert status == 2
-    assert "has never seen a mask" in err
+def causal_pretrained():
+    """An untrained autoregressive network over bytes."""
+    shape = dict(vocab_size=260, num_layers=1, d_model=16, num_heads=2, num_kv_heads=2, head_dim=8)
+    model = make_model(Architecture(**shape, d_ff=16), mask=CAUSAL)
+    pretrained = fake_pretrained(objective="autoregressive")
+    pretrained.model, pretrained.params = model, model.init(jax.random.key(0))
+    return pretrained
+
+
+def test_an_autoregressive_model_writes_token_by_token(run):
+    pretrained = causal_pretrained()
+    status, out, _ = run(
+        "--prompt", "it", "--gen-length", "5", "--json", "--ignore-eos", pretrained=pretrained
+    )
+    (sample,) = json.loads(out)["samples"]
+    assert status == 0
+    assert (len(sample["tokens"]), sample["num_steps"]) == (5, 5)
+
+
+@pytest.mark.parametrize(
+    ("argv", "sentence"),
+    [
+        (["--steps", "8"], "steps=8 is about denoising"),
+        (["--remasking", "random"], "remasking=random is about denoising"),
+        (["--commit", "threshold"], "commit=threshold is about denoising"),
+        (["--show"], "denoises nothing that --show could show"),
+        (["--infill", "a[MASK]"], "cannot fill in a gap"),
+    ],
+)
+def test_an_autoregressive_model_refuses_what_is_about_denoising(run, argv, sentence):
+    status, out, err = run(*argv, pretrained=causal_pretrained())
+    assert (status, out) == (2, "")
+    assert sentence in err
+
+
+def test_gaps_are_filled_where_the_text_has_them(run):
+    text = "it [MASK:2] a [MASK:5] universally"
+    _, out, err = run("--infill", text, "it[MASK]is", "--commit", "threshold=0.5")
+    assert out == "it is a truth universally\n---\nit is\n"
+    assert "2 texts, 30 tokens in 2 passes of a row" in err
+    _, out, _ = run("--infill", text, "--steps", "4", "--json")
+    reply = json.loads(out)
+    assert reply["samples"][0]["completion"] == "it is a truth universally"
+    assert reply["samples"][0]["num_steps"] == 4
+    assert "block_length" not in reply["settings"]
+
+
+def test_options_that_were_asked_for_are_recorded(run):
+    _, out, _ = run("--gen-length", "8", "--commit", "threshold=0.5", "--suppress", "7", "--json")
+    reply = json.loads(out)
+    assert reply["settings"]["commit"] == "threshold=0.5"
+    assert reply["settings"]["suppress"] == [7]
+    assert "top_k" not in reply["settings"]
+    assert reply["samples"][0]["num_steps"] == 1
 
 
 def test_surprises_are_announced_but_not_refused(run):

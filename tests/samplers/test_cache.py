@@ -1,0 +1,109 @@
+"""Caches of keys and values: exact where refreshed, and what they hold where they are not."""
+
+import jax
+import numpy as np
+import pytest
+
+from llada_jax.errors import UserError
+from llada_jax.models.model import make_model
+from llada_jax.models.transformer import Architecture
+from llada_jax.samplers.text import generate_tokens
+
+V, MASK, PAD, EOS = 64, 63, 0, 62
+REQUEST = {"mask_id": MASK, "pad_id": PAD, "gen_length": 12, "block_length": 4}
+PROMPTS = [[1, 2, 3], [4, 5, 6, 7, 8, 9], []]
+
+
+def small_model(**changes):
+    shape = dict(vocab_size=V, num_layers=2, d_model=32, num_heads=4, num_kv_heads=2, head_dim=8)
+    model = make_model(Architecture(**shape, d_ff=64, **changes))
+    return model, model.init(jax.random.key(5))
+
+
+@pytest.fixture(scope="module")
+def network():
+    return small_model()
+
+
+def sample(network, **changes):
+    model, params = network
+    return generate_tokens(
+        model.logits_fn, params, PROMPTS, cache_fns=model.cache_fns, **(REQUEST | changes)
+    )
+
+
+def make_one_layer():
+    shape = dict(vocab_size=V, num_layers=1, d_model=32, num_heads=4, num_kv_heads=4, head_dim=8)
+    model = make_model(Architecture(**shape, d_ff=64))
+    return model, model.init(jax.random.key(1))
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {},
+        {"append": True},
+        {"cfg_scale": 1.0, "temperature": 1.0},
+        {"commit": "threshold=0.05", "eos_id": EOS},
+    ],
+    ids=str,
+)
+@pytest.mark.parametrize("cache", ["prefix", "dual"])
+def test_a_refresh_in_every_step_equals_no_cache(network, cache, options):
+    expected_BT, expected_B = sample(network, **options)
+    tokens_BT, num_steps_B = sample(network, cache=cache, refresh=1, **options)
+    np.testing.assert_array_equal(tokens_BT, expected_BT)
+    np.testing.assert_array_equal(num_steps_B, expected_B)
+
+
+def test_one_step_per_block_never_reads_a_stale_cache(network):
+    expected_BT, _ = sample(network, steps=3)
+    tokens_BT, _ = sample(network, steps=3, cache="dual")
+    np.testing.assert_array_equal(tokens_BT, expected_BT)
+
+
+@pytest.mark.parametrize("cache", ["prefix", "dual"])
+def test_any_row_alone_is_the_same_row_in_any_batch(network, cache):
+    together_BT, _ = sample(network, cache=cache, refresh=3, temperature=1.0)
+    single_BT, _ = sample(network, cache=cache, refresh=3, temperature=1.0, batch_size=1)
+    np.testing.assert_array_equal(together_BT, single_BT)
+
+
+def test_one_layer_needs_no_refresh_of_what_does_not_change():
+    """Keys of one layer depend on their own token, and with a prefix cache no token in front of
+    the block changes: the approximation is exact.
+    """
+    network = make_one_layer()
+    expected_BT, _ = sample(network)
+    tokens_BT, _ = sample(network, cache="prefix")
+    np.testing.assert_array_equal(tokens_BT, expected_BT)
+
+
+def test_steps_that_are_shown_one_by_one_share_the_cache(network):
+    expected_BT, _ = sample(network, cache="dual", refresh=3)
+    steps = []
+    tokens_BT, _ = sample(
+        network, cache="dual", refresh=3, on_step=lambda rows, state: steps.append(state.step)
+    )
+    np.testing.assert_array_equal(tokens_BT, expected_BT)
+    assert steps == list(range(1, 13))
+
+
+def test_a_shifted_output_has_no_cache():
+    network = small_model(output_shift=True)
+    with pytest.raises(UserError, match="use cache=none"):
+        sample(network, cache="dual")
+
+
+@pytest.mark.parametrize(
+    ("changes", "sentence"),
+    [
+        ({"cache": "prefx"}, "Did you mean 'prefix'?"),
+        ({"cache": "dual", "refresh": -1}, "refresh=-1 must not be negative"),
+        ({"refresh": 4}, "refresh=4 is about a cache, and there is none"),
+    ],
+)
+def test_impossible_caches_are_refused(network, changes, sentence):
+    with pytest.raises(UserError) as error:
+        sample(network, **changes)
+    assert sentence in str(error.value)
