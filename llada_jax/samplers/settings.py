@@ -1,4 +1,4 @@
-"""What a request may ask of the samplers: the range of each setting, and which exclude each other."""
+"""What a request may ask of the samplers: ranges of settings, and which exclude each other."""
 
 from collections.abc import Sequence
 
