@@ -163,6 +163,32 @@ class Pretrained:
             **settings,
         )
 
+    def best_of(
+        self, completions: Sequence[Completion], num: int, *, mc_samples: int = 32, seed: int = 0
+    ) -> list[Completion]:
+        """Returns, of every `num` completions in a row, the one that the model finds most likely.
+
+        Texts are compared by their log-likelihood per token, because by the sum of it the shortest
+        would win, and under the same noise. An empty text has no likelihood and is the last choice.
+
+        Args:
+            completions: of `complete`, those of one prompt next to each other.
+            mc_samples, seed: of the estimate for masked diffusion, see `score`.
+        """
+        encode = self.tokenizer.encode
+        is_empty = [not completion.tokens for completion in completions]
+        pairs = [(encode(c.prompt), c.tokens) for c in completions if c.tokens]
+        scores = iter(self.score(pairs, mc_samples=mc_samples, seed=seed) if pairs else ())
+        per_token = []
+        for empty in is_empty:
+            score = None if empty else next(scores)
+            per_token.append(-np.inf if score is None else score.log_likelihood / score.num_tokens)
+        best = [
+            first + int(np.argmax(per_token[first : first + num]))
+            for first in range(0, len(completions), num)
+        ]
+        return [completions[number] for number in best]
+
     def infill(self, texts: Sequence[str], **settings: Any) -> list[str]:
         """Returns the texts with their gaps filled: "The [MASK:4] sat on the mat." has one of four
         tokens.

@@ -20,9 +20,9 @@ from llada_jax.verbs.command_line import Parser
 
 # One line each would not fit a screen; docs/sampling.md explains them.
 MORE_FLAGS = """more flags, explained in docs/sampling.md:
-  --infill TEXT...  --append  --num-samples N  --batch-size N  --remasking NAME
-  --commit NAME[=X]  --cfg-scale X  --top-k N  --top-p X  --eos NAME  --ignore-eos
-  --suppress ID...  --cache NAME  --refresh N
+  --infill TEXT...  --append  --num-samples N  --best-of N  --batch-size N
+  --remasking NAME  --commit NAME[=X]  --cfg-scale X  --top-k N  --top-p X
+  --eos NAME  --ignore-eos  --suppress ID...  --cache NAME  --refresh N
 """
 
 
@@ -83,6 +83,7 @@ def make_parser() -> Parser:
     hidden("--infill", nargs="+", metavar="TEXT")
     hidden("--append", action="store_true")
     hidden("--num-samples", type=int, default=1, metavar="N")
+    hidden("--best-of", type=int, default=1, metavar="N")
     hidden("--batch-size", type=int, default=16, metavar="N")
     hidden("--remasking", default="low_confidence", metavar="NAME")
     hidden("--commit", default=SCHEDULE, metavar="NAME[=X]")
@@ -199,6 +200,13 @@ def read_settings(args) -> dict:
     """
     if args.num_samples < 1:
         raise UserError(f"--num-samples {args.num_samples} must be at least 1.")
+    if args.best_of < 1:
+        raise UserError(f"--best-of {args.best_of} must be at least 1.")
+    if args.best_of > 1 and args.temperature == 0 and args.remasking != "random":
+        raise UserError(
+            f"--best-of {args.best_of} at --temperature 0 chooses from {args.best_of} times the "
+            "same text; set --temperature 0.7, or leave it out."
+        )
     settings = {
         "temperature": args.temperature,
         "cfg_scale": args.cfg_scale,
@@ -247,6 +255,7 @@ def check_infill(args) -> None:
         ("--cache", args.cache != "none"),
         ("--eos", args.eos != "free"),
         ("--ignore-eos", args.ignore_eos),
+        ("--best-of", args.best_of > 1),
         ("--show", args.show),
     ):
         if value:
@@ -320,7 +329,9 @@ def main(argv: list[str]) -> None:
     else:
         schedule = read_schedule(args)
         prompts = [
-            p for p in read_prompts(args.prompt, args.prompt_file) for _ in range(args.num_samples)
+            prompt
+            for prompt in read_prompts(args.prompt, args.prompt_file)
+            for _ in range(args.num_samples * args.best_of)
         ]
     check_request(num_prompts=len(prompts), batch_size=args.batch_size, seed=args.seed)
 
@@ -338,6 +349,10 @@ def main(argv: list[str]) -> None:
         completions = infill(args, pretrained, settings)
     else:
         completions = continue_or_denoise(args, pretrained, settings, schedule, prompts)
+    num_passes = sum(c.num_steps for c in completions)
+    if args.best_of > 1:
+        settings["best_of"] = args.best_of
+        completions = pretrained.best_of(completions, args.best_of, seed=args.seed)
     seconds = time.perf_counter() - start
 
     # 4. The results.
@@ -346,7 +361,6 @@ def main(argv: list[str]) -> None:
     else:
         print_texts(completions, is_infill=bool(args.infill))
     num_tokens = sum(len(c.tokens) for c in completions)
-    num_passes = sum(c.num_steps for c in completions)
     warn(
         f"{len(completions)} texts, {num_tokens} tokens in {num_passes} passes of a row, "
         f"{seconds:.1f} s, compilation included."

@@ -39,16 +39,15 @@ def make_one_layer():
 
 
 @pytest.mark.parametrize(
-    "options",
+    ("cache", "options"),
     [
-        {},
-        {"append": True},
-        {"cfg_scale": 1.0, "temperature": 1.0},
-        {"commit": "threshold=0.05", "eos_id": EOS},
+        ("prefix", {}),
+        ("dual", {"append": True}),
+        ("dual", {"cfg_scale": 1.0, "temperature": 1.0}),
+        ("prefix", {"commit": "threshold=0.05", "eos_id": EOS}),
     ],
     ids=str,
 )
-@pytest.mark.parametrize("cache", ["prefix", "dual"])
 def test_a_refresh_in_every_step_equals_no_cache(network, cache, options):
     expected_BT, expected_B = sample(network, **options)
     tokens_BT, num_steps_B = sample(network, cache=cache, refresh=1, **options)

@@ -115,10 +115,9 @@ def test_a_row_that_is_sure_of_all_tokens_needs_one_pass_per_block():
     prompts=st.lists(st.lists(st.integers(0, 13), max_size=5), min_size=2, max_size=4),
     seed=st.integers(0, 99),
 )
-@pytest.mark.parametrize("temperature", [0.0, 1.0])
 @pytest.mark.parametrize("commit", RULES)
-def test_any_row_alone_is_the_same_row_in_any_batch(commit, temperature, prompts, seed):
-    request = {"commit": commit, "temperature": temperature, "seed": seed, "eos_id": 14}
+def test_any_row_alone_is_the_same_row_in_any_batch(commit, prompts, seed):
+    request = {"commit": commit, "temperature": 1.0, "seed": seed, "eos_id": 14}
     # Rows of one batch size, so that nothing is compiled again: the others are copies.
     prompts = [*prompts, *prompts][:4]
     together_BT, together_B = sample(prompts, **request)

@@ -151,6 +151,8 @@ def test_prompts_come_from_a_file_or_stdin(run, tmp_path, monkeypatch):
         (["--prompt", "caf\udce9"], "is not UTF-8"),
         (["--seed", "-1"], "seed=-1 must lie between"),
         (["--batch-size", "0"], "batch_size=0 must be at least 1"),
+        (["--best-of", "0"], "--best-of 0 must be at least 1"),
+        (["--best-of", "3"], "3 times the same text; set --temperature"),
         (["--commit", "treshold"], "Did you mean 'threshold'?"),
         (["--commit", "threshold=2"], "must be a number between 0 and 1"),
         (["--commit", "factor", "--remasking", "random"], "leave remasking out"),
@@ -227,6 +229,18 @@ def test_gaps_are_filled_where_the_text_has_them(run):
     assert reply["samples"][0]["completion"] == "it is a truth universally"
     assert reply["samples"][0]["num_steps"] == 4
     assert "block_length" not in reply["settings"]
+
+
+def test_the_best_of_several_texts_is_kept_for_each_prompt(run):
+    pretrained = fake_pretrained()
+    pretrained.best_of = lambda texts, num, *, seed: texts[num - 1 :: num]
+    _, out, err = run(
+        *("--prompt", "it", "IT IS", "--gen-length", "4", "--temperature", "0.1"),
+        *("--best-of", "3"),
+        pretrained=pretrained,
+    )
+    assert out == "it is \n---\nIT IS a t\n"
+    assert "2 texts, 8 tokens in 24 passes" in err
 
 
 def test_options_that_were_asked_for_are_recorded(run):

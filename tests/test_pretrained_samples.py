@@ -1,0 +1,53 @@
+"""`llada_jax.load(...).generate`, `.complete`, `.best_of` and `.infill`."""
+
+import numpy as np
+import pytest
+from support.exports import LLADA, write_checkpoint
+from support.hf_directories import random_params
+
+import llada_jax
+from llada_jax.errors import UserError
+from llada_jax.samplers.text import Completion
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory):
+    home = tmp_path_factory.mktemp("samples")
+    return llada_jax.load(str(write_checkpoint(home / "run", LLADA, random_params(LLADA))))
+
+
+def test_a_cache_that_is_refreshed_in_every_step_changes_no_text(model):
+    request = {"gen_length": 8, "block_length": 4, "stop_at_eos": False}
+    expected = model.generate(["it is", "a"], **request)
+    assert model.generate(["it is", "a"], cache="dual", refresh=1, **request) == expected
+    tokens_BT = model.generate_tokens(
+        [list(b"it")], cache="prefix", refresh=1, gen_length=8, block_length=4
+    )
+    np.testing.assert_array_equal(
+        tokens_BT, model.generate_tokens([list(b"it")], gen_length=8, block_length=4)
+    )
+
+
+def test_gaps_are_filled_between_what_is_given(model):
+    (text,) = model.infill(["it [MASK:3] a truth"])
+    assert text.startswith("it ")
+    assert text.endswith(" a truth")
+
+
+def test_the_best_of_several_texts_is_the_most_likely_per_token(model):
+    texts = ["truth", "it is", "", "aaaa", "b", "the"]
+    completions = [Completion("it", text, list(text.encode()), 1) for text in texts]
+    scores = model.score([("it", text) for text in texts if text], mc_samples=32)
+    per_token = [score.log_likelihood / score.num_tokens for score in scores]
+    per_token.insert(2, -np.inf)
+    expected = [int(np.argmax(per_token[:3])), 3 + int(np.argmax(per_token[3:]))]
+    assert model.best_of(completions, 3) == [completions[number] for number in expected]
+
+
+def test_one_text_instead_of_a_list_is_refused(model):
+    with pytest.raises(UserError, match=r"pass a list, as in generate"):
+        model.generate("it")
+    with pytest.raises(UserError, match=r"pass a list, as in infill"):
+        model.infill("it [MASK]")
+    with pytest.raises(UserError, match="has no gap"):
+        model.infill(["it"])
