@@ -7,6 +7,7 @@ cannot express. Outputs at padding (segment 0) mean nothing and differ between t
 """
 
 import functools
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -26,7 +27,7 @@ def xla_attention(
     segment_ids_BT: Array | None,
     *,
     mask: Mask,
-    start: Array | None = None,
+    start: Array | int | None = None,
 ) -> Array:
     """The reference: softmax(q k^T / sqrt(H)) v in float32, materialising the scores [B, N, T, S].
 
@@ -227,7 +228,7 @@ def triton_attention(
     )
 
 
-IMPLEMENTATIONS = {
+IMPLEMENTATIONS: dict[str, Callable[..., Array]] = {
     "xla": xla_attention,
     "splash": splash_attention,
     "cudnn": cudnn_attention,

@@ -83,5 +83,5 @@ def hidden_with_cache(
         block = nnx.merge(graphdef, params)
         return _run_block(block, x_BWD, angles, segment_ids_BT, layer_cache, start, network)
 
-    x_BWD, cache = jax.lax.scan(run_block, x_BWD, (stacked, cache))
-    return rms_norm(x_BWD, network.final_norm[...], a.norm_eps), cache
+    x_BWD, new_cache = jax.lax.scan(run_block, x_BWD, (stacked, cache))
+    return rms_norm(x_BWD, network.final_norm[...], a.norm_eps), new_cache

@@ -6,7 +6,7 @@ token at that position. Keys and values are cached, which is exact under a causa
 token costs one pass over one column.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import nullcontext
 from functools import partial
 from typing import Any, NamedTuple
@@ -116,7 +116,7 @@ def _continue_rows(
 
 
 def continue_tokens(
-    cache_fns: CacheFns,
+    cache_fns: tuple[Callable, Callable],
     params: dict,
     prompts: Sequence[Sequence[int]],
     *,
@@ -179,12 +179,12 @@ def continue_tokens(
         canvas = make_canvas(batch, gen_length=gen_length, mask_id=mask_id, pad_id=pad_id)
         starts_BT = (canvas.positions_BT == 0) & (canvas.segment_ids_BT == 1)
         shifted_BT = np.where(starts_BT, bos_id, np.roll(canvas.tokens_BT, 1, axis=1))
-        fixed = _Fixed(
+        rows_of_batch: dict[str, Any] = dict(
             segment_ids_BT=canvas.segment_ids_BT,
             positions_BT=canvas.positions_BT,
             row_B=np.arange(first, first + batch_size, dtype=np.int32),
-            **numbers,
         )
+        fixed = _Fixed(**rows_of_batch, **numbers)
         arguments = jax.device_put((shifted_BT, key_for("sampling", seed), fixed), sharding)
         with jax.set_mesh(mesh) if mesh else nullcontext():  # type: ignore[arg-type]
             generated = _continue_rows(

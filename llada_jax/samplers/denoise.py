@@ -444,9 +444,13 @@ def denoise(
         cfg_scale=np.float32(cfg_scale),
         num_ids=np.int32(np.iinfo(np.int32).max if num_ids is None else num_ids),
     )
-    state = _State(
-        np.asarray(canvas_BT, np.int32), np.int32(0), np.zeros(len(canvas_BT), np.int32), ()
+    empty: dict[str, Any] = dict(
+        canvas_BT=np.asarray(canvas_BT, np.int32),
+        step_in_block=np.int32(0),
+        num_steps_B=np.zeros(len(canvas_BT), np.int32),
+        cache=(),
     )
+    state = _State(**empty)
     sharding = sharding_beside(network)
     state, number, key, fixed = jax.device_put((state, np.int32(0), key, _Fixed(**host)), sharding)
     mesh_sharding = sharding if isinstance(sharding, NamedSharding) else None

@@ -83,5 +83,6 @@ def sharding_beside(network: Any) -> jax.sharding.Sharding | None:
 
 def as_partial(function: Callable) -> jax.tree_util.Partial:
     """Returns a function as a pytree, which jax.jit takes as an argument."""
-    is_partial = isinstance(function, jax.tree_util.Partial)
-    return function if is_partial else jax.tree_util.Partial(function)
+    if isinstance(function, jax.tree_util.Partial):
+        return function
+    return jax.tree_util.Partial(function)

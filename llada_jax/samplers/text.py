@@ -54,7 +54,7 @@ def generate_tokens(
     gen_length: int,
     block_length: int | None = None,
     steps: int | None = None,
-    cache_fns: CacheFns | None = None,
+    cache_fns: tuple[Callable, Callable] | None = None,
     seed: int = 0,
     batch_size: int = 16,
     on_step: Callable[[range, DenoiseStep], None] = ignore_step,
@@ -184,7 +184,7 @@ def _denoise_batches(
     make: Callable,
     *,
     mask_id: int,
-    cache_fns: CacheFns | None,
+    cache_fns: tuple[Callable, Callable] | None,
     seed: int,
     batch_size: int,
     on_step: Callable[[range, DenoiseStep], None],
@@ -277,7 +277,7 @@ def generate_text(
 
 
 def continue_text(
-    cache_fns: CacheFns,
+    cache_fns: tuple[Callable, Callable],
     params: dict,
     tokenizer: Any,
     prompts: Sequence[str],

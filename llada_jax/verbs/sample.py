@@ -33,7 +33,7 @@ def make_parser() -> Parser:
         'llada-jax sample --checkpoint runs/tiny/run --prompt "It is a truth" --show',
     )
     parser.usage = "llada-jax sample --checkpoint CKPT [flags]"
-    parser.epilog = MORE_FLAGS + "\n" + parser.epilog
+    parser.epilog = f"{MORE_FLAGS}\n{parser.epilog}"
     add = parser.add_argument
     add(
         "--checkpoint",
