@@ -45,7 +45,7 @@ def test_draws_stay_within_the_likely_tokens_and_keep_their_odds():
     share_3 = np.bincount(tokens_BT.ravel(), minlength=16)[:3] / tokens_BT.size
     # 2,048 draws: five standard errors, exceeded by a correct sampler once in a million seeds.
     np.testing.assert_allclose(share_3, np.array([0.4, 0.3, 0.2]) / 0.9, atol=5 * 0.5 / 2048**0.5)
-    assert share_3.sum() == 1.0
+    assert tokens_BT.max() == 2
     tokens_BT, _ = generate_tokens(fixed_distribution, logits_V, [[]] * 64, top_p=0.6, **request)
     assert set(tokens_BT.ravel().tolist()) == {0, 1}
 
