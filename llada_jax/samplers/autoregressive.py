@@ -1,7 +1,7 @@
 """Next-token sampling from a causal network: the control of every comparison with diffusion.
 
-The row that the network reads begins with BOS and holds each token one place later than it stands
-in the text, as in llada_jax.objectives.autoregressive: the logits at a position are those of the
+The row that the network reads begins with BOS and holds each token one place later than the
+text does, as in llada_jax.objectives.autoregressive: the logits at a position are those of the
 token at that position. Keys and values are cached, which is exact under a causal mask, so that each
 token costs one pass over one column.
 """
@@ -138,7 +138,7 @@ def continue_tokens(
 
     Args:
         cache_fns: of a causal network, taking `params` first, see llada_jax.samplers.network.
-        bos_id: what stands in front of the prompt.
+        bos_id: the token in front of the prompt.
         The others: see llada_jax.samplers.text.generate_tokens and
             llada_jax.samplers.denoise.denoise. A row that has ended is filled up with EOS.
 

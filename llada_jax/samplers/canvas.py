@@ -60,7 +60,7 @@ def make_infill_canvas(
     segment 0, and counts as given.
 
     Args:
-        texts: token ids; what stands at a position that is not given is not read.
+        texts: token ids; a token that is not given is not read.
         is_given: for each text, which of its tokens are kept.
     """
     width = -(-max(len(text) for text in texts) // PROMPT_BUCKET) * PROMPT_BUCKET

@@ -1,4 +1,4 @@
-"""How many of the proposed tokens a step keeps: the fixed schedule, or a rule that looks at the
+"""How many of the proposed tokens are kept in a step: the fixed schedule, or a rule that looks at the
 proposals.
 
 A rule is written NAME or NAME=AMOUNT. All of them sort the hidden positions of the current block,
@@ -96,8 +96,8 @@ def parse_commit(text: str) -> Commit:
     if name == SCHEDULE:
         if equals:
             raise UserError(
-                f"commit={text!r}: the schedule takes no amount; set how many tokens a step keeps "
-                "with steps."
+                f"commit={text!r}: the schedule takes no amount; set the number of "
+                "passes with steps."
             )
         return Commit(SCHEDULE, 0.0)
     criterion = look_up(CRITERIA | {SCHEDULE: None}, name, "commit criterion")
