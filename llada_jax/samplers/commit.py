@@ -1,5 +1,5 @@
-"""How many of the proposed tokens are kept in a step: the fixed schedule, or a rule that looks at the
-proposals.
+"""How many of the proposed tokens are kept in a step: the fixed schedule, or a rule that looks at
+the proposals.
 
 A rule is written NAME or NAME=AMOUNT. All of them sort the hidden positions of the current block,
 the surest first, and keep the first n. They look at one row at a time: what the other rows of a
