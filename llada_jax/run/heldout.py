@@ -1,15 +1,17 @@
 """The held-out bound while a run trains, and what is kept of one that was asked to stop."""
 
 import contextlib
+import functools
 import json
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import jax
 import numpy as np
 from jax.experimental import multihost_utils
 
+from llada_jax.cluster import distributed
 from llada_jax.data.loader import SourceSummary
 from llada_jax.evaluation.splits import bound_of_split
 from llada_jax.objectives.objective import Objective
@@ -137,3 +139,88 @@ class Unfinished:
         if self._is_first:
             with contextlib.suppress(OSError):
                 self._path.unlink(missing_ok=True)
+
+
+class HeldoutEvaluations:
+    """The held-out evaluations of one run, each of which can be interrupted and continued.
+
+    Args:
+        workdir: local directory or URL; keeps what an interrupted evaluation has scored.
+        recipe: llada_jax.training.step.Recipe of the run.
+        data: llada_jax.run.start.RunData, whose held-out splits are scored.
+        batch_size: rows that are scored at once, over all hosts.
+        weights: what config.evaluation.weights says, which an interrupted evaluation must share
+            with the one that continues it.
+        beat: called with a text before each batch, so that the watchdog sees the run alive.
+        is_asked_to_stop: asked before each batch; must give every process the same answer.
+        timeout_s: how long the processes wait for each other to compile; 0: for ever.
+    """
+
+    def __init__(
+        self,
+        workdir,
+        recipe,
+        data,
+        *,
+        batch_size: int,
+        sequence_length: int,
+        attend_across_documents: bool,
+        weights: str,
+        beat: Callable[[str], None],
+        is_asked_to_stop: Callable[[], bool],
+        timeout_s: int,
+    ):
+        self._recipe, self._summaries = recipe, data.summaries
+        self._beat, self._is_asked_to_stop = beat, is_asked_to_stop
+        self._settings = {
+            "batch_size": batch_size,
+            "sequence_length": sequence_length,
+            "attend_across_documents": attend_across_documents,
+        }
+        depends_on = {"data": data.record(), "weights": weights, **self._settings}
+        self._unfinished = Unfinished(workdir, depends_on)
+        # once for the run: the compiled program is found again by later evaluations
+        self._on_compiled = functools.cache(
+            functools.partial(distributed.meet, "evaluation", timeout_s=timeout_s)
+        )
+
+    def evaluate(
+        self, step: int, params: dict, frozen: dict, num_batches: int
+    ) -> dict[str, dict[str, float]]:
+        """Returns the bounds of evaluate_heldout for the weights after `step`.
+
+        Raises:
+            AskedToStop: between two batches; what was scored is kept for the next call, which may
+                be in another process.
+        """
+        scored = self._unfinished.read(step) or {}
+        try:
+            return evaluate_heldout(
+                self._recipe.model,
+                params,
+                frozen=frozen,
+                summaries=self._summaries,
+                objective=self._recipe.objective,
+                num_batches=num_batches,
+                scored=scored,
+                batch_sharding=self._recipe.batch_sharding,
+                on_batch=self._on_batch,
+                on_compiled=self._on_compiled,
+                **self._settings,
+            )
+        except AskedToStop:
+            self._unfinished.write(step, scored)
+            raise
+
+    def is_unfinished(self, step: int) -> bool:
+        """Returns whether an evaluation of the weights after `step` was interrupted."""
+        return self._unfinished.read(step) is not None
+
+    def forget(self) -> None:
+        """Removes what was kept: the bounds of the last evaluation are in the metrics."""
+        self._unfinished.clear()
+
+    def _on_batch(self) -> None:
+        self._beat("a held-out batch")
+        if self._is_asked_to_stop():
+            raise AskedToStop

@@ -84,6 +84,16 @@ class OpenWorkdir(NamedTuple):
     origin: str
     changed: list[str]
 
+    def what_changed(self, *, log_every_steps: int) -> list[str]:
+        """Returns lines for the user about what a continued run does not share with its past: log
+        lines that are missing, and knobs with other values.
+        """
+        # of another workdir (checkpoint.restore) the lines are there, and not here
+        gap = self.writer.gap_before(self.start_step, every_steps=log_every_steps)
+        return [gap] * bool(gap and self.is_continued) + [
+            f"start       {line}" for line in self.changed
+        ]
+
 
 def open_workdir(
     workdir: str,

@@ -1,9 +1,9 @@
 """`llada-jax train`: from a config and a workdir to a trained model that can be resumed."""
 
 import contextlib
-import functools
 import time
 from collections import deque
+from collections.abc import Iterator
 from pathlib import Path
 from typing import NamedTuple
 
@@ -17,11 +17,11 @@ from llada_jax.cluster.stop_request import StopRequest
 from llada_jax.config import AUTO, learning_rate_knob, load_config, own_parts, parse_sources
 from llada_jax.data.loader import train_batches
 from llada_jax.errors import LostPeer, Preempted, UserError
-from llada_jax.models.model import make_model
+from llada_jax.models.model import Model, make_model
 from llada_jax.parts import provenance
 from llada_jax.run.clock import Clock, speed_metrics
 from llada_jax.run.goodput import Ledger
-from llada_jax.run.heldout import AskedToStop, Unfinished, bound_line, evaluate_heldout
+from llada_jax.run.heldout import AskedToStop, HeldoutEvaluations, bound_line
 from llada_jax.run.metrics_file import is_over, means, read_lines
 from llada_jax.run.numerics import check_finite, check_skipped
 from llada_jax.run.profiler import ProfilerWindow
@@ -197,23 +197,13 @@ def train_on(
         remat=config.model.remat,
     ):
         progress.say(line)
-    # of another workdir (checkpoint.restore) the lines are there, and not here
-    gap = writer.gap_before(start_step, every_steps=config.log.every_steps)
-    if gap and opened.is_continued:
-        progress.say(gap)
-    for line in opened.changed:
-        progress.say(f"start       {line}")
+    for line in opened.what_changed(log_every_steps=config.log.every_steps):
+        progress.say(line)
     if start_step >= num_steps:
         progress.say(f"the run is complete: step {start_step} of {num_steps}")
     else:
         check_same_everywhere(repr(config))
-        with clock.span("compile"):
-            began = time.perf_counter()
-            compiled = compile_step(recipe, (B, T))
-            # Hosts compile for different lengths of time, and the first collective of a step gives
-            # the others seconds to come to it; here they may wait for the slowest.
-            distributed.meet("compiled", timeout_s=timeout_s)
-            progress.say(compilation_line(compiled, time.perf_counter() - began))
+        compiled = compile_together(recipe, (B, T), clock, progress, timeout_s)
         if stop.reached(start_step):
             raise Preempted(
                 f"asked to stop before step {start_step + 1}: nothing is lost; the same command "
@@ -222,20 +212,7 @@ def train_on(
 
     # 6. The loop.
     rows = sharding.local_rows(recipe.batch_sharding, (B, T))
-    batches = train_batches(
-        data.sources,
-        batch_size=B,
-        sequence_length=T,
-        seed=config.seed,
-        rows=rows,
-        start_step=start_step,
-        # step and batch differ after a rollback, which takes batches out of the order
-        batch_number=lambda step: batch_of_step(step + 1, opened.rollbacks.skipped) - 1,
-        random_length_probability=config.data.random_length_probability,
-        attend_across_documents=config.data.attend_across_documents,
-        num_threads=config.data.num_threads,
-        prefetch=config.data.prefetch,
-    )
+    batches = open_batches(config, data, opened, rows)
     flops = flops_of_token(recipe, sequence_length=T)
     peak_flops = hardware.peak_flops(mesh.devices.flat[0])
     zero_metrics = jax.jit(
@@ -243,6 +220,7 @@ def train_on(
         out_shardings=jax.tree.map(lambda s: s.sharding, recipe.abstract.metrics),
     )
     # a canvas is padded on the left and of any length, which only the reference attention takes
+    # made once, because what is compiled for it is found again under its functions
     sampling_model = make_model(
         recipe.architecture, dtype=recipe.dtype, attention="xla", mask=recipe.objective.mask
     )
@@ -252,72 +230,41 @@ def train_on(
         num_steps=config.log.profile_num_steps,
         last_step=num_steps,
     )
-    # of a state without an average the parameters; validate() has refused to be asked for one
-    read_by_evaluation = lambda state: (  # noqa: E731
+    # of a state without an average the parameters; check_contradictions() has refused to be asked
+    # for one
+    weights_of = lambda state: (  # noqa: E731
         (WEIGHTS[config.evaluation.weights] is not False and state.ema) or state.params
     )
     in_flight, logged_step = deque(), start_step
     is_due = lambda step, every: every > 0 and (step % every == 0 or step == num_steps)  # noqa: E731
     clock.start_training()
     with progress, profiler, distributed.Watchdog(timeout_s) as watchdog:
-        # as large as a microbatch of training, which is known to fit
-        eval_batch_size = B // config.optimizer.gradient_accumulation
-        unfinished = Unfinished(
+        evaluations = HeldoutEvaluations(
             workdir,
-            {
-                "data": data.record(),
-                "batch_size": eval_batch_size,
-                "sequence_length": T,
-                "weights": config.evaluation.weights,
-            },
+            recipe,
+            data,
+            # as large as a microbatch of training, which is known to fit
+            batch_size=B // config.optimizer.gradient_accumulation,
+            sequence_length=T,
+            attend_across_documents=config.data.attend_across_documents,
+            weights=config.evaluation.weights,
+            beat=watchdog.beat,
+            is_asked_to_stop=lambda: stop.reached(num_steps),
+            timeout_s=timeout_s,
         )
-
-        def on_batch() -> None:
-            watchdog.beat("a held-out batch")
-            if stop.reached(num_steps):
-                raise AskedToStop
-
-        # once for the run: the compiled program is found again by later evaluations
-        on_compiled = functools.cache(
-            functools.partial(distributed.meet, "evaluation", timeout_s=timeout_s)
-        )
-
-        def evaluate(step: int, num_batches: int) -> dict[str, dict[str, float]]:
-            """Returns the bounds of the state after `step`.
-
-            Asked to stop, it keeps what was scored and raises AskedToStop.
-            """
-            scored = unfinished.read(step) or {}
-            try:
-                bounds = evaluate_heldout(
-                    recipe.model,
-                    read_by_evaluation(state),
-                    frozen=state.frozen,
-                    summaries=data.summaries,
-                    objective=recipe.objective,
-                    num_batches=num_batches,
-                    scored=scored,
-                    batch_size=eval_batch_size,
-                    sequence_length=T,
-                    batch_sharding=recipe.batch_sharding,
-                    attend_across_documents=config.data.attend_across_documents,
-                    on_batch=on_batch,
-                    on_compiled=on_compiled,
-                )
-            except AskedToStop:
-                unfinished.write(step, scored)
-                raise
-            return bounds
 
         def evaluate_during_training(step: int) -> None:
             with clock.span("evaluation"):
-                for group, bound in evaluate(step, config.evaluation.num_batches).items():
+                bounds = evaluations.evaluate(
+                    step, weights_of(state), state.frozen, config.evaluation.num_batches
+                )
+                for group, bound in bounds.items():
                     writer.write(step, {group: bound})
                     progress.say(f"step {step} {group} {bound_line(bound, bound_name)}")
-            unfinished.clear()
+            evaluations.forget()
 
         # The attempt before was asked to stop in the middle of the evaluation after this step.
-        if 0 < start_step < num_steps and unfinished.read(start_step) is not None:
+        if 0 < start_step < num_steps and evaluations.is_unfinished(start_step):
             try:
                 evaluate_during_training(start_step)
             except AskedToStop:
@@ -400,14 +347,7 @@ def train_on(
             # not when the run is to stop: the grace period is for the checkpoint
             if is_due(step, config.samples.every_steps) and not must_stop:
                 with clock.span("samples"):
-                    text = sample_markdown(
-                        sampling_model,
-                        read_by_evaluation(state),
-                        data.tokenizer,
-                        on_step=lambda *_: watchdog.beat("a denoising step"),
-                        prompts=list(config.samples.prompts),
-                        **{name: config.samples[name] for name in SAMPLE_KNOBS},
-                    )
+                    text = sample(config, sampling_model, data, weights_of(state), watchdog.beat)
                     writer.text(step, "samples", text)
 
             # 6c. Save; then, if asked to, stop.
@@ -439,7 +379,12 @@ def train_on(
             saved.wait()
         if not on_first_process(lambda: is_over(read_lines(workdir), num_steps)):
             try:
-                bounds = evaluate(num_steps, config.evaluation.final_num_batches)
+                bounds = evaluations.evaluate(
+                    num_steps,
+                    weights_of(state),
+                    state.frozen,
+                    config.evaluation.final_num_batches,
+                )
             except AskedToStop:
                 saved.close()
                 writer.close()
@@ -453,11 +398,53 @@ def train_on(
                 final = {group.replace("heldout", "final"): bounds[group] for group in bounds}
                 writer.write(num_steps, final)
             writer.flush()
-            unfinished.clear()
+            evaluations.forget()
         ledger.mark(num_steps)
         progress.say(ledger.line())
     saved.close()
     writer.close()
+
+
+def open_batches(config, data: RunData, opened: OpenWorkdir, rows) -> Iterator[dict]:
+    """Returns this host's rows of the batch of each step that is left, in order."""
+    return train_batches(
+        data.sources,
+        batch_size=config.data.batch_size,
+        sequence_length=config.data.sequence_length,
+        seed=config.seed,
+        rows=rows,
+        start_step=opened.start_step,
+        # step and batch differ after a rollback, which takes batches out of the order
+        batch_number=lambda step: batch_of_step(step + 1, opened.rollbacks.skipped) - 1,
+        random_length_probability=config.data.random_length_probability,
+        attend_across_documents=config.data.attend_across_documents,
+        num_threads=config.data.num_threads,
+        prefetch=config.data.prefetch,
+    )
+
+
+def sample(config, model: Model, data: RunData, params: dict, beat) -> str:
+    """Returns what the model writes to config.samples.prompts, as Markdown."""
+    return sample_markdown(
+        model,
+        params,
+        data.tokenizer,
+        on_step=lambda *_: beat("a denoising step"),
+        prompts=list(config.samples.prompts),
+        **{name: config.samples[name] for name in SAMPLE_KNOBS},
+    )
+
+
+def compile_together(recipe: Recipe, shape: tuple[int, int], clock, progress, timeout_s: int):
+    """Returns the compiled train step for batches of this shape, once every process has its own."""
+    with clock.span("compile"):
+        began = time.perf_counter()
+        compiled = compile_step(recipe, shape)
+        # Hosts compile for different lengths of time, and the first collective of a step gives
+        # the others seconds to come to it; here they may wait for the slowest.
+        distributed.meet("compiled", timeout_s=timeout_s)
+        progress.say(compilation_line(compiled, time.perf_counter() - began))
+    return compiled
 
 
 def compilation_cache(setting: str) -> str | None:
