@@ -6,8 +6,7 @@ A record of a dataset with `sequence_length` T is, in little endian,
     uint16[T] or uint32[T]        token ids, uint16 when vocab_size <= 65,536; zero from n on
     uint8[ceil(T/8)]              bit i (least significant first) is 1 where token i begins a
     document
-    uint8[ceil(T/8)]              of dialogues alone: bit i is 1 where token i is of an answer, which
-    the loss may mask
+    uint8[ceil(T/8)]              of dialogues alone: bit i is 1 where token i is of an answer
 so every record of a dataset has the same number of bytes: 4 + 2 * 4096 + 512 = 8,708 at T = 4096
 with uint16. Riegeli, the format below ArrayRecord, hashes every record, so a flipped bit is found
 when the record is read.
@@ -21,6 +20,7 @@ from bisect import bisect_right
 from collections.abc import Iterable
 from dataclasses import dataclass
 from itertools import accumulate
+from typing import Any
 
 import numpy as np
 from array_record.python import array_record_module
@@ -146,7 +146,7 @@ def decode_record(
     positions_T = np.zeros(sequence_length, dtype=np.int32)
     segment_ids_T[:n] = np.repeat(np.arange(1, len(bounds), dtype=np.int32), lengths)
     positions_T[:n] = np.arange(n, dtype=np.int32) - np.repeat(bounds[:-1], lengths)
-    row = {
+    row: dict[str, np.ndarray] = {
         "tokens": stored_T.astype(np.int32),
         "segment_ids": segment_ids_T,
         "positions": positions_T,
@@ -386,7 +386,7 @@ class Records:
     def __init__(self, info: DatasetInfo, *, split: str):
         self._shards = [shard for shard in info.split(split).shards if shard.num_records]
         self._ends = list(accumulate(shard.num_records for shard in self._shards))
-        self._sizes = {
+        self._sizes: dict[str, Any] = {
             "sequence_length": info.sequence_length,
             "vocab_size": info.vocab_size,
             "with_answers": info.dialogues is not None,

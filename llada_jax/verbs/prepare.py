@@ -6,8 +6,10 @@ import json
 import os
 
 from llada_jax.data.build import COUNTS
+from llada_jax.data.dialogue_units import ChatSettings
 from llada_jax.data.preparation import prepare
 from llada_jax.data.text import Cut
+from llada_jax.errors import UserError
 from llada_jax.verbs.command_line import Parser
 
 
@@ -20,6 +22,21 @@ def main(argv: list[str]) -> None:
         document_start=args.document_start,
         form=args.format,
     )
+    chat = None
+    given = {
+        flag: value
+        for flag in ("chat_template", "turns", "too_long", "malformed", "rows")
+        if (value := getattr(args, flag)) is not None
+    }
+    if args.chat:
+        if args.documents or args.document_start or args.text_field != "text":
+            raise UserError(
+                "--documents, --document-start and --text-field are for text, and --chat reads "
+                "dialogues; leave them out."
+            )
+        chat = ChatSettings(template=given.pop("chat_template", ""), **given)
+    elif given:
+        raise UserError(f"--{min(given).replace('_', '-')} is for dialogues; add --chat.")
     content = prepare(
         args.input,
         args.output,
@@ -29,6 +46,7 @@ def main(argv: list[str]) -> None:
         heldout=args.heldout,
         workers=args.workers,
         add_mask_token=args.add_mask_token,
+        chat=chat,
     )
     print(
         json.dumps(content, indent=2, ensure_ascii=False)
@@ -99,6 +117,12 @@ def _parser() -> Parser:
         action="store_true",
         help="append a mask token to a tokenizer that has none",
     )
+    add("--chat", action="store_true", help="the records are dialogues (docs/finetuning.md)")
+    add("--chat-template", metavar="F", help="Jinja file, or default (the tokenizer's own)")
+    add("--turns", choices=("one", "all", "each"), help="answers used of a dialogue (one)")
+    add("--too-long", choices=("drop", "left", "error"), help="dialogues above T (error)")
+    add("--malformed", choices=("skip", "error"), help="what is no dialogue (error)")
+    add("--rows", choices=("packed", "padded"), help="dialogues per row: several, one (packed)")
     add("--json", action="store_true", help="print dataset.json instead of the summary")
     return parser
 
@@ -126,9 +150,26 @@ def summary(output, content: dict) -> str:
         )
     if content["source"]["num_empty_documents"]:
         lines.append(f"  {content['source']['num_empty_documents']:,} empty documents were skipped")
+    lines += _lines_of_dialogues(content["dialogues"]) if "dialogues" in content else []
     if "num_lossy_documents" in content["source"]:
         lines.append(
             f"  {content['source']['num_lossy_documents']:,} documents lose text in the tokenizer, "
             f"{content['source']['num_lost_bytes']:,} bytes in all, which num_bytes leaves out"
         )
     return "\n".join(lines)
+
+
+def _lines_of_dialogues(told: dict) -> list[str]:
+    lines = []
+    if told["num_malformed"]:
+        kinds = "; ".join(f"{number:,}: {why}" for why, number in told["malformed"].items())
+        lines += [
+            f"  {told['num_malformed']:,} malformed records were skipped ({kinds})",
+            f"  the first of them is {told['first_malformed']}",
+        ]
+    if told["num_too_long"]:
+        lines.append(
+            f"  {told['num_too_long']:,} dialogues were too long, of which {told['num_cut']:,} "
+            "lost their beginning and the others were left out"
+        )
+    return lines

@@ -418,6 +418,7 @@ def open_batches(config, data: RunData, opened: OpenWorkdir, rows) -> Iterator[d
         batch_number=lambda step: batch_of_step(step + 1, opened.rollbacks.skipped) - 1,
         random_length_probability=config.data.random_length_probability,
         attend_across_documents=config.data.attend_across_documents,
+        eos_padding=config.data.eos_padding,
         num_threads=config.data.num_threads,
         prefetch=config.data.prefetch,
     )
