@@ -95,6 +95,13 @@ def default_config() -> ConfigDict:
     # p = eps + (max_mask_ratio - eps) t (sft)
     config.objective.max_mask_ratio = 1.0
 
+    # Low-rank adapters, which are trained in place of the network (docs/finetuning.md).
+    config.lora = ConfigDict()
+    config.lora.rank = 0  # 0: none, the network is trained
+    config.lora.alpha = 16.0  # the product of an adapter is multiplied with alpha / rank
+    # regex that is found in the names of the adapted matrices, such as blocks/q and blocks/ff_up
+    config.lora.targets = "blocks/(q|k|v|attn_out)$"
+
     config.optimizer = ConfigDict()
     # adamw | lion | muon
     config.optimizer.name = "adamw"

@@ -65,6 +65,8 @@ RANGES = {
     "model.nll_chunk": _SIZE,
     "objective.eps": Range(0, 1, below=True),
     "objective.max_mask_ratio": Range(0, 1, above=True),
+    "lora.rank": Range(0, 2**16),
+    "lora.alpha": Range(0, above=True),
     "optimizer.b1": Range(0, 1, below=True),
     "optimizer.b2": Range(0, 1, below=True),
     # without it an element whose gradient was always zero is 0/0

@@ -138,6 +138,13 @@ def check_contradictions(config: ConfigDict) -> None:
             f"{objective.max_mask_ratio}: the mask ratio runs from the first to the second, which "
             "must be larger."
         )
+    try:
+        re.compile(config.lora.targets)
+    except re.error as error:
+        raise UserError(
+            f"config.lora.targets={config.lora.targets!r} is not a regular expression ({error}); "
+            "correct it."
+        ) from error
     if config.evaluation.weights == "ema" and not config.optimizer.ema_decay:
         raise UserError(
             "config.evaluation.weights='ema' needs a moving average and "

@@ -5,6 +5,7 @@ strangers, and is rendered in jinja2's sandbox, in which it cannot reach Python.
 """
 
 import json
+import os
 import re
 from datetime import datetime
 from pathlib import Path
@@ -164,6 +165,12 @@ class Chat:
                     "the template does not write the beginning of a dialogue as it does alone, "
                     "which --turns each allows"
                 )
+            # Such as the template of LLaDA-8B-Base, which reads no add_generation_prompt.
+            common = os.path.commonprefix([before[::-1], after[::-1]])[::-1]
+            if "assistant" in common and after == self.render(
+                messages[: number + 1], tools=tools, add_generation_prompt=True
+            ):
+                raise Malformed("the template opens another answer after each answer")
             pieces.append((before[position:], False))
             pieces.append((after[len(before) :], True))
             position = len(after)

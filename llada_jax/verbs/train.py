@@ -347,7 +347,8 @@ def train_on(
             # not when the run is to stop: the grace period is for the checkpoint
             if is_due(step, config.samples.every_steps) and not must_stop:
                 with clock.span("samples"):
-                    text = sample(config, sampling_model, data, weights_of(state), watchdog.beat)
+                    network = recipe.objective.network(weights_of(state), state.frozen)
+                    text = sample(config, sampling_model, data, network, watchdog.beat)
                     writer.text(step, "samples", text)
 
             # 6c. Save; then, if asked to, stop.

@@ -105,11 +105,12 @@ def test_every_answer_of_the_default_template_ends_with_end_of_text():
         ("{{ messages[0].content.__class__.__mro__ }}", "unsafe"),
         ("{{ messages[0].absent.name }}", "no attribute"),
         ("{{ messages | length }}", "beginning"),
+        (HEADERS.replace("add_generation_prompt", "true"), "opens another answer"),
     ],
 )
 def test_a_template_that_fails_makes_the_dialogue_malformed(template, reason):
     with pytest.raises(Malformed, match=reason):
-        Chat(template, load_tokenizer("bytes")).document(DIALOGUE)
+        Chat(template, load_tokenizer("bytes")).document(DIALOGUE[1:3])
 
 
 def test_marks_of_generation_are_read(headers):

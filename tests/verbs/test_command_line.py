@@ -30,7 +30,7 @@ FLAGS = {
         --json""",
     "import": "--from --output --mesh --mask-token --causal --json",
     "export": """--checkpoint --output --dtype --shard-size --ema --layout --chat-template --force
-        --verify --push-to-hub --dry-run --license --json""",
+        --verify --push-to-hub --dry-run --license --adapters --json""",
     "plan": """--config --topology --slices --vocab-size --compile --search --flags --json
         --config.KEY""",
     "sweep": """--config --workdir --list --index --run --optuna --table --fit --parallel --plot
