@@ -249,7 +249,8 @@ def test_a_directory_that_is_no_dataset_is_named(tmp_path):
         ("{", "not valid JSON"),
         ("[1]", "names no format"),
         ('{"splits": {}}', "names no format"),
-        ('{"format": 2}', "format 2"),
+        ('{"format": 2}', "sequence_length"),
+        ('{"format": 3}', "format 3"),
         ('{"format": 1}', "sequence_length"),
         (
             '{"format": 1, "sequence_length": 8, "fingerprint": "", "tokenizer": {}, "splits": {}}',
