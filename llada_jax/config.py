@@ -90,7 +90,7 @@ def default_config() -> ConfigDict:
     config.objective.weight = "1/p"
     # what is masked (sft): answers | documents (their prompts too)
     config.objective.masked = "answers"
-    # what the loss is a mean over (sft): answers (each a mean over its tokens, as published) | tokens
+    # mean of the loss (sft): answers (each a mean over its tokens, as published) | tokens
     config.objective.mean_over = "answers"
     # p = eps + (max_mask_ratio - eps) t (sft)
     config.objective.max_mask_ratio = 1.0
