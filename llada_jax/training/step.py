@@ -21,10 +21,10 @@ from llada_jax.models.adapters import Lora
 from llada_jax.models.attention import choose
 from llada_jax.models.model import Model, compute_dtype, make_model
 from llada_jax.models.transformer import Architecture
-from llada_jax.objectives.adapted import adapted
 from llada_jax.objectives.named import make_objective
 from llada_jax.objectives.objective import Objective
 from llada_jax.rng import key_for
+from llada_jax.training.adapted import adapted
 from llada_jax.training.optim import by_path, make_optimizer, make_schedule
 from llada_jax.training.state import STEP_METRICS, TrainState, abstract_metrics, abstract_state
 

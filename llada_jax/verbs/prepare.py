@@ -121,7 +121,7 @@ def _parser() -> Parser:
     add("--chat-template", metavar="F", help="Jinja file, or default (the tokenizer's own)")
     add("--turns", choices=("one", "all", "each"), help="answers used of a dialogue (one)")
     add("--too-long", choices=("drop", "left", "error"), help="dialogues above T (error)")
-    add("--malformed", choices=("skip", "error"), help="what is no dialogue (error)")
+    add("--malformed", choices=("skip", "error"), help="records that are not dialogues (error)")
     add("--rows", choices=("packed", "padded"), help="dialogues per row: several, one (packed)")
     add("--json", action="store_true", help="print dataset.json instead of the summary")
     return parser

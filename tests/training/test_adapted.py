@@ -8,8 +8,8 @@ from support.errors import error_of
 from llada_jax.models.adapters import Lora, adapter_shapes, merged
 from llada_jax.models.model import make_model
 from llada_jax.models.transformer import Architecture
-from llada_jax.objectives.adapted import adapted
 from llada_jax.objectives.sft import sft
+from llada_jax.training.adapted import adapted
 
 MODEL = make_model(
     Architecture(
