@@ -1,8 +1,8 @@
-"""The model of the demo learns to answer 2,025 small dialogues, in minutes on a 2-core CPU.
+"""The model of the demo learns to answer 2,025 small dialogues, on a CPU.
 
-    llada-jax train --config configs/sft_tiny.py --workdir runs/tiny/sft
+    llada-jax train --config configs/sft_tiny.py --workdir runs/tiny_sft
 
-The model comes from runs/tiny/run (`make demo`) and the dialogues from runs/tiny/chat, which
+The model comes from runs/tiny/run (`make demo`) and the dialogues from runs/chat, which
 docs/finetuning.md writes. Rows of 64 tokens hold one to three dialogues. docs/log.md has the
 result.
 """
@@ -13,7 +13,7 @@ from llada_jax.config import default_config
 def get_config():
     config = default_config()
     config.num_steps = 400
-    config.data.path = "runs/tiny/chat"
+    config.data.path = "runs/chat"
     config.data.batch_size = 32
     config.data.sequence_length = 64
     config.data.random_length_probability = 0.0

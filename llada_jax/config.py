@@ -40,7 +40,7 @@ def default_config() -> ConfigDict:
     config.data.random_length_probability = 0.01  # share of rows cut to their first U{1..T} tokens
     # False: attention and positions stop at document boundaries
     config.data.attend_across_documents = True
-    # of dialogues with a row each (prepare --chat --rows padded): rows are filled up with
+    # of dialogues with a row each (prepare --chat rows=padded): rows are filled up with
     # end-of-text tokens, as part of the answer, to the longest of so many; 0: not at all
     config.data.eos_padding = 0
     config.data.num_threads = 4  # reader threads per host
@@ -100,7 +100,7 @@ def default_config() -> ConfigDict:
     config.lora.rank = 0  # 0: none, the network is trained
     config.lora.alpha = 16.0  # the product of an adapter is multiplied with alpha / rank
     # regex that is found in the names of the adapted matrices, such as blocks/q and blocks/ff_up
-    config.lora.targets = "blocks/(q|k|v|attn_out)$"
+    config.lora.targets = "blocks/[^f]"
 
     config.optimizer = ConfigDict()
     # adamw | lion | muon

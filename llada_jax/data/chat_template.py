@@ -55,8 +55,8 @@ def template_of(tokenizer: Tokenizer, setting: str = "") -> str:
     if own := tokenizer_template(tokenizer):
         return own
     raise UserError(
-        "The tokenizer has no chat template; give one with --chat-template FILE, or write "
-        "--chat-template default for plain text with a heading above every message."
+        "The tokenizer has no chat template; give one with --chat template=FILE, or write "
+        "--chat template=default for plain text with a heading above every message."
     )
 
 
@@ -66,7 +66,7 @@ def read_template(path: str) -> str:
         return Path(path).read_text()
     except (OSError, UnicodeDecodeError) as error:
         raise UserError(
-            f"--chat-template {path} cannot be read ({error}); give a file with Jinja source, or "
+            f"--chat template={path} cannot be read ({error}); give a file with Jinja source, or "
             "the word default."
         ) from error
 
@@ -104,7 +104,7 @@ class Chat:
         except jinja2.TemplateError as error:
             raise UserError(
                 f"The chat template is not valid Jinja ({error}); fix it, or give another with "
-                "--chat-template."
+                "--chat template=FILE."
             ) from error
         self._tokenizer, self._errors = tokenizer, (jinja2.TemplateError, TypeError, ValueError)
         self._markers = tokenizer.markers
@@ -163,7 +163,7 @@ class Chat:
             if not (whole.startswith(after) and after.startswith(before)):
                 raise Malformed(
                     "the template does not write the beginning of a dialogue as it does alone, "
-                    "which --turns each allows"
+                    "which --chat turns=each allows"
                 )
             # Such as the template of LLaDA-8B-Base, which reads no add_generation_prompt.
             common = os.path.commonprefix([before[::-1], after[::-1]])[::-1]

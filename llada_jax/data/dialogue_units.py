@@ -35,6 +35,14 @@ SCORED = ("num_scored_tokens", "num_scored_bytes")
 OPEN_ROWS = 64
 
 
+CHAT_CHOICES = {
+    "turns": ("one", "all", "each"),
+    "too_long": ("drop", "left", "error"),
+    "malformed": ("skip", "error"),
+    "rows": ("packed", "padded"),
+}
+
+
 @dataclass(frozen=True, kw_only=True)
 class ChatSettings:
     """How dialogues become documents.
@@ -71,7 +79,7 @@ def write_dialogues(
         if settings.malformed == "error":
             raise UserError(
                 f"{printable(where)}: {reason}; fix or remove the record, or leave such records "
-                "out with --malformed skip."
+                "out with --chat malformed=skip."
             )
         told["malformed"][reason] += 1
         told["first_malformed"] = told["first_malformed"] or f"{printable(where)}: {reason}"
@@ -84,7 +92,7 @@ def write_dialogues(
         if settings.too_long == "error":
             raise UserError(
                 f"{printable(where)}: the dialogue has {length} tokens and --sequence-length is "
-                f"{job.sequence_length}; raise that, or choose --too-long drop or left."
+                f"{job.sequence_length}; raise that, or choose --chat too_long=drop or left."
             )
         told["num_too_long"] += 1
         if settings.too_long == "drop":

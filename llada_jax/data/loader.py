@@ -324,13 +324,13 @@ def _check_dialogues(
         if info.dialogues and info.dialogues.rows == "packed" and attend_across_documents:
             raise UserError(
                 f"{info.directory} holds several dialogues in a row, which must not see each "
-                "other; set config.data.attend_across_documents=False, or prepare it with --rows "
-                "padded."
+                "other; set config.data.attend_across_documents=False, or prepare it with "
+                "--chat rows=padded."
             )
         if eos_padding and not (info.dialogues and info.dialogues.rows == "padded"):
             raise UserError(
                 f"config.data.eos_padding={eos_padding} fills up rows of one dialogue each, and "
-                f"{info.directory} has others; prepare dialogues with --rows padded, or set it to "
+                f"{info.directory} has others; prepare with --chat rows=padded, or set it to "
                 "0."
             )
     if eos_padding and batch_size % eos_padding:

@@ -73,11 +73,6 @@ SETTINGS = (
     "format",
     # Of dialogues alone.
     "chat",
-    "chat_template",
-    "turns",
-    "too_long",
-    "malformed",
-    "rows",
 )
 
 
@@ -130,7 +125,7 @@ def prepare(
         "document_start": cut.document_start,
         "heldout": heldout,
         **({"format": cut.form} if cut.form else {}),
-        **(_chat_source(chat) if chat else {}),
+        **({"chat": _chat_source(chat)} if chat else {}),
     }
     output = _begin_output(output)
     with _lock(output):
@@ -244,16 +239,11 @@ def _parse_tokenizer(
 
 
 def _chat_source(chat: ChatSettings) -> dict:
-    """Returns what dataset.json says of the settings, under the names of the flags."""
+    """Returns what dataset.json says of the settings."""
     template = chat.template
     if template not in ("", "default"):
         template = fingerprint(read_template(template))[:16]
-    names = ("turns", "too_long", "malformed", "rows")
-    return {
-        "chat": True,
-        "chat_template": template,
-        **{name: getattr(chat, name) for name in names},
-    }
+    return {**dataclasses.asdict(chat), "template": template}
 
 
 def _with_template(tokenizer: Tokenizer, setting: str) -> Tokenizer:

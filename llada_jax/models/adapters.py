@@ -37,7 +37,7 @@ class Lora(NamedTuple):
 
     rank: int = 0
     alpha: float = 16.0
-    targets: str = "blocks/(q|k|v|attn_out)$"
+    targets: str = "blocks/[^f]"
 
     @property
     def scale(self) -> float:

@@ -6,7 +6,7 @@ import json
 import os
 
 from llada_jax.data.build import COUNTS
-from llada_jax.data.dialogue_units import ChatSettings
+from llada_jax.data.dialogue_units import CHAT_CHOICES, ChatSettings
 from llada_jax.data.preparation import prepare
 from llada_jax.data.text import Cut
 from llada_jax.errors import UserError
@@ -22,21 +22,13 @@ def main(argv: list[str]) -> None:
         document_start=args.document_start,
         form=args.format,
     )
-    chat = None
-    given = {
-        flag: value
-        for flag in ("chat_template", "turns", "too_long", "malformed", "rows")
-        if (value := getattr(args, flag)) is not None
-    }
-    if args.chat:
-        if args.documents or args.document_start or args.text_field != "text":
-            raise UserError(
-                "--documents, --document-start and --text-field are for text, and --chat reads "
-                "dialogues; leave them out."
-            )
-        chat = ChatSettings(template=given.pop("chat_template", ""), **given)
-    elif given:
-        raise UserError(f"--{min(given).replace('_', '-')} is for dialogues; add --chat.")
+    if args.chat is not None and (
+        args.documents or args.document_start or args.text_field != "text"
+    ):
+        raise UserError(
+            "--documents, --document-start and --text-field are for text, and --chat reads "
+            "dialogues; leave them out."
+        )
     content = prepare(
         args.input,
         args.output,
@@ -46,7 +38,7 @@ def main(argv: list[str]) -> None:
         heldout=args.heldout,
         workers=args.workers,
         add_mask_token=args.add_mask_token,
-        chat=chat,
+        chat=None if args.chat is None else chat_settings(args.chat),
     )
     print(
         json.dumps(content, indent=2, ensure_ascii=False)
@@ -101,7 +93,7 @@ def _parser() -> Parser:
     add(
         "--document-start",
         default="",
-        metavar="REGEX",
+        metavar="RE",
         help="a .txt line that matches begins a new document",
     )
     add(
@@ -117,14 +109,33 @@ def _parser() -> Parser:
         action="store_true",
         help="append a mask token to a tokenizer that has none",
     )
-    add("--chat", action="store_true", help="the records are dialogues (docs/finetuning.md)")
-    add("--chat-template", metavar="F", help="Jinja file, or default (the tokenizer's own)")
-    add("--turns", choices=("one", "all", "each"), help="answers used of a dialogue (one)")
-    add("--too-long", choices=("drop", "left", "error"), help="dialogues above T (error)")
-    add("--malformed", choices=("skip", "error"), help="records that are not dialogues (error)")
-    add("--rows", choices=("packed", "padded"), help="dialogues per row: several, one (packed)")
+    add(
+        "--chat",
+        nargs="*",
+        metavar="K=V",
+        help="dialogues; template, turns, too_long, malformed, rows: docs/finetuning.md",
+    )
     add("--json", action="store_true", help="print dataset.json instead of the summary")
     return parser
+
+
+def chat_settings(words: list[str]) -> ChatSettings:
+    """Returns what the words after --chat say; UserError for a name or a value that is unknown."""
+    settings = {}
+    for word in words:
+        name, _, value = word.partition("=")
+        if name != "template" and name not in CHAT_CHOICES:
+            raise UserError(
+                f"--chat {word}: there is no setting {name!r}; known are template, "
+                f"{', '.join(CHAT_CHOICES)}, as in --chat template=default rows=padded."
+            )
+        if name in CHAT_CHOICES and value not in CHAT_CHOICES[name]:
+            raise UserError(
+                f"--chat {word}: {value!r} is not known; {name} is one of "
+                f"{', '.join(CHAT_CHOICES[name])}."
+            )
+        settings[name] = value
+    return ChatSettings(**settings)
 
 
 def _num_cores() -> int:

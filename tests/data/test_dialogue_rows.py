@@ -141,7 +141,7 @@ def test_settings_that_would_spoil_dialogues_are_refused(directory):
     packed = directory("packed")
     assert "random_length_probability" in error_of(batches, packed, random_length_probability=0.01)
     assert "must not see each other" in error_of(batches, packed, attend_across_documents=True)
-    assert "--rows padded" in error_of(batches, packed, eos_padding=2)
+    assert "rows=padded" in error_of(batches, packed, eos_padding=2)
     assert "multiple" in error_of(batches, directory("padded"), eos_padding=3)
 
 

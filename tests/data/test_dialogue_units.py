@@ -17,6 +17,7 @@ from llada_jax.data.dialogues import parse_dialogue
 from llada_jax.data.preparation import prepare
 from llada_jax.data.records import Records, read_dataset
 from llada_jax.data.tokenizer import load_tokenizer
+from llada_jax.verbs.prepare import chat_settings
 
 T = 128
 TOKENIZER = load_tokenizer("bytes")
@@ -156,7 +157,7 @@ def test_packing_keeps_every_document_whole_and_fills_rows(lengths, open_rows):
 
 def test_other_settings_are_refused_and_text_is_not_read_as_dialogues(tmp_path):
     prepared(tmp_path, PAIRS)
-    assert "--turns 'one'" in error_of(prepared, tmp_path, PAIRS, turns="all")
+    assert "with --chat {" in error_of(prepared, tmp_path, PAIRS, turns="all")
     (tmp_path / "a.txt").write_text("text")
     message = error_of(
         prepare,
@@ -167,3 +168,13 @@ def test_other_settings_are_refused_and_text_is_not_read_as_dialogues(tmp_path):
         chat=ChatSettings(template="default"),
     )
     assert "has no records" in message
+
+
+def test_the_words_of_the_command_line_are_the_settings():
+    words = ["template=default", "turns=all", "too_long=left", "malformed=skip", "rows=padded"]
+    assert chat_settings(words) == ChatSettings(
+        template="default", turns="all", too_long="left", malformed="skip", rows="padded"
+    )
+    assert chat_settings([]) == ChatSettings()
+    assert "no setting 'row'" in error_of(chat_settings, ["row=padded"])
+    assert "one of packed, padded" in error_of(chat_settings, ["rows=both"])

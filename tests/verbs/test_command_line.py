@@ -19,8 +19,7 @@ LINES, COLUMNS = 24, 100
 # somebody's script.
 FLAGS = {
     "prepare": """--input --output --sequence-length --tokenizer --text-field --documents
-        --document-start --heldout --workers --add-mask-token --json --format --chat
-        --chat-template --turns --too-long --malformed --rows""",
+        --document-start --heldout --workers --add-mask-token --json --format --chat""",
     "train": "--config --workdir --config.KEY",
     "rollback": "--workdir --to --skip",
     "sample": """--checkpoint --prompt --prompt-file --gen-length --block-length --steps
