@@ -1,6 +1,6 @@
 """The model of the demo learns to answer 2,025 small dialogues, on a CPU.
 
-    llada-jax train --config configs/sft_tiny.py --workdir runs/tiny_sft
+    llada-jax train --config configs/sft_tiny.py --workdir runs/sft_tiny
 
 The model comes from runs/tiny/run (`make demo`) and the dialogues from runs/chat, which
 docs/finetuning.md writes. Rows of 64 tokens hold one to three dialogues. docs/log.md has the
