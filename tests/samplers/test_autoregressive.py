@@ -25,11 +25,15 @@ def network():
 
 
 def logits_after(network, text):
-    """The logits of the token behind `text`, from a row that is shifted as in training."""
+    """The logits of the token behind `text`, from a row that is shifted as in training. Padded to
+    one length, because the network is causal, so that it is compiled once.
+    """
     model, params = network
-    row = np.array([[BOS, *text]], np.int32)
-    positions = np.arange(row.shape[1])[None]
-    return np.array(model.logits_fn(params, row, np.ones_like(row), positions))[0, -1]
+    row = np.full((1, 24), PAD, np.int32)
+    row[0, : len(text) + 1] = [BOS, *text]
+    positions = np.arange(24)[None]
+    logits_fn = jax.jit(model.logits_fn)
+    return np.array(logits_fn(params, row, np.ones_like(row), positions))[0, len(text)]
 
 
 def greedy(network, prompt, length):
