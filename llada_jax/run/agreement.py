@@ -16,7 +16,7 @@ from llada_jax.errors import UserError
 
 # How long the processes wait for each other here, in ms. Between the calls each reads files.
 _TIMEOUT_MS = 600_000
-# Libraries that decide which program is compiled, or which row a step reads.
+# Libraries that decide which program is compiled, or which row of the data is read when.
 _LIBRARIES = ("jax", "jaxlib", "flax", "optax", "numpy", "grain")
 # How many facts an error names, of all that differ.
 _MAX_NAMED = 6
