@@ -29,6 +29,7 @@ def main(argv: list[str]) -> None:
         heldout=args.heldout,
         workers=args.workers,
         add_mask_token=args.add_mask_token,
+        drop_duplicates=args.drop_duplicates,
     )
     print(
         json.dumps(content, indent=2, ensure_ascii=False)
@@ -99,6 +100,11 @@ def _parser() -> Parser:
         action="store_true",
         help="append a mask token to a tokenizer that has none",
     )
+    add(
+        "--drop-duplicates",
+        action="store_true",
+        help="leave out documents that are exact copies of an earlier one",
+    )
     add("--json", action="store_true", help="print dataset.json instead of the summary")
     return parser
 
@@ -124,6 +130,10 @@ def summary(output, content: dict) -> str:
             f"tokens, {split['num_documents']:,} documents, {split['num_bytes']:,} bytes, "
             f"{padding:.3%} padding"
         )
+    if copies := content["source"].get("num_duplicate_documents"):
+        dropped = "drop_duplicates" in content["source"]
+        fate = "were left out" if dropped else "are kept; --drop-duplicates leaves them out"
+        lines.append(f"  {copies:,} documents are exact copies of an earlier one and {fate}")
     if content["source"]["num_empty_documents"]:
         lines.append(f"  {content['source']['num_empty_documents']:,} empty documents were skipped")
     if "num_lossy_documents" in content["source"]:
