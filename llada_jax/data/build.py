@@ -183,8 +183,8 @@ def is_done(output: Path, unit: Unit) -> bool:
 def remove_leftovers(output: Path, units: list[Unit]) -> None:
     """Removes half-written files, and the shards and receipts of units that no longer exist."""
     keep = {_shard_name(split, unit) for split in SPLITS for unit in units}
-    for path in (receipt_path, hashes_path, duplicates_path):
-        keep |= {path(output, unit).name for unit in units}
+    for place_of in (receipt_path, hashes_path, duplicates_path):
+        keep |= {place_of(output, unit).name for unit in units}
     for pattern in ("*.arrayrecord*", f"{RECEIPTS}/unit-*"):
         for path in output.glob(pattern):
             if path.name not in keep:
