@@ -138,20 +138,21 @@ def run_trial(optuna, study, trial, sweep: Sweep, held: Sequence[int]) -> None:
             if news and not is_pruned and trial.should_prune():
                 is_pruned = True
                 attempt.process.terminate()
-    # The process may have finished before the signal reached it.
-    is_pruned = is_pruned and attempt.process.returncode != 0
+    # The run may have been over before the signal reached it.
+    is_over = attempt.process.returncode == 0 or run.result().state == "complete"
+    is_pruned = is_pruned and not is_over
     status = record_end(attempt, pruned=is_pruned)
     say(outcome(attempt))
-    if attempts.must_stop or (status in INTERRUPTED and not is_pruned):
+    if attempts.must_stop or (status in INTERRUPTED and not is_pruned and not is_over):
         raise Preempted(f"asked to stop in trial {trial.number}; the same command continues it.")
     result = run.result()
     if is_pruned:
         study.tell(trial, state=states.PRUNED)
-    elif status == 0 and not math.isnan(result.bits_per_byte):
+    elif is_over and not math.isnan(result.bits_per_byte):
         study.tell(trial, result.bits_per_byte)
     else:
         study.tell(trial, state=states.FAIL)
-        if status == 0:
+        if is_over:
             raise UserError(
                 f"{run.workdir} has no held-out bits per byte to report to Optuna; prepare the "
                 "data with --heldout."

@@ -77,8 +77,8 @@ def test_parallel_runs_are_never_more_than_asked_for(
     counts = []
     started = Attempts.start
 
-    def start(self, run, *, to_log):
-        started(self, run, to_log=to_log)
+    def start(self, run, **kwargs):
+        started(self, run, **kwargs)
         counts.append(sum(attempt.process.poll() is None for attempt in self.under_way))
 
     monkeypatch.setattr(Attempts, "start", start)
