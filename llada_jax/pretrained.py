@@ -15,6 +15,8 @@ from llada_jax.checkpoints.record import RunRecord, reads_ema
 from llada_jax.cluster import sharding
 from llada_jax.data.tokenizer import Tokenizer, load_same
 from llada_jax.errors import UserError
+from llada_jax.evaluation.conditional import Question, Score, encode_pair, log_likelihoods
+from llada_jax.evaluation.rolling import TextBound, bounds_of_texts
 from llada_jax.models.model import Model, abstract_parameters, compute_dtype, make_model
 from llada_jax.samplers.denoise import DenoiseStep
 from llada_jax.samplers.text import generate_text, generate_tokens, ignore_step
@@ -178,6 +180,108 @@ class Pretrained:
             on_step=on_step,
         )
         return np.concatenate([prompt_BT, generated_BT], axis=1)
+
+    def score(
+        self,
+        pairs: Sequence,
+        *,
+        mc_samples: int = 128,
+        estimator: str = "exact_count",
+        cfg_scale: float = 0.0,
+        seed: int = 0,
+        batch_size: int = 32,
+    ) -> list[Score]:
+        """Returns the log-likelihood of each answer after its prompt, with its standard error.
+
+        For masked diffusion it is an estimate of a lower bound, and for an autoregressive model it
+        is exact. Answers to the same prompt are scored under the same noise.
+
+        Args:
+            pairs: (prompt, answer), each a text or a list of token ids; or
+                llada_jax.evaluation.conditional.Question, which may also hold what comes after.
+            mc_samples: sets of masked tokens drawn for an answer. An answer that has no more of
+                them, such as one of 7 tokens for 128, is scored without drawing.
+            estimator: "exact_count" or "uniform_time", see llada_jax.evaluation.conditional.
+            cfg_scale: strength of guidance towards the prompt; 0 switches it off.
+            seed: of the noise. batch_size: rows in one pass.
+
+        Raises:
+            UserError: an answer is empty, a pair is longer than the model's context, or a setting
+                is out of range.
+        """
+        questions = [self._question(pair) for pair in pairs]
+        longest = self.config["data"]["sequence_length"]
+        for number, question in enumerate(questions):
+            length = sum(len(part) for part in question[:3])
+            if length > longest:
+                raise UserError(
+                    f"Pair {number} has {length} tokens and the model was trained on rows of "
+                    f"{longest}; shorten its prompt, or bound a whole text with score_text."
+                )
+        return log_likelihoods(
+            self.model,
+            self.params,
+            questions,
+            mask=self.record.mask,
+            ids=self.tokenizer,
+            num_samples=mc_samples,
+            estimator=estimator,
+            cfg_scale=cfg_scale,
+            seed=seed,
+            batch_size=batch_size,
+            mesh=self.mesh,
+        )
+
+    def _question(self, pair) -> Question:
+        if isinstance(pair, Question):
+            return pair
+        if isinstance(pair, str) or len(pair) != 2:
+            raise UserError(f"{pair!r} is not a pair; pass a list of (prompt, answer).")
+        prompt, answer = pair
+        if isinstance(prompt, str) and isinstance(answer, str):
+            return encode_pair(self.tokenizer, prompt, answer)
+        return Question(tuple(prompt), tuple(answer))
+
+    def score_text(
+        self,
+        texts: Sequence[str],
+        *,
+        window: int | None = None,
+        context: int | None = None,
+        mc_samples: int = 128,
+        estimator: str = "exact_count",
+        seed: int = 0,
+        batch_size: int = 32,
+    ) -> list[TextBound]:
+        """Returns the bound on each whole text, in nats per token and bits per byte.
+
+        Args:
+            texts: of any length.
+            window: tokens in one pass; None: the rows that the model was trained on.
+            context: tokens of a window that are only seen; None: half of it.
+            The others: see `score`; mc_samples are drawn for each window.
+
+        Raises:
+            UserError: texts is a single text, one of them is empty, or a setting is out of range.
+        """
+        if isinstance(texts, str):
+            raise UserError(
+                f"texts={texts[:40]!r} is one text; pass a list, as in score_text([text])."
+            )
+        return bounds_of_texts(
+            self.model,
+            self.params,
+            list(texts),
+            tokenizer=self.tokenizer,
+            length=self.config["data"]["sequence_length"] if window is None else window,
+            context=context,
+            mask=self.record.mask,
+            num_samples=mc_samples,
+            estimator=estimator,
+            seed=seed,
+            batch_size=batch_size,
+            mesh=self.mesh,
+        )
 
 
 def _logits_impl(params, tokens_BT, segment_ids_BT, positions_BT, logits_fn):

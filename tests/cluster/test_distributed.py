@@ -187,6 +187,7 @@ def test_traffic_between_processes_avoids_a_proxy():
     assert untouched == {}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("number", [0, 1])
 def test_a_start_that_waits_in_vain_says_who_is_missing_and_may_be_retried(number):
     port = free_port()
@@ -275,6 +276,7 @@ def test_a_host_of_a_tpu_vm_slice_finds_its_place(on_a_tpu_vm):
     assert done.stdout.strip() == f"{place} 4", done.stderr
 
 
+@pytest.mark.slow
 def test_while_the_name_of_the_first_host_does_not_resolve_it_says_so(on_a_tpu_vm, monkeypatch):
     environment, code = on_a_tpu_vm
     monkeypatch.setitem(
@@ -289,6 +291,7 @@ def test_while_the_name_of_the_first_host_does_not_resolve_it_says_so(on_a_tpu_v
     assert "This cluster does not say where the processes meet" in done.stderr.splitlines()[-1]
 
 
+@pytest.mark.slow
 def test_a_process_that_hangs_is_ended_with_the_stacks_of_all_threads():
     done = run_python(
         """
@@ -311,6 +314,7 @@ def test_a_process_that_hangs_is_ended_with_the_stacks_of_all_threads():
     assert "since step 19" in done.stderr
 
 
+@pytest.mark.slow
 def test_a_watchdog_leaves_alone_what_beats_and_what_it_does_not_watch():
     done = run_python(
         """

@@ -138,6 +138,7 @@ def test_the_two_ways_to_draw_t_differ_and_a_third_is_no_silent_default():
         corruption.sample_t(jax.random.key(0), rows, num_rows=4, t_sampling="antithetic")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", CHOICES["optimizer.name"])
 def test_every_optimizer_takes_a_step(name):
     knobs = optimizer_knobs(valid(**{"optimizer.name": name}).optimizer)

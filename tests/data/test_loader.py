@@ -63,6 +63,7 @@ def test_threads_and_prefetch_change_nothing(small, num_threads, prefetch):
         assert_equal(batch, whole)
 
 
+@pytest.mark.slow
 @given(
     step=st.integers(0, 19),
     rows=st.lists(st.integers(0, 4), min_size=1, max_size=6),
@@ -162,6 +163,7 @@ def lengths_of_full_rows(
     return lengths[np.concatenate([batch["tokens"][:, 0] for batch in got]) != 10_000 + 99 * T]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("probability", "num_batches"), [(0.01, 150), (0.3, 50)])
 def test_the_rate_of_random_lengths_is_the_probability(large, probability, num_batches):
     lengths = lengths_of_full_rows(

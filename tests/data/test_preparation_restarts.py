@@ -187,6 +187,7 @@ def test_units_that_no_longer_exist_leave_no_shard_behind(tmp_path, small_units)
     assert {path.name for path in (tmp_path / "out").glob("*.arrayrecord")} == shards
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "heldout", [0.01, 0.9]
 )  # full in a shard, full in the file in which held-out documents wait

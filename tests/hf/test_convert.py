@@ -142,6 +142,7 @@ def architectures(draw):
     )
 
 
+@pytest.mark.slow
 @settings(max_examples=40, deadline=None)
 @given(architectures(), st.sampled_from(["auto", "illada"]))
 def test_ours_to_hugging_face_and_back_is_exact(a, wanted):

@@ -52,6 +52,7 @@ def in_transformers(request, ours, tmp_path_factory):
     return json.loads((home / "out.json").read_text())
 
 
+@pytest.mark.slow
 @KINDS
 def test_transformers_gives_the_same_ids_and_texts_on_a_thousand_texts(kind, ours, in_transformers):
     found, tokenizer = in_transformers[kind], ours[kind]

@@ -140,6 +140,7 @@ def test_a_run_that_is_cancelled_preempted_and_loses_a_process_equals_the_undist
     assert metric_lines(workdir) == metric_lines(straight)
 
 
+@pytest.mark.slow
 def test_srun_alone_is_enough_for_the_processes_to_find_each_other(slurm):
     code = (
         "from llada_jax.cluster import distributed; distributed.initialize(); "

@@ -38,6 +38,7 @@ def gradients(model, params, num_tokens: int) -> dict:
     }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("num_tokens", [1024, 16384])
 def test_all_bfloat16_gradients_equal_those_of_float32_however_many_tokens_are_summed(num_tokens):
     a = Architecture(

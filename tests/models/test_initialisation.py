@@ -63,6 +63,7 @@ def test_biases_start_at_zero_and_are_not_decayed():
     }
 
 
+@pytest.mark.slow
 def test_an_untrained_model_with_the_published_vocabulary_starts_near_12_25_nats():
     a = variant(
         vocab_size=126_464,

@@ -51,6 +51,7 @@ def test_a_shifted_output_shifts_the_loss_like_the_logits():
     np.testing.assert_allclose(scores.nll_BT, expected, atol=1e-5)
 
 
+@pytest.mark.slow
 def test_logits_of_all_positions_never_exist_at_once():
     a = variant(vocab_size=50_000)
     B, T, chunk = 4, 256, 16

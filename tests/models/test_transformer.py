@@ -130,6 +130,7 @@ def test_padding_and_other_documents_do_not_change_a_token():
     assert np.abs(before[:, 4:8] - after[:, 4:8]).max() > 0.1
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("changes", [{}, {"tie_embeddings": True}, {"output_shift": True}], ids=str)
 def test_logits_of_a_window_equal_those_columns_of_all_logits(changes):
     """With an output shift too, which moves vectors into the window from the column before it."""
@@ -162,6 +163,7 @@ def test_every_token_sees_every_other_unless_causal():
         assert (difference[:, :-1].max(axis=(1, 2)) > 1e-4).all() != mask.causal
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("remat", ["dots", "attention", "full"])
 def test_recomputation_changes_memory_but_not_the_gradient(remat):
     tokens, segments, positions = random_inputs(SMALL, B=2, T=8)

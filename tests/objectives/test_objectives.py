@@ -123,6 +123,7 @@ def test_masks_are_bernoulli_with_the_rows_own_probability():
     np.testing.assert_array_equal(noisy, np.where(is_masked, MASK, tokens))
 
 
+@pytest.mark.slow
 @settings(max_examples=30, deadline=None)
 @given(st.lists(st.integers(0, 12), min_size=1, max_size=8), st.floats(0, 0.9999))
 def test_exact_count_masks_exactly_k_maskable_tokens(lengths, t):

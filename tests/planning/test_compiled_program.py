@@ -218,6 +218,7 @@ print(json.dumps(results))
 """
 
 
+@pytest.mark.slow
 def test_the_gradient_of_the_head_is_reduced_once_per_step_in_however_many_pieces():
     """Compiled by XLA for eight CPU devices, with the head in one piece and in eight."""
     done = subprocess.run(

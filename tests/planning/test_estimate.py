@@ -141,6 +141,7 @@ def test_gpus_are_estimated_too_without_a_guess_about_their_network():
     )
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("remat", "forward_calls"), [("full", 2), ("attention", 1)])
 def test_splash_runs_again_in_the_backward_pass_only_where_its_output_is_not_kept(
     remat, forward_calls

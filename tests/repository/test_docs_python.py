@@ -41,6 +41,7 @@ def defined_in(tree: ast.Module) -> set[str]:
     }
 
 
+@pytest.mark.slow
 @every_document
 def test_python_uses_names_that_exist(document):
     """Names are defined in the block; imports, members, knobs and parts of a model exist."""
@@ -115,6 +116,7 @@ def test_config_example_is_a_config(tmp_path):
     assert load_config(str(tmp_path / "example.py")).model.num_layers == 6
 
 
+@pytest.mark.slow
 def test_numerical_check_of_the_mathematics_holds(capsys):
     (check,) = python_blocks(ROOT / "docs/math.md")
     exec(compile(check, "docs/math.md", "exec"), {"__name__": "check"})

@@ -256,6 +256,7 @@ except UserError as error:
     assert "'tokenizers', which is not installed: pip install 'llada_jax[hf]'" in python(code)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("code", "absent"),
     [

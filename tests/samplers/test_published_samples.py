@@ -124,6 +124,7 @@ def test_published_samples_are_reproduced_exactly(official, name, padded):
     np.testing.assert_array_equal(tokens_BT, expected[f"gen_{name}"][:, prompt_BT.shape[1] :])
 
 
+@pytest.mark.slow
 @settings(max_examples=8, deadline=None, derandomize=True)
 @given(
     prompts=st.lists(st.lists(st.integers(0, VOCAB - 1), max_size=34), min_size=1, max_size=3),

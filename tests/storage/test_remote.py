@@ -156,6 +156,7 @@ def files_of(folder: str) -> set[str]:
     return found
 
 
+@pytest.mark.slow
 def test_checkpoints_come_back_and_old_ones_are_removed_to_the_last_object(bucket):
     checkpoints = saved_steps(f"{bucket}/kept", 10, 20, 30)
     assert checkpoints.steps == [20, 30]
@@ -166,6 +167,7 @@ def test_checkpoints_come_back_and_old_ones_are_removed_to_the_last_object(bucke
     checkpoints.close()
 
 
+@pytest.mark.slow
 def test_a_step_whose_last_object_is_missing_was_never_saved(bucket):
     saved_steps(f"{bucket}/torn", 10, 20).close()
     (epath.Path(f"{bucket}/torn/checkpoints/20") / "commit_success.txt").unlink()
@@ -180,11 +182,13 @@ def test_a_step_whose_last_object_is_missing_was_never_saved(bucket):
     assert find_checkpoint(f"{bucket}/torn@20")[1] == 20
 
 
+@pytest.mark.slow
 def test_nothing_is_renamed_because_a_folder_of_objects_cannot_be(bucket):
     saved_steps(f"{bucket}/names", 10).close()
     assert not [name for name in files_of(f"{bucket}/names") if "tmp" in name or "partial" in name]
 
 
+@pytest.mark.slow
 def test_the_older_of_two_writers_is_told_at_its_next_save(bucket):
     older = saved_steps(f"{bucket}/claimed", 10)
     newer = Checkpoints(f"{bucket}/claimed")

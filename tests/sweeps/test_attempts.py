@@ -3,6 +3,7 @@
 import json
 import signal
 
+import pytest
 from support.runs import metric_lines
 from support.sweeps import RATES, states, stopped_under_way
 
@@ -49,6 +50,7 @@ def test_a_second_start_runs_only_what_is_not_finished(
     ]
 
 
+@pytest.mark.slow
 def test_sigterm_reaches_the_runs_and_the_same_command_continues_them(
     write_config, call_sweep, tmp_path, fake_train
 ):

@@ -15,6 +15,7 @@ SUGGEST = (
 )
 
 
+@pytest.mark.slow
 def test_optuna_minimizes_the_held_out_bits_per_byte(
     write_config, call_sweep, tmp_path, fake_train
 ):
@@ -38,6 +39,7 @@ def test_optuna_minimizes_the_held_out_bits_per_byte(
     ] * len(pruned)
 
 
+@pytest.mark.slow
 def test_optuna_prunes_a_run_that_is_worse_than_the_median(write_config, call_sweep, fake_train):
     """The first five trials are never pruned (Optuna's default); the sixth is worse than all of
     them.
@@ -57,6 +59,7 @@ def test_optuna_prunes_a_run_that_is_worse_than_the_median(write_config, call_sw
     )  # a pruned trial is over: nothing is started again
 
 
+@pytest.mark.slow
 def test_optuna_continues_the_trial_that_was_stopped(
     write_config, call_sweep, tmp_path, fake_train
 ):

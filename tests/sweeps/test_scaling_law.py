@@ -89,6 +89,7 @@ def test_isoflop_finds_the_optimum_of_chinchillas_surface():
     assert fit.laws["tokens"].exponent.value == pytest.approx(0.34 / 0.62, abs=0.005)
 
 
+@pytest.mark.slow
 def test_isoflop_intervals_hold_the_truth_about_as_often_as_they_claim():
     """95% intervals of 30 noisy ladders: 24 hits or fewer would have a probability of 0.3% (fixed
     seeds: it never flakes).
@@ -219,6 +220,7 @@ def test_optimum_of_the_parametric_fit_is_the_one_found_by_search():
     assert 6 * parameters * tokens == pytest.approx(1e21)
 
 
+@pytest.mark.slow
 def test_parametric_fit_of_noisy_runs_holds_the_law_in_its_intervals():
     """0.3% of noise: all of alpha, beta and a within their 95% intervals for most of 5 ladders."""
     held = dict.fromkeys(("alpha", "beta", "a", "E"), 0)

@@ -182,6 +182,7 @@ def test_an_uncovered_parameter_and_a_broken_pattern_are_errors():
     }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", OPTIMIZERS)
 def test_every_optimizer_learns_averages_and_is_sharded(name):
     a = Architecture(

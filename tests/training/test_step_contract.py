@@ -165,6 +165,7 @@ def adapted():
     return abstract, first, before, state
 
 
+@pytest.mark.slow
 def test_frozen_parameters_stay_and_only_the_trained_ones_have_state(adapted):
     abstract, first, _, state = adapted
     jax.tree.map(np.testing.assert_array_equal, state.frozen, first.frozen)
@@ -215,6 +216,7 @@ def weighted_rows(**_) -> Objective:
 PROVIDED = weighted_rows().batch
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("num_microbatches", [1, 2])
 def test_a_field_with_one_entry_per_row_is_sharded_split_and_read(parts, num_microbatches):
     mesh = make_mesh({**dict.fromkeys(AXES, 1), "fsdp": 4, "sequence": 2})

@@ -122,6 +122,7 @@ def test_an_unknown_verb_names_the_one_that_was_meant(says):
     )
 
 
+@pytest.mark.slow
 def test_the_module_and_the_console_script_are_the_same_command():
     words = ["sample", "--chekpoint", "x"]
     script = f"{sys.prefix}/bin/llada-jax"

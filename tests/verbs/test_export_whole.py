@@ -29,6 +29,7 @@ export.main(sys.argv[1:])
 """
 
 
+@pytest.mark.slow
 def test_a_killed_export_leaves_no_export_and_the_same_command_writes_a_whole_one(
     random_checkpoint, tmp_path
 ):

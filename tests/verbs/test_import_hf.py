@@ -22,6 +22,7 @@ from llada_jax.models.transformer import Architecture
 # ---- what is read
 
 
+@pytest.mark.slow
 def test_the_published_checkpoint_gives_the_published_logits_from_directory_and_workdir(
     published, tmp_path
 ):
@@ -92,6 +93,7 @@ def test_two_equal_copies_of_a_tied_embedding_are_read_as_one(tmp_path):
 # ---- what is written
 
 
+@pytest.mark.slow
 def test_ids_template_tokenizer_and_source_come_along(imported_workdirs, huggingface_directories):
     run = json.loads((imported_workdirs["llada"] / "run.json").read_text())
     assert run["special_ids"] == {"mask": 257, "eos": 256, "bos": 256, "pad": 256, "eot": 258}

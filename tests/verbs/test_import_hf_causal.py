@@ -25,6 +25,7 @@ from llada_jax.training.step import architecture_of
 # ---- from Llama and Qwen weights
 
 
+@pytest.mark.slow
 def test_a_causal_model_gets_a_mask_row_and_a_shift_and_keeps_all_else(
     imported_workdirs, huggingface_directories, tmp_path
 ):

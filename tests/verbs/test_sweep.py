@@ -48,6 +48,7 @@ def test_flags_that_do_not_go_together_are_refused_in_one_sentence(
     assert not (tmp_path / "runs").exists()
 
 
+@pytest.mark.slow
 def test_fit_of_a_sweep_reads_sizes_and_tokens_from_the_runs(
     write_config, call_sweep, tmp_path, fake_train
 ):

@@ -44,6 +44,7 @@ def test_a_run_ends_as_usual_whatever_its_log_leads_to(how, home, tmp_path):
     assert Checkpoints(tmp_path / "run").steps == [2, 4]
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(not os.path.exists("/dev/full"), reason="needs /dev/full")
 @pytest.mark.parametrize(("how", "status"), [("> /dev/full", 2), ("| true", 0)])
 def test_a_result_that_cannot_be_written_is_said_and_a_reader_may_leave(how, status):

@@ -1,10 +1,12 @@
 """A run that is continued with other knobs says which ones changed."""
 
+import pytest
 from support.mishaps import copy, train_argv
 
 from llada_jax.__main__ import main
 
 
+@pytest.mark.slow
 def test_a_run_that_is_continued_names_each_knob_that_changed(home, tmp_path, capfd):
     run = copy(home / "run", tmp_path / "run")
     capfd.readouterr()

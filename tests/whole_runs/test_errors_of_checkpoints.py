@@ -44,6 +44,7 @@ ANOTHER_RUN = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("case", ANOTHER_RUN)
 def test_a_checkpoint_of_another_architecture_or_run_is_refused(case, home, refused):
     overrides, says = ANOTHER_RUN[case]
@@ -167,6 +168,7 @@ def test_a_damaged_only_checkpoint_is_never_replaced_by_a_fresh_start(home, tmp_
     )
 
 
+@pytest.mark.slow
 def test_reading_a_workdir_leaves_the_save_of_a_running_train_alone(home, tmp_path, capfd):
     run = copy(home / "run", tmp_path / "run")
     half_written = run / "checkpoints" / "6.orbax-checkpoint-tmp"
@@ -178,6 +180,7 @@ def test_reading_a_workdir_leaves_the_save_of_a_running_train_alone(home, tmp_pa
     assert tree(run) == before
 
 
+@pytest.mark.slow
 def test_a_half_written_step_is_never_read(home, tmp_path, capfd):
     run = copy(home / "run", tmp_path / "run")
     copy(run / "checkpoints" / "4", run / "checkpoints" / "6.orbax-checkpoint-tmp")

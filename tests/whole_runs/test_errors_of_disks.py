@@ -7,6 +7,7 @@ from pathlib import Path
 
 import jax
 import numpy as np
+import pytest
 from support.mishaps import copy, prepare_argv, train_argv, tree
 from support.runs import metric_lines
 
@@ -69,6 +70,7 @@ def test_a_full_disk_stops_the_first_start_of_a_run(home, mount, refused):
     )
 
 
+@pytest.mark.slow
 def test_a_full_disk_never_costs_the_run_its_tokenizer_or_record(home, mount, refused):
     disk = mount("size=2m")
     run = copy(home / "run", disk / "run")
@@ -90,6 +92,7 @@ def test_a_full_disk_never_costs_the_run_its_tokenizer_or_record(home, mount, re
     assert sorted({line["step"] for line in metric_lines(run)}) == [2, 4, *range(5, 61)]
 
 
+@pytest.mark.slow
 def test_a_full_disk_stops_a_save_and_the_same_command_continues_with_room(
     home, tmp_path, mount, refused
 ):

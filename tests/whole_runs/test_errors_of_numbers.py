@@ -51,6 +51,7 @@ def test_not_a_number_exits_3_with_the_interval_and_a_last_good_step_that_is_goo
     assert np.isfinite(losses(tmp_path / "run")).all()
 
 
+@pytest.mark.slow
 def test_not_a_number_before_the_first_save_says_that_there_is_none(home, tmp_path, refused):
     argv = train_argv(
         home, tmp_path / "run", "schedule.learning_rate=1e25", "checkpoint.every_steps=4"
@@ -60,6 +61,7 @@ def test_not_a_number_before_the_first_save_says_that_there_is_none(home, tmp_pa
     assert Checkpoints(tmp_path / "run").steps == []
 
 
+@pytest.mark.slow
 def test_skipped_updates_are_counted_over_log_lines_that_have_nothing_to_say(
     home, tmp_path, refused
 ):
