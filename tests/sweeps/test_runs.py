@@ -60,6 +60,8 @@ def test_list_shows_every_run_and_writes_nothing(write_config, call_sweep, tmp_p
         (["add(seed=1)", "add(seed=2)", "add(seed=1)"], "Runs 000 and 002 of"),
         (["add()", "add(seed=0)"], "Runs 000 and 001 of"),  # 0 is the default
         (["pass"], "adds no run"),
+        # a status of its own would mean something else
+        (["raise SystemExit(3)"], "fails with SystemExit: 3"),
         (["add(seed=1 / 0)"], "fails with ZeroDivisionError: division by zero"),
     ],
 )
