@@ -98,7 +98,7 @@ class Job:
 
 
 def in_parts(inputs: list[Input], cut: Cut) -> list[Input]:
-    """Returns the inputs with parts of about UNIT_BYTES in the place of every larger file that can
+    """Returns the inputs with parts of about UNIT_BYTES instead of every larger file that can
     be read from its middle on.
 
     A part has the documents that begin in it. The parts depend on the file alone, as units do.

@@ -312,7 +312,7 @@ class WrongSpecialIds(UserError):
 def check_special_ids(special_ids: dict[str, int]) -> None:
     """Raises WrongSpecialIds unless all are ids, and the mask is none of the others.
 
-    A mask that also ends texts could not be told from an end that is not masked. Of the others some
+    With a mask that also ends texts, an end that is masked would look like one that is not. Of the others some
     may be equal, as in the published LLaDA.
     """
     if not isinstance(special_ids, dict):
