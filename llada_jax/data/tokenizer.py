@@ -312,8 +312,8 @@ class WrongSpecialIds(UserError):
 def check_special_ids(special_ids: dict[str, int]) -> None:
     """Raises WrongSpecialIds unless all are ids, and the mask is none of the others.
 
-    With a mask that also ends texts, an end that is masked would look like one that is not. Of the others some
-    may be equal, as in the published LLaDA.
+    With a mask that also ends texts, an end that is masked would look like one that is not. Of the
+    others some may be equal, as in the published LLaDA.
     """
     if not isinstance(special_ids, dict):
         raise WrongSpecialIds(f"has the special ids {special_ids!r}, which are not an object")
