@@ -5,8 +5,8 @@ tests catch.
     python tests/mutations/plant.py --only noise   # those with this word in name or file
 
 Every fault is planted for the tests that its line names, and is caught when one of them fails; at
-the end all the tests that failed must pass without a fault. What survives is printed at the end, and the exit status is 1 when
-less than nine tenths were caught.
+the end all the tests that failed must pass without a fault. What survives is printed, and the exit
+status is 1 when less than nine tenths were caught.
 
 The tests run in forked processes of one that has imported JAX and what else takes seconds, but
 nothing of this package.
@@ -119,13 +119,14 @@ def main() -> int:
     add = parser.add_argument
     add("--only", default="", metavar="WORD", help="faults with this word in their name or file")
     add("--work", type=Path, default=Path("/tmp/llada_jax-faults"), metavar="DIR", help="scratch")
-    add("--first", type=int, default=0, metavar="N", help="leave out so many of them")
+    add("--part", default="0/1", metavar="I/N", help="every N-th of them, from the I-th on")
     add("--slow", action="store_true", help="run the tests that are marked slow, too")
     args = parser.parse_args()
-    sys.path.insert(0, str(Path(__file__).parent))
-    from faults import FAULTS
+    sys.path.insert(0, str(ROOT / "tests"))
+    from mutations.faults import FAULTS
 
-    faults = [f for f in FAULTS if args.only in f.name or args.only in f.file][args.first :]
+    part, of = map(int, args.part.split("/"))
+    faults = [f for f in FAULTS if args.only in f.name or args.only in f.file][part::of]
     shutil.rmtree(args.work, ignore_errors=True)
     tree, log = args.work / "tree", args.work / "pytest.log"
     copy_of_repository(tree)

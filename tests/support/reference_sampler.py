@@ -1,10 +1,10 @@
-"""The reverse process of the toy network in plain numpy, one prompt at a time and without padding."""
+"""The reverse process of the toy network in plain numpy, one prompt at a time, without padding."""
 
 import jax
 import numpy as np
-from support.toy_networks import MASK, VOCAB, toy_logits_of_row
 
 from llada_jax.rng import key_for
+from support.toy_networks import MASK, VOCAB, toy_logits_of_row
 
 
 def gumbel_noise(seed: int, row: int, step: int, block_length: int) -> np.ndarray:

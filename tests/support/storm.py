@@ -32,10 +32,12 @@ from typing import NamedTuple
 # as a script it finds its neighbours too
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
+# before numpy and JAX are imported, which read the variables that it sets
 from support.forked_runs import Child, fork, start_train
 
 # isort: split
 import numpy as np
+
 from support.datasets import circle_dataset
 from support.runs import SMALL_RUN, free_port, is_committed, metric_lines, saved_arrays
 
@@ -51,8 +53,8 @@ KNOBS = (
     "log.tensorboard=False",
 )
 PHASES = ("start", "compile", "train", "save", "evaluate")
-# A process that has lost its peer before they have met waits minutes for it, and a launcher kills it
-# earlier.
+# A process that has lost its peer before they have met waits minutes for it; a launcher kills it
+# earlier, and so does this.
 GRACE_S = 8.0
 # The watching costs CPU time too.
 POLL_S = 0.01
@@ -196,7 +198,7 @@ class Attempt:
 
 
 def strike(attempt: Attempt, chance: random.Random) -> dict:
-    """Sends a signal at a random moment; returns what was done, or {} when the attempt had ended."""
+    """Sends a signal at a random moment; returns what was done, {} when the attempt had ended."""
     aim, how = chance.choice(PHASES), chance.choice((signal.SIGKILL, signal.SIGTERM))
     victims = chance.choice([attempt.children, [chance.choice(attempt.children)]])
     delay = chance.uniform(0, {"start": 1.2, "compile": 0.5, "train": 0.2}.get(aim, 0.03))
