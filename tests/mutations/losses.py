@@ -4,7 +4,7 @@ from mutations.fault import Fault, faults_of
 
 CORRUPTION = faults_of(
     "llada_jax/objectives/corruption.py",
-    "tests/objectives",
+    "tests/objectives/test_objectives.py tests/objectives/test_draws.py",
     (
         "the floor of p left out",
         "p_mask_B = (1.0 - eps) * t_B + eps",
@@ -44,7 +44,7 @@ CORRUPTION = faults_of(
 
 MASKED_DIFFUSION = faults_of(
     "llada_jax/objectives/masked_diffusion.py",
-    "tests/objectives",
+    "tests/objectives/test_objectives.py tests/objectives/test_draws.py",
     (
         "divided by the masked tokens",
         "num_maskable = is_maskable_BT.sum().astype(jnp.float32)",
@@ -94,8 +94,7 @@ AUTOREGRESSIVE = faults_of(
 
 DENOISE = faults_of(
     "llada_jax/samplers/denoise.py",
-    "tests/samplers/test_denoise.py tests/samplers/test_distributions.py "
-    "tests/samplers/test_published_samples.py tests/samplers/test_eos.py",
+    "tests/samplers/test_eos.py tests/samplers/test_denoise.py",
     (
         "the same noise in every step",
         "keys_for_rows(jax.random.fold_in(key, step), fixed.row_B)",
@@ -170,7 +169,7 @@ REMASKING = faults_of(
 
 LIKELIHOOD = faults_of(
     "llada_jax/evaluation/likelihood.py",
-    "tests/evaluation",
+    "tests/evaluation/test_splits.py tests/evaluation/test_likelihood.py",
     ("mean of batch means", "mean = nats.sum() / tokens.sum()", "mean = np.mean(nats / tokens)"),
     (
         "draws share their masks",
@@ -196,7 +195,7 @@ LIKELIHOOD = faults_of(
         "a batch that was scored is scored again",
         "if number < num_before:",
         "if number < num_before - 1:",
-        "tests/evaluation tests/whole_runs/test_stops_in_evaluations.py",
+        "tests/evaluation/test_likelihood.py tests/whole_runs/test_stops_in_evaluations.py",
     ),
 )
 
@@ -214,12 +213,12 @@ SPLITS = faults_of(
 
 RNG = faults_of(
     "llada_jax/rng.py",
-    "tests/objectives tests/samplers/test_distributions.py",
+    "tests/test_rng.py",
     (
         "one key for all purposes",
         "zlib.crc32(purpose.encode())",
         "len(purpose) * 0",
-        "tests/training tests/objectives",
+        "tests/test_rng.py",
     ),
     (
         "one key for all rows of a batch",

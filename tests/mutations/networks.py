@@ -4,7 +4,7 @@ from mutations.fault import Fault, faults_of
 
 TRANSFORMER = faults_of(
     "llada_jax/models/transformer.py",
-    "tests/models/test_transformer.py tests/models/test_precision.py",
+    "tests/models/test_transformer.py::test_logits_equal_a_float64_reference",
     (
         "rotary positions in bfloat16",
         "positions_BT[..., None].astype(jnp.float32) *",
@@ -39,6 +39,7 @@ TRANSFORMER = faults_of(
         "logits of the head in bfloat16",
         "return project(x_BTD, self.head_kernel(), out_dtype=jnp.float32)",
         "return project(x_BTD, self.head_kernel()).astype(jnp.float32)",
+        "tests/models/test_precision.py",
     ),
     (
         "logits of the loss in bfloat16",
@@ -98,6 +99,7 @@ TRANSFORMER = faults_of(
         "recomputation never switched on",
         'if self.remat != "none":',
         'if self.remat == "always":',
+        "tests/models/test_transformer.py::test_recomputation_changes_memory_but_not_the_gradient",
     ),
     (
         "tokens that do not exist enter the normaliser",
@@ -127,19 +129,19 @@ TRANSFORMER = faults_of(
         "activation rule lost after attention",
         'x_BTD = constrain(x_BTD, "act_batch", "act_position", "act_embed")\n        with',
         "x_BTD = x_BTD\n        with",
-        "tests/training/test_resources.py tests/models/test_transformer.py",
+        "tests/training/test_resources.py",
     ),
     (
         "activation rule lost in the feed-forward part",
         'jax.nn.silu(gate_BTF) * up_BTF, "act_batch", "act_position", "act_mlp"',
         'jax.nn.silu(gate_BTF) * up_BTF, "act_batch", "act_position", None',
-        "tests/training/test_resources.py tests/models/test_transformer.py",
+        "tests/training/test_resources.py",
     ),
 )
 
 MODEL = faults_of(
     "llada_jax/models/model.py",
-    "tests/models/test_transformer.py",
+    "tests/models/test_transformer.py::test_logits_of_a_window_equal_those_columns_of_all_logits",
     (
         "window cut before the shift",
         "jax.lax.dynamic_slice_in_dim(hidden_BTD, start, length, axis=1)",
@@ -149,13 +151,14 @@ MODEL = faults_of(
         "bfloat16 on the CPU by default",
         'if name == "auto":',
         'if name == "automatic":',
-        "tests/verbs/test_train.py",
+        "tests/config/test_choices.py",
     ),
 )
 
 MASKS = faults_of(
     "llada_jax/masks.py",
-    "tests/test_masks.py tests/models/test_transformer.py",
+    "tests/test_masks.py "
+    "tests/models/test_transformer.py::test_every_token_sees_every_other_unless_causal",
     (
         "causal attention without the position itself",
         "(key_index <= query_index)",

@@ -2,9 +2,14 @@
 
 from mutations.fault import Fault, faults_of
 
+AVERAGES = (
+    "tests/whole_runs/test_averages.py"
+    "::test_evaluations_load_and_init_from_read_what_they_are_asked_to"
+)
+
 STEP = faults_of(
     "llada_jax/training/step.py",
-    "tests/training tests/objectives/test_draws.py",
+    "tests/training/test_state.py tests/training/test_average.py",
     (
         "identical masks in every step",
         'key_for("corruption", seed, state.step)',
@@ -52,13 +57,7 @@ STEP = faults_of(
         "a step that is not finite keeps its average",
         "lambda n, o: jnp.where(is_finite, n, o), (params, opt_state, ema, metrics), old",
         "lambda n, o: jnp.where(is_finite, n, o), (params, opt_state, state.ema, metrics), old",
-        "tests/training",
-    ),
-    (
-        "the vocabulary not rounded to 64",
-        "-(-tokenizer.vocab_size // 64) * 64",
-        "tokenizer.vocab_size",
-        "tests/verbs/test_train.py tests/training",
+        "tests/training/test_state.py tests/training/test_average.py",
     ),
 )
 
@@ -106,7 +105,9 @@ OPTIM = faults_of(
 
 STATE = faults_of(
     "llada_jax/training/state.py",
-    "tests/training tests/whole_runs/test_meshes.py",
+    "tests/training/test_average.py "
+    "tests/whole_runs/test_meshes.py"
+    "::test_parameters_and_optimizer_state_are_created_in_shards",
     (
         "moments of the optimizer replicated",
         "if shape == leaf.shape:",
@@ -121,7 +122,7 @@ STATE = faults_of(
 
 HELDOUT = faults_of(
     "llada_jax/run/heldout.py",
-    "tests/run tests/whole_runs/test_averages.py",
+    "tests/verbs/test_train.py::test_a_mixture_learns_both_of_its_sources",
     (
         "bits per byte of a mixture from the first source",
         'bytes_per_token=summary.bytes_per_token["heldout"]',
@@ -131,41 +132,37 @@ HELDOUT = faults_of(
         "sums of other weights are continued",
         'content["step"] == step and content["settings"] == self._settings',
         'content["settings"] == self._settings',
-        "tests/run tests/whole_runs/test_stops_in_evaluations.py",
+        "tests/whole_runs/test_stops_in_evaluations.py"
+        "::test_damaged_partial_sums_cost_time_and_not_the_run",
     ),
 )
 
 TRAIN = faults_of(
     "llada_jax/verbs/train.py",
-    "tests/verbs/test_train.py tests/whole_runs/test_averages.py",
+    AVERAGES,
     (
         "evaluations ignore the average",
         "(WEIGHTS[config.evaluation.weights] is not False and state.ema) or state.params",
         "state.params",
     ),
     (
-        "the state is saved before the metrics",
-        "                    writer.flush()\n                    ledger.mark(step)",
-        "                    ledger.mark(step)",
-        "tests/verbs/test_train.py tests/whole_runs/test_resume.py",
-    ),
-    (
         "batches of a rollback come back",
         "batch_of_step(step + 1, opened.rollbacks.skipped) - 1",
         "step",
-        "tests/verbs/test_rollback.py",
+        "tests/verbs/test_rollback.py"
+        "::test_left_out_batches_stay_out_when_the_run_later_goes_back_before_them",
     ),
     (
         "sums of the log line before are kept",
         "state = state._replace(metrics=zero_metrics(state.metrics))",
         "zero_metrics(state.metrics)",
-        "tests/verbs/test_train.py",
+        "tests/verbs/test_train.py::test_metrics_hold_the_curve_and_keep_the_machine_apart",
     ),
 )
 
 START = faults_of(
     "llada_jax/run/start.py",
-    "tests/whole_runs/test_averages.py tests/verbs/test_train.py",
+    AVERAGES,
     (
         "init_from ignores the average",
         "ema=reads_ema(theirs, init_from_ema, init_from)",
@@ -175,14 +172,15 @@ START = faults_of(
         "hosts with other configs train together",
         'multihost_utils.assert_equal(digest, "config")',
         'multihost_utils.assert_equal(0 * digest, "config")',
-        "tests/whole_runs/test_refused_starts.py tests/whole_runs/test_errors_of_configs.py",
+        "tests/verbs/test_train.py"
+        "::test_processes_with_different_configs_say_so_instead_of_hanging",
     ),
 )
 
 CHECKPOINTS = [
     *faults_of(
         "llada_jax/checkpoints/workdir.py",
-        "tests/checkpoints tests/whole_runs/test_errors_of_checkpoints.py",
+        "tests/checkpoints/test_workdir.py tests/whole_runs/test_errors_of_checkpoints.py",
         (
             "a checksum that differs is accepted",
             "if number != saved.get(path):",
@@ -201,7 +199,7 @@ CHECKPOINTS = [
     ),
     *faults_of(
         "llada_jax/checkpoints/host_copies.py",
-        "tests/checkpoints",
+        "tests/checkpoints/test_host_copies.py",
         ("one local copy is kept", "KEEP = 2", "KEEP = 1"),
     ),
 ]
