@@ -13,7 +13,7 @@ def test_a_run_of_two_processes_survives_kills_and_equals_the_undisturbed_run(tm
     script = ROOT / "tests" / "support" / "storm.py"
     flags = ["--kills", "4", "--runs", "1", "--seed", "9", "--work", str(tmp_path / "storm")]
     done = subprocess.run(
-        [sys.executable, str(script), *flags], capture_output=True, text=True, timeout=900
+        [sys.executable, str(script), *flags], capture_output=True, text=True, timeout=3000
     )
     assert done.returncode == 0, done.stdout + done.stderr
     assert "{'bit for bit': 1}" in done.stdout
