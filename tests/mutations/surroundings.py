@@ -51,8 +51,8 @@ DATA = [
         ),
         (
             "tokens per byte",
-            "name: split.num_bytes / split.num_tokens",
-            "name: split.num_tokens / split.num_bytes",
+            "name: split.num_scored_bytes / split.num_scored_tokens",
+            "name: split.num_scored_tokens / split.num_scored_bytes",
         ),
     ),
 ]
