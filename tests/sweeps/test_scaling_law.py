@@ -97,7 +97,7 @@ def test_isoflop_finds_the_optimum_of_chinchillas_surface():
 @pytest.mark.parametrize(("noise", "num_sizes"), [(0.001, 4), (0.004, 6)])
 def test_isoflop_intervals_named_95_percent_hold_the_truth_as_often(noise, num_sizes):
     """Small ladders of three budgets, with 3 and 9 degrees of freedom: of 200 the intervals of each
-    law hold at least 90% (of the percentiles of a bootstrap of residuals 74% did), and not all,
+    law hold at least 90% (percentiles of a bootstrap of residuals held 81%), and not all,
     which intervals of any width would. The seeds are fixed, so that it never flakes.
     """
     truth = {"parameters": 0.5, "tokens": 0.5, "loss": -0.06}
