@@ -50,7 +50,7 @@ def array_of(seed: int, shape, dtype=np.float32) -> np.ndarray:
 SHAPES = st.lists(st.integers(1, 6), min_size=1, max_size=4).map(tuple)
 
 
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=40)
 @given(shape=SHAPES, seed=st.integers(0, 99))
 def test_arrays_of_a_host_and_of_devices_have_the_checksum_that_is_defined(shape, seed):
     array = array_of(seed, shape)
@@ -75,7 +75,7 @@ def test_the_numbers_of_a_fixed_array_never_change():
     assert checksum_of_float32(array) == 2803648620
 
 
-@settings(max_examples=100, deadline=None)
+@settings(max_examples=100)
 @given(shape=SHAPES, seed=st.integers(0, 99), data=st.data())
 def test_every_permutation_along_a_dim_is_seen(shape, seed, data):
     """Swapped layers, reversed columns and all the others, of weights whose lower 16 bits are zero,
@@ -90,7 +90,7 @@ def test_every_permutation_along_a_dim_is_seen(shape, seed, data):
     assert checksum_of_float32(permuted, scheme=1) == checksum_of_float32(array, scheme=1)
 
 
-@settings(max_examples=25, deadline=None)
+@settings(max_examples=25)
 @given(seed=st.integers(0, 99), where=st.integers(0, 2**20 - 1), far=st.integers(0, 19))
 def test_two_elements_that_trade_places_are_seen_however_far_they_are_apart(seed, where, far):
     array = np.zeros((4, 2**18), np.float32)
@@ -103,7 +103,7 @@ def test_two_elements_that_trade_places_are_seen_however_far_they_are_apart(seed
     assert checksum_of_float32(array) != before
 
 
-@settings(max_examples=100, deadline=None)
+@settings(max_examples=100)
 @given(where=st.integers(0, 119), bit=st.integers(0, 31))
 def test_every_flipped_bit_is_seen(where, bit):
     array = array_of(0, (2, 3, 20))

@@ -96,7 +96,7 @@ def rows(draw):
 
 
 @given(rows())
-@settings(max_examples=300, deadline=None)
+@settings(max_examples=300)
 def test_a_decoded_record_is_the_encoded_row_and_padding(row):
     sequence_length, vocab_size, tokens, starts = row
     sizes = {"sequence_length": sequence_length, "vocab_size": vocab_size}
