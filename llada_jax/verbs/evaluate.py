@@ -6,6 +6,7 @@ import math
 
 from llada_jax import pretrained
 from llada_jax.checkpoints.orbax_patches import drop_echoes
+from llada_jax.checkpoints.workdir import parse_checkpoint
 from llada_jax.cluster import sharding
 from llada_jax.data.records import read_dataset
 from llada_jax.errors import UserError, look_up, require
@@ -15,6 +16,10 @@ from llada_jax.evaluation.presets import as_arguments, preset
 from llada_jax.evaluation.splits import bound_of_split
 from llada_jax.evaluation.tasks import DIRECTIONS, answer, items_of, read_tasks
 from llada_jax.objectives.named import make_objective
+from llada_jax.run.metrics_file import read_lines
+from llada_jax.run.report_page import report_page
+from llada_jax.storage import remote
+from llada_jax.storage.files import write_whole, writing
 from llada_jax.verbs.command_line import Parser, json_text
 
 
@@ -76,6 +81,9 @@ def main(argv: list[str]) -> None:
         "--breakdown", action="store_true", help="also the bound by position and the loss by time"
     )
     parser.add_ema_flag()
+    parser.add_argument(
+        "--report", metavar="DIR", help="also write DIR/report.html with the curves of the run"
+    )
     parser.add_argument("--json", action="store_true", help="print one JSON object on stdout")
     args = parser.parse_args(argv)
     check(args)
@@ -86,7 +94,19 @@ def main(argv: list[str]) -> None:
         result, lines = evaluate_tasks(args), report_tasks
     else:
         result, lines = evaluate(args), report
+    if args.report:
+        write_report(args, result)
     print(json_text(result) if args.json else lines(result))
+
+
+def write_report(args, result: dict) -> None:
+    """Writes DIR/report.html: the result, and the curves of the workdir that it comes from."""
+    workdir, _ = parse_checkpoint(args.checkpoint)
+    page = report_page(args.checkpoint, read_lines(workdir), result)
+    directory = remote.path_of(args.report)
+    with writing(directory / "report.html", remedy="name another --report"):
+        directory.mkdir(parents=True, exist_ok=True)
+        write_whole(directory / "report.html", page)
 
 
 def is_harness(args) -> bool:

@@ -26,7 +26,7 @@ FLAGS = {
         --temperature --remasking --cfg-scale --num-samples --batch-size --seed --ignore-eos --ema
         --show --json""",
     "evaluate": """--checkpoint --data --split --mc-samples --batch-size --seed --baselines --ema
-        --json --tasks --ask --cfg-scale --breakdown --preset --harness""",
+        --json --tasks --ask --cfg-scale --breakdown --preset --harness --report""",
     "import": "--from --output --mesh --mask-token --causal --json",
     "export": """--checkpoint --output --dtype --shard-size --ema --layout --chat-template --force
         --verify --push-to-hub --dry-run --license --json""",

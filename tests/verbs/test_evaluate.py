@@ -8,6 +8,7 @@ from support.hf_directories import random_params
 
 from llada_jax.__main__ import main
 from llada_jax.config import default_config
+from llada_jax.verbs.evaluate import report, report_tasks
 
 
 @pytest.fixture(scope="module")
@@ -34,6 +35,7 @@ def said(capfd, *words, status=0):
     return err if status else out
 
 
+@pytest.mark.slow  # six programs are compiled, and two models loaded
 def test_questions_are_answered_in_each_direction_that_fits(
     random_checkpoint, causal_checkpoint, questions, capfd
 ):
@@ -42,7 +44,7 @@ def test_questions_are_answered_in_each_direction_that_fits(
     assert set(found) >= {"forwards", "infill", "mc_samples", "cfg_scale", "step"}
     assert found["forwards"]["num_ranked"] == found["forwards"]["num_questions"] == 1
     assert "backwards" not in found
-    text = said(capfd, "--checkpoint", random_checkpoint, *words)
+    text = report_tasks(found)
     assert "forwards   exact match 0.000" in text
     assert "(chance 0.500)" in text
     causal = json.loads(said(capfd, "--checkpoint", causal_checkpoint, *words, "--json"))
@@ -82,5 +84,13 @@ def test_the_parts_of_the_bound_are_reported(random_checkpoint, small_dataset, c
     found = json.loads(said(capfd, *words, "--json"))
     assert len(found["by_position"]["mean"]) == 8
     assert len(found["by_time"]["standard_error"]) == 10
-    text = said(capfd, *words)
+    text = report(found)
     assert "nats per token, by position in the row\n  0.000 to 0.125  " in text
+
+
+def test_the_report_is_a_page_with_the_result(random_checkpoint, small_dataset, tmp_path, capfd):
+    report = tmp_path / "new" / "report"
+    words = ("--checkpoint", random_checkpoint, "--data", small_dataset, "--report", report)
+    found = json.loads(said(capfd, *words, "--json"))
+    page = (report / "report.html").read_text()
+    assert f"<td>bits_per_byte</td><td>{found['bits_per_byte']:.5g}</td>" in page
