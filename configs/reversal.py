@@ -15,15 +15,15 @@ def get_config():
     config = default_config()
     config.num_steps = 500
     config.data.path = "runs/reversal/data"
-    config.data.batch_size = 32
+    config.data.batch_size = 16
     config.data.sequence_length = 32
     config.data.random_length_probability = 0.0
     config.data.attend_across_documents = False
     config.model.num_layers = 2
-    config.model.d_model = 128
+    config.model.d_model = 96
     config.model.num_heads = config.model.num_kv_heads = 4
-    config.model.head_dim = 32
-    config.model.d_ff = 352
+    config.model.head_dim = 24
+    config.model.d_ff = 256
     # Rows are short.
     config.model.rope_theta = 30.0
     config.optimizer.name = "muon"

@@ -21,10 +21,7 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
-import lm_eval
 import numpy as np
-from lm_eval.api.model import LM
-from lm_eval.tasks import TaskManager
 
 from llada_jax.errors import UserError, look_up, require
 from llada_jax.evaluation.conditional import Question, Score, encode_pair, log_likelihoods
@@ -41,8 +38,11 @@ CACHED_TOGETHER = 256
 NUM_PERTURBATIONS = 64
 
 
-class HarnessModel(LM):
+class HarnessModel:
     """Answers the requests of the harness with a loaded model.
+
+    It registers as a subclass of lm_eval.api.model.LM and does not inherit from it, so that this
+    module can be imported without the harness. Each process of a run answers all requests.
 
     Args:
         pretrained: what llada_jax.load returns.
@@ -70,7 +70,10 @@ class HarnessModel(LM):
         remasking: str = "low_confidence",
         chat_template: str | None = None,
     ):
-        super().__init__()
+        api = require("lm_eval.api.model", extra="eval")
+        api.LM.register(HarnessModel)  # the harness checks that the model is one
+        self.rank, self.world_size, self.device = 0, 1, None
+        self.cache_hook = api.CacheHook(None)
         self.pretrained, self.tokenizer = pretrained, pretrained.tokenizer
         self.mask = pretrained.record.mask
         self.longest = pretrained.config["data"]["sequence_length"]
@@ -103,6 +106,10 @@ class HarnessModel(LM):
             for part in parts
             for token in ([special[part]] if part in special else self.tokenizer.encode(part))
         ]
+
+    def set_cache_hook(self, cache_hook: Any) -> None:
+        """Takes what writes results to the harness's cache."""
+        self.cache_hook = cache_hook
 
     # ---- likelihoods
 
@@ -364,7 +371,10 @@ def run(model: HarnessModel, tasks: Sequence[Any], **settings: Any) -> dict:
         settings: include_path, a folder with YAML files of tasks; and those of
             lm_eval.simple_evaluate: num_fewshot, limit, use_cache, apply_chat_template...
     """
-    manager = TaskManager(include_path=settings.pop("include_path", None))
+    lm_eval = require("lm_eval", extra="eval")
+    manager = require("lm_eval.tasks", extra="eval").TaskManager(
+        include_path=settings.pop("include_path", None)
+    )
     results = lm_eval.simple_evaluate(
         model, tasks=list(tasks), task_manager=manager, log_samples=True, **settings
     )

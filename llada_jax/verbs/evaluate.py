@@ -9,7 +9,8 @@ from llada_jax.checkpoints.orbax_patches import drop_echoes
 from llada_jax.checkpoints.workdir import parse_checkpoint
 from llada_jax.cluster import sharding
 from llada_jax.data.records import read_dataset
-from llada_jax.errors import UserError, look_up, require
+from llada_jax.errors import UserError, look_up
+from llada_jax.evaluation import harness
 from llada_jax.evaluation.baselines import unigram_bits_per_byte, xz_bits_per_byte
 from llada_jax.evaluation.breakdown import breakdown_of_split
 from llada_jax.evaluation.presets import as_arguments, preset
@@ -246,9 +247,6 @@ def evaluate_tasks(args) -> dict:
 
 def evaluate_harness(args) -> dict:
     """Returns the metrics of tasks of lm-evaluation-harness, with the error of the Monte Carlo."""
-    require("lm_eval", extra="eval")
-    from llada_jax.evaluation import harness
-
     settings = harness.read_settings(args.harness)
     source, published = preset(args.preset) if args.preset else ("", {})
     for task in args.tasks or ():
