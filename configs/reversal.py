@@ -5,7 +5,7 @@ autoregressive control of equal size, data and steps.
     llada-jax prepare --input runs/reversal/facts.txt --output runs/reversal/data \\
         --documents line --tokenizer spm-bpe:400 --sequence-length 32 --heldout 0
     llada-jax sweep --config configs/reversal.py --workdir runs/reversal/runs --run local
-    llada-jax evaluate --checkpoint runs/reversal/runs/0 --tasks runs/reversal/one_order.jsonl
+    llada-jax evaluate --checkpoint runs/reversal/runs/000 --tasks runs/reversal/one_order.jsonl
 """
 
 from llada_jax.config import default_config

@@ -341,7 +341,7 @@ def read_settings(words: Sequence[str]) -> dict[str, Any]:
     """Returns the settings of `run` that KEY=VALUE words name.
 
     Raises:
-        UserError: a word is no such pair, or its value is not a number where one is needed.
+        UserError: a word is not a pair, or its value is not a number where one is needed.
     """
     settings = {}
     for word in words:

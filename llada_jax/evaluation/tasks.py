@@ -64,7 +64,7 @@ def read_tasks(path: str) -> list[dict]:
     """Returns the objects of a JSONL file of prompts and answers.
 
     Raises:
-        UserError: a line is no such object, or there is none.
+        UserError: a line is not such an object, or the file has none.
     """
     rows = []
     for number, line in enumerate(read_documents(path, Cut(documents="line", form="txt")), 1):
@@ -137,7 +137,7 @@ def written(
     tokenizer: Any,
     batch_size: int = 32,
 ) -> list[tuple[int, ...]]:
-    """Returns what a masked diffusion model writes in the place of each answer, as token ids.
+    """Returns what a masked diffusion model writes where each answer stands, as token ids.
 
     As many tokens as the answer has, one per step, the most confident first, at temperature 0; what
     stands before and after is given.
