@@ -2,6 +2,7 @@
 real training runs.
 """
 
+import functools
 import os
 import subprocess
 import sys
@@ -20,11 +21,18 @@ os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0.1")
 # tests with them.
 os.environ.setdefault("XLA_FLAGS", "--xla_backend_optimization_level=0")
 
+import hypothesis
 import jax
 
 jax.config.update("jax_num_cpu_devices", 8)
 
-from support.datasets import circle_dataset  # noqa: E402
+# A test passes or fails by what is computed and never by how long a busy machine takes for it.
+hypothesis.settings.register_profile(
+    "untimed", deadline=None, suppress_health_check=[hypothesis.HealthCheck.too_slow]
+)
+hypothesis.settings.load_profile("untimed")
+
+from support.datasets import circle_dataset, dialogue_dataset  # noqa: E402
 from support.paths import PUBLISHED  # noqa: E402
 from support.required import absent  # noqa: E402
 from support.runs import Runs  # noqa: E402
@@ -70,6 +78,14 @@ def published() -> Path:
 @pytest.fixture(scope="session")
 def small_dataset(tmp_path_factory) -> Path:
     return circle_dataset(tmp_path_factory.mktemp("small") / "data")
+
+
+@pytest.fixture(scope="session")
+def dialogues(tmp_path_factory):
+    """Returns dialogues(rows) -> a small data set of dialogues, "packed" or "padded"."""
+    return functools.cache(
+        lambda rows: dialogue_dataset(tmp_path_factory.mktemp("dialogues") / "of", rows=rows)
+    )
 
 
 @pytest.fixture(scope="session")

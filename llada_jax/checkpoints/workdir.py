@@ -24,6 +24,7 @@ import numpy as np
 import tensorstore
 from etils import epath
 from jax.experimental import multihost_utils
+from jax.sharding import NamedSharding, PartitionSpec
 from orbax.checkpoint import v1 as ocp
 
 from llada_jax.checkpoints.checksums import checksum_of_float32, checksums
@@ -31,6 +32,7 @@ from llada_jax.checkpoints.orbax_patches import teach_orbax_s3
 from llada_jax.checkpoints.record import RunRecord
 from llada_jax.cluster import distributed
 from llada_jax.errors import LostPeer, UserError, one_line
+from llada_jax.models.adapters import adapter_dims, adapter_shapes, merged, with_adapter
 from llada_jax.paths import split_step
 from llada_jax.storage import remote
 from llada_jax.storage.arrays import kvstore_of, read_chunks
@@ -222,11 +224,45 @@ class Checkpoints:
         return jax.jit(lambda state: state, out_shardings=shardings, donate_argnums=0)(state)
 
     def restore_params(self, step: int, abstract_params: dict, *, ema: bool) -> dict:
-        """Returns only the parameters, or their moving average, of a step; UserError when they
-        cannot be read.
+        """Returns only the network's parameters, or their moving average, of a step, with the
+        adapters added where the run trained some; UserError when they cannot be read.
         """
         name = "ema" if ema else "params"
-        return self._load(step, {name: abstract_params})[name]
+        lora = self.record(step).lora
+        if not lora.rank:
+            return self._load(step, {name: abstract_params})[name]
+        shapes = adapter_shapes(abstract_params, lora)
+        everywhere = NamedSharding(
+            jax.tree.leaves(abstract_params)[0].sharding.mesh, PartitionSpec()
+        )
+        adapters = jax.tree.map(
+            lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=everywhere), shapes
+        )
+        loaded = self._load(step, {name: adapters, "frozen": abstract_params})
+        return jax.jit(
+            lambda network, adapters: merged(network, adapters, lora),
+            out_shardings=jax.tree.map(lambda leaf: leaf.sharding, abstract_params),
+            donate_argnums=0,
+        )(loaded["frozen"], loaded[name])
+
+    def read_network_array(
+        self, step: int, path: str, shape: tuple[int, ...], *, ema: bool
+    ) -> np.ndarray:
+        """Returns one array of restore_params, such as "blocks/q", in the memory of this host; see
+        read_array.
+        """
+        name = "ema" if ema else "params"
+        lora = self.record(step).lora
+        if not lora.rank:
+            return self.read_array(step, f"{name}/{path}", shape)
+        array = self.read_array(step, f"frozen/{path}", shape)
+        if path not in lora.paths:
+            return array
+        a, b = (
+            self.read_array(step, f"{name}/{path}/{part}", part_shape)
+            for part, part_shape in zip("ab", adapter_dims(path, shape, lora))
+        )
+        return with_adapter(array, a, b, lora)
 
     def read_array(self, step: int, path: str, shape: tuple[int, ...]) -> np.ndarray:
         """Returns one float32 array of a step in the memory of this host, checked against its

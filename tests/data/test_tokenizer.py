@@ -68,7 +68,7 @@ def test_hard_texts_survive_encoding_without_a_special_id(tokenizers, kind, text
 
 @KINDS
 @given(text=st.text() | st.text(alphabet="ab \n\u2581<mask>/s\r\t\x00", max_size=200))
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=150)
 @example(text="\u2581 \u2581")
 def test_any_unicode_text_survives_encoding(tokenizers, kind, text):
     ids = tokenizers[kind].encode(text)
@@ -80,7 +80,7 @@ def test_any_unicode_text_survives_encoding(tokenizers, kind, text):
 @given(
     lines=st.lists(st.sampled_from([" the feelings", "a truth.", "", "\t", "x" * 400]), max_size=60)
 )
-@settings(max_examples=25, deadline=None)
+@settings(max_examples=25)
 def test_encoding_in_segments_gives_the_ids_of_the_whole(tokenizers, kind, lines):
     """The reference is SentencePiece itself on the whole text."""
     text = "\n".join(lines)
@@ -262,7 +262,7 @@ def byte_level_bpe(special_tokens):
 
 @given(text=st.text())
 @example(text="<|mdm_mask|> <|endoftext|>\u2581\x00\r\n")
-@settings(max_examples=50, deadline=None)
+@settings(max_examples=50)
 def test_a_byte_level_tokenizer_is_lossless_and_reads_special_tokens_as_text(byte_level, text):
     ids = byte_level.encode(text)
     assert byte_level.decode(ids) == text

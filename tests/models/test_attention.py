@@ -111,7 +111,7 @@ def test_the_reference_follows_may_attend(segments, mask):
     check(xla_attention, inputs(4, 2, head_dim=16), SEGMENTS[segments], mask)
 
 
-@settings(max_examples=10, deadline=None, derandomize=True)
+@settings(max_examples=10, derandomize=True)
 @given(
     segments=st.lists(
         st.lists(st.integers(0, 3), min_size=9, max_size=9), min_size=2, max_size=2
@@ -150,7 +150,7 @@ def test_kernels_follow_may_attend(kernel, segments, mask, num_heads):
     check(interpreted, inputs(num_heads, 2), SEGMENTS[segments], mask)
 
 
-@settings(max_examples=60, deadline=None, derandomize=True)
+@settings(max_examples=60, derandomize=True)
 @given(
     mask=st.builds(Mask, causal=st.booleans(), block_length=st.integers(0, 300)),
     rows=st.tuples(st.integers(0, 1), st.integers(0, 1)),

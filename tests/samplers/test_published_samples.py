@@ -125,7 +125,7 @@ def test_published_samples_are_reproduced_exactly(official, name, padded):
 
 
 @pytest.mark.slow
-@settings(max_examples=8, deadline=None, derandomize=True)
+@settings(max_examples=8, derandomize=True)
 @given(
     prompts=st.lists(st.lists(st.integers(0, VOCAB - 1), max_size=34), min_size=1, max_size=3),
     block_length=st.integers(1, 6),

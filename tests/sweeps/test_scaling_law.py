@@ -62,7 +62,7 @@ def parabolic_runs(exponent, *, noise=0.0, seed=0, num_sizes=5) -> list[Finished
 # ---- IsoFLOP
 
 
-@settings(max_examples=30, deadline=None)
+@settings(max_examples=30)
 @given(exponent=st.floats(0.3, 0.7))
 def test_isoflop_finds_the_exponents_of_exact_parabolas(exponent):
     fit = fit_isoflop(parabolic_runs(exponent), num_samples=1)
