@@ -10,7 +10,7 @@ import json
 import math
 
 from llada_jax.errors import UserError
-from llada_jax.sweeps.comparison import effects, ranked
+from llada_jax.sweeps.comparison import effects, ranked, unlike
 from llada_jax.sweeps.optuna_search import run_optuna
 from llada_jax.sweeps.results import Result
 from llada_jax.sweeps.runs import Sweep, as_json, describe, load_sweep
@@ -157,11 +157,17 @@ def show_table(sweep: Sweep, *, in_json: bool, plot: str | None) -> None:
         plot_curves(
             results, plot, label=lambda result: f"{result.index:03d} {describe(result.knobs)}"
         )
+    complete = [run for run, result in zip(sweep.runs, results) if result.state == "complete"]
+    notes = unlike([run.scored_on() for run in complete], [run.name for run in complete])
     if in_json:
-        print_json({"runs": ranked(results), "effects": found})
+        print_json({"runs": ranked(results), "effects": found, "notes": notes})
         return
     for line in table_lines(results, found, label=lambda result: describe(result.knobs)):
         print(line)
+    if notes:
+        print("")
+    for note in notes:
+        print(f"{note}; the ranking and the effects mix them")
 
 
 def show_fit(sweep: Sweep, *, in_json: bool) -> None:
