@@ -24,7 +24,7 @@ def causal_checkpoint(tmp_path_factory):
 def questions(tmp_path_factory):
     file = tmp_path_factory.mktemp("questions") / "tasks.jsonl"
     row = {"prompt": "Ada", "answer": " is 1st", "choices": [" is last", " is 1st"]}
-    file.write_text(json.dumps(row) + "\n")
+    file.write_text(2 * (json.dumps(row) + "\n"))
     return file
 
 
@@ -42,7 +42,7 @@ def test_questions_are_answered_in_each_direction_that_fits(
     words = ("--tasks", questions, "--mc-samples", "4")
     found = json.loads(said(capfd, "--checkpoint", random_checkpoint, *words, "--json"))
     assert set(found) >= {"forwards", "infill", "mc_samples", "cfg_scale", "step"}
-    assert found["forwards"]["num_ranked"] == found["forwards"]["num_questions"] == 1
+    assert found["forwards"]["num_ranked"] == found["forwards"]["num_questions"] == 2
     assert "backwards" not in found
     text = report_tasks(found)
     assert "forwards   exact match 0.000" in text
