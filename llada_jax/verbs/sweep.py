@@ -174,6 +174,7 @@ def show_fit(sweep: Sweep, *, in_json: bool) -> None:
     """Prints IsoFLOP optima, their power laws and the parametric fit of all complete runs."""
     # Imported here: scipy and jax take seconds, for which --list need not wait.
     from llada_jax.checkpoints.record import read_run
+    from llada_jax.models.flops import flops_per_token
     from llada_jax.models.transformer import num_matmul_parameters
     from llada_jax.sweeps.scaling_law import (
         FinishedRun,
@@ -185,12 +186,21 @@ def show_fit(sweep: Sweep, *, in_json: bool) -> None:
     runs = []
     for result in (run.result() for run in sweep.runs):
         if result.state == "complete" and not math.isnan(result.nats_per_token):
-            a = read_run(result.workdir).architecture
+            record = read_run(result.workdir)
+            a, num_parameters = record.architecture, num_matmul_parameters(record.architecture)
+            flops = flops_per_token(
+                num_parameters,
+                a.num_layers,
+                a.num_heads * a.head_dim,
+                record.knob("data.sequence_length"),
+                causal=record.mask.causal,
+            )
             runs.append(
                 FinishedRun(
-                    num_matmul_parameters(a) - a.d_model * a.vocab_size,
+                    num_parameters - a.d_model * a.vocab_size,
                     result.tokens,
                     result.nats_per_token,
+                    flops,
                 )
             )
     isoflop = fit_isoflop(runs)
