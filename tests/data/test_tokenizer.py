@@ -354,6 +354,38 @@ def test_damaged_files_are_refused_by_name(tmp_path, tokenizers):
         load_tokenizer(tmp_path / "saved")
 
 
+@pytest.mark.parametrize(
+    "special_ids",
+    [
+        {"mask": -1, "eos": 257},
+        {"mask": 256, "eos": -1},
+        {"mask": 256, "eos": 256},
+        {"mask": 256, "eos": 257, "pad": 256},
+        {"mask": 256, "eos": 257, "bos": -1},
+        {"mask": True, "eos": 257},
+        {"mask": "256", "eos": 257},
+        {"mask": 256.0, "eos": 257},
+        {"mask": 10**15, "eos": 257},  # a row of the vocabulary for each id up to it
+        {"mask": None, "eos": 257},
+        {"eos": 257},
+        [256, 257],
+    ],
+)
+def test_special_ids_that_no_tokenizer_can_have_are_refused(tmp_path, special_ids):
+    load_tokenizer("bytes").save(tmp_path / "saved")
+    file = tmp_path / "saved" / "special_ids.json"
+    file.write_text(json.dumps(json.loads(file.read_text()) | {"special_ids": special_ids}))
+    with pytest.raises(UserError, match=r"saved' is damaged \(WrongSpecialIds: has"):
+        load_tokenizer(tmp_path / "saved")
+
+
+def test_a_model_whose_mask_ends_texts_too_is_refused(tmp_path, tokenizers):
+    tokenizers["bpe"].save(tmp_path / "saved")
+    model = tmp_path / "saved" / "sentencepiece.model"
+    with pytest.raises(UserError, match="sentencepiece.model' has one id, 2, for mask and eos"):
+        load_tokenizer(model, mask_token="</s>")
+
+
 def test_the_module_needs_no_tokenizer_library_and_says_how_to_install_one(tmp_path):
     code = """
 import sys
