@@ -13,6 +13,7 @@ DATA = ["pyarrow>=17", "zstandard>=0.22", "fsspec>=2024.6"]
 HF = ["tokenizers>=0.20", "safetensors>=0.4.5", "huggingface_hub>=0.30", "jinja2>=3.1"]
 GS, S3 = ["gcsfs>=2024.6"], ["s3fs>=2024.6"]
 SWEEP = ["matplotlib>=3.8"]
+EVAL = [*HF, "lm-eval>=0.4.13,<0.5"]
 OPTUNA = ["optuna>=4,<6"]
 # what most tests need; jax[tpu] brings requests, with which a TPU VM finds its place in its slice
 TEST = [
@@ -84,6 +85,7 @@ setup(
         "s3": S3,
         "hf": HF,
         "torch": [*HF, "torch>=2.4", "transformers>=4.49,<6"],
+        "eval": EVAL,
         "sweep": SWEEP,
         "optuna": OPTUNA,
         "test": [*DATA, *HF, *TEST],

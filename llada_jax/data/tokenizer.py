@@ -135,6 +135,12 @@ class Tokenizer:
         """
         return self._codec.id_of(token)
 
+    def piece(self, token: int) -> str:
+        """Returns how a token is written, such as "<|endoftext|>"; "" for a special token that was
+        added beyond the tokenizer's own ids.
+        """
+        return self._codec.piece(token) if token < self._codec.num_ids else ""
+
     @property
     def files(self) -> dict[str, bytes]:
         """The tokenizer's own files by name, as they were given: the SentencePiece model, or

@@ -175,7 +175,7 @@ class _Rows(NamedTuple):
     where_BA: np.ndarray
 
 
-def _lay_out(
+def lay_out(
     tokens: Question, targets: Sequence[int], where_NL: np.ndarray, widths: tuple, *, pad_id: int
 ) -> _Rows:
     """Returns one row per line of where_NL: what stands before the answer ends at column widths[0],
@@ -214,7 +214,7 @@ def _lay_out(
 
 
 def _diffusion_rows(question: Question, draws: Draws, widths: tuple, ids: Any) -> _Rows:
-    rows = _lay_out(question, question.answer, draws.is_masked_NL, widths, pad_id=ids.pad_id)
+    rows = lay_out(question, question.answer, draws.is_masked_NL, widths, pad_id=ids.pad_id)
     columns = slice(widths[0], widths[0] + widths[1])
     answer_BA = rows.inputs_BT[:, columns]
     rows.inputs_BT[:, columns] = np.where(rows.where_BA, ids.mask_id, answer_BA)
@@ -227,7 +227,7 @@ def _causal_rows(question: Question, widths: tuple, ids: Any) -> _Rows:
     split = len(question.before)
     inputs = Question(shifted[:split], shifted[split:])
     every = np.ones((1, len(question.answer)), bool)
-    return _lay_out(inputs, question.answer, every, widths, pad_id=ids.pad_id)
+    return lay_out(inputs, question.answer, every, widths, pad_id=ids.pad_id)
 
 
 # ---- through the network

@@ -1,34 +1,75 @@
 """`llada-jax evaluate`: the likelihood bound of a checkpoint on records, next to baselines without
-a network.
+a network, and its answers to questions.
 """
+
+import math
 
 from llada_jax import pretrained
 from llada_jax.checkpoints.orbax_patches import drop_echoes
+from llada_jax.checkpoints.workdir import parse_checkpoint
 from llada_jax.cluster import sharding
 from llada_jax.data.records import read_dataset
-from llada_jax.errors import UserError
+from llada_jax.errors import UserError, look_up
+from llada_jax.evaluation import harness
 from llada_jax.evaluation.baselines import unigram_bits_per_byte, xz_bits_per_byte
+from llada_jax.evaluation.breakdown import breakdown_of_split
+from llada_jax.evaluation.presets import as_arguments, preset
 from llada_jax.evaluation.splits import bound_of_split
+from llada_jax.evaluation.tasks import DIRECTIONS, answer, items_of, read_tasks
 from llada_jax.objectives.named import make_objective
+from llada_jax.run.metrics_file import read_lines
+from llada_jax.run.report_page import report_page
+from llada_jax.storage import remote
+from llada_jax.storage.files import write_whole, writing
 from llada_jax.verbs.command_line import Parser, json_text
 
 
 def main(argv: list[str]) -> None:
     parser = Parser(
         "evaluate",
-        "Prints the bound on the likelihood of a split: nats per token and bits per byte.",
+        "Prints the bound on the likelihood of a split, or how a file of questions is answered.",
         "llada-jax evaluate --checkpoint runs/tiny/run --data runs/tiny/data --mc-samples 4",
     )
+    parser.usage = "llada-jax evaluate --checkpoint CKPT {--data DIR | --tasks FILE} [flags]"
     parser.add_argument(
         "--checkpoint",
         required=True,
         metavar="CKPT",
         help="WORKDIR, WORKDIR@STEP or Hugging Face directory",
     )
-    parser.add_argument("--data", required=True, metavar="DIR", help="directory written by prepare")
+    parser.add_argument("--data", metavar="DIR", help="directory written by prepare")
+    parser.add_argument(
+        "--tasks",
+        action="append",
+        metavar="FILE",
+        help="a .jsonl of questions, or a task of lm-evaluation-harness",
+    )
+    parser.add_argument(
+        "--preset", metavar="NAME", help="harness with published settings: llada-8b-base[-cfg]"
+    )
+    parser.add_argument(
+        "--harness",
+        action="append",
+        default=[],
+        metavar="KEY=VALUE",
+        help="for it: num_fewshot, limit, include_path, use_cache ...",
+    )
+    parser.add_argument(
+        "--ask",
+        nargs="+",
+        choices=DIRECTIONS,
+        metavar="HOW",
+        help="forwards, backwards, infill (all that fit)",
+    )
     parser.add_argument("--split", default="heldout", help="train or heldout (default)")
     parser.add_argument(
-        "--mc-samples", type=int, default=1, metavar="N", help="corruptions drawn for each row (1)"
+        "--mc-samples",
+        type=int,
+        metavar="N",
+        help="corruptions drawn for each row (1) or answer (128)",
+    )
+    parser.add_argument(
+        "--cfg-scale", type=float, default=0.0, metavar="W", help="guidance towards the prompt (0)"
     )
     parser.add_argument(
         "--batch-size", type=int, default=64, metavar="B", help="rows scored at a time (64)"
@@ -37,18 +78,73 @@ def main(argv: list[str]) -> None:
     parser.add_argument(
         "--baselines", action="store_true", help="also score unigram and xz -9 on the same text"
     )
+    parser.add_argument(
+        "--breakdown", action="store_true", help="also the bound by position and the loss by time"
+    )
     parser.add_ema_flag()
+    parser.add_argument(
+        "--report", metavar="DIR", help="also write DIR/report.html with the curves of the run"
+    )
     parser.add_argument("--json", action="store_true", help="print one JSON object on stdout")
     args = parser.parse_args(argv)
+    check(args)
+    drop_echoes()
+    if is_harness(args):
+        result, lines = evaluate_harness(args), report_harness
+    elif args.tasks:
+        result, lines = evaluate_tasks(args), report_tasks
+    else:
+        result, lines = evaluate(args), report
+    if args.report:
+        write_report(args, result)
+    print(json_text(result) if args.json else lines(result))
+
+
+def write_report(args, result: dict) -> None:
+    """Writes DIR/report.html: the result, and the curves of the workdir that it comes from."""
+    workdir, _ = parse_checkpoint(args.checkpoint)
+    page = report_page(args.checkpoint, read_lines(workdir), result)
+    directory = remote.path_of(args.report)
+    with writing(directory / "report.html", remedy="name another --report"):
+        directory.mkdir(parents=True, exist_ok=True)
+        write_whole(directory / "report.html", page)
+
+
+def is_harness(args) -> bool:
+    """Whether --tasks names tasks of lm-evaluation-harness, and not a file."""
+    return bool(args.preset) or bool(args.tasks) and not args.tasks[0].endswith(".jsonl")
+
+
+def check(args) -> None:
+    """Fills in the number of samples; raises UserError for flags that do not fit together."""
+    if bool(args.data) == bool(args.tasks or args.preset):
+        raise UserError("evaluate takes --data DIR, or --tasks or --preset.")
+    if args.tasks and not is_harness(args) and len(args.tasks) > 1:
+        raise UserError("--tasks takes one .jsonl file of questions; evaluate several in turn.")
+    kind = "--data" if args.data else "harness" if is_harness(args) else "--tasks FILE.jsonl"
+    fits = {
+        "baselines": ("--data",),
+        "breakdown": ("--data",),
+        "ask": ("--tasks FILE.jsonl",),
+        "harness": ("harness",),
+        "cfg_scale": ("--tasks FILE.jsonl", "harness"),
+    }
+    for flag, kinds in fits.items():
+        if getattr(args, flag) and kind not in kinds:
+            raise UserError(
+                f"--{flag.replace('_', '-')} does not fit this evaluation; it is for "
+                f"{' and '.join(kinds)}."
+            )
+    if args.preset and (args.cfg_scale or args.mc_samples):
+        raise UserError(
+            f"--preset {args.preset} decides on --mc-samples and --cfg-scale; leave them out, or "
+            "name the tasks without a preset."
+        )
+    if args.mc_samples is None:
+        args.mc_samples = 1 if args.data else 128
     for flag in ("mc_samples", "batch_size"):
         if getattr(args, flag) < 1:
             raise UserError(f"--{flag.replace('_', '-')} {getattr(args, flag)} must be at least 1.")
-    drop_echoes()
-    result = evaluate(args)
-    if args.json:
-        print(json_text(result))
-    else:
-        print(report(result))
 
 
 def evaluate(args) -> dict:
@@ -64,13 +160,9 @@ def evaluate(args) -> dict:
         )
     objective = make_objective(model.tokenizer, **model.config["objective"])
     split = info.split(args.split)
-    bound = bound_of_split(
-        model.model,
-        model.params,
-        args.data,
+    settings = dict(
         split=args.split,
         objective=objective,
-        bytes_per_token=split.num_scored_bytes / split.num_scored_tokens,
         batch_size=args.batch_size,
         sequence_length=info.sequence_length,
         batch_sharding=sharding.batch_sharding(model.mesh),
@@ -81,6 +173,13 @@ def evaluate(args) -> dict:
         ),
         seed=args.seed,
         num_draws=args.mc_samples,
+    )
+    bound = bound_of_split(
+        model.model,
+        model.params,
+        args.data,
+        bytes_per_token=split.num_scored_bytes / split.num_scored_tokens,
+        **settings,
     )
     # the keys are what scripts read; they stay
     result = {
@@ -99,7 +198,125 @@ def evaluate(args) -> dict:
         result["unigram_bits_per_byte"] = unigram_bits_per_byte(info, split=args.split)
         result["xz_bits_per_byte"] = alone
         result["xz_after_train_bits_per_byte"] = after_train
+    if args.breakdown:
+        parts = breakdown_of_split(model.model, model.params, args.data, **settings)
+        for name, shares in parts._asdict().items():
+            if shares is not None:
+                result[name] = shares._asdict()
     return result
+
+
+def evaluate_tasks(args) -> dict:
+    """Returns how the questions of a file are answered in each direction."""
+    (file,) = args.tasks
+    rows = read_tasks(file)
+    model = pretrained.load(args.checkpoint, ema=args.ema)
+    is_causal = model.record.mask.causal
+    if is_causal and "infill" in (args.ask or ()):
+        raise UserError(
+            f"{args.checkpoint} is autoregressive and cannot read what comes after a blank; ask it "
+            "forwards and backwards."
+        )
+    result = {
+        "checkpoint": str(args.checkpoint),
+        "step": model.step,
+        "tasks": str(file),
+        "mc_samples": args.mc_samples,
+        "cfg_scale": args.cfg_scale,
+    }
+    for direction in args.ask or DIRECTIONS:
+        if direction == "infill" and is_causal:
+            continue
+        items = items_of(rows, direction, model.tokenizer)
+        if not items:
+            if args.ask:
+                raise UserError(f'No line of {file} has a question "{direction}".')
+            continue
+        answered = answer(
+            model.model,
+            model.params,
+            items,
+            tokenizer=model.tokenizer,
+            mask=model.record.mask,
+            num_samples=args.mc_samples,
+            cfg_scale=args.cfg_scale,
+            seed=args.seed,
+            batch_size=args.batch_size,
+            mesh=model.mesh,
+        )
+        result[direction] = answered._asdict()
+    return result
+
+
+def evaluate_harness(args) -> dict:
+    """Returns the metrics of tasks of lm-evaluation-harness, with the error of the Monte Carlo."""
+    settings = harness.read_settings(args.harness)
+    source, published = preset(args.preset) if args.preset else ("", {})
+    for task in args.tasks or ():
+        if args.preset:
+            look_up(published, task, f"task of the preset {args.preset}")
+    model = pretrained.load(args.checkpoint, ema=args.ema)
+    result = {
+        "checkpoint": str(args.checkpoint),
+        "step": model.step,
+        "preset": args.preset,
+        "source": source,
+        "tasks": {},
+    }
+    for task in args.tasks or published:
+        mine = {"mc_samples": args.mc_samples, "cfg_scale": args.cfg_scale}
+        asked: dict = {}
+        if args.preset:
+            mine, asked = as_arguments(published[task])
+        subject = harness.HarnessModel(model, batch_size=args.batch_size, seed=args.seed, **mine)
+        found = harness.run(subject, [task], **{**asked, **settings})
+        result["tasks"][task] = {**mine, **asked, "results": found["results"]}
+        if args.preset:
+            result["tasks"][task]["published_percent"] = published[task].score
+    return result
+
+
+def report_harness(result: dict) -> str:
+    """Returns one line per metric: its value, the error of the sample, that of the Monte Carlo."""
+    lines = [f"lm-evaluation-harness, model at step {result['step']}"]
+    for answered in result["tasks"].values():
+        for task, metrics in answered["results"].items():
+            for key, value in metrics.items():
+                metric, _, filtered = key.partition(",")
+                if not filtered or metric.endswith("stderr") or not isinstance(value, float):
+                    continue
+                line = f"  {task}  {metric}  {value:.4f}"
+                for name, what in (("stderr", "sample"), ("mc_stderr", "Monte Carlo")):
+                    error = metrics.get(f"{metric}_{name},{filtered}")
+                    if isinstance(error, float):
+                        line += f"  +- {error:.4f} ({what})"
+                lines.append(line)
+    return "\n".join(lines)
+
+
+def report_tasks(result: dict) -> str:
+    """Returns one line per direction."""
+    lines = [f"{result['tasks']}, answered by the model at step {result['step']}"]
+    for direction in DIRECTIONS:
+        if direction not in result:
+            continue
+        found = result[direction]
+        line = (
+            f"  {direction:<9}  exact match {found['exact_match']:.3f} +- "
+            f"{found['exact_match_standard_error']:.3f} of {found['num_questions']}"
+        )
+        if found["num_ranked"]:
+            line += (
+                f", ranked first {found['ranking_accuracy']:.3f} +- "
+                f"{found['ranking_standard_error']:.3f} of {found['num_ranked']} (chance "
+                f"{found['ranking_chance']:.3f})"
+            )
+        line += (
+            f", {found['log_likelihood']:.2f} +- {found['standard_error']:.2f} nats per answer "
+            f"(Monte Carlo {found['mc_standard_error']:.2f})"
+        )
+        lines.append(line)
+    return "\n".join(lines)
 
 
 def report(result: dict) -> str:
@@ -121,4 +338,17 @@ def report(result: dict) -> str:
         for key, meaning in named.items()
         if key in result
     ]
+    parts = {
+        "by_position": "nats per token, by position in the row",
+        "by_time": "nats per masked token, by diffusion time",
+    }
+    for key, meaning in parts.items():
+        shares = result.get(key, {"mean": []})["mean"]
+        for number, nats in enumerate(shares):
+            if number == 0:
+                lines.append(meaning)
+            if math.isfinite(nats):
+                first, last = number / len(shares), (number + 1) / len(shares)
+                error = result[key]["standard_error"][number]
+                lines.append(f"  {first:.3f} to {last:.3f}  {nats:.3f} +- {error:.3f}")
     return "\n".join(lines)

@@ -33,6 +33,8 @@ READERS = {
     "schedule.decay_fraction": {"schedule.name": "wsd"},
     "schedule.decay_shape": {"schedule.name": "wsd"},
     "evaluation.weights": {"optimizer.ema_decay": 0.9},
+    "objective.masked": {"objective.name": "sft"},
+    "objective.mean_over": {"objective.name": "sft"},
 }
 
 

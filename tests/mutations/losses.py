@@ -169,7 +169,7 @@ REMASKING = faults_of(
 
 LIKELIHOOD = faults_of(
     "llada_jax/evaluation/likelihood.py",
-    "tests/evaluation/test_splits.py tests/evaluation/test_likelihood.py",
+    "tests/evaluation/test_draws.py tests/evaluation/test_splits.py",
     ("mean of batch means", "mean = nats.sum() / tokens.sum()", "mean = np.mean(nats / tokens)"),
     (
         "draws share their masks",
@@ -195,7 +195,7 @@ LIKELIHOOD = faults_of(
         "a batch that was scored is scored again",
         "if number < num_before:",
         "if number < num_before - 1:",
-        "tests/evaluation/test_likelihood.py tests/whole_runs/test_stops_in_evaluations.py",
+        "tests/evaluation/test_draws.py",
     ),
 )
 

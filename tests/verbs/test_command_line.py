@@ -26,7 +26,7 @@ FLAGS = {
         --temperature --remasking --cfg-scale --num-samples --batch-size --seed --ignore-eos --ema
         --show --json""",
     "evaluate": """--checkpoint --data --split --mc-samples --batch-size --seed --baselines --ema
-        --json""",
+        --json --tasks --ask --cfg-scale --breakdown --preset --harness --report""",
     "import": "--from --output --mesh --mask-token --causal --json",
     "export": """--checkpoint --output --dtype --shard-size --ema --layout --chat-template --force
         --verify --push-to-hub --dry-run --license --adapters --json""",
@@ -41,7 +41,7 @@ REQUIRED = {
     "train": ["--config", "x.py", "--workdir", "y"],
     "rollback": ["--workdir", "x", "--to", "1"],
     "sample": ["--checkpoint", "x"],
-    "evaluate": ["--checkpoint", "x", "--data", "y"],
+    "evaluate": ["--checkpoint", "x"],
     "import": ["--from", "x", "--output", "y"],
     "export": ["--checkpoint", "x", "--output", "y"],
     "plan": ["--config", "x.py", "--topology", "v5p-8"],

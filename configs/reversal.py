@@ -1,0 +1,46 @@
+"""Reversal: facts that are stated as "A is B" alone, asked as "B is"; masked diffusion against the
+autoregressive control of equal size, data and steps.
+
+    python configs/reversal/make_pairs.py runs/reversal
+    llada-jax prepare --input runs/reversal/facts.txt --output runs/reversal/data \\
+        --documents line --tokenizer spm-bpe:400 --sequence-length 32 --heldout 0
+    llada-jax sweep --config configs/reversal.py --workdir runs/reversal/runs --run local
+    llada-jax evaluate --checkpoint runs/reversal/runs/000 --tasks runs/reversal/one_order.jsonl
+"""
+
+from llada_jax.config import default_config
+
+
+def get_config():
+    config = default_config()
+    config.num_steps = 500
+    config.data.path = "runs/reversal/data"
+    config.data.batch_size = 16
+    config.data.sequence_length = 32
+    config.data.random_length_probability = 0.0
+    config.data.attend_across_documents = False
+    config.model.num_layers = 2
+    config.model.d_model = 96
+    config.model.num_heads = config.model.num_kv_heads = 4
+    config.model.head_dim = 24
+    config.model.d_ff = 256
+    # Rows are short.
+    config.model.rope_theta = 30.0
+    config.optimizer.name = "muon"
+    config.schedule.name = "wsd"
+    config.schedule.learning_rate = 5e-3
+    config.schedule.final_learning_rate = 0.0
+    config.schedule.warmup_steps = 20
+    config.schedule.decay_fraction = 0.5
+    # There is no held-out text: the questions are what is asked.
+    config.evaluation.every_steps = 0
+    config.samples.every_steps = 0
+    config.checkpoint.every_steps = 500
+    config.log.every_steps = 20
+    config.log.tensorboard = False
+    return config
+
+
+def sweep(add):
+    for objective in ("masked_diffusion", "autoregressive"):
+        add(**{"objective.name": objective})

@@ -1,0 +1,416 @@
+"""A model for lm-evaluation-harness (EleutherAI, 0.4.13): likelihoods, rolling likelihoods and
+generation, with the error of the Monte Carlo next to that of the sample.
+
+The harness finds no plug-ins, so the model object is passed to `lm_eval.simple_evaluate`:
+
+    import lm_eval
+    import llada_jax
+    from llada_jax.evaluation.harness import HarnessModel
+
+    model = HarnessModel(llada_jax.load("runs/tiny/run"), mc_samples=128)
+    results = lm_eval.simple_evaluate(model, tasks=["arc_challenge"])
+
+`run` does that and adds the errors of the Monte Carlo.
+"""
+
+import contextlib
+import copy
+import math
+import re
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import jax
+import numpy as np
+
+from llada_jax.errors import UserError, look_up, require
+from llada_jax.evaluation.conditional import Question, Score, encode_pair, log_likelihoods
+from llada_jax.evaluation.rolling import windows
+from llada_jax.rng import key_for
+from llada_jax.samplers.denoise import denoise, make_canvas
+from llada_jax.samplers.text import cut_at_eos, decode_after
+
+# Requests after which results are written to the cache of the harness, from which an interrupted
+# evaluation continues.
+CACHED_TOGETHER = 256
+
+# How often the scores are perturbed for the error of the Monte Carlo.
+NUM_PERTURBATIONS = 64
+
+
+class HarnessModel:
+    """Answers the requests of the harness with a loaded model.
+
+    It registers as a subclass of lm_eval.api.model.LM and does not inherit from it, so that this
+    module can be imported without the harness. Each process of a run answers all requests.
+
+    Args:
+        pretrained: what llada_jax.load returns.
+        mc_samples, estimator, cfg_scale, seed: see llada_jax.evaluation.conditional.
+        batch_size: rows in one pass.
+        gen_length, block_length, steps: of generated texts; None: as many tokens as the task asks
+            for (its max_gen_toks, 256 if it says nothing), in one block, one token per step.
+        remasking, temperature: see llada_jax.samplers.denoise; a task's own temperature is used
+            where it samples.
+        chat_template: Jinja source; None takes that of the checkpoint.
+    """
+
+    def __init__(
+        self,
+        pretrained: Any,
+        *,
+        mc_samples: int = 128,
+        estimator: str = "exact_count",
+        cfg_scale: float = 0.0,
+        seed: int = 0,
+        batch_size: int = 32,
+        gen_length: int | None = None,
+        block_length: int | None = None,
+        steps: int | None = None,
+        remasking: str = "low_confidence",
+        chat_template: str | None = None,
+    ):
+        api = require("lm_eval.api.model", extra="eval")
+        api.LM.register(HarnessModel)  # the harness checks that the model is one
+        self.rank, self.world_size, self.device = 0, 1, None
+        self.cache_hook = api.CacheHook(None)
+        self.pretrained, self.tokenizer = pretrained, pretrained.tokenizer
+        self.mask = pretrained.record.mask
+        self.longest = pretrained.config["data"]["sequence_length"]
+        self.scoring: dict[str, Any] = dict(
+            num_samples=mc_samples, estimator=estimator, cfg_scale=cfg_scale, seed=seed
+        )
+        self.batch_size, self.seed = batch_size, seed
+        self.gen_length, self.block_length, self.steps = gen_length, block_length, steps
+        self.remasking, self.cfg_scale = remasking, cfg_scale
+        found = pretrained.record.chat_template
+        self.template = found if chat_template is None else chat_template
+        self.writes_chats = False
+        # what the Monte Carlo adds to each answer, by its request
+        self.standard_errors: dict[tuple, float] = {}
+
+    def encode(self, text: str) -> list[int]:
+        """Returns the ids of a text; in one that a chat template wrote, BOS and EOS are themselves.
+
+        A tokenizer reads them as ordinary letters, because texts may not contain special tokens.
+        """
+        special = {}
+        if self.writes_chats:
+            ids = (self.tokenizer.bos_id, self.tokenizer.eos_id)
+            special = {self.tokenizer.piece(i): i for i in ids if self.tokenizer.piece(i)}
+        if not special:
+            return self.tokenizer.encode(text)
+        parts = re.split(f"({'|'.join(map(re.escape, special))})", text)
+        return [
+            token
+            for part in parts
+            for token in ([special[part]] if part in special else self.tokenizer.encode(part))
+        ]
+
+    def set_cache_hook(self, cache_hook: Any) -> None:
+        """Takes what writes results to the harness's cache."""
+        self.cache_hook = cache_hook
+
+    # ---- likelihoods
+
+    def _scores(self, questions: Sequence[Question]) -> list[Score]:
+        return log_likelihoods(
+            self.pretrained.model,
+            self.pretrained.params,
+            questions,
+            mask=self.mask,
+            ids=self.tokenizer,
+            batch_size=self.batch_size,
+            mesh=self.pretrained.mesh,
+            **self.scoring,
+        )
+
+    def _shortened(self, question: Question) -> Question:
+        """Without the oldest tokens of the prompt that do not fit the context of the model."""
+        room = self.longest - len(question.answer)
+        if room < 0:
+            raise UserError(
+                f"An answer of the task has {len(question.answer)} tokens, and the model was "
+                f"trained on rows of {self.longest}; leave this task out."
+            )
+        return question._replace(before=question.before[max(0, len(question.before) - room) :])
+
+    def _in_parts(self, method: str, requests: Sequence[Any], answer_part):
+        """Answers requests part by part, so that the cache of the harness has what is done."""
+        results = []
+        for first in range(0, len(requests), CACHED_TOGETHER):
+            part = requests[first : first + CACHED_TOGETHER]
+            for request, result in zip(part, answer_part([r.args for r in part]), strict=True):
+                self.cache_hook.add_partial(method, request.args, result)
+                results.append(result)
+        return results
+
+    def loglikelihood(self, requests):
+        """Returns (log-likelihood, whether greedy decoding would give the answer) of each request.
+
+        The second is False for masked diffusion, for which it would take a pass per token and
+        depends on the order of decoding; the published evaluation leaves it out as well.
+        """
+
+        def answer_part(arguments):
+            questions = [
+                self._shortened(encode_pair(self, context, continuation))
+                for context, continuation in arguments
+            ]
+            found = []
+            for key, score in zip(arguments, self._scores(questions), strict=True):
+                self.standard_errors[key] = score.standard_error
+                found.append((score.log_likelihood, bool(score.is_most_likely)))
+            return found
+
+        return self._in_parts("loglikelihood", requests, answer_part)
+
+    def loglikelihood_rolling(self, requests):
+        """Returns the log-likelihood of each whole text, by windows of the model's length of which
+        half is context.
+        """
+
+        def answer_part(arguments):
+            cut = [
+                windows(self.encode(text), length=self.longest, context=self.longest // 2)
+                for (text,) in arguments
+            ]
+            scores = iter(self._scores([question for questions in cut for question in questions]))
+            found = []
+            for key, questions in zip(arguments, cut, strict=True):
+                mine = [next(scores) for _ in questions]
+                self.standard_errors[key] = float(
+                    np.sqrt(sum(score.standard_error**2 for score in mine))
+                )
+                found.append(sum(score.log_likelihood for score in mine))
+            return found
+
+        return self._in_parts("loglikelihood_rolling", requests, answer_part)
+
+    # ---- generation
+
+    def generate_until(self, requests):
+        """Returns the text after each prompt, up to the first of the task's stop strings.
+
+        A batch ends as soon as each of its texts has one, or EOS, in a finished block.
+        """
+        if self.mask.causal:
+            raise UserError(
+                "generate_until denoises, and this model is autoregressive; use tasks that rank "
+                "answers."
+            )
+        return self._in_parts("generate_until", requests, self._generate_part)
+
+    def _generate_part(self, arguments):
+        by_settings: dict[tuple, list[int]] = {}
+        for number, (_, settings) in enumerate(arguments):
+            by_settings.setdefault(_generation(settings), []).append(number)
+        found: dict[int, str] = {}
+        for (until, most, temperature), numbers in by_settings.items():
+            # prompts of similar length share a batch
+            numbers.sort(key=lambda number: len(arguments[number][0]))
+            for first in range(0, len(numbers), self.batch_size):
+                batch = numbers[first : first + self.batch_size]
+                texts = self._generate_batch(
+                    [arguments[number][0] for number in batch],
+                    until,
+                    gen_length=self.gen_length or most,
+                    temperature=temperature,
+                )
+                found.update(zip(batch, texts, strict=True))
+        return [found[number] for number in range(len(arguments))]
+
+    def _generate_batch(self, prompts, until, *, gen_length: int, temperature: float):
+        block_length, steps = self.block_length or gen_length, self.steps or gen_length
+        room = self.longest - gen_length
+        if room < 0:
+            raise UserError(
+                f"gen_length={gen_length} is longer than the rows of {self.longest} tokens that "
+                "the model was trained on; set a smaller one."
+            )
+        ids = [self.encode(prompt) for prompt in prompts]
+        ids = [row[max(0, len(row) - room) :] for row in ids]
+        canvas = make_canvas(
+            ids,
+            gen_length=gen_length,
+            mask_id=self.tokenizer.mask_id,
+            pad_id=self.tokenizer.pad_id,
+        )
+        finished = 0
+        for state in denoise(
+            jax.tree_util.Partial(self.pretrained.logits_fn, self.pretrained.params),
+            canvas.tokens_BT,
+            key_for("sampling", self.seed),
+            mask_id=self.tokenizer.mask_id,
+            is_fixed_BT=canvas.is_fixed_BT,
+            segment_ids_BT=canvas.segment_ids_BT,
+            positions_BT=canvas.positions_BT,
+            gen_length=gen_length,
+            block_length=block_length,
+            steps=steps,
+            remasking=self.remasking,
+            temperature=temperature,
+            cfg_scale=self.cfg_scale,
+            eos_id=self.tokenizer.eos_id,
+            num_ids=self.tokenizer.vocab_size,
+        ):
+            is_last_of_block = state.step * state.num_blocks % state.num_steps == 0
+            if not is_last_of_block:
+                continue
+            finished = state.block * block_length
+            texts = self._texts(ids, state.canvas_BT, gen_length, finished, until)
+            if all(has_ended for _, has_ended in texts):
+                break
+        # EOS in every row ends the loop before its last block: what follows is EOS
+        return [text for text, _ in self._texts(ids, state.canvas_BT, gen_length, finished, until)]
+
+    def _texts(self, ids, canvas_BT, gen_length: int, finished: int, until):
+        """Returns each text so far, and whether it has ended."""
+        rows = jax.device_get(canvas_BT)[:, -gen_length:][:, :finished].tolist()
+        texts = []
+        for before, row in zip(ids, rows, strict=True):
+            tokens = cut_at_eos(row, self.tokenizer.eos_id)
+            text = decode_after(self.tokenizer, before, tokens)
+            ends = [at for at in map(text.find, until) if at >= 0]
+            texts.append(
+                (text[: min(ends)] if ends else text, bool(ends) or len(tokens) < len(row))
+            )
+        return texts
+
+    # ---- chat
+
+    @property
+    def tokenizer_name(self) -> str:
+        """Names the tokenizer in the harness's cache of requests."""
+        return self.tokenizer.fingerprint
+
+    def chat_template(self, chat_template: bool | str = False) -> str | None:
+        """Returns the Jinja source with which chats are written."""
+        return self.template or ""
+
+    def apply_chat_template(self, chat_history, add_generation_prompt: bool = True) -> str:
+        """Returns a chat as one text, as transformers writes it.
+
+        Raises:
+            UserError: the checkpoint has no chat template.
+        """
+        if not self.template:
+            raise UserError(
+                "The checkpoint has no chat template; pass HarnessModel(chat_template=...), or "
+                "evaluate without one."
+            )
+        sandbox = require("jinja2.sandbox", extra="hf")
+        environment = sandbox.ImmutableSandboxedEnvironment(trim_blocks=True, lstrip_blocks=True)
+        self.writes_chats = True
+        special = {
+            "bos_token": self.tokenizer.piece(self.tokenizer.bos_id),
+            "eos_token": self.tokenizer.piece(self.tokenizer.eos_id),
+        }
+        return environment.from_string(self.template).render(
+            messages=chat_history, add_generation_prompt=add_generation_prompt, **special
+        )
+
+
+def _generation(settings: dict) -> tuple[tuple[str, ...], int, float]:
+    """Returns the stop strings, the most tokens and the temperature of a task's gen_kwargs."""
+    until = settings.get("until") or ()
+    until = (until,) if isinstance(until, str) else tuple(until)
+    temperature = float(settings.get("temperature") or 0.0) if settings.get("do_sample") else 0.0
+    return (
+        tuple(stop for stop in until if stop),
+        int(settings.get("max_gen_toks", 256)),
+        temperature,
+    )
+
+
+# ---- a whole evaluation
+
+# What may be written KEY=VALUE, and how a value is read.
+SETTINGS: dict[str, Callable] = {
+    "num_fewshot": int,
+    "limit": float,
+    "include_path": str,
+    "use_cache": str,
+    "apply_chat_template": lambda value: value.lower() in ("1", "true", "yes"),
+    "system_instruction": str,
+    "bootstrap_iters": int,
+}
+
+
+def read_settings(words: Sequence[str]) -> dict[str, Any]:
+    """Returns the settings of `run` that KEY=VALUE words name.
+
+    Raises:
+        UserError: a word is not a pair, or its value is not a number where one is needed.
+    """
+    settings = {}
+    for word in words:
+        key, equals, value = word.partition("=")
+        if not equals:
+            raise UserError(f"--harness {word!r} has no value; write {word}=VALUE.")
+        read = look_up(SETTINGS, key, "setting of the harness")
+        try:
+            settings[key] = read(value)
+        except ValueError:
+            raise UserError(f"--harness {key}={value!r} must be a number.") from None
+    return settings
+
+
+def run(model: HarnessModel, tasks: Sequence[Any], **settings: Any) -> dict:
+    """Returns what lm_eval.simple_evaluate returns, with `METRIC_mc_stderr,FILTER` next to each
+    `METRIC_stderr,FILTER` of tasks that read likelihoods.
+
+    Where `stderr` is the error due to the sample of questions, `mc_stderr` is what the Monte Carlo
+    adds to it: the scores are perturbed with independent normal errors of their own size, and the
+    metric is computed again; the spread of the results is reported. Errors of the answers to one
+    question are positively correlated, because they share their noise, so that it is an upper bound
+    for metrics that compare answers.
+
+    Args:
+        tasks: names, or configs of tasks as dicts.
+        settings: include_path, a folder with YAML files of tasks; and those of
+            lm_eval.simple_evaluate: num_fewshot, limit, use_cache, apply_chat_template...
+    """
+    lm_eval = require("lm_eval", extra="eval")
+    manager = require("lm_eval.tasks", extra="eval").TaskManager(
+        include_path=settings.pop("include_path", None)
+    )
+    results = lm_eval.simple_evaluate(
+        model, tasks=list(tasks), task_manager=manager, log_samples=True, **settings
+    )
+    loaded = manager.load(copy.deepcopy(list(tasks)))["tasks"]
+    for name, samples in results["samples"].items():
+        task = loaded[name]
+        if task.OUTPUT_TYPE == "generate_until":
+            continue
+        errors = monte_carlo_errors(task, samples, model.standard_errors)
+        for (metric, filtered), error in errors.items():
+            results["results"][name][f"{metric}_mc_stderr,{filtered}"] = error
+    return results
+
+
+def monte_carlo_errors(task: Any, samples: Sequence[dict], standard_errors: dict) -> dict:
+    """Returns {(metric, filter): the error that the Monte Carlo adds to it}; see `run`."""
+    rng = np.random.default_rng(0)
+    found: dict[tuple[str, str], list[float]] = {}
+    aggregation = task.aggregation()
+    for _ in range(NUM_PERTURBATIONS):
+        items: dict[tuple[str, str], list] = {}
+        for sample in samples:
+            perturbed = []
+            for arguments, response in zip(
+                sample["arguments"], sample["filtered_resps"], strict=True
+            ):
+                # not a number where the score came from the harness's cache, which has no errors
+                shift = standard_errors.get(arguments, math.nan) * rng.normal()
+                if isinstance(response, (tuple, list)):
+                    perturbed.append((response[0] + shift, *response[1:]))
+                else:
+                    perturbed.append(response + shift)
+            with contextlib.redirect_stdout(None):
+                metrics = task.process_results(sample["doc"], perturbed)
+            for metric, item in metrics.items():
+                items.setdefault((metric, sample["filter"]), []).append(item)
+        for key, values in items.items():
+            found.setdefault(key, []).append(float(aggregation[key[0]](values)))
+    return {key: float(np.std(values)) for key, values in found.items()}

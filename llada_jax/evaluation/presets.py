@@ -1,0 +1,87 @@
+"""The published settings of evaluations in lm-evaluation-harness, each with its source."""
+
+from typing import Any, NamedTuple
+
+from llada_jax.errors import look_up
+
+PAPER = "LLaDA, arXiv 2502.09992, table 1 and appendix B"
+SCRIPT = "github.com/ML-GSAI/LLaDA, eval_llada_lm_eval.sh"
+
+
+class Setting(NamedTuple):
+    """How one task is asked.
+
+    num_fewshot: examples in front of a question; None: as many as the harness's task says.
+    mc_samples, cfg_scale: of likelihoods; one sample is exact where answers have one token.
+    gen_length: tokens of a generated answer, in one block and one step each; None: not generated.
+    score: the published result of LLaDA-8B-Base in percent.
+    """
+
+    num_fewshot: int | None
+    mc_samples: int = 128
+    cfg_scale: float = 0.0
+    gen_length: int | None = None
+    score: float | None = None
+
+
+def _with_guidance(settings: dict[str, Setting], scales: dict) -> dict[str, Setting]:
+    return {
+        task: settings[task]._replace(cfg_scale=scale, score=score)
+        for task, (scale, score) in scales.items()
+    }
+
+
+_BASE = {
+    "mmlu": Setting(5, mc_samples=1, score=65.9),
+    "cmmlu": Setting(5, mc_samples=1, score=69.9),
+    "ceval-valid": Setting(5, mc_samples=1, score=70.5),
+    "arc_challenge": Setting(0, score=45.9),
+    "hellaswag": Setting(0, score=70.5),
+    "truthfulqa_mc2": Setting(0, score=46.1),
+    "winogrande": Setting(5, score=74.8),
+    "piqa": Setting(0, score=73.6),
+    "gpqa_main_n_shot": Setting(5, score=25.2),
+    "bbh": Setting(None, gen_length=1024, score=49.7),
+    "gsm8k": Setting(None, gen_length=1024, score=70.3),
+    "minerva_math": Setting(None, gen_length=1024, score=31.4),
+    "humaneval": Setting(None, gen_length=1024, score=35.4),
+    "mbpp": Setting(None, gen_length=1024, score=40.0),
+}
+
+# {preset: (source, {task of the harness: Setting})}. The published script runs with guidance where
+# the paper's first table has none, so that the two do not give the same numbers.
+PRESETS: dict[str, tuple[str, dict[str, Setting]]] = {
+    "llada-8b-base": (PAPER, _BASE),
+    "llada-8b-base-cfg": (
+        SCRIPT,
+        _with_guidance(
+            _BASE,
+            {
+                "arc_challenge": (0.5, 47.9),
+                "hellaswag": (0.5, 72.5),
+                "truthfulqa_mc2": (2.0, 46.4),
+                "winogrande": (0.0, 74.8),
+                "piqa": (0.5, 74.4),
+                "gpqa_main_n_shot": (0.5, 26.1),
+            },
+        ),
+    ),
+}
+
+
+def preset(name: str) -> tuple[str, dict[str, Setting]]:
+    """Returns the source of a preset and its settings by task.
+
+    Raises:
+        UserError: there is no such preset.
+    """
+    return look_up(PRESETS, name, "preset")
+
+
+def as_arguments(setting: Setting) -> tuple[dict[str, Any], dict[str, Any]]:
+    """Returns the arguments of llada_jax.evaluation.harness.HarnessModel and of `run`."""
+    model = {"mc_samples": setting.mc_samples, "cfg_scale": setting.cfg_scale}
+    if setting.gen_length is not None:
+        model["gen_length"] = setting.gen_length
+    asked = {} if setting.num_fewshot is None else {"num_fewshot": setting.num_fewshot}
+    return model, asked

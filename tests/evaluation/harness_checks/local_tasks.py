@@ -1,0 +1,100 @@
+"""Runs lm-evaluation-harness on local tasks with a checkpoint; prints what the test compares.
+
+python local_tasks.py CHECKPOINT DIRECTORY
+"""
+
+import json
+import sys
+from pathlib import Path
+
+import llada_jax
+from llada_jax.evaluation.harness import HarnessModel, run
+
+CHECKPOINT, HOME = sys.argv[1], Path(sys.argv[2])
+
+ROWS = [
+    {"q": "Ada", "choices": ["first", "last", "lost"], "gold": 0},
+    {"q": "Bob was", "choices": ["away", "at home"], "gold": 1},
+    {"q": "Eve", "choices": ["went", "a longer answer"], "gold": 1},
+]
+
+
+def task(name: str, **config) -> dict:
+    file = HOME / "rows.jsonl"
+    file.write_text("".join(f"{json.dumps(row)}\n" for row in ROWS))
+    return {
+        "task": name,
+        "dataset_path": "json",
+        "dataset_kwargs": {"data_files": {"test": str(file)}},
+        "test_split": "test",
+        "doc_to_text": "{{q}}",
+        **config,
+    }
+
+
+def mean(metric: str) -> dict:
+    return {"metric": metric, "aggregation": "mean", "higher_is_better": True}
+
+
+RANKED = task(
+    "ranked",
+    output_type="multiple_choice",
+    doc_to_choice="{{choices}}",
+    doc_to_target="{{gold}}",
+    metric_list=[mean("acc"), mean("acc_norm")],
+)
+ROLLED = task(
+    "rolled",
+    output_type="loglikelihood_rolling",
+    doc_to_target="{{q}} " + "is a truth " * 6,
+    metric_list=[{"metric": "bits_per_byte"}],
+)
+ROLLED["doc_to_text"] = ""
+WRITTEN = task(
+    "written",
+    output_type="generate_until",
+    doc_to_target="{{choices[gold]}}",
+    generation_kwargs={"until": ["D"], "max_gen_toks": 8},
+    metric_list=[mean("exact_match")],
+)
+
+pretrained = llada_jax.load(CHECKPOINT)
+model = HarnessModel(pretrained, mc_samples=4, batch_size=4, block_length=4, seed=3)
+found = run(model, [RANKED, ROLLED, WRITTEN], bootstrap_iters=0)
+
+chats = HarnessModel(
+    pretrained,
+    mc_samples=4,
+    seed=3,
+    chat_template="{% for m in messages %}[{{ m['role'] }}] {{ m['content'] }}\n{% endfor %}",
+)
+chatted = run(chats, [RANKED], apply_chat_template=True, bootstrap_iters=0)
+
+answers = {
+    (sample["doc"]["q"], tuple(arguments)): response[0][0]
+    for sample in found["samples"]["ranked"]
+    for arguments, response in zip(sample["arguments"], sample["resps"])
+}
+cached = HarnessModel(pretrained, mc_samples=4, seed=3)
+cache = str(HOME / "cache")
+first = run(cached, [RANKED], use_cache=cache, bootstrap_iters=0)
+cached._scores = None  # whatever is asked again fails
+again = run(cached, [RANKED], use_cache=cache, bootstrap_iters=0)
+
+print(
+    json.dumps(
+        {
+            "results": found["results"],
+            "answers": [[*arguments, value] for (_, arguments), value in answers.items()],
+            "rolled": [sample["resps"][0][0] for sample in found["samples"]["rolled"]],
+            "written": [
+                [sample["arguments"][0][0], sample["resps"][0][0]]
+                for sample in found["samples"]["written"]
+            ],
+            "prompt_of_chat": chatted["samples"]["ranked"][0]["arguments"][0][0],
+            "again": first["results"]["ranked"]["acc,none"]
+            == again["results"]["ranked"]["acc,none"],
+        },
+        default=str,
+    )
+)

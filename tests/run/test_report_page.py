@@ -1,0 +1,50 @@
+"""The page of a run: its curves and results, in one well-formed file that loads nothing."""
+
+import re
+import xml.etree.ElementTree as ET
+
+from llada_jax.run.report_page import curves_of, report_page
+
+LINES = [
+    {"step": 10, "train": {"loss": 3.0, "bits_per_byte": 2.0, "nll_t0": 1.0, "nll_t9": 4.0}},
+    {"step": 20, "train": {"loss": float("nan"), "nll_t9": 3.5}, "speed": {"tokens_per_s": 100.0}},
+    {"step": 30, "heldout": {"bits_per_byte": 1.5, "nelbo": 2.5}},
+]
+
+
+def test_curves_hold_the_finite_numbers_of_each_group():
+    found = curves_of(LINES)
+    assert found["Training loss (nats per token)"] == [("loss", [(10, 3.0)])]
+    assert found["Bound (bits per byte)"] == [
+        ("train", [(10, 2.0)]),
+        ("heldout", [(30, 1.5)]),
+    ]
+    (by_time,) = (curves for title, curves in found.items() if "diffusion time" in title)
+    assert by_time == [("nll_t0", [(10, 1.0)]), ("nll_t9", [(10, 4.0), (20, 3.5)])]
+    assert "Learning rate" not in found
+
+
+def test_the_page_is_one_well_formed_file_that_loads_nothing():
+    page = report_page("runs/<a>", LINES, {"step": 30, "forwards": {"exact_match": 0.5}})
+    document = ET.fromstring(
+        page.removeprefix("<!doctype html>").replace('<meta charset="utf-8">', "")
+    )
+    assert document.findtext(".//h1") == "runs/<a>"
+    cells = [cell.text for cell in document.iter("td")]
+    assert cells == ["step", "30", "forwards.exact_match", "0.5"]
+    assert len(list(document.iter("svg"))) == 4
+    assert not re.search(r"src=|href=|@import|url\(", page)
+
+
+def test_points_lie_where_their_values_are():
+    """Of a line from 4 at the first step to 3.5 at the last, the ends are the corners."""
+    page = report_page("a", [{"step": s, "train": {"loss": v}} for s, v in ((0, 4), (10, 3))], {})
+    (points,) = re.findall(r'polyline points="([^"]+)"', page)
+    (x0, y0), (x1, y1) = (map(float, point.split(",")) for point in points.split())
+    assert (x0, y0) == (52.0, 10.0)
+    assert (x1, y1) == (450.0, 202.0)
+    assert "<title>loss, step 10: 3</title>" in page
+
+
+def test_a_model_that_was_not_trained_here_has_no_curves():
+    assert "no metrics.jsonl" in report_page("a", [], {})

@@ -1,0 +1,96 @@
+"""The evaluate verb: held-out bounds with their parts, and files of questions."""
+
+import json
+
+import pytest
+from support.exports import LLADA, write_checkpoint
+from support.hf_directories import random_params
+
+from llada_jax.__main__ import main
+from llada_jax.config import default_config
+from llada_jax.verbs.evaluate import report, report_tasks
+
+
+@pytest.fixture(scope="module")
+def causal_checkpoint(tmp_path_factory):
+    config = default_config()
+    config.data.sequence_length = 48
+    config.objective.name = "autoregressive"
+    home = tmp_path_factory.mktemp("causal")
+    return write_checkpoint(home / "run", LLADA, random_params(LLADA), config=config.to_dict())
+
+
+@pytest.fixture(scope="module")
+def questions(tmp_path_factory):
+    file = tmp_path_factory.mktemp("questions") / "tasks.jsonl"
+    row = {"prompt": "Ada", "answer": " is 1st", "choices": [" is last", " is 1st"]}
+    file.write_text(2 * (json.dumps(row) + "\n"))
+    return file
+
+
+def said(capfd, *words, status=0):
+    capfd.readouterr()
+    assert main(["evaluate", *map(str, words)]) == status
+    out, err = capfd.readouterr()
+    return err if status else out
+
+
+@pytest.mark.slow  # six programs are compiled, and two models loaded
+def test_questions_are_answered_in_each_direction_that_fits(
+    random_checkpoint, causal_checkpoint, questions, capfd
+):
+    words = ("--tasks", questions, "--mc-samples", "4")
+    found = json.loads(said(capfd, "--checkpoint", random_checkpoint, *words, "--json"))
+    assert set(found) >= {"forwards", "infill", "mc_samples", "cfg_scale", "step"}
+    assert found["forwards"]["num_ranked"] == found["forwards"]["num_questions"] == 2
+    assert "backwards" not in found
+    text = report_tasks(found)
+    assert "forwards   exact match 0.000" in text
+    assert "(chance 0.500)" in text
+    causal = json.loads(said(capfd, "--checkpoint", causal_checkpoint, *words, "--json"))
+    assert "infill" not in causal
+    assert causal["forwards"]["mc_standard_error"] == 0
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        ((), "takes --data DIR, or --tasks or --preset"),
+        (("--data", "d", "--tasks", "t.jsonl"), "takes --data DIR, or"),
+        (("--tasks", "a.jsonl", "--tasks", "b.jsonl"), "takes one .jsonl file"),
+        (("--data", "d", "--ask", "infill"), "it is for --tasks FILE.jsonl"),
+        (("--tasks", "t.jsonl", "--baselines"), "it is for --data"),
+        (("--tasks", "t.jsonl", "--harness", "limit=3"), "it is for harness"),
+        (("--preset", "llada-8b-base", "--mc-samples", "2"), "decides on --mc-samples"),
+        (("--data", "d", "--mc-samples", "0"), "--mc-samples 0 must be at least 1"),
+    ],
+)
+def test_flags_that_do_not_fit_together_are_refused(words, message, capfd):
+    assert message in said(capfd, "--checkpoint", "c", *words, status=2)
+
+
+def test_a_direction_that_cannot_be_asked_is_refused(
+    causal_checkpoint, random_checkpoint, questions, capfd
+):
+    words = ("--tasks", questions, "--ask")
+    err = said(capfd, "--checkpoint", causal_checkpoint, *words, "infill", status=2)
+    assert "cannot read what comes after a blank" in err
+    err = said(capfd, "--checkpoint", random_checkpoint, *words, "backwards", status=2)
+    assert 'has a question "backwards"' in err
+
+
+def test_the_parts_of_the_bound_are_reported(random_checkpoint, small_dataset, capfd):
+    words = ("--checkpoint", random_checkpoint, "--data", small_dataset, "--breakdown")
+    found = json.loads(said(capfd, *words, "--json"))
+    assert len(found["by_position"]["mean"]) == 8
+    assert len(found["by_time"]["standard_error"]) == 10
+    text = report(found)
+    assert "nats per token, by position in the row\n  0.000 to 0.125  " in text
+
+
+def test_the_report_is_a_page_with_the_result(random_checkpoint, small_dataset, tmp_path, capfd):
+    report = tmp_path / "new" / "report"
+    words = ("--checkpoint", random_checkpoint, "--data", small_dataset, "--report", report)
+    found = json.loads(said(capfd, *words, "--json"))
+    page = (report / "report.html").read_text()
+    assert f"<td>bits_per_byte</td><td>{found['bits_per_byte']:.5g}</td>" in page
