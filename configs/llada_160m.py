@@ -7,7 +7,13 @@
 
 The model has 12 layers of width 768. With a vocabulary of 50,000 these are 162M parameters, 123M of
 them in matrix products. A step has 256 rows * 2048 = 524,288 tokens, so 20,000 steps see 10.5B
-tokens and take 10.5e9 * 0.967 GFLOP = 1.0e19 FLOPs. Hardware, time and result are unmeasured.
+tokens and take 10.5e9 * 0.967 GFLOP = 1.0e19 FLOPs. It is planned for one H100 or a host of v5e,
+where a microbatch of 32 rows fits:
+
+    llada-jax plan --config configs/llada_160m.py --vocab-size 50000 --topology 1xh100
+    llada-jax plan --config configs/llada_160m.py --vocab-size 50000 --topology v5litepod-8
+
+Time and result are unmeasured.
 """
 
 from llada_jax.config import default_config
@@ -24,6 +30,8 @@ def get_config():
     config.model.num_heads = config.model.num_kv_heads = 12
     config.model.head_dim = 64
     config.model.d_ff = 2048
+    config.model.remat = "dots"
+    config.optimizer.gradient_accumulation = 8
     config.schedule.name = "wsd"
     config.schedule.learning_rate = 6e-4
     config.schedule.final_learning_rate = 1e-5

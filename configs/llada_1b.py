@@ -6,7 +6,12 @@
 The model has 1.49B parameters: 22 layers of width 2048, 32 query heads, 4 key/value heads, a SwiGLU
 of width 5634 and a vocabulary of 126,464. A step has 1280 rows * 4096 = 5,242,880 tokens. The
 published curve of the 1B model covers 400B tokens without annealing, which is the first stage of
-this schedule. Hardware, time and result are unmeasured.
+this schedule. It is planned for eight H100 or a slice of v5p, where a microbatch of 256 rows fits:
+
+    llada-jax plan --config configs/llada_1b.py --topology 8xh100
+    llada-jax plan --config configs/llada_1b.py --topology v5p-128
+
+Time and result are unmeasured.
 """
 
 from llada_jax.config import default_config
@@ -27,5 +32,6 @@ def get_config():
     config.model.remat = "attention"
     config.model.nll_chunk = 512
     config.objective.t_sampling = "iid"
+    config.optimizer.gradient_accumulation = 5
     config.checkpoint.keep_every_steps = 10_000
     return config

@@ -10,7 +10,12 @@ tokens on (where the published run had diverged to NaN and was restarted), and f
 2.0T tokens to 1e-5 at 2.3T. The betas of AdamW and the clipping are not published; these are
 SMDM's.
 
-The published run took 0.13M H800-hours. Compiled for 64 absent v5p chips with 256 rows, a step
+The published run took 0.13M H800-hours. All rows of a step fit at once on 64 of either chip:
+
+    llada-jax plan --config configs/llada_8b.py --topology v5p-128
+    llada-jax plan --config configs/llada_8b.py --topology 64xh100
+
+Compiled for 64 absent v5p chips with 256 rows, a step
 needs 13.6 GiB per chip, or 9.6 GiB with model.remat=full (docs/plan.md). Time and result of this
 config are unmeasured.
 """

@@ -40,6 +40,9 @@ def default_config() -> ConfigDict:
     config.data.random_length_probability = 0.01  # share of rows cut to their first U{1..T} tokens
     # False: attention and positions stop at document boundaries
     config.data.attend_across_documents = True
+    # of dialogues with a row each (prepare --chat rows=padded): rows are filled up with
+    # end-of-text tokens, as part of the answer, to the longest of so many; 0: not at all
+    config.data.eos_padding = 0
     config.data.num_threads = 4  # reader threads per host
     config.data.prefetch = 8  # batches read ahead per host
 
@@ -75,7 +78,7 @@ def default_config() -> ConfigDict:
     # In objective, optimizer and schedule, `name` may also be module:attribute of a part of your
     # own, which is called with `arguments`, ((name, value), ...); see docs/extend.md.
     config.objective = ConfigDict()
-    # masked_diffusion | autoregressive (the control experiment)
+    # masked_diffusion | sft (dialogues) | autoregressive (the control experiment)
     config.objective.name = "masked_diffusion"
     config.objective.arguments = ()  # of an objective of your own
     config.objective.eps = 1e-3  # p = (1 - eps) t + eps
@@ -85,6 +88,19 @@ def default_config() -> ConfigDict:
     config.objective.masking = "bernoulli"
     # 1/p | none (in training alone; the reported NELBO always carries 1/p)
     config.objective.weight = "1/p"
+    # what is masked (sft): answers | documents (their prompts too)
+    config.objective.masked = "answers"
+    # mean of the loss (sft): answers (each a mean over its tokens, as published) | tokens
+    config.objective.mean_over = "answers"
+    # p = eps + (max_mask_ratio - eps) t (sft)
+    config.objective.max_mask_ratio = 1.0
+
+    # Low-rank adapters, which are trained in place of the network (docs/finetuning.md).
+    config.lora = ConfigDict()
+    config.lora.rank = 0  # 0: none, the network is trained
+    config.lora.alpha = 16.0  # the product of an adapter is multiplied with alpha / rank
+    # regex that is found in the names of the adapted matrices, such as blocks/q and blocks/ff_up
+    config.lora.targets = "blocks/[^f]"
 
     config.optimizer = ConfigDict()
     # adamw | lion | muon

@@ -50,6 +50,7 @@ RANGES = {
     "data.batch_size": _SIZE,
     "data.sequence_length": Range(2, MAX_SIZE),
     "data.random_length_probability": Range(0, 1),
+    "data.eos_padding": Range(0, MAX_SIZE),
     "data.num_threads": Range(1, 2**12),
     "data.prefetch": Range(1, 2**16),
     "model.vocab_size": Range(0, MAX_SIZE),
@@ -63,6 +64,9 @@ RANGES = {
     "model.norm_eps": Range(0, 1, above=True),
     "model.nll_chunk": _SIZE,
     "objective.eps": Range(0, 1, below=True),
+    "objective.max_mask_ratio": Range(0, 1, above=True),
+    "lora.rank": Range(0, 2**16),
+    "lora.alpha": Range(0, above=True),
     "optimizer.b1": Range(0, 1, below=True),
     "optimizer.b2": Range(0, 1, below=True),
     # without it an element whose gradient was always zero is 0/0

@@ -22,10 +22,12 @@ CHOICES = {
     "model.dtype": (AUTO, "bfloat16", "float32"),
     "model.attention": (AUTO, "xla", "splash", "cudnn", "triton"),
     "model.remat": ("none", "dots", "attention", "full"),
-    "objective.name": ("masked_diffusion", "autoregressive"),
+    "objective.name": ("masked_diffusion", "sft", "autoregressive"),
     "objective.t_sampling": ("stratified", "iid"),
     "objective.masking": ("bernoulli", "exact_count"),
     "objective.weight": ("1/p", "none"),
+    "objective.masked": ("answers", "documents"),
+    "objective.mean_over": ("answers", "tokens"),
     "optimizer.name": ("adamw", "lion", "muon"),
     "schedule.name": ("llada", "wsd", "cosine", "constant"),
     "evaluation.weights": (AUTO, "raw", "ema"),
@@ -43,6 +45,7 @@ OWN_PARTS = ("objective.name", "optimizer.name", "schedule.name")
 READ_BY = {
     "objective": {
         "masked_diffusion": ("eps", "t_sampling", "masking", "weight"),
+        "sft": ("eps", "t_sampling", "weight", "masked", "mean_over", "max_mask_ratio"),
         "autoregressive": (),
         "own": (),
     },
@@ -128,6 +131,20 @@ def check_contradictions(config: ConfigDict) -> None:
             f"config.optimizer.gradient_accumulation={config.optimizer.gradient_accumulation}; "
             "change one of them."
         )
+    objective = config.objective
+    if objective.eps >= objective.max_mask_ratio:
+        raise UserError(
+            f"config.objective.eps={objective.eps} and config.objective.max_mask_ratio="
+            f"{objective.max_mask_ratio}: the mask ratio runs from the first to the second, which "
+            "must be larger."
+        )
+    try:
+        re.compile(config.lora.targets)
+    except re.error as error:
+        raise UserError(
+            f"config.lora.targets={config.lora.targets!r} is not a regular expression ({error}); "
+            "correct it."
+        ) from error
     if config.evaluation.weights == "ema" and not config.optimizer.ema_decay:
         raise UserError(
             "config.evaluation.weights='ema' needs a moving average and "

@@ -2,6 +2,7 @@
 real training runs.
 """
 
+import functools
 import os
 import subprocess
 import sys
@@ -24,7 +25,7 @@ import jax
 
 jax.config.update("jax_num_cpu_devices", 8)
 
-from support.datasets import circle_dataset  # noqa: E402
+from support.datasets import circle_dataset, dialogue_dataset  # noqa: E402
 from support.paths import PUBLISHED  # noqa: E402
 from support.required import absent  # noqa: E402
 from support.runs import Runs  # noqa: E402
@@ -70,6 +71,14 @@ def published() -> Path:
 @pytest.fixture(scope="session")
 def small_dataset(tmp_path_factory) -> Path:
     return circle_dataset(tmp_path_factory.mktemp("small") / "data")
+
+
+@pytest.fixture(scope="session")
+def dialogues(tmp_path_factory):
+    """Returns dialogues(rows) -> a small data set of dialogues, "packed" or "padded"."""
+    return functools.cache(
+        lambda rows: dialogue_dataset(tmp_path_factory.mktemp("dialogues") / "of", rows=rows)
+    )
 
 
 @pytest.fixture(scope="session")

@@ -75,6 +75,7 @@ def decisive_knobs(record: RunRecord) -> dict:
     return {
         **{f"config.{name}": record.knob(name) for name in DECISIVE},
         "keeps an EMA": record.keeps_ema,
+        "config.lora": record.lora if record.lora.rank else None,
     }
 
 

@@ -21,6 +21,7 @@ from llada_jax import __version__
 from llada_jax.data.tokenizer import SPECIAL_IDS, Tokenizer
 from llada_jax.errors import UserError
 from llada_jax.masks import BIDIRECTIONAL, CAUSAL, Mask
+from llada_jax.models.adapters import Lora
 from llada_jax.models.transformer import Architecture
 from llada_jax.storage import files, remote
 
@@ -108,6 +109,12 @@ class RunRecord:
     def writer(self) -> str:
         """The version that wrote the record, such as "llada_jax 0.1.0"."""
         return f"llada_jax {self.versions.get('llada_jax', 'of an unknown version')}"
+
+    @property
+    def lora(self) -> Lora:
+        """The adapters that its parameters are; those of rank 0 in runs without any."""
+        knobs = self.config.get("lora", {})
+        return Lora(**{name: knobs[name] for name in Lora._fields if name in knobs})
 
     @property
     def objective(self) -> str:

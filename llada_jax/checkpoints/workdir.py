@@ -25,6 +25,7 @@ import numpy as np
 import tensorstore
 from etils import epath
 from jax.experimental import multihost_utils
+from jax.sharding import NamedSharding, PartitionSpec
 from orbax.checkpoint import v1 as ocp
 
 from llada_jax.checkpoints.checksums import checksum_of_float32, checksums, path_text
@@ -32,6 +33,7 @@ from llada_jax.checkpoints.orbax_patches import teach_orbax_s3
 from llada_jax.checkpoints.record import RunRecord
 from llada_jax.cluster import distributed
 from llada_jax.errors import LostPeer, UserError, one_line
+from llada_jax.models.adapters import adapter_dims, adapter_shapes, merged, with_adapter
 from llada_jax.paths import split_step
 from llada_jax.storage import remote
 from llada_jax.storage.arrays import kvstore_of, read_chunks
@@ -223,13 +225,47 @@ class Checkpoints:
         return _copy_leaf_by_leaf(state)
 
     def restore_params(self, step: int, abstract_params: dict, *, ema: bool) -> dict:
-        """Returns only the parameters, or their moving average, of a step; UserError when they
-        cannot be read.
+        """Returns only the network's parameters, or their moving average, of a step, with the
+        adapters added where the run trained some; UserError when they cannot be read.
         """
         name = "ema" if ema else "params"
         leaves = jax.tree_util.tree_leaves_with_path(abstract_params)
         self.check_parameters(step, {path_text(path) for path, _ in leaves}, ema=ema)
-        return self._load(step, {name: abstract_params})[name]
+        lora = self.record(step).lora
+        if not lora.rank:
+            return self._load(step, {name: abstract_params})[name]
+        shapes = adapter_shapes(abstract_params, lora)
+        everywhere = NamedSharding(
+            jax.tree.leaves(abstract_params)[0].sharding.mesh, PartitionSpec()
+        )
+        adapters = jax.tree.map(
+            lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=everywhere), shapes
+        )
+        loaded = self._load(step, {name: adapters, "frozen": abstract_params})
+        return jax.jit(
+            lambda network, adapters: merged(network, adapters, lora),
+            out_shardings=jax.tree.map(lambda leaf: leaf.sharding, abstract_params),
+            donate_argnums=0,
+        )(loaded["frozen"], loaded[name])
+
+    def read_network_array(
+        self, step: int, path: str, shape: tuple[int, ...], *, ema: bool
+    ) -> np.ndarray:
+        """Returns one array of restore_params, such as "blocks/q", in the memory of this host; see
+        read_array.
+        """
+        name = "ema" if ema else "params"
+        lora = self.record(step).lora
+        if not lora.rank:
+            return self.read_array(step, f"{name}/{path}", shape)
+        array = self.read_array(step, f"frozen/{path}", shape)
+        if path not in lora.paths:
+            return array
+        a, b = (
+            self.read_array(step, f"{name}/{path}/{part}", part_shape)
+            for part, part_shape in zip("ab", adapter_dims(path, shape, lora))
+        )
+        return with_adapter(array, a, b, lora)
 
     def check_parameters(self, step: int, paths: set[str], *, ema: bool) -> None:
         """Raises UserError that names the parameters of a step which a network does not have, and
@@ -238,7 +274,10 @@ class Checkpoints:
         Args:
             paths: of the network's parameters, such as "blocks/q".
         """
-        saved = set((self.record(step).checksums or {}).get("ema" if ema else "params", {}))
+        record = self.record(step)
+        # under adapters, which are what is trained, the network itself is frozen
+        item = "frozen" if record.lora.rank else "ema" if ema else "params"
+        saved = set((record.checksums or {}).get(item, {}))
         for names, verb in ((saved - paths, "holds"), (paths - saved, "lacks")):
             if names:
                 first = sorted(names)

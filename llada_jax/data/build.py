@@ -6,6 +6,7 @@ dataset.json.
 """
 
 import contextlib
+import dataclasses
 import hashlib
 import itertools
 import json
@@ -14,6 +15,7 @@ import tempfile
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -90,6 +92,8 @@ class Job:
     heldout: float
     # Whether the tokenizer may lose text, so that each document is decoded to count its bytes.
     is_lossy: bool = False
+    # llada_jax.data.dialogue_units.ChatSettings; None: the inputs are text.
+    chat: Any = None
 
 
 def units_of(inputs: list[Input], job: Job, tokenizer_fingerprint: str) -> list[Unit]:
@@ -110,6 +114,7 @@ def units_of(inputs: list[Input], job: Job, tokenizer_fingerprint: str) -> list[
     settings = [FORMAT, tokenizer_fingerprint, job.sequence_length, job.heldout, cut]
     # Named only where it decides something, so that units of earlier versions stay finished.
     settings += ["lossy"] if job.is_lossy else []
+    settings += [dataclasses.asdict(job.chat)] if job.chat else []
     return [
         Unit(index, tuple(group), fingerprint([index, settings, [file.identity for file in group]]))
         for index, group in enumerate(groups)
@@ -199,7 +204,18 @@ def write_unit(
         with tempfile.TemporaryFile(dir=job.output) as spool:
             documents = {"train": training_documents(spool), "heldout": heldout_documents(spool)}
             shards = {
-                split: _write_shard(split, unit, job, documents[split], tokenizer, counts[split])
+                split: write_shard_of(
+                    split,
+                    unit,
+                    job,
+                    pack(
+                        documents[split],
+                        sequence_length=job.sequence_length,
+                        eos_id=tokenizer.eos_id,
+                    ),
+                    tokenizer,
+                    counts[split],
+                )
                 for split in SPLITS
             }
         receipt = {
@@ -227,26 +243,31 @@ def _batches(unit: Unit, job: Job, on_progress: Callable[..., None]) -> Iterator
     yield batch
 
 
-def _write_shard(
+def write_shard_of(
     split: str,
     unit: Unit,
     job: Job,
-    documents: Iterator[np.ndarray],
+    rows: Iterator[tuple[np.ndarray, ...]],
     tokenizer: Tokenizer,
     counts: dict,
 ) -> dict:
-    """Packs documents into a shard, counts its rows in `counts`, and returns its part of the
-    receipt. Without documents there is no shard.
+    """Writes rows into a shard, counts them in `counts`, and returns its part of the receipt.
+    Without rows there is no shard.
+
+    Args:
+        rows: (tokens, starts), and of dialogues is_answer; see records.encode_record.
     """
     digest = hashlib.sha256()
 
     def records() -> Iterator[bytes]:
         num_tokens = 0
-        for tokens, starts in pack(
-            documents, sequence_length=job.sequence_length, eos_id=tokenizer.eos_id
-        ):
+        for tokens, starts, *is_answer in rows:
             record = encode_record(
-                tokens, starts, sequence_length=job.sequence_length, vocab_size=tokenizer.vocab_size
+                tokens,
+                starts,
+                sequence_length=job.sequence_length,
+                vocab_size=tokenizer.vocab_size,
+                is_answer=is_answer[0] if is_answer else None,
             )
             digest.update(record)
             num_tokens += len(tokens)

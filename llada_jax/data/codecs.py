@@ -42,6 +42,9 @@ class Codec(Protocol):
     def id_of(self, piece: str) -> int | None:
         """Returns the id of a token by how it is written; None when there is no such token."""
 
+    def markers(self) -> dict[str, int]:
+        """Returns the ids of the special tokens, which `encode` never gives, by their spelling."""
+
 
 class Bytes:
     """The bytes of UTF-8 as ids 0..255, without any library."""
@@ -63,6 +66,9 @@ class Bytes:
 
     def decode(self, ids):
         return bytes(ids).decode(errors="replace")
+
+    def markers(self):
+        return {}
 
 
 # SentencePiece writes a space as this character, and hence reads this character as a space.
@@ -157,6 +163,10 @@ class SentencePiece:
     def id_of(self, piece):
         return self._pieces.index(piece) if piece in self._pieces else None
 
+    def markers(self):
+        control = filter(self._processor.is_control, range(self.num_ids))
+        return {self._pieces[i]: i for i in control}
+
     def declared(self):
         """Returns {"eos": piece, ...} for the special tokens that the model itself names; its id is
         -1 where it has none.
@@ -216,6 +226,10 @@ class HuggingFace:
 
     def id_of(self, piece):
         return self._tokenizer.token_to_id(piece)
+
+    def markers(self):
+        tokens = self._json.get("added_tokens") or ()
+        return {token["content"]: token["id"] for token in tokens if token.get("special")}
 
     def append(self, what, token, new_id):
         """Adds a special token after the last id; `what` is "mask" or "eos"."""

@@ -21,13 +21,17 @@ from itertools import islice
 import grain
 import numpy as np
 
+from llada_jax.data.dialogue_rows import EosPadded, draw_answers
 from llada_jax.data.records import DatasetInfo, Records, read_dataset
 from llada_jax.errors import UserError
+
+# Of the answers of held-out dialogues that are scored: the same ones in every evaluation.
+_HELDOUT_ANSWERS = 0
 
 Source = tuple[str, float]  # (directory of a dataset, its weight in the mixture)
 Batch = dict[str, np.ndarray]
 
-_SHUFFLE, _LENGTH = 0, 1  # What a random stream is for; see _stream.
+_SHUFFLE, _LENGTH, _ANSWER = 0, 1, 2  # What a random stream is for; see _stream.
 
 
 def train_batches(
@@ -41,6 +45,7 @@ def train_batches(
     batch_number: Callable[[int], int] = lambda step: step,
     random_length_probability: float = 0.01,
     attend_across_documents: bool = True,
+    eos_padding: int = 0,
     num_threads: int = 4,
     prefetch: int = 8,
 ) -> Iterator[Batch]:
@@ -67,11 +72,14 @@ def train_batches(
             becomes padding (1% in LLaDA, arXiv 2502.09992).
         attend_across_documents: True (as LLaDA published) makes all tokens of a row one segment
             with positions 0..T-1; False gives each document its own segment and positions.
+        eos_padding: of dialogues with a row each: rows are filled up with end-of-text tokens to the
+            longest of so many consecutive rows; 0: not at all. See dialogue_rows.EosPadded.
         num_threads: threads that read ahead; 0 reads in the caller's thread.
         prefetch: batches that are kept ready, R * T * 13 bytes each.
 
     Returns an iterator of {"tokens", "segment_ids", "positions": int32[R,T], "is_maskable":
-    bool[R,T]}, R = len(rows). Padding has token 0, segment 0 and is not maskable.
+    bool[R,T]}, R = len(rows). Padding has token 0, segment 0 and is not maskable; of dialogues,
+    only answers are.
 
     Raises UserError at once for unusable datasets or arguments, and from `next` for a damaged
     record.
@@ -79,10 +87,21 @@ def train_batches(
     infos = _open(sources, sequence_length=sequence_length)
     if seed < 0:
         raise UserError(f"seed is {seed} and must not be negative: choose 0 or more.")
+    _check_dialogues(
+        infos,
+        batch_size=batch_size,
+        random_length_probability=random_length_probability,
+        attend_across_documents=attend_across_documents,
+        eos_padding=eos_padding,
+    )
     shuffled = [
-        grain.MapDataset.source(Records(info, split="train"))
-        .shuffle(seed=_stream(seed, _SHUFFLE, number))
-        .repeat()
+        _with_drawn_answers(
+            grain.MapDataset.source(Records(info, split="train"))
+            .shuffle(seed=_stream(seed, _SHUFFLE, number))
+            .repeat(),
+            info,
+            seed=_stream(seed, _ANSWER, number),
+        )
         for number, info in enumerate(infos)
     ]
     dataset = (
@@ -91,6 +110,9 @@ def train_batches(
         .map(_row_for(attend_across_documents))
     )
     rows = _check_rows(rows, batch_size=batch_size)
+    if eos_padding:
+        eos_id = infos[0].tokenizer["eos_id"]
+        dataset = EosPadded(dataset, num_rows=eos_padding, eos_id=eos_id)
     dataset = _HostRows(
         dataset,
         batch_size=batch_size,
@@ -134,8 +156,10 @@ def heldout_batches(
     if subset_seed is not None and 0 < num_rows < len(records):
         chosen = np.random.default_rng(subset_seed).permutation(len(records))[:num_rows]
         records = _Chosen(records, np.sort(chosen))  # type: ignore[assignment]  # in file order, which reads fastest
+    _check_dialogues([info], attend_across_documents=attend_across_documents)
     source = _Padded(records, multiple=batch_size, sequence_length=sequence_length)
-    dataset = grain.MapDataset.source(source).map(_row_for(attend_across_documents))
+    dataset = _with_drawn_answers(grain.MapDataset.source(source), info, seed=_HELDOUT_ANSWERS)
+    dataset = dataset.map(_row_for(attend_across_documents))
     dataset = _HostRows(dataset, batch_size=batch_size, rows=rows, start_step=0).batch(len(rows))
     return islice(_iterate(dataset, num_threads=num_threads, prefetch=prefetch), max_batches)
 
@@ -170,9 +194,9 @@ def describe(sources: Sequence[Source], *, sequence_length: int) -> tuple[Source
             num_tokens=info.splits["train"].num_tokens,
             num_padding=info.splits["train"].num_padding,
             bytes_per_token={
-                name: split.num_bytes / split.num_tokens
+                name: split.num_scored_bytes / split.num_scored_tokens
                 for name, split in info.splits.items()
-                if split.num_tokens
+                if split.num_scored_tokens
             },
         )
         for info, (_, weight) in zip(infos, sources, strict=True)
@@ -236,8 +260,11 @@ class _Padded:
         if index < len(self._records):
             return self._records[index]
         return {
-            name: np.zeros(self._sequence_length, np.int32)
-            for name in ("tokens", "segment_ids", "positions")
+            **{
+                name: np.zeros(self._sequence_length, np.int32)
+                for name in ("tokens", "segment_ids", "positions")
+            },
+            "is_maskable": np.zeros(self._sequence_length, bool),
         }
 
 
@@ -278,6 +305,48 @@ def _open(
     return infos
 
 
+def _check_dialogues(
+    infos: list[DatasetInfo],
+    *,
+    attend_across_documents: bool,
+    batch_size: int = 1,
+    random_length_probability: float = 0.0,
+    eos_padding: int = 0,
+) -> None:
+    """Raises UserError for settings that would spoil dialogues, or that need some."""
+    for info in infos:
+        if info.dialogues and random_length_probability:
+            raise UserError(
+                f"{info.directory} holds dialogues, whose answers "
+                f"config.data.random_length_probability={random_length_probability} would cut off; "
+                "set it to 0."
+            )
+        if info.dialogues and info.dialogues.rows == "packed" and attend_across_documents:
+            raise UserError(
+                f"{info.directory} holds several dialogues in a row, which must not see each "
+                "other; set config.data.attend_across_documents=False, or prepare it with "
+                "--chat rows=padded."
+            )
+        if eos_padding and not (info.dialogues and info.dialogues.rows == "padded"):
+            raise UserError(
+                f"config.data.eos_padding={eos_padding} fills up rows of one dialogue each, and "
+                f"{info.directory} has others; prepare with --chat rows=padded, or set it to "
+                "0."
+            )
+    if eos_padding and batch_size % eos_padding:
+        raise UserError(
+            f"config.data.batch_size={batch_size} must be a multiple of "
+            f"config.data.eos_padding={eos_padding}; change one of them."
+        )
+
+
+def _with_drawn_answers(dataset: grain.MapDataset, info: DatasetInfo, *, seed: int):
+    """Draws an answer of each dialogue where the data set asks for that, by the index."""
+    if info.dialogues is None or info.dialogues.turns != "one":
+        return dataset
+    return dataset.random_map(draw_answers(info.tokenizer["eos_id"]), seed=seed)
+
+
 def _check_rows(rows: Sequence[int] | None, *, batch_size: int) -> Sequence[int]:
     """Returns the rows to read, all of them for None.
 
@@ -311,7 +380,7 @@ def _random_length(probability: float):
             return row
         num_kept = int(rng.integers(1, len(row["tokens"]), endpoint=True))
         is_kept_T = np.arange(len(row["tokens"])) < num_kept
-        return {name: np.where(is_kept_T, values_T, 0) for name, values_T in row.items()}
+        return {name: values_T * is_kept_T for name, values_T in row.items()}
 
     return random_length
 
@@ -323,14 +392,14 @@ def _row_for(attend_across_documents: bool):
         is_real_T = row["segment_ids"] > 0
         positions_T = np.arange(len(is_real_T), dtype=np.int32)
         return {
+            "is_maskable": is_real_T,
             **row,
             "segment_ids": is_real_T.astype(np.int32),
             "positions": positions_T,
-            "is_maskable": is_real_T,
         }
 
     def segment_per_document(row: dict) -> dict:
-        return {**row, "is_maskable": row["segment_ids"] > 0}
+        return {"is_maskable": row["segment_ids"] > 0, **row}
 
     return one_segment if attend_across_documents else segment_per_document
 

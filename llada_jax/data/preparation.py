@@ -7,7 +7,9 @@ interrupted, and running the same preparation again continues after the last fin
 """
 
 import contextlib
+import dataclasses
 import fcntl
+import functools
 import json
 import sys
 import threading
@@ -31,9 +33,11 @@ from llada_jax.data.build import (
     write_json,
     writing_to,
 )
+from llada_jax.data.chat_template import Chat, read_template, template_of, tokenizer_template
+from llada_jax.data.dialogue_units import SCORED, ChatSettings, dialogue_texts, dialogues_json
 from llada_jax.data.inputs import Input, find_inputs, printable
 from llada_jax.data.packing import is_heldout
-from llada_jax.data.records import JSON_NAME, write_dataset_json
+from llada_jax.data.records import DIALOGUE_FORMAT, JSON_NAME, write_dataset_json
 from llada_jax.data.round_trip import describe_loss, is_lossless
 from llada_jax.data.text import Cut, check_cut, read_documents
 from llada_jax.data.tokenizer import Tokenizer, load_tokenizer
@@ -67,6 +71,8 @@ SETTINGS = (
     "heldout",
     # Written only when it was given.
     "format",
+    # Of dialogues alone.
+    "chat",
 )
 
 
@@ -80,6 +86,7 @@ def prepare(
     heldout: float = 0.01,
     workers: int = 1,
     add_mask_token: bool = False,
+    chat: ChatSettings | None = None,
 ) -> dict:
     """Writes the data set directory `output` and returns the content of its dataset.json.
 
@@ -94,6 +101,8 @@ def prepare(
             "heldout".
         workers: number of processes.
         add_mask_token: see `load_tokenizer`.
+        chat: how the records of the inputs become dialogues; its template is what
+            chat_template.template_of takes. None: the inputs are text.
 
     Raises:
         UserError: the input is unusable, the settings differ from those that the directory was
@@ -116,23 +125,34 @@ def prepare(
         "document_start": cut.document_start,
         "heldout": heldout,
         **({"format": cut.form} if cut.form else {}),
+        **({"chat": _chat_source(chat)} if chat else {}),
     }
     output = _begin_output(output)
     with _lock(output):
         # 2. What an earlier run has done, which must have been the same preparation.
         _refuse_other_settings(output, source)
         # 3. The tokenizer: made once, if need be by training it on a sample of the training text.
-        made = _make_tokenizer_once(
-            output, source, lambda: make_tokenizer(sample_texts(inputs, cut, heldout=heldout))
-        )
+        if chat:
+            texts = functools.partial(dialogue_texts, inputs, cut.form, heldout=heldout)
+            make = functools.partial(_with_template, setting=chat.template)
+            made = _make_tokenizer_once(
+                output, source, lambda: make(make_tokenizer(texts(chars=SAMPLE_CHARS)))
+            )
+            chat = dataclasses.replace(chat, template=tokenizer_template(made))
+            sample = [text for text in texts(chars=CHECK_CHARS) if text.strip()]
+        else:
+            made = _make_tokenizer_once(
+                output, source, lambda: make_tokenizer(sample_texts(inputs, cut, heldout=heldout))
+            )
+            sample = texts_to_check(inputs, cut)
         # 4. The shards of the units that have no receipt yet.
-        sample = texts_to_check(inputs, cut)
         job = Job(
             output=output,
             sequence_length=sequence_length,
             cut=cut,
             heldout=heldout,
             is_lossy=not is_lossless(sample, made),
+            chat=chat,
         )
         units = units_of(inputs, job, made.fingerprint)
         remove_leftovers(output, units)
@@ -149,6 +169,8 @@ def prepare(
         # 5. dataset.json, which shows readers that everything is there.
         receipts = [read_json(receipt_path(output, unit)) for unit in units]
         content = dataset_json(receipts, source, made)
+        if chat:
+            content = _of_dialogues(content, receipts, chat)
         check_splits(content, heldout=heldout)
         write_dataset_json(output, content)
         return content
@@ -211,6 +233,44 @@ def _parse_tokenizer(
     # The fingerprint rather than the path: the same model may have moved.
     name = spec if tokenizer.kind == "bytes" else f"{tokenizer.kind} {tokenizer.fingerprint[:16]}"
     return lambda texts: tokenizer, name
+
+
+# ---- dialogues
+
+
+def _chat_source(chat: ChatSettings) -> dict:
+    """Returns what dataset.json says of the settings."""
+    template = chat.template
+    if template not in ("", "default"):
+        template = fingerprint(read_template(template))[:16]
+    return {**dataclasses.asdict(chat), "template": template}
+
+
+def _with_template(tokenizer: Tokenizer, setting: str) -> Tokenizer:
+    template = template_of(tokenizer, setting)
+    Chat(template, tokenizer)  # refuses what is not Jinja, before anything is written
+    return tokenizer.with_chat_template(template)
+
+
+def _of_dialogues(content: dict, receipts: list[dict], chat: ChatSettings) -> dict:
+    """Returns dataset.json of dialogues from that of text."""
+    for name, split in content["splits"].items():
+        for count in SCORED:
+            split[count] = sum(receipt["splits"][name][count] for receipt in receipts)
+    told = dialogues_json(receipts, chat)
+    if not any(split["num_documents"] for split in content["splits"].values()):
+        raise UserError(
+            f"No dialogue is left of the input files: {told['num_malformed']} records are "
+            f"malformed (the first: {told['first_malformed'] or 'none'}) and "
+            f"{told['num_too_long']} dialogues are too long; docs/finetuning.md lists the forms."
+        )
+    read_as = [content["fingerprint"], DIALOGUE_FORMAT, chat.turns, chat.rows]
+    return {
+        **content,
+        "format": DIALOGUE_FORMAT,
+        "fingerprint": fingerprint(read_as),
+        "dialogues": told,
+    }
 
 
 @contextlib.contextmanager

@@ -6,6 +6,7 @@ A record of a dataset with `sequence_length` T is, in little endian,
     uint16[T] or uint32[T]        token ids, uint16 when vocab_size <= 65,536; zero from n on
     uint8[ceil(T/8)]              bit i (least significant first) is 1 where token i begins a
     document
+    uint8[ceil(T/8)]              of dialogues alone: bit i is 1 where token i is of an answer
 so every record of a dataset has the same number of bytes: 4 + 2 * 4096 + 512 = 8,708 at T = 4096
 with uint16. Riegeli, the format below ArrayRecord, hashes every record, so a flipped bit is found
 when the record is read.
@@ -19,6 +20,7 @@ from bisect import bisect_right
 from collections.abc import Iterable
 from dataclasses import dataclass
 from itertools import accumulate
+from typing import Any
 
 import numpy as np
 from array_record.python import array_record_module
@@ -29,6 +31,9 @@ from llada_jax.errors import UserError, look_up
 from llada_jax.storage import files
 
 FORMAT = 1
+# Its records say which tokens are of answers, and dataset.json has the part "dialogues". A version
+# of the package that knows FORMAT alone would train on the prompts, and must refuse it.
+DIALOGUE_FORMAT = 2
 JSON_NAME = "dataset.json"
 _WRITE_REMEDY = (
     "check that the folder exists, can be written to and has free space, then run prepare again"
@@ -42,12 +47,18 @@ def token_dtype(vocab_size: int) -> np.dtype:
     return np.dtype("<u2" if vocab_size <= 65_536 else "<u4")
 
 
-def record_size(*, sequence_length: int, vocab_size: int) -> int:
-    """Returns the bytes of one record: 4 + T * itemsize + ceil(T / 8)."""
-    return 4 + sequence_length * token_dtype(vocab_size).itemsize + (sequence_length + 7) // 8
+def record_size(*, sequence_length: int, vocab_size: int, with_answers: bool = False) -> int:
+    """Returns the bytes of one record: 4 + T * itemsize + ceil(T / 8), and ceil(T / 8) more with
+    answers.
+    """
+    num_bitmaps = 2 if with_answers else 1
+    num_bytes = 4 + sequence_length * token_dtype(vocab_size).itemsize
+    return num_bytes + num_bitmaps * ((sequence_length + 7) // 8)
 
 
-def encode_record(tokens, starts, *, sequence_length: int, vocab_size: int) -> bytes:
+def encode_record(
+    tokens, starts, *, sequence_length: int, vocab_size: int, is_answer=None
+) -> bytes:
     """Packs one row into bytes.
 
     Args:
@@ -56,6 +67,7 @@ def encode_record(tokens, starts, *, sequence_length: int, vocab_size: int) -> b
             document of the row before.
         sequence_length: T; the row is padded to it.
         vocab_size: decides the width of an id and bounds it.
+        is_answer: bool[n] of dialogues: the tokens that the loss may mask. None for other text.
 
     Raises UserError for an id outside the vocabulary, ValueError for arrays of the wrong length.
     """
@@ -76,17 +88,26 @@ def encode_record(tokens, starts, *, sequence_length: int, vocab_size: int) -> b
     padded_T[:n] = tokens
     starts_T = np.zeros(sequence_length, dtype=bool)
     starts_T[:n] = starts
+    bitmaps = [starts_T]
+    if is_answer is not None:
+        is_answer = np.asarray(is_answer, dtype=bool)
+        if is_answer.shape != tokens.shape:
+            raise ValueError(f"{is_answer.shape=} must be that of the tokens, {tokens.shape}")
+        bitmaps.append(np.pad(is_answer, (0, sequence_length - n)))
     return (
         np.uint32(n).astype("<u4").tobytes()
         + padded_T.tobytes()
-        + np.packbits(starts_T, bitorder="little").tobytes()
+        + b"".join(np.packbits(bitmap, bitorder="little").tobytes() for bitmap in bitmaps)
     )
 
 
-def decode_record(data: bytes, *, sequence_length: int, vocab_size: int) -> dict[str, np.ndarray]:
+def decode_record(
+    data: bytes, *, sequence_length: int, vocab_size: int, with_answers: bool = False
+) -> dict[str, np.ndarray]:
     """Unpacks the bytes of `encode_record`.
 
-    Returns {"tokens": int32[T], "segment_ids": int32[T], "positions": int32[T]}. Segments count the
+    Returns {"tokens": int32[T], "segment_ids": int32[T], "positions": int32[T]}, and with_answers
+    "is_maskable": bool[T], True on the tokens of answers. Segments count the
     documents of the row from 1 in order, 0 is padding; positions restart from 0 at each document,
     and at the beginning of a row that continues a document of the row before; tokens and positions
     of the padding are 0.
@@ -94,7 +115,9 @@ def decode_record(data: bytes, *, sequence_length: int, vocab_size: int) -> dict
     Raises UserError, without the name of a file, when the bytes are not a record of this length and
     vocabulary.
     """
-    size = record_size(sequence_length=sequence_length, vocab_size=vocab_size)
+    size = record_size(
+        sequence_length=sequence_length, vocab_size=vocab_size, with_answers=with_answers
+    )
     if len(data) != size:
         raise UserError(
             f"a record has {len(data)} bytes instead of the {size} of sequence_length "
@@ -104,7 +127,8 @@ def decode_record(data: bytes, *, sequence_length: int, vocab_size: int) -> dict
     end = 4 + sequence_length * dtype.itemsize
     n = int.from_bytes(data[:4], "little")
     stored_T = np.frombuffer(data, dtype=dtype, count=sequence_length, offset=4)
-    bitmap = np.frombuffer(data, dtype=np.uint8, offset=end)
+    bitmap_size = (sequence_length + 7) // 8
+    bitmap = np.frombuffer(data, dtype=np.uint8, count=bitmap_size, offset=end)
     if not 1 <= n <= sequence_length:
         raise UserError(f"a record claims {n} tokens, which must be 1 to {sequence_length}")
     if stored_T.max() >= vocab_size:
@@ -122,11 +146,16 @@ def decode_record(data: bytes, *, sequence_length: int, vocab_size: int) -> dict
     positions_T = np.zeros(sequence_length, dtype=np.int32)
     segment_ids_T[:n] = np.repeat(np.arange(1, len(bounds), dtype=np.int32), lengths)
     positions_T[:n] = np.arange(n, dtype=np.int32) - np.repeat(bounds[:-1], lengths)
-    return {
+    row: dict[str, np.ndarray] = {
         "tokens": stored_T.astype(np.int32),
         "segment_ids": segment_ids_T,
         "positions": positions_T,
     }
+    if with_answers:
+        answers = np.frombuffer(data, dtype=np.uint8, offset=end + bitmap_size)
+        bits_T = np.unpackbits(answers, count=sequence_length, bitorder="little")
+        row["is_maskable"] = bits_T.astype(bool) & (segment_ids_T > 0)
+    return row
 
 
 def write_shard(path, records: Iterable[bytes]) -> int:
@@ -184,6 +213,22 @@ class Split:
     num_documents: int
     num_padding: int
     shards: tuple[Shard, ...]
+    # of dialogues, in which only the answers are scored; otherwise those of all text
+    num_scored_tokens: int
+    num_scored_bytes: int
+
+
+@dataclass(frozen=True, kw_only=True)
+class Dialogues:
+    """How a data set of dialogues is read.
+
+    turns: "one": one answer of each dialogue is drawn per epoch, and what follows it is left out;
+        "all" or "each": every answer of a document is scored. rows: "packed" or "padded" (one
+        document per row).
+    """
+
+    turns: str
+    rows: str
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -195,6 +240,7 @@ class DatasetInfo:
     fingerprint: str
     tokenizer: dict
     splits: dict[str, Split]
+    dialogues: Dialogues | None = None
 
     @property
     def vocab_size(self) -> int:
@@ -238,6 +284,11 @@ def read_dataset(directory) -> DatasetInfo:
             splits={
                 name: _parse_split(directory, split) for name, split in content["splits"].items()
             },
+            dialogues=(
+                Dialogues(**{name: content["dialogues"][name] for name in ("turns", "rows")})
+                if content["format"] == DIALOGUE_FORMAT
+                else None
+            ),
         )
         info.tokenizer["fingerprint"]  # Compared across the datasets of a mixture.
     except (KeyError, TypeError, ValueError, AttributeError) as error:
@@ -274,10 +325,10 @@ def _read_json(directory) -> dict:
             f"{path} was not written by llada-jax prepare, because it names no format: give the "
             "directory of a dataset."
         )
-    if content["format"] != FORMAT:
+    if content["format"] not in (FORMAT, DIALOGUE_FORMAT):
         raise UserError(
-            f"{path} has format {content['format']!r}, but this version reads format {FORMAT}: "
-            "prepare the text again."
+            f"{path} has format {content['format']!r}, but this version reads the formats {FORMAT} "
+            f"and {DIALOGUE_FORMAT}: prepare the text again."
         )
     return content
 
@@ -293,7 +344,12 @@ def _parse_split(directory, content: dict) -> Split:
         for shard in content["shards"]
     )
     counts = ("num_records", "num_tokens", "num_bytes", "num_documents", "num_padding")
-    split = Split(shards=shards, **{name: int(content[name]) for name in counts})
+    split = Split(
+        shards=shards,
+        **{name: int(content[name]) for name in counts},
+        num_scored_tokens=int(content.get("num_scored_tokens", content["num_tokens"])),
+        num_scored_bytes=int(content.get("num_scored_bytes", content["num_bytes"])),
+    )
     if sum(shard.num_records for shard in shards) != split.num_records:
         raise ValueError(f"the shards do not add up to num_records = {split.num_records}")
     return split
@@ -330,7 +386,11 @@ class Records:
     def __init__(self, info: DatasetInfo, *, split: str):
         self._shards = [shard for shard in info.split(split).shards if shard.num_records]
         self._ends = list(accumulate(shard.num_records for shard in self._shards))
-        self._sizes = {"sequence_length": info.sequence_length, "vocab_size": info.vocab_size}
+        self._sizes: dict[str, Any] = {
+            "sequence_length": info.sequence_length,
+            "vocab_size": info.vocab_size,
+            "with_answers": info.dialogues is not None,
+        }
         # "path[0:n]" passes on the count from dataset.json, so that thousands of shards need not be
         # opened at the start of a run.
         self._source = (

@@ -12,6 +12,7 @@ import re
 import zlib
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from typing import Any
 
 from llada_jax.data.compression import BLOCK_BYTES, Damaged, decompressed
 from llada_jax.data.inputs import Input, format_of
@@ -102,6 +103,25 @@ def read_documents(
     return _whole(path, blocks)
 
 
+def read_records(
+    path: str, form: str = "", on_read: Callable[[int], None] = lambda num_bytes: None
+) -> Iterator[tuple[str, Any]]:
+    """Yields (the place in words, the value) of each record of a .jsonl or .parquet file, whole.
+
+    A value of a .jsonl file may be anything that JSON can say. The arguments are those of
+    `read_documents`; a .txt file, which has no records, is a UserError.
+    """
+    kind = format_of(path, form)
+    if kind == "parquet":
+        return _parquet_rows(path, "", on_read)
+    if kind == "jsonl":
+        return _jsonl_values(path, _blocks(path, on_read))
+    raise UserError(
+        f"{path} is text, which has no records; give .jsonl or .parquet files, or say with "
+        "--format what it holds."
+    )
+
+
 def _whole(path: str, blocks: Iterator[bytes]) -> Iterator[str]:
     data = b"".join(blocks)
     yield _decode(data, path=path, line=1, offset=0).removeprefix(BYTE_ORDER_MARK)
@@ -126,24 +146,7 @@ def _sections(path: str, blocks: Iterator[bytes], document_start: re.Pattern) ->
 
 
 def _jsonl_documents(path: str, blocks: Iterator[bytes], field: str) -> Iterator[str]:
-    for number, line in enumerate(_text_lines(path, blocks), start=1):
-        # Also within a file: behind each of several files that were joined.
-        line = line.removeprefix(BYTE_ORDER_MARK)
-        if not line.strip():
-            continue
-        where = f"{path}:{number}"
-        try:
-            record = json.loads(line)
-        except ValueError as error:
-            raise UserError(
-                f"{where} is not valid JSON ({error}); a .json or .jsonl file has one object "
-                "per line: fix or remove the line."
-            ) from error
-        except RecursionError as error:
-            raise UserError(
-                f"{where} has more brackets within brackets than Python can read; fix or remove "
-                "the line."
-            ) from error
+    for where, record in _jsonl_values(path, blocks):
         if not isinstance(record, dict) or field not in record:
             fields = (
                 ", ".join(record) if isinstance(record, dict) else "none, it is not a JSON object"
@@ -155,22 +158,53 @@ def _jsonl_documents(path: str, blocks: Iterator[bytes], field: str) -> Iterator
         yield _checked_text(record[field], where=where, field=field)
 
 
+def _jsonl_values(path: str, blocks: Iterator[bytes]) -> Iterator[tuple[str, Any]]:
+    """Yields (path:line, what the line holds) for each line that is not blank."""
+    for number, line in enumerate(_text_lines(path, blocks), start=1):
+        # Also within a file: behind each of several files that were joined.
+        line = line.removeprefix(BYTE_ORDER_MARK)
+        if not line.strip():
+            continue
+        where = f"{path}:{number}"
+        try:
+            value = json.loads(line)
+        except ValueError as error:
+            raise UserError(
+                f"{where} is not valid JSON ({error}); a .json or .jsonl file has one object "
+                "per line: fix or remove the line."
+            ) from error
+        except RecursionError as error:
+            raise UserError(
+                f"{where} has more brackets within brackets than Python can read; fix or remove "
+                "the line."
+            ) from error
+        yield where, value
+
+
 def _parquet_documents(path: str, field: str, on_read: Callable[[int], None]) -> Iterator[str]:
+    for where, row in _parquet_rows(path, field, on_read):
+        yield _checked_text(row[field], where=where, field=field)
+
+
+def _parquet_rows(
+    path: str, field: str, on_read: Callable[[int], None]
+) -> Iterator[tuple[str, dict]]:
+    """Yields (the place, {column: value}) of each row: of one column, or of all for ""."""
     parquet = require("pyarrow.parquet", extra="data")
     with _open(path) as file, _reading(path):
         size = file.seek(0, os.SEEK_END)
         # Read page by page: pre-buffering would load whole row groups, which may be as large as the
         # file.
         table = parquet.ParquetFile(file, pre_buffer=False, buffer_size=BLOCK_BYTES)
-        if field not in table.schema_arrow.names:
+        if field and field not in table.schema_arrow.names:
             raise UserError(
                 f"{path} has no column {field!r} (its columns: "
                 f"{', '.join(table.schema_arrow.names)}); name one with --text-field."
             )
         done = 0
-        for batch in table.iter_batches(batch_size=256, columns=[field]):
-            for i, text in enumerate(batch.column(0).to_pylist(), start=done):
-                yield _checked_text(text, where=f"{path}, row {i}", field=field)
+        for batch in table.iter_batches(batch_size=256, columns=[field] if field else None):
+            for i, row in enumerate(batch.to_pylist(), start=done):
+                yield f"{path}, row {i}", row
             before, done = done, done + batch.num_rows
             on_read(
                 size * done // table.metadata.num_rows - size * before // table.metadata.num_rows

@@ -5,6 +5,7 @@ What differs between the kinds (raw bytes, SentencePiece, a Hugging Face tokeniz
 llada_jax.data.codecs.
 """
 
+import copy
 import hashlib
 import json
 import os
@@ -22,13 +23,16 @@ from llada_jax.schemas import ModelConfig, TokenizerConfig, check, parse_json
 # Lies next to the model's own files in a saved directory, and is written last.
 SPECIAL_IDS = "special_ids.json"
 
+# Jinja source of the form in which dialogues are written.
+CHAT_TEMPLATE = "chat_template.jinja"
+
 # What may lie next to a tokenizer.json so that transformers knows how to use it: kept with the
 # tokenizer, never read for ids.
 COMPANIONS = (
     "tokenizer_config.json",
     "special_tokens_map.json",
     "added_tokens.json",
-    "chat_template.jinja",
+    CHAT_TEMPLATE,
     "chat_template.json",
     "tokenizer.model",
     "vocab.json",
@@ -150,6 +154,22 @@ class Tokenizer:
             for what, i in ids.items()
         }
 
+    @property
+    def markers(self) -> dict[str, int]:
+        """How special tokens are spelled in chat templates, with their ids: the four, and those of
+        the vocabulary that `encode` reads as ordinary characters.
+        """
+        ids = {"mask": self.mask_id, "pad": self.pad_id, "bos": self.bos_id, "eos": self.eos_id}
+        names = self.special_tokens
+        return {**self._codec.markers(), **{names[what]: i for what, i in ids.items()}}
+
+    def with_chat_template(self, template: str) -> "Tokenizer":
+        """Returns the same tokenizer, which keeps this Jinja source among its files."""
+        other = copy.copy(self)
+        other._codec = copy.copy(self._codec)
+        other._codec.companions = {**self._codec.companions, CHAT_TEMPLATE: template.encode()}
+        return other
+
     def save(self, directory) -> None:
         """Writes the directory that `load_tokenizer` reads; SPECIAL_IDS, by which it is recognised,
         comes last.
@@ -244,18 +264,26 @@ def _load_saved(path) -> Tokenizer:
     try:
         meta = json.loads((path / SPECIAL_IDS).read_text())
         kind, special_ids = meta["kind"], meta["special_ids"]
-        if kind == "bytes":
-            return Tokenizer(Bytes(), special_ids)
-        codec = {"huggingface": HuggingFace, "sentencepiece": SentencePiece}[kind]
-        content, more = (path / codec.file).read_bytes(), {}  # type: ignore[attr-defined]
-        if codec is HuggingFace:
-            more["companions"] = _companions(path)
-        return Tokenizer(codec(content, name=str(path), **more), special_ids)
+        made = Tokenizer(_saved_codec(path, kind), special_ids)
+        template = path / CHAT_TEMPLATE
+        if kind != "huggingface" and template.exists():
+            return made.with_chat_template(template.read_text())
+        return made
     except (KeyError, TypeError, AttributeError, json.JSONDecodeError, OSError) as error:
         raise UserError(
             f"The tokenizer at {str(path)!r} is damaged ({type(error).__name__}: {error}); restore "
             "the folder or prepare the data again."
         ) from error
+
+
+def _saved_codec(path, kind: str) -> Codec:
+    if kind == "bytes":
+        return Bytes()
+    if kind == "huggingface":
+        content = (path / HuggingFace.file).read_bytes()
+        return HuggingFace(content, name=str(path), companions=_companions(path))
+    codec = {"sentencepiece": SentencePiece}[kind]
+    return codec((path / codec.file).read_bytes(), name=str(path))
 
 
 def with_special_ids(

@@ -15,7 +15,8 @@ from collections.abc import Callable
 from concurrent.futures.process import BrokenProcessPool
 
 from llada_jax.data.build import LOCK, Job, Unit, size_of, write_unit
-from llada_jax.data.tokenizer import load_tokenizer
+from llada_jax.data.dialogue_units import write_dialogues
+from llada_jax.data.tokenizer import Tokenizer, load_tokenizer
 from llada_jax.errors import UserError
 from llada_jax.progress import Display
 from llada_jax.storage.locks import try_lock
@@ -39,7 +40,7 @@ def run_units(units: list[Unit], job: Job, *, workers: int, num_bytes_done: int)
         if workers == 1:
             tokenizer = load_tokenizer(job.output / "tokenizer")
             for unit in units:
-                write_unit(unit, job, tokenizer, _counting(counters, progress.show))
+                write(unit, job, tokenizer, _counting(counters, progress.show))
             return
         with concurrent.futures.ProcessPoolExecutor(
             workers, mp_context=context, initializer=_start_worker, initargs=(job, counters)
@@ -103,7 +104,13 @@ def _die_with_parent() -> None:
 
 
 def _work(unit: Unit) -> None:
-    write_unit(unit, _worker["job"], _worker["tokenizer"], _worker["on_progress"])
+    write(unit, _worker["job"], _worker["tokenizer"], _worker["on_progress"])
+
+
+def write(unit: Unit, job: Job, tokenizer: Tokenizer, on_progress: Callable[..., None]) -> None:
+    """Writes a unit of text or of dialogues."""
+    of_inputs = write_dialogues if job.chat else write_unit
+    of_inputs(unit, job, tokenizer, on_progress)
 
 
 class _Progress:

@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import Any
 
 from llada_jax.data.codecs import SPACE_MARK
-from llada_jax.data.tokenizer import Tokenizer
+from llada_jax.data.tokenizer import CHAT_TEMPLATE, Tokenizer
 from llada_jax.errors import UserError, reason, require
 
 # Texts on which a converted SentencePiece model must give the ids of the original, in addition to
@@ -66,8 +66,7 @@ def tokenizer_files(
 
     Args:
         max_length: tokens in a row of training, which transformers warns of exceeding.
-        chat_template: Jinja source; None keeps the one that came with an imported tokenizer, if
-            any.
+        chat_template: Jinja source; None keeps the one that the tokenizer has, if any.
 
     Raises:
         UserError: the tokenizer is a SentencePiece model that tokenizer.json cannot express.
@@ -95,6 +94,8 @@ def tokenizer_files(
         )
         if tokenizer.kind == "sentencepiece":
             _check_same_ids(tokenizer, files["tokenizer.json"])
+        if chat_template is None and CHAT_TEMPLATE in tokenizer.files:
+            chat_template = tokenizer.files[CHAT_TEMPLATE].decode()
     if chat_template is not None:
         config = json.loads(files["tokenizer_config.json"])
         files |= _json_files({"tokenizer_config.json": {**config, "chat_template": chat_template}})

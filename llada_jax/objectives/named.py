@@ -6,9 +6,14 @@ from llada_jax.errors import UserError
 from llada_jax.objectives.autoregressive import autoregressive
 from llada_jax.objectives.masked_diffusion import masked_diffusion
 from llada_jax.objectives.objective import Objective
+from llada_jax.objectives.sft import sft
 from llada_jax.parts import call_part, is_own, load_part
 
-OBJECTIVES = {"masked_diffusion": masked_diffusion, "autoregressive": autoregressive}
+OBJECTIVES = {
+    "masked_diffusion": masked_diffusion,
+    "sft": sft,
+    "autoregressive": autoregressive,
+}
 
 
 def make_objective(
@@ -19,6 +24,9 @@ def make_objective(
     t_sampling: str = "stratified",
     masking: str = "bernoulli",
     weight: str = "1/p",
+    masked: str = "answers",
+    mean_over: str = "answers",
+    max_mask_ratio: float = 1.0,
     arguments: Any = (),
 ) -> Objective:
     """Returns the objective of config.objective, whose knobs are the keyword arguments.
@@ -51,6 +59,16 @@ def make_objective(
         return objective
     if name == "autoregressive":
         return make(bos_id=tokenizer.bos_id)
+    if name == "sft":
+        return make(
+            mask_id=tokenizer.mask_id,
+            eps=eps,
+            t_sampling=t_sampling,
+            weight=weight,
+            masked=masked,
+            mean_over=mean_over,
+            max_mask_ratio=max_mask_ratio,
+        )
     return make(
         mask_id=tokenizer.mask_id, eps=eps, t_sampling=t_sampling, masking=masking, weight=weight
     )

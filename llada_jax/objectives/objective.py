@@ -50,6 +50,8 @@ class Objective:
         split_parameters: (network's parameters, key) -> params, frozen. None trains all parameters
             and freezes none. It is called once, when the run begins, on fresh parameters or on
             those of config.checkpoint.init_from.
+        network: (params, frozen) -> the parameters of the network that is sampled, evaluated and
+            exported. By default these are `params`.
     """
 
     loss: Callable
@@ -58,3 +60,4 @@ class Objective:
     mask: Mask = BIDIRECTIONAL
     batch: Mapping[str, Field] = dataclasses.field(default_factory=lambda: FIELDS)
     split_parameters: Callable | None = None
+    network: Callable = lambda params, frozen: params

@@ -17,12 +17,14 @@ from llada_jax.cluster import sharding
 from llada_jax.cluster.sharding import constrain
 from llada_jax.data.batch import FIELDS, check_fields
 from llada_jax.errors import UserError
+from llada_jax.models.adapters import Lora
 from llada_jax.models.attention import choose
 from llada_jax.models.model import Model, compute_dtype, make_model
 from llada_jax.models.transformer import Architecture
 from llada_jax.objectives.named import make_objective
 from llada_jax.objectives.objective import Objective
 from llada_jax.rng import key_for
+from llada_jax.training.adapted import adapted
 from llada_jax.training.optim import by_path, make_optimizer, make_schedule
 from llada_jax.training.state import STEP_METRICS, TrainState, abstract_metrics, abstract_state
 
@@ -57,6 +59,8 @@ def make_recipe(config: Any, tokenizer: Any, mesh: Mesh, *, provided: Any = FIEL
     B, T = config.data.batch_size, config.data.sequence_length
     # 1. The network. What its attention may see is for the objective to say.
     objective = make_objective(tokenizer, **config.objective)
+    if config.lora.rank:
+        objective = adapted(objective, Lora(**config.lora))
     check_objective_fits(config, objective, provided)
     architecture = architecture_of(config.model, tokenizer)
     check_mesh(config, architecture, mesh)

@@ -70,12 +70,15 @@ def evaluate(args) -> dict:
         args.data,
         split=args.split,
         objective=objective,
-        bytes_per_token=split.num_bytes / split.num_tokens,
+        bytes_per_token=split.num_scored_bytes / split.num_scored_tokens,
         batch_size=args.batch_size,
         sequence_length=info.sequence_length,
         batch_sharding=sharding.batch_sharding(model.mesh),
-        # as in training: a model that never saw a document end within a row is not asked to
-        attend_across_documents=model.config["data"]["attend_across_documents"],
+        # as in training: a model that never saw a document end within a row is not asked to. Of
+        # dialogues, none may see another.
+        attend_across_documents=(
+            model.config["data"]["attend_across_documents"] and info.dialogues is None
+        ),
         seed=args.seed,
         num_draws=args.mc_samples,
     )

@@ -23,11 +23,12 @@ from llada_jax.hf.card import Training, check_license, heldout_result, model_car
 from llada_jax.hf.config_json import choose_layout, hf_config
 from llada_jax.hf.convert import Tensor, tensors
 from llada_jax.hf.directory import becoming, check_output
+from llada_jax.hf.peft import peft_files
 from llada_jax.hf.tokenizer_json import read_template, tokenizer_files
 from llada_jax.hf.verify import compare_with_torch, tokens_to_compare
 from llada_jax.hf.write import DTYPES, Shard, other_files, plan_shards, write_weights
 from llada_jax.models.model import abstract_parameters, make_model
-from llada_jax.models.transformer import num_parameters
+from llada_jax.models.transformer import Architecture, num_parameters
 from llada_jax.run.metrics_file import read_lines
 from llada_jax.storage import files
 from llada_jax.units import format_bytes, format_count, parse_bytes
@@ -62,6 +63,11 @@ def main(argv: list[str]) -> None:
         default="auto",
         metavar="NAME",
         help="llada, illada or auto (default): llada where it can hold the model",
+    )
+    add(
+        "--adapters",
+        action="store_true",
+        help="write the adapters alone, as peft loads them onto an export of the base",
     )
     add("--chat-template", metavar="FILE", help="Jinja template to put into the tokenizer's config")
     add(
@@ -147,6 +153,12 @@ def prepare_export(args) -> Export:
     tokenizer = load_same(workdir / "tokenizer", record.tokenizer.fingerprint, of="the checkpoint")
 
     # 3. The files.
+    if args.adapters and (not record.lora.rank or args.verify):
+        raise UserError(
+            f"--adapters cannot be used: {args.checkpoint} was trained "
+            f"{'with' if record.lora.rank else 'without'} adapters (config.lora.rank="
+            f"{record.lora.rank}), and --verify is for whole models; leave one of the flags out."
+        )
     a = record.architecture
     layout = choose_layout(a, args.layout)
     listed = tensors(layout, a)
@@ -176,6 +188,9 @@ def prepare_export(args) -> Export:
         special_tokens=tokenizer.special_tokens,
         license_id=args.license,
     ).encode()
+    if args.adapters:
+        # a few numbers next to those of the model, and there is no model to describe
+        shards, others = [], {}
     sizes = {shard.name: shard.size for shard in shards}
     sizes |= {name: len(content) for name, content in others.items()}
     result = {
@@ -217,9 +232,15 @@ def write_export(args, export: Export) -> dict:
     """Writes, verifies and uploads; returns what is reported."""
     result, a = export.result, export.record.architecture
     announce(result)
-    read = lambda path, shape: export.found.read_array(  # noqa: E731
-        export.step, f"{export.weights}/{path}", shape
+    read = lambda path, shape: export.found.read_network_array(  # noqa: E731
+        export.step, path, shape, ema=export.weights == "ema"
     )
+    if args.adapters:
+        with becoming(Path(args.output).absolute()) as partial:
+            if jax.process_index() == 0:
+                for name, content in adapters_of(export, a).items():
+                    files.write_whole(partial / name, content)
+        return result
     with becoming(Path(args.output).absolute()) as partial:
         write_weights(
             partial,
@@ -237,6 +258,18 @@ def write_export(args, export: Export) -> dict:
     if args.push_to_hub and jax.process_index() == 0:
         hub.upload(args.output, args.push_to_hub)
     return result
+
+
+def adapters_of(export: Export, a: Architecture) -> dict[str, bytes]:
+    """Returns the files of --adapters."""
+    record = export.record
+    return peft_files(
+        lambda path, shape: export.found.read_array(export.step, f"{export.weights}/{path}", shape),
+        a,
+        record.lora,
+        layout=export.result["layout"],
+        base=record.knob("checkpoint.init_from"),
+    )
 
 
 def verify(directory: Path, export: Export, *, dtype: str) -> dict:

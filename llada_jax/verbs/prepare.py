@@ -6,8 +6,10 @@ import json
 import os
 
 from llada_jax.data.build import COUNTS
+from llada_jax.data.dialogue_units import CHAT_CHOICES, ChatSettings
 from llada_jax.data.preparation import prepare
 from llada_jax.data.text import Cut
+from llada_jax.errors import UserError
 from llada_jax.verbs.command_line import Parser
 
 
@@ -20,6 +22,13 @@ def main(argv: list[str]) -> None:
         document_start=args.document_start,
         form=args.format,
     )
+    if args.chat is not None and (
+        args.documents or args.document_start or args.text_field != "text"
+    ):
+        raise UserError(
+            "--documents, --document-start and --text-field are for text, and --chat reads "
+            "dialogues; leave them out."
+        )
     content = prepare(
         args.input,
         args.output,
@@ -29,6 +38,7 @@ def main(argv: list[str]) -> None:
         heldout=args.heldout,
         workers=args.workers,
         add_mask_token=args.add_mask_token,
+        chat=None if args.chat is None else chat_settings(args.chat),
     )
     print(
         json.dumps(content, indent=2, ensure_ascii=False)
@@ -83,7 +93,7 @@ def _parser() -> Parser:
     add(
         "--document-start",
         default="",
-        metavar="REGEX",
+        metavar="RE",
         help="a .txt line that matches begins a new document",
     )
     add(
@@ -99,8 +109,33 @@ def _parser() -> Parser:
         action="store_true",
         help="append a mask token to a tokenizer that has none",
     )
+    add(
+        "--chat",
+        nargs="*",
+        metavar="K=V",
+        help="dialogues; template, turns, too_long, malformed, rows: docs/finetuning.md",
+    )
     add("--json", action="store_true", help="print dataset.json instead of the summary")
     return parser
+
+
+def chat_settings(words: list[str]) -> ChatSettings:
+    """Returns what the words after --chat say; UserError for a name or a value that is unknown."""
+    settings = {}
+    for word in words:
+        name, _, value = word.partition("=")
+        if name != "template" and name not in CHAT_CHOICES:
+            raise UserError(
+                f"--chat {word}: there is no setting {name!r}; known are template, "
+                f"{', '.join(CHAT_CHOICES)}, as in --chat template=default rows=padded."
+            )
+        if name in CHAT_CHOICES and value not in CHAT_CHOICES[name]:
+            raise UserError(
+                f"--chat {word}: {value!r} is not known; {name} is one of "
+                f"{', '.join(CHAT_CHOICES[name])}."
+            )
+        settings[name] = value
+    return ChatSettings(**settings)
 
 
 def _num_cores() -> int:
@@ -126,9 +161,26 @@ def summary(output, content: dict) -> str:
         )
     if content["source"]["num_empty_documents"]:
         lines.append(f"  {content['source']['num_empty_documents']:,} empty documents were skipped")
+    lines += _lines_of_dialogues(content["dialogues"]) if "dialogues" in content else []
     if "num_lossy_documents" in content["source"]:
         lines.append(
             f"  {content['source']['num_lossy_documents']:,} documents lose text in the tokenizer, "
             f"{content['source']['num_lost_bytes']:,} bytes in all, which num_bytes leaves out"
         )
     return "\n".join(lines)
+
+
+def _lines_of_dialogues(told: dict) -> list[str]:
+    lines = []
+    if told["num_malformed"]:
+        kinds = "; ".join(f"{number:,}: {why}" for why, number in told["malformed"].items())
+        lines += [
+            f"  {told['num_malformed']:,} malformed records were skipped ({kinds})",
+            f"  the first of them is {told['first_malformed']}",
+        ]
+    if told["num_too_long"]:
+        lines.append(
+            f"  {told['num_too_long']:,} dialogues were too long, of which {told['num_cut']:,} "
+            "lost their beginning and the others were left out"
+        )
+    return lines

@@ -347,7 +347,8 @@ def train_on(
             # not when the run is to stop: the grace period is for the checkpoint
             if is_due(step, config.samples.every_steps) and not must_stop:
                 with clock.span("samples"):
-                    text = sample(config, sampling_model, data, weights_of(state), watchdog.beat)
+                    network = recipe.objective.network(weights_of(state), state.frozen)
+                    text = sample(config, sampling_model, data, network, watchdog.beat)
                     writer.text(step, "samples", text)
 
             # 6c. Save; then, if asked to, stop.
@@ -418,6 +419,7 @@ def open_batches(config, data: RunData, opened: OpenWorkdir, rows) -> Iterator[d
         batch_number=lambda step: batch_of_step(step + 1, opened.rollbacks.skipped) - 1,
         random_length_probability=config.data.random_length_probability,
         attend_across_documents=config.data.attend_across_documents,
+        eos_padding=config.data.eos_padding,
         num_threads=config.data.num_threads,
         prefetch=config.data.prefetch,
     )

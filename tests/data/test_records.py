@@ -249,7 +249,8 @@ def test_a_directory_that_is_no_dataset_is_named(tmp_path):
         ("{", "not valid JSON"),
         ("[1]", "names no format"),
         ('{"splits": {}}', "names no format"),
-        ('{"format": 2}', "format 2"),
+        ('{"format": 2}', "sequence_length"),
+        ('{"format": 3}', "format 3"),
         ('{"format": 1}', "sequence_length"),
         (
             '{"format": 1, "sequence_length": 8, "fingerprint": "", "tokenizer": {}, "splits": {}}',
@@ -350,3 +351,20 @@ def test_dataset_json_is_replaced_whole_or_not_at_all(tmp_path):
         write_dataset_json(tmp_path, {"format": object()})
     assert os.listdir(tmp_path) == ["dataset.json"]
     assert str(tmp_path / "none") in error_of(write_dataset_json, tmp_path / "none", {})
+
+
+def test_records_of_dialogues_say_which_tokens_are_of_answers():
+    is_answer = [False, True, True, False, True]
+    sizes = {"sequence_length": 9, "vocab_size": 300}
+    starts = [True, False, False, True, False]
+    plain = encode_record([7, 8, 9, 10, 11], starts, **sizes)
+    data = encode_record([7, 8, 9, 10, 11], starts, **sizes, is_answer=is_answer)
+    # the record of other text is what it was, and the new part comes after it
+    assert data[: len(plain)] == plain
+    assert data[len(plain) :] == bytes([0b10110, 0])
+    decoded = decode_record(data, **sizes, with_answers=True)
+    assert decoded["is_maskable"].tolist() == [*is_answer, False, False, False, False]
+    assert decoded["segment_ids"].tolist() == [1, 1, 1, 2, 2, 0, 0, 0, 0]
+    assert "is_maskable" not in decode_record(plain, **sizes)
+    assert "instead of" in error_of(decode_record, data, **sizes)
+    assert "instead of" in error_of(decode_record, plain, **sizes, with_answers=True)

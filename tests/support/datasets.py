@@ -1,10 +1,13 @@
 """Small data sets of byte tokens, written the way `prepare` writes them."""
 
+import json
 import os
 from pathlib import Path
 
 import numpy as np
 
+from llada_jax.data.dialogue_units import ChatSettings
+from llada_jax.data.preparation import prepare
 from llada_jax.data.records import encode_record, write_dataset_json, write_shard
 from llada_jax.data.tokenizer import load_tokenizer
 
@@ -64,3 +67,31 @@ def circle_dataset(directory: Path) -> Path:
     letters = (97 + np.cumsum(moves) % 26).astype(np.int32)
     directory.mkdir()
     return write_dataset(directory, {"train": letters[:36_000], "heldout": letters[36_000:]})
+
+
+def dialogue_dataset(directory: Path, *, rows: str) -> Path:
+    """Dialogues of two short turns in byte tokens, whose answers repeat a letter of the prompt."""
+    directory.mkdir()
+    (directory / "template.jinja").write_text("{% for m in messages %}{{ m.content }}{% endfor %}")
+    rng = np.random.default_rng(0)
+    with open(directory / "in.jsonl", "w") as file:
+        for _ in range(400):
+            letters = [chr(97 + number) for number in rng.integers(0, 26, 2)]
+            turns = [
+                {"role": role, "content": content}
+                for letter in letters
+                for role, content in (
+                    ("user", f"{letter}?"),
+                    ("assistant", letter.upper() * int(rng.integers(1, 9))),
+                )
+            ]
+            file.write(json.dumps({"messages": turns}) + "\n")
+    prepare(
+        [str(directory / "in.jsonl")],
+        directory / "data",
+        sequence_length=SEQUENCE_LENGTH,
+        tokenizer="bytes",
+        heldout=0.1,
+        chat=ChatSettings(template=str(directory / "template.jinja"), rows=rows),
+    )
+    return directory / "data"

@@ -19,7 +19,7 @@ LINES, COLUMNS = 24, 100
 # somebody's script.
 FLAGS = {
     "prepare": """--input --output --sequence-length --tokenizer --text-field --documents
-        --document-start --heldout --workers --add-mask-token --json --format""",
+        --document-start --heldout --workers --add-mask-token --json --format --chat""",
     "train": "--config --workdir --config.KEY",
     "rollback": "--workdir --to --skip",
     "sample": """--checkpoint --prompt --prompt-file --gen-length --block-length --steps
@@ -29,7 +29,7 @@ FLAGS = {
         --json""",
     "import": "--from --output --mesh --mask-token --causal --json",
     "export": """--checkpoint --output --dtype --shard-size --ema --layout --chat-template --force
-        --verify --push-to-hub --dry-run --license --json""",
+        --verify --push-to-hub --dry-run --license --adapters --json""",
     "plan": """--config --topology --slices --vocab-size --compile --search --flags --json
         --config.KEY""",
     "sweep": """--config --workdir --list --index --run --optuna --table --fit --parallel --plot

@@ -17,7 +17,6 @@ from support.hf_directories import (
     write_tokenizer,
     write_weights,
 )
-from support.tokenizer_texts import training_texts
 
 from llada_jax.__main__ import main
 from llada_jax.data.tokenizer import load_tokenizer
@@ -219,7 +218,8 @@ def refused(capsys):
 
 @pytest.fixture(scope="module")
 def ours():
-    return train_sentencepiece(training_texts(), vocab_size=300, model_type="bpe")
+    texts = ["in the house of the mouse, on the hill by the mill\n"] * 20
+    return train_sentencepiece(texts, vocab_size=290, model_type="bpe")
 
 
 @pytest.fixture(scope="module")

@@ -40,9 +40,13 @@ def words(knobs: dict) -> list[str]:
 
 @pytest.mark.slow
 @pytest.mark.parametrize("config", CONFIGS, ids=lambda path: path.stem)
-def test_every_config_trains_when_it_is_made_small(config, runs):
+def test_every_config_trains_when_it_is_made_small(config, runs, dialogues):
     workdir = runs.directory / f"config-{config.stem}"
-    log = runs.train(workdir, *words(SMALL), config=config)
+    data = []
+    if config.stem.startswith("sft"):
+        rows = "packed" if "packed" in config.stem else "padded"
+        data = [f"data.path={dialogues(rows)}", "checkpoint.init_from="]
+    log = runs.train(workdir, *words(SMALL), *data, config=config)
     assert [line["step"] for line in metric_lines(workdir, "train")] == [1, 2]
     assert "final heldout" in log
 

@@ -1,0 +1,242 @@
+"""Chat templates: from the messages of a dialogue to tokens, of which those of answers are known.
+
+A template is Jinja source, as transformers keeps it with a tokenizer. It comes with data from
+strangers, and is rendered in jinja2's sandbox, in which it cannot reach Python.
+"""
+
+import json
+import os
+import re
+from datetime import datetime
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from llada_jax.data.dialogues import Malformed
+from llada_jax.data.tokenizer import CHAT_TEMPLATE, Tokenizer
+from llada_jax.errors import UserError, require
+
+# For tokenizers without a template of their own: plain text that any vocabulary can spell. Every
+# answer ends with the end-of-text token, which is what sampling stops at.
+DEFAULT = """\
+{%- for message in messages %}
+{%- if not loop.first %}{{ '\\n\\n' }}{% endif %}
+{{- '### ' + message.role + '\\n' + message.content }}
+{%- if message.role == 'assistant' %}{{ eos_token }}{% endif %}
+{%- endfor %}
+{%- if add_generation_prompt %}{{ '\\n\\n### assistant\\n' }}{% endif %}"""
+
+# Put into special tokens that a message spells out, so that they stay text: Unicode will never use
+# this character.
+_BREAK = "\ufdd0"
+
+
+class Document(NamedTuple):
+    """Tokens of one document of a data set: int32 [n], and bool [n], True on those of answers."""
+
+    tokens: np.ndarray
+    is_answer: np.ndarray
+
+
+def template_of(tokenizer: Tokenizer, setting: str = "") -> str:
+    """Returns Jinja source.
+
+    Args:
+        setting: "default", a path of a file, or "": that of the tokenizer, which must have one.
+
+    Raises:
+        UserError: there is no such template.
+    """
+    if setting == "default":
+        return DEFAULT
+    if setting:
+        return read_template(setting)
+    if own := tokenizer_template(tokenizer):
+        return own
+    raise UserError(
+        "The tokenizer has no chat template; give one with --chat template=FILE, or write "
+        "--chat template=default for plain text with a heading above every message."
+    )
+
+
+def read_template(path: str) -> str:
+    """Returns the content of a file with Jinja source."""
+    try:
+        return Path(path).read_text()
+    except (OSError, UnicodeDecodeError) as error:
+        raise UserError(
+            f"--chat template={path} cannot be read ({error}); give a file with Jinja source, or "
+            "the word default."
+        ) from error
+
+
+def tokenizer_template(tokenizer: Tokenizer) -> str:
+    """Returns the template that is kept with a tokenizer; "" when there is none."""
+    files = tokenizer.files
+    if CHAT_TEMPLATE in files:
+        return files[CHAT_TEMPLATE].decode()
+    for name in ("chat_template.json", "tokenizer_config.json"):
+        found = json.loads(files.get(name, b"{}")).get("chat_template") or ""
+        if isinstance(found, list):  # several templates by name
+            found = next((t["template"] for t in found if t.get("name") == "default"), "")
+        if found:
+            return found
+    return ""
+
+
+class Chat:
+    """A template with its tokenizer."""
+
+    def __init__(self, source: str, tokenizer: Tokenizer):
+        """Raises UserError when the source is not a Jinja template."""
+        jinja2 = require("jinja2", extra="hf")
+        sandbox = require("jinja2.sandbox", extra="hf")
+        environment = sandbox.ImmutableSandboxedEnvironment(
+            trim_blocks=True,
+            lstrip_blocks=True,
+            extensions=[_generation_block(), "jinja2.ext.loopcontrols"],
+        )
+        environment.globals |= {"raise_exception": _raise, "strftime_now": _strftime_now}
+        environment.filters["tojson"] = _tojson
+        try:
+            self._template = environment.from_string(source)
+        except jinja2.TemplateError as error:
+            raise UserError(
+                f"The chat template is not valid Jinja ({error}); fix it, or give another with "
+                "--chat template=FILE."
+            ) from error
+        self._tokenizer, self._errors = tokenizer, (jinja2.TemplateError, TypeError, ValueError)
+        self._markers = tokenizer.markers
+        self._special = _any_of(self._markers)
+        names = tokenizer.special_tokens
+        self._names = {
+            "eos_token": names["eos"],
+            "pad_token": names["pad"],
+            # a tokenizer without one has end-of-text in its place, which does not begin a dialogue
+            "bos_token": names["bos"] if tokenizer.bos_id != tokenizer.eos_id else "",
+        }
+
+    def render(
+        self, messages: list[dict], *, tools: Any = None, add_generation_prompt: bool = False
+    ) -> str:
+        """Returns the text of messages, with special tokens spelled out.
+
+        Raises:
+            Malformed: the template refuses the messages.
+        """
+        try:
+            return self._template.render(
+                messages=[self._protected(message) for message in messages],
+                tools=tools,
+                add_generation_prompt=add_generation_prompt,
+                **self._names,
+            )
+        except self._errors as error:
+            raise Malformed(f"the template fails ({str(error).splitlines()[0][:80]})") from error
+
+    def prompt_ids(self, messages: list[dict], *, tools: Any = None) -> list[int]:
+        """Returns the tokens after which the answer to `messages` is written."""
+        return self._ids(self.render(messages, tools=tools, add_generation_prompt=True)).tolist()
+
+    def document(
+        self, messages: list[dict], *, tools: Any = None, only_last: bool = False
+    ) -> Document:
+        """Returns the tokens of a dialogue, in which every message of the assistant is an answer,
+        or only_last the one at the end.
+
+        Prompt and answers are tokenized apart, as they are when an answer is sampled. A document
+        ends with the end-of-text token, which is part of the last answer.
+
+        Raises:
+            Malformed: the template fails, or writes the beginning of a dialogue otherwise when more
+                follows.
+        """
+        whole = self.render(messages, tools=tools)
+        pieces, position = [], 0
+        for number, message in enumerate(messages):
+            is_last = number == len(messages) - 1
+            if message["role"] != "assistant" or (only_last and not is_last):
+                continue
+            before = self.render(messages[:number], tools=tools, add_generation_prompt=True)
+            after = self.render(messages[: number + 1], tools=tools)
+            if not (whole.startswith(after) and after.startswith(before)):
+                raise Malformed(
+                    "the template does not write the beginning of a dialogue as it does alone, "
+                    "which --chat turns=each allows"
+                )
+            # Such as the template of LLaDA-8B-Base, which reads no add_generation_prompt.
+            common = os.path.commonprefix([before[::-1], after[::-1]])[::-1]
+            if "assistant" in common and after == self.render(
+                messages[: number + 1], tools=tools, add_generation_prompt=True
+            ):
+                raise Malformed("the template opens another answer after each answer")
+            pieces.append((before[position:], False))
+            pieces.append((after[len(before) :], True))
+            position = len(after)
+        arrays = [self._ids(text) for text, _ in pieces]
+        if not len(arrays[-1]) or arrays[-1][-1] != self._tokenizer.eos_id:
+            arrays[-1] = np.append(arrays[-1], self._tokenizer.eos_id)
+        return Document(
+            np.concatenate(arrays).astype(np.int32),
+            np.concatenate(
+                [np.full(len(a), is_answer) for a, (_, is_answer) in zip(arrays, pieces)]
+            ),
+        )
+
+    def _protected(self, value: Any) -> Any:
+        """Breaks the special tokens that a message spells out."""
+        if isinstance(value, str):
+            value = value.replace(_BREAK, "")
+            return self._special.sub(lambda m: m[0][0] + _BREAK + m[0][1:], value)
+        if isinstance(value, dict):
+            return {name: self._protected(part) for name, part in value.items()}
+        return [self._protected(part) for part in value] if isinstance(value, list) else value
+
+    def _ids(self, text: str) -> np.ndarray:
+        # The pattern is a group, so that split gives what it matched too.
+        parts = [part for part in self._special.split(text) if part]
+        plain = [part.replace(_BREAK, "") for part in parts if part not in self._markers]
+        encoded = iter(self._tokenizer.encode_arrays(plain))
+        arrays = [
+            np.array([self._markers[part]], np.int32) if part in self._markers else next(encoded)
+            for part in parts
+        ]
+        return np.concatenate([np.zeros(0, np.int32), *arrays])
+
+
+def _any_of(markers: dict[str, int]) -> re.Pattern:
+    """Matches any marker of at least two characters; of two that begin alike the longer."""
+    longest_first = sorted((m for m in markers if len(m) > 1), key=len, reverse=True)
+    return re.compile(f"({'|'.join(map(re.escape, longest_first)) or '(?!)'})")
+
+
+def _generation_block() -> type:
+    """Returns the Jinja extension that reads transformers' {% generation %} as its content: which
+    tokens are of answers is found from the messages.
+    """
+    nodes = require("jinja2.nodes", extra="hf")
+
+    class Generation(require("jinja2.ext", extra="hf").Extension):  # type: ignore[misc]
+        tags = {"generation"}
+
+        def parse(self, parser):
+            line = next(parser.stream).lineno
+            body = parser.parse_statements(("name:endgeneration",), drop_needle=True)
+            return nodes.Scope(body).set_lineno(line)
+
+    return Generation
+
+
+def _raise(message: str) -> None:
+    raise require("jinja2", extra="hf").TemplateError(message)
+
+
+def _strftime_now(form: str) -> str:
+    # A template that asks for the date gets the same one always, so that prepare is repeatable.
+    return datetime(2026, 1, 1).strftime(form)
+
+
+def _tojson(value: Any, indent: int | None = None) -> str:
+    # jinja2's own escapes HTML, which no model is to read.
+    return json.dumps(value, ensure_ascii=False, indent=indent)

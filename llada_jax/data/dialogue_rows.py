@@ -1,0 +1,92 @@
+"""What training does with a row of dialogues before it is part of a batch: one answer of each
+dialogue is drawn, and end-of-text tokens fill it up.
+"""
+
+from collections.abc import Callable
+
+import grain
+import numpy as np
+
+
+def draw_answers(eos_id: int) -> Callable[[dict, np.random.Generator], dict]:
+    """Returns the map from a row of dialogues to one in which a single answer of each is maskable.
+
+    Every answer of a dialogue is as likely. What follows the drawn one is taken out of the row, the
+    end-of-text token at the end of the document excepted, and the rest moves together. (LLaDA,
+    arXiv 2502.09992, appendix B.1: a dialogue of n turns becomes n pairs, of which one is sampled.)
+    """
+
+    def draw(row: dict, rng: np.random.Generator) -> dict:
+        tokens_T, segment_ids_T = row["tokens"], row["segment_ids"]
+        is_maskable_T = row["is_maskable"].copy()
+        is_kept_T = segment_ids_T > 0
+        for segment in range(1, int(segment_ids_T.max(initial=0)) + 1):
+            (places,) = np.nonzero(segment_ids_T == segment)
+            answers = _runs(places[is_maskable_T[places]])
+            if len(answers) < 2:
+                continue
+            drawn = answers[int(rng.integers(len(answers)))]
+            end, last = drawn[-1], places[-1]
+            is_maskable_T[places] = False
+            is_maskable_T[drawn] = True
+            is_kept_T[end + 1 : last + 1] = False
+            if tokens_T[end] != eos_id and tokens_T[last] == eos_id:
+                is_kept_T[last] = is_maskable_T[last] = True
+        return _compacted({**row, "is_maskable": is_maskable_T}, is_kept_T)
+
+    return draw
+
+
+def _runs(places: np.ndarray) -> list[np.ndarray]:
+    """Splits ascending places where they are not consecutive."""
+    return np.split(places, np.flatnonzero(np.diff(places) > 1) + 1) if len(places) else []
+
+
+def _compacted(row: dict, is_kept_T: np.ndarray) -> dict:
+    """Takes tokens out of a row, of which no document loses its beginning."""
+    num_kept = int(is_kept_T.sum())
+    if num_kept == int((row["segment_ids"] > 0).sum()):
+        return row
+    compacted = {}
+    for name, values_T in row.items():
+        compacted[name] = np.zeros_like(values_T)
+        compacted[name][:num_kept] = values_T[is_kept_T]
+    segment_ids = compacted["segment_ids"][:num_kept]
+    starts = np.flatnonzero(np.diff(segment_ids, prepend=0))
+    lengths = np.diff(np.append(starts, num_kept))
+    compacted["positions"][:num_kept] = np.arange(num_kept) - np.repeat(starts, lengths)
+    return compacted
+
+
+class EosPadded(grain.MapDataset):
+    """Fills every row up with end-of-text tokens to the longest of its group, as part of the
+    answer: maskable, and seen by all of the row.
+
+    The groups are `num_rows` consecutive rows, and stand for the small batches of one device in
+    which the published recipe pads (LLaDA, arXiv 2502.09992, appendix B.1). They follow from the
+    global number of a row, so that a row is the same on any number of hosts. A row of a group is
+    read once for each row of the group.
+    """
+
+    def __init__(self, parent: grain.MapDataset, *, num_rows: int, eos_id: int):
+        super().__init__(parent)
+        self._num_rows, self._eos_id = num_rows, eos_id
+
+    def __len__(self) -> int:
+        return len(self._parent)
+
+    def __getitem__(self, index):
+        if isinstance(index, slice):
+            return self.slice(index)
+        first = index - index % self._num_rows
+        group = [self._parent[first + n] for n in range(self._num_rows)]
+        length = max(int((row["segment_ids"] > 0).sum()) for row in group)
+        row = group[index - first]
+        place_T = np.arange(len(row["tokens"]))
+        is_filled_T = (row["segment_ids"] == 0) & (place_T < length)
+        return {
+            "tokens": np.where(is_filled_T, self._eos_id, row["tokens"]).astype(np.int32),
+            "segment_ids": np.where(is_filled_T, 1, row["segment_ids"]).astype(np.int32),
+            "positions": np.where(is_filled_T, place_T, row["positions"]).astype(np.int32),
+            "is_maskable": row["is_maskable"] | is_filled_T,
+        }

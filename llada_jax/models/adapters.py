@@ -1,0 +1,102 @@
+"""Low-rank adapters (LoRA, arXiv 2106.09685): a trained product A B that is added to a frozen
+matrix.
+
+A network with adapters is a network: they are added to its matrices before it is computed, and
+nothing else knows of them.
+"""
+
+import math
+import re
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax import Array
+
+from llada_jax.errors import UserError
+
+# The matrices that can have adapters, and how many of their dims are inputs; the stacked layers
+# come before these.
+NUM_INPUT_DIMS = {
+    "blocks/q": 1,
+    "blocks/k": 1,
+    "blocks/v": 1,
+    "blocks/attn_out": 2,
+    "blocks/ff_gate": 1,
+    "blocks/ff_up": 1,
+    "blocks/ff_out": 1,
+}
+
+
+class Lora(NamedTuple):
+    """Which adapters a network has; rank 0: none.
+
+    alpha: A B is multiplied with alpha / rank. targets: a regular expression that is found in the
+    names of the matrices that have one, such as "blocks/q".
+    """
+
+    rank: int = 0
+    alpha: float = 16.0
+    targets: str = "blocks/[^f]"
+
+    @property
+    def scale(self) -> float:
+        return self.alpha / self.rank
+
+    @property
+    def paths(self) -> list[str]:
+        """The adapted matrices; UserError when there are none."""
+        found = [path for path in NUM_INPUT_DIMS if re.search(self.targets, path)]
+        if not found:
+            raise UserError(
+                f"config.lora.targets={self.targets!r} is found in none of the matrices that can "
+                f"have adapters: {', '.join(NUM_INPUT_DIMS)}; change it."
+            )
+        return found
+
+
+def adapter_shapes(network: dict, lora: Lora) -> dict:
+    """Returns the adapters of a network as float32 ShapeDtypeStructs: {"blocks": {"q": {"a": [L,
+    inputs, rank], "b": [L, rank, outputs]}}}.
+    """
+    shapes = {}
+    for path in lora.paths:
+        group, name = path.split("/")
+        dims = adapter_dims(path, network[group][name].shape, lora)
+        shapes[name] = {
+            part: jax.ShapeDtypeStruct(shape, jnp.float32) for part, shape in zip("ab", dims)
+        }
+    return {"blocks": shapes}
+
+
+def adapter_dims(path: str, shape: tuple[int, ...], lora: Lora) -> tuple[tuple[int, ...], ...]:
+    """Returns the shapes of A and B of a matrix: (L, inputs, rank) and (L, rank, outputs)."""
+    num_layers, *dims = shape
+    split = NUM_INPUT_DIMS[path]
+    inputs, outputs = math.prod(dims[:split]), math.prod(dims[split:])
+    return (num_layers, inputs, lora.rank), (num_layers, lora.rank, outputs)
+
+
+def make_adapters(network: dict, key: Array, lora: Lora) -> dict:
+    """Returns fresh adapters, which change nothing: A is normal with the variance 1 / inputs, B is
+    zero.
+    """
+    adapters = {}
+    for number, (name, shapes) in enumerate(adapter_shapes(network, lora)["blocks"].items()):
+        a, b = shapes["a"], shapes["b"]
+        normal = jax.random.normal(jax.random.fold_in(key, number), a.shape, a.dtype)
+        adapters[name] = {"a": normal * a.shape[1] ** -0.5, "b": jnp.zeros(b.shape, b.dtype)}
+    return {"blocks": adapters}
+
+
+def merged(network: dict, adapters: dict, lora: Lora) -> dict:
+    """Returns the network with its adapters added; its gradient reaches `adapters` alone."""
+    blocks = dict(network["blocks"])
+    for name, pair in adapters["blocks"].items():
+        blocks[name] = with_adapter(blocks[name], pair["a"], pair["b"], lora)
+    return {**network, "blocks": blocks}
+
+
+def with_adapter(matrix: Any, a: Any, b: Any, lora: Lora) -> Any:
+    """Returns one stacked matrix with its adapter added, in numpy or jax, as the arrays are."""
+    return matrix + (lora.scale * (a @ b)).reshape(matrix.shape)

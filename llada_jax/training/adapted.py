@@ -1,0 +1,48 @@
+"""Any objective with the network frozen and low-rank adapters in its place."""
+
+import dataclasses
+from collections.abc import Callable
+from typing import Any
+
+from jax import Array
+
+from llada_jax.errors import UserError
+from llada_jax.models.adapters import Lora, make_adapters, merged
+from llada_jax.objectives.objective import Objective
+
+
+def adapted(objective: Objective, lora: Lora) -> Objective:
+    """Returns the objective whose params are the adapters and whose frozen part is the network.
+
+    Raises:
+        UserError: the objective splits the parameters itself.
+    """
+    if objective.split_parameters is not None:
+        raise UserError(
+            f"config.lora.rank={lora.rank} freezes the network, and the objective decides itself "
+            "what is frozen; set the rank to 0, or choose another objective."
+        )
+
+    def over_adapters(function: Callable) -> Callable:
+        def adapted_function(
+            nll_fn: Callable, params: dict, *arguments: Any, frozen: dict, **options: Any
+        ) -> Any:
+            def nll_of_adapters(adapters: dict, *rest: Any) -> Any:
+                return nll_fn(merged(frozen, adapters, lora), *rest)
+
+            return function(nll_of_adapters, params, *arguments, frozen={}, **options)
+
+        return adapted_function
+
+    def split(network: dict, key: Array) -> tuple[dict, dict]:
+        return make_adapters(network, key, lora), network
+
+    loss = over_adapters(objective.loss)
+    is_one = objective.bound is objective.loss
+    return dataclasses.replace(
+        objective,
+        loss=loss,
+        bound=loss if is_one else over_adapters(objective.bound),
+        split_parameters=split,
+        network=lambda params, frozen: merged(frozen, params, lora),
+    )

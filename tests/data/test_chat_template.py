@@ -1,0 +1,129 @@
+"""Templates are rendered as transformers renders them, in a sandbox, and answers are found."""
+
+import numpy as np
+import pytest
+from support.errors import error_of
+
+from llada_jax.data.chat_template import DEFAULT, Chat, template_of
+from llada_jax.data.dialogues import Malformed
+from llada_jax.data.tokenizer import load_tokenizer
+
+# As LLaDA publishes it, in the form of Llama 3.
+HEADERS = (
+    "{{ bos_token }}{% for m in messages %}"
+    "{{ '<|start_header_id|>' + m['role'] + '<|end_header_id|>\n\n' + m['content'] | trim }}"
+    "{{ '<|eot_id|>' }}{% endfor %}"
+    "{% if add_generation_prompt %}{{ '<|start_header_id|>assistant<|end_header_id|>\n\n' }}"
+    "{% endif %}"
+)
+DIALOGUE = [
+    {"role": "system", "content": "Be brief."},
+    {"role": "user", "content": "Say <|eot_id|> and </s>!"},
+    {"role": "assistant", "content": "No."},
+    {"role": "user", "content": "Why?"},
+    {"role": "assistant", "content": "It ends a turn."},
+]
+
+
+@pytest.fixture(scope="module")
+def headers(tmp_path_factory):
+    """A Hugging Face tokenizer of words with LLaDA's special tokens."""
+    tokenizers = pytest.importorskip("tokenizers")
+    special = ["<mask>", "<|endoftext|>", "<|startoftext|>", "<|start_header_id|>"]
+    special += ["<|end_header_id|>", "<|eot_id|>"]
+    model = tokenizers.Tokenizer(tokenizers.models.BPE(byte_fallback=False))
+    model.pre_tokenizer = tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False)
+    model.decoder = tokenizers.decoders.ByteLevel()
+    trainer = tokenizers.trainers.BpeTrainer(
+        vocab_size=300,
+        special_tokens=special,
+        initial_alphabet=tokenizers.pre_tokenizers.ByteLevel.alphabet(),
+    )
+    model.train_from_iterator(["It ends a turn."], trainer)
+    folder = tmp_path_factory.mktemp("headers")
+    model.save(str(folder / "tokenizer.json"))
+    return load_tokenizer(folder)
+
+
+def pieces(tokenizer, ids) -> str:
+    """Spells tokens out, special ones included."""
+    names = {i: name for name, i in tokenizer.markers.items()}
+    return "".join(names.get(i) or tokenizer.decode([i]) for i in np.asarray(ids).tolist())
+
+
+def test_answers_are_the_assistants_turns_with_their_end_and_special_tokens_come_from_the_template(
+    headers,
+):
+    document = Chat(HEADERS, headers).document(DIALOGUE)
+    (places,) = np.nonzero(document.is_answer)
+    answers = np.split(document.tokens[places], np.flatnonzero(np.diff(places) > 1) + 1)
+    assert [pieces(headers, answer) for answer in answers] == [
+        "No.<|eot_id|>",
+        "It ends a turn.<|eot_id|><|endoftext|>",
+    ]
+    text = pieces(headers, document.tokens)
+    assert text.startswith("<|startoftext|><|start_header_id|>system<|end_header_id|>\n\nBe brief.")
+    # five turns end, and the token that the user spelled out is ordinary characters
+    eot = headers.markers["<|eot_id|>"]
+    assert (document.tokens == eot).sum() == 5
+    assert "Say <|eot_id|> and </s>!" in text
+
+
+def test_a_prompt_is_tokenized_as_in_training(headers):
+    chat = Chat(HEADERS, headers)
+    document, prompt = chat.document(DIALOGUE[:3]), chat.prompt_ids(DIALOGUE[:2])
+    assert document.tokens[: len(prompt)].tolist() == prompt
+    assert not document.is_answer[: len(prompt)].any()
+    assert document.is_answer[len(prompt) :].all()
+
+
+@pytest.mark.parametrize("template", [HEADERS, DEFAULT])
+def test_the_text_is_that_of_transformers(headers, template):
+    transformers = pytest.importorskip("transformers.utils.chat_template_utils")
+    plain = [{**m, "content": m["content"].replace("</s>", "")} for m in DIALOGUE]
+    plain[1]["content"] = "Say it!"
+    names = {"bos_token": "<|startoftext|>", "eos_token": "<|endoftext|>"}
+    expected, _ = transformers.render_jinja_template(
+        [plain[:4]], chat_template=template, add_generation_prompt=True, **names
+    )
+    ours = Chat(template, headers).render(plain[:4], add_generation_prompt=True)
+    assert ours == expected[0]
+
+
+def test_every_answer_of_the_default_template_ends_with_end_of_text():
+    tokenizer = load_tokenizer("bytes")
+    document = Chat(DEFAULT, tokenizer).document(DIALOGUE)
+    assert (document.tokens == tokenizer.eos_id).sum() == 2
+    assert document.is_answer[document.tokens == tokenizer.eos_id].all()
+    assert "Say <|eot_id|> and </s>!" in tokenizer.decode(document.tokens)
+
+
+@pytest.mark.parametrize(
+    ("template", "reason"),
+    [
+        ("{{ raise_exception('no system role') }}", "no system role"),
+        ("{{ messages[0].content.__class__.__mro__ }}", "unsafe"),
+        ("{{ messages[0].absent.name }}", "no attribute"),
+        ("{{ messages | length }}", "beginning"),
+        (HEADERS.replace("add_generation_prompt", "true"), "opens another answer"),
+    ],
+)
+def test_a_template_that_fails_makes_the_dialogue_malformed(template, reason):
+    with pytest.raises(Malformed, match=reason):
+        Chat(template, load_tokenizer("bytes")).document(DIALOGUE[1:3])
+
+
+def test_marks_of_generation_are_read(headers):
+    marked = HEADERS.replace("{{ '<|eot_id|>' }}", "{% generation %}<|eot_id|>{% endgeneration %}")
+    assert Chat(marked, headers).render(DIALOGUE) == Chat(HEADERS, headers).render(DIALOGUE)
+
+
+def test_the_template_of_a_tokenizer_is_kept_with_it(tmp_path):
+    tokenizer = load_tokenizer("bytes")
+    assert "no chat template" in error_of(template_of, tokenizer)
+    assert "cannot be read" in error_of(template_of, tokenizer, str(tmp_path / "absent"))
+    assert "not valid Jinja" in error_of(Chat, "{% if %}", tokenizer)
+    tokenizer.with_chat_template(HEADERS).save(tmp_path / "kept")
+    kept = load_tokenizer(tmp_path / "kept")
+    assert template_of(kept) == HEADERS
+    assert kept.fingerprint == tokenizer.fingerprint

@@ -1,0 +1,65 @@
+"""An objective over adapters is the objective of the network to which they are added."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from support.errors import error_of
+
+from llada_jax.models.adapters import Lora, adapter_shapes, merged
+from llada_jax.models.model import make_model
+from llada_jax.models.transformer import Architecture
+from llada_jax.objectives.sft import sft
+from llada_jax.training.adapted import adapted
+
+MODEL = make_model(
+    Architecture(
+        vocab_size=11, num_layers=2, d_model=8, num_heads=2, num_kv_heads=2, head_dim=4, d_ff=8
+    )
+)
+LORA = Lora(rank=2, targets="blocks/(q|ff_out)$")
+
+
+def test_loss_bound_and_gradient_are_those_of_the_merged_network():
+    key = jax.random.key(0)
+    network = jax.jit(MODEL.init)(key)
+    rng = np.random.default_rng(0)
+    adapters = jax.tree.map(
+        lambda leaf: jnp.asarray(rng.normal(size=leaf.shape), jnp.float32),
+        adapter_shapes(network, LORA),
+    )
+    batch = {
+        "tokens": rng.integers(0, 8, (4, 8)).astype(np.int32),
+        "segment_ids": np.ones((4, 8), np.int32),
+        "positions": np.tile(np.arange(8, dtype=np.int32), (4, 1)),
+        "is_maskable": np.tile(np.arange(8) > 2, (4, 1)),
+    }
+    plain = sft(mask_id=9)
+    over = adapted(plain, LORA)
+    options = dict(num_rows=4, step=0)
+
+    def loss(adapters, function):
+        return function(
+            MODEL.nll_fn, adapters, batch, key, jnp.arange(4), frozen=network, **options
+        )[0]
+
+    def expected(adapters, function):
+        whole = merged(network, adapters, LORA)
+        return function(MODEL.nll_fn, whole, batch, key, jnp.arange(4), frozen={}, **options)[0]
+
+    for ours, theirs in ((over.loss, plain.loss), (over.bound, plain.bound)):
+        results = [
+            jax.jit(jax.value_and_grad(lambda a, f=f, of=of: of(a, f)))(adapters)
+            for of, f in ((loss, ours), (expected, theirs))
+        ]
+        assert jax.tree.structure(results[0][1]) == jax.tree.structure(adapters)
+        jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-5), *results)
+    jax.tree.map(
+        np.testing.assert_array_equal,
+        over.network(adapters, network),
+        merged(network, adapters, LORA),
+    )
+
+
+def test_an_objective_that_freezes_something_itself_is_refused():
+    again = adapted(sft(mask_id=9), LORA)
+    assert "config.lora.rank=2" in error_of(adapted, again, LORA)

@@ -1,0 +1,79 @@
+"""Fine-tuning on dialogues keeps the promises of pretraining: a killed run continues bit for bit,
+and the curve depends neither on the mesh, nor on the hosts, nor on microbatches.
+"""
+
+import numpy as np
+import pytest
+from support.runs import (
+    is_committed,
+    kill_when,
+    last_logged_step,
+    losses,
+    metric_lines,
+    saved_arrays,
+)
+
+SFT = (
+    "objective.name=sft",
+    "data.random_length_probability=0.0",
+    "data.attend_across_documents=False",
+    "log.tensorboard=False",
+)
+PADDED = ("data.eos_padding=2", "objective.t_sampling=iid")
+
+
+@pytest.fixture(scope="module")
+def straight(runs, dialogues):
+    """The run on packed rows, on one device."""
+    workdir = runs.directory / "sft"
+    runs.train(workdir, f"data.path={dialogues('packed')}", *SFT)
+    return workdir
+
+
+@pytest.mark.slow
+def test_a_killed_run_on_packed_rows_equals_the_straight_one(runs, dialogues, straight):
+    curve = losses(straight)
+    assert len(curve) == 20
+    assert np.mean(curve[-5:]) < np.mean(curve[:3]) - 1  # it learns
+    workdir, words = runs.directory / "sft-killed", (f"data.path={dialogues('packed')}", *SFT)
+    process = runs.start(workdir, *words)
+    kill_when(process, lambda: is_committed(workdir, 10) and last_logged_step(workdir) >= 11)
+    assert "start       step 10 of" in runs.train(workdir, *words)
+    expected, actual = saved_arrays(straight, 20), saved_arrays(workdir, 20)
+    assert actual.keys() == expected.keys()
+    for name, array in expected.items():
+        np.testing.assert_array_equal(actual[name], array, err_msg=name)
+    assert metric_lines(workdir) == metric_lines(straight)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("name", "num_devices", "num_processes", "overrides"),
+    [
+        ("mesh", 8, 1, ["mesh.data=2", "mesh.fsdp=2", "mesh.tensor=2"]),
+        ("processes", 4, 2, ["optimizer.gradient_accumulation=2"]),
+    ],
+)
+def test_the_curve_depends_neither_on_mesh_nor_on_hosts_nor_on_microbatches(
+    runs, dialogues, straight, name, num_devices, num_processes, overrides
+):
+    workdir = runs.directory / f"sft-{name}"
+    runs.train(
+        workdir,
+        f"data.path={dialogues('packed')}",
+        *SFT,
+        "evaluation.every_steps=0",
+        *overrides,
+        num_devices=num_devices,
+        num_processes=num_processes,
+    )
+    np.testing.assert_allclose(losses(workdir), losses(straight), rtol=1e-5)
+
+
+@pytest.mark.slow
+def test_rows_that_are_filled_up_are_the_same_on_two_hosts(runs, dialogues):
+    words = (f"data.path={dialogues('padded')}", *SFT, *PADDED, "evaluation.every_steps=0")
+    one, two = runs.directory / "sft-padded", runs.directory / "sft-padded-2"
+    runs.train(one, *words, "num_steps=6")
+    runs.train(two, *words, "num_steps=6", num_devices=4, num_processes=2)
+    np.testing.assert_allclose(losses(two), losses(one), rtol=1e-5)
