@@ -40,6 +40,16 @@ COMPANIONS = (
     "vocab.txt",
 )
 
+# Texts of which two tokenizers that are the same give the same ids.
+PROBES = (
+    "Hello world",
+    " two  spaces   three ",
+    "line\nfeed\n\n\ttab",
+    "In 1813 it cost £18.50!",
+    "naïve café Привет मानक 日本語 العربية",
+    "\U0001f600 \U0001f469\u200d\U0001f52c",
+)
+
 # What published tokenizers call their special tokens, the likeliest first. Looked up after what the
 # tokenizer itself declares.
 SPECIAL_NAMES = {
@@ -169,6 +179,20 @@ class Tokenizer:
         other._codec = copy.copy(self._codec)
         other._codec.companions = {**self._codec.companions, CHAT_TEMPLATE: template.encode()}
         return other
+
+    def behaves_like(self, other: "Tokenizer") -> bool:
+        """Whether another tokenizer has the same special ids and gives the same ids to fixed texts
+        and to the text of every id.
+
+        A tokenizer that was written in another form, as an export does, has another fingerprint
+        and is still the same one.
+        """
+        names = ("vocab_size", "mask_id", "eos_id", "bos_id", "pad_id")
+        if any(getattr(self, name) != getattr(other, name) for name in names):
+            return False
+        pieces = {t.decode([i]) for t in (self, other) for i in range(self.vocab_size)}
+        texts = [*PROBES, *sorted(pieces)]
+        return self.encode_batch(texts) == other.encode_batch(texts)
 
     def save(self, directory) -> None:
         """Writes the directory that `load_tokenizer` reads; SPECIAL_IDS, by which it is recognised,
