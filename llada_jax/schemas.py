@@ -11,7 +11,6 @@ from pathlib import PurePosixPath
 from typing import Annotated, Any, TypeVar
 
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError
-from pydantic_core import PydanticCustomError
 
 from llada_jax.errors import UserError, one_line
 from llada_jax.ranges import MAX_SIZE
@@ -126,7 +125,7 @@ class TokenizerJson(Schema):
 def _file_inside(name: str) -> str:
     path = PurePosixPath(name)
     if path.is_absolute() or ".." in path.parts or "\0" in name or not path.parts:
-        raise PydanticCustomError("outside", "must be a file in the same directory")
+        raise ValueError("must be a file in the same directory")
     return name
 
 
@@ -200,5 +199,7 @@ def check(content: dict, schema: type[AnySchema], *, file) -> AnySchema:
                 f"{file} has no {f'{place}.' if place else ''}{missing}; fetch the whole file."
             ) from error
         shown = repr(value) if len(repr(value)) <= 60 else f"{repr(value)[:57]}..."
-        says = EXPECTED.get(first["type"]) or first["msg"].replace("Input should", "must")
+        says = EXPECTED.get(first["type"]) or first["msg"].replace(
+            "Input should", "must"
+        ).removeprefix("Value error, ")
         raise UserError(f"{file}: {place}={shown} {says}; fetch the file again.") from error

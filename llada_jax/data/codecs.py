@@ -189,6 +189,7 @@ class HuggingFace:
         self._name = name
         # tokenizer.json is saved as it was given, while `files` holds the form that is used.
         self.companions = {self.file: content, **companions}
+        require("tokenizers", extra="hf")
         self._json = parse_json(content, file=f"{name}/{self.file}")
         check(self._json, TokenizerJson, file=f"{name}/{self.file}")
         # Some published files cut the text at 128 tokens.

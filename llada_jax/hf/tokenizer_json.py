@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import Any
 
 from llada_jax.data.codecs import SPACE_MARK
-from llada_jax.data.tokenizer import CHAT_TEMPLATE, Tokenizer
+from llada_jax.data.tokenizer import CHAT_TEMPLATE, PROBES, Tokenizer
 from llada_jax.errors import UserError, reason, require
 
 NEVER = -1e6  # a score that no sum of other scores falls below
