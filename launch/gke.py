@@ -133,6 +133,13 @@ def tolerations(hosts: Hosts, capacity: Capacity) -> list[dict]:
     return [{"key": key, "operator": "Exists"} for key in keys]
 
 
+def literal(text: str) -> str:
+    """Returns a word of a command, or the value of a variable, as Kubernetes gives it back
+    unchanged: it replaces $(NAME) by a variable and $$ by a dollar.
+    """
+    return text.replace("$", "$$")
+
+
 def environment(name: str, hosts: Hosts, extra: dict[str, str]) -> list[dict]:
     """Returns the container's variables: how the processes find each other, then the user's own.
 
@@ -148,7 +155,7 @@ def environment(name: str, hosts: Hosts, extra: dict[str, str]) -> list[dict]:
             # All of them. When this is set, JAX does not look for a Kubernetes library to find out.
             "JAX_LOCAL_DEVICE_IDS": ",".join(str(chip) for chip in range(hosts.chips)),
         }
-    variables = [{"name": key, "value": value} for key, value in (given | extra).items()]
+    variables = [{"name": key, "value": literal(value)} for key, value in (given | extra).items()]
     if not hosts.is_tpu and hosts.hosts_per_group > 1:
         rank = "metadata.annotations['batch.kubernetes.io/job-completion-index']"
         variables.append({"name": "JAX_PROCESS_ID", "valueFrom": {"fieldRef": {"fieldPath": rank}}})
@@ -230,8 +237,8 @@ def pod_template(
         "name": CONTAINER,
         "image": image,
         # There is no shell in between, so that the trainer itself receives SIGTERM and its exit
-        # status is the pod's. Kubernetes replaces $(NAME) in a command; $$ escapes it.
-        "command": [word.replace("$(", "$$(") for word in command],
+        # status is the pod's.
+        "command": [literal(word) for word in command],
         "env": environment(name, hosts, env),
         "ports": [{"containerPort": port} for port in ports],
         "resources": {"limits": {hosts.resource: hosts.chips}},

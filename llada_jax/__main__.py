@@ -91,7 +91,7 @@ def run_verb(argv: list[str]) -> int:
         if is_of_stdout and argv[0] not in WITHOUT_RESULT:
             lead_nowhere(sys.stdout.fileno())
             return 0
-        if sentence := mistake_in_environment(error):
+        if sentence := mistake_in_environment(error) or lack_of_memory(error):
             print(f"llada-jax: {sentence}", file=sys.stderr)
             leave_the_others(UserError.exit_status)
             return UserError.exit_status
@@ -124,6 +124,22 @@ def mistake_in_environment(error: Exception) -> str:
     if isinstance(error, ValueError) and any(f.endswith("jax/_src/config.py") for f in files[-3:]):
         return f"JAX cannot use its variables ({one_line(str(error))}); set: {variables or 'none'}."
     return ""
+
+
+def lack_of_memory(error: Exception) -> str:
+    """Returns a sentence when the memory does not hold what was asked for, "" for any other error.
+
+    It is a mistake and not a bug: no size is too large in itself, and this machine decides.
+    """
+    is_jax = type(error).__name__ == "JaxRuntimeError" and "RESOURCE_EXHAUSTED" in str(error)
+    if not is_jax and not isinstance(error, MemoryError):
+        return ""
+    what = one_line(str(error)) or "no memory is left"
+    return (
+        f"The memory of this machine is not enough ({what}); lower the sizes in the config or on "
+        "the command line (batch, microbatch, length, model), or use more devices. `llada-jax "
+        "plan` says what a run needs."
+    )
 
 
 def is_one_of_several() -> bool:

@@ -117,3 +117,42 @@ def check_ranges(values: dict[str, float]) -> None:
             raise UserError(f"config.{path}={value} must be a finite number.")
         if path in RANGES and not RANGES[path].holds(value):
             raise UserError(f"config.{path}={value} {RANGES[path].refusal(value)}")
+
+
+# Elements of an array that a run keeps: 70 TB in float32, a tenth of the memory of the largest pods
+MAX_KEPT = 2**44
+# Elements of an array that a run computes, of which devices may hold a part at a time. XLA counts
+# them in int64 and ends the process where that overflows.
+MAX_COMPUTED = 2**60
+
+_HEADS = ("model.num_heads", "model.head_dim")
+_ROWS = ("data.batch_size", "data.sequence_length")
+
+# Each array as the sizes of its dimensions, knobs by their dotted path.
+ARRAYS = {
+    "the embedding": (MAX_KEPT, ("model.vocab_size", "model.d_model")),
+    "the projections of attention": (MAX_KEPT, ("model.num_layers", "model.d_model", *_HEADS)),
+    "the feed-forward layers": (MAX_KEPT, ("model.num_layers", "model.d_model", "model.d_ff")),
+    "a batch": (MAX_KEPT, _ROWS),
+    "the hidden states of a batch": (MAX_COMPUTED, (*_ROWS, "model.d_model")),
+    "the logits of a batch": (MAX_COMPUTED, (*_ROWS, "model.vocab_size")),
+    "the attention of a batch": (
+        MAX_COMPUTED,
+        (*_ROWS, "data.sequence_length", "model.num_heads"),
+    ),
+}
+
+
+def check_sizes(values: dict[str, float]) -> None:
+    """Raises UserError for the first array of ARRAYS that no machine can hold.
+
+    Each size may be in its range and their product not.
+    """
+    for name, (most, paths) in ARRAYS.items():
+        sizes = [values[path] for path in paths]
+        if math.prod(sizes) > most:
+            product = " * ".join(f"config.{path}={values[path]}" for path in paths)
+            raise UserError(
+                f"{product} are {math.prod(sizes):.1e} elements of {name}, and no machine holds "
+                f"more than {most:.1e}; lower one of them."
+            )

@@ -11,7 +11,7 @@ from ml_collections import ConfigDict
 
 from llada_jax.errors import UserError, did_you_mean
 from llada_jax.parts import is_own
-from llada_jax.ranges import check_ranges
+from llada_jax.ranges import check_ranges, check_sizes
 
 # The value of a knob that the run decides by itself.
 AUTO = "auto"
@@ -75,7 +75,9 @@ def validate(config: ConfigDict, defaults: ConfigDict) -> None:
     check_choices(config)
     for path in OWN_PARTS:
         check_arguments(config, path)
-    check_ranges({path: knob(config, path) for path in knobs(config)})
+    values = {path: knob(config, path) for path in knobs(config)}
+    check_ranges(values)
+    check_sizes(values)
     check_read(config, defaults)
     check_tables(config)
     check_contradictions(config)

@@ -21,9 +21,16 @@ os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0.1")
 # tests with them.
 os.environ.setdefault("XLA_FLAGS", "--xla_backend_optimization_level=0")
 
+import hypothesis
 import jax
 
 jax.config.update("jax_num_cpu_devices", 8)
+
+# A test passes or fails by what is computed and never by how long a busy machine takes for it.
+hypothesis.settings.register_profile(
+    "untimed", deadline=None, suppress_health_check=[hypothesis.HealthCheck.too_slow]
+)
+hypothesis.settings.load_profile("untimed")
 
 from support.datasets import circle_dataset, dialogue_dataset  # noqa: E402
 from support.paths import PUBLISHED  # noqa: E402

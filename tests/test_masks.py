@@ -39,7 +39,7 @@ def test_masks_spelled_out(mask, segments, lines):
     assert seen(mask, segments) == lines
 
 
-@settings(max_examples=100, deadline=None, derandomize=True)
+@settings(max_examples=100, derandomize=True)
 @given(
     segments=st.lists(st.integers(0, 3), min_size=1, max_size=12),
     mask=st.builds(Mask, causal=st.booleans(), block_length=st.integers(0, 5)),

@@ -1,19 +1,34 @@
 """A checksum of every array of a state, which is the same on every mesh and number of hosts."""
 
+import functools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 
+# How new checkpoints are summed. 1: the plain sum of the bits, which does not see swapped layers or
+# reversed columns; checkpoints that do not name a scheme have it. 2: the elements are first
+# scrambled with their positions.
+SCHEME = 2
+SCHEMES = (1, 2)
 
-def checksums(items: dict) -> dict[str, dict[str, int]]:
-    """Returns {item: {path of an array: the sum of its bits read as unsigned integers, modulo
-    2**32}}.
+# Elements that numpy sums at a time, few enough for the cache: a larger block takes thrice as long.
+BLOCK = 1 << 16
 
-    A sum and not a CRC, because a sum does not depend on the order: each device sums its own
-    shard, and the result is the same on every mesh and any number of hosts. Any single flipped bit
-    changes it.
+
+def checksums(items: dict, *, scheme: int = SCHEME) -> dict[str, dict[str, int]]:
+    """Returns {item: {path of an array: the sum of its scrambled elements, modulo 2**32}}.
+
+    An element is scrambled with its position: read as an unsigned integer, combined with a hash of
+    its indices, and mapped to another number by a bijection. Any change of one element is therefore
+    found, and any other change, such as two swapped layers, except for one in 2**32. What is added
+    up does not depend on the order of the addition: each device sums its own shard, and the result
+    is the same on every mesh and any number of hosts, which a CRC would not be.
+
+    Args:
+        scheme: one of SCHEMES.
     """
-    sums = jax.device_get(_sums_of_bits(items))
+    sums = jax.device_get(_sums(items, scheme=scheme))
     return {
         item: {
             path_text(path): int(number)
@@ -23,20 +38,61 @@ def checksums(items: dict) -> dict[str, dict[str, int]]:
     }
 
 
-@jax.jit
-def _sums_of_bits(tree):
-    def sum_of_bits(leaf):
+@functools.partial(jax.jit, static_argnames="scheme")
+def _sums(tree, *, scheme: int):
+    def checksum(leaf):
         unsigned = jnp.dtype(f"uint{8 * leaf.dtype.itemsize}")
-        bits = jax.lax.bitcast_convert_type(leaf, unsigned)
-        return jnp.sum(bits.astype(jnp.uint32), dtype=jnp.uint32)
+        bits = jax.lax.bitcast_convert_type(leaf, unsigned).astype(jnp.uint32)
+        if scheme != 1:
+            bits = _scrambled(bits ^ _position_hash(leaf.shape, jnp))
+        return jnp.sum(bits, dtype=jnp.uint32)
 
-    return jax.tree.map(sum_of_bits, tree)
+    return jax.tree.map(checksum, tree)
 
 
-def checksum_of_float32(array: np.ndarray) -> int:
+def checksum_of_float32(array: np.ndarray, *, scheme: int = SCHEME) -> int:
     """Returns the same checksum of one float32 array in the memory of this host."""
-    # Summed in 64 bits: with 32, numpy would have to be trusted to wrap around without a warning.
-    return int(array.view(np.uint32).sum(dtype=np.uint64)) % 2**32
+    rows = array.view(np.uint32).reshape(-1, array.shape[-1] if array.ndim else 1)
+    # the indices of the last dim, and of all others together
+    lead = np.broadcast_to(_position_hash(array.shape[:-1], np), array.shape[:-1]).reshape(-1, 1)
+    last = _index_hash(max(array.ndim - 1, 0), rows.shape[1], np)
+    total, step = 0, max(1, BLOCK // max(rows.shape[1], 1))
+    for start in range(0, len(rows), step):
+        block = rows[start : start + step]
+        if scheme != 1:
+            position = lead[start : start + step] + last if array.ndim else lead
+            block = _scrambled(block ^ position)
+        # Summed in 64 bits: with 32, numpy would have to be trusted to wrap around silently.
+        total += int(block.sum(dtype=np.uint64))
+    return total % 2**32
+
+
+def _position_hash(shape: tuple[int, ...], xp):
+    """Returns uint32 that broadcasts to `shape`: the sum over the dims of a hash of the index.
+
+    Not the number of the element in the whole array, which does not fit into 32 bits for the
+    largest arrays. xp: numpy or jax.numpy.
+    """
+    total = xp.zeros((1,) * len(shape), xp.uint32)
+    for dim, size in enumerate(shape):
+        total = total + xp.expand_dims(
+            _index_hash(dim, size, xp), tuple(other for other in range(len(shape)) if other != dim)
+        )
+    return total
+
+
+def _index_hash(dim: int, size: int, xp):
+    """Returns uint32 [size], numbers without a pattern that differ from dim to dim."""
+    return _scrambled(xp.arange(size, dtype=xp.uint32) + np.uint32((dim + 1) * 0x9E3779B9 % 2**32))
+
+
+def _scrambled(x):
+    """Returns the bijection of 32 bits with which MurmurHash3 ends (its `fmix32`; Austin Appleby,
+    public domain), in which each bit of x changes about half of the bits.
+    """
+    x = (x ^ (x >> np.uint32(16))) * np.uint32(0x85EBCA6B)
+    x = (x ^ (x >> np.uint32(13))) * np.uint32(0xC2B2AE35)
+    return x ^ (x >> np.uint32(16))
 
 
 def path_text(path) -> str:

@@ -18,6 +18,7 @@ import jax
 from etils import epath
 
 from llada_jax import __version__
+from llada_jax.checkpoints.checksums import SCHEMES
 from llada_jax.data.tokenizer import SPECIAL_IDS, Tokenizer
 from llada_jax.errors import UserError
 from llada_jax.masks import BIDIRECTIONAL, CAUSAL, Mask
@@ -71,6 +72,7 @@ class RunRecord:
     special_ids, chat_template, source: of an imported checkpoint, None for a run of our own:
         {"mask": id, ...}, a Jinja template (None if it has none), and {"from", "layout", "config"}.
     checksums: {item: {path of an array: checksum}}, in a checkpoint.
+    checksum_scheme: how they were computed (llada_jax.checkpoints.checksums.SCHEMES).
     unknown: what a newer version wrote and this one does not know, kept as it is.
     """
 
@@ -90,6 +92,7 @@ class RunRecord:
     chat_template: str | None = None
     source: dict[str, Any] | None = None
     checksums: dict[str, dict[str, int]] | None = None
+    checksum_scheme: int = 1
     unknown: dict[str, Any] = dataclasses.field(default_factory=dict)
 
     def knob(self, name: str):
@@ -171,6 +174,7 @@ class RunRecord:
             "chat_template": self.chat_template,
             "source": self.source,
             "checksums": self.checksums,
+            "checksum_scheme": self.checksum_scheme if self.checksum_scheme != 1 else None,
         }
         # An imported tokenizer without a template is recorded as null.
         null = {"chat_template"} if self.special_ids is not None else set()
@@ -221,6 +225,7 @@ class RunRecord:
             "chat_template": (str, None),
             "source": (dict, None),
             "checksums": (dict, None),
+            "checksum_scheme": (int, 1),
         }
         values: dict[str, Any] = {
             key: default if content.get(key) is None else _field(content, key, kind)
@@ -229,6 +234,11 @@ class RunRecord:
         if values["rollbacks"] is not None:
             _field(content, "rollbacks.count", int)
             _field(content, "rollbacks.skipped", list)
+        if values["checksum_scheme"] not in SCHEMES:
+            raise _WrongField(
+                f"has checksum_scheme={values['checksum_scheme']}, which llada_jax {__version__} "
+                "does not know: a newer version has written it"
+            )
         known = {"config", "architecture", "tokenizer", "data", "mask", *optional}
         return cls(
             config=config,

@@ -28,7 +28,7 @@ from jax.experimental import multihost_utils
 from jax.sharding import NamedSharding, PartitionSpec
 from orbax.checkpoint import v1 as ocp
 
-from llada_jax.checkpoints.checksums import checksum_of_float32, checksums, path_text
+from llada_jax.checkpoints.checksums import SCHEME, checksum_of_float32, checksums, path_text
 from llada_jax.checkpoints.orbax_patches import teach_orbax_s3
 from llada_jax.checkpoints.record import RunRecord
 from llada_jax.cluster import distributed
@@ -140,7 +140,7 @@ class Checkpoints:
         self._check_claim()
         step = int(state.step)
         items = items_of(state)
-        record = dataclasses.replace(record, checksums=checksums(items))
+        record = dataclasses.replace(record, checksums=checksums(items), checksum_scheme=SCHEME)
         try:
             # A step that is saved again, after a rollback, replaces the one of the same number.
             response = self._checkpointer.save_checkpointables_async(
@@ -319,7 +319,8 @@ class Checkpoints:
             raise self._damaged(
                 step, f"{path} is {array.dtype}{list(array.shape)} and not float32{list(shape)}"
             )
-        self._check(step, item, {key: checksum_of_float32(array)})
+        scheme = self.record(step).checksum_scheme
+        self._check(step, item, {key: checksum_of_float32(array, scheme=scheme)})
         return array
 
     def _load(self, step: int, items: dict) -> dict:
@@ -330,7 +331,7 @@ class Checkpoints:
             # Which errors Orbax and tensorstore raise on damaged files is not documented and
             # changes with their versions: each of them means that this checkpoint cannot be read.
             raise self._damaged(step, _reason(error)) from error
-        for item, sums in checksums(loaded).items():
+        for item, sums in checksums(loaded, scheme=self.record(step).checksum_scheme).items():
             self._check(step, item, sums)
         return loaded
 

@@ -23,7 +23,7 @@ from llada_jax.data.inputs import Input, printable
 from llada_jax.data.packing import is_heldout, pack
 from llada_jax.data.records import FORMAT, encode_record, write_shard
 from llada_jax.data.round_trip import num_encoded_bytes
-from llada_jax.data.text import Cut, read_documents
+from llada_jax.data.text import Cut, is_seekable, read_documents
 from llada_jax.data.tokenizer import Tokenizer
 from llada_jax.errors import UserError
 from llada_jax.storage import files
@@ -92,8 +92,33 @@ class Job:
     heldout: float
     # Whether the tokenizer may lose text, so that each document is decoded to count its bytes.
     is_lossy: bool = False
+    # Whether documents that duplicates_path lists are left out.
+    drops_duplicates: bool = False
+    # Whether a unit writes the hashes of its documents and nothing else.
+    only_hashes: bool = False
     # llada_jax.data.dialogue_units.ChatSettings; None: the inputs are text.
     chat: Any = None
+
+
+def in_parts(inputs: list[Input], cut: Cut) -> list[Input]:
+    """Returns the inputs with parts of about UNIT_BYTES instead of every larger file that can
+    be read from its middle on.
+
+    A part has the documents that begin in it. The parts depend on the file alone, as units do.
+    """
+    parts = []
+    for file in inputs:
+        num_parts = -(-file.size // UNIT_BYTES) if is_seekable(file.path, cut) else 1
+        ends = [file.size * (i + 1) // num_parts for i in range(num_parts)]
+        parts += (
+            [
+                dataclasses.replace(file, size=end - start, span=(start, end))
+                for start, end in zip([0, *ends], ends)
+            ]
+            if num_parts > 1
+            else [file]
+        )
+    return parts
 
 
 def units_of(inputs: list[Input], job: Job, tokenizer_fingerprint: str) -> list[Unit]:
@@ -114,6 +139,7 @@ def units_of(inputs: list[Input], job: Job, tokenizer_fingerprint: str) -> list[
     settings = [FORMAT, tokenizer_fingerprint, job.sequence_length, job.heldout, cut]
     # Named only where it decides something, so that units of earlier versions stay finished.
     settings += ["lossy"] if job.is_lossy else []
+    settings += ["without duplicates"] if job.drops_duplicates else []
     settings += [dataclasses.asdict(job.chat)] if job.chat else []
     return [
         Unit(index, tuple(group), fingerprint([index, settings, [file.identity for file in group]]))
@@ -134,6 +160,16 @@ def receipt_path(output: Path, unit: Unit) -> Path:
     return output / RECEIPTS / f"unit-{unit.index:05d}.json"
 
 
+def hashes_path(output: Path, unit: Unit) -> Path:
+    """Where a unit leaves the hashes of its documents, in order, the empty ones left out."""
+    return output / RECEIPTS / f"unit-{unit.index:05d}.hashes"
+
+
+def duplicates_path(output: Path, unit: Unit) -> Path:
+    """Where llada_jax.data.duplicates writes which of these documents are copies, as uint64."""
+    return output / RECEIPTS / f"unit-{unit.index:05d}.duplicates"
+
+
 def is_done(output: Path, unit: Unit) -> bool:
     """Whether the receipt belongs to this very unit and its shards are as long as it says."""
     path = receipt_path(output, unit)
@@ -151,7 +187,8 @@ def is_done(output: Path, unit: Unit) -> bool:
 def remove_leftovers(output: Path, units: list[Unit]) -> None:
     """Removes half-written files, and the shards and receipts of units that no longer exist."""
     keep = {_shard_name(split, unit) for split in SPLITS for unit in units}
-    keep |= {receipt_path(output, unit).name for unit in units}
+    for place_of in (receipt_path, hashes_path, duplicates_path):
+        keep |= {place_of(output, unit).name for unit in units}
     for pattern in ("*.arrayrecord*", f"{RECEIPTS}/unit-*"):
         for path in output.glob(pattern):
             if path.name not in keep:
@@ -162,15 +199,24 @@ def write_unit(
     unit: Unit, job: Job, tokenizer: Tokenizer, on_progress: Callable[..., None]
 ) -> None:
     """Writes the shards of a unit and then its receipt."""
+    if job.only_hashes:
+        return write_hashes(unit, job, on_progress)
     counts = {split: dict.fromkeys(COUNTS, 0) for split in SPLITS}
     num_empty = 0
     lossy = dict.fromkeys(LOSSES, 0)
+    hashes: list[bytes] = []
+    copies = set()
+    if job.drops_duplicates:
+        copies = set(np.fromfile(duplicates_path(job.output, unit), dtype="<u8").tolist())
 
     def training_documents(spool) -> Iterator[np.ndarray]:
         nonlocal num_empty
         for texts in _batches(unit, job, on_progress):
             full = [text for text in texts if text.strip()]
             num_empty += len(texts) - len(full)
+            before = len(hashes)
+            hashes.extend(hash_of(text) for text in full)
+            full = [text for i, text in enumerate(full, start=before) if i not in copies]
             batch_bytes = batch_tokens = 0
             for text, ids in zip(full, tokenizer.encode_arrays(full)):
                 split = "heldout" if is_heldout(text, fraction=job.heldout) else "train"
@@ -225,7 +271,25 @@ def write_unit(
             **(lossy if job.is_lossy else {}),
             "splits": {split: {**counts[split], **shards[split]} for split in SPLITS},
         }
+        files.write_whole(hashes_path(job.output, unit), b"".join(hashes))
         write_json(receipt_path(job.output, unit), receipt)
+
+
+def write_hashes(unit: Unit, job: Job, on_progress: Callable[..., None]) -> None:
+    """Writes what `hashes_path` describes, without tokenizing anything."""
+    hashes = [
+        hash_of(text)
+        for texts in _batches(unit, job, on_progress)
+        for text in texts
+        if text.strip()
+    ]
+    with writing_to(job.output):
+        files.write_whole(hashes_path(job.output, unit), b"".join(hashes))
+
+
+def hash_of(text: str) -> bytes:
+    """Returns 16 bytes that differ where the texts differ."""
+    return hashlib.blake2b(text.encode(), digest_size=16).digest()
 
 
 def _batches(unit: Unit, job: Job, on_progress: Callable[..., None]) -> Iterator[list[str]]:
@@ -233,7 +297,7 @@ def _batches(unit: Unit, job: Job, on_progress: Callable[..., None]) -> Iterator
     batch, size = [], 0
     for file in unit.inputs:
         for text in read_documents(
-            file.path, job.cut, lambda num_bytes: on_progress(read_bytes=num_bytes)
+            file.path, job.cut, lambda num_bytes: on_progress(read_bytes=num_bytes), file.span
         ):
             batch.append(text)
             size += len(text) + 1  # so that empty documents fill a batch too

@@ -48,9 +48,9 @@ def decompressed(file, path: str) -> Iterator[bytes]:
         raise EOFError("it has no bytes at all")
 
 
-def plain_blocks(file, num_bytes: int = BLOCK_BYTES) -> Iterator[bytes]:
-    """Yields what is left of a file in blocks."""
-    while block := file.read(num_bytes):
+def plain_blocks(file, num_bytes: int = BLOCK_BYTES, *, end: int | None = None) -> Iterator[bytes]:
+    """Yields what is left of a file in blocks, up to a position in it where one is given."""
+    while block := file.read(num_bytes if end is None else min(num_bytes, end - file.tell())):
         yield block
 
 

@@ -33,11 +33,14 @@ class Input:
         size: bytes, as it is stored.
         version: changes when the file is rewritten: a modification time, or what a store has for
             it.
+        span: (start, end) of the part of the file that this is, in bytes; None: all of it. `size`
+            is then that of the part.
     """
 
     path: str
     size: int
     version: str
+    span: tuple[int, int] | None = None
 
     @property
     def identity(self) -> list:
@@ -46,6 +49,7 @@ class Input:
             self.path if "://" in self.path else os.path.abspath(self.path),
             self.size,
             self.version,
+            *([list(self.span)] if self.span else []),
         ]
 
 

@@ -24,6 +24,7 @@ from llada_jax.data.build import (
     check_splits,
     dataset_json,
     fingerprint,
+    in_parts,
     is_done,
     read_json,
     receipt_path,
@@ -35,6 +36,7 @@ from llada_jax.data.build import (
 )
 from llada_jax.data.chat_template import Chat, read_template, template_of, tokenizer_template
 from llada_jax.data.dialogue_units import SCORED, ChatSettings, dialogue_texts, dialogues_json
+from llada_jax.data.duplicates import count_duplicates, without_duplicates
 from llada_jax.data.inputs import Input, find_inputs, printable
 from llada_jax.data.packing import is_heldout
 from llada_jax.data.records import DIALOGUE_FORMAT, JSON_NAME, write_dataset_json
@@ -71,6 +73,7 @@ SETTINGS = (
     "heldout",
     # Written only when it was given.
     "format",
+    "drop_duplicates",
     # Of dialogues alone.
     "chat",
 )
@@ -86,6 +89,7 @@ def prepare(
     heldout: float = 0.01,
     workers: int = 1,
     add_mask_token: bool = False,
+    drop_duplicates: bool = False,
     chat: ChatSettings | None = None,
 ) -> dict:
     """Writes the data set directory `output` and returns the content of its dataset.json.
@@ -101,6 +105,7 @@ def prepare(
             "heldout".
         workers: number of processes.
         add_mask_token: see `load_tokenizer`.
+        drop_duplicates: whether a document that is a copy of an earlier one is left out.
         chat: how the records of the inputs become dialogues; its template is what
             chat_template.template_of takes. None: the inputs are text.
 
@@ -125,10 +130,14 @@ def prepare(
         "document_start": cut.document_start,
         "heldout": heldout,
         **({"format": cut.form} if cut.form else {}),
+        **({"drop_duplicates": True} if drop_duplicates else {}),
         **({"chat": _chat_source(chat)} if chat else {}),
     }
     output = _begin_output(output)
     with _lock(output):
+        # a dialogue is read as a whole record, from the beginning of its file on
+        is_in_parts = chat is None and was_begun_in_parts(output)
+        source |= {"in_parts": True} if is_in_parts else {}
         # 2. What an earlier run has done, which must have been the same preparation.
         _refuse_other_settings(output, source)
         # 3. The tokenizer: made once, if need be by training it on a sample of the training text.
@@ -152,10 +161,15 @@ def prepare(
             cut=cut,
             heldout=heldout,
             is_lossy=not is_lossless(sample, made),
+            drops_duplicates=drop_duplicates,
             chat=chat,
         )
-        units = units_of(inputs, job, made.fingerprint)
+        parts = in_parts(inputs, cut) if is_in_parts else inputs
+        units = units_of(parts, job, made.fingerprint)
         remove_leftovers(output, units)
+        if drop_duplicates:
+            hash_all = functools.partial(run_units, workers=workers, num_bytes_done=0)
+            units = without_duplicates(units, job, hash_all)
         pending = [unit for unit in units if not is_done(output, unit)]
         if pending:
             if job.is_lossy:
@@ -168,6 +182,8 @@ def prepare(
             return json.loads((output / JSON_NAME).read_text())
         # 5. dataset.json, which shows readers that everything is there.
         receipts = [read_json(receipt_path(output, unit)) for unit in units]
+        copies = None if chat else count_duplicates(output, units)
+        source |= {} if copies is None else {"num_duplicate_documents": copies}
         content = dataset_json(receipts, source, made)
         if chat:
             content = _of_dialogues(content, receipts, chat)
@@ -375,6 +391,17 @@ def _lock(output: Path):
         # the lock stays until the last of them is gone.
         try_lock(file, fcntl.LOCK_SH)
         yield
+
+
+def was_begun_in_parts(output: Path) -> bool:
+    """Whether large files are split in this directory: not where an older version has begun it,
+    whose shards hold whole files.
+    """
+    for file in (output / JSON_NAME, output / RECEIPTS / "settings.json"):
+        if file.exists():
+            before = read_json(file)
+            return "in_parts" in before.get("source", before)
+    return True
 
 
 def _refuse_other_settings(output: Path, source: dict) -> None:

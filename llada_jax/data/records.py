@@ -275,11 +275,11 @@ def read_dataset(directory) -> DatasetInfo:
     try:
         info = DatasetInfo(
             directory=os.fspath(directory),
-            sequence_length=int(content["sequence_length"]),
+            sequence_length=_count(content, "sequence_length", least=2),
             fingerprint=str(content["fingerprint"]),
             tokenizer={
                 **content["tokenizer"],
-                "vocab_size": int(content["tokenizer"]["vocab_size"]),
+                "vocab_size": _count(content["tokenizer"], "vocab_size", least=1),
             },
             splits={
                 name: _parse_split(directory, split) for name, split in content["splits"].items()
@@ -291,6 +291,9 @@ def read_dataset(directory) -> DatasetInfo:
             ),
         )
         info.tokenizer["fingerprint"]  # Compared across the datasets of a mixture.
+        for name in ("mask_id", "eos_id", "bos_id", "pad_id"):
+            if _count(info.tokenizer, name, default=0) >= info.vocab_size:
+                raise ValueError(f"{name} is beyond the {info.vocab_size} ids of the vocabulary")
     except (KeyError, TypeError, ValueError, AttributeError) as error:
         raise UserError(
             f"{directory / JSON_NAME} is damaged or was not written by llada-jax prepare "
@@ -338,21 +341,32 @@ def _parse_split(directory, content: dict) -> Split:
     shards = tuple(
         Shard(
             path=os.fspath(directory / shard["file"]),
-            num_records=int(shard["num_records"]),
-            num_bytes_on_disk=int(shard["num_bytes_on_disk"]),
+            num_records=_count(shard, "num_records"),
+            num_bytes_on_disk=_count(shard, "num_bytes_on_disk"),
         )
         for shard in content["shards"]
     )
     counts = ("num_records", "num_tokens", "num_bytes", "num_documents", "num_padding")
     split = Split(
         shards=shards,
-        **{name: int(content[name]) for name in counts},
-        num_scored_tokens=int(content.get("num_scored_tokens", content["num_tokens"])),
-        num_scored_bytes=int(content.get("num_scored_bytes", content["num_bytes"])),
+        **{name: _count(content, name) for name in counts},
+        num_scored_tokens=_count(content, "num_scored_tokens", default=content["num_tokens"]),
+        num_scored_bytes=_count(content, "num_scored_bytes", default=content["num_bytes"]),
     )
     if sum(shard.num_records for shard in shards) != split.num_records:
         raise ValueError(f"the shards do not add up to num_records = {split.num_records}")
     return split
+
+
+def _count(content: dict, name: str, *, least: int = 0, default: int | None = None) -> int:
+    """Returns a number of dataset.json; ValueError unless it is an integer of at least `least`.
+
+    Not int(), which takes true for 1 and "12" for 12.
+    """
+    value = content[name] if default is None else content.get(name, default)
+    if type(value) is not int or value < least:
+        raise ValueError(f"{name} is {value!r} and not an integer of at least {least}")
+    return value
 
 
 def _check_shard(shard: Shard) -> None:

@@ -12,9 +12,15 @@ import re
 import zlib
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
-from llada_jax.data.compression import BLOCK_BYTES, Damaged, decompressed
+from llada_jax.data.compression import (
+    BLOCK_BYTES,
+    Damaged,
+    compression_of,
+    decompressed,
+    plain_blocks,
+)
 from llada_jax.data.inputs import Input, format_of
 from llada_jax.errors import UserError, require
 
@@ -73,8 +79,26 @@ def check_cut(inputs: list[Input], cut: Cut) -> None:
 # ---- reading documents
 
 
+class _Place(NamedTuple):
+    """Where reading begins: the byte of the file, and the number of its line."""
+
+    offset: int = 0
+    line: int = 1
+
+
+def is_seekable(path: str, cut: Cut) -> bool:
+    """Whether a part of a file can be read without what stands before it: lines of plain text."""
+    is_plain = "://" not in path and not compression_of(path)
+    form = format_of(path, cut.form)
+    has_lines = cut.documents == "line" or bool(cut.document_start)
+    return is_plain and (form == "jsonl" or (form == "txt" and has_lines))
+
+
 def read_documents(
-    path: str, cut: Cut, on_read: Callable[[int], None] = lambda num_bytes: None
+    path: str,
+    cut: Cut,
+    on_read: Callable[[int], None] = lambda num_bytes: None,
+    span: tuple[int, int] | None = None,
 ) -> Iterator[str]:
     """Yields the documents of one file in order, empty ones included.
 
@@ -85,6 +109,7 @@ def read_documents(
         path: local path or URL.
         cut: how the file is cut.
         on_read: called with the bytes of the file (as stored) read since the last call.
+        span: (start, end) in bytes: only the documents that begin there; the file is_seekable.
 
     Raises:
         UserError: the file is unreadable or truncated, is not valid UTF-8, has a line that is not
@@ -93,14 +118,58 @@ def read_documents(
     form = format_of(path, cut.form)
     if form == "parquet":
         return _parquet_documents(path, cut.text_field, on_read)
-    blocks = _blocks(path, on_read)
+    if form == "txt" and not (cut.document_start or cut.documents == "line"):
+        return _whole(path, _blocks(path, on_read))
+    if span is None:
+        return _documents_in_lines(path, form, cut, _blocks(path, on_read), _Place())
+    return _documents_of_part(path, form, cut, on_read, span)
+
+
+def _documents_in_lines(
+    path: str, form: str, cut: Cut, blocks: Iterator[bytes], place: _Place
+) -> Iterator[str]:
+    lines = _text_lines(path, blocks, place)
     if form == "jsonl":
-        return _jsonl_documents(path, blocks, cut.text_field)
+        return _jsonl_documents(path, lines, cut.text_field, place)
     if cut.document_start:
-        return _sections(path, blocks, re.compile(cut.document_start))
-    if cut.documents == "line":
-        return (line.removesuffix("\n").removesuffix("\r") for line in _text_lines(path, blocks))
-    return _whole(path, blocks)
+        return _sections(lines, re.compile(cut.document_start))
+    return (line.removesuffix("\n").removesuffix("\r") for line in lines)
+
+
+def _documents_of_part(
+    path: str, form: str, cut: Cut, on_read: Callable[[int], None], span: tuple[int, int]
+) -> Iterator[str]:
+    start, end = (_first_document(path, cut, offset) for offset in span)
+    if start >= end:  # one document is longer than the part
+        return
+    part = lambda: _blocks(path, on_read, (start, end))  # noqa: E731
+    try:
+        yield from _documents_in_lines(path, form, cut, part(), _Place(start))
+    except UserError:
+        # Which line it is takes counting all lines before, and so is found out only now.
+        with _open(path) as file:
+            number = 1 + sum(block.count(b"\n") for block in plain_blocks(file, end=start))
+        for _ in _documents_in_lines(path, form, cut, part(), _Place(start, number)):
+            pass
+        raise
+
+
+def _first_document(path: str, cut: Cut, offset: int) -> int:
+    """Returns the byte at which the first document begins that does so at `offset` or later; the
+    length of the file when there is none.
+    """
+    if not offset:
+        return 0
+    with _open(path) as file, _reading(path):
+        file.seek(offset - 1)  # a document may begin right there, after the end of a line
+        file.readline()
+        if cut.document_start:
+            begins, position = re.compile(cut.document_start), file.tell()
+            while line := file.readline():
+                if begins.search(line.decode(errors="replace").rstrip("\r\n")):
+                    return position
+                position = file.tell()
+        return file.tell()
 
 
 def read_records(
@@ -115,7 +184,7 @@ def read_records(
     if kind == "parquet":
         return _parquet_rows(path, "", on_read)
     if kind == "jsonl":
-        return _jsonl_values(path, _blocks(path, on_read))
+        return _jsonl_values(path, _text_lines(path, _blocks(path, on_read), _Place()), _Place())
     raise UserError(
         f"{path} is text, which has no records; give .jsonl or .parquet files, or say with "
         "--format what it holds."
@@ -127,17 +196,17 @@ def _whole(path: str, blocks: Iterator[bytes]) -> Iterator[str]:
     yield _decode(data, path=path, line=1, offset=0).removeprefix(BYTE_ORDER_MARK)
 
 
-def _text_lines(path: str, blocks: Iterator[bytes]) -> Iterator[str]:
-    offset = 0
-    for number, line in enumerate(_lines(blocks), start=1):
+def _text_lines(path: str, blocks: Iterator[bytes], place: _Place) -> Iterator[str]:
+    offset = place.offset
+    for number, line in enumerate(_lines(blocks), start=place.line):
         text = _decode(line, path=path, line=number, offset=offset)
-        yield text.removeprefix(BYTE_ORDER_MARK) if number == 1 else text
+        yield text if offset else text.removeprefix(BYTE_ORDER_MARK)
         offset += len(line)
 
 
-def _sections(path: str, blocks: Iterator[bytes], document_start: re.Pattern) -> Iterator[str]:
+def _sections(text_lines: Iterator[str], document_start: re.Pattern) -> Iterator[str]:
     lines = []
-    for line in _text_lines(path, blocks):
+    for line in text_lines:
         if lines and document_start.search(line.rstrip("\r\n")):
             yield "".join(lines)
             lines = []
@@ -145,8 +214,8 @@ def _sections(path: str, blocks: Iterator[bytes], document_start: re.Pattern) ->
     yield "".join(lines)
 
 
-def _jsonl_documents(path: str, blocks: Iterator[bytes], field: str) -> Iterator[str]:
-    for where, record in _jsonl_values(path, blocks):
+def _jsonl_documents(path: str, lines: Iterator[str], field: str, place: _Place) -> Iterator[str]:
+    for where, record in _jsonl_values(path, lines, place):
         if not isinstance(record, dict) or field not in record:
             fields = (
                 ", ".join(record) if isinstance(record, dict) else "none, it is not a JSON object"
@@ -158,9 +227,9 @@ def _jsonl_documents(path: str, blocks: Iterator[bytes], field: str) -> Iterator
         yield _checked_text(record[field], where=where, field=field)
 
 
-def _jsonl_values(path: str, blocks: Iterator[bytes]) -> Iterator[tuple[str, Any]]:
+def _jsonl_values(path: str, lines: Iterator[str], place: _Place) -> Iterator[tuple[str, Any]]:
     """Yields (path:line, what the line holds) for each line that is not blank."""
-    for number, line in enumerate(_text_lines(path, blocks), start=1):
+    for number, line in enumerate(lines, start=place.line):
         # Also within a file: behind each of several files that were joined.
         line = line.removeprefix(BYTE_ORDER_MARK)
         if not line.strip():
@@ -260,11 +329,13 @@ def _lines(blocks: Iterator[bytes]) -> Iterator[bytes]:
         yield last
 
 
-def _blocks(path: str, on_read: Callable[[int], None]) -> Iterator[bytes]:
-    """Yields the decompressed content of a file in blocks."""
+def _blocks(
+    path: str, on_read: Callable[[int], None], span: tuple[int, int] | None = None
+) -> Iterator[bytes]:
+    """Yields the decompressed content of a file in blocks, or these bytes of a plain one."""
     with _open(path) as file, _reading(path):
-        position = 0
-        for block in decompressed(file, path):
+        position = file.seek(span[0]) if span else 0
+        for block in plain_blocks(file, end=span[1]) if span else decompressed(file, path):
             on_read(file.tell() - position)
             position = file.tell()
             yield block

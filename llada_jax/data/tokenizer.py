@@ -88,6 +88,7 @@ class Tokenizer:
     """
 
     def __init__(self, codec: Codec, special_ids: dict[str, int]):
+        check_special_ids(special_ids)
         self.kind = codec.kind
         self.vocab_size = max(codec.num_ids, *(i + 1 for i in special_ids.values()))
         self.mask_id = special_ids["mask"]
@@ -293,7 +294,10 @@ def _load_saved(path) -> Tokenizer:
         if kind != "huggingface" and template.exists():
             return made.with_chat_template(template.read_text())
         return made
-    except (KeyError, TypeError, AttributeError, json.JSONDecodeError, OSError) as error:
+    except (
+        *(KeyError, TypeError, AttributeError, json.JSONDecodeError, UnicodeDecodeError, OSError),
+        WrongSpecialIds,
+    ) as error:
         raise UserError(
             f"The tokenizer at {str(path)!r} is damaged ({type(error).__name__}: {error}); restore "
             "the folder or prepare the data again."
@@ -352,7 +356,34 @@ def with_special_ids(
     for new_id, what in enumerate(missing, start=codec.num_ids):
         codec.append(what, SPECIAL_NAMES[what][0], new_id)
         special_ids[what] = new_id
-    return Tokenizer(codec, special_ids)
+    try:
+        return Tokenizer(codec, special_ids)
+    except WrongSpecialIds as error:
+        raise UserError(
+            f"Tokenizer {name!r} {error}; correct tokenizer_config.json and config.json next to it."
+        ) from error
+
+
+class WrongSpecialIds(UserError):
+    """Special ids that no tokenizer can have, as the end of a sentence."""
+
+
+def check_special_ids(special_ids: dict[str, int]) -> None:
+    """Raises WrongSpecialIds unless all are ids, and the mask is none of the others.
+
+    With a mask that also ends texts, an end that is masked would look like one that is not. Of the
+    others some may be equal, as in the published LLaDA.
+    """
+    if not isinstance(special_ids, dict):
+        raise WrongSpecialIds(f"has the special ids {special_ids!r}, which are not an object")
+    for what in {"mask": 0, "eos": 0} | special_ids:
+        number = special_ids.get(what)
+        if type(number) is not int or not 0 <= number < MAX_SIZE:
+            raise WrongSpecialIds(
+                f"has the {what} id {number!r}, which is not an integer from 0 to {MAX_SIZE - 1}"
+            )
+        if what != "mask" and number == special_ids["mask"]:
+            raise WrongSpecialIds(f"has one id, {number}, for mask and {what}")
 
 
 def _companions(folder) -> dict[str, bytes]:

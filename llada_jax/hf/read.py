@@ -113,6 +113,14 @@ def _list_file(file: Path) -> dict[str, Stored]:
 def _list_shards(directory: Path) -> dict[str, Stored]:
     index = check(read_json(directory / INDEX), Index, file=directory / INDEX).weight_map
     files = sorted(set(index.values()))
+    # What someone has uploaded must not make this read any other file of the machine. Names and not
+    # the places that they lead to are looked at: Hugging Face's own cache is made of links.
+    outside = [file for file in files if Path(file).name != file]
+    if outside:
+        raise UserError(
+            f"{directory / INDEX} lists {_some(outside)}, and files outside of its directory are "
+            "not read; fetch the checkpoint from a source that you trust."
+        )
     missing = [file for file in files if not (directory / file).exists()]
     if missing:
         raise UserError(

@@ -166,9 +166,18 @@ def cudnn_attention(
     Padding goes in as lengths and never as a bool mask, which jax turns into a bias of the shape of
     the scores. Packed documents cannot go in at all, which only `choose` can refuse: the ids are
     not known while this is traced.
+
+    cuDNN does not write beyond the length, neither its output nor its gradients, and what lies
+    there in memory may be NaN. Inputs and output are therefore 0 at padding: the gradient of that
+    choice is 0 there too, whatever the kernel has left, and without it a NaN at one position of
+    padding would be in the gradient of every matrix.
     """
     check_expressible("cudnn", mask)
-    lengths = None if segment_ids_BT is None else (segment_ids_BT > 0).sum(axis=1).astype(jnp.int32)
+    lengths = None
+    if segment_ids_BT is not None:
+        is_real_BT11 = (segment_ids_BT > 0)[:, :, None, None]
+        lengths = (segment_ids_BT > 0).sum(axis=1).astype(jnp.int32)
+        q_BTNH, k_BSKH, v_BSKH = (jnp.where(is_real_BT11, x, 0) for x in (q_BTNH, k_BSKH, v_BSKH))
     out_BTNH = jax.nn.dot_product_attention(
         q_BTNH,
         k_BSKH,
@@ -178,10 +187,7 @@ def cudnn_attention(
         key_value_seq_lengths=lengths,
         implementation="cudnn",
     )
-    if segment_ids_BT is None:
-        return out_BTNH
-    # cuDNN does not write beyond the length, and what lies there may be NaN.
-    return jnp.where((segment_ids_BT > 0)[:, :, None, None], out_BTNH, 0)
+    return out_BTNH if segment_ids_BT is None else jnp.where(is_real_BT11, out_BTNH, 0)
 
 
 def triton_attention(

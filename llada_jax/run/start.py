@@ -1,18 +1,17 @@
-"""How a run begins: its data, its workdir, its first state, and the agreement of its processes."""
+"""How a run begins: its data, its workdir, and its first state."""
 
 import contextlib
 import dataclasses
 import functools
 import hashlib
+import json
 import shutil
 from collections.abc import Sequence
 from pathlib import Path
 from typing import NamedTuple
 
 import jax
-import numpy as np
 from etils import epath
-from jax.experimental import multihost_utils
 from jax.sharding import Mesh
 
 from llada_jax.checkpoints.continuation import changed_knobs, check_continues, check_fits
@@ -26,6 +25,7 @@ from llada_jax.data.tokenizer import SPECIAL_IDS, Tokenizer, load_same
 from llada_jax.errors import UserError
 from llada_jax.models.model import abstract_parameters
 from llada_jax.paths import check_savable
+from llada_jax.run.agreement import check_same_everywhere
 from llada_jax.run.metrics_file import MetricsWriter
 from llada_jax.run.rollbacks import Rollbacks, as_rollbacks, read_rollbacks
 from llada_jax.storage import files, remote
@@ -45,6 +45,13 @@ class RunData(NamedTuple):
     def bytes_per_token(self) -> float:
         """UTF-8 bytes per token of what training reads, in the proportions of the mixture."""
         return sum(s.share * s.bytes_per_token["train"] for s in self.summaries)
+
+    def facts(self) -> dict[str, str]:
+        """Returns what must be the same on every host, by its name for the user."""
+        return {
+            **{f"the records in {s.directory}": s.fingerprint for s in self.summaries},
+            "the tokenizer": self.tokenizer.fingerprint,
+        }
 
     def record(self) -> list[dict]:
         """Returns what run.json says about the datasets."""
@@ -139,6 +146,13 @@ def open_workdir(
         local = LocalCheckpoints(local_directory, saved.directory.parent)
         until_end.callback(local.close)
     rollbacks = read_rollbacks(workdir)
+    # Of a workdir that is not shared each process would see a part, and restore another step.
+    check_same_everywhere(
+        {
+            "the newest checkpoint in the workdir": identity(saved, saved.steps[-1:]),
+            "rollbacks.json": rollbacks,
+        }
+    )
     state, origin, continued = first_state(
         saved,
         local,
@@ -160,6 +174,7 @@ def open_workdir(
         num_rollbacks=rollbacks.count,
     )
     start_step = int(state.step)
+    check_same_everywhere({"the start step": start_step})
     # A run restored from another workdir has no rollbacks.json of its own, and must leave out the
     # same data as the run that it continues.
     if not rollbacks.count and continued is not None and continued.rollbacks:
@@ -314,12 +329,14 @@ def first_state(
         return FirstState(saved.restore(step, abstract), origin, theirs)
     if restore:
         other, step = find_checkpoint(restore)
+        check_same_everywhere({f"the checkpoint {restore}": identity(other, [step])})
         theirs = other.record(step)
         check_continues(theirs, run, other.directory)
         origin = f"step {step} of {other.directory.parent} (config.checkpoint.restore)"
         return FirstState(other.restore(step, abstract), origin, theirs)
     if init_from:
         other, step = find_weights(init_from, causal=is_causal)
+        check_same_everywhere({f"the checkpoint {init_from}": identity(other, [step])})
         theirs = other.record(step)
         check_fits(theirs, run, other.directory)
         params = other.restore_params(
@@ -333,31 +350,21 @@ def first_state(
     return FirstState(create(seed=seed), f"initialisation from seed {seed}{note}", None)
 
 
-def on_first_process(question) -> bool:
-    """Returns the first process' answer in every process.
+def identity(saved, steps: Sequence[int]) -> str:
+    """Returns what distinguishes a checkpoint from one of the same step elsewhere, "none" where
+    there is none: the digest of its record, which holds checksums of all arrays.
 
-    For questions about files that the first process writes: the others may not see them yet, and
-    processes that answer differently wait for each other for ever.
-    """
-    answer = question() if jax.process_index() == 0 else False
-    return bool(multihost_utils.broadcast_one_to_all(np.array(answer)))
-
-
-def check_same_everywhere(settings: str) -> None:
-    """Raises UserError when the processes of a run were started with different settings.
-
-    Asked before the first step, because processes that compile different programs hang in their
-    first collective, without a word.
+    One that is damaged is refused when it is read, and local copies may stand in for it.
 
     Args:
-        settings: all of them as text, for example the repr of a config.
+        saved: Checkpoints. steps: its step, or nothing.
     """
-    if jax.process_count() > 1:
-        digest = np.frombuffer(hashlib.sha256(settings.encode()).digest(), np.uint8)
+    for step in steps:
         try:
-            multihost_utils.assert_equal(digest, "config")
-        except AssertionError as error:
-            raise UserError(
-                f"Process {jax.process_index()} of {jax.process_count()} was started with another "
-                "config than the first; start all of them with the same command."
-            ) from error
+            # A Hugging Face directory has no record, and gets one at this moment.
+            record = dataclasses.replace(saved.record(step), started="")
+        except UserError:
+            return f"step {step} (damaged)"
+        text = json.dumps(record.to_json(), sort_keys=True)
+        return f"step {step} ({hashlib.sha256(text.encode()).hexdigest()[:12]})"
+    return "none"

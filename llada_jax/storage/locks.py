@@ -7,6 +7,7 @@ import fcntl
 import os
 
 from llada_jax.errors import UserError
+from llada_jax.storage.remote import is_remote
 
 
 def try_lock(file, how: int) -> bool:
@@ -37,17 +38,42 @@ def only_run_in(workdir: str):
     Raises:
         UserError: another train holds the workdir.
     """
-    if "://" in workdir or not os.path.isdir(workdir):
+    with _locked(workdir, fcntl.LOCK_EX, holder="Another train is"):
         yield
+
+
+@contextlib.contextmanager
+def only_sweep_in(workdir: str, *, shared: bool):
+    """Keeps a second `sweep` out of a local DIR: it would start the same runs again, and adopt the
+    trials of the first.
+
+    Yields the descriptors that hold the lock, [] where there is none. Runs that inherit them hold
+    it too, so that a sweep which was killed keeps the next one out until its runs have ended.
+
+    Args:
+        shared: whether others that share it may run, such as the tasks of an array, each of which
+            has a run of its own.
+
+    Raises:
+        UserError: another sweep holds the directory.
+    """
+    how = fcntl.LOCK_SH if shared else fcntl.LOCK_EX
+    with _locked(workdir, how, holder="Another sweep, or a run that it left behind, is") as held:
+        yield held
+
+
+@contextlib.contextmanager
+def _locked(workdir: str, how: int, *, holder: str):
+    if is_remote(workdir) or not os.path.isdir(workdir):
+        yield []
         return
     # The directory itself is locked and not a file in it, so that nothing is left behind.
     directory = os.open(workdir, os.O_RDONLY)
     try:
-        if not try_lock(directory, fcntl.LOCK_EX):
+        if not try_lock(directory, how):
             raise UserError(
-                f"Another train is writing into {workdir}; wait for it to end, or give another "
-                "--workdir."
+                f"{holder} writing into {workdir}; wait for it to end, or give another --workdir."
             )
-        yield
+        yield [directory]
     finally:
         os.close(directory)

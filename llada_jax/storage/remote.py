@@ -6,9 +6,13 @@ gcsfs and s3fs (below etils.epath), arrays through tensorstore (below Orbax). Al
 endpoint and the credentials from the environment, as the clouds' own tools do (docs/operations.md).
 """
 
+import contextlib
 import functools
 import logging
 import os
+import sys
+import threading
+import time
 import uuid
 from pathlib import Path
 
@@ -18,6 +22,9 @@ from llada_jax.errors import UserError, look_up, reason, require
 
 # Scheme -> the library that reads it. The extra that installs the library has the scheme's name.
 LIBRARIES = {"gs": "gcsfs", "s3": "s3fs"}
+
+# Seconds between two lines about a bucket that does not answer.
+WAITING_S = 3.0
 
 
 def is_remote(path) -> bool:
@@ -52,7 +59,8 @@ def _connect(scheme: str, bucket: str) -> None:
     for name in ("gs", "gcs", "s3"):
         conf.setdefault(name, {})["use_listings_cache"] = False
     try:
-        is_there = epath.Path(f"{scheme}://{bucket}").exists()
+        with _saying_what_is_waited_for(f"{scheme}://{bucket}"):
+            is_there = epath.Path(f"{scheme}://{bucket}").exists()
     except Exception as error:  # the clients share no class of errors for what can go wrong here
         raise UserError(
             f"{scheme}://{bucket} cannot be reached ({reason(error)}): check the credentials and "
@@ -63,6 +71,32 @@ def _connect(scheme: str, bucket: str) -> None:
             f"No bucket {scheme}://{bucket} answers to these credentials: create it, or check its "
             "name, the credentials and the endpoint in the environment."
         )
+
+
+@contextlib.contextmanager
+def _saying_what_is_waited_for(what: str):
+    """Says every WAITING_S seconds how long the block has taken.
+
+    The clients try again for a minute or more before they give up, and say nothing meanwhile.
+    """
+    began, ended = time.monotonic(), threading.Event()
+
+    def say() -> None:
+        while not ended.wait(WAITING_S):
+            print(
+                f"waiting     {time.monotonic() - began:.0f} s for {what} to answer: the network, "
+                "the credentials and the endpoint in the environment decide",
+                file=sys.stderr,
+                flush=True,
+            )
+
+    thread = threading.Thread(target=say, daemon=True)
+    thread.start()
+    try:
+        yield
+    finally:
+        ended.set()
+        thread.join()
 
 
 def upload(folder, target) -> None:

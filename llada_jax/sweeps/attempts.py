@@ -6,11 +6,14 @@ that is killed must not take the sweep with it.
 """
 
 import contextlib
+import ctypes
 import math
+import os
 import signal
 import subprocess
 import sys
 import time
+from collections.abc import Sequence
 from typing import NamedTuple
 
 from etils import epath
@@ -25,12 +28,13 @@ POLL_SECONDS = 0.2
 class Attempt(NamedTuple):
     """One process of `llada-jax train`, which runs a run for the first time or continues it.
 
-    began: time.monotonic() of its start.
+    began: time.monotonic() of its start. share: the environment that gives it its devices.
     """
 
     run: Run
     process: subprocess.Popen
     began: float
+    share: dict[str, str]
 
 
 class Attempts:
@@ -38,11 +42,14 @@ class Attempts:
 
     `must_stop` says whether one came. Each process is a session of its own: the terminal sends
     Ctrl-C to all processes of its session, and would reach them a second time, which stops at once
-    and without saving.
+    and without saving. When this process is killed, the kernel stops them.
+
+    Args:
+        held: descriptors of the lock on DIR, which the processes hold too (only_sweep).
     """
 
-    def __init__(self, sweep: Sweep):
-        self._sweep, self._previous = sweep, {}
+    def __init__(self, sweep: Sweep, *, held: Sequence[int] = ()):
+        self._sweep, self._held, self._previous = sweep, held, {}
         self.under_way: list[Attempt] = []
         self.must_stop = False
 
@@ -65,10 +72,11 @@ class Attempts:
             if attempt.process.poll() is None:
                 attempt.process.send_signal(number)
 
-    def start(self, run: Run, *, to_log: bool) -> None:
+    def start(self, run: Run, *, to_log: bool, share: dict[str, str] | None = None) -> None:
         """Starts or continues a run.
 
         Args:
+            share: variables of the environment that name the devices of this run; None: all.
             to_log: whether it writes to its train.log, and not to the stderr of this process.
         """
         path = epath.Path(run.workdir)
@@ -79,9 +87,15 @@ class Attempts:
         to_log = to_log and "://" not in run.workdir
         with open(path / "train.log", "ab") if to_log else contextlib.nullcontext() as log:
             process = subprocess.Popen(
-                train_command(self._sweep, run), stdout=log, stderr=log, start_new_session=True
+                train_command(self._sweep, run),
+                env={**os.environ, **(share or {})},
+                stdout=log,
+                stderr=log,
+                start_new_session=True,
+                pass_fds=self._held,
+                preexec_fn=tied_to(os.getpid()),
             )
-        self.under_way.append(Attempt(run, process, time.monotonic()))
+        self.under_way.append(Attempt(run, process, time.monotonic(), share or {}))
         # The signal came before this process was in the list.
         if self.must_stop:
             process.terminate()
@@ -92,6 +106,28 @@ class Attempts:
         for attempt in over:
             self.under_way.remove(attempt)
         return over
+
+
+def tied_to(sweep: int):
+    """Returns what a process does before it becomes `train`: it ends when the sweep is gone.
+
+    The kernel sends SIGTERM however the sweep ends, SIGKILL included, so that the run saves and no
+    process is left that holds the devices. Only Linux has this.
+
+    Args:
+        sweep: the process id of the sweep.
+    """
+    if not sys.platform.startswith("linux"):
+        return None
+    # looked up here, because little is safe between fork and exec
+    prctl, set_signal_at_death = ctypes.CDLL(None).prctl, 1
+
+    def tie() -> None:
+        prctl(set_signal_at_death, signal.SIGTERM)
+        if os.getppid() != sweep:  # it ended before that call
+            os._exit(1)
+
+    return tie
 
 
 def train_command(sweep: Sweep, run: Run) -> list[str]:

@@ -6,6 +6,7 @@ from collections import Counter
 import numpy as np
 
 from llada_jax.sweeps.results import Result
+from llada_jax.sweeps.runs import hashable
 
 
 def ranked(results: list[Result]) -> list[Result]:
@@ -39,7 +40,7 @@ def effects(results: list[Result], settings: list[dict]) -> list[dict]:
     the means also differ because of the others).
     """
     pairs = [
-        (result.bits_per_byte, {name: _hashable(value) for name, value in knobs.items()})
+        (result.bits_per_byte, {name: hashable(value) for name, value in knobs.items()})
         for result, knobs in zip(results, settings)
         if result.state == "complete" and math.isfinite(result.bits_per_byte)
     ]
@@ -82,6 +83,23 @@ def _summary(value, bits: np.ndarray) -> dict:
     return {"value": value, "mean": mean, "best": best, "num_runs": len(bits)}
 
 
+def unlike(scored_on: list[dict[str, object]], names: list[str]) -> list[str]:
+    """Returns a line for each respect in which the held-out bounds of runs cannot be compared.
+
+    Args:
+        scored_on: for each run what its bound is taken with (Run.scored_on). names: of the runs.
+    """
+    lines = []
+    for respect in scored_on[0] if scored_on else {}:
+        runs_of: dict[str, list[str]] = {}
+        for scored, name in zip(scored_on, names):
+            runs_of.setdefault(str(scored[respect]), []).append(name)
+        if len(runs_of) > 1:
+            differ = "; ".join(f"{value} in {', '.join(runs)}" for value, runs in runs_of.items())
+            lines.append(f"held-out bounds are not alike: {respect} {differ}")
+    return lines
+
+
 def rank_correlation(x, y) -> float | None:
     """Returns Spearman's rank correlation, ties at their mean rank; None where x or y is constant.
 
@@ -108,10 +126,6 @@ def _partition(column: list) -> list[int]:
     That makes two columns equal if and only if they change together.
     """
     return [column.index(value) for value in column]
-
-
-def _hashable(value):
-    return tuple(map(_hashable, value)) if isinstance(value, list | tuple) else value
 
 
 def _is_number(value) -> bool:

@@ -7,12 +7,22 @@ number of its own, so that the list, the table and the curves need not know abou
 import math
 import sys
 import time
+from collections.abc import Sequence
 
 from llada_jax.errors import Preempted, UserError, require
 from llada_jax.sweeps.attempts import POLL_SECONDS, Attempts, outcome, record_end, say
 from llada_jax.sweeps.grid import Knobs, added_by
 from llada_jax.sweeps.results import INTERRUPTED
-from llada_jax.sweeps.runs import Sweep, as_json, describe, next_run, user_code, write_sweep_json
+from llada_jax.sweeps.runs import (
+    Sweep,
+    add_recorded,
+    as_json,
+    describe,
+    next_run,
+    only_sweep,
+    user_code,
+    write_sweep_json,
+)
 
 
 def run_optuna(sweep: Sweep, num_trials: int) -> None:
@@ -35,11 +45,23 @@ def run_optuna(sweep: Sweep, num_trials: int) -> None:
             "directory."
         )
     optuna = require("optuna", extra="optuna")
-    write_sweep_json(sweep)
+    with only_sweep(sweep) as held:
+        # what another process has tried since this one has read sweep.json
+        add_recorded(sweep)
+        write_sweep_json(sweep)
+        search(optuna, sweep, num_trials, held)
+
+
+def search(optuna, sweep: Sweep, num_trials: int, held: Sequence[int]) -> None:
+    """The rest of `run_optuna`, while it holds the lock on DIR.
+
+    Without the lock a second process would take the running trials of this one for trials that were
+    stopped, and both would train the same run.
+    """
     study, states = open_study(optuna, sweep), optuna.trial.TrialState
     for stopped in study.get_trials(deepcopy=False, states=(states.RUNNING,)):
         if "run" in stopped.user_attrs:
-            run_trial(optuna, study, optuna.trial.Trial(study, stopped._trial_id), sweep)
+            run_trial(optuna, study, optuna.trial.Trial(study, stopped._trial_id), sweep, held)
         # It was stopped between its suggestion and the number of its run.
         else:
             study.tell(stopped.number, state=states.FAIL)
@@ -54,7 +76,7 @@ def run_optuna(sweep: Sweep, num_trials: int) -> None:
             sweep.runs.append(next_run(sweep, changes))
             write_sweep_json(sweep)
         trial.set_user_attr("run", same[0].index if same else sweep.runs[-1].index)
-        run_trial(optuna, study, trial, sweep)
+        run_trial(optuna, study, trial, sweep, held)
     best = study.best_trial
     run = sweep.runs[best.user_attrs["run"]]
     say(
@@ -89,14 +111,14 @@ def open_study(optuna, sweep: Sweep):
     return study
 
 
-def run_trial(optuna, study, trial, sweep: Sweep) -> None:
+def run_trial(optuna, study, trial, sweep: Sweep, held: Sequence[int]) -> None:
     """Runs one trial to its end, or until it is pruned, and reports its value to the study."""
     states, run = optuna.trial.TrialState, sweep.runs[trial.user_attrs["run"]]
     # Not empty for a trial that is continued: Optuna warns about a step reported twice.
     reported = set(study.get_trials(deepcopy=False)[trial.number].intermediate_values)
     is_pruned = False
     say(f"{run.name} starts: {describe(run.changes)}")
-    with Attempts(sweep) as attempts:
+    with Attempts(sweep, held=held) as attempts:
         attempts.start(run, to_log=True)
         attempt, pause = attempts.under_way[0], POLL_SECONDS
         while attempt.process.poll() is None:
@@ -116,20 +138,21 @@ def run_trial(optuna, study, trial, sweep: Sweep) -> None:
             if news and not is_pruned and trial.should_prune():
                 is_pruned = True
                 attempt.process.terminate()
-    # The process may have finished before the signal reached it.
-    is_pruned = is_pruned and attempt.process.returncode != 0
+    # The run may have been over before the signal reached it.
+    is_over = attempt.process.returncode == 0 or run.result().state == "complete"
+    is_pruned = is_pruned and not is_over
     status = record_end(attempt, pruned=is_pruned)
     say(outcome(attempt))
-    if attempts.must_stop or (status in INTERRUPTED and not is_pruned):
+    if attempts.must_stop or (status in INTERRUPTED and not is_pruned and not is_over):
         raise Preempted(f"asked to stop in trial {trial.number}; the same command continues it.")
     result = run.result()
     if is_pruned:
         study.tell(trial, state=states.PRUNED)
-    elif status == 0 and not math.isnan(result.bits_per_byte):
+    elif is_over and not math.isnan(result.bits_per_byte):
         study.tell(trial, result.bits_per_byte)
     else:
         study.tell(trial, state=states.FAIL)
-        if status == 0:
+        if is_over:
             raise UserError(
                 f"{run.workdir} has no held-out bits per byte to report to Optuna; prepare the "
                 "data with --heldout."

@@ -29,9 +29,10 @@ class Result(NamedTuple):
     knobs: what the run sets. state: missing, partial, complete, failed (fix it and start it again),
     diverged (its loss is not finite), pruned (by Optuna) or damaged (its metrics.jsonl). step: that
     of the last line of metrics.jsonl; 0 without one. tokens: trained on until then. bits_per_byte,
-    standard_error (of bits per byte), nats_per_token: the newest held-out bound, nan without one;
-    the mean over the held-out splits of a mixture. curve: (step, held-out bits per byte);
-    train_curve: the same on training batches.
+    standard_error (of bits per byte), nats_per_token: the final held-out bound, or the newest one
+    while there is no final one; nan without any; the mean over the held-out splits of a mixture.
+    curve: (step, held-out bits per byte) during training. The final bound is not part of it,
+    because it is taken on more of the text. train_curve: the same on training batches.
     """
 
     index: int  # type: ignore[assignment]
@@ -76,9 +77,10 @@ def read_result(workdir, *, index: int, knobs: dict, num_steps: int) -> Result:
 def _result(workdir, *, index: int, knobs: dict, num_steps: int) -> Result:
     entries = read_lines(workdir)
     train = [(entry["step"], entry["train"]) for entry in entries if "train" in entry]
-    bounds = [(entry["step"], bound) for entry in entries if (bound := _heldout(entry))]
+    bounds = [(e["step"], bound) for e in entries if (bound := _bound_of(e, "heldout"))]
+    final = [bound for entry in entries if (bound := _bound_of(entry, "final"))]
     unknown = dict.fromkeys(("bits_per_byte", "standard_error", "nats_per_token"), math.nan)
-    last = bounds[-1][1] if bounds else unknown
+    last = [unknown, *(bound for _, bound in bounds), *final][-1]
     step = entries[-1]["step"] if entries else 0
     state = _state(workdir, is_over=is_over(entries, num_steps), has_begun=bool(entries))
     return Result(
@@ -124,12 +126,13 @@ def _state(workdir, *, is_over: bool, has_begun: bool) -> str:
     return "partial" if has_begun else "missing"
 
 
-def _heldout(entry: dict) -> dict[str, float]:
-    """Returns the held-out bound of a line of metrics.jsonl, {} without one.
+def _bound_of(entry: dict, kind: str) -> dict[str, float]:
+    """Returns the bound of one kind ("heldout" or "final") of a line of metrics.jsonl, {} without
+    one.
 
     A mixture has several splits, whose mean is taken: every source counts alike, whatever its size.
     """
-    groups = [group for key, group in entry.items() if key.startswith(("heldout", "final"))]
+    groups = [group for key, group in entry.items() if key.startswith(kind)]
     if not groups:
         return {}
     nats = [float(group["nelbo"] if "nelbo" in group else group["nll"]) for group in groups]

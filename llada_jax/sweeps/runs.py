@@ -9,9 +9,11 @@ from typing import NamedTuple
 from etils import epath
 from ml_collections import ConfigDict
 
-from llada_jax.config import load_config, neighbours_importable
+from llada_jax.config import AUTO, load_config, neighbours_importable, parse_sources
+from llada_jax.data.records import read_dataset
 from llada_jax.errors import UserError, reason
 from llada_jax.storage.files import write_whole, writing
+from llada_jax.storage.locks import only_sweep_in
 from llada_jax.sweeps.grid import Knobs, added_by
 from llada_jax.sweeps.results import FINISHED, Result, read_result
 from llada_jax.validation import knob, knobs
@@ -48,6 +50,29 @@ class Run(NamedTuple):
             1, self.config.num_tokens // (data.batch_size * data.sequence_length)
         )
 
+    def scored_on(self) -> dict[str, object]:
+        """Returns what the final held-out bound of the run is taken with, by its name for the user:
+        bounds that differ in it cannot be compared.
+        """
+        config, rows = self.config, []
+        # as large as a microbatch of training (HeldoutEvaluations)
+        size = config.data.batch_size // config.optimizer.gradient_accumulation
+        wanted = config.evaluation.final_num_batches * size or math.inf
+        for directory, _ in parse_sources(config.data.path):
+            # of data that is not here what was asked for
+            with contextlib.suppress(UserError, OSError):
+                there = read_dataset(directory).splits["heldout"].num_records
+                rows.append(min(there, wanted))
+        averaged = config.evaluation.weights == "ema" or (
+            config.evaluation.weights == AUTO and config.optimizer.ema_decay > 0
+        )
+        return {
+            "rows": rows or wanted,
+            "tokens per row": config.data.sequence_length,
+            "weights": "ema" if averaged else "raw",
+            "data": config.data.path,
+        }
+
     def result(self) -> Result:
         """Returns what the run has left in its workdir by now."""
         return read_result(
@@ -75,7 +100,9 @@ def load_sweep(file: str, overrides: list[str], workdir: str) -> Sweep:
     """Returns the sweep of a config file.
 
     Every run is checked before any is started: a mistake in the last one would otherwise show after
-    days. Runs that DIR was begun with must be unchanged, because the table compares them.
+    days. Runs that DIR was begun with must be unchanged, because the table compares them. They are
+    known by their knobs and keep their numbers, and new ones get the numbers that follow, wherever
+    the file adds them.
 
     Raises:
         UserError: the file, a knob or a combination of them is wrong, runs repeat, or DIR holds the
@@ -91,21 +118,69 @@ def load_sweep(file: str, overrides: list[str], workdir: str) -> Sweep:
             "suggest(trial); define one of them."
         )
     recorded = read_sweep_json(workdir)
+    begun = recorded["runs"] if recorded else []
     sweep = Sweep(file, overrides, workdir, base, [], functions.get("suggest"))
     # With suggest(trial) the runs are those that were suggested so far.
     if sweep.suggest:
-        runs = recorded["runs"] if recorded else []
+        runs = begun
     else:
         with user_code(f"sweep(add) of {file}"):
             runs = added_by(functions["sweep"])
         if not runs:
             raise UserError(f"sweep(add) of {file} adds no run; call add(...) once for each.")
+        runs = numbered(sweep, runs, begun)
     for changes in runs:
         sweep.runs.append(next_run(sweep, changes))
     check_distinct(sweep)
     if recorded:
-        check_unchanged(sweep, recorded)
+        check_base_unchanged(sweep, recorded)
     return sweep
+
+
+def numbered(sweep: Sweep, added: list[Knobs], begun: list[Knobs]) -> list[Knobs]:
+    """Returns what sweep(add) adds by number: first the runs that DIR was begun with, in their old
+    order, and then the new ones.
+
+    Two runs are the same when they agree in every knob that any run sets; where one does not set
+    it, it has the value of the config. So a knob may be added to all runs with the value that it
+    had.
+
+    Raises:
+        UserError: a run that DIR was begun with is no longer added.
+    """
+    names = sorted({name for changes in (*added, *begun) for name in changes})
+    defaults = {}
+    for name in names:
+        # a name that the config does not have is refused when the run is made
+        with contextlib.suppress(KeyError, TypeError, AttributeError):
+            defaults[name] = knob(sweep.base, name)
+
+    def identity(changes: Knobs):
+        return tuple(hashable(as_json({**defaults, **changes}.get(name))) for name in names)
+
+    new = {}
+    for changes in added:
+        new.setdefault(identity(changes), []).append(changes)
+    kept = []
+    for index, changes in enumerate(begun):
+        same = new.get(identity(changes))
+        if not same:
+            raise UserError(
+                f"Run {index:03d} in {sweep.workdir} was begun with {describe(changes)}, which "
+                f"{sweep.file} no longer adds; undo the change, or give a new --workdir (runs may "
+                "be added, and not changed or removed)."
+            )
+        kept.append(same.pop(0))
+    # what is left of a list is a run that is added twice, which check_distinct refuses
+    left = {id(changes) for same in new.values() for changes in same}
+    return kept + [changes for changes in added if id(changes) in left]
+
+
+def add_recorded(sweep: Sweep) -> None:
+    """Appends the runs that sweep.json has got since the sweep was loaded, as Optuna adds them."""
+    recorded = read_sweep_json(sweep.workdir) or {"runs": []}
+    for changes in recorded["runs"][len(sweep.runs) :]:
+        sweep.runs.append(next_run(sweep, changes))
 
 
 @contextlib.contextmanager
@@ -190,17 +265,26 @@ def sweep_json_of(sweep: Sweep) -> dict:
     )
 
 
+@contextlib.contextmanager
+def only_sweep(sweep: Sweep, *, shared: bool = False):
+    """Holds the lock on DIR, which is created, while its block starts runs (only_sweep_in)."""
+    path = epath.Path(sweep.workdir)
+    with writing(path, remedy="choose another --workdir"):
+        path.mkdir(parents=True, exist_ok=True)
+    with only_sweep_in(sweep.workdir, shared=shared) as held:
+        yield held
+
+
 def write_sweep_json(sweep: Sweep) -> None:
     path = epath.Path(sweep.workdir) / "sweep.json"
     with writing(path, remedy="choose another --workdir"):
-        path.parent.mkdir(parents=True, exist_ok=True)
         # The tasks of a SLURM array write it at the same time.
         text = json.dumps(sweep_json_of(sweep), indent=1) + "\n"
         write_whole(path, text, concurrent=True)
 
 
-def check_unchanged(sweep: Sweep, recorded: dict) -> None:
-    """Raises UserError when DIR holds runs of another sweep; runs may be added at the end."""
+def check_base_unchanged(sweep: Sweep, recorded: dict) -> None:
+    """Raises UserError when DIR was begun with another base config."""
     now, remedy = sweep_json_of(sweep), "undo the change, or give a new --workdir"
     for name, value in now["base"].items():
         # A knob that did not exist when DIR was begun had what is now its default.
@@ -210,17 +294,15 @@ def check_unchanged(sweep: Sweep, recorded: dict) -> None:
                 f"The runs in {sweep.workdir} have {name}={old!r}, the config has {value!r}; "
                 f"{remedy}."
             )
-    for index, old in enumerate(recorded["runs"]):
-        new = describe(now["runs"][index]) if index < len(now["runs"]) else "gone"
-        if describe(old) != new:
-            raise UserError(
-                f"Run {index:03d} in {sweep.workdir} was begun as {describe(old)} and is now "
-                f"{new}; {remedy} (new runs go to the end)."
-            )
 
 
 def unfinished(sweep: Sweep) -> list[Run]:
     return [run for run in sweep.runs if run.result().state not in FINISHED]
+
+
+def hashable(value):
+    """Returns a value of JSON with tuples instead of lists, as sets and keys need it."""
+    return tuple(map(hashable, value)) if isinstance(value, list | tuple) else value
 
 
 def as_json(value):

@@ -110,9 +110,21 @@ def plot_curves(results: list[Result], path: str, *, label) -> None:
         if result.train_curve:
             axes.plot(*zip(*result.train_curve), color=colour, linewidth=0.7, alpha=0.6)
         if result.curve:
-            axes.plot(*zip(*result.curve), "o-", color=colour, markersize=3, label=label(result))
-    axes.set(xlabel="step", ylabel="bits per byte (dots: held-out)", xscale="log")
-    if any(result.curve for result in results):
+            axes.plot(*zip(*result.curve), "o-", color=colour, markersize=3)
+        # apart from the curve: it is taken on more of the text
+        if result.state == "complete" and not math.isnan(result.bits_per_byte):
+            axes.plot(
+                result.step,
+                result.bits_per_byte,
+                "*",
+                color=colour,
+                markersize=7,
+                label=label(result),
+            )
+    axes.set(
+        xlabel="step", ylabel="bits per byte (dots: held-out; star: final bound)", xscale="log"
+    )
+    if axes.get_legend_handles_labels()[0]:
         axes.legend(fontsize="x-small")
     try:
         figure.savefig(path)

@@ -1,5 +1,6 @@
 """Where the runs of a sweep are run: in the foreground, on this machine, or by a launcher."""
 
+import os
 import re
 import shlex
 import subprocess
@@ -16,8 +17,9 @@ from llada_jax.sweeps.attempts import (
     say,
     train_command,
 )
+from llada_jax.sweeps.devices import device_shares
 from llada_jax.sweeps.results import INTERRUPTED
-from llada_jax.sweeps.runs import Sweep, describe, unfinished, write_sweep_json
+from llada_jax.sweeps.runs import Sweep, describe, only_sweep, unfinished, write_sweep_json
 
 LAUNCHERS = Path(__file__).parents[2] / "launch"
 
@@ -29,8 +31,8 @@ def run_index(sweep: Sweep, index: int) -> None:
     """
     if not 0 <= index < len(sweep.runs):
         raise UserError(f"--index {index}: {sweep.file} has the runs 0 to {len(sweep.runs) - 1}.")
-    write_sweep_json(sweep)
-    with Attempts(sweep) as attempts:
+    with only_sweep(sweep, shared=True) as held, Attempts(sweep, held=held) as attempts:
+        write_sweep_json(sweep)
         attempts.start(sweep.runs[index], to_log=False)
         attempts.under_way[0].process.wait()
     if status := record_end(attempts.under_way[0]):
@@ -38,7 +40,8 @@ def run_index(sweep: Sweep, index: int) -> None:
 
 
 def run_local(sweep: Sweep, *, num_parallel: int, dry_run: bool) -> None:
-    """Runs on this machine what is not finished, `num_parallel` at a time.
+    """Runs on this machine what is not finished, `num_parallel` at a time, each on its share of the
+    devices.
 
     A run that fails does not stop the others.
 
@@ -48,22 +51,25 @@ def run_local(sweep: Sweep, *, num_parallel: int, dry_run: bool) -> None:
     Raises:
         Preempted: this process or a run was asked to stop; the same command continues.
     """
-    waiting = unfinished(sweep)
+    shares = device_shares(num_parallel, os.environ)
     if dry_run:
-        for run in waiting:
+        for run in unfinished(sweep):
             print(shlex.join(train_command(sweep, run)))
         return
-    write_sweep_json(sweep)
-    say(f"{len(waiting)} of {len(sweep.runs)} runs are to be done")
     statuses = {}
-    with Attempts(sweep) as attempts:
+    with only_sweep(sweep) as held, Attempts(sweep, held=held) as attempts:
+        write_sweep_json(sweep)
+        waiting = unfinished(sweep)
+        say(f"{len(waiting)} of {len(sweep.runs)} runs are to be done")
         while attempts.under_way or (waiting and not attempts.must_stop):
-            while waiting and len(attempts.under_way) < num_parallel and not attempts.must_stop:
-                run = waiting.pop(0)
-                say(f"{run.name} starts: {describe(run.changes)}")
-                attempts.start(run, to_log=True)
+            while waiting and shares and not attempts.must_stop:
+                run, share = waiting.pop(0), shares.pop(0)
+                on = "".join(f" on {name}={value}" for name, value in share.items())
+                say(f"{run.name} starts{on}: {describe(run.changes)}")
+                attempts.start(run, to_log=True, share=share)
             time.sleep(POLL_SECONDS)
             for attempt in attempts.take_ended():
+                shares.append(attempt.share)
                 statuses[attempt.run.index] = record_end(attempt)
                 say(outcome(attempt))
     # 3 is a loss that is not finite: a result, and not a failure.
@@ -101,7 +107,8 @@ def run_with_launcher(
         say(f"all {len(sweep.runs)} runs are finished")
         return
     if not dry_run:
-        write_sweep_json(sweep)
+        with only_sweep(sweep, shared=True):
+            write_sweep_json(sweep)
     launcher = [sys.executable, str(script), *(["--dry-run"] if dry_run else []), *launcher_words]
     ours = ["llada-jax", "sweep", "--config", sweep.file, "--workdir", sweep.workdir]
     ours += [f"--config.{word}" for word in sweep.overrides]

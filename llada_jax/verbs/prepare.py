@@ -23,11 +23,11 @@ def main(argv: list[str]) -> None:
         form=args.format,
     )
     if args.chat is not None and (
-        args.documents or args.document_start or args.text_field != "text"
+        args.documents or args.document_start or args.text_field != "text" or args.drop_duplicates
     ):
         raise UserError(
-            "--documents, --document-start and --text-field are for text, and --chat reads "
-            "dialogues; leave them out."
+            "--documents, --document-start, --text-field and --drop-duplicates are for text, and "
+            "--chat reads dialogues; leave them out."
         )
     content = prepare(
         args.input,
@@ -38,6 +38,7 @@ def main(argv: list[str]) -> None:
         heldout=args.heldout,
         workers=args.workers,
         add_mask_token=args.add_mask_token,
+        drop_duplicates=args.drop_duplicates,
         chat=None if args.chat is None else chat_settings(args.chat),
     )
     print(
@@ -110,6 +111,11 @@ def _parser() -> Parser:
         help="append a mask token to a tokenizer that has none",
     )
     add(
+        "--drop-duplicates",
+        action="store_true",
+        help="leave out documents that are exact copies of an earlier one",
+    )
+    add(
         "--chat",
         nargs="*",
         metavar="K=V",
@@ -159,6 +165,10 @@ def summary(output, content: dict) -> str:
             f"tokens, {split['num_documents']:,} documents, {split['num_bytes']:,} bytes, "
             f"{padding:.3%} padding"
         )
+    if copies := content["source"].get("num_duplicate_documents"):
+        dropped = "drop_duplicates" in content["source"]
+        fate = "were left out" if dropped else "are kept; --drop-duplicates leaves them out"
+        lines.append(f"  {copies:,} documents are exact copies of an earlier one and {fate}")
     if content["source"]["num_empty_documents"]:
         lines.append(f"  {content['source']['num_empty_documents']:,} empty documents were skipped")
     lines += _lines_of_dialogues(content["dialogues"]) if "dialogues" in content else []

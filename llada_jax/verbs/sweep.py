@@ -10,7 +10,7 @@ import json
 import math
 
 from llada_jax.errors import UserError
-from llada_jax.sweeps.comparison import effects, ranked
+from llada_jax.sweeps.comparison import effects, ranked, unlike
 from llada_jax.sweeps.optuna_search import run_optuna
 from llada_jax.sweeps.results import Result
 from llada_jax.sweeps.runs import Sweep, as_json, describe, load_sweep
@@ -157,17 +157,24 @@ def show_table(sweep: Sweep, *, in_json: bool, plot: str | None) -> None:
         plot_curves(
             results, plot, label=lambda result: f"{result.index:03d} {describe(result.knobs)}"
         )
+    complete = [run for run, result in zip(sweep.runs, results) if result.state == "complete"]
+    notes = unlike([run.scored_on() for run in complete], [run.name for run in complete])
     if in_json:
-        print_json({"runs": ranked(results), "effects": found})
+        print_json({"runs": ranked(results), "effects": found, "notes": notes})
         return
     for line in table_lines(results, found, label=lambda result: describe(result.knobs)):
         print(line)
+    if notes:
+        print("")
+    for note in notes:
+        print(f"{note}; the ranking and the effects mix them")
 
 
 def show_fit(sweep: Sweep, *, in_json: bool) -> None:
     """Prints IsoFLOP optima, their power laws and the parametric fit of all complete runs."""
     # Imported here: scipy and jax take seconds, for which --list need not wait.
     from llada_jax.checkpoints.record import read_run
+    from llada_jax.models.flops import flops_per_token
     from llada_jax.models.transformer import num_matmul_parameters
     from llada_jax.sweeps.scaling_law import (
         FinishedRun,
@@ -179,12 +186,21 @@ def show_fit(sweep: Sweep, *, in_json: bool) -> None:
     runs = []
     for result in (run.result() for run in sweep.runs):
         if result.state == "complete" and not math.isnan(result.nats_per_token):
-            a = read_run(result.workdir).architecture
+            record = read_run(result.workdir)
+            a, num_parameters = record.architecture, num_matmul_parameters(record.architecture)
+            flops = flops_per_token(
+                num_parameters,
+                a.num_layers,
+                a.num_heads * a.head_dim,
+                record.knob("data.sequence_length"),
+                causal=record.mask.causal,
+            )
             runs.append(
                 FinishedRun(
-                    num_matmul_parameters(a) - a.d_model * a.vocab_size,
+                    num_parameters - a.d_model * a.vocab_size,
                     result.tokens,
                     result.nats_per_token,
+                    flops,
                 )
             )
     isoflop = fit_isoflop(runs)

@@ -19,6 +19,7 @@ from llada_jax.data.loader import train_batches
 from llada_jax.errors import LostPeer, Preempted, UserError
 from llada_jax.models.model import Model, make_model
 from llada_jax.parts import provenance
+from llada_jax.run.agreement import check_same_everywhere, on_first_process, versions
 from llada_jax.run.clock import Clock, speed_metrics
 from llada_jax.run.goodput import Ledger
 from llada_jax.run.heldout import AskedToStop, HeldoutEvaluations, bound_line
@@ -31,8 +32,6 @@ from llada_jax.run.samples import sample_markdown
 from llada_jax.run.start import (
     OpenWorkdir,
     RunData,
-    check_same_everywhere,
-    on_first_process,
     open_data,
     open_workdir,
     removed_if_refused,
@@ -42,6 +41,7 @@ from llada_jax.samplers.denoise import check_schedule
 from llada_jax.training.state import TrainState
 from llada_jax.training.step import Recipe, compile_step, make_recipe
 from llada_jax.units import bits_per_byte
+from llada_jax.validation import knob, knobs
 from llada_jax.verbs.command_line import Parser
 
 # Steps that are dispatched and not finished: two keep the devices busy while the host prepares the
@@ -128,6 +128,16 @@ def open_run(
     # 2. Data and tokenizer.
     data = open_data(parse_sources(config.data.path), sequence_length=config.data.sequence_length)
 
+    parts = provenance(own_parts(config))
+    check_same_everywhere(
+        {
+            **versions(),
+            **{f"config.{name}": knob(config, name) for name in knobs(config)},
+            **{f"the file of config.{name}": p["sha256"] for name, p in parts.items()},
+            **data.facts(),
+        }
+    )
+
     # 3. Model, objective and optimizer, none of them with numbers yet.
     recipe = make_recipe(config, data.tokenizer, mesh)
     if config.samples.every_steps:  # now, and not after hours of training
@@ -145,7 +155,7 @@ def open_run(
                 data.tokenizer,
                 data=data.record(),
                 recorded_mask=recipe.objective.mask,
-                parts=provenance(own_parts(config)),
+                parts=parts,
             ),
             config_text=config_text,
             tokenizer=data.tokenizer,
@@ -202,7 +212,6 @@ def train_on(
     if start_step >= num_steps:
         progress.say(f"the run is complete: step {start_step} of {num_steps}")
     else:
-        check_same_everywhere(repr(config))
         compiled = compile_together(recipe, (B, T), clock, progress, timeout_s)
         if stop.reached(start_step):
             raise Preempted(

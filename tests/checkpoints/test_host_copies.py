@@ -86,9 +86,7 @@ def test_another_mesh_cannot_use_the_copies_and_says_so(tmp_path, mesh, sizes):
     )
 
 
-@settings(
-    max_examples=25, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture]
-)
+@settings(max_examples=25, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(place=st.floats(0, 1, exclude_max=True), bit=st.integers(0, 7))
 def test_any_flipped_bit_makes_the_older_copy_the_newest(tmp_path, mesh, place, bit):
     shutil.rmtree(tmp_path)

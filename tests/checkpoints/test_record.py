@@ -73,6 +73,11 @@ def test_a_run_that_starts_now_writes_the_keys_that_older_versions_read():
     assert list(at_step.to_json()) + ["checksums"] == list(old("checkpoint.json"))
 
 
+def test_checksums_of_a_scheme_that_this_version_does_not_know_are_refused():
+    with pytest.raises(UserError, match="has checksum_scheme=9, which .* a newer version"):
+        parsed({**old("checkpoint.json"), "checksum_scheme": 9})
+
+
 def test_what_a_newer_version_has_added_is_kept():
     content = {**old("checkpoint.json"), "adapters": {"rank": 8}}
     record = parsed(content)

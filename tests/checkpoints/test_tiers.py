@@ -10,7 +10,6 @@ import time
 
 import numpy as np
 import pytest
-from support import kills
 from support.runs import (
     free_port,
     is_committed,
@@ -63,13 +62,6 @@ def test_a_run_goes_on_from_its_local_copies_or_from_the_workdir_when_they_are_l
     for name, array in expected.items():
         np.testing.assert_array_equal(actual[name], array, err_msg=name)
     assert metric_lines(workdir) == metric_lines(straight)
-
-
-@pytest.mark.slow
-def test_kills_of_two_processes_cost_only_the_steps_since_the_last_save(tmp_path, small_dataset):
-    """A few, from a fixed seed; `python tests/support/kills.py --kills 20` does more."""
-    done = kills.run(tmp_path / "kills", small_dataset, num_kills=3, num_steps=24, seed=4)
-    assert any(kill["sent"] for kill in done)
 
 
 # ---- two processes

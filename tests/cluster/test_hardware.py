@@ -169,6 +169,56 @@ def test_usable_memory_is_positive_and_at_most_what_the_chip_holds():
         assert 0.85 * chip.hbm_bytes < chip.usable_hbm_bytes <= 1.01 * chip.hbm_bytes, chip.name
 
 
+# Copied from the sources and not from the table. TPUs: cloud.google.com/tpu/docs, the pages v4,
+# v5e, v5p, v6e and tpu7x (GB/s of "interchip interconnect bandwidth", both directions together),
+# and the DCN of a pod divided by its chips, or of a host of 4 chips (v4:
+# jax-ml.github.io/scaling-book).
+# Usable memory in GiB: what libtpu 0.0.42 prints as "exceeds available HBM" per device.
+TPUS = {
+    "v4": (600, 25 / 4, 30.75),
+    "v5e": (400, 6400 / 8 / 256, 15.75),
+    "v5p": (1200, 50 / 8, 95.74),
+    "v6e": (800, 25600 / 8 / 256, 31.25),
+    "tpu7x": (1200, 100 / 8, 2 * 94.75),
+}
+# NVIDIA's data sheets: TB/s of memory, GB/s of NVLink, or of PCIe 4.0 and 5.0 x16 where there is no
+# NVLink (64 and 128).
+GPUS = {
+    "a100-40gb": (1.555, 600),
+    "a100-80gb": (2.039, 600),
+    "h100-pcie": (2.0, 128),
+    "h100": (3.35, 900),
+    "gh200": (4.0, 900),
+    "h200": (4.8, 900),
+    "b200": (8.0, 1800),
+    "gb200": (8.0, 1800),
+    "l40s": (0.864, 64),
+    "l4": (0.3, 64),
+}
+
+
+def test_links_and_usable_memory_of_tpus_are_those_of_their_sources():
+    found = {
+        chip.name: (chip.link_bandwidth / 1e9, chip.dcn_bandwidth / 1e9, chip.usable_hbm_bytes)
+        for chip in hardware.ACCELERATORS.values()
+        if chip.platform == "tpu"
+    }
+    assert found == {
+        name: (link, dcn, int(usable * 2**30)) for name, (link, dcn, usable) in TPUS.items()
+    }
+
+
+def test_links_and_memory_bandwidth_of_gpus_are_those_of_their_data_sheets():
+    for chip in hardware.ACCELERATORS.values():
+        if chip.platform == "gpu":
+            memory, link = GPUS[chip.name]
+            assert chip.hbm_bandwidth == pytest.approx(memory * 1e12, rel=5e-3), chip.name
+            assert chip.link_bandwidth == link * 1e9, chip.name
+            # the share that XLA_PYTHON_CLIENT_MEM_FRACTION=0.9 leaves to a program
+            assert chip.usable_hbm_bytes == int(0.9 * chip.hbm_bytes), chip.name
+            assert chip.dcn_bandwidth == 0, chip.name  # that depends on the cluster
+
+
 def test_the_table_imports_without_jax():
     code = "import sys, llada_jax.cluster.hardware; sys.exit('jax' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0

@@ -13,7 +13,7 @@ from llada_jax.config import load_config, parse_sources
 from llada_jax.models.transformer import Architecture
 from llada_jax.training.optim import make_optimizer, make_schedule
 from llada_jax.training.step import optimizer_knobs
-from llada_jax.validation import knobs
+from llada_jax.validation import knob, knobs
 
 
 def test_there_are_the_published_and_the_small_configs():
@@ -40,6 +40,86 @@ def test_every_config_loads_is_valid_and_says_how_to_run_it(path):
     assert data in docstring, "the docstring says where the data come from"
     for prepared in re.findall(r"--sequence-length (\d+)", docstring):
         assert int(prepared) == config.data.sequence_length
+
+
+# Copied from the sources: config.json of GSAI-ML/LLaDA-8B-Base for the network of 8B, table 5 of
+# arXiv 2502.09992 for that of 1B, and its section 2.2 and appendix B.2 for the recipe of both. The
+# betas, the epsilon and the clipping are those of SMDM (arXiv 2410.18514), by the same authors.
+NETWORKS = {
+    "llada_8b": {
+        "num_layers": 32,
+        "d_model": 4096,
+        "num_heads": 32,
+        "num_kv_heads": 32,
+        "head_dim": 128,
+        "d_ff": 12288,
+    },
+    "llada_1b": {
+        "num_layers": 22,
+        "d_model": 2048,
+        "num_heads": 32,
+        "num_kv_heads": 4,
+        "head_dim": 64,
+        "d_ff": 5634,
+    },
+}
+OF_BOTH = {
+    "data.batch_size": 1280,
+    "data.sequence_length": 4096,
+    "data.random_length_probability": 0.01,
+    "data.attend_across_documents": True,
+    "model.vocab_size": 126464,
+    "model.rope_theta": 500000.0,
+    "model.rope_scaling": (),
+    "model.norm_eps": 1e-5,
+    "model.tie_embeddings": False,
+    "model.qk_norm": "none",
+    "model.attention_bias": "none",
+    "model.output_shift": False,
+    "objective.name": "masked_diffusion",
+    "objective.eps": 1e-3,
+    "objective.t_sampling": "iid",
+    "objective.masking": "bernoulli",
+    "objective.weight": "1/p",
+    "optimizer.name": "adamw",
+    "optimizer.weight_decay": 0.1,
+    "optimizer.b1": 0.9,
+    "optimizer.b2": 0.95,
+    "optimizer.eps": 1e-8,
+    "optimizer.clip_norm": 1.0,
+    "optimizer.ema_decay": 0.0,
+    "schedule.name": "llada",
+    "schedule.warmup_steps": 2000,
+}
+
+
+@pytest.mark.parametrize("name", NETWORKS)
+def test_the_knobs_of_the_published_recipes_are_those_of_their_sources(name):
+    (path,) = [path for path in CONFIGS if path.stem == name]
+    config = load_config(str(path))
+    published = OF_BOTH | {f"model.{key}": value for key, value in NETWORKS[name].items()}
+    assert {key: knob(config, key) for key in published} == published
+
+
+def test_the_published_schedule_has_the_rates_of_the_paper():
+    """Section 2.2: 0 to 4e-4 in 2000 steps, 4e-4 until 1.2T tokens, 1e-4 for 0.8T tokens, and
+    linearly to 1e-5 in the last 0.3T.
+    """
+    (path,) = [path for path in CONFIGS if path.stem == "llada_8b"]
+    config, tokens = load_config(str(path)), 1280 * 4096
+    assert config.num_tokens == 2.3e12
+    num_steps = config.num_tokens // tokens
+    rate = make_schedule(**config.schedule, num_steps=num_steps, tokens_per_step=tokens)
+    for step, published in (
+        (1000, 2e-4),
+        (2000, 4e-4),
+        (1.19e12 // tokens, 4e-4),
+        (1.21e12 // tokens, 1e-4),
+        (1.99e12 // tokens, 1e-4),
+        (2.15e12 // tokens, 5.5e-5),
+        (num_steps, 1e-5),
+    ):
+        assert float(rate(int(step))) == pytest.approx(published, rel=2e-3), step
 
 
 @pytest.mark.parametrize("path", CONFIGS, ids=lambda path: path.stem)

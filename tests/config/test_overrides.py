@@ -5,7 +5,7 @@ import re
 import pytest
 from hypothesis import example, given
 from hypothesis import strategies as st
-from support.configs import DEFAULT, PATHS, patient
+from support.configs import DEFAULT, PATHS
 
 from llada_jax.config import apply_override, default_config, load_config
 from llada_jax.errors import UserError
@@ -27,7 +27,6 @@ def written(value) -> str:
     return value if isinstance(value, str) else repr(value)
 
 
-@patient
 @given(st.data())
 def test_an_override_reads_back_what_python_writes(data):
     path = data.draw(st.sampled_from(PATHS))
@@ -41,7 +40,6 @@ def test_an_override_reads_back_what_python_writes(data):
         assert other == path or knob(config, other) == knob(DEFAULT, other)
 
 
-@patient
 @given(st.sampled_from(PATHS), st.text())
 @example("num_steps", "{[]}")
 @example("num_steps", "{1: [], []: 2}")
@@ -95,7 +93,6 @@ def test_overrides_as_people_write_them(override, value):
     assert type(result) is type(value)
 
 
-@patient
 @given(st.sampled_from(PATHS), st.data())
 def test_a_misspelt_knob_names_the_one_that_was_meant(path, data):
     group, dot, key = path.rpartition(".")

@@ -3,7 +3,6 @@
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from support.configs import patient
 
 from llada_jax.config import (
     parse_sources,
@@ -17,14 +16,12 @@ DIRECTORIES = st.text(
 WEIGHTS = st.floats(min_value=1e-6, max_value=1e6)
 
 
-@patient
 @given(st.lists(st.tuples(DIRECTORIES, WEIGHTS), min_size=1))
 def test_a_mixture_reads_back_as_written(sources):
     path = ",".join(f"{directory}={weight!r}" for directory, weight in sources)
     assert parse_sources(path) == tuple(sources)
 
 
-@patient
 @given(DIRECTORIES)
 def test_one_directory_needs_no_weight(directory):
     assert parse_sources(directory) == ((directory, 1.0),)

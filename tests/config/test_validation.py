@@ -100,6 +100,43 @@ def test_a_value_that_can_mean_nothing_is_refused_by_name(path, value):
         check(valid(**{path: value}))
 
 
+@pytest.mark.parametrize(
+    ("changes", "array"),
+    [
+        ({"model.d_model": 2**24, "model.vocab_size": 2**24}, "the embedding"),
+        (
+            {"model.d_model": 2**20, "model.num_heads": 2**12, "model.head_dim": 2**12},
+            "the projections of attention",
+        ),
+        ({"model.d_model": 2**24, "model.d_ff": 2**24}, "the feed-forward layers"),
+        ({"data.batch_size": 2**24, "data.sequence_length": 2**24}, "a batch"),
+        ({"data.sequence_length": 2**23, "data.batch_size": 2**20}, "the attention of a batch"),
+    ],
+)
+def test_sizes_that_are_in_their_ranges_and_together_fit_no_machine_are_refused(changes, array):
+    with pytest.raises(UserError, match=f"elements of {array}, and no machine holds"):
+        check(valid(**changes))
+
+
+def test_the_largest_networks_of_today_are_far_from_the_limits():
+    """A dense network of 10^13 parameters and a batch of 10^9 tokens."""
+    check(
+        valid(
+            **{
+                "model.num_layers": 256,
+                "model.d_model": 2**16,
+                "model.num_heads": 512,
+                "model.num_kv_heads": 512,
+                "model.head_dim": 128,
+                "model.d_ff": 2**18,
+                "model.vocab_size": 2**18,
+                "data.batch_size": 2**14,
+                "data.sequence_length": 2**16,
+            }
+        )
+    )
+
+
 def test_no_count_or_interval_may_be_negative():
     """Every integer knob has a lower bound but the axes of the mesh, where -1 means the rest."""
     integers = [

@@ -53,7 +53,7 @@ def test_every_compression_that_is_read_is_tested_here():
 
 @each_compression
 @given(texts=TEXTS, data=st.data())
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=40)
 def test_all_streams_are_read_with_any_padding_between_and_behind_them(suffix, texts, data):
     parts = [COMPRESS[suffix](t) + data.draw(st.sampled_from(PADDINGS[suffix])) for t in texts]
     assert read(b"".join(parts), suffix) == b"".join(texts)

@@ -7,7 +7,7 @@ import json
 
 import numpy as np
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from support.errors import error_of
 
@@ -134,7 +134,6 @@ def test_an_answer_that_has_lost_its_beginning_is_part_of_the_prompt():
 
 
 @given(st.lists(st.integers(1, 10), max_size=40), st.integers(0, 5))
-@settings(deadline=None)
 def test_packing_keeps_every_document_whole_and_fills_rows(lengths, open_rows):
     documents = [
         Document(np.full(n, i, np.int32), np.arange(n) == n - 1) for i, n in enumerate(lengths)

@@ -184,7 +184,7 @@ def test_the_format_flag_reads_files_whatever_their_names_and_is_a_setting(tmp_p
     texts=st.lists(st.text(min_size=1, max_size=20), min_size=1, max_size=5),
     marks=st.lists(st.booleans(), min_size=5, max_size=5),
 )
-@settings(max_examples=50, deadline=None)
+@settings(max_examples=50)
 def test_json_lines_are_read_behind_any_byte_order_marks(tmp_path_factory, texts, marks):
     path = tmp_path_factory.mktemp("bom") / "a.jsonl"
     with open(path, "wb") as file:

@@ -70,7 +70,7 @@ def test_threads_and_prefetch_change_nothing(small, num_threads, prefetch):
     num_threads=st.integers(0, 3),
     seed=st.sampled_from([0, 2**40]),
 )
-@settings(max_examples=25, deadline=None)
+@settings(max_examples=25)
 def test_any_rows_of_any_step_are_those_of_the_global_batch(
     small, large, step, rows, num_threads, seed
 ):

@@ -15,7 +15,7 @@ EOS = 99
 @given(lengths=st.lists(st.integers(1, 40), max_size=30), sequence_length=st.integers(2, 17))
 @example(lengths=[7, 15], sequence_length=8)  # ends exactly with a row
 @example(lengths=[200], sequence_length=4)
-@settings(max_examples=200, deadline=None)
+@settings(max_examples=200)
 def test_rows_joined_are_the_documents_with_an_eos_each(lengths, sequence_length):
     numbers = iter(range(1_000_000))
     documents = [np.array([next(numbers) for _ in range(n)], dtype=np.int32) for n in lengths]

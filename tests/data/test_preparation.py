@@ -38,9 +38,7 @@ def held_out(text: str, fraction: float) -> bool:
     heldout=st.sampled_from([0.0, 0.3, 0.7]),
     unit_bytes=st.sampled_from([1, 100, 10**9]),
 )
-@settings(
-    max_examples=25, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture]
-)
+@settings(max_examples=25, suppress_health_check=[HealthCheck.function_scoped_fixture])
 def test_the_rows_of_all_shards_are_every_document_and_its_eos_once(
     tmp_path_factory, monkeypatch, files, sequence_length, heldout, unit_bytes
 ):
@@ -182,7 +180,7 @@ def test_the_tokenizer_sample_takes_from_every_file_and_leaves_the_held_out_text
     sizes=st.lists(st.lists(st.integers(1, 40), max_size=6), min_size=1, max_size=30),
     budget=st.integers(1, 400),
 )
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=40)
 def test_the_tokenizer_sample_has_whole_documents_of_files_spread_over_all(
     tmp_path_factory, sizes, budget
 ):

@@ -96,7 +96,7 @@ def rows(draw):
 
 
 @given(rows())
-@settings(max_examples=300, deadline=None)
+@settings(max_examples=300)
 def test_a_decoded_record_is_the_encoded_row_and_padding(row):
     sequence_length, vocab_size, tokens, starts = row
     sizes = {"sequence_length": sequence_length, "vocab_size": vocab_size}
@@ -267,6 +267,30 @@ def test_a_foreign_dataset_json_is_refused(tmp_path, text, expected):
     message = error_of(read_dataset, tmp_path)
     assert str(tmp_path / "dataset.json") in message
     assert expected in message
+
+
+@pytest.mark.parametrize("value", [True, -1, 1.0, "7", None, [7]])
+@pytest.mark.parametrize("place", ["num_bytes", "num_records", "shard", "sequence_length", "ids"])
+def test_a_count_that_is_none_is_refused(tmp_path, place, value):
+    directory = write_dataset(tmp_path / "set")
+    content = json.loads((directory / "dataset.json").read_text())
+    within = {
+        "shard": content["splits"]["train"]["shards"][0],
+        "sequence_length": content,
+        "ids": content["tokenizer"],
+    }.get(place, content["splits"]["train"])
+    name = {"shard": "num_bytes_on_disk", "ids": "vocab_size"}.get(place, place)
+    within[name] = value
+    (directory / "dataset.json").write_text(json.dumps(content))
+    assert f"{name} is {value!r}" in error_of(read_dataset, directory)
+
+
+def test_a_special_id_beyond_the_vocabulary_is_refused(tmp_path):
+    directory = write_dataset(tmp_path / "set")
+    content = json.loads((directory / "dataset.json").read_text())
+    content["tokenizer"]["mask_id"] = V
+    (directory / "dataset.json").write_text(json.dumps(content))
+    assert "mask_id is beyond" in error_of(read_dataset, directory)
 
 
 def test_shards_that_do_not_add_up_are_refused(tmp_path):

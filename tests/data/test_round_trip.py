@@ -70,7 +70,7 @@ def test_lost_characters_and_normalisations_are_named(sentencepiece_defaults, lo
 
 
 @given(texts=st.lists(st.text(max_size=40), max_size=5))
-@settings(max_examples=50, deadline=None)
+@settings(max_examples=50)
 def test_a_tokenizer_that_loses_nothing_is_said_to_lose_nothing(texts):
     assert is_lossless(texts, load_tokenizer("bytes"))
     assert describe_loss(texts, load_tokenizer("bytes")) == ""
@@ -91,7 +91,7 @@ def test_the_probe_finds_tokenizers_whose_sample_happens_to_come_back(
 
 
 @given(text=st.text(max_size=30), decoded=st.text(max_size=30))
-@settings(max_examples=200, deadline=None)
+@settings(max_examples=200)
 def test_counted_bytes_are_never_more_than_the_text_has(text, decoded):
     assert 0 <= num_encoded_bytes(text, decoded) <= len(text.encode())
     assert num_encoded_bytes(text, text) == len(text.encode())

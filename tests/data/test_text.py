@@ -93,7 +93,7 @@ def test_a_matching_line_begins_a_document_and_nothing_is_lost(tmp_path):
     data=st.binary(max_size=60).map(lambda b: b.replace(b"x", b"\n")),
     sizes=st.lists(st.integers(0, 7), min_size=1),
 )
-@settings(max_examples=200, deadline=None)
+@settings(max_examples=200)
 def test_lines_do_not_depend_on_the_blocks(data, sizes):
     blocks, position = [], 0
     while position < len(data):

@@ -68,7 +68,7 @@ def test_hard_texts_survive_encoding_without_a_special_id(tokenizers, kind, text
 
 @KINDS
 @given(text=st.text() | st.text(alphabet="ab \n\u2581<mask>/s\r\t\x00", max_size=200))
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=150)
 @example(text="\u2581 \u2581")
 def test_any_unicode_text_survives_encoding(tokenizers, kind, text):
     ids = tokenizers[kind].encode(text)
@@ -80,7 +80,7 @@ def test_any_unicode_text_survives_encoding(tokenizers, kind, text):
 @given(
     lines=st.lists(st.sampled_from([" the feelings", "a truth.", "", "\t", "x" * 400]), max_size=60)
 )
-@settings(max_examples=25, deadline=None)
+@settings(max_examples=25)
 def test_encoding_in_segments_gives_the_ids_of_the_whole(tokenizers, kind, lines):
     """The reference is SentencePiece itself on the whole text."""
     text = "\n".join(lines)
@@ -262,7 +262,7 @@ def byte_level_bpe(special_tokens):
 
 @given(text=st.text())
 @example(text="<|mdm_mask|> <|endoftext|>\u2581\x00\r\n")
-@settings(max_examples=50, deadline=None)
+@settings(max_examples=50)
 def test_a_byte_level_tokenizer_is_lossless_and_reads_special_tokens_as_text(byte_level, text):
     ids = byte_level.encode(text)
     assert byte_level.decode(ids) == text
@@ -352,6 +352,38 @@ def test_damaged_files_are_refused_by_name(tmp_path, tokenizers):
     (tmp_path / "saved" / "sentencepiece.model").unlink()
     with pytest.raises(UserError, match="damaged"):
         load_tokenizer(tmp_path / "saved")
+
+
+@pytest.mark.parametrize(
+    "special_ids",
+    [
+        {"mask": -1, "eos": 257},
+        {"mask": 256, "eos": -1},
+        {"mask": 256, "eos": 256},
+        {"mask": 256, "eos": 257, "pad": 256},
+        {"mask": 256, "eos": 257, "bos": -1},
+        {"mask": True, "eos": 257},
+        {"mask": "256", "eos": 257},
+        {"mask": 256.0, "eos": 257},
+        {"mask": 10**15, "eos": 257},  # a row of the vocabulary for each id up to it
+        {"mask": None, "eos": 257},
+        {"eos": 257},
+        [256, 257],
+    ],
+)
+def test_special_ids_that_no_tokenizer_can_have_are_refused(tmp_path, special_ids):
+    load_tokenizer("bytes").save(tmp_path / "saved")
+    file = tmp_path / "saved" / "special_ids.json"
+    file.write_text(json.dumps(json.loads(file.read_text()) | {"special_ids": special_ids}))
+    with pytest.raises(UserError, match=r"saved' is damaged \(WrongSpecialIds: has"):
+        load_tokenizer(tmp_path / "saved")
+
+
+def test_a_model_whose_mask_ends_texts_too_is_refused(tmp_path, tokenizers):
+    tokenizers["bpe"].save(tmp_path / "saved")
+    model = tmp_path / "saved" / "sentencepiece.model"
+    with pytest.raises(UserError, match="sentencepiece.model' has one id, 2, for mask and eos"):
+        load_tokenizer(model, mask_token="</s>")
 
 
 def test_the_module_needs_no_tokenizer_library_and_says_how_to_install_one(tmp_path):

@@ -1,5 +1,6 @@
 """The bound on sources of known entropy: a trained model reaches it, and is never below it."""
 
+import functools
 import math
 
 import jax
@@ -142,3 +143,69 @@ def test_the_standard_error_is_that_of_independent_repetitions():
     spread = np.std([b.nats_per_token for b in bounds])
     reported = math.sqrt(np.mean([b.standard_error**2 for b in bounds]))
     assert 0.7 < reported / spread < 1.4
+
+
+# ---- which numbers are added up
+
+
+def surprise_of_token(params, noisy_BT, targets_BT, where_BT, segment_ids_BT, positions_BT):
+    """A denoiser that is surprised by each symbol as `params` says, whatever the noise."""
+    return TokenScores(jax.numpy.where(where_BT, params[targets_BT], 0.0), where_BT)
+
+
+def surprise_of_place(params, noisy_BT, targets_BT, where_BT, segment_ids_BT, positions_BT):
+    """One that is surprised by each place of each row in another way: the sum names the masks."""
+    places = jax.numpy.arange(where_BT.size, dtype=jax.numpy.float32).reshape(where_BT.shape)
+    return TokenScores(jax.numpy.where(where_BT, places, 0.0), where_BT)
+
+
+def rows_full_of(symbol: int, *, num_real: int, num_rows: int = 8) -> dict:
+    """A batch whose last rows are empty, as that of a split is."""
+    batch = rows_of(num_rows, np.random.default_rng(0))
+    is_real = np.arange(num_rows)[:, None] < num_real
+    segment_ids = np.where(is_real, batch["segment_ids"], 0)
+    tokens = np.full_like(batch["tokens"], symbol)
+    return {
+        **batch,
+        "tokens": tokens,
+        "segment_ids": segment_ids,
+        "is_maskable": segment_ids > 0,
+    }
+
+
+@pytest.mark.parametrize("name", OBJECTIVES)
+def test_a_batch_that_is_not_full_counts_by_its_tokens(name):
+    """7 of 8 rows with a surprise of 1 and one row with 3: a mean of batch means would be 2."""
+    batches = [rows_full_of(1, num_real=7), rows_full_of(2, num_real=1)]
+    surprise = jax.numpy.array([0.0, 1.0, 3.0, 0.0, 0.0, 0.0])
+    bound = likelihood.bound(
+        OBJECTIVES[name], surprise_of_token, surprise, batches, num_rows=8, num_draws=2
+    )
+    assert bound.nats_per_token == pytest.approx((7 * 1.0 + 1 * 3.0) / 8, rel=1e-6)
+    assert bound.num_tokens == 8 * T
+
+
+def test_every_batch_and_every_draw_has_masks_of_its_own():
+    batches = [rows_full_of(1, num_real=8)] * 3
+    scored = []
+    bound = likelihood.bound(
+        OBJECTIVES["masked_diffusion"],
+        surprise_of_place,
+        {},
+        batches,
+        num_rows=8,
+        num_draws=5,
+        scored=scored,
+    )
+    assert len({nats for nats, _ in scored}) == 15
+    assert bound.standard_error > 0
+
+
+def test_draws_of_the_same_rows_make_the_error_smaller_by_the_root_of_their_number():
+    """Draws that share anything would not: 64 of one batch, against the spread of 200 single."""
+    batch = rows_full_of(1, num_real=6)
+    bound = functools.partial(
+        likelihood.bound, OBJECTIVES["masked_diffusion"], surprise_of_place, {}, [batch], num_rows=8
+    )
+    single = np.std([bound(seed=seed).nats_per_token for seed in range(1, 201)])
+    assert bound(num_draws=64).standard_error == pytest.approx(single / 8, rel=0.3)

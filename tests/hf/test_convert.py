@@ -143,7 +143,7 @@ def architectures(draw):
 
 
 @pytest.mark.slow
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=40)
 @given(architectures(), st.sampled_from(["auto", "illada"]))
 def test_ours_to_hugging_face_and_back_is_exact(a, wanted):
     layout = choose_layout(a, wanted)
@@ -161,7 +161,7 @@ def test_ours_to_hugging_face_and_back_is_exact(a, wanted):
     assert architecture_from(json.loads(json.dumps(config))) == a
 
 
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=40)
 @given(architectures())
 def test_the_published_layout_is_chosen_exactly_where_the_published_code_has_such_a_network(a):
     holds = a.head_dim * a.num_heads == a.d_model and a.qk_norm != "per_head"

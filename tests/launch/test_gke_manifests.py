@@ -41,14 +41,53 @@ def test_only_status_42_and_statuses_of_signals_restart_the_run():
     assert rule["onExitCodes"]["values"] == [42, *range(127, 256)]
 
 
-def test_the_command_runs_without_a_shell_and_kubernetes_expands_no_dollars_in_it():
-    command = ["llada-jax", "train", "--config.x=$(HOME)", "a b", "$PATH"]
-    assert container_of(render("--topology", "v5p-8", command=command))["command"] == [
-        *command[:2],
-        "--config.x=$$(HOME)",
-        "a b",
-        "$PATH",
-    ]
+def expanded(text: str, variables: dict[str, str]) -> str:
+    """What Kubernetes makes of a command or a value: third_party/forked/golang/expansion/expand.go
+    of kubernetes/kubernetes, written down in Python.
+    """
+    out, i = "", 0
+    while i < len(text):
+        following = text[i + 1 : i + 2]
+        if text[i] != "$" or not following:
+            out, i = out + text[i], i + 1
+        elif following == "$":
+            out, i = out + "$", i + 2
+        elif following == "(" and ")" in text[i:]:
+            end = text.index(")", i)
+            name = text[i + 2 : end]
+            out, i = out + variables.get(name, f"$({name})"), end + 1
+        elif following == "(":
+            out, i = out + "$(", i + 2
+        else:
+            out, i = out + "$" + following, i + 2
+    return out
+
+
+AWKWARD = [
+    "a b",
+    "it's",
+    '"',
+    "$(HOME)",
+    "$$(HOME)",
+    "$$",
+    "$",
+    "$PATH",
+    "x\ny",
+    "\\",
+    "#",
+    "",
+    "é",
+]
+
+
+def test_words_and_variables_reach_the_command_as_they_are():
+    """There is no shell in between, and Kubernetes replaces nothing in them."""
+    words = [f"--env=V{number}={value}" for number, value in enumerate(AWKWARD)]
+    container = container_of(render("--topology", "v5p-8", *words, command=["train", *AWKWARD]))
+    assert [expanded(word, {"HOME": "/root"}) for word in container["command"][1:]] == AWKWARD
+    values = {entry["name"]: entry["value"] for entry in container["env"]}
+    found = [expanded(values[f"V{number}"], {"HOME": "/root"}) for number in range(len(AWKWARD))]
+    assert found == AWKWARD
 
 
 def test_variables_of_the_user_replace_those_of_the_launcher():

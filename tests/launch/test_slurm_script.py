@@ -147,10 +147,10 @@ def test_a_single_process_gets_no_coordinator(tmp_path):
 @pytest.mark.parametrize(
     "word", ["a b", "it's", '"', "$HOME", "`id`", "*", "", "x\ny", "\\", "#", "!!", "é"]
 )
-def test_words_reach_the_command_as_they_are(tmp_path, word):
-    code = "import sys; print(ascii(sys.argv[1:]))"
-    output = in_a_fake_job(dry_run("--", sys.executable, "-c", code, word, "end"), tmp_path)
-    assert ascii([word, "end"]) in output
+def test_words_and_variables_reach_the_command_as_they_are(tmp_path, word):
+    code = "import os, sys; print(ascii([os.environ['WHY'], *sys.argv[1:]]))"
+    words = [f"--env=WHY={word}", "--", sys.executable, "-c", code, word, "end"]
+    assert ascii([word, word, "end"]) in in_a_fake_job(dry_run(*words), tmp_path)
 
 
 def test_a_job_whose_starts_save_no_new_step_is_requeued_only_twice(tmp_path):

@@ -11,6 +11,7 @@ import re
 import shlex
 import shutil
 import subprocess
+import sys
 
 import pytest
 import tpu_vm
@@ -132,6 +133,25 @@ def test_remote_scripts_pass_shellcheck(name):
         check=False,
     )
     assert done.returncode == 0, done.stdout
+
+
+@pytest.mark.parametrize(
+    "value",
+    ["a b", "it's", '"', "$HOME", "`id`", "$(id)", "*", "", "x\ny", "\\", "#", "!!", ";id", "é"],
+)
+def test_words_and_variables_reach_the_command_on_a_worker_as_they_are(tmp_path, value):
+    (tmp_path / "llada_jax").mkdir()
+    code = "import os, sys; print(ascii([os.environ['WHY'], *sys.argv[1:]]))"
+    script = tpu_vm_commands.run_script([sys.executable, "-c", code, value, "end"], {"WHY": value})
+    done = subprocess.run(
+        ["bash", "-c", script],
+        env={"HOME": str(tmp_path), "PATH": os.environ["PATH"]},
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    assert done.stdout.splitlines()[1:] == [ascii([value, value, "end"])]
+    assert done.stderr == ""
 
 
 @pytest.mark.slow

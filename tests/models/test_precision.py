@@ -86,3 +86,16 @@ def test_gradients_that_sum_over_tokens_are_summed_in_float32(traced):
     ]
     assert len(sums) >= 9  # two norms, two of queries and keys, the last one, four biases
     assert {e.invars[0].aval.dtype for e in sums} == {jnp.dtype("float32")}
+
+
+def test_logits_for_samplers_are_float32_products_of_bfloat16():
+    """float32 logits that were bfloat16 first look alike, and have 8 bits."""
+    model = make_model(variant(vocab_size=V), dtype=jnp.bfloat16)
+    tokens = jax.ShapeDtypeStruct((2, 24), jnp.int32)
+    logits = lambda p, t: model.logits_fn(p, t, t, t)  # noqa: E731
+    traced = equations(jax.make_jaxpr(logits)(model.abstract, tokens).jaxpr)
+    (head,) = [
+        e for e in traced if e.primitive.name == "dot_general" and e.outvars[0].aval.shape[-1] == V
+    ]
+    assert {v.aval.dtype for v in head.invars} == {jnp.dtype("bfloat16")}
+    assert head.outvars[0].aval.dtype == jnp.float32

@@ -124,7 +124,7 @@ def test_masks_are_bernoulli_with_the_rows_own_probability():
 
 
 @pytest.mark.slow
-@settings(max_examples=30, deadline=None)
+@settings(max_examples=30)
 @given(st.lists(st.integers(0, 12), min_size=1, max_size=8), st.floats(0, 0.9999))
 def test_exact_count_masks_exactly_k_maskable_tokens(lengths, t):
     T = 12

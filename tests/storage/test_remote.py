@@ -3,6 +3,7 @@ disk, kills included.
 """
 
 import json
+import os
 import socket
 import subprocess
 import sys
@@ -25,6 +26,25 @@ from llada_jax.errors import UserError
 from llada_jax.storage import remote
 from llada_jax.storage.arrays import s3_spec
 from llada_jax.training.state import TrainState
+
+
+def test_a_bucket_that_does_not_answer_is_named_within_seconds(tmp_path):
+    """What a host without a network sees: connections are taken, and nothing comes back."""
+    library("gcsfs")
+    with socket.create_server(("127.0.0.1", 0)) as silent:
+        url = f"http://127.0.0.1:{silent.getsockname()[1]}"
+        process = subprocess.Popen(
+            [sys.executable, "-m", "llada_jax", "sample", "--checkpoint", "gs://bucket/run"],
+            env={**os.environ, "STORAGE_EMULATOR_HOST": url},
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+        line = process.stderr.readline()
+        assert process.poll() is None  # it still waits
+        process.kill()
+        process.communicate()
+    assert line.startswith("waiting     3 s for gs://bucket to answer")
+
 
 EMULATORS = {
     "s3": (

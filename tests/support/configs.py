@@ -1,14 +1,10 @@
 """Configs for tests: the defaults, the files of the repository, and changed copies."""
 
-from hypothesis import HealthCheck, settings
 from ml_collections import ConfigDict
 
 from llada_jax.config import default_config
 from llada_jax.validation import knobs, validate
 from support.paths import ROOT
-
-# for properties of configs: the machine may be busy
-patient = settings(deadline=None, suppress_health_check=[HealthCheck.too_slow])
 
 CONFIGS = sorted((ROOT / "configs").glob("*.py"))
 DEFAULT = default_config()

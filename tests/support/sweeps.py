@@ -37,10 +37,11 @@ def get_config():
 # step in 10 ms, and its loss depends on the learning rate. Seed 13 is a bug, 14 diverges; SIGTERM
 # saves, as train does.
 FAKE_TRAIN = """
-import json, pathlib, signal, sys, time
+import json, os, pathlib, signal, sys, time
 workdir, words = pathlib.Path(sys.argv[1]), dict(word.split("=", 1) for word in sys.argv[2:])
 workdir.mkdir(parents=True, exist_ok=True)
 rate, steps = float(words.get("schedule.learning_rate", 4e-4)), int(words.get("num_steps", 10))
+(workdir / "devices").write_text(os.environ.get("CUDA_VISIBLE_DEVICES", "all"))
 signal.signal(signal.SIGTERM, lambda *_: sys.exit(42))
 print("fake training", *sys.argv[2:], flush=True)
 if words.get("seed") == "13":
@@ -131,8 +132,12 @@ def stopped_under_way(run: Path):
     thread.join()
 
 
+def listed(call_sweep) -> list[dict]:
+    return json.loads(call_sweep("--list", "--json")[0])["runs"]
+
+
 def states(call_sweep) -> list[str]:
-    return [run["state"] for run in json.loads(call_sweep("--list", "--json")[0])["runs"]]
+    return [run["state"] for run in listed(call_sweep)]
 
 
 @pytest.fixture

@@ -7,6 +7,7 @@ import pytest
 from support.runs import metric_lines
 from support.sweeps import RATES, states, stopped_under_way
 
+from llada_jax.sweeps import devices
 from llada_jax.sweeps.attempts import Attempts
 
 
@@ -78,8 +79,8 @@ def test_parallel_runs_are_never_more_than_asked_for(
     counts = []
     started = Attempts.start
 
-    def start(self, run, *, to_log):
-        started(self, run, to_log=to_log)
+    def start(self, run, **kwargs):
+        started(self, run, **kwargs)
         counts.append(sum(attempt.process.poll() is None for attempt in self.under_way))
 
     monkeypatch.setattr(Attempts, "start", start)
@@ -87,6 +88,21 @@ def test_parallel_runs_are_never_more_than_asked_for(
     assert len(counts) == 5
     assert max(counts) == 3
     assert states(call_sweep) == ["complete"] * 5
+
+
+def test_parallel_runs_get_devices_of_their_own(
+    write_config, call_sweep, tmp_path, fake_train, monkeypatch
+):
+    monkeypatch.setattr(devices, "plugins", lambda: {"cuda"})
+    monkeypatch.delenv("JAX_PLATFORMS")
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "4,5,6,7")
+    write_config("for seed in range(1, 5): add(seed=seed, num_steps=40)")
+    _, err = call_sweep("--run", "local", "--parallel", "2")
+    assert "000 starts on CUDA_VISIBLE_DEVICES=4,5: seed=1" in err
+    given = [path.read_text() for path in sorted((tmp_path / "runs").glob("*/devices"))]
+    assert given[:2] == ["4,5", "6,7"]
+    assert set(given[2:]) <= {"4,5", "6,7"}  # those of a run that has ended
+    assert "more than the 4 GPUs" in call_sweep("--run", "local", "--parallel", "5", status=2)[1]
 
 
 def test_index_runs_one_run_and_passes_its_exit_status_on(

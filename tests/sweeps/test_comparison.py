@@ -5,7 +5,7 @@ import math
 
 import numpy as np
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from llada_jax.sweeps.comparison import effects, rank_correlation, ranked
@@ -64,7 +64,6 @@ def test_only_complete_runs_are_compared():
     assert [value["value"] for value in effect["values"]] == [0, 2]
 
 
-@settings(deadline=None)
 @given(st.lists(st.tuples(st.integers(0, 5), st.integers(-9, 9)), min_size=2, max_size=20))
 def test_rank_correlation_is_that_of_spearman(pairs):
     from scipy.stats import spearmanr

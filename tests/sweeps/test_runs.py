@@ -1,11 +1,12 @@
 """The runs of a sweep: which there are, what is refused, and what sweep.json protects."""
 
 import itertools
+import json
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from support.sweeps import RATES, states
+from support.sweeps import RATES, listed, states
 
 from llada_jax.config import apply_override, default_config
 from llada_jax.sweeps.runs import as_overrides
@@ -59,6 +60,8 @@ def test_list_shows_every_run_and_writes_nothing(write_config, call_sweep, tmp_p
         (["add(seed=1)", "add(seed=2)", "add(seed=1)"], "Runs 000 and 002 of"),
         (["add()", "add(seed=0)"], "Runs 000 and 001 of"),  # 0 is the default
         (["pass"], "adds no run"),
+        # a status of its own would mean something else
+        (["raise SystemExit(3)"], "fails with SystemExit: 3"),
         (["add(seed=1 / 0)"], "fails with ZeroDivisionError: division by zero"),
     ],
 )
@@ -87,13 +90,10 @@ def test_a_changed_sweep_is_refused_and_names_the_change(write_config, call_swee
     for action in (["--list"], ["--table"], ["--run", "local"], ["--index", "0"]):
         _, err = call_sweep(*action, status=2)
         assert "Run 001" in err
-        assert (
-            "was begun as schedule.learning_rate=0.003 and is now schedule.learning_rate=0.005"
-            in err
-        )
+        assert "was begun with schedule.learning_rate=0.003, which" in err
     write_config(RATES.replace(", 1e-2", ""))
     assert "Run 002" in (err := call_sweep("--table", status=2)[1])
-    assert "is now gone" in err
+    assert "no longer adds" in err
 
 
 def test_a_changed_base_is_refused_unless_it_only_changes_how_runs_are_carried_out(
@@ -120,6 +120,62 @@ def test_runs_may_be_added_at_the_end(write_config, call_sweep, fake_train):
     assert "1 of 4 runs are to be done" in call_sweep("--run", "local")[1]
     write_config(RATES)  # and then they are part of it
     assert "Run 003" in call_sweep("--list", status=2)[1]
+
+
+def test_runs_keep_their_numbers_when_a_value_is_added_in_the_middle_of_a_product(
+    write_config, call_sweep, fake_train
+):
+    product = "for knobs in sweeps.product({'seed': [1, 2]}, {'optimizer.b2': [0.9, 0.98]}): "
+    write_config(product + "add(knobs)")
+    call_sweep("--run", "local")
+    before = listed(call_sweep)
+    write_config(product.replace("[0.9,", "[0.5, 0.9,").replace("[1,", "[3, 1,") + "add(knobs)")
+    after = listed(call_sweep)
+    assert after[:4] == before
+    assert [run["index"] for run in after] == list(range(9))
+    assert [run["knobs"] for run in after[4:]] == [
+        {"seed": 3, "optimizer.b2": 0.5},
+        {"seed": 3, "optimizer.b2": 0.9},
+        {"seed": 3, "optimizer.b2": 0.98},
+        {"seed": 1, "optimizer.b2": 0.5},
+        {"seed": 2, "optimizer.b2": 0.5},
+    ]
+    assert "5 of 9 runs are to be done" in call_sweep("--run", "local")[1]
+    assert listed(call_sweep)[:4] == before
+
+
+def test_a_knob_may_be_added_to_all_runs_with_the_value_that_it_had(
+    write_config, call_sweep, fake_train
+):
+    write_config("for seed in (1, 2): add(seed=seed)")
+    call_sweep("--run", "local")
+    # 0.95 is what the config has: the runs with it are those that are done
+    write_config(
+        "for knobs in sweeps.product({'optimizer.b2': [0.9, 0.95]}, {'seed': [1, 2]}): add(knobs)"
+    )
+    assert states(call_sweep) == ["complete"] * 2 + ["missing"] * 2
+    assert [run["knobs"]["optimizer.b2"] for run in listed(call_sweep)] == [0.95, 0.95, 0.9, 0.9]
+
+
+def test_a_run_that_is_added_twice_is_refused_after_it_was_begun(
+    write_config, call_sweep, fake_train
+):
+    write_config("add(seed=1)")
+    call_sweep("--run", "local")
+    write_config("add(seed=2)", "add(seed=1)", "add(seed=1)")
+    assert "are the same (seed=1)" in call_sweep("--list", status=2)[1]
+
+
+def test_a_sweep_of_an_older_version_loads(write_config, call_sweep, tmp_path, fake_train):
+    """sweep.json as version 0.1.0 wrote it: the order of its list is that of the workdirs."""
+    write_config(RATES)
+    call_sweep("--index", "1")
+    content = json.loads((tmp_path / "runs" / "sweep.json").read_text())
+    assert content["runs"] == [{"schedule.learning_rate": rate} for rate in (1e-3, 3e-3, 1e-2)]
+    # the base of an older version lacks knobs that came later
+    del content["base"]["evaluation.final_num_batches"]
+    (tmp_path / "runs" / "sweep.json").write_text(json.dumps(content))
+    assert states(call_sweep) == ["missing", "complete", "missing"]
 
 
 def test_a_damaged_sweep_json_is_reported(write_config, call_sweep, tmp_path):

@@ -273,6 +273,35 @@ def test_the_parser_raises_instead_of_leaving_the_process():
         parser.parse_args(["--flog", "1"])
 
 
+MEMORY = """
+import sys
+import numpy as np
+import jax, jax.numpy as jnp
+from llada_jax import __main__
+from llada_jax.verbs import sample
+
+for allocate in (
+    lambda argv: jnp.zeros((2**21, 2**21)),
+    lambda argv: jax.jit(lambda: jnp.ones((2**21, 2**21)))(),
+    lambda argv: np.zeros((2**24, 2**24)),
+    lambda argv: bytearray(2**50),
+):
+    sample.main = allocate
+    print(__main__.main(["sample"]))
+"""
+
+
+def test_what_the_memory_does_not_hold_ends_in_one_sentence():
+    """On a device, in a compiled program, in numpy and in Python."""
+    done = subprocess.run(
+        [sys.executable, "-c", MEMORY], capture_output=True, text=True, check=True
+    )
+    assert done.stdout.split() == ["2"] * 4
+    assert len(done.stderr.splitlines()) == 4
+    for sentence in done.stderr.splitlines():
+        assert "The memory of this machine is not enough (" in sentence
+
+
 def test_an_interrupt_outside_of_training_has_a_status_of_its_own_and_no_traceback(
     capsys, monkeypatch
 ):

@@ -101,6 +101,14 @@ BAD = {
         lambda d: sharded(d, lambda i: i["weight_map"].update({Q0: SECOND})),
         ["disagree about", Q0],
     ),
+    "outside": (
+        lambda d: sharded(d, lambda i: i["weight_map"].update({Q0: "../secret.safetensors"})),
+        ["lists ../secret.safetensors", "outside of its directory", "source that you trust"],
+    ),
+    "absolute": (
+        lambda d: sharded(d, lambda i: i["weight_map"].update({Q0: "/etc/passwd"})),
+        ["lists /etc/passwd", "outside of its directory"],
+    ),
     "unlisted": (lambda d: sharded(d, lambda i: i["weight_map"].pop(Q0)), ["disagree about", Q0]),
     "no map": (lambda d: sharded(d, lambda i: i.pop("weight_map")), ["has no weight_map"]),
     "no index": (
@@ -262,6 +270,31 @@ def test_a_bad_directory_is_refused_in_one_sentence_with_nothing_left_behind(
     spoil(directory)
     refused(["import", "--from", str(directory), "--output", str(output)], says)
     assert not output.exists()
+
+
+def test_code_in_a_directory_is_never_run(whole, tmp_path):
+    """Only `export --verify` runs code, and only that of its own export."""
+    directory, mark = tmp_path / "hf", tmp_path / "it-ran"
+    shutil.copytree(whole, directory)
+    code = f"open({str(mark)!r}, 'w').close()\n"
+    for name in ("modeling_llada", "configuration_llada", "tokenization_x", "__init__", "setup"):
+        (directory / f"{name}.py").write_text(code)
+    auto_map = {
+        "AutoConfig": "configuration_llada.LLaDAConfig",
+        "AutoModel": "modeling_llada.LLaDAModelLM",
+        "AutoModelForCausalLM": "modeling_llada.LLaDAModelLM",
+        "AutoTokenizer": ["tokenization_x.X", None],
+    }
+    for file in (directory / "config.json", directory / "tokenizer_config.json"):
+        file.write_text(json.dumps({**json.loads(file.read_text()), "auto_map": auto_map}))
+    assert main(["import", "--from", str(directory), "--output", str(tmp_path / "out")]) == 0
+    words = ["--gen-length", "4", "--steps", "2", "--block-length", "4", "--prompt", "a"]
+    assert main(["sample", "--checkpoint", str(directory), *words]) == 0
+    assert (
+        main(["export", "--checkpoint", str(tmp_path / "out"), "--output", str(tmp_path / "e")])
+        == 0
+    )
+    assert not mark.exists()
 
 
 def test_tied_copies_that_differ_are_refused(tmp_path, refused):

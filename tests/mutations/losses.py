@@ -1,0 +1,239 @@
+"""Plausible faults of objectives, samplers and evaluation."""
+
+from mutations.fault import Fault, faults_of
+
+CORRUPTION = faults_of(
+    "llada_jax/objectives/corruption.py",
+    "tests/objectives/test_objectives.py tests/objectives/test_draws.py",
+    (
+        "the floor of p left out",
+        "p_mask_B = (1.0 - eps) * t_B + eps",
+        "p_mask_B = t_B",
+    ),
+    (
+        "weight 1/t instead of 1/p",
+        "tokens_BT), is_masked_BT, 1.0 / p_mask_B",
+        "tokens_BT), is_masked_BT, 1.0 / jnp.maximum(t_B, 1e-9)",
+    ),
+    (
+        "padding masked",
+        "< p_mask_B[:, None]) & is_maskable_BT",
+        "< p_mask_B[:, None])",
+    ),
+    (
+        "one key for all rows",
+        "return (offset + row_B.astype(jnp.float32) / num_rows) % 1.0",
+        "return (offset + 0 * row_B.astype(jnp.float32) / num_rows) % 1.0",
+    ),
+    (
+        "k rounded down",
+        "jnp.ceil(t_B * length_B)",
+        "jnp.floor(t_B * length_B)",
+    ),
+    (
+        "weight of the exact count inverted",
+        "weight_B = length_B.astype(jnp.float32) / k_B",
+        "weight_B = k_B / jnp.maximum(length_B, 1).astype(jnp.float32)",
+    ),
+    (
+        "times stratified over empty rows",
+        "return jnp.cumsum(is_real_B) - 1, jnp.maximum(is_real_B.sum(), 1)",
+        "return jnp.arange(len(is_real_B)), len(is_real_B)",
+    ),
+)
+
+MASKED_DIFFUSION = faults_of(
+    "llada_jax/objectives/masked_diffusion.py",
+    "tests/objectives/test_objectives.py tests/objectives/test_draws.py",
+    (
+        "divided by the masked tokens",
+        "num_maskable = is_maskable_BT.sum().astype(jnp.float32)",
+        "num_maskable = is_masked_BT.sum().astype(jnp.float32)",
+    ),
+    (
+        "the network sees the clean tokens",
+        "params, noisy_BT, tokens_BT, is_masked_BT,",
+        "params, tokens_BT, tokens_BT, is_masked_BT,",
+    ),
+    (
+        "the logged bound without its weight",
+        '"nelbo": (nelbo_sum, num_maskable)',
+        '"nelbo": (loss_sum, num_maskable)',
+    ),
+    (
+        "one key for times and masks",
+        "t_key, mask_key = jax.random.split(key)",
+        "t_key = mask_key = key",
+    ),
+    (
+        "held-out text scored with Bernoulli masks",
+        'mask_id=mask_id, masking="exact_count", is_whole_batch=True',
+        "mask_id=mask_id, is_whole_batch=True",
+    ),
+    (
+        "levels of noise shifted by one",
+        "bucket_B = jnp.minimum((t_B * NUM_T_BUCKETS).astype(jnp.int32), NUM_T_BUCKETS - 1)",
+        "bucket_B = jnp.minimum((t_B * NUM_T_BUCKETS).astype(jnp.int32) + 1, NUM_T_BUCKETS - 1)",
+    ),
+)
+
+AUTOREGRESSIVE = faults_of(
+    "llada_jax/objectives/autoregressive.py",
+    "tests/objectives/test_objectives.py",
+    (
+        "the target in its own input",
+        "jnp.roll(tokens_BT, 1, axis=1)",
+        "jnp.roll(tokens_BT, 0, axis=1)",
+    ),
+    (
+        "a document begins with the token before it",
+        'starts_BT = batch["positions"] == 0',
+        'starts_BT = (batch["positions"] == 0) & (jnp.arange(tokens_BT.shape[1]) == 0)',
+    ),
+)
+
+DENOISE = faults_of(
+    "llada_jax/samplers/denoise.py",
+    "tests/samplers/test_eos.py tests/samplers/test_denoise.py",
+    (
+        "the same noise in every step",
+        "keys_for_rows(jax.random.fold_in(key, step), fixed.row_B)",
+        "keys_for_rows(key, fixed.row_B)",
+        "tests/samplers/test_denoise.py tests/objectives/test_draws.py "
+        "tests/samplers/test_distributions.py",
+    ),
+    (
+        "EOS filled in before its block is finished",
+        "jnp.where(steps_left == 1, ended_BT, new_canvas_BT)",
+        "ended_BT",
+        "tests/samplers/test_eos.py tests/samplers/test_denoise.py",
+    ),
+    (
+        "EOS of the prompt ends a row",
+        "is_eos_BT = (canvas_BT == eos_id) & is_generated_BT",
+        "is_eos_BT = canvas_BT == eos_id",
+    ),
+    (
+        "the mask token proposed",
+        "is_excluded_V = (id_V == mask_id) | (id_V >= num_ids)",
+        "is_excluded_V = id_V >= num_ids",
+    ),
+    (
+        "ids that the tokenizer does not have",
+        "(id_V == mask_id) | (id_V >= num_ids)",
+        "id_V == mask_id",
+        "tests/samplers/test_text.py tests/samplers/test_denoise.py",
+    ),
+    (
+        "guidance one too weak",
+        "(fixed.cfg_scale + 1) * (logits_BTV - unprompted_BTV)",
+        "fixed.cfg_scale * (logits_BTV - unprompted_BTV)",
+    ),
+    (
+        "the remainder revealed last",
+        "count_B = -(-jnp.sum(is_hidden_BT, axis=1) // steps_left)",
+        "count_B = jnp.sum(is_hidden_BT, axis=1) // steps_left",
+    ),
+    (
+        "ties go to the right",
+        "jnp.argsort(jnp.argsort(-confidence_BT, axis=1, stable=True), axis=1)",
+        "jnp.argsort(jnp.argsort(-confidence_BT[:, ::-1], axis=1, stable=True), axis=1)[:, ::-1]",
+    ),
+    (
+        "temperature squared",
+        "logits_BTV + temperature * jax.vmap(noise)(keys_B)",
+        "logits_BTV + temperature**2 * jax.vmap(noise)(keys_B)",
+    ),
+    (
+        "rows numbered within their batch",
+        "np.arange(first_row, first_row + len(canvas_BT), dtype=np.int32)",
+        "np.arange(len(canvas_BT), dtype=np.int32)",
+    ),
+)
+
+REMASKING = faults_of(
+    "llada_jax/samplers/remasking.py",
+    "tests/samplers/test_remasking.py tests/samplers/test_published_samples.py "
+    "tests/samplers/test_distributions.py",
+    (
+        "confidence without its normaliser",
+        "jnp.exp(chosen_BT - jax.nn.logsumexp(logits_BTV, axis=-1))",
+        "jnp.exp(chosen_BT)",
+    ),
+    (
+        "an undecided rule leaves masks",
+        "return jnp.nan_to_num(confidence_BT, nan=lowest, neginf=lowest)",
+        "return confidence_BT",
+    ),
+)
+
+LIKELIHOOD = faults_of(
+    "llada_jax/evaluation/likelihood.py",
+    "tests/evaluation/test_splits.py tests/evaluation/test_likelihood.py",
+    ("mean of batch means", "mean = nats.sum() / tokens.sum()", "mean = np.mean(nats / tokens)"),
+    (
+        "draws share their masks",
+        'key_for("likelihood", seed, number, draw)',
+        'key_for("likelihood", seed, number)',
+    ),
+    (
+        "batches share their masks",
+        'key_for("likelihood", seed, number, draw)',
+        'key_for("likelihood", seed, draw)',
+    ),
+    (
+        "tokens counted once per draw",
+        "int(tokens.sum() / num_draws)",
+        "int(tokens.sum())",
+    ),
+    (
+        "the standard error of one pair",
+        "max(len(pairs) - 1, 1) * len(pairs) / tokens.sum() ** 2",
+        "max(len(pairs) - 1, 1) * len(pairs) ** 2 / tokens.sum() ** 2",
+    ),
+    (
+        "a batch that was scored is scored again",
+        "if number < num_before:",
+        "if number < num_before - 1:",
+        "tests/evaluation/test_likelihood.py tests/whole_runs/test_stops_in_evaluations.py",
+    ),
+)
+
+SPLITS = faults_of(
+    "llada_jax/evaluation/splits.py",
+    "tests/evaluation/test_splits.py",
+    (
+        "evaluate ignores attend_across_documents",
+        "attend_across_documents=attend_across_documents,\n    )",
+        "attend_across_documents=True,\n    )",
+        "tests/evaluation/test_splits.py tests/whole_runs/test_averages.py",
+    ),
+    ("only one corruption", "num_draws=num_draws,", "num_draws=1,"),
+)
+
+RNG = faults_of(
+    "llada_jax/rng.py",
+    "tests/test_rng.py",
+    (
+        "one key for all purposes",
+        "zlib.crc32(purpose.encode())",
+        "len(purpose) * 0",
+        "tests/test_rng.py",
+    ),
+    (
+        "one key for all rows of a batch",
+        "jax.random.fold_in(key, row))(row_B)",
+        "jax.random.fold_in(key, row * 0))(row_B)",
+    ),
+)
+
+FAULTS: list[Fault] = [
+    *CORRUPTION,
+    *MASKED_DIFFUSION,
+    *AUTOREGRESSIVE,
+    *DENOISE,
+    *REMASKING,
+    *LIKELIHOOD,
+    *SPLITS,
+    *RNG,
+]

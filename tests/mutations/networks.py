@@ -1,0 +1,198 @@
+"""Plausible faults of networks."""
+
+from mutations.fault import Fault, faults_of
+
+TRANSFORMER = faults_of(
+    "llada_jax/models/transformer.py",
+    "tests/models/test_transformer.py::test_logits_equal_a_float64_reference",
+    (
+        "rotary positions in bfloat16",
+        "positions_BT[..., None].astype(jnp.float32) *",
+        "positions_BT[..., None].astype(jnp.bfloat16).astype(jnp.float32) *",
+        "tests/models/test_precision.py tests/models/test_rotary.py",
+    ),
+    (
+        "cos and sin in bfloat16",
+        "return jnp.cos(angle), jnp.sin(angle)",
+        "return tuple(f(angle.astype(jnp.bfloat16)) for f in (jnp.cos, jnp.sin))",
+        "tests/models/test_precision.py",
+    ),
+    (
+        "vectors rotated in bfloat16",
+        "cos, sin = cos[:, :, None], sin[:, :, None]",
+        "cos, sin = (f[:, :, None].astype(x_BTNH.dtype) for f in (cos, sin))",
+        "tests/models/test_precision.py",
+    ),
+    (
+        "norms in bfloat16",
+        "x32 = x.astype(jnp.float32)\n    normed",
+        "x32 = x\n    normed",
+        "tests/models/test_precision.py",
+    ),
+    (
+        "scale of a norm in bfloat16",
+        "return (normed * scale).astype(x.dtype)",
+        "return normed.astype(x.dtype) * scale.astype(x.dtype)",
+        "tests/models/test_precision.py tests/models/test_gradients.py",
+    ),
+    (
+        "logits of the head in bfloat16",
+        "return project(x_BTD, self.head_kernel(), out_dtype=jnp.float32)",
+        "return project(x_BTD, self.head_kernel()).astype(jnp.float32)",
+        "tests/models/test_precision.py",
+    ),
+    (
+        "logits of the loss in bfloat16",
+        "logits_BTC = project(x_BTD, kernel_DC, out_dtype=jnp.float32)",
+        "logits_BTC = project(x_BTD, kernel_DC).astype(jnp.float32)",
+        "tests/models/test_precision.py",
+    ),
+    (
+        "embedding cast before the gather",
+        "return table_VD[tokens_BT].astype(dtype)",
+        "return table_VD.astype(dtype)[tokens_BT]",
+        "tests/models/test_precision.py",
+    ),
+    (
+        "bias added in bfloat16",
+        "return (x.astype(jnp.float32) + bias).astype(x.dtype)",
+        "return x + bias.astype(x.dtype)",
+        "tests/models/test_precision.py",
+    ),
+    (
+        "wrong half rotated",
+        "[first * cos - second * sin, second * cos + first * sin]",
+        "[first * cos + second * sin, second * cos - first * sin]",
+    ),
+    (
+        "no rotation of keys",
+        "k_BSKH = rotate(k_BSKH, cos, sin)",
+        "k_BSKH = k_BSKH",
+    ),
+    (
+        "feed-forward norm taken from attention",
+        "y_BTD = rms_norm(x_BTD, self.ff_norm[...], a.norm_eps)",
+        "y_BTD = rms_norm(x_BTD, self.attn_norm[...], a.norm_eps)",
+    ),
+    (
+        "gate and up exchanged",
+        "jax.nn.silu(gate_BTF) * up_BTF,",
+        "gate_BTF * jax.nn.silu(up_BTF),",
+    ),
+    (
+        "no residual around the feed-forward part",
+        "x_BTD = x_BTD + project(h_BTF, self.ff_out[...])",
+        "x_BTD = project(h_BTF, self.ff_out[...])",
+    ),
+    (
+        "shift across segments",
+        "(before_BT == segment_ids_BT)[..., None], before_BTD, x_BTD)",
+        "(before_BT == segment_ids_BT)[..., None], before_BTD, before_BTD)",
+    ),
+    (
+        "initialisation not scaled by depth",
+        "residual = (2.0 * (layer + 1)) ** -0.5",
+        "residual = (2.0 * (0 * layer + 1)) ** -0.5",
+        "tests/models/test_initialisation.py",
+    ),
+    (
+        "recomputation never switched on",
+        'if self.remat != "none":',
+        'if self.remat == "always":',
+        "tests/models/test_transformer.py::test_recomputation_changes_memory_but_not_the_gradient",
+    ),
+    (
+        "tokens that do not exist enter the normaliser",
+        "jnp.where(token_C < V, logits_BTC, jnp.finfo(jnp.float32).min)",
+        "jnp.where(token_C <= V + 999, logits_BTC, jnp.finfo(jnp.float32).min)",
+        "tests/models/test_token_nll.py",
+    ),
+    (
+        "nll outside of the masks",
+        "nll_BT = jnp.where(where_BT, normalizer_BT - target_logit_BT, 0.0)",
+        "nll_BT = normalizer_BT - target_logit_BT",
+        "tests/models/test_token_nll.py",
+    ),
+    (
+        "accuracy counts what was not masked",
+        "(target_logit_BT >= best_BT) & where_BT)",
+        "target_logit_BT >= best_BT)",
+        "tests/models/test_token_nll.py",
+    ),
+    (
+        "norms counted once per model",
+        "norms = a.d_model * (2 * a.num_layers + 1)",
+        "norms = a.d_model * (2 * a.num_layers)",
+        "tests/models/test_initialisation.py",
+    ),
+    (
+        "activation rule lost after attention",
+        'x_BTD = constrain(x_BTD, "act_batch", "act_position", "act_embed")\n        with',
+        "x_BTD = x_BTD\n        with",
+        "tests/training/test_resources.py",
+    ),
+    (
+        "activation rule lost in the feed-forward part",
+        'jax.nn.silu(gate_BTF) * up_BTF, "act_batch", "act_position", "act_mlp"',
+        'jax.nn.silu(gate_BTF) * up_BTF, "act_batch", "act_position", None',
+        "tests/training/test_resources.py",
+    ),
+)
+
+MODEL = faults_of(
+    "llada_jax/models/model.py",
+    "tests/models/test_transformer.py::test_logits_of_a_window_equal_those_columns_of_all_logits",
+    (
+        "window cut before the shift",
+        "jax.lax.dynamic_slice_in_dim(hidden_BTD, start, length, axis=1)",
+        "jax.lax.dynamic_slice_in_dim(hidden_BTD, start + 1, length, axis=1)",
+    ),
+    (
+        "bfloat16 on the CPU by default",
+        'if name == "auto":',
+        'if name == "automatic":',
+        "tests/config/test_choices.py",
+    ),
+)
+
+MASKS = faults_of(
+    "llada_jax/masks.py",
+    "tests/test_masks.py "
+    "tests/models/test_transformer.py::test_every_token_sees_every_other_unless_causal",
+    (
+        "causal attention without the position itself",
+        "(key_index <= query_index)",
+        "(key_index < query_index)",
+    ),
+    (
+        "attention across documents",
+        "allowed = query_segment == key_segment",
+        "allowed = (query_segment > 0) == (key_segment > 0)",
+    ),
+    (
+        "a block sees the next one",
+        "key_index // mask.block_length <= query_index // mask.block_length",
+        "key_index // mask.block_length <= query_index // mask.block_length + 1",
+    ),
+)
+
+FLOPS = faults_of(
+    "llada_jax/models/flops.py",
+    "tests/models/test_flops.py",
+    ("attention counted half", "12 * num_layers", "6 * num_layers"),
+    ("causal attention counted whole", "attention / 2 if causal", "attention if causal"),
+)
+
+SHARDING = faults_of(
+    "llada_jax/cluster/sharding.py",
+    "tests/cluster/test_sharding.py tests/training/test_resources.py",
+    (
+        "the batch on the data axis alone",
+        '"act_batch": ("data", "fsdp", "expert")',
+        '"act_batch": ("data",)',
+    ),
+    ("heads replicated", '"act_heads": "tensor"', '"act_heads": None'),
+    ("parameters not split over fsdp", '"embed": "fsdp"', '"embed": None'),
+)
+
+FAULTS: list[Fault] = [*TRANSFORMER, *MODEL, *MASKS, *FLOPS, *SHARDING]

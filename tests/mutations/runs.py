@@ -1,0 +1,218 @@
+"""Plausible faults of training and of what happens to a run."""
+
+from mutations.fault import Fault, faults_of
+
+AVERAGES = (
+    "tests/whole_runs/test_averages.py"
+    "::test_evaluations_load_and_init_from_read_what_they_are_asked_to"
+)
+
+STEP = faults_of(
+    "llada_jax/training/step.py",
+    "tests/training/test_state.py tests/training/test_average.py",
+    (
+        "identical masks in every step",
+        'key_for("corruption", seed, state.step)',
+        'key_for("corruption", seed)',
+        "tests/objectives/test_draws.py tests/training/test_step_contract.py",
+    ),
+    (
+        "the logged rate one step off",
+        "jnp.float32(schedule(state.step))",
+        "jnp.float32(schedule(state.step + 1))",
+        "tests/objectives/test_draws.py",
+    ),
+    (
+        "the state not donated",
+        "jax.jit(step, donate_argnums=0, out_shardings=(shardings, None))",
+        "jax.jit(step, out_shardings=(shardings, None))",
+        "tests/training/test_resources.py tests/training/test_step_contract.py",
+    ),
+    (
+        "divided by the count of one microbatch",
+        "grad / jnp.maximum(count, 1.0), grads)",
+        "grad / jnp.maximum(count / num_microbatches, 1.0), grads)",
+        "tests/training/test_microbatches.py tests/training/test_step_contract.py",
+    ),
+    (
+        "rows numbered within their microbatch",
+        'split_microbatches({**batch, "row": jnp.arange(num_rows)}, num_microbatches)',
+        'split_microbatches({**batch, "row": jnp.arange(num_rows) // num_microbatches}, '
+        "num_microbatches)",
+        "tests/training/test_microbatches.py tests/training/test_step_contract.py",
+    ),
+    (
+        "the average of the parameters before the update",
+        "ema = jax.tree.map(average, state.ema, params)",
+        "ema = jax.tree.map(average, state.ema, state.params)",
+        "tests/training/test_average.py tests/training/test_optim.py",
+    ),
+    (
+        "no warm-up of the average",
+        "return jnp.minimum(ema_decay, (1.0 + step) / (10.0 + step))",
+        "return jnp.float32(ema_decay)",
+        "tests/training/test_average.py",
+    ),
+    (
+        "a step that is not finite keeps its average",
+        "lambda n, o: jnp.where(is_finite, n, o), (params, opt_state, ema, metrics), old",
+        "lambda n, o: jnp.where(is_finite, n, o), (params, opt_state, state.ema, metrics), old",
+        "tests/training/test_state.py tests/training/test_average.py",
+    ),
+)
+
+OPTIM = faults_of(
+    "llada_jax/training/optim.py",
+    "tests/training/test_optim.py",
+    (
+        "a first step without a rate",
+        "(step + 1) / max(warmup_steps, 1)",
+        "step / max(warmup_steps, 1)",
+    ),
+    ("a stage begins late", "tokens >= begin, first", "tokens > begin, first"),
+    (
+        "wsd decays from the start",
+        "decay_steps = max(1, round(num_steps * decay_fraction))",
+        "decay_steps = num_steps",
+    ),
+    (
+        "the cosine ends halfway",
+        "1.0 + jnp.cos(jnp.pi * done)",
+        "1.0 + jnp.cos(jnp.pi / 2 * done)",
+    ),
+    (
+        "weight decay with the wrong sign",
+        "u + rate * factor * p if factor else u",
+        "u - rate * factor * p if factor else u",
+    ),
+    (
+        "b1 twice",
+        "optax.scale_by_adam(b1=b1, b2=b2, eps=eps)",
+        "optax.scale_by_adam(b1=b1, b2=b1, eps=eps)",
+    ),
+    (
+        "the rate of the optimizer's own count",
+        "count = state.count if step is None else step",
+        "count = state.count",
+        "tests/training/test_state.py",
+    ),
+    (
+        "patterns match a part of the path",
+        "if pattern.fullmatch(name):",
+        "if pattern.search(name):",
+    ),
+)
+
+STATE = faults_of(
+    "llada_jax/training/state.py",
+    "tests/training/test_average.py "
+    "tests/whole_runs/test_meshes.py"
+    "::test_parameters_and_optimizer_state_are_created_in_shards",
+    (
+        "moments of the optimizer replicated",
+        "if shape == leaf.shape:",
+        'if shape == leaf.shape and "mu" not in name:',
+    ),
+    (
+        "the average shares the parameters' buffers",
+        "ema=jax.tree.map(jnp.copy, params) if abstract.ema else {},",
+        "ema={},",
+    ),
+)
+
+HELDOUT = faults_of(
+    "llada_jax/run/heldout.py",
+    "tests/verbs/test_train.py::test_a_mixture_learns_both_of_its_sources",
+    (
+        "bits per byte of a mixture from the first source",
+        'bytes_per_token=summary.bytes_per_token["heldout"]',
+        'bytes_per_token=summaries[0].bytes_per_token["heldout"]',
+    ),
+    (
+        "sums of other weights are continued",
+        'content["step"] == step and content["settings"] == self._settings',
+        'content["settings"] == self._settings',
+        "tests/whole_runs/test_stops_in_evaluations.py"
+        "::test_damaged_partial_sums_cost_time_and_not_the_run",
+    ),
+)
+
+TRAIN = faults_of(
+    "llada_jax/verbs/train.py",
+    AVERAGES,
+    (
+        "evaluations ignore the average",
+        "(WEIGHTS[config.evaluation.weights] is not False and state.ema) or state.params",
+        "state.params",
+    ),
+    (
+        "batches of a rollback come back",
+        "batch_of_step(step + 1, opened.rollbacks.skipped) - 1",
+        "step",
+        "tests/verbs/test_rollback.py"
+        "::test_left_out_batches_stay_out_when_the_run_later_goes_back_before_them",
+    ),
+    (
+        "sums of the log line before are kept",
+        "state = state._replace(metrics=zero_metrics(state.metrics))",
+        "zero_metrics(state.metrics)",
+        "tests/verbs/test_train.py::test_metrics_hold_the_curve_and_keep_the_machine_apart",
+    ),
+)
+
+START = faults_of(
+    "llada_jax/run/start.py",
+    AVERAGES,
+    (
+        "init_from ignores the average",
+        "ema=reads_ema(theirs, init_from_ema, init_from)",
+        "ema=False",
+    ),
+    (
+        "hosts with other configs train together",
+        'multihost_utils.assert_equal(digest, "config")',
+        'multihost_utils.assert_equal(0 * digest, "config")',
+        "tests/verbs/test_train.py"
+        "::test_processes_with_different_configs_say_so_instead_of_hanging",
+    ),
+)
+
+CHECKPOINTS = [
+    *faults_of(
+        "llada_jax/checkpoints/workdir.py",
+        "tests/checkpoints/test_workdir.py tests/whole_runs/test_errors_of_checkpoints.py",
+        (
+            "a checksum that differs is accepted",
+            "if number != saved.get(path):",
+            "if path not in saved:",
+        ),
+        (
+            "a reader removes half-written steps",
+            "cleanup_tmp_directories=owned,",
+            "cleanup_tmp_directories=True,",
+        ),
+        (
+            "the oldest step is taken",
+            "steps[-1] if step is None else step",
+            "steps[0] if step is None else step",
+        ),
+    ),
+    *faults_of(
+        "llada_jax/checkpoints/host_copies.py",
+        "tests/checkpoints/test_host_copies.py",
+        ("one local copy is kept", "KEEP = 2", "KEEP = 1"),
+    ),
+]
+
+ROLLBACKS = faults_of(
+    "llada_jax/run/rollbacks.py",
+    "tests/verbs/test_rollback.py",
+    ("a stretch one batch short", "batch += last - first + 1", "batch += last - first"),
+    (
+        "stretches in the order of the file",
+        "for first, last in sorted(skipped):",
+        "for first, last in skipped:",
+    ),
+)
+
+FAULTS: list[Fault] = [*STEP, *OPTIM, *STATE, *HELDOUT, *TRAIN, *START, *CHECKPOINTS, *ROLLBACKS]

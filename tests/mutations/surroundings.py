@@ -1,0 +1,150 @@
+"""Plausible faults of data, conversion, hardware, recipes, sweeps and launchers."""
+
+from mutations.fault import Fault, faults_of
+
+DATA = [
+    *faults_of(
+        "llada_jax/data/packing.py",
+        "tests/data/test_packing.py tests/data/test_loader.py",
+        (
+            "no EOS between documents",
+            "tokens += [document, [eos_id]]",
+            "tokens += [document, document[:1]]",
+        ),
+        ("documents never start", "is_start[0] = True", "is_start[0] = False"),
+        ("the last row is lost", "    if length:\n", "    if length > sequence_length:\n"),
+        ("twice as much held out", "number < fraction * 2**64", "number < fraction * 2**65"),
+    ),
+    *faults_of(
+        "llada_jax/data/loader.py",
+        "tests/data/test_loader.py",
+        (
+            "the first row in every place",
+            "batch * self._batch_size + self._rows[place]",
+            "batch * self._batch_size + self._rows[0]",
+        ),
+        (
+            "one order for all seeds",
+            "seed=_stream(seed, _SHUFFLE, number)",
+            "seed=_stream(0, _SHUFFLE, number)",
+        ),
+        (
+            "mixtures ignore their weights",
+            "[weight for _, weight in sources])\n",
+            "[1.0 for _ in sources])\n",
+        ),
+        (
+            "random length never a whole row",
+            'rng.integers(1, len(row["tokens"]), endpoint=True)',
+            'rng.integers(1, len(row["tokens"]))',
+        ),
+        ("padding is maskable", '"is_maskable": is_real_T,', '"is_maskable": is_real_T | True,'),
+        (
+            "a start in the middle begins at the front",
+            "batch = self._batch_number(self._start_step + step)",
+            "batch = self._batch_number(step)",
+        ),
+        (
+            "held-out evaluation of the first rows",
+            "default_rng(subset_seed).permutation(len(records))[:num_rows]",
+            "default_rng(subset_seed).permutation(num_rows)",
+        ),
+        (
+            "tokens per byte",
+            "name: split.num_scored_bytes / split.num_scored_tokens",
+            "name: split.num_scored_tokens / split.num_scored_bytes",
+        ),
+    ),
+]
+
+HARDWARE = faults_of(
+    "llada_jax/cluster/hardware.py",
+    "tests/cluster/test_hardware.py tests/planning/test_estimate.py",
+    (
+        "links of v5p half as fast",
+        "hbm_bandwidth=2.77e12,\n        link_bandwidth=1200e9",
+        "hbm_bandwidth=2.77e12,\n        link_bandwidth=600e9",
+    ),
+    (
+        "usable memory of v4",
+        "usable_hbm_bytes=int(30.75 * GIB)",
+        "usable_hbm_bytes=int(31.75 * GIB)",
+    ),
+    ("data centre network of v5e", "dcn_bandwidth=3.125e9", "dcn_bandwidth=6.25e9"),
+    ("NVLink of the h100", "989, 80, 3.35, 900,", "989, 80, 3.35, 600,"),
+)
+
+RECIPES = faults_of(
+    "configs/llada_8b.py",
+    "tests/config tests/models/test_initialisation.py",
+    ("half the published batch", "config.data.batch_size = 1280", "config.data.batch_size = 640"),
+    ("another feed-forward width", "config.model.d_ff = 12_288", "config.model.d_ff = 14_336"),
+    ("2.0T tokens", "2_300_000_000_000", "2_000_000_000_000"),
+)
+
+HF = faults_of(
+    "llada_jax/hf/convert.py",
+    "tests/hf/test_convert.py tests/models/test_parity.py",
+    (
+        "a transposed tensor",
+        "array.transpose([self.dims.index(letter) for letter in self._hf_letters])",
+        "array.transpose([self._hf_letters.index(letter) for letter in self.dims])",
+    ),
+    (
+        "a bias forgotten",
+        '"blocks/attn_out_bias": a.attention_bias != "qkvo"',
+        '"blocks/attn_out_bias": True',
+    ),
+    ("the head exported although it is tied", '"lm_head": a.tie_embeddings', '"lm_head": False'),
+)
+
+SWEEPS = [
+    *faults_of(
+        "llada_jax/sweeps/grid.py",
+        "tests/sweeps/test_grid.py",
+        ("zip drops the rest", "if len(set(lengths)) > 1:", "if len(set(lengths)) > 99:"),
+        ("a knob set twice", "if name in merged:", "if name in ():"),
+    ),
+    *faults_of(
+        "llada_jax/sweeps/scaling_law.py",
+        "tests/sweeps/test_scaling_law.py",
+        (
+            "the optimum without its 6",
+            "parameters = G * (compute / 6) ** self.a.value",
+            "parameters = G * compute ** self.a.value",
+        ),
+        (
+            "the vertex on the wrong side",
+            "np.log(sizes).mean() - slope / (2 * curvature)",
+            "np.log(sizes).mean() + slope / (2 * curvature)",
+        ),
+    ),
+]
+
+LAUNCH = [
+    *faults_of(
+        "launch/tpu_vm_commands.py",
+        "tests/launch/test_tpu_vm_commands.py",
+        (
+            "exports without quotes",
+            'f"export {name}={shlex.quote(value)}"',
+            'f"export {name}={value}"',
+        ),
+    ),
+    *faults_of(
+        "launch/local.py",
+        "tests/launch/test_local.py",
+        (
+            "processes outlive their launcher",
+            "preexec_fn=tied_to(os.getpid()),",
+            "preexec_fn=None,",
+        ),
+        (
+            "42 counts as much as a failure",
+            "key=lambda code: code == 42 or code < 0",
+            "key=lambda code: 0",
+        ),
+    ),
+]
+
+FAULTS: list[Fault] = [*DATA, *HARDWARE, *RECIPES, *HF, *SWEEPS, *LAUNCH]

@@ -1,0 +1,122 @@
+"""Processes that were started differently refuse to train together, and name what differs."""
+
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from support.runs import SMALL_RUN, free_port
+
+from llada_jax.__main__ import main
+from llada_jax.run import agreement
+
+
+def test_what_differs_is_named_with_its_values_and_processes():
+    by_process = {
+        2: {"config.seed": ["1", "0"]},
+        1: {"config.seed": ["1", "0"], "the version of jax": ["0.10.3", "0.10.2"]},
+    }
+    assert agreement.differences(by_process) == (
+        "config.seed is 0 on process 0 and 1 on processes 1, 2; "
+        "the version of jax is 0.10.2 on process 0 and 0.10.3 on process 1"
+    )
+
+
+def test_of_many_differences_and_processes_some_are_named():
+    named = agreement.differences({p: {"the records": ["b", "a"]} for p in range(1, 9)})
+    assert named == "the records is a on process 0 and b on processes 1, 2, 3, 4, 5 and 3 more"
+    named = agreement.differences({1: {f"config.knob{i}": ["1", "0"] for i in range(9)}})
+    assert named.count("on process 0") == 6
+    assert named.endswith("; and 3 more")
+
+
+def test_the_code_and_the_libraries_are_among_the_facts(monkeypatch):
+    facts = agreement.versions()
+    assert {"the version of jax", "the version of jaxlib", "the code of llada_jax"} <= facts.keys()
+    changed = Path(agreement.__file__)
+    read = Path.read_bytes
+    monkeypatch.setattr(
+        Path, "read_bytes", lambda path: read(path) + (b"#" if path == changed else b"")
+    )
+    agreement._code_digest.cache_clear()
+    assert agreement.versions()["the code of llada_jax"] != facts["the code of llada_jax"]
+    agreement._code_digest.cache_clear()
+
+
+def hosts(tmp_path: Path, *, python_path: tuple[str, str] = ("", ""), words=((), ())) -> list[str]:
+    """Trains data/ into run/ with one process in each of the folders host0 and host1, which stand
+    for the disks of two hosts; returns what they say. Both must end with status 2.
+    """
+    team = {"JAX_COORDINATOR_ADDRESS": f"localhost:{free_port()}", "JAX_NUM_PROCESSES": "2"}
+    (tmp_path / "small.py").write_text(SMALL_RUN)
+    processes = [
+        subprocess.Popen(
+            [sys.executable, "-m", "llada_jax", "train", "--config", "../small.py"]
+            + ["--workdir", "run", "--config.data.path=data", *words[number]],
+            cwd=tmp_path / f"host{number}",
+            env={
+                **os.environ,
+                **team,
+                "JAX_NUM_CPU_DEVICES": "2",
+                "JAX_PROCESS_ID": str(number),
+                "PYTHONPATH": os.pathsep.join(
+                    [python_path[number], str(Path(__file__).parents[2])]
+                ),
+            },
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+        for number in range(2)
+    ]
+    logs = [process.communicate(timeout=300)[1] for process in processes]
+    assert [process.returncode for process in processes] == [2, 2], logs
+    return logs
+
+
+@pytest.mark.slow
+def test_hosts_with_other_records_versions_or_knobs_are_refused_by_name(tmp_path):
+    for number in range(2):
+        host = tmp_path / f"host{number}"
+        host.mkdir()
+        (host / "text.txt").write_text(f"line {number} of a text\n" * 100)
+        words = ["--input", str(host / "text.txt"), "--output", str(host / "data")]
+        main(["prepare", *words, "--tokenizer", "bytes", "--sequence-length", "32"])
+    # what `pip install optax==9.9` would leave on the second host
+    (tmp_path / "optax-9.9.dist-info").mkdir()
+    (tmp_path / "optax-9.9.dist-info" / "METADATA").write_text("Name: optax\nVersion: 9.9\n")
+    logs = hosts(
+        tmp_path, python_path=("", str(tmp_path)), words=((), ("--config.optimizer.b2=0.9",))
+    )
+    for log in logs:
+        sentence = log.splitlines()[-1]
+        assert "The processes of this run differ: " in sentence
+        assert "config.optimizer.b2 is 0.95 on process 0 and 0.9 on process 1" in sentence
+        assert "the version of optax is" in sentence
+        assert "and 9.9 on process 1" in sentence
+        assert "the records in data is" in sentence
+        assert "tokenizer" not in sentence  # that is the same
+        assert not any((tmp_path / f"host{number}" / "run").exists() for number in range(2))
+
+
+@pytest.mark.slow
+def test_a_workdir_that_the_hosts_do_not_share_is_refused(tmp_path, runs):
+    """Each process would restore another step, and leave out other batches."""
+    workdirs = [tmp_path / f"host{number}" / "run" for number in range(2)]
+    for workdir in workdirs:
+        workdir.parent.mkdir()
+        (workdir.parent / "data").symlink_to(runs.dataset)
+    runs.train(workdirs[0], "num_steps=2", "evaluation.every_steps=0")
+    for log in hosts(tmp_path):
+        sentence = log.splitlines()[-1]
+        assert "the newest checkpoint in the workdir is step 2 (" in sentence
+        assert "on process 0 and none on process 1" in sentence
+    # with the same checkpoint, but other batches left out
+    shutil.rmtree(workdirs[1])
+    shutil.copytree(workdirs[0], workdirs[1])
+    (workdirs[1] / "rollbacks.json").write_text('{"count": 1, "skipped": [[3, 5]]}')
+    for log in hosts(tmp_path):
+        assert "rollbacks.json is" in log.splitlines()[-1]
+        assert "the newest checkpoint" not in log.splitlines()[-1]

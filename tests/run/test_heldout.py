@@ -1,0 +1,62 @@
+"""The held-out bounds of a mixture: each source by its own text."""
+
+import dataclasses
+import math
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+from support.datasets import SEQUENCE_LENGTH, write_dataset
+
+from llada_jax.cluster.sharding import batch_sharding, one_device_mesh
+from llada_jax.data.loader import SourceSummary
+from llada_jax.models.transformer import TokenScores
+from llada_jax.objectives.masked_diffusion import masked_diffusion
+from llada_jax.run.heldout import evaluate_heldout
+from llada_jax.run.start import RunData
+
+# of each source: the one token that it holds, its bytes per token in training and held out
+SOURCES = {"letters": (97, 1.5, 2.0), "digits": (49, 4.0, 5.0)}
+
+
+def summaries_of(directory, shares) -> list[SourceSummary]:
+    summaries = []
+    for (name, (token, train, heldout)), share in zip(SOURCES.items(), shares):
+        (directory / name).mkdir()
+        write_dataset(directory / name, {"heldout": np.full(20 * SEQUENCE_LENGTH, token, np.int32)})
+        known = {
+            "directory": str(directory / name),
+            "share": share,
+            "bytes_per_token": {"train": train, "heldout": heldout},
+        }
+        others = dict.fromkeys({f.name for f in dataclasses.fields(SourceSummary)} - set(known))
+        summaries.append(SourceSummary(**known, **others))
+    return summaries
+
+
+def surprise_is_the_token(params, noisy_BT, targets_BT, where_BT, segment_ids_BT, positions_BT):
+    return TokenScores(np.float32(0.01) * targets_BT * where_BT, where_BT)
+
+
+def test_each_source_of_a_mixture_has_a_bound_in_bits_per_byte_of_its_own_text(tmp_path):
+    found = evaluate_heldout(
+        SimpleNamespace(nll_fn=surprise_is_the_token),
+        {},
+        summaries_of(tmp_path, (0.5, 0.5)),
+        objective=masked_diffusion(mask_id=256),
+        num_batches=0,
+        batch_size=8,
+        sequence_length=SEQUENCE_LENGTH,
+        batch_sharding=batch_sharding(one_device_mesh()),
+        attend_across_documents=True,
+    )
+    assert list(found) == ["heldout_0_letters", "heldout_1_digits"]
+    for bound, (token, _, bytes_per_token) in zip(found.values(), SOURCES.values()):
+        assert bound["nelbo"] == pytest.approx(0.01 * token, rel=1e-5)
+        expected = 0.01 * token / math.log(2) / bytes_per_token
+        assert bound["bits_per_byte"] == pytest.approx(expected, rel=1e-5)
+
+
+def test_training_text_has_the_bytes_per_token_of_the_whole_mixture(tmp_path):
+    data = RunData(sources=(), summaries=summaries_of(tmp_path, (0.25, 0.75)), tokenizer=None)
+    assert data.bytes_per_token == pytest.approx(0.25 * 1.5 + 0.75 * 4.0)

@@ -1,0 +1,46 @@
+"""`evaluate` reads the model as it was trained, and the bytes of the text that it scored."""
+
+import json
+import math
+
+import pytest
+from support.exports import LLADA, write_checkpoint
+from support.hf_directories import random_params
+
+from llada_jax.__main__ import main
+from llada_jax.config import default_config
+
+
+@pytest.fixture(scope="module")
+def lines(tmp_path_factory):
+    """A dataset whose rows hold several documents each."""
+    directory = tmp_path_factory.mktemp("lines")
+    text = directory / "lines.txt"
+    text.write_text("".join(f"line {i * i} of the text\n" for i in range(200)))
+    words = ["--input", str(text), "--output", str(directory / "data"), "--documents", "line"]
+    more = ["--sequence-length", "48", "--tokenizer", "bytes", "--heldout", "0.5"]
+    assert main(["prepare", *words, *more]) == 0
+    return directory / "data"
+
+
+def evaluated(tmp_path, lines, capsys, *, attend_across_documents: bool) -> dict:
+    config = default_config()
+    config.data.attend_across_documents = attend_across_documents
+    workdir = tmp_path / str(attend_across_documents)
+    write_checkpoint(workdir, LLADA, random_params(LLADA), config=config.to_dict())
+    capsys.readouterr()
+    words = ["--checkpoint", str(workdir), "--data", str(lines), "--batch-size", "16", "--json"]
+    assert main(["evaluate", *words]) == 0
+    return json.loads(capsys.readouterr().out)
+
+
+def test_documents_are_kept_apart_where_the_run_kept_them_apart(tmp_path, lines, capsys):
+    across = evaluated(tmp_path, lines, capsys, attend_across_documents=True)
+    apart = evaluated(tmp_path, lines, capsys, attend_across_documents=False)
+    assert across["num_tokens"] == apart["num_tokens"]
+    assert across["nelbo_nats_per_token"] != pytest.approx(apart["nelbo_nats_per_token"], rel=1e-4)
+    # a token ends each line, so that there are fewer bytes than tokens
+    split = json.loads((lines / "dataset.json").read_text())["splits"]["heldout"]
+    assert split["num_bytes"] < 0.97 * split["num_tokens"]
+    bits = across["nelbo_nats_per_token"] / math.log(2) * split["num_tokens"] / split["num_bytes"]
+    assert across["bits_per_byte"] == pytest.approx(bits, rel=1e-6)
