@@ -27,6 +27,14 @@ WORDS = (
 )
 
 
+def arrays_of(workdir, step: int) -> dict[str, np.ndarray]:
+    """Returns the arrays of a checkpoint by paths such as "params/blocks/q"."""
+    return {
+        name.removeprefix("['").removesuffix("']").replace("']['", "/"): array
+        for name, array in saved_arrays(workdir, step).items()
+    }
+
+
 @pytest.fixture(scope="module")
 def base(runs):
     workdir = runs.directory / "adapters-base"
@@ -46,7 +54,7 @@ def tuned(runs, base, dialogues):
 def test_adapters_learn_and_the_base_stays_as_it_was(base, tuned):
     curve = losses(tuned)
     assert np.mean(curve[-5:]) < np.mean(curve[:5]) - 0.3
-    before, after = saved_arrays(base, 10), saved_arrays(tuned, 20)
+    before, after = arrays_of(base, 10), arrays_of(tuned, 20)
     frozen = {name: array for name, array in after.items() if name.startswith("frozen/")}
     assert len(frozen) > 8
     for name, array in frozen.items():
@@ -59,7 +67,7 @@ def test_adapters_learn_and_the_base_stays_as_it_was(base, tuned):
 @pytest.mark.slow
 def test_load_evaluate_and_export_see_the_merged_network(base, tuned, dialogues, tmp_path, capsys):
     model, plain = llada_jax.load(str(tuned)), llada_jax.load(str(base))
-    arrays = saved_arrays(tuned, 20)
+    arrays = arrays_of(tuned, 20)
     for name, matrix in plain.params["blocks"].items():
         expected = np.asarray(matrix, np.float64)
         if f"params/blocks/{name}/a" in arrays:
