@@ -75,6 +75,7 @@ setup(
         "tensorboardX>=2.6,<3",
         "rich>=13",
         "protobuf>=4",
+        "pydantic>=2.7,<3",
         "pyyaml>=6",
     ],
     extras_require={

@@ -73,7 +73,12 @@ class Pretrained:
             segment_ids_BT: int32; a token sees those of its own segment, and 0 is padding. None:
                 the whole row is one segment.
             positions_BT: int32; None counts from 0 at the start of the row.
+
+        Raises:
+            UserError: an id has no row in the embedding.
         """
+        if not isinstance(tokens_BT, jax.core.Tracer):
+            self._check_ids(tokens_BT)
         tokens_BT = jnp.asarray(tokens_BT, jnp.int32)
         if segment_ids_BT is None:
             segment_ids_BT = jnp.ones_like(tokens_BT)
@@ -237,12 +242,14 @@ class Pretrained:
             The others: see `generate`.
 
         Raises:
-            UserError: a setting is out of range, or the model is autoregressive.
+            UserError: an id has no row in the embedding, a setting is out of range, or the model is
+                autoregressive.
         """
         if self.record.mask.causal:
             raise UserError(
                 "generate_tokens denoises, and this model has never seen a mask; use generate."
             )
+        self._check_ids(prompt_BT, eos_id, mask_id, pad_id)
         prompt_BT = np.asarray(prompt_BT, np.int32)
         generated_BT, _ = generate_tokens(
             self.logits_fn,
@@ -291,10 +298,12 @@ class Pretrained:
             seed: of the noise. batch_size: rows in one pass.
 
         Raises:
-            UserError: an answer is empty, a pair is longer than the model's context, or a setting
-                is out of range.
+            UserError: an answer is empty, an id has no row in the embedding, a pair is longer than
+                the model's context, or a setting is out of range.
         """
         questions = [self._question(pair) for pair in pairs]
+        for question in questions:
+            self._check_ids(*question[:3])
         longest = self.config["data"]["sequence_length"]
         for number, question in enumerate(questions):
             length = sum(len(part) for part in question[:3])
@@ -316,6 +325,20 @@ class Pretrained:
             batch_size=batch_size,
             mesh=self.mesh,
         )
+
+    def _check_ids(self, *ids) -> None:
+        """Raises UserError for token ids without a row in the embedding, which a gather would
+        silently clip to one that has.
+        """
+        num_rows = self.record.architecture.vocab_size
+        for some in ids:
+            array = np.asarray([] if some is None else some)
+            is_wrong = (array < 0) | (array >= num_rows)
+            if is_wrong.any():
+                raise UserError(
+                    f"{array[is_wrong].flat[0]} is not a token id of this model, whose embedding "
+                    f"has {num_rows} rows; give ids from 0 to {num_rows - 1}."
+                )
 
     def _question(self, pair) -> Question:
         if isinstance(pair, Question):

@@ -113,7 +113,11 @@ def chat_template(tokenizer: Tokenizer) -> str | None:
     """Returns the Jinja template of conversations that came with the tokenizer, if one did."""
     if "chat_template.jinja" in tokenizer.files:
         return tokenizer.files["chat_template.jinja"].decode()
-    return json.loads(tokenizer.files.get("tokenizer_config.json", b"{}")).get("chat_template")
+    content = json.loads(tokenizer.files.get("tokenizer_config.json", b"{}"))
+    template = content.get("chat_template")
+    if isinstance(template, list):  # several by name, of which one is for conversations
+        template = {one["name"]: one["template"] for one in template}.get("default")
+    return template
 
 
 def find_weights(checkpoint: str, *, causal: bool):

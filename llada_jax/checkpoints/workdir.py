@@ -20,6 +20,7 @@ import time
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import tensorstore
 from etils import epath
@@ -27,7 +28,7 @@ from jax.experimental import multihost_utils
 from jax.sharding import NamedSharding, PartitionSpec
 from orbax.checkpoint import v1 as ocp
 
-from llada_jax.checkpoints.checksums import SCHEME, checksum_of_float32, checksums
+from llada_jax.checkpoints.checksums import SCHEME, checksum_of_float32, checksums, path_text
 from llada_jax.checkpoints.orbax_patches import teach_orbax_s3
 from llada_jax.checkpoints.record import RunRecord
 from llada_jax.cluster import distributed
@@ -218,16 +219,18 @@ class Checkpoints:
         optional = {name: loaded.get(name, {}) for name in ("ema", "frozen")}
         state = TrainState(params=loaded["params"], **optional, **loaded["train"])
         # Restored buffers cannot be donated to the train step (jax#18617), which would keep the
-        # restored state in memory next to the trained one; one pass through jit makes buffers that
+        # restored state in memory next to the trained one; a pass through jit makes buffers that
         # can be.
-        shardings = jax.tree.map(lambda leaf: leaf.sharding, abstract)
-        return jax.jit(lambda state: state, out_shardings=shardings, donate_argnums=0)(state)
+        del loaded, optional
+        return _copy_leaf_by_leaf(state)
 
     def restore_params(self, step: int, abstract_params: dict, *, ema: bool) -> dict:
         """Returns only the network's parameters, or their moving average, of a step, with the
         adapters added where the run trained some; UserError when they cannot be read.
         """
         name = "ema" if ema else "params"
+        leaves = jax.tree_util.tree_leaves_with_path(abstract_params)
+        self.check_parameters(step, {path_text(path) for path, _ in leaves}, ema=ema)
         lora = self.record(step).lora
         if not lora.rank:
             return self._load(step, {name: abstract_params})[name]
@@ -263,6 +266,28 @@ class Checkpoints:
             for part, part_shape in zip("ab", adapter_dims(path, shape, lora))
         )
         return with_adapter(array, a, b, lora)
+
+    def check_parameters(self, step: int, paths: set[str], *, ema: bool) -> None:
+        """Raises UserError that names the parameters of a step which a network does not have, and
+        those of the network which the step does not hold.
+
+        Args:
+            paths: of the network's parameters, such as "blocks/q".
+        """
+        record = self.record(step)
+        # under adapters, which are what is trained, the network itself is frozen
+        item = "frozen" if record.lora.rank else "ema" if ema else "params"
+        saved = set((record.checksums or {}).get(item, {}))
+        for names, verb in ((saved - paths, "holds"), (paths - saved, "lacks")):
+            if names:
+                first = sorted(names)
+                more = f" and {len(first) - 4} more" if len(first) > 4 else ""
+                raise UserError(
+                    f"The checkpoint {self.directory / str(step)} {verb} "
+                    f"{', '.join(first[:4])}{more}, which the network of its record "
+                    f"{'does not have' if verb == 'holds' else 'has'}; use the version or the "
+                    "fork of llada_jax that wrote it."
+                )
 
     def read_array(self, step: int, path: str, shape: tuple[int, ...]) -> np.ndarray:
         """Returns one float32 array of a step in the memory of this host, checked against its
@@ -346,6 +371,21 @@ class Checkpoints:
         others = [s for s in self.steps if s != step]
         then = f"continue from step {others[-1]}" if others else "train again"
         return f"move that folder away to {then}"
+
+
+def _copy_leaf_by_leaf(tree):
+    """Returns a tree of the same arrays in new buffers, and deletes the old ones on the way, so
+    that the whole is never held twice.
+    """
+
+    def copy(leaf):
+        new = jax.jit(jnp.copy, out_shardings=leaf.sharding)(leaf)
+        # Dispatch is asynchronous, and all copies would be allocated before the first is made.
+        new.block_until_ready()
+        leaf.delete()
+        return new
+
+    return jax.tree.map(copy, tree)
 
 
 def items_of(state: TrainState) -> dict:

@@ -11,6 +11,7 @@ from typing import Protocol
 import numpy as np
 
 from llada_jax.errors import UserError, require
+from llada_jax.schemas import TokenizerJson, check, parse_json
 
 
 class Codec(Protocol):
@@ -188,12 +189,9 @@ class HuggingFace:
         self._name = name
         # tokenizer.json is saved as it was given, while `files` holds the form that is used.
         self.companions = {self.file: content, **companions}
-        try:
-            self._json = json.loads(content)
-        except ValueError as error:
-            raise UserError(
-                f"{name}: tokenizer.json is not valid JSON ({error}); fetch it again."
-            ) from error
+        require("tokenizers", extra="hf")
+        self._json = parse_json(content, file=f"{name}/{self.file}")
+        check(self._json, TokenizerJson, file=f"{name}/{self.file}")
         # Some published files cut the text at 128 tokens.
         self._json["truncation"] = self._json["padding"] = None
         self._build()
@@ -212,7 +210,10 @@ class HuggingFace:
             ) from error
         # Reads "<s>" in a text as three characters and not as the special token.
         self._tokenizer.encode_special_tokens = True
-        self.num_ids = 1 + max(self._tokenizer.get_vocab(with_added_tokens=True).values())
+        ids = self._tokenizer.get_vocab(with_added_tokens=True).values()
+        if not ids:
+            raise UserError(f"{self._name}: tokenizer.json has no tokens; fetch it again.")
+        self.num_ids = 1 + max(ids)
 
     def encode(self, texts):
         encodings = self._tokenizer.encode_batch_fast(texts, add_special_tokens=False)

@@ -18,6 +18,7 @@ from etils import epath
 from llada_jax.data.codecs import Bytes, Codec, HuggingFace, SentencePiece
 from llada_jax.errors import UserError
 from llada_jax.ranges import MAX_SIZE
+from llada_jax.schemas import ModelConfig, TokenizerConfig, check, parse_json
 
 # Lies next to the model's own files in a saved directory, and is written last.
 SPECIAL_IDS = "special_ids.json"
@@ -37,6 +38,16 @@ COMPANIONS = (
     "vocab.json",
     "merges.txt",
     "vocab.txt",
+)
+
+# Texts of which two tokenizers that are the same give the same ids.
+PROBES = (
+    "Hello world",
+    " two  spaces   three ",
+    "line\nfeed\n\n\ttab",
+    "In 1813 it cost £18.50!",
+    "naïve café Привет मानक 日本語 العربية",
+    "\U0001f600 \U0001f469\u200d\U0001f52c",
 )
 
 # What published tokenizers call their special tokens, the likeliest first. Looked up after what the
@@ -176,6 +187,20 @@ class Tokenizer:
         other._codec.companions = {**self._codec.companions, CHAT_TEMPLATE: template.encode()}
         return other
 
+    def behaves_like(self, other: "Tokenizer") -> bool:
+        """Whether another tokenizer has the same special ids and gives the same ids to fixed texts
+        and to the text of every id.
+
+        A tokenizer that was written in another form, as an export does, has another fingerprint
+        and is still the same one.
+        """
+        names = ("vocab_size", "mask_id", "eos_id", "bos_id", "pad_id")
+        if any(getattr(self, name) != getattr(other, name) for name in names):
+            return False
+        pieces = {t.decode([i]) for t in (self, other) for i in range(self.vocab_size)}
+        texts = [*PROBES, *sorted(pieces)]
+        return self.encode_batch(texts) == other.encode_batch(texts)
+
     def save(self, directory) -> None:
         """Writes the directory that `load_tokenizer` reads; SPECIAL_IDS, by which it is recognised,
         comes last.
@@ -193,7 +218,7 @@ class Tokenizer:
 
 def load_tokenizer(path, *, add_mask_token: bool = False, mask_token: str = "") -> Tokenizer:
     """Loads "bytes", a directory written by `Tokenizer.save`, a SentencePiece .model or a folder
-    with tokenizer.json.
+    with tokenizer.json or, without that, tokenizer.model.
 
     In a folder with a checkpoint, the special ids in its config.json come first, because the model
     was trained with them.
@@ -217,6 +242,12 @@ def load_tokenizer(path, *, add_mask_token: bool = False, mask_token: str = "") 
     if path.name.endswith(".model") and path.is_file():
         codec = SentencePiece(path.read_bytes(), name=str(path))
         declared, stated = codec.declared(), {}
+    elif not (path / "tokenizer.json").exists() and (path / "tokenizer.model").exists():
+        file = path / "tokenizer.model"
+        codec = SentencePiece(file.read_bytes(), name=str(file))
+        declared = {**codec.declared(), **_declared_in_config(path)}
+        # Tokens that were added later have ids after those of the file.
+        stated = _stated_in_model_config(path, num_ids=MAX_SIZE)
     elif (path / "tokenizer.json").exists():
         codec = HuggingFace(  # type: ignore[assignment]
             (path / "tokenizer.json").read_bytes(), name=str(path), companions=_companions(path)
@@ -228,7 +259,7 @@ def load_tokenizer(path, *, add_mask_token: bool = False, mask_token: str = "") 
     else:
         raise UserError(
             f"There is no tokenizer at {str(path)!r}: give 'bytes', a SentencePiece .model file, a "
-            "folder with a tokenizer.json, or the tokenizer folder of a prepared data set."
+            "folder with a tokenizer.json or tokenizer.model, or that of a prepared data set."
         )
     if mask_token:
         stated["mask"] = codec.id_of(mask_token)
@@ -373,14 +404,9 @@ def _declared_in_config(folder) -> dict[str, str]:
     file = folder / "tokenizer_config.json"
     if not file.exists():
         return {}
-    try:
-        declared = json.loads(file.read_text())
-    except json.JSONDecodeError as error:
-        raise UserError(f"{file} is not valid JSON ({error}); fix it or remove it.") from error
-    names = {what: declared.get(f"{what}_token") for what in SPECIAL_NAMES}
-    names = {
-        what: name["content"] if isinstance(name, dict) else name for what, name in names.items()
-    }
+    declared = check(parse_json(file.read_bytes(), file=file), TokenizerConfig, file=file)
+    tokens = {what: getattr(declared, f"{what}_token") for what in SPECIAL_NAMES}
+    names = {what: getattr(token, "content", token) for what, token in tokens.items()}
     return {what: name for what, name in names.items() if name}
 
 
@@ -391,14 +417,11 @@ def _stated_in_model_config(folder, *, num_ids: int) -> dict[str, int]:
     file = folder / "config.json"
     if not file.exists():
         return {}
-    try:
-        config = json.loads(file.read_text())
-    except json.JSONDecodeError as error:
-        raise UserError(f"{file} is not valid JSON ({error}); fix it or remove it.") from error
-    ids = {what: config.get(f"{what}_token_id") for what in SPECIAL_NAMES}
+    config = check(parse_json(file.read_bytes(), file=file), ModelConfig, file=file)
+    ids = {what: getattr(config, f"{what}_token_id") for what in SPECIAL_NAMES}
     # Of several end-of-text ids, the first is the one that ended the texts in training.
-    ids = {what: i[0] if isinstance(i, list) and i else i for what, i in ids.items()}
-    return {what: i for what, i in ids.items() if type(i) is int and 0 <= i < num_ids}
+    ids = {what: i[0] if isinstance(i, list) else i for what, i in ids.items()}
+    return {what: i for what, i in ids.items() if i is not None and 0 <= i < num_ids}
 
 
 def _digest(files: dict[str, bytes]) -> str:

@@ -27,7 +27,8 @@ from llada_jax.errors import UserError, look_up, require
 from llada_jax.evaluation.conditional import Question, Score, encode_pair, log_likelihoods
 from llada_jax.evaluation.rolling import windows
 from llada_jax.rng import key_for
-from llada_jax.samplers.denoise import denoise, make_canvas
+from llada_jax.samplers.canvas import make_canvas
+from llada_jax.samplers.denoise import denoise
 from llada_jax.samplers.text import cut_at_eos, decode_after
 
 # Requests after which results are written to the cache of the harness, from which an interrupted
@@ -253,10 +254,8 @@ class HarnessModel:
             cfg_scale=self.cfg_scale,
             eos_id=self.tokenizer.eos_id,
             num_ids=self.tokenizer.vocab_size,
+            each_step=False,
         ):
-            is_last_of_block = state.step * state.num_blocks % state.num_steps == 0
-            if not is_last_of_block:
-                continue
             finished = state.block * block_length
             texts = self._texts(ids, state.canvas_BT, gen_length, finished, until)
             if all(has_ended for _, has_ended in texts):

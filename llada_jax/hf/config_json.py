@@ -5,6 +5,7 @@ refused by key and value, before any weight is read: a checkpoint that loads and
 else would be the worst outcome.
 """
 
+from llada_jax import schemas
 from llada_jax.errors import UserError, did_you_mean
 from llada_jax.models.transformer import Architecture
 
@@ -47,23 +48,51 @@ def architecture_from(hf_config: dict) -> Architecture:
     Raises:
         UserError: a key is missing, or asks for what the network does not have.
     """
-    return _from_llada(hf_config) if layout_of(hf_config) == "llada" else _from_llama(hf_config)
+    layout = layout_of(hf_config)
+    schemas.check(hf_config, schemas.ModelConfig, file="config.json")
+    a = _from_llada(hf_config) if layout == "llada" else _from_llama(hf_config)
+    if a.num_heads % a.num_kv_heads:
+        raise UserError(
+            f"config.json: {a.num_heads} heads are not a multiple of {a.num_kv_heads} key/value "
+            "heads; the file is damaged."
+        )
+    if a.head_dim % 2:
+        raise UserError(
+            f"config.json: heads of width {a.head_dim} cannot be rotated; the file is damaged."
+        )
+    _check_ids(hf_config, a.vocab_size)
+    return a
 
 
-def _need(hf_config: dict, *keys: str, kind: type | tuple = object) -> None:
-    """Raises UserError where a key is absent or of another kind."""
+def _check_ids(hf_config: dict, num_rows: int) -> None:
+    """Raises UserError for a special id without a row in the embedding, and for a mask that is
+    also another token.
+    """
+    for key in ("mask_token_id", "eos_token_id", "bos_token_id", "pad_token_id"):
+        value = hf_config.get(key)
+        for i in value if isinstance(value, list) else [value]:
+            if i is not None and i >= num_rows:
+                raise UserError(
+                    f"config.json: {key}={value} is not an id of the embedding, which has "
+                    f"{num_rows} rows; fetch the file again."
+                )
+    mask = hf_config.get("mask_token_id")
+    eos = hf_config.get("eos_token_id")
+    if mask is not None and mask in (eos if isinstance(eos, list) else [eos]):
+        raise UserError(
+            f"config.json: mask_token_id={mask} and eos_token_id={eos} are the same token; fetch "
+            "the file again."
+        )
+
+
+def _need(hf_config: dict, *keys: str) -> None:
+    """Raises UserError where a key is absent."""
     missing = [key for key in keys if hf_config.get(key) is None]
     if missing:
         raise UserError(
             f"config.json has no {', '.join(missing)}; fetch the whole file: what it does not "
             "state cannot be guessed."
         )
-    for key in keys:
-        value = hf_config[key]
-        if not isinstance(value, kind) or (kind is not object and not value > 0):  # type: ignore[operator]
-            raise UserError(
-                f"config.json: {key}={value!r} must be a positive number; fetch the file again."
-            )
 
 
 def _refuse(hf_config: dict, possible: dict[str, tuple]) -> None:
@@ -81,8 +110,8 @@ def _refuse(hf_config: dict, possible: dict[str, tuple]) -> None:
 
 def _from_llada(hf_config: dict) -> Architecture:
     vocab_key = "vocab_size" if hf_config.get("embedding_size") is None else "embedding_size"
-    _need(hf_config, vocab_key, "d_model", "n_heads", "n_layers", "mlp_hidden_size", kind=int)
-    _need(hf_config, "rope_theta", "rms_norm_eps", kind=(int, float))
+    _need(hf_config, vocab_key, "d_model", "n_heads", "n_layers", "mlp_hidden_size")
+    _need(hf_config, "rope_theta", "rms_norm_eps")
     _need(hf_config, "weight_tying", "block_type", "activation_type", "layer_norm_type", "rope")
     _refuse(
         hf_config,
@@ -136,9 +165,8 @@ def _from_llama(hf_config: dict) -> Architecture:
         "intermediate_size",
         "num_hidden_layers",
         "num_attention_heads",
-        kind=int,
+        "rms_norm_eps",
     )
-    _need(hf_config, "rms_norm_eps", kind=float)
     if layout == "illada":
         _need(hf_config, "rope_theta", "tie_word_embeddings")
     rope_theta, rope_scaling = _rope(hf_config)
@@ -220,7 +248,7 @@ def _rope(hf_config: dict) -> tuple[float, tuple[float, ...]]:
         theta = hf_config["rope_theta"]
     if kind == "default":
         return float(theta), ()
-    _need(described, *LLAMA3, kind=(int, float))
+    _need(described, *LLAMA3)
     return float(theta), tuple(float(described[name]) for name in LLAMA3)
 
 

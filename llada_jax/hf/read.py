@@ -6,7 +6,6 @@ download that was cut short is the most common fault, and should not cost minute
 """
 
 import dataclasses
-import json
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -19,6 +18,7 @@ from llada_jax.hf.config_json import architecture_from, layout_of
 from llada_jax.hf.convert import Tensor, tensors
 from llada_jax.models.transformer import Architecture
 from llada_jax.rng import key_for
+from llada_jax.schemas import GenerationConfig, Index, check, parse_json
 
 CONFIG = "config.json"
 SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
@@ -43,18 +43,12 @@ def is_huggingface(path) -> bool:
 def read_json(file: Path) -> dict:
     """Returns the object in a JSON file; UserError when there is none."""
     try:
-        content = json.loads(file.read_text())
+        content = file.read_bytes()
     except OSError as error:
         raise UserError(
             f"{file} cannot be read ({error.strerror}); fetch the whole checkpoint again."
         ) from error
-    except ValueError as error:
-        raise UserError(f"{file} is not valid JSON ({error}); fetch it again.") from error
-    if not isinstance(content, dict):
-        raise UserError(
-            f"{file} holds a {type(content).__name__} where an object is expected; fetch it again."
-        )
-    return content
+    return parse_json(content, file=file)
 
 
 def read_config(directory) -> tuple[dict, str, Architecture]:
@@ -65,9 +59,13 @@ def read_config(directory) -> tuple[dict, str, Architecture]:
     """
     hf_config = read_json(Path(directory) / CONFIG)
     try:
-        return hf_config, layout_of(hf_config), architecture_from(hf_config)
+        found = hf_config, layout_of(hf_config), architecture_from(hf_config)
     except UserError as error:
         raise UserError(f"{directory}/{error}") from error
+    generation = Path(directory) / "generation_config.json"
+    if generation.exists():
+        check(read_json(generation), GenerationConfig, file=generation)
+    return found
 
 
 # ---- what is in the directory
@@ -113,11 +111,7 @@ def _list_file(file: Path) -> dict[str, Stored]:
 
 
 def _list_shards(directory: Path) -> dict[str, Stored]:
-    index = read_json(directory / INDEX).get("weight_map")
-    if not isinstance(index, dict) or not all(isinstance(file, str) for file in index.values()):
-        raise UserError(
-            f"{directory / INDEX} has no weight_map from tensors to files; fetch it again."
-        )
+    index = check(read_json(directory / INDEX), Index, file=directory / INDEX).weight_map
     files = sorted(set(index.values()))
     # What someone has uploaded must not make this read any other file of the machine. Names and not
     # the places that they lead to are looked at: Hugging Face's own cache is made of links.
@@ -132,6 +126,11 @@ def _list_shards(directory: Path) -> dict[str, Stored]:
         raise UserError(
             f"{directory} lacks {_some(missing)}, which {INDEX} lists; fetch the whole checkpoint."
         )
+    if outside := [file for file in files if not _is_inside(directory / file, directory)]:
+        raise UserError(
+            f"{directory / INDEX} lists {_some(outside)}, a link to a file outside of {directory}; "
+            "put the file itself there."
+        )
     stored = {}
     for file in files:
         found = _list_file(directory / file)
@@ -144,6 +143,17 @@ def _list_shards(directory: Path) -> dict[str, Stored]:
             )
         stored |= found
     return stored
+
+
+def _is_inside(file: Path, directory: Path) -> bool:
+    """Whether a file, its links followed, lies in a directory or in that repository of the Hub's
+    cache to which the directory belongs: there snapshots/REVISION/NAME links to blobs/DIGEST.
+    """
+    target, home = file.resolve(), directory.resolve()
+    is_snapshot = home.parent.name == "snapshots"
+    return target.is_relative_to(home) or (
+        is_snapshot and target.parent == home.parent.parent / "blobs"
+    )
 
 
 def check_tensors(

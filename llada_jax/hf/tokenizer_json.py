@@ -20,19 +20,9 @@ from pathlib import Path
 from typing import Any
 
 from llada_jax.data.codecs import SPACE_MARK
-from llada_jax.data.tokenizer import CHAT_TEMPLATE, Tokenizer
+from llada_jax.data.tokenizer import CHAT_TEMPLATE, PROBES, Tokenizer
 from llada_jax.errors import UserError, reason, require
 
-# Texts on which a converted SentencePiece model must give the ids of the original, in addition to
-# the text of every piece.
-PROBES = (
-    "Hello world",
-    " two  spaces   three ",
-    "line\nfeed\n\n\ttab",
-    "In 1813 it cost £18.50!",
-    "naïve café Привет मानक 日本語 العربية",
-    "\U0001f600 \U0001f469\u200d\U0001f52c",
-)
 NEVER = -1e6  # a score that no sum of other scores falls below
 BYTE_SCORE = -1e3  # of the byte of an unknown character: below every ordinary piece, above NEVER
 

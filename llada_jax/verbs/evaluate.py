@@ -9,6 +9,7 @@ from llada_jax.checkpoints.orbax_patches import drop_echoes
 from llada_jax.checkpoints.workdir import parse_checkpoint
 from llada_jax.cluster import sharding
 from llada_jax.data.records import read_dataset
+from llada_jax.data.tokenizer import load_same
 from llada_jax.errors import UserError, look_up
 from llada_jax.evaluation import harness
 from llada_jax.evaluation.baselines import unigram_bits_per_byte, xz_bits_per_byte
@@ -151,7 +152,9 @@ def evaluate(args) -> dict:
     """Returns the bound and, if asked for, the baselines, as a flat dict."""
     model = pretrained.load(args.checkpoint, ema=args.ema)
     info = read_dataset(args.data)
-    if info.tokenizer["fingerprint"] != model.tokenizer.fingerprint:
+    if info.tokenizer["fingerprint"] != model.tokenizer.fingerprint and not load_same(
+        f"{args.data}/tokenizer", info.tokenizer["fingerprint"], of="the records"
+    ).behaves_like(model.tokenizer):
         raise UserError(
             f"{args.data} was prepared with another tokenizer "
             f"({info.tokenizer['fingerprint'][:12]}) than the checkpoint's "

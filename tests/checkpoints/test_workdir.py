@@ -89,3 +89,36 @@ def test_a_checkpoint_of_something_else_is_refused_with_the_folder_to_move_away(
         f"The record of the checkpoint {folder / '3'} has no field 'config'; move that folder away "
         "to train again."
     )
+
+
+def test_a_restored_state_is_never_held_twice(tmp_path, monkeypatch):
+    mesh = one_device_mesh()
+    place = lambda array: jax.device_put(array, NamedSharding(mesh, P()))  # noqa: E731
+    params = {f"w{i}": place(jnp.full((256, 1024), float(i))) for i in range(8)}
+    state = TrainState(place(jnp.int32(3)), params, (), {}, {})
+    abstract, expected = abstract_of(state), jax.device_get(params)
+    saved = Checkpoints(tmp_path)
+    saved.save(state, small_record())
+    saved.close()
+    jax.tree.map(lambda leaf: leaf.delete(), state)
+    live = lambda: sum(array.nbytes for array in jax.live_arrays())  # noqa: E731
+    before, seen, real = live(), [], jax.jit
+
+    def watched(*args, **kwargs):
+        compiled = real(*args, **kwargs)
+
+        def call(*operands):
+            held = live() - before  # asked first: a donated operand counts as gone afterwards
+            result = jax.block_until_ready(compiled(*operands))
+            seen.append(held + sum(leaf.nbytes for leaf in jax.tree.leaves(result)))
+            return result
+
+        return call
+
+    found, step = find_checkpoint(str(tmp_path))
+    monkeypatch.setattr(jax, "jit", watched)
+    restored = found.restore(step, abstract)
+    monkeypatch.undo()
+    total, largest = 8 * 2**20, 2**20
+    assert total < max(seen) < total + 2 * largest
+    jax.tree.map(np.testing.assert_array_equal, jax.device_get(restored.params), expected)

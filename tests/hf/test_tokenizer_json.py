@@ -39,6 +39,16 @@ def theirs(ours):
 KINDS = pytest.mark.parametrize("kind", ["bytes", "unigram", "bpe"])
 
 
+@KINDS
+def test_an_exported_tokenizer_behaves_like_its_original_and_like_no_other(kind, ours, tmp_path):
+    for name, content in tokenizer_files(ours[kind], max_length=64).items():
+        (tmp_path / name).write_bytes(content)
+    exported = load_tokenizer(tmp_path)
+    assert exported.fingerprint != ours[kind].fingerprint
+    assert [other for other in ours if exported.behaves_like(ours[other])] == [kind]
+    assert [other for other in ours if ours[other].behaves_like(exported)] == [kind]
+
+
 # ---- the library of transformers
 
 

@@ -30,6 +30,7 @@ FLOORS = (
         "streams",
         "parts",
         "ranges",
+        "schemas",
         "validation",
         "config",
         "progress",

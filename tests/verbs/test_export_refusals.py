@@ -67,6 +67,22 @@ def test_what_cannot_be_exported_is_refused_with_the_reason(
     )
 
 
+def test_parameters_that_the_network_does_not_have_are_named_and_not_called_damage(
+    tmp_path, refused_export
+):
+    params = random_params(LLADA)
+    params["blocks"]["gate"] = np.ones((3, 4), np.float32)
+    run = write_checkpoint(tmp_path / "run", LLADA, params)
+    sentence = refused_export("--checkpoint", run, output=tmp_path / "out")
+    assert "holds blocks/gate, which the network of its record does not have" in sentence
+    with pytest.raises(UserError, match="holds blocks/gate, which the network"):
+        llada_jax.load(run)
+    del params["blocks"]["gate"], params["blocks"]["ff_up"]
+    run = write_checkpoint(tmp_path / "less", LLADA, params)
+    sentence = refused_export("--checkpoint", run, output=tmp_path / "out")
+    assert "lacks blocks/ff_up, which the network of its record has" in sentence
+
+
 def _file(path: Path, content: str) -> Path:
     path.write_text(content)
     return path

@@ -19,6 +19,9 @@ from support.hf_directories import (
 )
 
 from llada_jax.__main__ import main
+from llada_jax.data.tokenizer import load_tokenizer
+from llada_jax.data.tokenizer_training import train_sentencepiece
+from llada_jax.hf.read import list_tensors
 from llada_jax.models.model import make_model
 
 # ---- bad input
@@ -52,6 +55,11 @@ def sharded(directory, change=lambda index: None, *, remove=""):
     file.write_text(json.dumps(index))
     if remove:
         (directory / remove).unlink()
+
+
+def linked(directory):
+    (directory / SECOND).rename(directory.parent / "elsewhere.safetensors")
+    (directory / SECOND).symlink_to(directory.parent / "elsewhere.safetensors")
 
 
 def config_of(directory, **changes):
@@ -125,6 +133,71 @@ BAD = {
         lambda d: config_of(d, num_experts=64),
         ["num_experts=64", "mixture of experts"],
     ),
+    "sizes below one": (
+        lambda d: config_of(d, n_layers=-2),
+        ["n_layers=-2 must be greater than or equal to 1"],
+    ),
+    "a size in words": (
+        lambda d: config_of(d, max_sequence_length="4k"),
+        ["max_sequence_length='4k' must be a whole number"],
+    ),
+    "a list for a number": (
+        lambda d: config_of(d, rope_theta=[1e4]),
+        ["rope_theta=[10000.0] must be a number"],
+    ),
+    "no rotary base": (
+        lambda d: config_of(d, rope_theta=0),
+        ["rope_theta=0 must be greater than 0"],
+    ),
+    "mask without a row": (
+        lambda d: config_of(d, mask_token_id=320),
+        ["mask_token_id=320 is not an id of the embedding", "320 rows"],
+    ),
+    "negative mask": (lambda d: config_of(d, mask_token_id=-1), ["mask_token_id=-1 must be"]),
+    "mask that is also EOS": (
+        lambda d: config_of(d, eos_token_id=[256, 257]),
+        ["mask_token_id=257 and eos_token_id=[256, 257] are the same token"],
+    ),
+    "deep JSON": (
+        lambda d: (d / "config.json").write_text('{"a":' + "[" * 100_000),
+        ["config.json is nested too deeply"],
+    ),
+    "JSON in another encoding": (
+        lambda d: (d / "config.json").write_bytes(b'{"model_type": "\xff"}'),
+        ["config.json is not valid JSON"],
+    ),
+    "generation config": (
+        lambda d: (d / "generation_config.json").write_text('{"eos_token_id": "two"}'),
+        ["generation_config.json: eos_token_id='two' must be a whole number"],
+    ),
+    "listed tokenizer": (
+        lambda d: (d / "tokenizer.json").write_text("[1]"),
+        ["tokenizer.json holds a list"],
+    ),
+    "odd added tokens": (
+        lambda d: (d / "tokenizer.json").write_text('{"model": {}, "added_tokens": null}'),
+        ["tokenizer.json: added_tokens=None must be a list"],
+    ),
+    "listed tokenizer config": (
+        lambda d: (d / "tokenizer_config.json").write_text("[]"),
+        ["tokenizer_config.json holds a list"],
+    ),
+    "a number for a token": (
+        lambda d: (d / "tokenizer_config.json").write_text('{"eos_token": 7}'),
+        ["tokenizer_config.json: eos_token=7 must be a text"],
+    ),
+    "an index that leaves upwards": (
+        lambda d: sharded(d, lambda i: i["weight_map"].update({Q0: f"../hf/{SECOND}"})),
+        ["must be a file in the same directory", Q0],
+    ),
+    "an index with an absolute path": (
+        lambda d: sharded(d, lambda i: i["weight_map"].update({Q0: str(d / SECOND)})),
+        ["must be a file in the same directory", Q0],
+    ),
+    "an index of a link that leaves": (
+        lambda d: sharded(d) or linked(d),
+        [SECOND, "a link to a file outside of"],
+    ),
     "other network": (lambda d: config_of(d, alibi=True), ["alibi=True"]),
     "no tokenizer": (lambda d: (d / "tokenizer.json").unlink(), ["There is no tokenizer"]),
     "long tokenizer": (
@@ -152,10 +225,39 @@ def refused(capsys):
 
 
 @pytest.fixture(scope="module")
+def ours():
+    texts = ["in the house of the mouse, on the hill by the mill\n"] * 20
+    return train_sentencepiece(texts, vocab_size=290, model_type="bpe")
+
+
+@pytest.fixture(scope="module")
 def whole(tmp_path_factory) -> Path:
     directory = tmp_path_factory.mktemp("whole") / "hf"
     write_huggingface(directory, "llada", SMALL)
     return directory
+
+
+def test_the_links_of_the_hubs_cache_are_followed(whole, tmp_path):
+    repository = tmp_path / "models--me--model"
+    directory = repository / "snapshots" / "abc"
+    shutil.copytree(whole, directory)
+    sharded(directory)
+    (repository / "blobs").mkdir()
+    (directory / SECOND).rename(repository / "blobs" / "digest")
+    (directory / SECOND).symlink_to("../../blobs/digest")
+    assert Q0 in list_tensors(directory)
+
+
+def test_a_tokenizer_model_alone_is_imported_with_the_ids_of_the_config(whole, tmp_path, ours):
+    directory = tmp_path / "hf"
+    shutil.copytree(whole, directory)
+    (directory / "tokenizer.json").unlink()
+    (directory / "tokenizer.model").write_bytes(ours.files["sentencepiece.model"])
+    config_of(directory, mask_token_id=319)
+    assert main(["import", "--from", str(directory), "--output", str(tmp_path / "out")]) == 0
+    loaded = load_tokenizer(tmp_path / "out" / "tokenizer")
+    assert (loaded.kind, loaded.mask_id, loaded.eos_id) == ("sentencepiece", 319, 256)
+    assert loaded.encode("in the house") == ours.encode("in the house")
 
 
 @pytest.mark.parametrize("fault", BAD)

@@ -1,0 +1,205 @@
+"""What the JSON files of a published checkpoint may hold: the type and the range of every key that
+this package reads.
+
+Such a file comes from elsewhere, and a value of another type would otherwise be found deep inside
+a library, as a traceback. What the network cannot express is another question (hf/config_json.py).
+Keys that are not read are not checked.
+"""
+
+import json
+from pathlib import PurePosixPath
+from typing import Annotated, Any, TypeVar
+
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError
+
+from llada_jax.errors import UserError, one_line
+from llada_jax.ranges import MAX_SIZE
+
+Size = Annotated[int, Field(ge=1, le=MAX_SIZE)]
+Positive = Annotated[float, Field(gt=0, allow_inf_nan=False)]
+Id = Annotated[int, Field(ge=0, lt=MAX_SIZE)]
+# Published files say -1 where there is no such token.
+OptionalId = Annotated[int, Field(ge=-1, lt=MAX_SIZE)]
+
+
+class Schema(BaseModel):
+    """An object of which only the stated keys are checked; null stands for an absent key."""
+
+    # Strict, so that true is not a 1 and "128" is not a number.
+    model_config = ConfigDict(strict=True, extra="ignore", protected_namespaces=())
+
+
+class Rotary(Schema):
+    """rope_scaling or rope_parameters of a config.json."""
+
+    rope_type: str | None = None
+    type: str | None = None
+    rope_theta: Positive | None = None
+    factor: Positive | None = None
+    low_freq_factor: Positive | None = None
+    high_freq_factor: Positive | None = None
+    original_max_position_embeddings: Positive | None = None
+    partial_rotary_factor: Positive | None = None
+
+
+class ModelConfig(Schema):
+    """config.json, in the names of LLaDA and of Llama."""
+
+    model_type: str | None = None
+    vocab_size: Size | None = None
+    embedding_size: Size | None = None
+    d_model: Size | None = None
+    n_layers: Size | None = None
+    n_heads: Size | None = None
+    n_kv_heads: Size | None = None
+    mlp_hidden_size: Size | None = None
+    max_sequence_length: Size | None = None
+    hidden_size: Size | None = None
+    intermediate_size: Size | None = None
+    num_hidden_layers: Size | None = None
+    num_attention_heads: Size | None = None
+    num_key_value_heads: Size | None = None
+    head_dim: Annotated[int, Field(ge=2, le=MAX_SIZE, multiple_of=2)] | None = None
+    max_position_embeddings: Size | None = None
+    rope_theta: Positive | None = None
+    rms_norm_eps: Annotated[float, Field(gt=0, lt=1)] | None = None
+    rope_scaling: Rotary | None = None
+    rope_parameters: Rotary | None = None
+    weight_tying: bool | None = None
+    tie_word_embeddings: bool | None = None
+    multi_query_attention: bool | None = None
+    attention_layer_norm: bool | None = None
+    output_shift: bool | None = None
+    layer_types: list[str] | None = None
+    mask_token_id: Id | None = None
+    eos_token_id: Id | Annotated[list[Id], Field(min_length=1)] | None = None
+    bos_token_id: OptionalId | None = None
+    pad_token_id: OptionalId | None = None
+
+
+class GenerationConfig(Schema):
+    """generation_config.json."""
+
+    eos_token_id: Id | Annotated[list[Id], Field(min_length=1)] | None = None
+    bos_token_id: OptionalId | None = None
+    pad_token_id: OptionalId | None = None
+
+
+class Token(Schema):
+    """A special token that is written as an object."""
+
+    content: str
+
+
+class NamedTemplate(Schema):
+    """One of several chat templates."""
+
+    name: str
+    template: str
+
+
+class TokenizerConfig(Schema):
+    """tokenizer_config.json."""
+
+    mask_token: str | Token | None = None
+    eos_token: str | Token | None = None
+    bos_token: str | Token | None = None
+    pad_token: str | Token | None = None
+    chat_template: str | list[NamedTemplate] | None = None
+
+
+class AddedToken(Schema):
+    """One of the added_tokens of a tokenizer.json."""
+
+    id: Id
+    content: str
+
+
+class TokenizerJson(Schema):
+    """tokenizer.json, as far as it is not left to the tokenizers library."""
+
+    added_tokens: list[AddedToken] = []
+    model: dict[str, Any]
+
+
+def _file_inside(name: str) -> str:
+    path = PurePosixPath(name)
+    if path.is_absolute() or ".." in path.parts or "\0" in name or not path.parts:
+        raise ValueError("must be a file in the same directory")
+    return name
+
+
+class Index(Schema):
+    """model.safetensors.index.json."""
+
+    weight_map: dict[str, Annotated[str, AfterValidator(_file_inside)]]
+
+
+# What pydantic calls a value of another type.
+EXPECTED = {
+    "int_type": "must be a whole number",
+    "float_type": "must be a number",
+    "string_type": "must be a text",
+    "bool_type": "must be true or false",
+    "list_type": "must be a list",
+    "dict_type": "must be an object",
+    "model_type": "must be an object",
+}
+
+AnySchema = TypeVar("AnySchema", bound=Schema)
+
+
+def parse_json(content: str | bytes, *, file) -> dict:
+    """Returns the object in a JSON file.
+
+    Args:
+        file: what it is called, for messages.
+
+    Raises:
+        UserError: it is not JSON, or holds another value than an object.
+    """
+    try:
+        parsed = json.loads(content)
+    except ValueError as error:
+        raise UserError(
+            f"{file} is not valid JSON ({one_line(str(error))}); fetch it again."
+        ) from (error)
+    except RecursionError as error:
+        raise UserError(f"{file} is nested too deeply to be read; fetch it again.") from error
+    if not isinstance(parsed, dict):
+        raise UserError(
+            f"{file} holds a {type(parsed).__name__} where an object is expected; fetch it again."
+        )
+    return parsed
+
+
+def check(content: dict, schema: type[AnySchema], *, file) -> AnySchema:
+    """Returns the checked keys of an object.
+
+    Raises:
+        UserError: the first key that is missing, of another type, or out of range.
+    """
+    try:
+        return schema.model_validate(content)
+    except ValidationError as error:
+        first = error.errors(include_url=False)[0]
+        # Only keys and positions: pydantic also names the member of a union that it has tried.
+        place, value = "", content
+        for key in first["loc"]:
+            if isinstance(value, dict) and key in value:
+                place += f".{key}" if place else str(key)
+            elif isinstance(value, list) and isinstance(key, int):
+                place += f"[{key}]"
+            else:
+                continue
+            value = value[key]
+        if first["type"] == "missing":
+            missing = first["loc"][-1]
+            raise UserError(
+                f"{file} has no {f'{place}.' if place else ''}{missing}; fetch the whole file."
+            ) from error
+        shown = repr(value) if len(repr(value)) <= 60 else f"{repr(value)[:57]}..."
+        says = EXPECTED.get(first["type"]) or first["msg"].replace(
+            "Input should", "must"
+        ).removeprefix("Value error, ")
+        raise UserError(f"{file}: {place}={shown} {says}; fetch the file again.") from error
