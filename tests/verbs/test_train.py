@@ -21,6 +21,7 @@ SMALL = {
     "num_steps": 2,
     "num_tokens": 0,
     "data.batch_size": 8,
+    "optimizer.gradient_accumulation": 2,
     "data.sequence_length": SEQUENCE_LENGTH,
     "model.vocab_size": 0,
     "model.num_layers": 2,
