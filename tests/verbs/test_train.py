@@ -198,8 +198,11 @@ def test_the_autoregressive_control_runs_on_the_same_data(runs, capsys):
     result = json.loads(capsys.readouterr().out)
     final = metric_lines(workdir, "final")[0]["final"]
     assert result["nll_nats_per_token"] == pytest.approx(final["nll"], rel=1e-4)
-    assert main(["sample", "--checkpoint", str(workdir), "--gen-length", "4"]) == 2
-    assert "autoregressive" in capsys.readouterr().err
+    words = ["sample", "--checkpoint", str(workdir), "--gen-length", "4"]
+    assert main(words) == 0
+    capsys.readouterr()
+    assert main([*words, "--block-length", "2"]) == 2
+    assert "block_length=2 is about denoising" in capsys.readouterr().err
 
 
 @pytest.mark.slow
