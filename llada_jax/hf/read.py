@@ -115,7 +115,8 @@ def _list_shards(directory: Path) -> dict[str, Stored]:
     files = sorted(set(index.values()))
     # What someone has uploaded must not make this read any other file of the machine. Names and not
     # the places that they lead to are looked at: Hugging Face's own cache is made of links.
-    outside = [file for file in files if Path(file).name != file]
+    is_name = lambda file: file not in ("", "..") and "\0" not in file and Path(file).name == file  # noqa: E731
+    outside = [file for file in files if not is_name(file)]
     if outside:
         raise UserError(
             f"{directory / INDEX} lists {_some(outside)}, and files outside of its directory are "

@@ -433,7 +433,7 @@ def denoise(
         row_B=np.arange(first_row, first_row + len(canvas_BT), dtype=np.int32),
         mask_id=np.int32(mask_id),
         fill_id=np.int32(eos_ids[0] if eos_ids and stop_at_eos else -1),
-        # -1 is no token; one shape with and without an EOS shares the compiled program.
+        # No token has the id -1; one shape with and without an EOS shares the compiled program.
         eos_ids_n=np.asarray(eos_ids or [-1], np.int32),
         suppress_n=np.asarray(suppress, np.int32),
         steps_per_block=np.int32(steps // num_blocks),

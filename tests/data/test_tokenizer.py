@@ -346,6 +346,9 @@ def test_damaged_files_are_refused_by_name(tmp_path, tokenizers):
     with pytest.raises(UserError, match="not valid JSON"):
         load_tokenizer(tmp_path / "hf")
     (tmp_path / "hf" / "tokenizer.json").write_text("{}")
+    with pytest.raises(UserError, match="has no model"):
+        load_tokenizer(tmp_path / "hf")
+    (tmp_path / "hf" / "tokenizer.json").write_text('{"model": {}}')
     with pytest.raises(UserError, match="cannot be used"):
         load_tokenizer(tmp_path / "hf")
     tokenizers["bpe"].save(tmp_path / "saved")

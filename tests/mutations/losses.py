@@ -97,22 +97,43 @@ DENOISE = faults_of(
     "tests/samplers/test_eos.py tests/samplers/test_denoise.py",
     (
         "the same noise in every step",
-        "keys_for_rows(jax.random.fold_in(key, step), fixed.row_B)",
+        "keys_for_rows(jax.random.fold_in(key, number), fixed.row_B)",
         "keys_for_rows(key, fixed.row_B)",
         "tests/samplers/test_denoise.py tests/objectives/test_draws.py "
         "tests/samplers/test_distributions.py",
     ),
     (
         "EOS filled in before its block is finished",
-        "jnp.where(steps_left == 1, ended_BT, new_canvas_BT)",
-        "ended_BT",
+        "jax.lax.dynamic_update_slice_in_dim(state.canvas_BT, tokens_BT, start, axis=1),",
+        "_fill_after_eos(jax.lax.dynamic_update_slice_in_dim(state.canvas_BT, tokens_BT, start, "
+        "axis=1), is_generated_BT, fixed),",
         "tests/samplers/test_eos.py tests/samplers/test_denoise.py",
     ),
     (
         "EOS of the prompt ends a row",
-        "is_eos_BT = (canvas_BT == eos_id) & is_generated_BT",
-        "is_eos_BT = canvas_BT == eos_id",
+        "_is_among(canvas_BT, fixed.eos_ids_n) & is_generated_BT",
+        "_is_among(canvas_BT, fixed.eos_ids_n)",
     ),
+    (
+        "the remainder revealed last",
+        "count_B = -(-jnp.sum(is_hidden_BT, axis=1) // steps_left)",
+        "count_B = jnp.sum(is_hidden_BT, axis=1) // steps_left",
+    ),
+    (
+        "ties go to the right",
+        "jnp.argsort(jnp.argsort(-score_BT, axis=1, stable=True), axis=1)",
+        "jnp.argsort(jnp.argsort(-score_BT[:, ::-1], axis=1, stable=True), axis=1)[:, ::-1]",
+    ),
+    (
+        "rows numbered within their batch",
+        "np.arange(first_row, first_row + len(canvas_BT), dtype=np.int32)",
+        "np.arange(len(canvas_BT), dtype=np.int32)",
+    ),
+)
+
+CHOICE = faults_of(
+    "llada_jax/samplers/choice.py",
+    "tests/samplers/test_choice.py tests/samplers/test_denoise.py",
     (
         "the mask token proposed",
         "is_excluded_V = (id_V == mask_id) | (id_V >= num_ids)",
@@ -125,29 +146,25 @@ DENOISE = faults_of(
         "tests/samplers/test_text.py tests/samplers/test_denoise.py",
     ),
     (
-        "guidance one too weak",
-        "(fixed.cfg_scale + 1) * (logits_BTV - unprompted_BTV)",
-        "fixed.cfg_scale * (logits_BTV - unprompted_BTV)",
-    ),
-    (
-        "the remainder revealed last",
-        "count_B = -(-jnp.sum(is_hidden_BT, axis=1) // steps_left)",
-        "count_B = jnp.sum(is_hidden_BT, axis=1) // steps_left",
-    ),
-    (
-        "ties go to the right",
-        "jnp.argsort(jnp.argsort(-confidence_BT, axis=1, stable=True), axis=1)",
-        "jnp.argsort(jnp.argsort(-confidence_BT[:, ::-1], axis=1, stable=True), axis=1)[:, ::-1]",
-    ),
-    (
         "temperature squared",
-        "logits_BTV + temperature * jax.vmap(noise)(keys_B)",
-        "logits_BTV + temperature**2 * jax.vmap(noise)(keys_B)",
+        "logits_BTV + temperature * jax.vmap",
+        "logits_BTV + temperature**2 * jax.vmap",
     ),
     (
-        "rows numbered within their batch",
-        "np.arange(first_row, first_row + len(canvas_BT), dtype=np.int32)",
-        "np.arange(len(canvas_BT), dtype=np.int32)",
+        "one noise for all positions",
+        "jax.vmap(keys_for_rows)(keys_B, positions_BT)",
+        "jax.vmap(keys_for_rows)(keys_B, jnp.zeros_like(positions_BT))",
+        "tests/samplers/test_distributions.py tests/samplers/test_choice.py",
+    ),
+)
+
+GUIDANCE = faults_of(
+    "llada_jax/samplers/network.py",
+    "tests/samplers/test_denoise.py",
+    (
+        "guidance one too weak",
+        "(cfg_scale + 1) * (logits_BTV - unprompted_BTV)",
+        "cfg_scale * (logits_BTV - unprompted_BTV)",
     ),
 )
 
@@ -232,6 +249,8 @@ FAULTS: list[Fault] = [
     *MASKED_DIFFUSION,
     *AUTOREGRESSIVE,
     *DENOISE,
+    *CHOICE,
+    *GUIDANCE,
     *REMASKING,
     *LIKELIHOOD,
     *SPLITS,

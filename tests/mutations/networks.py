@@ -66,8 +66,8 @@ TRANSFORMER = faults_of(
     ),
     (
         "no rotation of keys",
-        "k_BSKH = rotate(k_BSKH, cos, sin)",
-        "k_BSKH = k_BSKH",
+        "return q_BTNH, rotate(k_BSKH, cos, sin), v_BSKH",
+        "return q_BTNH, k_BSKH, v_BSKH",
     ),
     (
         "feed-forward norm taken from attention",
@@ -127,8 +127,8 @@ TRANSFORMER = faults_of(
     ),
     (
         "activation rule lost after attention",
-        'x_BTD = constrain(x_BTD, "act_batch", "act_position", "act_embed")\n        with',
-        "x_BTD = x_BTD\n        with",
+        'constrain(x_BTD, "act_batch", "act_position", "act_embed")\n\n    def add_feed',
+        "x_BTD\n\n    def add_feed",
         "tests/training/test_resources.py",
     ),
     (
@@ -144,8 +144,8 @@ MODEL = faults_of(
     "tests/models/test_transformer.py::test_logits_of_a_window_equal_those_columns_of_all_logits",
     (
         "window cut before the shift",
-        "jax.lax.dynamic_slice_in_dim(hidden_BTD, start, length, axis=1)",
-        "jax.lax.dynamic_slice_in_dim(hidden_BTD, start + 1, length, axis=1)",
+        "start, length, axis=1)\n        return self.head_fn",
+        "start + 1, length, axis=1)\n        return self.head_fn",
     ),
     (
         "bfloat16 on the CPU by default",
