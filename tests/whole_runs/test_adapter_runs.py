@@ -106,7 +106,7 @@ def test_adapters_are_exported_for_peft(base, tuned, tmp_path):
 
 @pytest.mark.slow
 def test_peft_gives_the_logits_of_the_merged_network(base, tuned, tmp_path):
-    peft = pytest.importorskip("peft", reason="the library peft loads the adapters")
+    peft = library("peft")
     torch, transformers = library("torch"), library("transformers")
     words = ["--dtype", "float32", "--output"]
     assert main(["export", "--checkpoint", str(base), *words, str(tmp_path / "base")]) == 0
