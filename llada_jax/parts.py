@@ -48,21 +48,7 @@ def load_part(name: str, kind: str, table: dict) -> Callable:
     if not is_own(name):
         return look_up(table, name, kind)
     module_name, _, attribute = name.partition(":")
-    # `python -m` has the current directory on the path already, the installed command has not
-    add_to_path(os.getcwd())
-    try:
-        module = importlib.import_module(module_name)
-    except ModuleNotFoundError as error:
-        # the module itself is missing, or a package around it; not what it imports in turn
-        if error.name and (module_name + ".").startswith(error.name + "."):
-            raise UserError(
-                f"The {kind} {name!r} cannot be imported: there is no module {error.name!r} in the "
-                "current directory, next to the config file, or among the installed ones; put it "
-                "there, or set PYTHONPATH."
-            ) from error
-        raise broken(kind, name, "cannot be imported", error) from error
-    except (Exception, SystemExit) as error:
-        raise broken(kind, name, "cannot be imported", error) from error
+    module = _module_of(name, kind)
     part = module
     for step in attribute.split("."):
         if not hasattr(part, step):
@@ -77,6 +63,26 @@ def load_part(name: str, kind: str, table: dict) -> Callable:
             f"{module_name}."
         )
     return part
+
+
+def _module_of(name: str, kind: str):
+    """Returns the imported module of an own part; UserError when it cannot be imported."""
+    module_name = name.partition(":")[0]
+    # `python -m` has the current directory on the path already, the installed command has not
+    add_to_path(os.getcwd())
+    try:
+        return importlib.import_module(module_name)
+    except ModuleNotFoundError as error:
+        # the module itself is missing, or a package around it; not what it imports in turn
+        if error.name and (module_name + ".").startswith(error.name + "."):
+            raise UserError(
+                f"The {kind} {name!r} cannot be imported: there is no module {error.name!r} in the "
+                "current directory, next to the config file, or among the installed ones; put it "
+                "there, or set PYTHONPATH."
+            ) from error
+        raise broken(kind, name, "cannot be imported", error) from error
+    except (Exception, SystemExit) as error:
+        raise broken(kind, name, "cannot be imported", error) from error
 
 
 def call_part(part: Callable, name: str, kind: str, *args, **kwargs):
@@ -137,11 +143,14 @@ def provenance(names: dict[str, str]) -> dict[str, dict]:
 
     Args:
         names: {knob: name} of what a config names; parts of this package are left out.
+
+    Raises:
+        UserError: a module cannot be imported.
     """
     found = {}
     for knob, name in names.items():
         if is_own(name):
-            file = getattr(importlib.import_module(name.partition(":")[0]), "__file__", None)
+            file = getattr(_module_of(name, knob.partition(".")[0]), "__file__", None)
             digest = hashlib.sha256(Path(file).read_bytes()).hexdigest() if file else ""
             found[knob] = {"name": name, "file": file or "", "sha256": digest}
     return found

@@ -7,13 +7,15 @@ from llada_jax.rng import key_for
 from support.toy_networks import MASK, VOCAB, toy_logits_of_row
 
 
-def gumbel_noise(seed: int, row: int, step: int, block_length: int) -> np.ndarray:
-    """Returns what row `row` of a request draws in a step, [block_length, V]: from the key folded
-    with purpose, seed, step and row, the first half of its split.
+def gumbel_noise(seed: int, row: int, step: int, places: np.ndarray) -> np.ndarray:
+    """Returns what row `row` of a request draws at some positions in a step, [positions, V]: from
+    the key folded with purpose, seed, step and row, the first half of its split, folded with the
+    position.
     """
     key = jax.random.fold_in(jax.random.fold_in(key_for("sampling", seed), step), row)
     token_key, _ = jax.random.split(key)
-    return np.asarray(jax.random.gumbel(token_key, (block_length, VOCAB), mode="high"))
+    keys = [jax.random.fold_in(token_key, int(place)) for place in places]
+    return np.asarray([jax.random.gumbel(key, (VOCAB,), mode="high") for key in keys])
 
 
 def reference_generate(
@@ -64,7 +66,7 @@ def reference_generate(
             noisy = logits.copy()
             if temperature:
                 number = block * steps_per_block + step
-                noise = gumbel_noise(seed, row, number, block_length)
+                noise = gumbel_noise(seed, row, number, places)
                 noisy[places] += temperature * noise
             noisy[:, MASK] = -np.inf
             choice = noisy.argmax(-1)

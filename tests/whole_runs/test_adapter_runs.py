@@ -81,7 +81,7 @@ def test_load_evaluate_and_export_see_the_merged_network(base, tuned, dialogues,
     assert main(["evaluate", "--checkpoint", str(tuned), *words]) == 0
     evaluated = json.loads(capsys.readouterr().out)
     (final,) = metric_lines(tuned, "final")
-    nelbo = evaluated["heldout"]["nelbo"] if "heldout" in evaluated else evaluated["nelbo"]
+    nelbo = evaluated["nelbo_nats_per_token"]
     assert nelbo == pytest.approx(final["final"]["nelbo"], rel=1e-4)
     words = ["--output", str(tmp_path / "out"), "--dtype", "float32"]
     assert main(["export", "--checkpoint", str(tuned), *words]) == 0
