@@ -34,6 +34,7 @@ def evaluated(tmp_path, lines, capsys, *, attend_across_documents: bool) -> dict
     return json.loads(capsys.readouterr().out)
 
 
+@pytest.mark.slow
 def test_documents_are_kept_apart_where_the_run_kept_them_apart(tmp_path, lines, capsys):
     across = evaluated(tmp_path, lines, capsys, attend_across_documents=True)
     apart = evaluated(tmp_path, lines, capsys, attend_across_documents=False)
