@@ -18,8 +18,8 @@ from llada_jax.data.preparation import prepare
 
 @pytest.fixture
 def small_units(monkeypatch):
-    """Makes every input file a unit of its own."""
-    monkeypatch.setattr("llada_jax.data.build.UNIT_BYTES", 1)
+    """Makes every file of 30 documents a unit of its own: two are larger than this, one is not."""
+    monkeypatch.setattr("llada_jax.data.build.UNIT_BYTES", 5_000)
 
 
 def test_the_result_does_not_depend_on_the_number_of_processes(tmp_path, small_units):
@@ -74,7 +74,7 @@ import sys
 from llada_jax.data import build
 from llada_jax.verbs import prepare
 if __name__ == "__main__":
-    build.UNIT_BYTES = 1
+    build.UNIT_BYTES = 500_000  # a file of 3,000 documents is a unit
     prepare.main(sys.argv[1:])
 """
 
@@ -192,8 +192,9 @@ def test_units_that_no_longer_exist_leave_no_shard_behind(tmp_path, small_units)
     "heldout", [0.01, 0.9]
 )  # full in a shard, full in the file in which held-out documents wait
 def test_a_full_disk_is_one_sentence_and_the_next_run_continues(
-    tmp_path, mount, heldout, small_units
+    tmp_path, mount, heldout, monkeypatch
 ):
+    monkeypatch.setattr("llada_jax.data.build.UNIT_BYTES", 500_000)  # a file is a unit
     write_corpus(tmp_path / "corpus", num_files=3, num_documents=3000)
     args = {"sequence_length": T, "tokenizer": "bytes", "heldout": heldout}
     disk = mount("size=2m")
