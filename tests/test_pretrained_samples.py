@@ -16,6 +16,7 @@ def model(tmp_path_factory):
     return llada_jax.load(str(write_checkpoint(home / "run", LLADA, random_params(LLADA))))
 
 
+@pytest.mark.slow
 def test_a_cache_that_is_refreshed_in_every_step_changes_no_text(model):
     request = {"gen_length": 8, "block_length": 4, "stop_at_eos": False}
     expected = model.generate(["it is", "a"], **request)

@@ -32,6 +32,7 @@ def test_pairs_of_text_and_of_token_ids_have_the_same_score(model):
     assert as_text.log_likelihood < 0 < as_text.standard_error
 
 
+@pytest.mark.slow
 def test_the_bound_of_a_text_longer_than_the_rows_of_the_run(model):
     """48 tokens per row; at random weights the bound is near log 320 nats per byte."""
     (bound,) = model.score_text(["it is a truth " * 7], mc_samples=8)

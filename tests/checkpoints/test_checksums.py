@@ -75,6 +75,7 @@ def test_the_numbers_of_a_fixed_array_never_change():
     assert checksum_of_float32(array) == 2803648620
 
 
+@pytest.mark.slow
 @settings(max_examples=100)
 @given(shape=SHAPES, seed=st.integers(0, 99), data=st.data())
 def test_every_permutation_along_a_dim_is_seen(shape, seed, data):

@@ -29,6 +29,7 @@ def texts_of(out) -> list[str]:
     return [bytes(document).decode() for part in tokens for document in documents_of(part)]
 
 
+@pytest.mark.slow
 @settings(
     deadline=None, max_examples=12, suppress_health_check=[HealthCheck.function_scoped_fixture]
 )

@@ -57,6 +57,7 @@ def test_a_text_that_fits_the_window_has_the_bound_of_one_answer():
     assert bound.bits_per_byte == pytest.approx(bound.nats_per_token / math.log(2))
 
 
+@pytest.mark.slow
 def test_the_windows_of_an_autoregressive_model_that_sees_everything_give_the_whole_text():
     """With context for all of the text before it, windows of any cut add up to the chain rule."""
     model = make_model(A, mask=CAUSAL)
@@ -75,6 +76,7 @@ def test_the_windows_of_an_autoregressive_model_that_sees_everything_give_the_wh
     assert whole.standard_error == 0
 
 
+@pytest.mark.slow
 def test_the_error_of_a_text_is_that_of_its_windows_together():
     model = make_model(A)
     params = perturbed(model)

@@ -61,6 +61,7 @@ def test_transformers_gives_the_same_ids_and_texts_on_a_thousand_texts(kind, our
     assert found["is_fast"]
 
 
+@pytest.mark.slow
 @KINDS
 def test_transformers_knows_the_special_tokens_and_pads_on_the_left(kind, ours, in_transformers):
     found, tokenizer = in_transformers[kind], ours[kind]

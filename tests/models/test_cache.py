@@ -27,6 +27,7 @@ def rows(T=10):
     return tokens_BT, segment_ids_BT, positions_BT
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "changes",
     [{}, {"qk_norm": "full", "attention_bias": "qkvo"}, {"tie_embeddings": True}],

@@ -50,6 +50,7 @@ def sample(network, prompts=PROMPTS, **changes):
     return continue_tokens(model.cache_fns, params, prompts, **(REQUEST | changes))
 
 
+@pytest.mark.slow
 def test_greedy_texts_are_those_of_passes_over_the_whole_row(network):
     tokens_BT, num_steps_B = sample(network)
     assert tokens_BT.tolist() == [greedy(network, prompt, 10) for prompt in PROMPTS]
@@ -69,6 +70,7 @@ def test_a_row_ends_at_its_own_end_of_text(network):
     np.testing.assert_array_equal(unstopped_BT, expected_BT)
 
 
+@pytest.mark.slow
 def test_a_row_draws_the_same_whatever_else_is_sampled_with_it(network):
     together_BT, _ = sample(network, temperature=1.0, seed=4)
     single_BT, _ = sample(network, temperature=1.0, seed=4, batch_size=1)
@@ -77,6 +79,7 @@ def test_a_row_draws_the_same_whatever_else_is_sampled_with_it(network):
     assert (together_BT != other_BT).any()
 
 
+@pytest.mark.slow
 def test_the_first_token_follows_the_softmax(network):
     tokens_BT, _ = sample(
         network, prompts=[[7]] * 600, gen_length=4, temperature=1.0, batch_size=600
@@ -96,6 +99,7 @@ def test_the_first_token_follows_the_softmax(network):
     )
 
 
+@pytest.mark.slow
 def test_text_is_continued_and_settings_of_denoising_are_refused(network):
     model, params = network
     completions = continue_text(model.cache_fns, params, BYTES, ["it", ""], gen_length=6)

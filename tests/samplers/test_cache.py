@@ -38,6 +38,7 @@ def make_one_layer():
     return model, model.init(jax.random.key(1))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("cache", "options"),
     [
@@ -61,6 +62,7 @@ def test_one_step_per_block_never_reads_a_stale_cache(network):
     np.testing.assert_array_equal(tokens_BT, expected_BT)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("cache", ["prefix", "dual"])
 def test_any_row_alone_is_the_same_row_in_any_batch(network, cache):
     together_BT, _ = sample(network, cache=cache, refresh=3, temperature=1.0)
@@ -68,6 +70,7 @@ def test_any_row_alone_is_the_same_row_in_any_batch(network, cache):
     np.testing.assert_array_equal(together_BT, single_BT)
 
 
+@pytest.mark.slow
 def test_one_layer_needs_no_refresh_of_what_does_not_change():
     """Keys of one layer depend on their own token, and with a prefix cache no token in front of
     the block changes: the approximation is exact.

@@ -3,6 +3,7 @@
 import jax
 import jax.numpy as jnp
 import numpy as np
+import pytest
 from support.errors import error_of
 
 from llada_jax.models.adapters import Lora, adapter_shapes, merged
@@ -19,6 +20,7 @@ MODEL = make_model(
 LORA = Lora(rank=2, targets="blocks/(q|ff_out)$")
 
 
+@pytest.mark.slow
 def test_loss_bound_and_gradient_are_those_of_the_merged_network():
     key = jax.random.key(0)
     network = jax.jit(MODEL.init)(key)

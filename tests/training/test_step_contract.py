@@ -179,6 +179,7 @@ def test_frozen_parameters_stay_and_only_the_trained_ones_have_state(adapted):
     assert float(state.metrics["param_norm"][0] / state.metrics["param_norm"][1]) < 0.1 * norm
 
 
+@pytest.mark.slow
 def test_frozen_parameters_are_sharded_like_the_networks_and_donated(adapted):
     abstract, _, before, state = adapted
     embed = state.frozen["embed"]

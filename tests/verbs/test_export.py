@@ -28,6 +28,7 @@ from llada_jax.hf.config_json import hf_config
 from llada_jax.hf.convert import tensors
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ARCHITECTURES)
 def test_ours_to_hugging_face_to_ours_is_bit_exact_and_the_layout_is_said(name, tmp_path, capfd):
     a = ARCHITECTURES[name]
@@ -65,6 +66,7 @@ def test_the_config_has_every_key_with_the_ids_of_the_tokenizer(random_checkpoin
     assert load_tokenizer(out).encode("Ab\n") == load_tokenizer("bytes").encode("Ab\n")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 def test_shards_hold_what_one_file_holds_and_the_index_finds_it(dtype, random_checkpoint, tmp_path):
     whole = load_file(
@@ -106,6 +108,7 @@ def test_tensors_are_put_in_any_order(tmp_path):
     assert (tmp_path / shard.name).stat().st_size == shard.size
 
 
+@pytest.mark.slow
 def test_ema_takes_the_moving_average_and_without_it_the_run_is_told_to_keep_one(
     random_checkpoint, tmp_path, capfd
 ):

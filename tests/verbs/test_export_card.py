@@ -8,6 +8,7 @@ from llada_jax.__main__ import main
 from llada_jax.hf.card import heldout_result
 
 
+@pytest.mark.slow
 def test_the_card_tells_what_the_run_was(random_checkpoint, tmp_path):
     (random_checkpoint / "metrics.jsonl").write_text(
         '{"step": 5, "heldout": {"nelbo": 3.5, "standard_error": 0.01, "bits_per_byte": 5.0}}\n'
@@ -37,6 +38,7 @@ def front_matter(card: str) -> dict:
     return yaml.safe_load(head)
 
 
+@pytest.mark.slow
 def test_the_card_names_the_licence_of_the_code_and_leaves_that_of_the_weights_to_the_user(
     random_checkpoint, tmp_path
 ):

@@ -67,6 +67,7 @@ def test_two_exports_into_one_directory_are_kept_apart(random_checkpoint, tmp_pa
         process.stdout.close()
 
 
+@pytest.mark.slow
 def test_an_export_is_replaced_only_by_force_and_then_whole(
     random_checkpoint, tmp_path, refused_export
 ):
@@ -95,6 +96,7 @@ def test_force_never_removes_what_is_no_export(random_checkpoint, tmp_path, refu
     assert (export(random_checkpoint, tmp_path / "empty") / "config.json").exists()
 
 
+@pytest.mark.slow
 def test_an_export_that_was_killed_while_it_replaced_another_gives_that_one_back(
     random_checkpoint, tmp_path, refused_export
 ):

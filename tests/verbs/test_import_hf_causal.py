@@ -39,6 +39,7 @@ def test_a_causal_model_gets_a_mask_row_and_a_shift_and_keeps_all_else(
     assert_equal_params({**ours, "embed": ours["embed"][:257]}, theirs)
 
 
+@pytest.mark.slow
 def test_a_causal_control_gives_the_causal_logits(imported_workdirs, huggingface_directories):
     tokens = np.arange(30).reshape(2, 15) % 7
     raw = make_model(QWEN, mask=CAUSAL)
@@ -144,6 +145,7 @@ def test_a_new_row_is_drawn_like_the_trained_ones_and_the_same_on_any_mesh():
     jax.tree.map(lambda one, other: np.testing.assert_allclose(one, other, atol=1e-6), *tables)
 
 
+@pytest.mark.slow
 def test_a_mask_row_of_zeros_blows_the_gradient_up_and_ours_does_not(imported_workdirs):
     """The explosion that LLaDA2.0 describes, and the reason for `fill_rows`."""
     model = llada_jax.load(imported_workdirs["qwen"])

@@ -119,6 +119,7 @@ OVERRIDES = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("case", OVERRIDES)
 def test_an_impossible_override_is_refused(case, home, tmp_path, refused):
     overrides, says = OVERRIDES[case]

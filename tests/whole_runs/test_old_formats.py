@@ -26,6 +26,7 @@ def written(tmp_path, monkeypatch):
     return tmp_path
 
 
+@pytest.mark.slow
 def test_an_old_workdir_is_continued_to_the_losses_that_the_old_version_had(written):
     words = ("--config", "tiny.py", "--workdir", "run", "--config.num_steps=6")
     assert main(["train", *words]) == 0
@@ -33,6 +34,7 @@ def test_an_old_workdir_is_continued_to_the_losses_that_the_old_version_had(writ
     assert {step: lines[step]["loss"] for step in LOSSES} == pytest.approx(LOSSES, rel=1e-5)
 
 
+@pytest.mark.slow
 def test_an_old_workdir_and_its_old_export_give_the_same_logits(written):
     tokens = np.arange(32).reshape(2, 16)
     run, export = llada_jax.load("run", ema=False), llada_jax.load("export")
@@ -42,6 +44,7 @@ def test_an_old_workdir_and_its_old_export_give_the_same_logits(written):
     np.testing.assert_allclose(found[..., :256], expected[..., :256], atol=0.05)
 
 
+@pytest.mark.slow
 def test_an_old_workdir_is_scored_on_its_old_data_and_exported_again(written, capfd):
     assert main(["evaluate", "--checkpoint", "run", "--data", "data", "--json"]) == 0
     score = json.loads(capfd.readouterr().out)
