@@ -103,7 +103,9 @@ def our_config(layout: str, a: Architecture, **changes) -> dict:
     """Returns the config.json of an export with the special ids of `write_tokenizer(directory,
     "<|mdm_mask|>")`.
     """
-    ids = {"eos_id": 256, "bos_id": 256, "pad_id": 256, "mask_id": 257}
+    # of the bytes tokenizer, where the embedding has its rows
+    end, mask = min(256, a.vocab_size - 2), min(257, a.vocab_size - 1)
+    ids = {"eos_id": end, "bos_id": end, "pad_id": end, "mask_id": mask}
     return {**hf_config(a, layout, **ids, max_sequence_length=128, dtype="float32"), **changes}
 
 
