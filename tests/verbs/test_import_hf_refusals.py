@@ -186,10 +186,6 @@ BAD = {
         lambda d: (d / "tokenizer_config.json").write_text('{"eos_token": 7}'),
         ["tokenizer_config.json: eos_token=7 must be a text"],
     ),
-    "an index that leaves upwards": (
-        lambda d: sharded(d, lambda i: i["weight_map"].update({Q0: f"../hf/{SECOND}"})),
-        ["must be a file in the same directory", Q0],
-    ),
     "an index of a link that leaves": (
         lambda d: sharded(d) or linked(d),
         [SECOND, "a link to a file outside of"],
