@@ -1,6 +1,32 @@
 """What a long command shows while it works: a bar on a terminal, lines elsewhere."""
 
+import contextlib
 import sys
+import threading
+import time
+from collections.abc import Callable, Iterator
+
+
+@contextlib.contextmanager
+def reported_every(period_s: float, report: Callable[[float], None]) -> Iterator[None]:
+    """Calls report(seconds so far) every `period_s` seconds while the block runs.
+
+    From a thread, for a block that says nothing until it returns: a trainer in C++, or a client
+    that tries a bucket again and again.
+    """
+    began, ended = time.monotonic(), threading.Event()
+
+    def keep_reporting() -> None:
+        while not ended.wait(period_s):
+            report(time.monotonic() - began)
+
+    thread = threading.Thread(target=keep_reporting, daemon=True)
+    thread.start()
+    try:
+        yield
+    finally:
+        ended.set()
+        thread.join()
 
 
 class Display:

@@ -12,7 +12,6 @@ import fcntl
 import functools
 import json
 import sys
-import threading
 import time
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
@@ -46,6 +45,7 @@ from llada_jax.data.tokenizer import Tokenizer, load_tokenizer
 from llada_jax.data.tokenizer_training import train_sentencepiece
 from llada_jax.data.workers import run_units
 from llada_jax.errors import UserError
+from llada_jax.progress import reported_every
 from llada_jax.storage import files
 from llada_jax.storage.locks import try_lock
 from llada_jax.units import format_seconds
@@ -289,27 +289,16 @@ def _of_dialogues(content: dict, receipts: list[dict], chat: ChatSettings) -> di
     }
 
 
-@contextlib.contextmanager
-def _saying_that_it_goes_on(what: str) -> Iterator[None]:
+def _saying_that_it_goes_on(what: str) -> contextlib.AbstractContextManager[None]:
     """Says every TRAINING_SECONDS how long the block has taken.
 
-    From a thread, because SentencePiece's trainer reports nothing until it returns; it lets other
-    threads run.
+    SentencePiece's trainer reports nothing until it returns; it lets other threads run.
     """
-    started, ended = time.monotonic(), threading.Event()
 
-    def say() -> None:
-        while not ended.wait(TRAINING_SECONDS):
-            seconds = format_seconds(time.monotonic() - started)
-            print(f"prepare: {what}, {seconds} so far", file=sys.stderr, flush=True)
+    def say(seconds: float) -> None:
+        print(f"prepare: {what}, {format_seconds(seconds)} so far", file=sys.stderr, flush=True)
 
-    thread = threading.Thread(target=say, daemon=True)
-    thread.start()
-    try:
-        yield
-    finally:
-        ended.set()
-        thread.join()
+    return reported_every(TRAINING_SECONDS, say)
 
 
 def texts_to_check(inputs: list[Input], cut: Cut) -> list[str]:

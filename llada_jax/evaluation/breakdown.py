@@ -11,7 +11,7 @@ from jax import Array
 from jax.sharding import NamedSharding
 
 from llada_jax.cluster import sharding
-from llada_jax.data.loader import heldout_batches
+from llada_jax.evaluation.splits import placed_batches
 from llada_jax.objectives.objective import Objective
 from llada_jax.rng import key_for
 
@@ -143,21 +143,19 @@ def breakdown_of_split(
     num_draws: int = 1,
 ) -> Breakdown:
     """Returns the parts of llada_jax.evaluation.splits.bound_of_split with the same arguments."""
-    rows = sharding.local_rows(batch_sharding, (batch_size, sequence_length))
-    batches = heldout_batches(
+    batches = placed_batches(
         directory,
         split=split,
         batch_size=batch_size,
         sequence_length=sequence_length,
-        rows=rows,
+        batch_sharding=batch_sharding,
         attend_across_documents=attend_across_documents,
     )
-    placed = (sharding.place_batch(batch, rows, batch_size, batch_sharding) for batch in batches)
     return breakdown(
         objective,
         model.nll_fn,
         params,
-        placed,
+        batches,
         num_rows=batch_size,
         seed=seed,
         num_draws=num_draws,

@@ -1,6 +1,6 @@
 """The bound on one split of a dataset, for `evaluate` and for the evaluations of `train`."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import NamedTuple
 
 from jax.sharding import NamedSharding
@@ -25,6 +25,29 @@ class SplitBound(NamedTuple):
     num_tokens: int
     bits_per_byte: float
     bits_per_byte_standard_error: float
+
+
+def placed_batches(
+    directory: str,
+    *,
+    batch_size: int,
+    sequence_length: int,
+    batch_sharding: NamedSharding,
+    on_batch: Callable[[], None] = lambda: None,
+    **settings,
+) -> Iterator[dict]:
+    """Yields the batches of a split on the devices.
+
+    Args:
+        on_batch: called before each batch.
+        settings: of llada_jax.data.loader.heldout_batches.
+    """
+    rows = sharding.local_rows(batch_sharding, (batch_size, sequence_length))
+    for batch in heldout_batches(
+        directory, batch_size=batch_size, sequence_length=sequence_length, rows=rows, **settings
+    ):
+        on_batch()
+        yield sharding.place_batch(batch, rows, batch_size, batch_sharding)
 
 
 def bound_of_split(
@@ -69,28 +92,22 @@ def bound_of_split(
     Raises:
         UserError: the dataset cannot be read, or a record is damaged.
     """
-    rows = sharding.local_rows(batch_sharding, (batch_size, sequence_length))
-    batches = heldout_batches(
+    batches = placed_batches(
         directory,
         split=split,
         batch_size=batch_size,
         sequence_length=sequence_length,
-        rows=rows,
+        batch_sharding=batch_sharding,
         max_batches=max_batches,
         subset_seed=subset_seed,
         attend_across_documents=attend_across_documents,
+        on_batch=on_batch,
     )
-
-    def placed():
-        for batch in batches:
-            on_batch()
-            yield sharding.place_batch(batch, rows, batch_size, batch_sharding)
-
     bound = likelihood.bound(
         objective,
         model.nll_fn,
         params,
-        placed(),
+        batches,
         frozen=frozen,
         num_rows=batch_size,
         seed=seed,

@@ -6,19 +6,17 @@ gcsfs and s3fs (below etils.epath), arrays through tensorstore (below Orbax). Al
 endpoint and the credentials from the environment, as the clouds' own tools do (docs/operations.md).
 """
 
-import contextlib
 import functools
 import logging
 import os
 import sys
-import threading
-import time
 import uuid
 from pathlib import Path
 
 from etils import epath
 
 from llada_jax.errors import UserError, look_up, reason, require
+from llada_jax.progress import reported_every
 
 # Scheme -> the library that reads it. The extra that installs the library has the scheme's name.
 LIBRARIES = {"gs": "gcsfs", "s3": "s3fs"}
@@ -59,7 +57,9 @@ def _connect(scheme: str, bucket: str) -> None:
     for name in ("gs", "gcs", "s3"):
         conf.setdefault(name, {})["use_listings_cache"] = False
     try:
-        with _saying_what_is_waited_for(f"{scheme}://{bucket}"):
+        # The clients try again for a minute or more before they give up, and say nothing meanwhile.
+        say = functools.partial(_say_what_is_waited_for, what=f"{scheme}://{bucket}")
+        with reported_every(WAITING_S, say):
             is_there = epath.Path(f"{scheme}://{bucket}").exists()
     except Exception as error:  # the clients share no class of errors for what can go wrong here
         raise UserError(
@@ -73,30 +73,13 @@ def _connect(scheme: str, bucket: str) -> None:
         )
 
 
-@contextlib.contextmanager
-def _saying_what_is_waited_for(what: str):
-    """Says every WAITING_S seconds how long the block has taken.
-
-    The clients try again for a minute or more before they give up, and say nothing meanwhile.
-    """
-    began, ended = time.monotonic(), threading.Event()
-
-    def say() -> None:
-        while not ended.wait(WAITING_S):
-            print(
-                f"waiting     {time.monotonic() - began:.0f} s for {what} to answer: the network, "
-                "the credentials and the endpoint in the environment decide",
-                file=sys.stderr,
-                flush=True,
-            )
-
-    thread = threading.Thread(target=say, daemon=True)
-    thread.start()
-    try:
-        yield
-    finally:
-        ended.set()
-        thread.join()
+def _say_what_is_waited_for(seconds: float, what: str) -> None:
+    print(
+        f"waiting     {seconds:.0f} s for {what} to answer: the network, the credentials and the "
+        "endpoint in the environment decide",
+        file=sys.stderr,
+        flush=True,
+    )
 
 
 def upload(folder, target) -> None:

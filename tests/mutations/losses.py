@@ -221,8 +221,8 @@ SPLITS = faults_of(
     "tests/evaluation/test_splits.py",
     (
         "evaluate ignores attend_across_documents",
-        "attend_across_documents=attend_across_documents,\n    )",
-        "attend_across_documents=True,\n    )",
+        "attend_across_documents=attend_across_documents,\n        on_batch",
+        "attend_across_documents=True,\n        on_batch",
         "tests/evaluation/test_splits.py tests/whole_runs/test_averages.py",
     ),
     ("only one corruption", "num_draws=num_draws,", "num_draws=1,"),

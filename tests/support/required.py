@@ -16,7 +16,7 @@ from typing import NoReturn
 
 import pytest
 
-# beside the other packages, where JAX does not take it for a TPU of this machine
+# in a directory next to the other packages, where JAX does not take it for a TPU of this machine
 LIBTPU = Path(sys.prefix) / "libtpu"
 
 
@@ -39,11 +39,11 @@ def library(name: str):
 
 
 def program(name: str, *, package: str) -> str:
-    """Returns the path of a program that a Python package installs, beside the interpreter or on
-    the PATH.
+    """Returns the path of a program that a Python package installs, from the directory of the
+    interpreter or from the PATH.
     """
-    beside = Path(sys.executable).with_name(name)
-    found = str(beside) if beside.exists() else shutil.which(name)
+    neighbour = Path(sys.executable).with_name(name)
+    found = str(neighbour) if neighbour.exists() else shutil.which(name)
     return found or absent(f"{name} is not installed: pip install {package}")
 
 

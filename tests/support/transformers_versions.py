@@ -2,7 +2,7 @@
 without this package.
 
 "installed" is the one of the environment (the newest 5.x, in the dev extra); "4.49.0", which the
-published evaluation scripts pin, lies in a directory of its own beside it and borrows torch, numpy
+published evaluation scripts pin, lies in a directory of its own next to it and borrows torch, numpy
 and the rest.
 """
 

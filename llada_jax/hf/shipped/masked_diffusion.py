@@ -240,7 +240,7 @@ class MaskedDiffusionLM(PreTrainedModel):
 
     def transformer_parts(self) -> tuple[nn.Embedding, nn.ModuleList, nn.Module, nn.Module]:
         """Returns embedding, layers, final norm and head; the head is the embedding where they
-        share one matrix.
+        share one matrix. The class of each layout defines it.
         """
         raise NotImplementedError
 
