@@ -16,7 +16,12 @@ __version__ = "0.1.0"
 
 
 def load(
-    checkpoint: str, *, dtype: str = "auto", mesh: "Mesh | None" = None, ema: bool | None = None
+    checkpoint: str,
+    *,
+    dtype: str = "auto",
+    mesh: "Mesh | None" = None,
+    ema: bool | None = None,
+    tokenizer: str = "",
 ) -> "Pretrained":
     """Loads a trained model for sampling and scoring.
 
@@ -27,10 +32,12 @@ def load(
         mesh: where to put the parameters; None: the first device.
         ema: True loads the moving average of the parameters, False the parameters themselves; None
             loads the average where the run kept one.
+        tokenizer: where the tokenizer is, for weights that came without one; "" takes the
+            checkpoint's. Weights alone give `logits` and `generate_tokens`.
 
     See llada_jax.pretrained.load, which this calls.
     """
     # Imported here, because importing the package alone must not import jax.
     from llada_jax.pretrained import load as load_pretrained
 
-    return load_pretrained(checkpoint, dtype=dtype, mesh=mesh, ema=ema)
+    return load_pretrained(checkpoint, dtype=dtype, mesh=mesh, ema=ema, tokenizer=tokenizer)

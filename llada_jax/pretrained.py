@@ -11,10 +11,10 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
 
-from llada_jax.checkpoints.huggingface import HuggingFace, find_weights
+from llada_jax.checkpoints.huggingface import find_weights, tokenizer_of
 from llada_jax.checkpoints.record import RunRecord, reads_ema
 from llada_jax.cluster import sharding
-from llada_jax.data.tokenizer import Tokenizer, load_same
+from llada_jax.data.tokenizer import Tokenizer
 from llada_jax.errors import UserError
 from llada_jax.evaluation.conditional import Question, Score, encode_pair, log_likelihoods
 from llada_jax.evaluation.rolling import TextBound, bounds_of_texts
@@ -417,7 +417,13 @@ _logits = jax.jit(_logits_impl, static_argnames="logits_fn")
 
 
 def load(
-    checkpoint: str, *, dtype: str = "auto", mesh: Mesh | None = None, ema: bool | None = None
+    checkpoint: str,
+    *,
+    dtype: str = "auto",
+    mesh: Mesh | None = None,
+    ema: bool | None = None,
+    tokenizer: str = "",
+    needs_text: bool = False,
 ) -> Pretrained:
     """Loads a checkpoint for sampling and scoring.
 
@@ -430,12 +436,21 @@ def load(
             device.
         ema: True loads the moving average of the parameters, False the parameters themselves; None
             loads the average where the run kept one.
+        tokenizer: where the tokenizer is, for weights that came without one: "bytes", a
+            SentencePiece .model file, or a folder; "" takes the checkpoint's. Without any, `logits`
+            and `generate_tokens` work, and what needs text raises UserError.
+        needs_text: whether weights without a tokenizer are refused at once, and not when text is
+            asked for.
 
     Raises:
-        UserError: there is no checkpoint, it cannot be read, or its run kept no moving average.
+        UserError: there is no checkpoint, it cannot be read, its run kept no moving average, or the
+            tokenizer is not that of the checkpoint.
     """
-    found, step = find_weights(checkpoint, causal=True)
+    found, step = find_weights(checkpoint, causal=True, tokenizer=tokenizer)
     record = found.record(step)
+    words = tokenizer_of(found, record, given=tokenizer)
+    if needs_text:
+        words.encode("")
     if mesh is None:
         mesh = sharding.one_device_mesh()
     platform = sharding.platform(mesh)
@@ -450,10 +465,5 @@ def load(
     params = found.restore_params(
         step, abstract_parameters(model, mesh), ema=reads_ema(record, ema, checkpoint)
     )
-    if isinstance(found, HuggingFace):
-        tokenizer = found.tokenizer
-    else:
-        directory = found.directory.parent / "tokenizer"
-        tokenizer = load_same(directory, record.tokenizer.fingerprint, of="the checkpoint")
     run = record.to_json()
-    return Pretrained(tokenizer, run["config"], params, step, model, run, mesh)
+    return Pretrained(words, run["config"], params, step, model, run, mesh)

@@ -2,7 +2,9 @@
 a network, and its answers to questions.
 """
 
+import argparse
 import math
+from functools import partial
 
 from llada_jax import pretrained
 from llada_jax.checkpoints.orbax_patches import drop_echoes
@@ -24,6 +26,11 @@ from llada_jax.storage import remote
 from llada_jax.storage.files import write_whole, writing
 from llada_jax.verbs.command_line import Parser, json_text
 
+# One line each would not fit a screen; docs/evaluation.md explains them.
+MORE_FLAGS = """more flags, explained in docs/evaluation.md:
+  --preset NAME  --harness KEY=VALUE  --breakdown  --tokenizer PATH
+"""
+
 
 def main(argv: list[str]) -> None:
     parser = Parser(
@@ -32,6 +39,7 @@ def main(argv: list[str]) -> None:
         "llada-jax evaluate --checkpoint runs/tiny/run --data runs/tiny/data --mc-samples 4",
     )
     parser.usage = "llada-jax evaluate --checkpoint CKPT {--data DIR | --tasks FILE} [flags]"
+    parser.epilog = f"{MORE_FLAGS}\n{parser.epilog}"
     parser.add_argument(
         "--checkpoint",
         required=True,
@@ -44,16 +52,6 @@ def main(argv: list[str]) -> None:
         action="append",
         metavar="FILE",
         help="a .jsonl of questions, or a task of lm-evaluation-harness",
-    )
-    parser.add_argument(
-        "--preset", metavar="NAME", help="harness with published settings: llada-8b-base[-cfg]"
-    )
-    parser.add_argument(
-        "--harness",
-        action="append",
-        default=[],
-        metavar="KEY=VALUE",
-        help="for it: num_fewshot, limit, include_path, use_cache ...",
     )
     parser.add_argument(
         "--ask",
@@ -79,14 +77,18 @@ def main(argv: list[str]) -> None:
     parser.add_argument(
         "--baselines", action="store_true", help="also score unigram and xz -9 on the same text"
     )
-    parser.add_argument(
-        "--breakdown", action="store_true", help="also the bound by position and the loss by time"
-    )
     parser.add_ema_flag()
     parser.add_argument(
         "--report", metavar="DIR", help="also write DIR/report.html with the curves of the run"
     )
     parser.add_argument("--json", action="store_true", help="print one JSON object on stdout")
+
+    # Listed in MORE_FLAGS.
+    hidden = partial(parser.add_argument, help=argparse.SUPPRESS)
+    hidden("--preset", metavar="NAME")
+    hidden("--harness", action="append", default=[], metavar="KEY=VALUE")
+    hidden("--breakdown", action="store_true")
+    hidden("--tokenizer", default="", metavar="PATH")
     args = parser.parse_args(argv)
     check(args)
     drop_echoes()
@@ -99,6 +101,10 @@ def main(argv: list[str]) -> None:
     if args.report:
         write_report(args, result)
     print(json_text(result) if args.json else lines(result))
+
+
+def load_model(args) -> pretrained.Pretrained:
+    return pretrained.load(args.checkpoint, ema=args.ema, tokenizer=args.tokenizer, needs_text=True)
 
 
 def write_report(args, result: dict) -> None:
@@ -150,7 +156,7 @@ def check(args) -> None:
 
 def evaluate(args) -> dict:
     """Returns the bound and, if asked for, the baselines, as a flat dict."""
-    model = pretrained.load(args.checkpoint, ema=args.ema)
+    model = load_model(args)
     info = read_dataset(args.data)
     if info.tokenizer["fingerprint"] != model.tokenizer.fingerprint and not load_same(
         f"{args.data}/tokenizer", info.tokenizer["fingerprint"], of="the records"
@@ -213,7 +219,7 @@ def evaluate_tasks(args) -> dict:
     """Returns how the questions of a file are answered in each direction."""
     (file,) = args.tasks
     rows = read_tasks(file)
-    model = pretrained.load(args.checkpoint, ema=args.ema)
+    model = load_model(args)
     is_causal = model.record.mask.causal
     if is_causal and "infill" in (args.ask or ()):
         raise UserError(
@@ -258,7 +264,7 @@ def evaluate_harness(args) -> dict:
     for task in args.tasks or ():
         if args.preset:
             look_up(published, task, f"task of the preset {args.preset}")
-    model = pretrained.load(args.checkpoint, ema=args.ema)
+    model = load_model(args)
     result = {
         "checkpoint": str(args.checkpoint),
         "step": model.step,

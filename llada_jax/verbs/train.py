@@ -156,6 +156,8 @@ def open_run(
                 data=data.record(),
                 recorded_mask=recipe.objective.mask,
                 parts=parts,
+                special_ids=data.tokenizer.special_ids,
+                chat_template=data.tokenizer.chat_template,
             ),
             config_text=config_text,
             tokenizer=data.tokenizer,
