@@ -3,6 +3,7 @@ own record.
 """
 
 import dataclasses
+import os
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -10,15 +11,26 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
+from jax.typing import ArrayLike
 
+from llada_jax.arguments import checked
 from llada_jax.checkpoints.huggingface import find_weights, tokenizer_of
 from llada_jax.checkpoints.record import RunRecord, reads_ema
 from llada_jax.cluster import sharding
 from llada_jax.data.tokenizer import Tokenizer
 from llada_jax.errors import UserError
-from llada_jax.evaluation.conditional import Question, Score, encode_pair, log_likelihoods
+from llada_jax.evaluation.conditional import Question, Score, log_likelihoods
 from llada_jax.evaluation.rolling import TextBound, bounds_of_texts
 from llada_jax.models.model import Model, abstract_parameters, compute_dtype, make_model
+from llada_jax.request_checks import (
+    as_question,
+    check_can_infill,
+    check_ids,
+    check_list,
+    check_questions,
+    check_samples,
+)
+from llada_jax.samplers.commit import SCHEDULE
 from llada_jax.samplers.denoise import DenoiseStep
 from llada_jax.samplers.text import (
     Completion,
@@ -57,6 +69,11 @@ class Pretrained:
         return RunRecord.from_json(self.run, file="model.run")
 
     @property
+    def num_rows(self) -> int:
+        """Rows of the embedding; some of the last may belong to no id of the tokenizer."""
+        return self.record.architecture.vocab_size
+
+    @property
     def logits_fn(self) -> Callable[..., jax.Array]:
         """The pure function (params, tokens_BT, segment_ids_BT, positions_BT) -> logits_BTV.
 
@@ -65,7 +82,12 @@ class Pretrained:
         """
         return self.model.logits_fn
 
-    def logits(self, tokens_BT, segment_ids_BT=None, positions_BT=None) -> jax.Array:
+    def logits(
+        self,
+        tokens_BT: ArrayLike | Sequence[Sequence[int]],
+        segment_ids_BT: ArrayLike | None = None,
+        positions_BT: ArrayLike | None = None,
+    ) -> jax.Array:
         """Returns float32 logits [B, T, V].
 
         Args:
@@ -78,7 +100,7 @@ class Pretrained:
             UserError: an id has no row in the embedding.
         """
         if not isinstance(tokens_BT, jax.core.Tracer):
-            self._check_ids(tokens_BT)
+            check_ids(self.num_rows, tokens_BT)
         tokens_BT = jnp.asarray(tokens_BT, jnp.int32)
         if segment_ids_BT is None:
             segment_ids_BT = jnp.ones_like(tokens_BT)
@@ -88,6 +110,7 @@ class Pretrained:
             self.params, tokens_BT, jnp.asarray(segment_ids_BT), positions_BT, self.logits_fn
         )
 
+    @checked
     def generate(
         self,
         prompts: Sequence[str],
@@ -101,8 +124,15 @@ class Pretrained:
         stop_at_eos: bool = True,
         seed: int = 0,
         batch_size: int = 16,
+        commit: str = SCHEDULE,
+        append: bool = False,
+        top_k: int = 0,
+        top_p: float = 1.0,
+        eos: str = "free",
+        suppress: Sequence[int] = (),
+        cache: str = "none",
+        refresh: int = 0,
         on_step: Callable[[range, DenoiseStep], None] = ignore_step,
-        **settings: Any,
     ) -> list[str]:
         """Returns the text that follows each prompt.
 
@@ -119,14 +149,20 @@ class Pretrained:
                 "margin", or "module:function" for an own rule.
             temperature: 0 takes the most likely tokens, 1 samples the model's distribution.
             cfg_scale: strength of guidance towards the prompt; 0 switches it off, at half the cost.
-            stop_at_eos: end a text at the end-of-text token; False generates all tokens, as the
-                published sampler.
+            stop_at_eos: end a text at the end-of-text token or the end of a turn; False generates
+                all tokens, as the published sampler.
             seed: the same seed gives the same texts, whatever batch_size is.
             batch_size: texts generated at a time.
+            commit: how many proposals a step keeps: "schedule", or a rule such as "threshold=0.9".
+            append: later blocks are not there, instead of there as masks, while one is denoised.
+            top_k, top_p: draw from the most likely tokens alone; 0 and 1 keep every token.
+            eos: "free", "never" proposed, or kept "last".
+            suppress: token ids that are never proposed.
+            cache, refresh: keep keys and values ("prefix" or "dual") and compute them again in
+                every `refresh`-th step of a block; 0: once per block.
             on_step: called as on_step(rows, state) after each step, see
                 llada_jax.samplers.text.generate_tokens.
-            settings: commit, append, top_k, top_p, eos, suppress, cache and refresh, see
-                llada_jax.samplers.denoise.denoise and docs/sampling.md.
+            docs/sampling.md explains them all.
 
         Raises:
             UserError: a setting is out of range, or prompts is a single text.
@@ -142,22 +178,84 @@ class Pretrained:
             stop_at_eos=stop_at_eos,
             seed=seed,
             batch_size=batch_size,
+            commit=commit,
+            append=append,
+            top_k=top_k,
+            top_p=top_p,
+            eos=eos,
+            suppress=suppress,
+            cache=cache,
+            refresh=refresh,
             on_step=on_step,
-            **settings,
         )
         return [completion.text for completion in completions]
 
-    def complete(self, prompts: Sequence[str], **settings: Any) -> list[Completion]:
-        """Returns what `generate` does, with the tokens and the passes that each text needed."""
-        _check_list(prompts, "generate")
+    @checked
+    def complete(
+        self,
+        prompts: Sequence[str],
+        *,
+        gen_length: int = 64,
+        block_length: int | None = None,
+        steps: int | None = None,
+        remasking: str = "low_confidence",
+        temperature: float = 0.0,
+        cfg_scale: float = 0.0,
+        stop_at_eos: bool = True,
+        seed: int = 0,
+        batch_size: int = 16,
+        commit: str = SCHEDULE,
+        append: bool = False,
+        top_k: int = 0,
+        top_p: float = 1.0,
+        eos: str = "free",
+        suppress: Sequence[int] = (),
+        cache: str = "none",
+        refresh: int = 0,
+        on_step: Callable[[range, DenoiseStep], None] = ignore_step,
+    ) -> list[Completion]:
+        """Returns what `generate` does, with the tokens and the passes that each text needed.
+
+        Args: see `generate`.
+
+        Raises:
+            UserError: a setting is out of range, or prompts is a single text.
+        """
+        check_list(prompts, "generate")
+        denoising: dict[str, Any] = dict(
+            block_length=block_length,
+            steps=steps,
+            remasking=remasking,
+            cfg_scale=cfg_scale,
+            commit=commit,
+            append=append,
+            eos=eos,
+            cache=cache,
+            refresh=refresh,
+        )
+        settings: dict[str, Any] = dict(
+            gen_length=gen_length,
+            temperature=temperature,
+            top_k=top_k,
+            top_p=top_p,
+            suppress=suppress,
+            stop_at_eos=stop_at_eos,
+            seed=seed,
+            batch_size=batch_size,
+        )
         if self.record.mask.causal:
-            if settings.pop("on_step", ignore_step) is not ignore_step:
+            if on_step is not ignore_step:
                 raise UserError(
                     "on_step is called between steps of denoising, and this model predicts one "
                     "token after the other; leave it out."
                 )
             return continue_text(
-                self.model.cache_fns, self.params, self.tokenizer, list(prompts), **settings
+                self.model.cache_fns,
+                self.params,
+                self.tokenizer,
+                list(prompts),
+                **settings,
+                **denoising,
             )
         return generate_text(
             self.logits_fn,
@@ -165,9 +263,12 @@ class Pretrained:
             self.tokenizer,
             list(prompts),
             cache_fns=self.model.cache_fns,
+            on_step=on_step,
             **settings,
+            **denoising,
         )
 
+    @checked
     def best_of(
         self, completions: Sequence[Completion], num: int, *, mc_samples: int = 32, seed: int = 0
     ) -> list[Completion]:
@@ -180,6 +281,11 @@ class Pretrained:
             completions: of `complete`, those of one prompt next to each other.
             mc_samples, seed: of the estimate for masked diffusion, see `score`.
         """
+        if num < 1 or len(completions) % num:
+            raise UserError(
+                f"num={num} must be at least 1 and divide the number of completions, "
+                f"{len(completions)}."
+            )
         encode = self.tokenizer.encode
         is_empty = [not completion.tokens for completion in completions]
         pairs = [(encode(c.prompt), c.tokens) for c in completions if c.tokens]
@@ -194,29 +300,58 @@ class Pretrained:
         ]
         return [completions[number] for number in best]
 
-    def infill(self, texts: Sequence[str], **settings: Any) -> list[str]:
+    @checked
+    def infill(
+        self,
+        texts: Sequence[str],
+        *,
+        steps: int | None = None,
+        remasking: str = "low_confidence",
+        commit: str = SCHEDULE,
+        temperature: float = 0.0,
+        top_k: int = 0,
+        top_p: float = 1.0,
+        cfg_scale: float = 0.0,
+        suppress: Sequence[int] = (),
+        seed: int = 0,
+        batch_size: int = 16,
+    ) -> list[str]:
         """Returns the texts with their gaps filled: "The [MASK:4] sat on the mat." has one of four
         tokens.
 
         Args:
             texts: a list of texts, each with at least one gap; see
                 llada_jax.samplers.text.parse_gaps.
-            settings: steps, remasking, commit, temperature, top_k, top_p, cfg_scale, suppress, seed
-                and batch_size as in `generate`; steps=None fills one token per step.
+            steps: passes through the network; None fills one token per step.
+            The others: see `generate`.
 
         Raises:
             UserError: a text has no gap, a setting is out of range, or the model is autoregressive.
         """
-        _check_list(texts, "infill")
+        check_list(texts, "infill")
         check_can_infill(self.record)
         completions = infill_text(
-            self.logits_fn, self.params, self.tokenizer, list(texts), **settings
+            self.logits_fn,
+            self.params,
+            self.tokenizer,
+            list(texts),
+            steps=steps,
+            remasking=remasking,
+            commit=commit,
+            temperature=temperature,
+            top_k=top_k,
+            top_p=top_p,
+            cfg_scale=cfg_scale,
+            suppress=suppress,
+            seed=seed,
+            batch_size=batch_size,
         )
         return [completion.text for completion in completions]
 
+    @checked
     def generate_tokens(
         self,
-        prompt_BT,
+        prompt_BT: ArrayLike | Sequence[Sequence[int]],
         *,
         gen_length: int = 64,
         block_length: int | None = None,
@@ -224,20 +359,28 @@ class Pretrained:
         remasking: str = "low_confidence",
         temperature: float = 0.0,
         cfg_scale: float = 0.0,
-        eos_id: int | None = None,
+        eos_id: int | Sequence[int] | None = None,
         mask_id: int | None = None,
         pad_id: int | None = None,
         seed: int = 0,
         batch_size: int = 16,
+        commit: str = SCHEDULE,
+        append: bool = False,
+        top_k: int = 0,
+        top_p: float = 1.0,
+        eos: str = "free",
+        suppress: Sequence[int] = (),
+        cache: str = "none",
+        refresh: int = 0,
         on_step: Callable[[range, DenoiseStep], None] = ignore_step,
-        **settings: Any,
     ) -> np.ndarray:
         """Returns prompts and generations as ids, int32 [B, T + gen_length].
 
         Args:
             prompt_BT: ids of prompts of one length, int [B, T].
             eos_id: a row that has generated this token is filled up with it, and sampling stops
-                when all rows have. None, the default, generates all gen_length tokens.
+                when all rows have. Of several ids (`tokenizer.end_ids`) each ends a row, and the
+                first fills it. None, the default, generates all gen_length tokens.
             mask_id, pad_id: None takes the tokenizer's.
             The others: see `generate`.
 
@@ -249,12 +392,12 @@ class Pretrained:
             raise UserError(
                 "generate_tokens denoises, and this model has never seen a mask; use generate."
             )
-        self._check_ids(prompt_BT, eos_id, mask_id, pad_id)
+        check_ids(self.num_rows, prompt_BT, eos_id, mask_id, pad_id)
         prompt_BT = np.asarray(prompt_BT, np.int32)
         generated_BT, _ = generate_tokens(
             self.logits_fn,
             self.params,
-            prompt_BT,
+            prompt_BT.tolist(),
             mask_id=self.tokenizer.mask_id if mask_id is None else mask_id,
             pad_id=self.tokenizer.pad_id if pad_id is None else pad_id,
             gen_length=gen_length,
@@ -268,14 +411,22 @@ class Pretrained:
             cache_fns=self.model.cache_fns,
             seed=seed,
             batch_size=batch_size,
+            commit=commit,
+            append=append,
+            top_k=top_k,
+            top_p=top_p,
+            eos=eos,
+            suppress=suppress,
+            cache=cache,
+            refresh=refresh,
             on_step=on_step,
-            **settings,
         )
         return np.concatenate([prompt_BT, generated_BT], axis=1)
 
+    @checked
     def score(
         self,
-        pairs: Sequence,
+        pairs: Sequence[Question | tuple[str, str] | tuple[Sequence[int], Sequence[int]]],
         *,
         mc_samples: int = 128,
         estimator: str = "exact_count",
@@ -301,17 +452,10 @@ class Pretrained:
             UserError: an answer is empty, an id has no row in the embedding, a pair is longer than
                 the model's context, or a setting is out of range.
         """
-        questions = [self._question(pair) for pair in pairs]
-        for question in questions:
-            self._check_ids(*question[:3])
+        check_samples(mc_samples)
+        questions = [as_question(pair, self.tokenizer) for pair in pairs]
         longest = self.config["data"]["sequence_length"]
-        for number, question in enumerate(questions):
-            length = sum(len(part) for part in question[:3])
-            if length > longest:
-                raise UserError(
-                    f"Pair {number} has {length} tokens and the model was trained on rows of "
-                    f"{longest}; shorten its prompt, or bound a whole text with score_text."
-                )
+        check_questions(questions, num_rows=self.num_rows, longest=longest)
         return log_likelihoods(
             self.model,
             self.params,
@@ -326,30 +470,7 @@ class Pretrained:
             mesh=self.mesh,
         )
 
-    def _check_ids(self, *ids) -> None:
-        """Raises UserError for token ids without a row in the embedding, which a gather would
-        silently clip to one that has.
-        """
-        num_rows = self.record.architecture.vocab_size
-        for some in ids:
-            array = np.asarray([] if some is None else some)
-            is_wrong = (array < 0) | (array >= num_rows)
-            if is_wrong.any():
-                raise UserError(
-                    f"{array[is_wrong].flat[0]} is not a token id of this model, whose embedding "
-                    f"has {num_rows} rows; give ids from 0 to {num_rows - 1}."
-                )
-
-    def _question(self, pair) -> Question:
-        if isinstance(pair, Question):
-            return pair
-        if isinstance(pair, str) or len(pair) != 2:
-            raise UserError(f"{pair!r} is not a pair; pass a list of (prompt, answer).")
-        prompt, answer = pair
-        if isinstance(prompt, str) and isinstance(answer, str):
-            return encode_pair(self.tokenizer, prompt, answer)
-        return Question(tuple(prompt), tuple(answer))
-
+    @checked
     def score_text(
         self,
         texts: Sequence[str],
@@ -372,10 +493,8 @@ class Pretrained:
         Raises:
             UserError: texts is a single text, one of them is empty, or a setting is out of range.
         """
-        if isinstance(texts, str):
-            raise UserError(
-                f"texts={texts[:40]!r} is one text; pass a list, as in score_text([text])."
-            )
+        check_list(texts, "score_text")
+        check_samples(mc_samples)
         return bounds_of_texts(
             self.model,
             self.params,
@@ -392,23 +511,6 @@ class Pretrained:
         )
 
 
-def check_can_infill(record: RunRecord) -> None:
-    """Raises UserError for a model that sees no text behind a gap."""
-    if record.mask.causal:
-        raise UserError(
-            f"A model of objective.name={record.objective!r} reads from left to right and cannot "
-            "fill in a gap; use a checkpoint of masked_diffusion."
-        )
-
-
-def _check_list(texts: Sequence[str], function: str) -> None:
-    if isinstance(texts, str):
-        name = "prompts" if function == "generate" else "texts"
-        raise UserError(
-            f"{name}={texts!r} is one text; pass a list, as in {function}([{texts!r}])."
-        )
-
-
 def _logits_impl(params, tokens_BT, segment_ids_BT, positions_BT, logits_fn):
     return logits_fn(params, tokens_BT, segment_ids_BT, positions_BT)
 
@@ -416,13 +518,14 @@ def _logits_impl(params, tokens_BT, segment_ids_BT, positions_BT, logits_fn):
 _logits = jax.jit(_logits_impl, static_argnames="logits_fn")
 
 
+@checked
 def load(
-    checkpoint: str,
+    checkpoint: str | os.PathLike[str],
     *,
     dtype: str = "auto",
     mesh: Mesh | None = None,
     ema: bool | None = None,
-    tokenizer: str = "",
+    tokenizer: str | os.PathLike[str] = "",
     needs_text: bool = False,
 ) -> Pretrained:
     """Loads a checkpoint for sampling and scoring.
@@ -446,6 +549,8 @@ def load(
         UserError: there is no checkpoint, it cannot be read, its run kept no moving average, or the
             tokenizer is not that of the checkpoint.
     """
+    if dtype not in ("auto", "float32", "bfloat16"):
+        raise UserError(f"dtype={dtype!r} is unknown; give auto, float32 or bfloat16.")
     found, step = find_weights(checkpoint, causal=True, tokenizer=tokenizer)
     record = found.record(step)
     words = tokenizer_of(found, record, given=tokenizer)

@@ -1,6 +1,7 @@
 """A Hugging Face directory seen as a checkpoint: its architecture, tokenizer and weights."""
 
 import dataclasses
+import os
 from pathlib import Path
 
 import numpy as np
@@ -42,7 +43,14 @@ class HuggingFace:
 
     steps = (0,)
 
-    def __init__(self, directory, *, causal: bool, mask_token: str = "", tokenizer: str = ""):
+    def __init__(
+        self,
+        directory,
+        *,
+        causal: bool,
+        mask_token: str = "",
+        tokenizer: str | os.PathLike[str] = "",
+    ):
         self.directory = Path(directory)
         self.hf_config, self.layout, self._stored = read.read_config(directory)
         self.is_causal = causal and self.layout not in WRITTEN
@@ -113,7 +121,7 @@ def _tokenizer_of_weights(
     num_rows: int,
     is_causal_layout: bool,
     mask_token: str,
-    given: str,
+    given: str | os.PathLike[str],
 ) -> Tokenizer:
     """Returns the tokenizer of a Hugging Face directory, the given one, or ids without texts."""
     if not given and has_tokenizer(directory):
@@ -140,7 +148,9 @@ def _tokenizer_of_weights(
         raise UserError(f"{directory}: {error}") from error
 
 
-def find_weights(checkpoint: str, *, causal: bool, tokenizer: str = ""):
+def find_weights(
+    checkpoint: str | os.PathLike[str], *, causal: bool, tokenizer: str | os.PathLike[str] = ""
+):
     """Returns the checkpoints of "WORKDIR[@STEP]" or of a Hugging Face directory, and the step
     meant.
 
@@ -155,7 +165,7 @@ def find_weights(checkpoint: str, *, causal: bool, tokenizer: str = ""):
     return find_checkpoint(checkpoint)
 
 
-def tokenizer_of(found, record: RunRecord, *, given: str = "") -> Tokenizer:
+def tokenizer_of(found, record: RunRecord, *, given: str | os.PathLike[str] = "") -> Tokenizer:
     """Returns the tokenizer of a checkpoint.
 
     Args:

@@ -11,7 +11,8 @@ from functools import partial
 
 from llada_jax.checkpoints.orbax_patches import drop_echoes
 from llada_jax.errors import UserError
-from llada_jax.pretrained import check_can_infill, load
+from llada_jax.pretrained import load
+from llada_jax.request_checks import check_can_infill
 from llada_jax.samplers.commit import SCHEDULE
 from llada_jax.samplers.settings import check_options, check_request, check_schedule
 from llada_jax.samplers.show import make_show

@@ -25,7 +25,7 @@ def pretrained(tmp_path_factory):
     directory = tmp_path_factory.mktemp("chat") / "hf"
     directory.mkdir()
     params = random_params(SMALL)
-    params["lm_head"][:, [256, 258]] *= 3.0
+    params["lm_head"][:, [256, 258]] *= 8.0
     (directory / "config.json").write_text(json.dumps(our_config("llada", SMALL)))
     write_weights(directory, "llada", SMALL, params)
     write_tokenizer(directory, "<|mdm_mask|>", "<|eot_id|>", "<|start|>", chat_template=TEMPLATE)
