@@ -140,6 +140,9 @@ def _tokenizer_of_weights(
             f"{directory} has no tokenizer in which {mask_token!r} could be looked up; give one "
             "with --tokenizer."
         )
+    ends = hf_config.get("eos_token_id")
+    if isinstance(ends, list) and len(ends) > 1:
+        trained["eot"] = ends[1]  # no name says which it is, and it ends a text too
     try:
         return ids_alone(
             unpadded_vocabulary(hf_config, num_rows), trained, add_mask_token=is_causal_layout

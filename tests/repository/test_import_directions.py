@@ -49,6 +49,7 @@ FLOORS = (
     ("run",),
     ("sweeps",),
     ("request_checks",),
+    ("loaded_model",),
     ("pretrained",),
     ("verbs",),
     ("__main__",),

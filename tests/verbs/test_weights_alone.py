@@ -114,6 +114,12 @@ def test_weights_that_do_not_name_mask_and_eos_need_a_tokenizer(key, whole, tmp_
     assert llada_jax.load(str(unnamed), tokenizer=str(whole)).tokenizer.eos_id == 256
 
 
+def test_of_several_ends_that_are_stated_the_second_ends_a_text_too(whole, tmp_path):
+    two = without_tokenizer(whole, tmp_path / "hf", eos_token_id=[256, 258])
+    assert llada_jax.load(str(two)).tokenizer.end_ids == (256, 258)
+    assert llada_jax.load(str(imported(two, tmp_path / "run"))).tokenizer.end_ids == (256, 258)
+
+
 # ---- import, export and import again
 
 
