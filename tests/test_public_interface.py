@@ -13,6 +13,7 @@ import llada_jax
 from llada_jax.arguments import checked
 from llada_jax.errors import UserError
 from llada_jax.evaluation.harness import HarnessModel
+from llada_jax.evaluation.harness import run as run_harness
 from llada_jax.pretrained import Pretrained
 from llada_jax.pretrained import load as load_pretrained
 from llada_jax.verbs import evaluate as evaluate_verb
@@ -28,6 +29,7 @@ PUBLIC = {
     **{f"llada_jax.{name}": function for name, function in public_members(llada_jax).items()},
     **{f"Pretrained.{name}": method for name, method in public_members(Pretrained).items()},
     "HarnessModel": HarnessModel.__init__,
+    "harness.run": run_harness,
 }
 
 

@@ -350,7 +350,18 @@ def read_settings(words: Sequence[str]) -> dict[str, Any]:
     return settings
 
 
-def run(model: HarnessModel, tasks: Sequence[Any], **settings: Any) -> dict:
+def run(
+    model: HarnessModel,
+    tasks: Sequence[Any],
+    *,
+    num_fewshot: int | None = None,
+    limit: float | None = None,
+    include_path: str | None = None,
+    use_cache: str | None = None,
+    apply_chat_template: bool = False,
+    system_instruction: str | None = None,
+    bootstrap_iters: int = 100_000,
+) -> dict[str, Any]:
     """Returns what lm_eval.simple_evaluate returns, with `METRIC_mc_stderr,FILTER` next to each
     `METRIC_stderr,FILTER` of tasks that read likelihoods.
 
@@ -362,15 +373,22 @@ def run(model: HarnessModel, tasks: Sequence[Any], **settings: Any) -> dict:
 
     Args:
         tasks: names, or configs of tasks as dicts.
-        settings: include_path, a folder with YAML files of tasks; and those of
-            lm_eval.simple_evaluate: num_fewshot, limit, use_cache, apply_chat_template...
+        include_path: a folder with YAML files of tasks.
+        The others: see lm_eval.simple_evaluate.
     """
     lm_eval = require("lm_eval", extra="eval")
-    manager = require("lm_eval.tasks", extra="eval").TaskManager(
-        include_path=settings.pop("include_path", None)
-    )
+    manager = require("lm_eval.tasks", extra="eval").TaskManager(include_path=include_path)
     results = lm_eval.simple_evaluate(
-        model, tasks=list(tasks), task_manager=manager, log_samples=True, **settings
+        model,
+        tasks=list(tasks),
+        task_manager=manager,
+        log_samples=True,
+        num_fewshot=num_fewshot,
+        limit=limit,
+        use_cache=use_cache,
+        apply_chat_template=apply_chat_template,
+        system_instruction=system_instruction,
+        bootstrap_iters=bootstrap_iters,
     )
     loaded = manager.load(copy.deepcopy(list(tasks)))["tasks"]
     for name, samples in results["samples"].items():

@@ -90,8 +90,8 @@ def _check_ids(hf_config: dict, num_rows: int) -> None:
 
 
 def unpadded_vocabulary(hf_config: dict, num_rows: int) -> int:
-    """Returns how many ids the vocabulary has, where config.json tells them from the rows of the
-    embedding; otherwise the number of rows.
+    """Returns how many ids the vocabulary has, where config.json states both them and the rows
+    of the embedding; otherwise the number of rows.
     """
     key = "vocab_size" if layout_of(hf_config) == "llada" else UNPADDED
     return min(hf_config.get(key) or num_rows, num_rows)
