@@ -10,14 +10,12 @@ from support.exports import LLADA, write_checkpoint
 from support.hf_directories import random_params
 
 import llada_jax
+from llada_jax import pretrained
 from llada_jax.arguments import checked
 from llada_jax.errors import UserError
-from llada_jax.evaluation.harness import HarnessModel
-from llada_jax.evaluation.harness import run as run_harness
-from llada_jax.pretrained import Pretrained
-from llada_jax.pretrained import load as load_pretrained
-from llada_jax.verbs import evaluate as evaluate_verb
-from llada_jax.verbs import train as train_verb
+from llada_jax.evaluation import harness
+from llada_jax.loaded_model import Pretrained
+from llada_jax.verbs import evaluate, train
 
 
 def public_members(owner) -> dict:
@@ -28,8 +26,8 @@ def public_members(owner) -> dict:
 PUBLIC = {
     **{f"llada_jax.{name}": function for name, function in public_members(llada_jax).items()},
     **{f"Pretrained.{name}": method for name, method in public_members(Pretrained).items()},
-    "HarnessModel": HarnessModel.__init__,
-    "harness.run": run_harness,
+    "HarnessModel": harness.HarnessModel.__init__,
+    "harness.run": harness.run,
 }
 
 
@@ -57,10 +55,10 @@ def test_every_parameter_has_a_name_and_a_type(name):
 @pytest.mark.parametrize(
     ("face", "behind"),
     [
-        (llada_jax.load, load_pretrained),
-        (llada_jax.train, train_verb.train),
-        (llada_jax.evaluate, evaluate_verb.evaluate),
-        (llada_jax.evaluate_tasks, evaluate_verb.evaluate_tasks),
+        (llada_jax.load, pretrained.load),
+        (llada_jax.train, train.train),
+        (llada_jax.evaluate, evaluate.evaluate),
+        (llada_jax.evaluate_tasks, evaluate.evaluate_tasks),
     ],
     ids=lambda function: function.__name__,
 )
