@@ -23,6 +23,8 @@ def reference_logits(
     by head.
     """
     p = jax.tree.map(lambda x: np.asarray(x, np.float64), params)
+    # as plain arrays: a loop over the elements of JAX's dispatches an operation for each
+    rows = zip(*(np.asarray(x) for x in (tokens_BT, segment_ids_BT, positions_BT)))
 
     def norm(x, scale, axes=(-1,)):
         return x / np.sqrt(np.mean(x**2, axis=axes, keepdims=True) + a.norm_eps) * scale
@@ -39,8 +41,8 @@ def reference_logits(
         )
 
     logits = []
-    for tokens, segments, positions in zip(tokens_BT, segment_ids_BT, positions_BT):
-        x = p["embed"][np.asarray(tokens)]
+    for tokens, segments, positions in rows:
+        x = p["embed"][tokens]
         T = len(tokens)
         for layer in range(a.num_layers):
             w = {name: stacked[layer] for name, stacked in p["blocks"].items()}
