@@ -236,6 +236,7 @@ def test_a_run_in_a_bucket_that_is_killed_and_resumed_is_the_run_on_a_disk(bucke
         "schedule.name=cosine",
         "checkpoint.every_steps=3",
         "optimizer.ema_decay=0.9",
+        "log.tensorboard=true",
     ]
     on_disk, workdir = runs.directory / "on-disk", f"{bucket}/run"
     if not on_disk.exists():

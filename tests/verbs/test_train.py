@@ -87,6 +87,7 @@ def rich_run(runs, tmp_path_factory):
         "samples.gen_length=8",
         "samples.steps=8",
         "samples.block_length=8",
+        "log.tensorboard=true",
         "log.profile_at_step=12",
         "log.profile_num_steps=2",
         "objective.masking=exact_count",
