@@ -151,6 +151,7 @@ def test_logits_of_a_window_equal_those_columns_of_all_logits(changes):
     np.testing.assert_allclose(jax.jit(model.head_fn)(params, hidden), whole, atol=1e-6)
 
 
+@pytest.mark.slow
 def test_every_token_sees_every_other_unless_causal():
     tokens, segments, positions = random_inputs(SMALL)
     changed = tokens.at[:, -1].set((tokens[:, -1] + 1) % SMALL.vocab_size)
@@ -194,6 +195,7 @@ def test_bfloat16_stays_close_to_float32():
     assert 1e-4 < np.linalg.norm(rough - exact) / np.linalg.norm(exact) < 0.03
 
 
+@pytest.mark.slow
 def test_the_module_can_be_used_directly_too():
     model = make_model(SMALL)
     module = model.build(jax.random.key(0))

@@ -28,6 +28,7 @@ from llada_jax.storage.arrays import s3_spec
 from llada_jax.training.state import TrainState
 
 
+@pytest.mark.slow
 def test_a_bucket_that_does_not_answer_is_named_within_seconds(tmp_path):
     """What a host without a network sees: connections are taken, and nothing comes back."""
     library("gcsfs")
