@@ -123,6 +123,7 @@ def test_of_several_ends_that_are_stated_the_second_ends_a_text_too(whole, tmp_p
 # ---- import, export and import again
 
 
+@pytest.mark.slow
 def test_vocabulary_rows_and_special_ids_survive_import_and_export(bare, layout, tmp_path):
     workdir = imported(bare, tmp_path / "run")
     out = export(workdir, tmp_path / "out", "--dtype", "float32", "--layout", layout)
@@ -141,6 +142,7 @@ def test_vocabulary_rows_and_special_ids_survive_import_and_export(bare, layout,
     np.testing.assert_array_equal(first.logits(TOKENS), second.logits(TOKENS))
 
 
+@pytest.mark.slow
 def test_the_two_sizes_of_a_published_vocabulary_survive_with_a_tokenizer(tmp_path):
     source = tmp_path / "hf"
     write_huggingface(source, "llada", SMALL)
@@ -153,6 +155,7 @@ def test_the_two_sizes_of_a_published_vocabulary_survive_with_a_tokenizer(tmp_pa
         assert (config["vocab_size"], config["embedding_size"]) == (300, 320)
 
 
+@pytest.mark.slow
 def test_llama_weights_alone_get_a_mask_after_their_last_id(tmp_path):
     source = tmp_path / "hf"
     write_huggingface(source, "qwen2", QWEN)
@@ -168,6 +171,7 @@ def test_llama_weights_alone_get_a_mask_after_their_last_id(tmp_path):
 # ---- the tokenizer that is given
 
 
+@pytest.mark.slow
 def test_a_tokenizer_that_is_given_makes_the_checkpoint_whole(whole, bare, tmp_path, capsys):
     def sampled(*words) -> list:
         request = ["--prompt", "it is", "--gen-length", "8", "--steps", "4", "--json"]

@@ -32,7 +32,8 @@ def assert_started_from(start, expected) -> None:
     )
 
 
-@pytest.mark.parametrize("name", ["data", pytest.param("spm", marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["data", "spm"])
 def test_an_export_scores_and_trains_on_its_own_runs_data(name, home, tmp_path, capsys):
     data, run = home / name, home / "run"
     if name != "data":
@@ -48,6 +49,7 @@ def test_an_export_scores_and_trains_on_its_own_runs_data(name, home, tmp_path, 
     assert_started_from(tmp_path / "begun", run)
 
 
+@pytest.mark.slow
 def test_an_export_without_its_tokenizer_trains_on_and_is_scored_with_that_of_the_run(
     home, tmp_path, capsys
 ):

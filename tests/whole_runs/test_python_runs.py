@@ -35,6 +35,7 @@ def test_train_returns_the_metrics_of_the_run_that_the_command_makes(home, tmp_p
     assert (tmp_path / "run" / "config.py").read_text() == (home / "tiny.py").read_text()
 
 
+@pytest.mark.slow
 def test_train_takes_a_config_that_was_changed_in_python_and_leaves_it_alone(home, tmp_path):
     config = load_config(str(home / "tiny.py"), [f"data.path={home / 'data'}"])
     config.num_steps = 2
@@ -60,6 +61,7 @@ def test_a_wrong_change_is_named_as_it_was_written(changes, says, home, tmp_path
     assert not (tmp_path / "run").exists()
 
 
+@pytest.mark.slow
 def test_evaluate_returns_what_the_command_prints(home, capsys):
     run, data = home / "run", home / "data"
     expected = printed(["evaluate", "--checkpoint", run, "--data", data], capsys)
