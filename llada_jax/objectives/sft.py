@@ -10,7 +10,8 @@ import jax.numpy as jnp
 from jax import Array
 
 from llada_jax.masks import BIDIRECTIONAL
-from llada_jax.objectives.masked_diffusion import NUM_T_BUCKETS, masked_diffusion_loss
+from llada_jax.objectives.corruption import sums_by_t, sums_of_documents
+from llada_jax.objectives.masked_diffusion import masked_diffusion_loss
 from llada_jax.objectives.objective import Objective
 from llada_jax.rng import keys_for_rows
 
@@ -137,24 +138,19 @@ def sums_of_corruption(
     nelbo_BT = scores.nll_BT / p_mask_BT
     loss_BT = nelbo_BT if weight == "1/p" else scores.nll_BT
     if mean_over == "answers":
-        length_BS = lengths_of_documents(is_maskable_BT, segment_ids_BT)
+        length_BS = sums_of_documents(is_maskable_BT, segment_ids_BT)
         length_BT = jnp.take_along_axis(length_BS, segment_ids_BT, axis=1)
         loss_sum = jnp.sum(loss_BT / jnp.maximum(length_BT, 1.0))
         count = (length_BS > 0).sum().astype(jnp.float32)
     else:
         assert mean_over == "tokens", mean_over
         loss_sum, count = jnp.sum(loss_BT), num_tokens
-    bucket_BT = jnp.minimum((t_BT * NUM_T_BUCKETS).astype(jnp.int32), NUM_T_BUCKETS - 1)
-    in_bucket = (bucket_BT[None] == jnp.arange(NUM_T_BUCKETS)[:, None, None]) & is_masked_BT
     num_masked = is_masked_BT.sum().astype(jnp.float32)
     metrics = {
         "loss": (loss_sum, count),
         "nelbo": (jnp.sum(nelbo_BT), num_tokens),
         "masked_accuracy": (scores.is_correct_BT.sum().astype(jnp.float32), num_masked),
-        "nll_by_t": (
-            jnp.sum(in_bucket * scores.nll_BT, axis=(1, 2)),
-            in_bucket.sum(axis=(1, 2)).astype(jnp.float32),
-        ),
+        "nll_by_t": sums_by_t(t_BT, scores.nll_BT, is_masked_BT),
     }
     return loss_sum, count, metrics
 
@@ -175,9 +171,3 @@ def times_of_documents(
     assert t_sampling == "iid", t_sampling
     draw = jax.vmap(lambda k: jax.random.uniform(k, (num_segments,)))
     return jnp.take_along_axis(draw(keys_for_rows(key, row_B)), segment_ids_BT, axis=1)
-
-
-def lengths_of_documents(is_maskable_BT: Array, segment_ids_BT: Array) -> Array:
-    """Returns how many maskable tokens segment s of each row has, float32 [B, T + 1]."""
-    add = jax.vmap(lambda values_T, ids_T: jax.ops.segment_sum(values_T, ids_T, ids_T.shape[0] + 1))
-    return add(is_maskable_BT.astype(jnp.float32), segment_ids_BT)
