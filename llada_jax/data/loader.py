@@ -14,13 +14,14 @@ worker processes are started.
 """
 
 import sys
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import islice
 
 import grain
 import numpy as np
 
+from llada_jax.data.batch import FIELDS, PAIR_FIELDS, Field
 from llada_jax.data.dialogue_rows import EosPadded, draw_answers
 from llada_jax.data.records import DatasetInfo, Records, read_dataset
 from llada_jax.errors import UserError
@@ -78,8 +79,8 @@ def train_batches(
         prefetch: batches that are kept ready, R * T * 13 bytes each.
 
     Returns an iterator of {"tokens", "segment_ids", "positions": int32[R,T], "is_maskable":
-    bool[R,T]}, R = len(rows). Padding has token 0, segment 0 and is not maskable; of dialogues,
-    only answers are.
+    bool[R,T]}, R = len(rows), and of pairs also "is_chosen". Padding has token 0, segment 0 and is
+    not maskable; of dialogues, only answers are.
 
     Raises UserError at once for unusable datasets or arguments, and from `next` for a damaged
     record.
@@ -157,7 +158,8 @@ def heldout_batches(
         chosen = np.random.default_rng(subset_seed).permutation(len(records))[:num_rows]
         records = _Chosen(records, np.sort(chosen))  # type: ignore[assignment]  # in file order, which reads fastest
     _check_dialogues([info], attend_across_documents=attend_across_documents)
-    source = _Padded(records, multiple=batch_size, sequence_length=sequence_length)
+    fields = fields_of(info)
+    source = _Padded(records, fields, multiple=batch_size, sequence_length=sequence_length)
     dataset = _with_drawn_answers(grain.MapDataset.source(source), info, seed=_HELDOUT_ANSWERS)
     dataset = dataset.map(_row_for(attend_across_documents))
     dataset = _HostRows(dataset, batch_size=batch_size, rows=rows, start_step=0).batch(len(rows))
@@ -175,6 +177,7 @@ class SourceSummary:
     num_tokens: int
     num_padding: int
     bytes_per_token: dict[str, float]  # by split: bits/byte = nats/token / ln 2 / bytes_per_token
+    fields: Mapping[str, Field]  # of its batches
 
     def num_epochs(self, num_rows: int) -> float:
         """Returns how often `num_rows` rows of the mixture go through this dataset."""
@@ -198,9 +201,15 @@ def describe(sources: Sequence[Source], *, sequence_length: int) -> tuple[Source
                 for name, split in info.splits.items()
                 if split.num_scored_tokens
             },
+            fields=fields_of(info),
         )
         for info, (_, weight) in zip(infos, sources, strict=True)
     )
+
+
+def fields_of(info: DatasetInfo) -> Mapping[str, Field]:
+    """Returns the fields of the batches that a data set gives."""
+    return PAIR_FIELDS if info.dialogues and info.dialogues.are_pairs else FIELDS
 
 
 class _HostRows(grain.MapDataset):
@@ -249,8 +258,16 @@ class _Chosen:
 class _Padded:
     """A source followed by empty rows, up to a multiple of the batch size."""
 
-    def __init__(self, records: Records | _Chosen, *, multiple: int, sequence_length: int):
-        self._records, self._sequence_length = records, sequence_length
+    def __init__(
+        self,
+        records: Records | _Chosen,
+        fields: Mapping[str, Field],
+        *,
+        multiple: int,
+        sequence_length: int,
+    ):
+        self._records, self._fields = records, fields
+        self._sequence_length = sequence_length
         self._length = -(-len(records) // multiple) * multiple
 
     def __len__(self) -> int:
@@ -260,11 +277,8 @@ class _Padded:
         if index < len(self._records):
             return self._records[index]
         return {
-            **{
-                name: np.zeros(self._sequence_length, np.int32)
-                for name in ("tokens", "segment_ids", "positions")
-            },
-            "is_maskable": np.zeros(self._sequence_length, bool),
+            name: np.zeros(self._sequence_length, field.dtype)
+            for name, field in self._fields.items()
         }
 
 
@@ -301,6 +315,11 @@ def _open(
                 f"{info.tokenizer['fingerprint'][:12]}): prepare both with "
                 f"--tokenizer {infos[0].directory}/tokenizer."
             )
+        if infos and fields_of(info) != fields_of(infos[0]):
+            raise UserError(
+                f"One of {infos[0].directory} and {directory} holds pairs of answers and the other "
+                "does not; train on the one or on the other."
+            )
         infos.append(info)
     return infos
 
@@ -321,13 +340,19 @@ def _check_dialogues(
                 f"config.data.random_length_probability={random_length_probability} would cut off; "
                 "set it to 0."
             )
+        if info.dialogues and info.dialogues.are_pairs and attend_across_documents:
+            raise UserError(
+                f"{info.directory} holds pairs, whose answers must not see each other; set "
+                "config.data.attend_across_documents=False."
+            )
         if info.dialogues and info.dialogues.rows == "packed" and attend_across_documents:
             raise UserError(
                 f"{info.directory} holds several dialogues in a row, which must not see each "
                 "other; set config.data.attend_across_documents=False, or prepare it with "
                 "--chat rows=padded."
             )
-        if eos_padding and not (info.dialogues and info.dialogues.rows == "padded"):
+        is_padded = info.dialogues and info.dialogues.rows == "padded"
+        if eos_padding and not (is_padded and not info.dialogues.are_pairs):  # type: ignore[union-attr]
             raise UserError(
                 f"config.data.eos_padding={eos_padding} fills up rows of one dialogue each, and "
                 f"{info.directory} has others; prepare with --chat rows=padded, or set it to "
