@@ -78,7 +78,7 @@ def default_config() -> ConfigDict:
     # In objective, optimizer and schedule, `name` may also be module:attribute of a part of your
     # own, which is called with `arguments`, ((name, value), ...); see docs/extend.md.
     config.objective = ConfigDict()
-    # masked_diffusion | sft (dialogues) | autoregressive (the control experiment)
+    # masked_diffusion | sft (dialogues) | vrpo (preferences) | autoregressive (the control)
     config.objective.name = "masked_diffusion"
     config.objective.arguments = ()  # of an objective of your own
     config.objective.eps = 1e-3  # p = (1 - eps) t + eps
@@ -94,6 +94,13 @@ def default_config() -> ConfigDict:
     config.objective.mean_over = "answers"
     # p = eps + (max_mask_ratio - eps) t (sft)
     config.objective.max_mask_ratio = 1.0
+    # of the reward, per nat of difference from the reference (vrpo)
+    config.objective.beta = 0.1
+    # estimates of an answer's likelihood (vrpo): times drawn, and masks for each of them
+    config.objective.num_times = 8
+    config.objective.masks_per_time = 1
+    # whether policy and reference are compared under the same masks (vrpo)
+    config.objective.shared_draws = True
 
     # Low-rank adapters, which are trained in place of the network (docs/finetuning.md).
     config.lora = ConfigDict()

@@ -57,7 +57,9 @@ def estimate_run(
     # A causal network attends to half of the positions.
     is_causal = recipe.objective.mask.causal
     num_matmul = num_matmul_parameters(a)
-    flops = flops_per_token(num_matmul, a.num_layers, a.num_heads * a.head_dim, T, causal=is_causal)
+    flops = recipe.objective.passes * flops_per_token(
+        num_matmul, a.num_layers, a.num_heads * a.head_dim, T, causal=is_causal
+    )
     # of one device in one microbatch
     rows = B // A // (shape["data"] * shape["fsdp"] * shape["expert"])
     tokens = rows * T // shape["sequence"]
@@ -154,9 +156,9 @@ def memory_of(
         "none": 5 * D + (3 * N + 3 * K) + 4 * F + 3 * S,
     }[workload.remat]
     # Gradients are float32, as the parameters are. With several microbatches a second copy holds
-    # the sum while the next part is computed.
+    # the sum while the next part is computed, and so it is with several passes.
     gradients = sharded_bytes(recipe.abstract.params, shape)
-    gradients *= 2 if workload.num_microbatches > 1 else 1
+    gradients *= 1 + (workload.num_microbatches > 1) + (recipe.objective.trained_passes > 1)
     layer_weights = (num_matmul_parameters(a) - D * a.vocab_size) / a.num_layers / t * itemsize
     num_pieces = -(-workload.sequence_length // workload.nll_chunk)
     layer = tokens * itemsize * (4 * D + 3 * N + 2 * K + 4 * F + 3 * S) + 2 * layer_weights
@@ -197,7 +199,8 @@ def recomputed_flops(recipe: Recipe, workload: Workload) -> float:
 
     The remat policy decides for the layers: "dots" keeps the outputs of products but not the
     scores, "attention" keeps the scores' result and repeats the products, "full" repeats both. The
-    head is repeated whenever it runs in pieces, because then no piece's logits are kept.
+    head is repeated whenever it runs in pieces, because then no piece's logits are kept. Of several
+    trained passes each is repeated as a whole before it is differentiated.
     """
     a, T = recipe.architecture, workload.sequence_length
     head = a.d_model * a.vocab_size
@@ -206,7 +209,10 @@ def recomputed_flops(recipe: Recipe, workload: Workload) -> float:
     layers = {"none": 0, "dots": scores, "attention": projections, "full": projections + scores}[
         workload.remat
     ]
-    return layers + (2 * head if workload.nll_chunk < T else 0)
+    once = layers + (2 * head if workload.nll_chunk < T else 0)
+    num_passes = recipe.objective.trained_passes
+    whole = 2 * num_matmul_parameters(a) + 4 * a.num_layers * a.num_heads * a.head_dim * T
+    return num_passes * once + (num_passes * whole if num_passes > 1 else 0)
 
 
 def traffic_of(

@@ -4,6 +4,8 @@ import dataclasses
 from collections.abc import Callable
 from typing import Any
 
+import jax
+import jax.numpy as jnp
 from jax import Array
 
 from llada_jax.errors import UserError
@@ -17,7 +19,7 @@ def adapted(objective: Objective, lora: Lora) -> Objective:
     Raises:
         UserError: the objective splits the parameters itself.
     """
-    if objective.split_parameters is not None:
+    if objective.split_parameters is not None and not objective.has_reference:
         raise UserError(
             f"config.lora.rank={lora.rank} freezes the network, and the objective decides itself "
             "what is frozen; set the rank to 0, or choose another objective."
@@ -30,7 +32,9 @@ def adapted(objective: Objective, lora: Lora) -> Objective:
             def nll_of_adapters(adapters: dict, *rest: Any) -> Any:
                 return nll_fn(merged(frozen, adapters, lora), *rest)
 
-            return function(nll_of_adapters, params, *arguments, frozen={}, **options)
+            # fresh adapters add nothing to the network: the reference costs no memory
+            reference = jax.tree.map(jnp.zeros_like, params) if objective.has_reference else {}
+            return function(nll_of_adapters, params, *arguments, frozen=reference, **options)
 
         return adapted_function
 

@@ -139,7 +139,7 @@ def open_run(
     )
 
     # 3. Model, objective and optimizer, none of them with numbers yet.
-    recipe = make_recipe(config, data.tokenizer, mesh)
+    recipe = make_recipe(config, data.tokenizer, mesh, provided=data.fields)
     if config.samples.every_steps:  # now, and not after hours of training
         check_schedule(**{name: config.samples[name] for name in SAMPLE_KNOBS}, cfg_scale=0.0)
 

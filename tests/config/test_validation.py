@@ -35,6 +35,9 @@ READERS = {
     "evaluation.weights": {"optimizer.ema_decay": 0.9},
     "objective.masked": {"objective.name": "sft"},
     "objective.mean_over": {"objective.name": "sft"},
+    "objective.beta": {"objective.name": "vrpo"},
+    "objective.num_times": {"objective.name": "vrpo"},
+    "objective.masks_per_time": {"objective.name": "vrpo"},
 }
 
 

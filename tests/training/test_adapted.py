@@ -10,6 +10,7 @@ from llada_jax.models.adapters import Lora, adapter_shapes, merged
 from llada_jax.models.model import make_model
 from llada_jax.models.transformer import Architecture
 from llada_jax.objectives.sft import sft
+from llada_jax.objectives.vrpo import vrpo
 from llada_jax.training.adapted import adapted
 
 MODEL = make_model(
@@ -60,6 +61,36 @@ def test_loss_bound_and_gradient_are_those_of_the_merged_network():
         over.network(adapters, network),
         merged(network, adapters, LORA),
     )
+
+
+def test_under_adapters_the_reference_is_the_network_without_them():
+    key = jax.random.key(0)
+    network = jax.jit(MODEL.init)(key)
+    rng = np.random.default_rng(0)
+    adapters = jax.tree.map(
+        lambda leaf: jnp.asarray(0.1 * rng.normal(size=leaf.shape), jnp.float32),
+        adapter_shapes(network, LORA),
+    )
+    batch = {
+        "tokens": rng.integers(0, 8, (2, 8)).astype(np.int32),
+        "segment_ids": np.tile(np.repeat([1, 2], 4), (2, 1)),
+        "positions": np.tile(np.arange(8, dtype=np.int32) % 4, (2, 1)),
+        "is_maskable": np.tile(np.arange(8) % 4 > 1, (2, 1)),
+        "is_chosen": np.tile(np.arange(8) < 4, (2, 1)),
+    }
+    plain = vrpo(mask_id=9, num_times=2)
+    over = adapted(plain, LORA)
+    options = dict(num_rows=2, step=0)
+    rows = jnp.arange(2)
+    ours = over.loss(MODEL.nll_fn, adapters, batch, key, rows, frozen=network, **options)
+    whole = merged(network, adapters, LORA)
+    theirs = plain.loss(MODEL.nll_fn, whole, batch, key, rows, frozen=network, **options)
+    assert abs(float(theirs[2]["reward_margin"][0])) > 1e-3
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-6), ours, theirs)
+    # and nothing but the adapters is trained
+    params, frozen = over.split_parameters(network, key)
+    assert jax.tree.structure(params) == jax.tree.structure(adapters)
+    assert frozen is network
 
 
 def test_an_objective_that_freezes_something_itself_is_refused():
