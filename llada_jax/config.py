@@ -43,6 +43,10 @@ def default_config() -> ConfigDict:
     # of dialogues with a row each (prepare --chat rows=padded): rows are filled up with
     # end-of-text tokens, as part of the answer, to the longest of so many; 0: not at all
     config.data.eos_padding = 0
+    # ids that fill these rows up, in turn; (): end-of-text (as published)
+    config.data.padding_cycle = ()
+    # share of rows that are cut in two, which do not see each other
+    config.data.split_probability = 0.0
     config.data.num_threads = 4  # reader threads per host
     config.data.prefetch = 8  # batches read ahead per host
 
@@ -94,6 +98,10 @@ def default_config() -> ConfigDict:
     config.objective.mean_over = "answers"
     # p = eps + (max_mask_ratio - eps) t (sft)
     config.objective.max_mask_ratio = 1.0
+    # whether each dialogue is a row twice, with masks that complement each other (sft)
+    config.objective.complementary = False
+    # share of dialogues whose prompt is hidden from the network, for guidance (sft)
+    config.objective.prompt_dropout = 0.0
     # of the reward, per nat of difference from the reference (vrpo)
     config.objective.beta = 0.1
     # estimates of an answer's likelihood (vrpo): times drawn, and masks for each of them

@@ -12,7 +12,7 @@ import itertools
 import json
 import sys
 import tempfile
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -298,7 +298,7 @@ def _batches(unit: Unit, job: Job, on_progress: Callable[..., None]) -> Iterator
 def write_shards(
     unit: Unit,
     job: Job,
-    rows: dict[str, Iterator[tuple[np.ndarray, ...]]],
+    rows: Mapping[str, Iterator[tuple[np.ndarray, ...]]],
     tokenizer: Tokenizer,
     counts: dict[str, dict],
 ) -> dict[str, dict]:

@@ -22,7 +22,7 @@ import grain
 import numpy as np
 
 from llada_jax.data.batch import FIELDS, PAIR_FIELDS, Field
-from llada_jax.data.dialogue_rows import EosPadded, draw_answers
+from llada_jax.data.dialogue_rows import EosPadded, draw_answers, split_in_two
 from llada_jax.data.records import DatasetInfo, Records, read_dataset
 from llada_jax.errors import UserError
 
@@ -32,7 +32,7 @@ _HELDOUT_ANSWERS = 0
 Source = tuple[str, float]  # (directory of a dataset, its weight in the mixture)
 Batch = dict[str, np.ndarray]
 
-_SHUFFLE, _LENGTH, _ANSWER = 0, 1, 2  # What a random stream is for; see _stream.
+_SHUFFLE, _LENGTH, _ANSWER, _SPLIT = 0, 1, 2, 3  # What a random stream is for; see _stream.
 
 
 def train_batches(
@@ -46,7 +46,10 @@ def train_batches(
     batch_number: Callable[[int], int] = lambda step: step,
     random_length_probability: float = 0.01,
     attend_across_documents: bool = True,
+    split_probability: float = 0.0,
     eos_padding: int = 0,
+    padding_cycle: Sequence[int] = (),
+    copies: int = 1,
     num_threads: int = 4,
     prefetch: int = 8,
 ) -> Iterator[Batch]:
@@ -73,8 +76,12 @@ def train_batches(
             becomes padding (1% in LLaDA, arXiv 2502.09992).
         attend_across_documents: True (as LLaDA published) makes all tokens of a row one segment
             with positions 0..T-1; False gives each document its own segment and positions.
-        eos_padding: of dialogues with a row each: rows are filled up with end-of-text tokens to the
-            longest of so many consecutive rows; 0: not at all. See dialogue_rows.EosPadded.
+        split_probability: how often a row is cut in two; see dialogue_rows.split_in_two.
+        eos_padding: of dialogues with a row each: rows are filled up to the longest of so many
+            consecutive rows; 0: not at all. padding_cycle: with which tokens, in turn; (): with
+            end-of-text. See dialogue_rows.EosPadded.
+        copies: so many consecutive rows of a batch are one record, for objectives that ask for it;
+            batch_size must be a multiple.
         num_threads: threads that read ahead; 0 reads in the caller's thread.
         prefetch: batches that are kept ready, R * T * 13 bytes each.
 
@@ -94,7 +101,14 @@ def train_batches(
         random_length_probability=random_length_probability,
         attend_across_documents=attend_across_documents,
         eos_padding=eos_padding,
+        padding_cycle=padding_cycle,
+        split_probability=split_probability,
     )
+    if batch_size % copies:
+        raise UserError(
+            f"config.data.batch_size={batch_size} must be a multiple of {copies}, because the "
+            f"objective asks for {copies} rows of each record; change it."
+        )
     shuffled = [
         _with_drawn_answers(
             grain.MapDataset.source(Records(info, split="train"))
@@ -110,16 +124,19 @@ def train_batches(
         .random_map(_random_length(random_length_probability), seed=_stream(seed, _LENGTH, 0))
         .map(_row_for(attend_across_documents))
     )
+    if split_probability:
+        dataset = dataset.random_map(split_in_two(split_probability), seed=_stream(seed, _SPLIT, 0))
     rows = _check_rows(rows, batch_size=batch_size)
     if eos_padding:
-        eos_id = infos[0].tokenizer["eos_id"]
-        dataset = EosPadded(dataset, num_rows=eos_padding, eos_id=eos_id)
+        cycle = tuple(padding_cycle) or (infos[0].tokenizer["eos_id"],)
+        dataset = EosPadded(dataset, num_rows=eos_padding, cycle=cycle)
     dataset = _HostRows(
         dataset,
         batch_size=batch_size,
         rows=rows,
         start_step=start_step,
         batch_number=batch_number,
+        copies=copies,
     ).batch(len(rows))
     return _iterate(dataset, num_threads=num_threads, prefetch=prefetch)
 
@@ -179,7 +196,7 @@ class SourceSummary:
     bytes_per_token: dict[str, float]  # by split: bits/byte = nats/token / ln 2 / bytes_per_token
     fields: Mapping[str, Field]  # of its batches
 
-    def num_epochs(self, num_rows: int) -> float:
+    def num_epochs(self, num_rows: float) -> float:
         """Returns how often `num_rows` rows of the mixture go through this dataset."""
         return num_rows * self.share / self.num_records
 
@@ -214,7 +231,7 @@ def fields_of(info: DatasetInfo) -> Mapping[str, Field]:
 
 class _HostRows(grain.MapDataset):
     """Maps a host's n-th row, which is a step and a place in `rows`, to the parent's row
-    batch_number(step) * B + rows[place].
+    (batch_number(step) * B + rows[place]) // copies.
     """
 
     def __init__(
@@ -225,13 +242,16 @@ class _HostRows(grain.MapDataset):
         rows: Sequence[int],
         start_step: int,
         batch_number: Callable[[int], int] = lambda step: step,
+        copies: int = 1,
     ):
         super().__init__(parent)
         self._batch_size, self._rows, self._start_step = batch_size, tuple(rows), start_step
-        self._batch_number = batch_number
+        self._batch_number, self._copies = batch_number, copies
 
     def __len__(self) -> int:
-        num_steps = len(self._parent) // self._batch_size - self._start_step
+        # an endless parent has the largest length there is, which copies must not exceed
+        num_rows = min(len(self._parent) * self._copies, sys.maxsize)
+        num_steps = num_rows // self._batch_size - self._start_step
         return min(num_steps * len(self._rows), sys.maxsize)
 
     def __getitem__(self, index):
@@ -239,7 +259,7 @@ class _HostRows(grain.MapDataset):
             return self.slice(index)
         step, place = divmod(index, len(self._rows))
         batch = self._batch_number(self._start_step + step)
-        return self._parent[batch * self._batch_size + self._rows[place]]
+        return self._parent[(batch * self._batch_size + self._rows[place]) // self._copies]
 
 
 class _Chosen:
@@ -331,6 +351,8 @@ def _check_dialogues(
     batch_size: int = 1,
     random_length_probability: float = 0.0,
     eos_padding: int = 0,
+    padding_cycle: Sequence[int] = (),
+    split_probability: float = 0.0,
 ) -> None:
     """Raises UserError for settings that would spoil dialogues, or that need some."""
     for info in infos:
@@ -358,6 +380,19 @@ def _check_dialogues(
                 f"{info.directory} has others; prepare with --chat rows=padded, or set it to "
                 "0."
             )
+        if info.dialogues and info.dialogues.are_pairs and split_probability:
+            raise UserError(
+                f"{info.directory} holds pairs, whose answers config.data.split_probability="
+                f"{split_probability} would part from their prompts; set it to 0."
+            )
+        special = (info.tokenizer["mask_id"], info.tokenizer["eos_id"])
+        for token in padding_cycle:
+            if not 0 <= token < info.vocab_size or (token in special and len(padding_cycle) > 1):
+                raise UserError(
+                    f"config.data.padding_cycle={tuple(padding_cycle)}: {token} is not an ordinary "
+                    f"id of the {info.vocab_size} of {info.directory} (mask and end-of-text are "
+                    f"{special[0]} and {special[1]}); name ids that no text uses."
+                )
     if eos_padding and batch_size % eos_padding:
         raise UserError(
             f"config.data.batch_size={batch_size} must be a multiple of "

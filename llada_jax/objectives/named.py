@@ -29,6 +29,8 @@ def make_objective(
     masked: str = "answers",
     mean_over: str = "answers",
     max_mask_ratio: float = 1.0,
+    complementary: bool = False,
+    prompt_dropout: float = 0.0,
     beta: float = 0.1,
     num_times: int = 8,
     masks_per_time: int = 1,
@@ -74,6 +76,8 @@ def make_objective(
             masked=masked,
             mean_over=mean_over,
             max_mask_ratio=max_mask_ratio,
+            complementary=complementary,
+            prompt_dropout=prompt_dropout,
         )
     if name == "vrpo":
         return make(

@@ -58,6 +58,8 @@ class Objective:
             `start_as_reference` makes it. Under adapters, which begin as zeros, these zeros take
             its place.
         heldout: further metrics of `bound` that held-out evaluations of a run report.
+        copies: how many consecutive rows of a training batch hold one record, as in row 2 i and row
+            2 i + 1; batch_size counts them all.
         trained_passes, other_passes: how often `loss` calls nll_fn for gradients and without, for
             the arithmetic of time and memory.
     """
@@ -71,6 +73,7 @@ class Objective:
     network: Callable = lambda params, frozen: params
     has_reference: bool = False
     heldout: tuple[str, ...] = ()
+    copies: int = 1
     trained_passes: int = 1
     other_passes: int = 0
 

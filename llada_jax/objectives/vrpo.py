@@ -7,6 +7,7 @@ every mask, and the same times and masks for the policy and the reference.
 
 import functools
 from collections.abc import Callable
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -39,7 +40,7 @@ def vrpo(
     count of masks, whatever the settings of the training loss; next to the bound on all of their
     answers, a run reports the margin and how often it is positive.
     """
-    draws = dict(
+    draws: dict[str, Any] = dict(
         mask_id=mask_id,
         num_times=num_times,
         masks_per_time=masks_per_time,
@@ -74,7 +75,7 @@ def vrpo_loss(
     beta: float = 0.1,
     shared_draws: bool = True,
     step: Array | int = 0,
-    **draws,
+    **draws: Any,
 ) -> tuple[Array, Array, dict]:
     """Returns the summed loss of the pairs, their number, and sums and counts to log.
 
@@ -95,9 +96,8 @@ def vrpo_loss(
     policy_key, other_key = jax.random.split(key)
     reference_key = policy_key if shared_draws else other_key
     # 1. how likely the policy and the reference find each answer
-    estimate = functools.partial(log_likelihoods, nll_fn, batch=batch, row_B=row_B, **draws)
-    policy_BS = estimate(params, key=policy_key)
-    reference_BS = estimate(frozen, key=reference_key)
+    policy_BS = log_likelihoods(nll_fn, params, batch, policy_key, row_B, **draws)
+    reference_BS = log_likelihoods(nll_fn, frozen, batch, reference_key, row_B, **draws)
     # 2. what the policy has gained, pair by pair
     reward_BS = beta * (policy_BS - reference_BS)
     chosen_BP, rejected_BP = halves_of_pairs(reward_BS)
@@ -132,7 +132,7 @@ def vrpo_bound(
     num_rows: int,
     frozen: dict,
     mask_id: int,
-    **settings,
+    **settings: Any,
 ) -> tuple[Array, Array, dict]:
     """Returns the bound on all answers of a held-out batch, as masked_diffusion_loss does, and the
     margins of its pairs.

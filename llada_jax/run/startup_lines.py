@@ -76,7 +76,7 @@ def startup_lines(
         lines.append(
             f"data        {s.directory}: {format_count(s.num_tokens)} tokens in {s.num_records:,} "
             f"rows, {s.bytes_per_token['train']:.2f} bytes per token, "
-            f"{s.num_epochs(num_steps * B):.2f} epochs"
+            f"{s.num_epochs(num_steps * B / recipe.objective.copies):.2f} epochs"
         )
     # A parameter that no rule of the table splits still trains, and wastes memory on each device
     # without an error; this line is the only sign of it.
