@@ -9,7 +9,7 @@ import jax.numpy as jnp
 from jax import Array
 
 from llada_jax.errors import UserError
-from llada_jax.models.adapters import Lora, make_adapters, merged
+from llada_jax.models.adapters import Lora, joined, make_adapters, merged
 from llada_jax.objectives.objective import Objective
 
 
@@ -30,7 +30,7 @@ def adapted(objective: Objective, lora: Lora) -> Objective:
             nll_fn: Callable, params: dict, *arguments: Any, frozen: dict, **options: Any
         ) -> Any:
             def nll_of_adapters(adapters: dict, *rest: Any) -> Any:
-                return nll_fn(merged(frozen, adapters, lora), *rest)
+                return nll_fn(joined(frozen, adapters, lora), *rest)
 
             # fresh adapters add nothing to the network: the reference costs no memory
             reference = jax.tree.map(jnp.zeros_like, params) if objective.has_reference else {}
