@@ -385,8 +385,8 @@ def _check_dialogues(
                 f"{info.directory} holds pairs, whose answers config.data.split_probability="
                 f"{split_probability} would part from their prompts; set it to 0."
             )
-        special = (info.tokenizer["mask_id"], info.tokenizer["eos_id"])
         for token in padding_cycle:
+            special = (info.tokenizer["mask_id"], info.tokenizer["eos_id"])
             if not 0 <= token < info.vocab_size or (token in special and len(padding_cycle) > 1):
                 raise UserError(
                     f"config.data.padding_cycle={tuple(padding_cycle)}: {token} is not an ordinary "
