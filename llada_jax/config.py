@@ -44,6 +44,10 @@ def default_config() -> ConfigDict:
     # of dialogues with a row each (prepare --chat rows=padded): rows are filled up with
     # end-of-text tokens, as part of the answer, to the longest of so many; 0: not at all
     config.data.eos_padding = 0
+    # ids that fill these rows up, in turn; (): end-of-text (as published)
+    config.data.padding_cycle = ()
+    # share of rows that are cut in two, which do not see each other
+    config.data.split_probability = 0.0
     config.data.num_threads = 4  # reader threads per host
     config.data.prefetch = 8  # batches read ahead per host
 
@@ -79,7 +83,7 @@ def default_config() -> ConfigDict:
     # In objective, optimizer and schedule, `name` may also be module:attribute of a part of your
     # own, which is called with `arguments`, ((name, value), ...); see docs/extend.md.
     config.objective = ConfigDict()
-    # masked_diffusion | sft (dialogues) | autoregressive (the control experiment)
+    # masked_diffusion | sft (dialogues) | vrpo (preferences) | autoregressive (the control)
     config.objective.name = "masked_diffusion"
     config.objective.arguments = ()  # of an objective of your own
     config.objective.eps = 1e-3  # p = (1 - eps) t + eps
@@ -95,6 +99,17 @@ def default_config() -> ConfigDict:
     config.objective.mean_over = "answers"
     # p = eps + (max_mask_ratio - eps) t (sft)
     config.objective.max_mask_ratio = 1.0
+    # whether each dialogue is a row twice, with masks that complement each other (sft)
+    config.objective.complementary = False
+    # share of dialogues whose prompt is hidden from the network, for guidance (sft)
+    config.objective.prompt_dropout = 0.0
+    # of the reward, per nat of difference from the reference (vrpo)
+    config.objective.beta = 0.1
+    # estimates of an answer's likelihood (vrpo): times drawn, and masks for each of them
+    config.objective.num_times = 8
+    config.objective.masks_per_time = 1
+    # whether policy and reference are compared under the same masks (vrpo)
+    config.objective.shared_draws = True
 
     # Low-rank adapters, which are trained in place of the network (docs/finetuning.md).
     config.lora = ConfigDict()

@@ -6,7 +6,7 @@ import functools
 import hashlib
 import json
 import shutil
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
@@ -23,6 +23,7 @@ from llada_jax.checkpoints.host_copies import LocalCheckpoints
 from llada_jax.checkpoints.huggingface import find_weights, tokenizer_of
 from llada_jax.checkpoints.record import RunRecord, reads_ema, write_run
 from llada_jax.checkpoints.workdir import Checkpoints, find_checkpoint
+from llada_jax.data.batch import Field
 from llada_jax.data.loader import Source, SourceSummary, describe
 from llada_jax.data.records import read_dataset
 from llada_jax.data.tokenizer import SPECIAL_IDS, Tokenizer, load_same
@@ -49,6 +50,11 @@ class RunData(NamedTuple):
     def bytes_per_token(self) -> float:
         """UTF-8 bytes per token of what training reads, in the proportions of the mixture."""
         return sum(s.share * s.bytes_per_token["train"] for s in self.summaries)
+
+    @property
+    def fields(self) -> Mapping[str, Field]:
+        """The fields of the batches, which are those of every dataset."""
+        return self.summaries[0].fields
 
     def facts(self) -> dict[str, str]:
         """Returns what must be the same on every host, by its name for the user."""

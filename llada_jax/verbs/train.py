@@ -186,7 +186,7 @@ def open_run(
     )
 
     # 3. Model, objective and optimizer, none of them with numbers yet.
-    recipe = make_recipe(config, data.tokenizer, mesh)
+    recipe = make_recipe(config, data.tokenizer, mesh, provided=data.fields)
     if config.samples.every_steps:  # now, and not after hours of training
         check_schedule(**{name: config.samples[name] for name in SAMPLE_KNOBS}, cfg_scale=0.0)
 
@@ -270,7 +270,7 @@ def train_on(
 
     # 6. The loop.
     rows = sharding.local_rows(recipe.batch_sharding, (B, T))
-    batches = open_batches(config, data, opened, rows)
+    batches = open_batches(config, data, opened, rows, recipe.objective.copies)
     flops = flops_of_token(recipe, sequence_length=T)
     peak_flops = hardware.peak_flops(mesh.devices.flat[0])
     zero_metrics = jax.jit(
@@ -464,8 +464,12 @@ def train_on(
     writer.close()
 
 
-def open_batches(config, data: RunData, opened: OpenWorkdir, rows) -> Iterator[dict]:
-    """Returns this host's rows of the batch of each step that is left, in order."""
+def open_batches(config, data: RunData, opened: OpenWorkdir, rows, copies: int) -> Iterator[dict]:
+    """Returns this host's rows of the batch of each step that is left, in order.
+
+    Args:
+        copies: Objective.copies.
+    """
     return train_batches(
         data.sources,
         batch_size=config.data.batch_size,
@@ -477,7 +481,10 @@ def open_batches(config, data: RunData, opened: OpenWorkdir, rows) -> Iterator[d
         batch_number=lambda step: batch_of_step(step + 1, opened.rollbacks.skipped) - 1,
         random_length_probability=config.data.random_length_probability,
         attend_across_documents=config.data.attend_across_documents,
+        split_probability=config.data.split_probability,
         eos_padding=config.data.eos_padding,
+        padding_cycle=config.data.padding_cycle,
+        copies=copies,
         num_threads=config.data.num_threads,
         prefetch=config.data.prefetch,
     )
