@@ -149,6 +149,7 @@ CHOICE = faults_of(
         "temperature squared",
         "logits_BTV + temperature * jax.vmap",
         "logits_BTV + temperature**2 * jax.vmap",
+        "tests/samplers/test_distributions.py tests/samplers/test_choice.py",
     ),
     (
         "one noise for all positions",
@@ -223,7 +224,7 @@ SPLITS = faults_of(
         "evaluate ignores attend_across_documents",
         "attend_across_documents=attend_across_documents,\n        on_batch",
         "attend_across_documents=True,\n        on_batch",
-        "tests/evaluation/test_splits.py tests/whole_runs/test_averages.py",
+        "tests/evaluation/test_splits.py tests/verbs/test_evaluate.py",
     ),
     ("only one corruption", "num_draws=num_draws,", "num_draws=1,"),
 )
