@@ -18,6 +18,7 @@ import importlib
 import os
 import re
 import shutil
+import signal
 import subprocess
 import sys
 import time
@@ -71,6 +72,8 @@ def run_tests(tree: Path, words: list[str], log: Path) -> int:
     sys.stdout.flush()
     if (pid := os.fork()) == 0:
         os.setsid()
+        # a shell makes its background jobs ignore Ctrl-C, and the processes of tests inherit that
+        signal.signal(signal.SIGINT, signal.default_int_handler)
         for number in (1, 2):
             os.dup2(os.open(log, os.O_WRONLY | os.O_CREAT | os.O_TRUNC), number)
         os.chdir(tree)
