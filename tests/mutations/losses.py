@@ -128,6 +128,7 @@ DENOISE = faults_of(
         "rows numbered within their batch",
         "np.arange(first_row, first_row + len(canvas_BT), dtype=np.int32)",
         "np.arange(len(canvas_BT), dtype=np.int32)",
+        "tests/samplers/test_distributions.py tests/samplers/test_denoise.py",
     ),
 )
 
