@@ -100,23 +100,26 @@ def run_tests(tree: Path, words: list[str], log: Path) -> int:
         time.sleep(0.05)
 
 
-def plant(fault, tree: Path, marks: list[str], log: Path) -> str:
+def plant(fault, tree: Path, log: Path) -> str:
     """Returns the test that catches the fault, or the first file of tests that ends in another way
     than by passing; "" when none does. The copy is as before afterwards.
+
+    Tests that are marked slow run only when the others let the fault pass.
     """
     path = tree / fault.file
     text = path.read_text()
     assert text.count(fault.old) == 1, f"{fault.name}: {fault.file} has changed"
     path.write_text(text.replace(fault.old, fault.new))
     try:
-        words = fault.tests.split()
-        # a single test is named because it is the one to run, slow or not
-        status = run_tests(tree, [*words, *([] if "::" in fault.tests else marks)], log)
-        assert status != NO_TESTS, f"{fault.name}: there are no such tests: {fault.tests}"
-        if status == 0:
-            return ""
-        failed = re.search(r"^(?:FAILED|ERROR) (.+?)(?: - .*)?$", log.read_text(), re.M)
-        return failed[1] if failed else words[0]
+        words, statuses = fault.tests.split(), []
+        for marked in ("not slow", "slow"):
+            status = run_tests(tree, [*words, "-m", marked], log)
+            if status not in (0, NO_TESTS):
+                failed = re.search(r"^(?:FAILED|ERROR) (.+?)(?: - .*)?$", log.read_text(), re.M)
+                return failed[1] if failed else words[0]
+            statuses.append(status)
+        assert 0 in statuses, f"{fault.name}: there are no such tests: {fault.tests}"
+        return ""
     finally:
         path.write_text(text)
 
@@ -139,7 +142,6 @@ def main() -> int:
     add("--only", default="", metavar="WORD", help="faults with this word in their name or file")
     add("--work", type=Path, default=Path("/tmp/llada_jax-faults"), metavar="DIR", help="scratch")
     add("--part", default="0/1", metavar="I/N", help="every N-th of them, from the I-th on")
-    add("--slow", action="store_true", help="run the tests that are marked slow, too")
     add(
         "--results",
         type=Path,
@@ -158,13 +160,12 @@ def main() -> int:
     copy_of_repository(tree)
     for name in SLOW_IMPORTS:
         importlib.import_module(name)
-    marks = [] if args.slow else ["-m", "not slow"]
     survivors, caught_by, num_caught = [], set(), 0
     for fault in faults:
         by = before.get((fault.file, fault.name))
         if by is None:
             began = time.monotonic()
-            by = plant(fault, tree, marks, log)
+            by = plant(fault, tree, log)
             word = "caught  " if by else "SURVIVED"
             print(
                 f"{word} {time.monotonic() - began:4.0f} s  {fault.file}: {fault.name}  {by}",
