@@ -162,7 +162,7 @@ CHOICE = faults_of(
 
 GUIDANCE = faults_of(
     "llada_jax/samplers/network.py",
-    "tests/samplers/test_denoise.py",
+    "tests/samplers/test_network.py tests/samplers/test_denoise.py",
     (
         "guidance one too weak",
         "(cfg_scale + 1) * (logits_BTV - unprompted_BTV)",
