@@ -63,6 +63,17 @@ def test_threads_and_prefetch_change_nothing(small, num_threads, prefetch):
         assert_equal(batch, whole)
 
 
+def test_a_start_in_the_middle_continues_the_batches_of_a_whole_run(small, large):
+    sources = [(small, 1.0), (large, 2.0)]
+    kwargs = {"random_length_probability": 0.3, "num_batches": 4}
+    whole = batches(sources, **{**kwargs, "num_batches": 11})
+    for batch, expected in zip(batches(sources, start_step=7, **kwargs), whole[7:], strict=True):
+        assert_equal(batch, expected)
+    left_out = batches(sources, start_step=3, batch_number=lambda step: step + 4, **kwargs)
+    for batch, expected in zip(left_out, whole[7:], strict=True):
+        assert_equal(batch, expected)
+
+
 @pytest.mark.slow
 @given(
     step=st.integers(0, 19),

@@ -94,21 +94,47 @@ def test_a_missing_command_is_reported(capsys):
     assert "There is no command" in capsys.readouterr().err
 
 
-def test_every_command_of_the_documents_is_accepted(capsys):
+def documented_commands() -> list[list[str]]:
+    """Returns the words after `python launch/tpu_vm.py` of every such command in the documents."""
     texts = [
         tpu_vm.__doc__,
         *(path.read_text() for path in (LAUNCH.parent / "docs").glob("launch*.md")),
     ]
     lines = [line.strip() for text in texts for line in re.sub(r"\\\n\s*", " ", text).splitlines()]
-    commands = [
+    return [
         shlex.split(line, comments=True)[2:]
         for line in lines
         if line.startswith("python launch/tpu_vm.py")
     ]
-    assert len(commands) >= 2
-    for words in commands:
+
+
+def test_every_command_of_the_documents_is_accepted(capsys):
+    assert len(documented_commands()) >= 2
+    for words in documented_commands():
         at = words.index("--")
         assert tpu_vm.main([*words[:at], "--dry-run", *words[at:]]) == 0
+
+
+def test_a_command_of_the_documents_runs_the_installed_program_next_to_its_config(tmp_path):
+    """In the environment that the launcher makes on a worker: another llada-jax comes first in the
+    path of its login shell, and the paths in the command are relative.
+    """
+    (tmp_path / "llada_jax").symlink_to(LAUNCH.parent)
+    for place in ("llada_jax.venv/bin", "of-the-login-shell"):
+        (tmp_path / place).mkdir(parents=True)
+        program = tmp_path / place / "llada-jax"
+        program.write_text('#!/bin/sh\necho "$0"; printf "%s\\n" "$@"; test -f "$3"\n')
+        program.chmod(0o755)
+    env = {"HOME": str(tmp_path), "PATH": f"{tmp_path}/of-the-login-shell:{os.environ['PATH']}"}
+    commands = [words[words.index("--") + 1 :] for words in documented_commands()]
+    assert all(command[1:3] == ["train", "--config"] for command in commands)
+    for command in commands:
+        script = tpu_vm_commands.run_script(command, {})
+        done = subprocess.run(
+            ["bash", "-c", script], env=env, capture_output=True, text=True, check=True
+        )
+        expected = [f"{tmp_path}/llada_jax.venv/bin/llada-jax", *command[1:]]
+        assert done.stdout.splitlines()[1:] == expected
 
 
 def test_code_outside_git_is_refused(tmp_path):

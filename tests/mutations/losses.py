@@ -128,6 +128,7 @@ DENOISE = faults_of(
         "rows numbered within their batch",
         "np.arange(first_row, first_row + len(canvas_BT), dtype=np.int32)",
         "np.arange(len(canvas_BT), dtype=np.int32)",
+        "tests/samplers/test_distributions.py tests/samplers/test_denoise.py",
     ),
 )
 
@@ -149,6 +150,7 @@ CHOICE = faults_of(
         "temperature squared",
         "logits_BTV + temperature * jax.vmap",
         "logits_BTV + temperature**2 * jax.vmap",
+        "tests/samplers/test_distributions.py tests/samplers/test_choice.py",
     ),
     (
         "one noise for all positions",
@@ -160,7 +162,7 @@ CHOICE = faults_of(
 
 GUIDANCE = faults_of(
     "llada_jax/samplers/network.py",
-    "tests/samplers/test_denoise.py",
+    "tests/samplers/test_network.py tests/samplers/test_denoise.py",
     (
         "guidance one too weak",
         "(cfg_scale + 1) * (logits_BTV - unprompted_BTV)",
@@ -223,7 +225,7 @@ SPLITS = faults_of(
         "evaluate ignores attend_across_documents",
         "attend_across_documents=attend_across_documents,\n        on_batch",
         "attend_across_documents=True,\n        on_batch",
-        "tests/evaluation/test_splits.py tests/whole_runs/test_averages.py",
+        "tests/evaluation/test_splits.py tests/verbs/test_evaluate.py",
     ),
     ("only one corruption", "num_draws=num_draws,", "num_draws=1,"),
 )

@@ -129,13 +129,13 @@ TRANSFORMER = faults_of(
         "activation rule lost after attention",
         'constrain(x_BTD, "act_batch", "act_position", "act_embed")\n\n    def add_feed',
         "x_BTD\n\n    def add_feed",
-        "tests/training/test_resources.py",
+        "tests/training/test_resources.py tests/models/test_activations.py",
     ),
     (
         "activation rule lost in the feed-forward part",
         'jax.nn.silu(gate_BTF) * up_BTF, "act_batch", "act_position", "act_mlp"',
         'jax.nn.silu(gate_BTF) * up_BTF, "act_batch", "act_position", None',
-        "tests/training/test_resources.py",
+        "tests/training/test_resources.py tests/models/test_activations.py",
     ),
 )
 

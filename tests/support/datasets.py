@@ -15,15 +15,21 @@ SEQUENCE_LENGTH = 32
 
 
 def write_dataset(
-    directory: Path, tokens: dict[str, np.ndarray], *, sequence_length: int = SEQUENCE_LENGTH
+    directory: Path,
+    tokens: dict[str, np.ndarray],
+    *,
+    sequence_length: int = SEQUENCE_LENGTH,
+    starts: tuple[int, ...] = (0,),
 ) -> Path:
-    """Writes a dataset of byte tokens, {split: tokens}, each split one document in one shard."""
+    """Writes a dataset of byte tokens, {split: tokens}, each split in one shard; `starts` are the
+    places in a row at which documents start.
+    """
     tokenizer = load_tokenizer("bytes")
     tokenizer.save(directory / "tokenizer")
     splits = {}
     for name, stream in tokens.items():
         rows = [stream[i : i + sequence_length] for i in range(0, len(stream), sequence_length)]
-        starts = [np.arange(len(row)) == 0 for row in rows]
+        is_start = [np.isin(np.arange(len(row)), starts) for row in rows]
         file = f"{name}-00000.arrayrecord"
         write_shard(
             directory / file,
@@ -31,7 +37,7 @@ def write_dataset(
                 encode_record(
                     row, start, sequence_length=sequence_length, vocab_size=tokenizer.vocab_size
                 )
-                for row, start in zip(rows, starts)
+                for row, start in zip(rows, is_start)
             ),
         )
         size = os.path.getsize(directory / file)
@@ -39,7 +45,7 @@ def write_dataset(
             "num_records": len(rows),
             "num_tokens": len(stream),
             "num_bytes": len(stream),
-            "num_documents": 1,
+            "num_documents": len(rows) * (len(starts) - 1) + 1,
             "num_padding": len(rows) * sequence_length - len(stream),
             "shards": [{"file": file, "num_records": len(rows), "num_bytes_on_disk": size}],
         }
