@@ -125,7 +125,7 @@ class Pretrained:
             batch_size: texts generated at a time.
             on_step: called as on_step(rows, state) after each step, see
                 llada_jax.samplers.text.generate_tokens.
-            settings: commit, append, top_k, top_p, eos, suppress, cache and refresh, see
+            settings: commit, revise, append, top_k, top_p, eos, suppress, cache and refresh, see
                 llada_jax.samplers.denoise.denoise and docs/sampling.md.
 
         Raises:
@@ -165,6 +165,7 @@ class Pretrained:
             self.tokenizer,
             list(prompts),
             cache_fns=self.model.cache_fns,
+            shadow_fn=self.model.shadow_fn,
             **settings,
         )
 
@@ -201,8 +202,8 @@ class Pretrained:
         Args:
             texts: a list of texts, each with at least one gap; see
                 llada_jax.samplers.text.parse_gaps.
-            settings: steps, remasking, commit, temperature, top_k, top_p, cfg_scale, suppress, seed
-                and batch_size as in `generate`; steps=None fills one token per step.
+            settings: steps, remasking, commit, revise, temperature, top_k, top_p, cfg_scale,
+                suppress, seed and batch_size as in `generate`; steps=None fills one token per step.
 
         Raises:
             UserError: a text has no gap, a setting is out of range, or the model is autoregressive.
@@ -210,7 +211,12 @@ class Pretrained:
         _check_list(texts, "infill")
         check_can_infill(self.record)
         completions = infill_text(
-            self.logits_fn, self.params, self.tokenizer, list(texts), **settings
+            self.logits_fn,
+            self.params,
+            self.tokenizer,
+            list(texts),
+            shadow_fn=self.model.shadow_fn,
+            **settings,
         )
         return [completion.text for completion in completions]
 
@@ -266,6 +272,7 @@ class Pretrained:
             eos_id=eos_id,
             num_ids=self.tokenizer.vocab_size,
             cache_fns=self.model.cache_fns,
+            shadow_fn=self.model.shadow_fn,
             seed=seed,
             batch_size=batch_size,
             on_step=on_step,

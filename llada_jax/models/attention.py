@@ -33,6 +33,31 @@ def xla_attention(
 
     start: the queries are those of the columns start ... start + T - 1 of rows of S columns, whose
         segment ids are then [B, S]; None where T is S. May be traced.
+    """
+    # A row that is one segment under a bidirectional mask hides nothing: no pass over the scores.
+    if segment_ids_BT is None and mask == BIDIRECTIONAL:
+        return attend_where(q_BTNH, k_BSKH, v_BSKH, None)
+    index_S = jnp.arange(k_BSKH.shape[1])
+    if segment_ids_BT is None:
+        segment_ids_BT = jnp.zeros((1, len(index_S)), jnp.int32)
+    query_segment_BT, index_T = segment_ids_BT, index_S
+    if start is not None:
+        query_segment_BT, index_T = (
+            jax.lax.dynamic_slice_in_dim(array, start, q_BTNH.shape[1], axis=-1)
+            for array in (segment_ids_BT, index_S)
+        )
+    allowed_BTS = may_attend(
+        mask,
+        query_segment=query_segment_BT[:, :, None],
+        key_segment=segment_ids_BT[:, None, :],
+        query_index=index_T[:, None],
+        key_index=index_S[None, :],
+    )
+    return attend_where(q_BTNH, k_BSKH, v_BSKH, allowed_BTS)
+
+
+def attend_where(q_BTNH: Array, k_BSKH: Array, v_BSKH: Array, allowed_BTS: Array | None) -> Array:
+    """Softmax attention of queries to the keys that they may see; None: to all.
 
     The heads are moved to the front once, and grouped heads are repeated: CPUs are fast at batched
     products whose batch dims come first, and at a softmax over four dims (a fifth dim for the
@@ -45,24 +70,7 @@ def xla_attention(
     q_BNTH, k_BNSH, v_BNSH = (jnp.swapaxes(x, 1, 2) for x in (q_BTNH, k_BSNH, v_BSNH))
     scores_BNTS = jnp.einsum("BNTH,BNSH->BNTS", q_BNTH, k_BNSH, preferred_element_type=jnp.float32)
     scores_BNTS = scores_BNTS * q_BTNH.shape[-1] ** -0.5
-    # A row that is one segment under a bidirectional mask hides nothing: no pass over the scores.
-    if segment_ids_BT is not None or mask != BIDIRECTIONAL:
-        index_S = jnp.arange(k_BSKH.shape[1])
-        if segment_ids_BT is None:
-            segment_ids_BT = jnp.zeros((1, len(index_S)), jnp.int32)
-        query_segment_BT, index_T = segment_ids_BT, index_S
-        if start is not None:
-            query_segment_BT, index_T = (
-                jax.lax.dynamic_slice_in_dim(array, start, q_BTNH.shape[1], axis=-1)
-                for array in (segment_ids_BT, index_S)
-            )
-        allowed_BTS = may_attend(
-            mask,
-            query_segment=query_segment_BT[:, :, None],
-            key_segment=segment_ids_BT[:, None, :],
-            query_index=index_T[:, None],
-            key_index=index_S[None, :],
-        )
+    if allowed_BTS is not None:
         # The lowest finite number and not -inf, whose difference with itself is NaN.
         lowest = jnp.finfo(jnp.float32).min
         scores_BNTS = jnp.where(allowed_BTS[:, None], scores_BNTS, lowest)

@@ -14,6 +14,7 @@ from jax.sharding import Mesh, NamedSharding
 
 from llada_jax.cluster.sharding import spec
 from llada_jax.models.cache import KeysValues, hidden_with_cache
+from llada_jax.models.shadow import hidden_with_shadow
 from llada_jax.models.transformer import Architecture, TokenScores, Transformer
 
 
@@ -139,6 +140,33 @@ class Model:
             module, tokens_BW, segment_ids_BT, positions_BW, cache, start
         )
         return module.head(hidden_BWD[:, :length]), cache
+
+    def shadow_fn(
+        self,
+        params: dict,
+        tokens_BT: Array,
+        segment_ids_BT: Array,
+        positions_BT: Array,
+        shadow_token: int | Array,
+        *,
+        start: int | Array,
+        length: int,
+    ) -> tuple[Array, Array]:
+        """Returns what `logits_fn` returns, and the logits of a shadow of these columns, float32
+        [B, length, V]: `shadow_token` in their positions, each seeing all but the token in its own
+        place; see llada_jax.models.shadow.
+        """
+        module = self.bind(params)
+        hidden_BLD, shadow_BLD = hidden_with_shadow(
+            module,
+            tokens_BT,
+            segment_ids_BT,
+            positions_BT,
+            shadow_token,
+            start=start,
+            length=length,
+        )
+        return module.head(hidden_BLD), module.head(shadow_BLD)
 
     def init(self, key: jax.Array) -> dict:
         """Returns freshly initialised parameters as a plain dict."""

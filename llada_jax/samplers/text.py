@@ -16,6 +16,7 @@ from llada_jax.samplers.canvas import Canvas, make_canvas, make_infill_canvas
 from llada_jax.samplers.commit import SCHEDULE
 from llada_jax.samplers.denoise import DenoiseStep, denoise
 from llada_jax.samplers.network import CacheFns
+from llada_jax.samplers.revise import NONE
 from llada_jax.samplers.settings import check_request
 
 # Settings that only denoising has, with the values that mean nothing.
@@ -24,6 +25,7 @@ DENOISING = {
     "steps": None,
     "remasking": "low_confidence",
     "commit": SCHEDULE,
+    "revise": NONE,
     "append": False,
     "cfg_scale": 0.0,
     "eos": "free",
@@ -55,6 +57,7 @@ def generate_tokens(
     block_length: int | None = None,
     steps: int | None = None,
     cache_fns: tuple[Callable, Callable] | None = None,
+    shadow_fn: Callable | None = None,
     seed: int = 0,
     batch_size: int = 16,
     on_step: Callable[[range, DenoiseStep], None] = ignore_step,
@@ -71,6 +74,7 @@ def generate_tokens(
         block_length, steps: None means gen_length: pure diffusion, one token per step.
         cache_fns: for cache="prefix" and "dual": llada_jax.samplers.network.CacheFns that take
             `params` first.
+        shadow_fn: for revise="wino", see there; takes `params` first too.
         seed: row r of the request draws the same numbers whatever the batch size and the other
             prompts are.
         batch_size: rows in one pass; the logits take batch_size * block_length * vocabulary
@@ -103,6 +107,7 @@ def generate_tokens(
         make,
         mask_id=mask_id,
         cache_fns=cache_fns,
+        shadow_fn=shadow_fn,
         seed=seed,
         batch_size=batch_size,
         on_step=on_step,
@@ -122,6 +127,7 @@ def infill_tokens(
     mask_id: int,
     pad_id: int,
     steps: int | None = None,
+    shadow_fn: Callable | None = None,
     seed: int = 0,
     batch_size: int = 16,
     on_step: Callable[[range, DenoiseStep], None] = ignore_step,
@@ -130,7 +136,7 @@ def infill_tokens(
     """Fills the gaps of texts: pure diffusion over the tokens that are not given.
 
     Args:
-        logits_fn, params, seed, batch_size, on_step: see `generate_tokens`.
+        logits_fn, params, shadow_fn, seed, batch_size, on_step: see `generate_tokens`.
         texts, is_given: see llada_jax.samplers.canvas.make_infill_canvas.
         steps: passes of the network; None means one token per step. A text with fewer gaps than
             that takes fewer.
@@ -167,6 +173,7 @@ def infill_tokens(
         make,
         mask_id=mask_id,
         cache_fns=None,
+        shadow_fn=shadow_fn,
         seed=seed,
         batch_size=batch_size,
         on_step=on_step,
@@ -185,6 +192,7 @@ def _denoise_batches(
     *,
     mask_id: int,
     cache_fns: tuple[Callable, Callable] | None,
+    shadow_fn: Callable | None,
     seed: int,
     batch_size: int,
     on_step: Callable[[range, DenoiseStep], None],
@@ -212,6 +220,7 @@ def _denoise_batches(
             segment_ids_BT=canvas.segment_ids_BT,
             positions_BT=canvas.positions_BT,
             cache_fns=bound,
+            shadow_fn=None if shadow_fn is None else bind(shadow_fn, params),
             first_row=first,
             each_step=on_step is not ignore_step,
             **schedule,

@@ -13,6 +13,7 @@ from llada_jax.checkpoints.orbax_patches import drop_echoes
 from llada_jax.errors import UserError
 from llada_jax.pretrained import check_can_infill, load
 from llada_jax.samplers.commit import SCHEDULE
+from llada_jax.samplers.revise import NONE, WINO, parse_revise
 from llada_jax.samplers.settings import check_options, check_request, check_schedule
 from llada_jax.samplers.show import make_show
 from llada_jax.samplers.text import Completion, continue_text, generate_text, infill_text
@@ -20,9 +21,9 @@ from llada_jax.verbs.command_line import Parser
 
 # One line each would not fit a screen; docs/sampling.md explains them.
 MORE_FLAGS = """more flags, explained in docs/sampling.md:
-  --infill TEXT...  --append  --num-samples N  --best-of N  --batch-size N
-  --remasking NAME  --commit NAME[=X]  --cfg-scale X  --top-k N  --top-p X
-  --eos NAME  --ignore-eos  --suppress ID...  --cache NAME  --refresh N
+  --infill TEXT...  --append  --num-samples N  --best-of N  --batch-size N  --cfg-scale X
+  --remasking NAME  --commit NAME[=X]  --revise NAME[=X]  --cache NAME  --refresh N
+  --top-k N  --top-p X  --eos NAME  --ignore-eos  --suppress ID...
 """
 
 
@@ -45,7 +46,7 @@ def make_parser() -> Parser:
     add(
         "--prompt-file",
         metavar="FILE",
-        help="file with one prompt per line, empty lines skipped; - is stdin",
+        help="file with one prompt per line; - is stdin",
     )
     add(
         "--gen-length",
@@ -87,6 +88,7 @@ def make_parser() -> Parser:
     hidden("--batch-size", type=int, default=16, metavar="N")
     hidden("--remasking", default="low_confidence", metavar="NAME")
     hidden("--commit", default=SCHEDULE, metavar="NAME[=X]")
+    hidden("--revise", default=NONE, metavar="NAME[=X]")
     hidden("--cfg-scale", type=float, default=0.0, metavar="X")
     hidden("--top-k", type=int, default=0, metavar="N")
     hidden("--top-p", type=float, default=1.0, metavar="X")
@@ -217,6 +219,7 @@ def read_settings(args) -> dict:
     # In the record of the samples only where they were asked for.
     options = {
         "commit": args.commit,
+        "revise": args.revise,
         "top_k": args.top_k,
         "top_p": args.top_p,
         "eos": args.eos,
@@ -262,10 +265,21 @@ def check_infill(args) -> None:
             raise UserError(f"{flag} is about texts that go on, and --infill fills gaps; keep one.")
 
 
+def shadow_of(args, pretrained) -> dict:
+    """Returns the argument that --revise wino needs."""
+    is_needed = parse_revise(args.revise).name == WINO
+    return {"shadow_fn": pretrained.model.shadow_fn} if is_needed else {}
+
+
 def infill(args, pretrained, settings: dict) -> list[Completion]:
     texts = [text for text in args.infill for _ in range(args.num_samples)]
     return infill_text(
-        pretrained.logits_fn, pretrained.params, pretrained.tokenizer, texts, **settings
+        pretrained.logits_fn,
+        pretrained.params,
+        pretrained.tokenizer,
+        texts,
+        **settings,
+        **shadow_of(args, pretrained),
     )
 
 
@@ -314,6 +328,7 @@ def continue_or_denoise(
             prompts,
             **settings,
             **listening,
+            **shadow_of(args, pretrained),
         )
 
 
