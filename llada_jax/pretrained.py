@@ -19,13 +19,13 @@ from llada_jax.errors import UserError
 from llada_jax.evaluation.conditional import Question, Score, encode_pair, log_likelihoods
 from llada_jax.evaluation.rolling import TextBound, bounds_of_texts
 from llada_jax.models.model import Model, abstract_parameters, compute_dtype, make_model
+from llada_jax.samplers.batches import ignore_step
 from llada_jax.samplers.denoise import DenoiseStep
 from llada_jax.samplers.text import (
     Completion,
     continue_text,
     generate_text,
     generate_tokens,
-    ignore_step,
     infill_text,
 )
 
@@ -101,7 +101,7 @@ class Pretrained:
         stop_at_eos: bool = True,
         seed: int = 0,
         batch_size: int = 16,
-        on_step: Callable[[range, DenoiseStep], None] = ignore_step,
+        on_step: Callable[[Sequence[int], DenoiseStep], None] = ignore_step,
         **settings: Any,
     ) -> list[str]:
         """Returns the text that follows each prompt.
@@ -125,7 +125,8 @@ class Pretrained:
             batch_size: texts generated at a time.
             on_step: called as on_step(rows, state) after each step, see
                 llada_jax.samplers.text.generate_tokens.
-            settings: commit, revise, append, top_k, top_p, eos, suppress, cache and refresh, see
+            settings: commit, revise, append, lookahead, top_k, top_p, eos, suppress, cache and
+                refresh, see
                 llada_jax.samplers.denoise.denoise and docs/sampling.md.
 
         Raises:
@@ -235,7 +236,7 @@ class Pretrained:
         pad_id: int | None = None,
         seed: int = 0,
         batch_size: int = 16,
-        on_step: Callable[[range, DenoiseStep], None] = ignore_step,
+        on_step: Callable[[Sequence[int], DenoiseStep], None] = ignore_step,
         **settings: Any,
     ) -> np.ndarray:
         """Returns prompts and generations as ids, int32 [B, T + gen_length].

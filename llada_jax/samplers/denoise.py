@@ -69,6 +69,7 @@ def denoise(
     commit: str = SCHEDULE,
     revise: str = NONE,
     append: bool = False,
+    lookahead: int | None = None,
     temperature: float = 0.0,
     top_k: int = 0,
     top_p: float = 1.0,
@@ -81,8 +82,9 @@ def denoise(
     refresh: int = 0,
     cache_fns: CacheFns | None = None,
     shadow_fn: Callable | None = None,
-    first_row: int = 0,
+    row_B: Sequence[int] | None = None,
     num_ids: int | None = None,
+    blocks: range | None = None,
     each_step: bool = True,
 ) -> Iterator[DenoiseStep]:
     """Runs the reverse process and yields after every step, or after every block.
@@ -98,8 +100,8 @@ def denoise(
             arguments of the compiled step, not constants baked into it.
         canvas_BT: int32; `mask_id` where a token is to be generated. The last `gen_length` columns
             are generated.
-        key: random key; row r at step s draws from fold(key, s, first_row + r). At temperature 0
-            with low_confidence it changes nothing.
+        key: random key; row r at step s draws from fold(key, s, row_B[r]). At temperature 0 with
+            low_confidence it changes nothing.
         is_fixed_BT: bool; padding and prompt (also given tokens inside the generation), never
             changed.
         segment_ids_BT, positions_BT: int32, handed to `logits_fn`; segment 0 is padding.
@@ -110,6 +112,9 @@ def denoise(
         commit: how many of them a step keeps, see llada_jax.samplers.commit.
         revise: which of them are masked again, see llada_jax.samplers.revise.
         append: later blocks are not there, instead of there as masks, while a block is denoised.
+        lookahead: columns behind the current block that are there, as masks; None: all, and 0 is
+            what `append` says. What is not there costs nothing but the rest of a quarter of the
+            generation, to which the canvas is cut: at most four programs are compiled.
         temperature: 0 takes the most likely token, 1 samples the model's distribution.
         top_k, top_p: see llada_jax.samplers.choice.keep_likely; 0 and 1 keep every token.
         cfg_scale: guidance strength w; 0 means none, otherwise the network runs on twice the batch.
@@ -125,8 +130,9 @@ def denoise(
         shadow_fn: for revise="wino".
         num_ids: only ids below this are generated: the embedding may have more rows than the
             tokenizer has ids. None (as published): every row of the embedding.
-        first_row: number of the first row in the whole request, when the request is cut into
-            batches.
+        row_B: numbers of the rows in the whole request, when the request is cut into batches; None
+            counts from 0.
+        blocks: those to denoise, when the ones before are finished; None: all.
         each_step: False yields after every block: the host is not asked in between.
 
     Raises:
@@ -155,6 +161,8 @@ def denoise(
         num_ids=num_ids,
         cache=cache,
         refresh=refresh,
+        append=append,
+        lookahead=lookahead,
     )
     criterion = parse_commit(commit)
     is_by_entropy = criterion.name != SCHEDULE and CRITERIA[criterion.name].is_by_entropy
@@ -170,18 +178,20 @@ def denoise(
         as_partial(shadow_fn) if reviser.name == WINO and shadow_fn else None,
     )
     num_blocks = gen_length // block_length
+    num_ahead = 0 if append else lookahead or 0
     # numpy values here, which device_put makes the arrays that the fields promise
     host: dict[str, Any] = dict(
         is_fixed_BT=np.asarray(is_fixed_BT, bool),
         segment_ids_BT=np.asarray(segment_ids_BT, np.int32),
         positions_BT=np.asarray(positions_BT, np.int32),
-        row_B=np.arange(first_row, first_row + len(canvas_BT), dtype=np.int32),
+        row_B=np.asarray(range(len(canvas_BT)) if row_B is None else row_B, np.int32),
         mask_id=np.int32(mask_id),
         fill_id=np.int32(eos_ids[0] if eos_ids and stop_at_eos else -1),
         # No token has the id -1; one shape with and without an EOS shares the compiled program.
         eos_ids_n=np.asarray(eos_ids or [-1], np.int32),
         suppress_n=np.asarray(suppress, np.int32),
         steps_per_block=np.int32(steps // num_blocks),
+        lookahead=np.int32(num_ahead),
         refresh=np.int32(refresh),
         amount=np.float32(criterion.amount),
         revise_amount=np.float32(reviser.amount),
@@ -200,7 +210,10 @@ def denoise(
     )
     state = State(**empty)
     sharding = sharding_beside(network)
-    state, number, key, fixed = jax.device_put((state, np.int32(0), key, Fixed(**host)), sharding)
+    blocks = range(num_blocks) if blocks is None else blocks
+    state, number, key, fixed = jax.device_put(
+        (state, np.int32(blocks.start), key, Fixed(**host)), sharding
+    )
     mesh_sharding = sharding if isinstance(sharding, NamedSharding) else None
     plan = Plan(
         gen_length=gen_length,
@@ -209,7 +222,8 @@ def denoise(
         criterion=criterion.name,
         reviser=reviser.name,
         eos=eos,
-        is_appending=append,
+        is_bounded=append or lookahead is not None,
+        width=fixed.segment_ids_BT.shape[1],
         is_stochastic=temperature > 0,
         is_filtered=top_k > 0 or top_p < 1,
         is_guided=cfg_scale > 0,
@@ -217,33 +231,50 @@ def denoise(
         sharding=mesh_sharding,
     )
     max_steps = 1 if each_step else steps
-    step = block = 0
+    block = blocks.start
+    step = block * (steps // num_blocks)
     while True:
         # never an abstract mesh: its devices hold the parameters
         with jax.set_mesh(mesh_sharding.mesh) if mesh_sharding else nullcontext():  # type: ignore[arg-type]
-            if cache != "none":
-                # What stands behind the block is computed with it unless its cache is kept too. An
-                # appended block has nothing behind it.
-                is_whole = cache == "prefix" and not append
-                width = gen_length - block * block_length if is_whole else block_length
-                plan = plan._replace(window=width)
-                if not step:
-                    state = state._replace(cache=empty_cache_of(network, state, fixed, plan=plan))
-            state, is_new_BT, number, num_done, is_complete = denoise_block(
+            of_last = plan.width
+            plan = _plan_of_block(plan, block, cache, width=len(canvas_BT[0]), lookahead=num_ahead)
+            # Whatever it holds, the first step of a block fills it again.
+            if cache != "none" and (state.cache == () or plan.width != of_last):
+                state = state._replace(cache=empty_cache_of(network, state, fixed, plan=plan))
+            state, is_new_BT, number, num_done, is_over_B = denoise_block(
                 network, state, number, np.int32(max_steps), key, fixed, plan=plan
             )
         # Waits for the device: dozens of dispatched programs deadlock where several processes share
         # a mesh of CPU devices, because those that wait for their turn hold the threads on which
         # the collectives would meet.
         now = block
-        block, num_done, is_over = (int(x) for x in jax.device_get((number, num_done, is_complete)))
-        step += num_done
+        block, num_done, is_over_B = jax.device_get((number, num_done, is_over_B))
+        block = int(block)
+        step += int(num_done)
         if num_done:
             yield DenoiseStep(
                 state.canvas_BT, is_new_BT, step, steps, now + 1, num_blocks, state.num_steps_B
             )
-        if is_over:
+        if is_over_B.all() or block >= blocks.stop:
             return
+
+
+def _plan_of_block(plan: Plan, block: int, cache: str, *, width: int, lookahead: int) -> Plan:
+    """Returns the plan for a block: how much of the canvas the network has to see, and how much of
+    that a pass with a cache computes.
+    """
+    num_left = plan.gen_length - block * plan.block_length
+    if plan.is_bounded:
+        num_left = min(num_left, plan.block_length + lookahead)
+        num_seen = block * plan.block_length + num_left
+        # Cut to quarters of the generation and not to the column: every width is compiled.
+        piece = plan.block_length * -(-plan.gen_length // (4 * plan.block_length))
+        num_seen = min(plan.gen_length, -(-num_seen // piece) * piece)
+        plan = plan._replace(width=width - plan.gen_length + num_seen)
+    if cache == "none":
+        return plan
+    # What stands behind the block is computed with it unless its cache is kept too.
+    return plan._replace(window=num_left if cache == "prefix" else plan.block_length)
 
 
 def generate(logits_fn: Callable, canvas_BT: Any, key: Array, **settings: Any) -> jax.Array:

@@ -74,6 +74,8 @@ def check_options(
     num_ids: int | None = None,
     cache: str = "none",
     refresh: int = 0,
+    append: bool = False,
+    lookahead: int | None = None,
 ) -> None:
     """Raises UserError for an option that is unknown, out of range or without effect."""
     commit_rule(remasking)
@@ -124,6 +126,14 @@ def check_options(
         raise UserError(
             f"refresh={refresh} is about a cache, and there is none; set cache=prefix or "
             "cache=dual, or leave it out."
+        )
+    if lookahead is not None and lookahead < 0:
+        raise UserError(
+            f"lookahead={lookahead} must not be negative; 0 shows nothing behind the current block."
+        )
+    if lookahead is not None and append:
+        raise UserError(
+            f"append is lookahead=0, and lookahead={lookahead} is given too; keep one of them."
         )
 
 

@@ -39,7 +39,8 @@ class Plan(NamedTuple):
     criterion: str  # "schedule" or a key of CRITERIA
     reviser: str  # "none" or a key of llada_jax.samplers.revise.REVISERS
     eos: str  # a key of llada_jax.samplers.settings.EOS
-    is_appending: bool
+    is_bounded: bool  # whether the network sees only `lookahead` columns behind the block
+    width: int  # columns of the canvas that go through the network, from the first one
     is_stochastic: bool
     is_filtered: bool
     is_guided: bool
@@ -61,6 +62,7 @@ class Fixed(NamedTuple):
     eos_ids_n: jax.Array
     suppress_n: jax.Array
     steps_per_block: jax.Array
+    lookahead: jax.Array
     refresh: jax.Array  # steps between passes that fill the cache; 0: the first of a block alone
     amount: jax.Array  # of the commit criterion
     revise_amount: jax.Array
@@ -93,6 +95,15 @@ def _fill_after_eos(canvas_BT: Array, is_generated_BT: Array, fixed: Fixed) -> A
     return jnp.where(fixed.fill_id >= 0, filled_BT, canvas_BT)
 
 
+def _rows(state: State, fixed: Fixed, plan: Plan) -> Rows:
+    """Returns what of the canvas goes through the network, with guidance twice."""
+    everything = (state.canvas_BT, fixed.segment_ids_BT, fixed.positions_BT, fixed.is_fixed_BT)
+    *rows, is_fixed_BT = (array[:, : plan.width] for array in everything)
+    if plan.is_guided:
+        return with_unprompted(Rows(*rows), is_fixed_BT, fixed.mask_id)
+    return Rows(*rows)
+
+
 def _block_logits(
     network: Network, state: State, fixed: Fixed, start: Array, plan: Plan
 ) -> tuple[Array, Array | None, Any]:
@@ -103,13 +114,10 @@ def _block_logits(
     whole canvas would be the largest array by far, and thrown away: at 16 rows of 768 tokens and a
     vocabulary of 126,464 they take 5.8 GiB.
     """
-    segment_ids_BT = fixed.segment_ids_BT
-    if plan.is_appending:  # later blocks are not there yet
-        is_there_T = jnp.arange(segment_ids_BT.shape[1]) < start + plan.block_length
-        segment_ids_BT = jnp.where(is_there_T, segment_ids_BT, 0)
-    rows = Rows(state.canvas_BT, segment_ids_BT, fixed.positions_BT)
-    if plan.is_guided:
-        rows = with_unprompted(rows, fixed.is_fixed_BT, fixed.mask_id)
+    rows = _rows(state, fixed, plan)
+    if plan.is_bounded:  # what lies further behind is not there yet
+        is_there_T = jnp.arange(plan.width) < start + plan.block_length + fixed.lookahead
+        rows = rows._replace(segment_ids_BT=jnp.where(is_there_T, rows.segment_ids_BT, 0))
     where: dict = {"start": start, "length": plan.block_length}
     shadow_BTV, cache = None, ()
     if plan.reviser == WINO:
@@ -261,8 +269,8 @@ def denoise_block(
     steps, the schedule, ids, temperature and guidance strength.
 
     Returns:
-        the state, is_new_BT, the number of the next block, the steps run, and whether every row is
-        complete.
+        the state, is_new_BT, the number of the next block, the steps run, and which rows are
+        complete, bool [B].
     """
     # Only the current block is read and written, so logits, noise and softmax cover it alone.
     # `start` is traced: all blocks share one program.
@@ -341,7 +349,7 @@ def denoise_block(
         is_masked_before_BT & ~is_left_BT,
         block + is_done,
         num_done,
-        ~jnp.any(is_left_BT),
+        ~jnp.any(is_left_BT, axis=1),
     )
     if plan.sharding is None:
         return result
@@ -355,7 +363,5 @@ def denoise_block(
 
 @partial(jax.jit, static_argnames="plan")
 def empty_cache_of(network: Network, state: State, fixed: Fixed, *, plan: Plan) -> Any:
-    rows = Rows(state.canvas_BT, fixed.segment_ids_BT, fixed.positions_BT)
-    if plan.is_guided:
-        rows = with_unprompted(rows, fixed.is_fixed_BT, fixed.mask_id)
+    rows = _rows(state, fixed, plan)
     return empty_cache(network.cache_fns.fill_fn, rows, length=plan.block_length)

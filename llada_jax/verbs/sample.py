@@ -21,9 +21,9 @@ from llada_jax.verbs.command_line import Parser
 
 # One line each would not fit a screen; docs/sampling.md explains them.
 MORE_FLAGS = """more flags, explained in docs/sampling.md:
-  --infill TEXT...  --append  --num-samples N  --best-of N  --batch-size N  --cfg-scale X
+  --infill TEXT...  --append  --lookahead N  --num-samples N  --best-of N  --batch-size N
   --remasking NAME  --commit NAME[=X]  --revise NAME[=X]  --cache NAME  --refresh N
-  --top-k N  --top-p X  --eos NAME  --ignore-eos  --suppress ID...
+  --cfg-scale X  --top-k N  --top-p X  --eos NAME  --ignore-eos  --suppress ID...
 """
 
 
@@ -83,6 +83,7 @@ def make_parser() -> Parser:
     hidden = partial(add, help=argparse.SUPPRESS)
     hidden("--infill", nargs="+", metavar="TEXT")
     hidden("--append", action="store_true")
+    hidden("--lookahead", type=int, metavar="N")
     hidden("--num-samples", type=int, default=1, metavar="N")
     hidden("--best-of", type=int, default=1, metavar="N")
     hidden("--batch-size", type=int, default=16, metavar="N")
@@ -225,6 +226,7 @@ def read_settings(args) -> dict:
         "eos": args.eos,
         "suppress": args.suppress,
         "append": args.append,
+        "lookahead": args.lookahead,
         "cache": args.cache,
         "refresh": args.refresh,
     }
@@ -232,7 +234,7 @@ def read_settings(args) -> dict:
     check_options(
         remasking=args.remasking,
         temperature=args.temperature,
-        **{name: value for name, value in options.items() if name != "append"},
+        **options,
     )
     return settings | {name: value for name, value in options.items() if value != unset[name]}
 
@@ -255,6 +257,7 @@ def check_infill(args) -> None:
         ("--prompt-file", args.prompt_file),
         ("--block-length", args.block_length),
         ("--append", args.append),
+        ("--lookahead", args.lookahead is not None),
         ("--cache", args.cache != "none"),
         ("--eos", args.eos != "free"),
         ("--ignore-eos", args.ignore_eos),

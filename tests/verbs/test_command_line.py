@@ -27,7 +27,7 @@ FLAGS = {
     "sample": """--checkpoint --prompt --prompt-file --gen-length --block-length --steps
         --temperature --seed --ema --show --json --infill --append --num-samples --best-of
         --batch-size --remasking --commit --cfg-scale --top-k --top-p --eos --ignore-eos --suppress
-        --cache --refresh --revise""",
+        --cache --refresh --revise --lookahead""",
     "evaluate": """--checkpoint --data --split --mc-samples --batch-size --seed --baselines --ema
         --json --tasks --ask --cfg-scale --breakdown --preset --harness --report""",
     "import": "--from --output --mesh --mask-token --causal --json",
