@@ -233,7 +233,8 @@ def main() -> None:
         agreement = (tokens_BT == results[PLAIN][1]).mean()
         print(
             f"| {mode} | {tokens_BT.size / median_s:.1f} | {plain_s / median_s:.2f} | "
-            f"{plain_cpu_s / cpu_s:.2f} | {num_steps_B.mean() / args.gen_length:.3f} | {agreement:.0%} |"
+            f"{plain_cpu_s / cpu_s:.2f} | {num_steps_B.mean() / args.gen_length:.3f} | "
+            f"{agreement:.0%} |"
         )
     print()
     for mode in loops:
