@@ -16,7 +16,12 @@ __version__ = "0.1.0"
 
 
 def load(
-    checkpoint: str, *, dtype: str = "auto", mesh: "Mesh | None" = None, ema: bool | None = None
+    checkpoint: str,
+    *,
+    dtype: str = "auto",
+    mesh: "Mesh | None" = None,
+    ema: bool | None = None,
+    keep_float32: bool = True,
 ) -> "Pretrained":
     """Loads a trained model for sampling and scoring.
 
@@ -27,10 +32,11 @@ def load(
         mesh: where to put the parameters; None: the first device.
         ema: True loads the moving average of the parameters, False the parameters themselves; None
             loads the average where the run kept one.
+        keep_float32: False keeps the matrices in `dtype`, which changes no score and no sample.
 
     See llada_jax.pretrained.load, which this calls.
     """
     # Imported here, because importing the package alone must not import jax.
     from llada_jax.pretrained import load as load_pretrained
 
-    return load_pretrained(checkpoint, dtype=dtype, mesh=mesh, ema=ema)
+    return load_pretrained(checkpoint, dtype=dtype, mesh=mesh, ema=ema, keep_float32=keep_float32)

@@ -18,7 +18,15 @@ from llada_jax.data.tokenizer import Tokenizer, load_same
 from llada_jax.errors import UserError
 from llada_jax.evaluation.conditional import Question, Score, encode_pair, log_likelihoods
 from llada_jax.evaluation.rolling import TextBound, bounds_of_texts
-from llada_jax.models.model import Model, abstract_parameters, compute_dtype, make_model
+from llada_jax.models.attention import IN_PIECES
+from llada_jax.models.model import (
+    Model,
+    abstract_parameters,
+    check_mesh,
+    compute_dtype,
+    in_compute_dtype,
+    make_model,
+)
 from llada_jax.samplers.batches import ignore_step
 from llada_jax.samplers.denoise import DenoiseStep
 from llada_jax.samplers.text import (
@@ -36,7 +44,7 @@ class Pretrained:
 
     tokenizer: of the run; see llada_jax.data.tokenizer.
     config: the run's config as a nested dict.
-    params: nested dict of sharded float32 arrays.
+    params: nested dict of sharded arrays, float32 unless `load` was told otherwise.
     step: optimizer steps done.
     model: the network without its numbers; its functions take `params` first.
     run: run.json of the checkpoint.
@@ -425,7 +433,12 @@ _logits = jax.jit(_logits_impl, static_argnames="logits_fn")
 
 
 def load(
-    checkpoint: str, *, dtype: str = "auto", mesh: Mesh | None = None, ema: bool | None = None
+    checkpoint: str,
+    *,
+    dtype: str = "auto",
+    mesh: Mesh | None = None,
+    ema: bool | None = None,
+    keep_float32: bool = True,
 ) -> Pretrained:
     """Loads a checkpoint for sampling and scoring.
 
@@ -438,26 +451,32 @@ def load(
             device.
         ema: True loads the moving average of the parameters, False the parameters themselves; None
             loads the average where the run kept one.
+        keep_float32: False keeps the matrices in the dtype of the products, which changes no score
+            and no sample; in bfloat16 they take half of the memory.
 
     Raises:
-        UserError: there is no checkpoint, it cannot be read, or its run kept no moving average.
+        UserError: there is no checkpoint, it cannot be read, its run kept no moving average, or the
+            mesh does not divide the network.
     """
     found, step = find_weights(checkpoint, causal=True)
     record = found.record(step)
     if mesh is None:
         mesh = sharding.one_device_mesh()
-    platform = sharding.platform(mesh)
+    check_mesh(record.architecture, mesh)
+    computed = compute_dtype(dtype, sharding.platform(mesh))
     model = make_model(
         record.architecture,
-        dtype=compute_dtype(dtype, platform),
+        dtype=computed,
         # A canvas has any length, and its padding is on the left: the kernels want multiples of
         # 128, and cuDNN padding on the right.
-        attention="xla",
+        attention=IN_PIECES,
         mask=record.mask,
     )
     params = found.restore_params(
         step, abstract_parameters(model, mesh), ema=reads_ema(record, ema, checkpoint)
     )
+    if not keep_float32:
+        params = in_compute_dtype(params, computed)
     if isinstance(found, HuggingFace):
         tokenizer = found.tokenizer
     else:

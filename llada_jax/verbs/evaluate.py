@@ -2,7 +2,11 @@
 a network, and its answers to questions.
 """
 
+import argparse
 import math
+from functools import partial
+
+import jax
 
 from llada_jax import pretrained
 from llada_jax.checkpoints.orbax_patches import drop_echoes
@@ -22,7 +26,12 @@ from llada_jax.run.metrics_file import read_lines
 from llada_jax.run.report_page import report_page
 from llada_jax.storage import remote
 from llada_jax.storage.files import write_whole, writing
-from llada_jax.verbs.command_line import Parser, json_text
+from llada_jax.verbs.command_line import Parser, json_text, placement
+
+# One line each would not fit a screen; docs/evaluation.md explains them.
+MORE_FLAGS = """more flags, explained in docs/evaluation.md:
+  --preset NAME  --harness KEY=VALUE  --breakdown  --mesh AXES  --dtype NAME
+"""
 
 
 def main(argv: list[str]) -> None:
@@ -32,6 +41,7 @@ def main(argv: list[str]) -> None:
         "llada-jax evaluate --checkpoint runs/tiny/run --data runs/tiny/data --mc-samples 4",
     )
     parser.usage = "llada-jax evaluate --checkpoint CKPT {--data DIR | --tasks FILE} [flags]"
+    parser.epilog = f"{MORE_FLAGS}\n{parser.epilog}"
     parser.add_argument(
         "--checkpoint",
         required=True,
@@ -44,16 +54,6 @@ def main(argv: list[str]) -> None:
         action="append",
         metavar="FILE",
         help="a .jsonl of questions, or a task of lm-evaluation-harness",
-    )
-    parser.add_argument(
-        "--preset", metavar="NAME", help="harness with published settings: llada-8b-base[-cfg]"
-    )
-    parser.add_argument(
-        "--harness",
-        action="append",
-        default=[],
-        metavar="KEY=VALUE",
-        help="for it: num_fewshot, limit, include_path, use_cache ...",
     )
     parser.add_argument(
         "--ask",
@@ -79,14 +79,18 @@ def main(argv: list[str]) -> None:
     parser.add_argument(
         "--baselines", action="store_true", help="also score unigram and xz -9 on the same text"
     )
-    parser.add_argument(
-        "--breakdown", action="store_true", help="also the bound by position and the loss by time"
-    )
     parser.add_ema_flag()
     parser.add_argument(
         "--report", metavar="DIR", help="also write DIR/report.html with the curves of the run"
     )
     parser.add_argument("--json", action="store_true", help="print one JSON object on stdout")
+
+    # Listed in MORE_FLAGS.
+    hidden = partial(parser.add_argument, help=argparse.SUPPRESS)
+    hidden("--preset", metavar="NAME")
+    hidden("--harness", action="append", default=[], metavar="KEY=VALUE")
+    hidden("--breakdown", action="store_true")
+    parser.add_placement_flags()
     args = parser.parse_args(argv)
     check(args)
     drop_echoes()
@@ -96,6 +100,8 @@ def main(argv: list[str]) -> None:
         result, lines = evaluate_tasks(args), report_tasks
     else:
         result, lines = evaluate(args), report
+    if jax.process_index() > 0:
+        return
     if args.report:
         write_report(args, result)
     print(json_text(result) if args.json else lines(result))
@@ -150,7 +156,7 @@ def check(args) -> None:
 
 def evaluate(args) -> dict:
     """Returns the bound and, if asked for, the baselines, as a flat dict."""
-    model = pretrained.load(args.checkpoint, ema=args.ema)
+    model = pretrained.load(args.checkpoint, ema=args.ema, **placement(args))
     info = read_dataset(args.data)
     if info.tokenizer["fingerprint"] != model.tokenizer.fingerprint and not load_same(
         f"{args.data}/tokenizer", info.tokenizer["fingerprint"], of="the records"
@@ -163,10 +169,14 @@ def evaluate(args) -> dict:
         )
     objective = make_objective(model.tokenizer, **model.config["objective"])
     split = info.split(args.split)
+    sharding.check_divisible(
+        model.mesh, {"--mesh: the length of the rows": ("act_position", info.sequence_length)}
+    )
+    ways = sharding.axis_size(model.mesh, "act_batch")
     settings = dict(
         split=args.split,
         objective=objective,
-        batch_size=args.batch_size,
+        batch_size=-(-args.batch_size // ways) * ways,
         sequence_length=info.sequence_length,
         batch_sharding=sharding.batch_sharding(model.mesh),
         # as in training: a model that never saw a document end within a row is not asked to. Of
@@ -213,7 +223,7 @@ def evaluate_tasks(args) -> dict:
     """Returns how the questions of a file are answered in each direction."""
     (file,) = args.tasks
     rows = read_tasks(file)
-    model = pretrained.load(args.checkpoint, ema=args.ema)
+    model = pretrained.load(args.checkpoint, ema=args.ema, **placement(args))
     is_causal = model.record.mask.causal
     if is_causal and "infill" in (args.ask or ()):
         raise UserError(
@@ -258,7 +268,7 @@ def evaluate_harness(args) -> dict:
     for task in args.tasks or ():
         if args.preset:
             look_up(published, task, f"task of the preset {args.preset}")
-    model = pretrained.load(args.checkpoint, ema=args.ema)
+    model = pretrained.load(args.checkpoint, ema=args.ema, **placement(args))
     result = {
         "checkpoint": str(args.checkpoint),
         "step": model.step,

@@ -9,6 +9,8 @@ import time
 from contextlib import nullcontext
 from functools import partial
 
+import jax
+
 from llada_jax.checkpoints.orbax_patches import drop_echoes
 from llada_jax.errors import UserError
 from llada_jax.pretrained import check_can_infill, load
@@ -17,13 +19,13 @@ from llada_jax.samplers.revise import NONE, WINO, parse_revise
 from llada_jax.samplers.settings import check_options, check_request, check_schedule
 from llada_jax.samplers.show import make_show
 from llada_jax.samplers.text import Completion, continue_text, generate_text, infill_text
-from llada_jax.verbs.command_line import Parser
+from llada_jax.verbs.command_line import Parser, placement
 
 # One line each would not fit a screen; docs/sampling.md explains them.
 MORE_FLAGS = """more flags, explained in docs/sampling.md:
   --infill TEXT...  --append  --lookahead N  --num-samples N  --best-of N  --batch-size N
-  --remasking NAME  --commit NAME[=X]  --revise NAME[=X]  --cache NAME  --refresh N
-  --cfg-scale X  --top-k N  --top-p X  --eos NAME  --ignore-eos  --suppress ID...
+  --remasking NAME  --commit NAME[=X]  --revise NAME[=X]  --cache NAME  --refresh N  --cfg-scale X
+  --top-k N  --top-p X  --eos NAME  --ignore-eos  --suppress ID...  --mesh AXES  --dtype NAME
 """
 
 
@@ -98,6 +100,7 @@ def make_parser() -> Parser:
     hidden("--suppress", nargs="+", type=int, default=[], metavar="ID")
     hidden("--cache", default="none", metavar="NAME")
     hidden("--refresh", type=int, default=0, metavar="N")
+    parser.add_placement_flags()
     return parser
 
 
@@ -354,7 +357,7 @@ def main(argv: list[str]) -> None:
     check_request(num_prompts=len(prompts), batch_size=args.batch_size, seed=args.seed)
 
     # 2. The model.
-    pretrained = load(args.checkpoint, ema=args.ema)
+    pretrained = load(args.checkpoint, ema=args.ema, **placement(args))
     if args.infill:
         check_can_infill(pretrained.record)
         settings |= {"steps": args.steps}
@@ -373,7 +376,9 @@ def main(argv: list[str]) -> None:
         completions = pretrained.best_of(completions, args.best_of, seed=args.seed)
     seconds = time.perf_counter() - start
 
-    # 4. The results.
+    # 4. The results, which all processes of a run have.
+    if jax.process_index() > 0:
+        return
     if args.json:
         print_json(args, pretrained.step, settings, completions)
     else:

@@ -7,6 +7,7 @@ import jax.monitoring
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from support.programs import shapes_of
 from support.toy_networks import EOS, MASK, PAD, toy_logits, toy_params
 
 from llada_jax.cluster.sharding import AXES, make_mesh
@@ -115,20 +116,6 @@ def test_every_mesh_samples_the_same_and_compiles_one_step(count_compilations):
         tokens_BT, num_compilations = sample_on(**sizes)
         np.testing.assert_array_equal(tokens_BT, expected_BT)
         assert num_compilations == 1, sizes
-
-
-def shapes_of(jaxpr) -> set[tuple[int, ...]]:
-    """Returns the shapes of everything that a program computes, also inside of loops and calls."""
-    shapes = set()
-    for equation in jaxpr.eqns:
-        shapes |= {getattr(out.aval, "shape", ()) for out in equation.outvars}
-        for value in jax.tree.leaves(
-            list(equation.params.values()), is_leaf=lambda leaf: hasattr(leaf, "eqns")
-        ):
-            inner = getattr(value, "jaxpr", value)
-            if hasattr(inner, "eqns"):
-                shapes |= shapes_of(inner)
-    return shapes
 
 
 def traced_step(model, *, rows, width, block_length, is_guided, is_stochastic):
