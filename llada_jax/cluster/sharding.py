@@ -87,7 +87,7 @@ def parse_mesh(text: str) -> dict[str, int]:
     axes that are not named have size 1.
 
     Raises:
-        UserError: an axis or a size is none.
+        UserError: an axis is unknown, or a size is not a number.
     """
     sizes = dict.fromkeys(AXES, 1)
     for part in text.split(","):

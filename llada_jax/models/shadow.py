@@ -40,7 +40,7 @@ def sees_with_shadow(
     )
     is_own_ST = (jnp.arange(T + length)[:, None] >= T) & (index_S[:, None] == jnp.arange(T))
     is_shadow_S1 = (jnp.arange(T + length) >= T)[:, None]
-    # Padding has segment 0 and is nobody's shadow that is read, but its softmax must not be empty.
+    # All of the shadow, also at padding: no softmax may be over nothing.
     shadow_BSL = is_shadow_S1 & jnp.ones((*segment_BS.shape, length), bool)
     return jnp.concatenate([row_BST & ~is_own_ST, shadow_BSL], axis=2)
 

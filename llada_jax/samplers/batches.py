@@ -2,7 +2,7 @@
 
 Rows of similar length stand together, so that little is padding and each width is compiled once.
 Where texts may end early, rows leave: after every block the unfinished rows of all batches are put
-together anew, and a pass is spent on a row that has ended only where no other is left. Neither
+together again, and a pass is spent on a row that has ended only where no other is left. Neither
 changes a text, because no row sees another and the noise of a row depends on its own number.
 """
 
@@ -46,16 +46,19 @@ class Request(NamedTuple):
     """What all batches of a request share.
 
     denoise: a canvas, the numbers of its rows and further settings -> the states of `denoise`.
-    on_step: see llada_jax.samplers.text.generate_tokens.
+    on_step, is_enough: see llada_jax.samplers.text.generate_tokens.
     """
 
     denoise: Callable[..., Iterator[DenoiseStep]]
     on_step: Callable[[Sequence[int], DenoiseStep], None]
+    is_enough: Callable[[Sequence[int], DenoiseStep], bool] | None
 
     def run(self, canvas: Canvas, rows: Sequence[int], batch_size: int, **settings: Any) -> Batch:
         """Returns what becomes of a canvas whose first rows have these numbers."""
         for state in self.denoise(canvas, filled_up(rows, batch_size), **settings):
             self.on_step(rows, state)
+            if self.is_enough is not None and self.is_enough(rows, state):
+                break
         canvas_BT, num_steps_B = jax.device_get((state.canvas_BT, state.num_steps_B))
         return Batch(list(rows), canvas_BT[: len(rows)], num_steps_B[: len(rows)])
 
@@ -69,6 +72,7 @@ def make_request(
     shadow_fn: Callable | None,
     seed: int,
     on_step: Callable[[Sequence[int], DenoiseStep], None],
+    is_enough: Callable[[Sequence[int], DenoiseStep], bool] | None = None,
     **settings: Any,
 ) -> Request:
     """Returns a request with the parameters bound to the functions of the network."""
@@ -94,7 +98,7 @@ def make_request(
             **settings,
         )
 
-    return Request(run, on_step)
+    return Request(run, on_step, is_enough)
 
 
 def whole_batches(

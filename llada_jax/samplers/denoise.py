@@ -118,9 +118,11 @@ def denoise(
         temperature: 0 takes the most likely token, 1 samples the model's distribution.
         top_k, top_p: see llada_jax.samplers.choice.keep_likely; 0 and 1 keep every token.
         cfg_scale: guidance strength w; 0 means none, otherwise the network runs on twice the batch.
-        eos_id: what ends a text; several ids where there are several such tokens. None: nothing.
-        eos: "free"; "never": its logits are off; "last": proposed EOS are kept after all others.
-        stop_at_eos: after a block that contains one, the rest of the row is filled with (the first)
+        eos_id: what ends a text: EOS, or EOS and further ids, such as that of the end of a turn.
+            None: nothing.
+        eos: "free"; "never": the logits of EOS (the first id) are off; "last": proposals of any of
+            the ids are kept after all others.
+        stop_at_eos: after a block that contains one of the ids, the rest of the row is filled with
             EOS, and when every row has ended no further step runs. False, as published, generates
             all gen_length tokens.
         suppress: ids whose logits are off.

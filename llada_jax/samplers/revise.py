@@ -1,8 +1,8 @@
 """Which tokens go back to the mask after they were kept: the published sampler revises nothing, and
 these rules do.
 
-A rule is written NAME or NAME=AMOUNT. All of them look at one row and at its current block: what
-stands in finished blocks, and what was given, stays. What they take back counts as hidden from then
+A rule is written NAME or NAME=AMOUNT. All of them look at one row and at its current block:
+finished blocks and given tokens stay. What they take back counts as hidden from then
 on and is proposed again.
 
     NAME=X           takes a token back                                          default

@@ -88,7 +88,7 @@ def _is_among(tokens_BT: Array, ids_n: Array) -> Array:
 
 
 def _fill_after_eos(canvas_BT: Array, is_generated_BT: Array, fixed: Fixed) -> Array:
-    """Ends a row at its first generated EOS: everything it generates after that is EOS too."""
+    """Ends a row at its first generated end: everything it generates after that is EOS."""
     is_eos_BT = _is_among(canvas_BT, fixed.eos_ids_n) & is_generated_BT
     is_after_BT = (jnp.cumsum(is_eos_BT, axis=1) - is_eos_BT) > 0
     filled_BT = jnp.where(is_after_BT & is_generated_BT, fixed.fill_id, canvas_BT)
@@ -147,7 +147,9 @@ def _block_logits(
         if plan.is_guided:
             logits_BTV = guided(logits_BTV, fixed.cfg_scale)
         logits_BTV = without_ids(logits_BTV, fixed.suppress_n)
-        return without_ids(logits_BTV, fixed.eos_ids_n) if plan.eos == "never" else logits_BTV
+        if plan.eos == "never":  # of a model with turns, their end still ends a text
+            logits_BTV = without_ids(logits_BTV, fixed.eos_ids_n[:1])
+        return logits_BTV
 
     return ready(logits_BTV), None if shadow_BTV is None else ready(shadow_BTV), cache
 

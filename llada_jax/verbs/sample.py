@@ -13,7 +13,8 @@ import jax
 
 from llada_jax.checkpoints.orbax_patches import drop_echoes
 from llada_jax.errors import UserError
-from llada_jax.pretrained import check_can_infill, load
+from llada_jax.pretrained import load
+from llada_jax.request_checks import check_can_infill
 from llada_jax.samplers.commit import SCHEDULE
 from llada_jax.samplers.revise import NONE, WINO, parse_revise
 from llada_jax.samplers.settings import check_options, check_request, check_schedule
@@ -23,9 +24,9 @@ from llada_jax.verbs.command_line import Parser, placement
 
 # One line each would not fit a screen; docs/sampling.md explains them.
 MORE_FLAGS = """more flags, explained in docs/sampling.md:
-  --infill TEXT...  --append  --lookahead N  --num-samples N  --best-of N  --batch-size N
+  --infill TEXT...  --append  --lookahead N  --num-samples N  --best-of N  --batch-size N  --top-k N
   --remasking NAME  --commit NAME[=X]  --revise NAME[=X]  --cache NAME  --refresh N  --cfg-scale X
-  --top-k N  --top-p X  --eos NAME  --ignore-eos  --suppress ID...  --mesh AXES  --dtype NAME
+  --top-p X  --eos NAME  --ignore-eos  --suppress ID...  --mesh AXES  --dtype NAME  --tokenizer PATH
 """
 
 
@@ -83,6 +84,7 @@ def make_parser() -> Parser:
 
     # Listed in MORE_FLAGS.
     hidden = partial(add, help=argparse.SUPPRESS)
+    hidden("--tokenizer", default="", metavar="PATH")
     hidden("--infill", nargs="+", metavar="TEXT")
     hidden("--append", action="store_true")
     hidden("--lookahead", type=int, metavar="N")
@@ -357,7 +359,13 @@ def main(argv: list[str]) -> None:
     check_request(num_prompts=len(prompts), batch_size=args.batch_size, seed=args.seed)
 
     # 2. The model.
-    pretrained = load(args.checkpoint, ema=args.ema, **placement(args))
+    pretrained = load(
+        args.checkpoint,
+        ema=args.ema,
+        tokenizer=args.tokenizer,
+        needs_text=True,
+        **placement(args),
+    )
     if args.infill:
         check_can_infill(pretrained.record)
         settings |= {"steps": args.steps}
