@@ -130,7 +130,7 @@ class Pretrained:
         suppress: Sequence[int] = (),
         cache: str = "none",
         refresh: int = 0,
-        on_step: Callable[[Sequence[int], DenoiseStep], None] = ignore_step,
+        on_step: Callable[[range, DenoiseStep], None] = ignore_step,
     ) -> list[str]:
         """Returns the text that follows each prompt.
 
@@ -214,7 +214,7 @@ class Pretrained:
         suppress: Sequence[int] = (),
         cache: str = "none",
         refresh: int = 0,
-        on_step: Callable[[Sequence[int], DenoiseStep], None] = ignore_step,
+        on_step: Callable[[range, DenoiseStep], None] = ignore_step,
     ) -> list[Completion]:
         """Returns what `generate` does, with the tokens and the passes that each text needed.
 
@@ -382,7 +382,7 @@ class Pretrained:
         suppress: Sequence[int] = (),
         cache: str = "none",
         refresh: int = 0,
-        on_step: Callable[[Sequence[int], DenoiseStep], None] = ignore_step,
+        on_step: Callable[[range, DenoiseStep], None] = ignore_step,
     ) -> np.ndarray:
         """Returns prompts and generations as ids, int32 [B, T + gen_length].
 

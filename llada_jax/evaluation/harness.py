@@ -231,7 +231,7 @@ class HarnessModel:
         ids = [row[max(0, len(row) - room) :] for row in ids]
         block_length = self.block_length or gen_length
 
-        def have_ended(rows: Sequence[int], state: DenoiseStep) -> bool:
+        def have_ended(rows: range, state: DenoiseStep) -> bool:
             finished_BT = jax.device_get(state.canvas_BT)[: len(rows), -gen_length:]
             finished_BT = finished_BT[:, : state.block * block_length]
             return all(

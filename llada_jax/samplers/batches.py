@@ -26,7 +26,7 @@ class Batch(NamedTuple):
     num_steps_B: np.ndarray
 
 
-def ignore_step(rows: Sequence[int], state: DenoiseStep) -> None:
+def ignore_step(rows: range, state: DenoiseStep) -> None:
     """The listener of those who only want the result."""
 
 
@@ -50,14 +50,22 @@ class Request(NamedTuple):
     """
 
     denoise: Callable[..., Iterator[DenoiseStep]]
-    on_step: Callable[[Sequence[int], DenoiseStep], None]
-    is_enough: Callable[[Sequence[int], DenoiseStep], bool] | None
+    on_step: Callable[[range, DenoiseStep], None]
+    is_enough: Callable[[range, DenoiseStep], bool] | None
+
+    @property
+    def is_heard(self) -> bool:
+        """Whether somebody is asked between the steps, who counts on rows in their order."""
+        return self.on_step is not ignore_step or self.is_enough is not None
 
     def run(self, canvas: Canvas, rows: Sequence[int], batch_size: int, **settings: Any) -> Batch:
         """Returns what becomes of a canvas whose first rows have these numbers."""
         for state in self.denoise(canvas, filled_up(rows, batch_size), **settings):
-            self.on_step(rows, state)
-            if self.is_enough is not None and self.is_enough(rows, state):
+            if not self.is_heard:
+                continue
+            consecutive = range(rows[0], rows[0] + len(rows))
+            self.on_step(consecutive, state)
+            if self.is_enough is not None and self.is_enough(consecutive, state):
                 break
         canvas_BT, num_steps_B = jax.device_get((state.canvas_BT, state.num_steps_B))
         return Batch(list(rows), canvas_BT[: len(rows)], num_steps_B[: len(rows)])
@@ -71,8 +79,8 @@ def make_request(
     cache_fns: tuple[Callable, Callable] | None,
     shadow_fn: Callable | None,
     seed: int,
-    on_step: Callable[[Sequence[int], DenoiseStep], None],
-    is_enough: Callable[[Sequence[int], DenoiseStep], bool] | None = None,
+    on_step: Callable[[range, DenoiseStep], None],
+    is_enough: Callable[[range, DenoiseStep], bool] | None = None,
     **settings: Any,
 ) -> Request:
     """Returns a request with the parameters bound to the functions of the network."""
@@ -108,11 +116,14 @@ def whole_batches(
     *,
     batch_size: int,
 ) -> Iterator[Batch]:
-    """Denoises one batch after the other from its first block to its last.
+    """Denoises one batch after the other from its first block to its last: of rows of similar
+    length, or in the order of the request where somebody listens.
 
     make: the canvas of some rows, and the schedule of their batch.
     """
-    order = by_length(lengths, range(len(lengths)))
+    order = list(range(len(lengths)))
+    if not request.is_heard:
+        order = by_length(lengths, order)
     batch_size = min(batch_size, len(order))
     for first in range(0, len(order), batch_size):
         rows = order[first : first + batch_size]

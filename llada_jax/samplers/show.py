@@ -103,7 +103,7 @@ class _Frame(NamedTuple):
         return 1 - self.is_masked_BT.mean()
 
 
-def _frame(rows: Sequence[int], state: DenoiseStep, *, mask_id: int, gen_length: int) -> _Frame:
+def _frame(rows: range, state: DenoiseStep, *, mask_id: int, gen_length: int) -> _Frame:
     canvas_BT, is_new_BT = jax.device_get((state.canvas_BT, state.is_new_BT))
     tokens_BT = canvas_BT[: len(rows), -gen_length:]
     return _Frame(tokens_BT, tokens_BT == mask_id, is_new_BT[: len(rows), -gen_length:])
@@ -127,7 +127,7 @@ class LogShow:
     def __exit__(self, *exception: Any) -> None:
         return None
 
-    def on_step(self, rows: Sequence[int], state: DenoiseStep) -> None:
+    def on_step(self, rows: range, state: DenoiseStep) -> None:
         frame = _frame(rows, state, mask_id=self.tokenizer.mask_id, gen_length=self.gen_length)
         # By what is revealed and not by the step, because a row may need few of its steps.
         num_revealed = frame.tokens_BT.size - frame.is_masked_BT.sum()
@@ -178,7 +178,7 @@ class LiveShow:
         self.live = Live(
             console=console, auto_refresh=False, transient=transient, vertical_overflow="ellipsis"
         )
-        self.rows: Sequence[int] | None = None
+        self.rows: range | None = None
         self.age_BT: np.ndarray = np.zeros((0, 0), int)
         self.last_frame = 0.0
 
@@ -189,7 +189,7 @@ class LiveShow:
     def __exit__(self, *exception: Any) -> None:
         self.live.__exit__(*exception)
 
-    def on_step(self, rows: Sequence[int], state: DenoiseStep) -> None:
+    def on_step(self, rows: range, state: DenoiseStep) -> None:
         frame = _frame(rows, state, mask_id=self.tokenizer.mask_id, gen_length=self.gen_length)
         if rows != self.rows:
             self.rows, self.age_BT = rows, np.zeros(frame.tokens_BT.shape, int)
@@ -198,7 +198,7 @@ class LiveShow:
         self.last_frame = time.monotonic()
         self.live.update(self.picture(rows, state, frame), refresh=True)
 
-    def picture(self, rows: Sequence[int], state: DenoiseStep, frame: _Frame) -> Any:
+    def picture(self, rows: range, state: DenoiseStep, frame: _Frame) -> Any:
         """Returns a status line with a bar above one panel for each of the rows that fit the
         screen.
         """

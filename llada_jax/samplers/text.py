@@ -62,8 +62,8 @@ def generate_tokens(
     stop_at_eos: bool = True,
     seed: int = 0,
     batch_size: int = 16,
-    on_step: Callable[[Sequence[int], DenoiseStep], None] = ignore_step,
-    is_enough: Callable[[Sequence[int], DenoiseStep], bool] | None = None,
+    on_step: Callable[[range, DenoiseStep], None] = ignore_step,
+    is_enough: Callable[[range, DenoiseStep], bool] | None = None,
     **settings: Any,
 ) -> tuple[np.ndarray, np.ndarray]:
     """Generates `gen_length` tokens after each prompt.
@@ -120,10 +120,8 @@ def generate_tokens(
         **settings,
     )
     lengths = [len(prompt) for prompt in prompts]
-    # Who listens sees one batch after the other.
-    is_heard = on_step is not ignore_step or is_enough is not None
     is_leaving = eos_id is not None and stop_at_eos and len(prompts) > batch_size
-    if is_leaving and block_length not in (None, gen_length) and not is_heard:
+    if is_leaving and block_length not in (None, gen_length) and not request.is_heard:
         batches = block_batches(request, lengths, make, mask_id=mask_id, batch_size=batch_size)
     else:
         batches = whole_batches(request, lengths, make, batch_size=batch_size)
@@ -147,7 +145,7 @@ def infill_tokens(
     shadow_fn: Callable | None = None,
     seed: int = 0,
     batch_size: int = 16,
-    on_step: Callable[[Sequence[int], DenoiseStep], None] = ignore_step,
+    on_step: Callable[[range, DenoiseStep], None] = ignore_step,
     **settings: Any,
 ) -> tuple[list[list[int]], np.ndarray]:
     """Fills the gaps of texts: pure diffusion over the tokens that are not given.

@@ -111,10 +111,11 @@ def test_rows_that_have_ended_make_room_for_others():
     assert computed < one_by_one
 
 
-def test_who_listens_sees_the_numbers_of_the_prompts():
+def test_who_listens_hears_of_the_rows_in_their_order():
     heard = []
-    sample(PROMPTS, batch_size=4, steps=2, on_step=lambda rows, state: heard.append(list(rows)))
-    assert heard == [[2, 0, 4, 5]] * 2 + [[7, 1, 3, 6]] * 2
+    tokens_BT, _ = sample(PROMPTS, batch_size=5, on_step=lambda rows, state: heard.append(rows))
+    assert heard == [range(5)] * 8 + [range(5, 8)] * 8
+    np.testing.assert_array_equal(tokens_BT, sample(PROMPTS, batch_size=5)[0])
 
 
 @windowed
