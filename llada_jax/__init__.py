@@ -27,6 +27,7 @@ def load(
     mesh: "Mesh | None" = None,
     ema: bool | None = None,
     tokenizer: "str | os.PathLike[str]" = "",
+    keep_float32: bool = True,
 ) -> "Pretrained":
     """Loads a trained model for sampling and scoring.
 
@@ -39,13 +40,21 @@ def load(
             loads the average where the run kept one.
         tokenizer: where the tokenizer is, for weights that came without one; "" takes the
             checkpoint's. Weights alone give `logits` and `generate_tokens`.
+        keep_float32: False keeps the matrices in `dtype`, which changes no score and no sample.
 
     See llada_jax.pretrained.load, which this calls.
     """
     # Imported here, because importing the package alone must not import jax.
     from llada_jax.pretrained import load as load_pretrained
 
-    return load_pretrained(checkpoint, dtype=dtype, mesh=mesh, ema=ema, tokenizer=tokenizer)
+    return load_pretrained(
+        checkpoint,
+        dtype=dtype,
+        mesh=mesh,
+        ema=ema,
+        tokenizer=tokenizer,
+        keep_float32=keep_float32,
+    )
 
 
 def train(
@@ -80,6 +89,9 @@ def evaluate(
     breakdown: bool = False,
     ema: bool | None = None,
     tokenizer: "str | os.PathLike[str]" = "",
+    dtype: str = "auto",
+    mesh: "Mesh | None" = None,
+    keep_float32: bool = True,
 ) -> dict[str, Any]:
     """Returns the bound on the likelihood of a split, as `llada-jax evaluate --json` prints it.
 
@@ -98,6 +110,9 @@ def evaluate(
         breakdown=breakdown,
         ema=ema,
         tokenizer=tokenizer,
+        dtype=dtype,
+        mesh=mesh,
+        keep_float32=keep_float32,
     )
 
 
@@ -112,6 +127,9 @@ def evaluate_tasks(
     seed: int = 0,
     ema: bool | None = None,
     tokenizer: "str | os.PathLike[str]" = "",
+    dtype: str = "auto",
+    mesh: "Mesh | None" = None,
+    keep_float32: bool = True,
 ) -> dict[str, Any]:
     """Returns how the questions of a .jsonl file are answered, as `llada-jax evaluate --tasks FILE
     --json` prints it.
@@ -130,4 +148,7 @@ def evaluate_tasks(
         seed=seed,
         ema=ema,
         tokenizer=tokenizer,
+        dtype=dtype,
+        mesh=mesh,
+        keep_float32=keep_float32,
     )

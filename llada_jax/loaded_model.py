@@ -25,14 +25,15 @@ from llada_jax.request_checks import (
     check_questions,
     check_samples,
 )
+from llada_jax.samplers.batches import ignore_step
 from llada_jax.samplers.commit import SCHEDULE
 from llada_jax.samplers.denoise import DenoiseStep
+from llada_jax.samplers.revise import NONE
 from llada_jax.samplers.text import (
     Completion,
     continue_text,
     generate_text,
     generate_tokens,
-    ignore_step,
     infill_text,
 )
 
@@ -43,7 +44,7 @@ class Pretrained:
 
     tokenizer: of the run; see llada_jax.data.tokenizer.
     config: the run's config as a nested dict.
-    params: nested dict of sharded float32 arrays.
+    params: nested dict of sharded arrays, float32 unless keep_float32=False.
     step: optimizer steps done.
     model: the network without its numbers; its functions take `params` first.
     run: run.json of the checkpoint.
@@ -120,7 +121,9 @@ class Pretrained:
         seed: int = 0,
         batch_size: int = 16,
         commit: str = SCHEDULE,
+        revise: str = NONE,
         append: bool = False,
+        lookahead: int | None = None,
         top_k: int = 0,
         top_p: float = 1.0,
         eos: str = "free",
@@ -174,7 +177,9 @@ class Pretrained:
             seed=seed,
             batch_size=batch_size,
             commit=commit,
+            revise=revise,
             append=append,
+            lookahead=lookahead,
             top_k=top_k,
             top_p=top_p,
             eos=eos,
@@ -200,7 +205,9 @@ class Pretrained:
         seed: int = 0,
         batch_size: int = 16,
         commit: str = SCHEDULE,
+        revise: str = NONE,
         append: bool = False,
+        lookahead: int | None = None,
         top_k: int = 0,
         top_p: float = 1.0,
         eos: str = "free",
@@ -223,7 +230,9 @@ class Pretrained:
             remasking=remasking,
             cfg_scale=cfg_scale,
             commit=commit,
+            revise=revise,
             append=append,
+            lookahead=lookahead,
             eos=eos,
             cache=cache,
             refresh=refresh,
@@ -258,6 +267,7 @@ class Pretrained:
             self.tokenizer,
             list(prompts),
             cache_fns=self.model.cache_fns,
+            shadow_fn=self.model.shadow_fn,
             on_step=on_step,
             **settings,
             **denoising,
@@ -303,6 +313,7 @@ class Pretrained:
         steps: int | None = None,
         remasking: str = "low_confidence",
         commit: str = SCHEDULE,
+        revise: str = NONE,
         temperature: float = 0.0,
         top_k: int = 0,
         top_p: float = 1.0,
@@ -330,9 +341,11 @@ class Pretrained:
             self.params,
             self.tokenizer,
             list(texts),
+            shadow_fn=self.model.shadow_fn,
             steps=steps,
             remasking=remasking,
             commit=commit,
+            revise=revise,
             temperature=temperature,
             top_k=top_k,
             top_p=top_p,
@@ -360,7 +373,9 @@ class Pretrained:
         seed: int = 0,
         batch_size: int = 16,
         commit: str = SCHEDULE,
+        revise: str = NONE,
         append: bool = False,
+        lookahead: int | None = None,
         top_k: int = 0,
         top_p: float = 1.0,
         eos: str = "free",
@@ -404,10 +419,13 @@ class Pretrained:
             eos_id=eos_id,
             num_ids=self.tokenizer.vocab_size,
             cache_fns=self.model.cache_fns,
+            shadow_fn=self.model.shadow_fn,
             seed=seed,
             batch_size=batch_size,
             commit=commit,
+            revise=revise,
             append=append,
+            lookahead=lookahead,
             top_k=top_k,
             top_p=top_p,
             eos=eos,

@@ -9,6 +9,9 @@ from collections.abc import Sequence
 from functools import partial
 from typing import Any
 
+import jax
+from jax.sharding import Mesh
+
 from llada_jax import pretrained
 from llada_jax.arguments import checked
 from llada_jax.checkpoints.orbax_patches import drop_echoes
@@ -29,11 +32,11 @@ from llada_jax.run.metrics_file import read_lines
 from llada_jax.run.report_page import report_page
 from llada_jax.storage import remote
 from llada_jax.storage.files import write_whole, writing
-from llada_jax.verbs.command_line import Parser, json_text
+from llada_jax.verbs.command_line import Parser, json_text, placement
 
 # One line each would not fit a screen; docs/evaluation.md explains them.
 MORE_FLAGS = """more flags, explained in docs/evaluation.md:
-  --preset NAME  --harness KEY=VALUE  --breakdown  --tokenizer PATH
+  --preset NAME  --harness KEY=VALUE  --breakdown  --tokenizer PATH  --mesh AXES  --dtype NAME
 """
 
 
@@ -94,6 +97,7 @@ def main(argv: list[str]) -> None:
     hidden("--harness", action="append", default=[], metavar="KEY=VALUE")
     hidden("--breakdown", action="store_true")
     hidden("--tokenizer", default="", metavar="PATH")
+    parser.add_placement_flags()
     args = parser.parse_args(argv)
     check(args)
     drop_echoes()
@@ -107,6 +111,9 @@ def main(argv: list[str]) -> None:
         asked = {"split": args.split, "baselines": args.baselines, "breakdown": args.breakdown}
         result = evaluate(args.checkpoint, args.data, **asked, **shared(args))
         lines = report
+    # All processes of a run have the result.
+    if jax.process_index() > 0:
+        return
     if args.report:
         write_report(args, result)
     print(json_text(result) if args.json else lines(result))
@@ -115,7 +122,7 @@ def main(argv: list[str]) -> None:
 def shared(args) -> dict:
     """Returns the settings of every evaluation."""
     names = ("mc_samples", "batch_size", "seed", "ema", "tokenizer")
-    return {name: getattr(args, name) for name in names}
+    return {name: getattr(args, name) for name in names} | placement(args)
 
 
 def write_report(args, result: dict) -> None:
@@ -184,6 +191,9 @@ def evaluate(
     breakdown: bool = False,
     ema: bool | None = None,
     tokenizer: str | os.PathLike[str] = "",
+    dtype: str = "auto",
+    mesh: Mesh | None = None,
+    keep_float32: bool = True,
 ) -> dict[str, Any]:
     """Returns the bound on the likelihood of a split, as `llada-jax evaluate --json` prints it.
 
@@ -192,17 +202,26 @@ def evaluate(
         data: a directory that `llada-jax prepare` wrote.
         split: "heldout" or "train".
         mc_samples: corruptions drawn for each row.
-        batch_size: rows at a time. seed: of the corruptions.
+        batch_size: rows at a time, rounded up to what the mesh splits evenly.
+        seed: of the corruptions.
         baselines: also score token frequencies and xz on the same text.
         breakdown: also the bound by position and the loss by time.
-        ema, tokenizer: see llada_jax.load.
+        ema, tokenizer, dtype, mesh, keep_float32: see llada_jax.load.
 
     Raises:
         UserError: checkpoint, data and settings do not fit together.
     """
     check_positive(mc_samples=mc_samples, batch_size=batch_size)
     data = user_path(data)
-    model = pretrained.load(checkpoint, ema=ema, tokenizer=tokenizer, needs_text=True)
+    model = pretrained.load(
+        checkpoint,
+        ema=ema,
+        tokenizer=tokenizer,
+        dtype=dtype,
+        mesh=mesh,
+        keep_float32=keep_float32,
+        needs_text=True,
+    )
     info = read_dataset(data)
     if info.tokenizer["fingerprint"] != model.tokenizer.fingerprint and not load_same(
         f"{data}/tokenizer", info.tokenizer["fingerprint"], of="the records"
@@ -215,10 +234,14 @@ def evaluate(
         )
     objective = make_objective(model.tokenizer, **model.config["objective"])
     of_split = info.split(split)
+    sharding.check_divisible(
+        model.mesh, {"--mesh: the length of the rows": ("act_position", info.sequence_length)}
+    )
+    ways = sharding.axis_size(model.mesh, "act_batch")
     settings: dict[str, Any] = dict(
         split=split,
         objective=objective,
-        batch_size=batch_size,
+        batch_size=-(-batch_size // ways) * ways,
         sequence_length=info.sequence_length,
         batch_sharding=sharding.batch_sharding(model.mesh),
         # as in training: a model that never saw a document end within a row is not asked to. Of
@@ -273,6 +296,9 @@ def evaluate_tasks(
     seed: int = 0,
     ema: bool | None = None,
     tokenizer: str | os.PathLike[str] = "",
+    dtype: str = "auto",
+    mesh: Mesh | None = None,
+    keep_float32: bool = True,
 ) -> dict[str, Any]:
     """Returns how the questions of a file are answered, as `llada-jax evaluate --tasks FILE --json`
     prints it.
@@ -284,7 +310,7 @@ def evaluate_tasks(
         mc_samples: corruptions drawn for each answer.
         cfg_scale: strength of guidance towards the prompt; 0 switches it off.
         batch_size: rows at a time. seed: of the corruptions.
-        ema, tokenizer: see llada_jax.load.
+        ema, tokenizer, dtype, mesh, keep_float32: see llada_jax.load.
 
     Raises:
         UserError: the file, the checkpoint and the settings do not fit together.
@@ -294,7 +320,15 @@ def evaluate_tasks(
         look_up(dict.fromkeys(DIRECTIONS), direction, "direction of a question")
     file = user_path(tasks)
     rows = read_tasks(file)
-    model = pretrained.load(checkpoint, ema=ema, tokenizer=tokenizer, needs_text=True)
+    model = pretrained.load(
+        checkpoint,
+        ema=ema,
+        tokenizer=tokenizer,
+        dtype=dtype,
+        mesh=mesh,
+        keep_float32=keep_float32,
+        needs_text=True,
+    )
     is_causal = model.record.mask.causal
     if is_causal and "infill" in (ask or ()):
         raise UserError(
@@ -340,7 +374,11 @@ def evaluate_harness(args) -> dict:
         if args.preset:
             look_up(published, task, f"task of the preset {args.preset}")
     model = pretrained.load(
-        args.checkpoint, ema=args.ema, tokenizer=args.tokenizer, needs_text=True
+        args.checkpoint,
+        ema=args.ema,
+        tokenizer=args.tokenizer,
+        needs_text=True,
+        **placement(args),
     )
     result = {
         "checkpoint": str(args.checkpoint),

@@ -4,7 +4,6 @@ sample, evaluate, export.
 
 import contextlib
 import dataclasses
-import re
 import sys
 
 import jax
@@ -16,10 +15,10 @@ from llada_jax.checkpoints.orbax_patches import drop_echoes
 from llada_jax.checkpoints.record import write_run
 from llada_jax.checkpoints.workdir import Checkpoints
 from llada_jax.cluster import distributed, sharding
-from llada_jax.errors import UserError, did_you_mean
+from llada_jax.errors import UserError
 from llada_jax.hf import hub
 from llada_jax.hf.read import is_huggingface
-from llada_jax.models.model import abstract_parameters, make_model
+from llada_jax.models.model import abstract_parameters, check_mesh, make_model
 from llada_jax.models.transformer import Architecture, num_parameters
 from llada_jax.storage.files import writing
 from llada_jax.training.state import TrainState
@@ -75,7 +74,7 @@ def main(argv: list[str]) -> None:
     args = parser.parse_args(argv)
     drop_echoes()
     distributed.initialize()
-    mesh = sharding.make_mesh(parse_mesh(args.mesh))
+    mesh = sharding.make_mesh(sharding.parse_mesh(args.mesh))
     check_output(args.output)
     source = HuggingFace(
         args.source if is_huggingface(args.source) else hub.download(args.source),
@@ -112,26 +111,6 @@ def main(argv: list[str]) -> None:
         print(json_text(result) if args.json else report(result))
 
 
-def parse_mesh(text: str) -> dict[str, int]:
-    """Returns the size of every mesh axis from "fsdp=8,tensor=2"; axes that are not named have size
-    1.
-    """
-    sizes = dict.fromkeys(sharding.AXES, 1)
-    for part in text.split(","):
-        axis, equals, size = part.strip().partition("=")
-        if axis not in sizes:
-            raise UserError(
-                f"--mesh {text!r}: there is no axis {axis!r}.{did_you_mean(axis, sizes)}"
-            )
-        if not re.fullmatch(r"-?\d+", size):
-            raise UserError(
-                f"--mesh {text!r}: {size!r} is not a size; write {axis}=8, or {axis}=-1 for all "
-                "devices left."
-            )
-        sizes[axis] = int(size)
-    return sizes
-
-
 def check_output(output: str) -> None:
     """Raises UserError unless the output is absent or an empty directory."""
     path = epath.Path(output)
@@ -144,16 +123,7 @@ def check_output(output: str) -> None:
 def load(source: HuggingFace, mesh) -> dict:
     """Returns the parameters, in the shards of the mesh."""
     a = source.architecture
-    sizes = {
-        "width": ("embed", a.d_model),
-        "query heads": ("heads", a.num_heads),
-        "key/value heads": ("kv_heads", a.num_kv_heads),
-        "feed-forward width": ("mlp", a.d_ff),
-        "vocabulary": ("vocab", a.vocab_size),
-    }
-    sharding.check_divisible(
-        mesh, {f"--mesh: the model's {what}": size for what, size in sizes.items()}
-    )
+    check_mesh(a, mesh)
     print(
         f"llada-jax: reading {format_count(num_parameters(a))} parameters of {source.directory}",
         file=sys.stderr,

@@ -9,21 +9,24 @@ import time
 from contextlib import nullcontext
 from functools import partial
 
+import jax
+
 from llada_jax.checkpoints.orbax_patches import drop_echoes
 from llada_jax.errors import UserError
 from llada_jax.pretrained import load
 from llada_jax.request_checks import check_can_infill
 from llada_jax.samplers.commit import SCHEDULE
+from llada_jax.samplers.revise import NONE, WINO, parse_revise
 from llada_jax.samplers.settings import check_options, check_request, check_schedule
 from llada_jax.samplers.show import make_show
 from llada_jax.samplers.text import Completion, continue_text, generate_text, infill_text
-from llada_jax.verbs.command_line import Parser
+from llada_jax.verbs.command_line import Parser, placement
 
 # One line each would not fit a screen; docs/sampling.md explains them.
 MORE_FLAGS = """more flags, explained in docs/sampling.md:
-  --infill TEXT...  --append  --num-samples N  --best-of N  --batch-size N
-  --remasking NAME  --commit NAME[=X]  --cfg-scale X  --top-k N  --top-p X
-  --eos NAME  --ignore-eos  --suppress ID...  --cache NAME  --refresh N  --tokenizer PATH
+  --infill TEXT...  --append  --lookahead N  --num-samples N  --best-of N  --batch-size N  --top-k N
+  --remasking NAME  --commit NAME[=X]  --revise NAME[=X]  --cache NAME  --refresh N  --cfg-scale X
+  --top-p X  --eos NAME  --ignore-eos  --suppress ID...  --mesh AXES  --dtype NAME  --tokenizer PATH
 """
 
 
@@ -46,7 +49,7 @@ def make_parser() -> Parser:
     add(
         "--prompt-file",
         metavar="FILE",
-        help="file with one prompt per line, empty lines skipped; - is stdin",
+        help="file with one prompt per line; - is stdin",
     )
     add(
         "--gen-length",
@@ -84,11 +87,13 @@ def make_parser() -> Parser:
     hidden("--tokenizer", default="", metavar="PATH")
     hidden("--infill", nargs="+", metavar="TEXT")
     hidden("--append", action="store_true")
+    hidden("--lookahead", type=int, metavar="N")
     hidden("--num-samples", type=int, default=1, metavar="N")
     hidden("--best-of", type=int, default=1, metavar="N")
     hidden("--batch-size", type=int, default=16, metavar="N")
     hidden("--remasking", default="low_confidence", metavar="NAME")
     hidden("--commit", default=SCHEDULE, metavar="NAME[=X]")
+    hidden("--revise", default=NONE, metavar="NAME[=X]")
     hidden("--cfg-scale", type=float, default=0.0, metavar="X")
     hidden("--top-k", type=int, default=0, metavar="N")
     hidden("--top-p", type=float, default=1.0, metavar="X")
@@ -97,6 +102,7 @@ def make_parser() -> Parser:
     hidden("--suppress", nargs="+", type=int, default=[], metavar="ID")
     hidden("--cache", default="none", metavar="NAME")
     hidden("--refresh", type=int, default=0, metavar="N")
+    parser.add_placement_flags()
     return parser
 
 
@@ -219,11 +225,13 @@ def read_settings(args) -> dict:
     # In the record of the samples only where they were asked for.
     options = {
         "commit": args.commit,
+        "revise": args.revise,
         "top_k": args.top_k,
         "top_p": args.top_p,
         "eos": args.eos,
         "suppress": args.suppress,
         "append": args.append,
+        "lookahead": args.lookahead,
         "cache": args.cache,
         "refresh": args.refresh,
     }
@@ -231,7 +239,7 @@ def read_settings(args) -> dict:
     check_options(
         remasking=args.remasking,
         temperature=args.temperature,
-        **{name: value for name, value in options.items() if name != "append"},
+        **options,
     )
     return settings | {name: value for name, value in options.items() if value != unset[name]}
 
@@ -254,6 +262,7 @@ def check_infill(args) -> None:
         ("--prompt-file", args.prompt_file),
         ("--block-length", args.block_length),
         ("--append", args.append),
+        ("--lookahead", args.lookahead is not None),
         ("--cache", args.cache != "none"),
         ("--eos", args.eos != "free"),
         ("--ignore-eos", args.ignore_eos),
@@ -264,10 +273,21 @@ def check_infill(args) -> None:
             raise UserError(f"{flag} is about texts that go on, and --infill fills gaps; keep one.")
 
 
+def shadow_of(args, pretrained) -> dict:
+    """Returns the argument that --revise wino needs."""
+    is_needed = parse_revise(args.revise).name == WINO
+    return {"shadow_fn": pretrained.model.shadow_fn} if is_needed else {}
+
+
 def infill(args, pretrained, settings: dict) -> list[Completion]:
     texts = [text for text in args.infill for _ in range(args.num_samples)]
     return infill_text(
-        pretrained.logits_fn, pretrained.params, pretrained.tokenizer, texts, **settings
+        pretrained.logits_fn,
+        pretrained.params,
+        pretrained.tokenizer,
+        texts,
+        **settings,
+        **shadow_of(args, pretrained),
     )
 
 
@@ -316,6 +336,7 @@ def continue_or_denoise(
             prompts,
             **settings,
             **listening,
+            **shadow_of(args, pretrained),
         )
 
 
@@ -338,7 +359,13 @@ def main(argv: list[str]) -> None:
     check_request(num_prompts=len(prompts), batch_size=args.batch_size, seed=args.seed)
 
     # 2. The model.
-    pretrained = load(args.checkpoint, ema=args.ema, tokenizer=args.tokenizer, needs_text=True)
+    pretrained = load(
+        args.checkpoint,
+        ema=args.ema,
+        tokenizer=args.tokenizer,
+        needs_text=True,
+        **placement(args),
+    )
     if args.infill:
         check_can_infill(pretrained.record)
         settings |= {"steps": args.steps}
@@ -357,7 +384,9 @@ def main(argv: list[str]) -> None:
         completions = pretrained.best_of(completions, args.best_of, seed=args.seed)
     seconds = time.perf_counter() - start
 
-    # 4. The results.
+    # 4. The results, which all processes of a run have.
+    if jax.process_index() > 0:
+        return
     if args.json:
         print_json(args, pretrained.step, settings, completions)
     else:

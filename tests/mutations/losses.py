@@ -93,7 +93,7 @@ AUTOREGRESSIVE = faults_of(
 )
 
 DENOISE = faults_of(
-    "llada_jax/samplers/denoise.py",
+    "llada_jax/samplers/step.py",
     "tests/samplers/test_eos.py tests/samplers/test_denoise.py",
     (
         "the same noise in every step",
@@ -116,19 +116,45 @@ DENOISE = faults_of(
     ),
     (
         "the remainder revealed last",
-        "count_B = -(-jnp.sum(is_hidden_BT, axis=1) // steps_left)",
-        "count_B = jnp.sum(is_hidden_BT, axis=1) // steps_left",
+        "count_B = -(-num_hidden_B // (fixed.steps_per_block - state.step_in_block))",
+        "count_B = num_hidden_B // (fixed.steps_per_block - state.step_in_block)",
     ),
     (
         "ties go to the right",
         "jnp.argsort(jnp.argsort(-score_BT, axis=1, stable=True), axis=1)",
         "jnp.argsort(jnp.argsort(-score_BT[:, ::-1], axis=1, stable=True), axis=1)[:, ::-1]",
     ),
+)
+
+REVISE = faults_of(
+    "llada_jax/samplers/revise.py",
+    "tests/samplers/test_revise.py",
     (
-        "rows numbered within their batch",
-        "np.arange(first_row, first_row + len(canvas_BT), dtype=np.int32)",
-        "np.arange(len(canvas_BT), dtype=np.int32)",
-        "tests/samplers/test_distributions.py tests/samplers/test_denoise.py",
+        "a token goes back with the chance of another schedule",
+        "jnp.minimum(1.0, num_hidden_B / num_kept_B)",
+        "jnp.minimum(1.0, num_kept_B / jnp.maximum(num_hidden_B, 1))",
+    ),
+    (
+        "the loop takes back after its end",
+        "& (step < jnp.floor(LOOP_ENDS * steps))",
+        "& (step < steps)",
+    ),
+    (
+        "a draft takes back as many as were kept",
+        "num_drafted_before_B - 1, 0)",
+        "num_drafted_before_B, 0)",
+    ),
+)
+
+BATCHES = faults_of(
+    "llada_jax/samplers/batches.py",
+    "tests/samplers/test_batches.py",
+    ("rows numbered within their batch", "row_B=row_B,", "row_B=range(len(row_B)),"),
+    ("passes of the last block alone", "num_steps[row] += int(num)", "num_steps[row] = int(num)"),
+    (
+        "what was generated is forgotten",
+        "tokens_BT[place, -gen_length:] = generated[row]",
+        "pass",
     ),
 )
 

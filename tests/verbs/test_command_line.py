@@ -27,9 +27,10 @@ FLAGS = {
     "sample": """--checkpoint --prompt --prompt-file --gen-length --block-length --steps
         --temperature --seed --ema --show --json --infill --append --num-samples --best-of
         --batch-size --remasking --commit --cfg-scale --top-k --top-p --eos --ignore-eos --suppress
-        --cache --refresh --tokenizer""",
+        --cache --refresh --revise --lookahead --mesh --dtype --tokenizer""",
     "evaluate": """--checkpoint --data --split --mc-samples --batch-size --seed --baselines --ema
-        --json --tasks --ask --cfg-scale --breakdown --preset --harness --report --tokenizer""",
+        --json --tasks --ask --cfg-scale --breakdown --preset --harness --report --tokenizer --mesh
+        --dtype""",
     "import": "--from --output --mesh --mask-token --causal --json --tokenizer",
     "export": """--checkpoint --output --dtype --shard-size --ema --layout --chat-template --force
         --verify --push-to-hub --dry-run --license --adapters --json --tokenizer""",
