@@ -25,7 +25,7 @@ from llada_jax.storage.files import write_whole, writing
 from llada_jax.verbs.command_line import Parser, json_text
 
 
-def main(argv: list[str]) -> None:
+def make_parser() -> Parser:
     parser = Parser(
         "evaluate",
         "Prints the bound on the likelihood of a split, or how a file of questions is answered.",
@@ -87,7 +87,11 @@ def main(argv: list[str]) -> None:
         "--report", metavar="DIR", help="also write DIR/report.html with the curves of the run"
     )
     parser.add_argument("--json", action="store_true", help="print one JSON object on stdout")
-    args = parser.parse_args(argv)
+    return parser
+
+
+def main(argv: list[str]) -> None:
+    args = make_parser().parse_args(argv)
     check(args)
     drop_echoes()
     if is_harness(args):
