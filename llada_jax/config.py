@@ -346,7 +346,9 @@ def _meant(path: str, config: ConfigDict) -> str:
         return f" Did you mean {' or '.join(map(repr, same))}?"
     first = path.partition(".")[0]
     groups = [key for key, value in config.items() if isinstance(value, ConfigDict)]
-    if group and first not in groups:
+    # without a group a short name, such as lr, is rather an abbreviation of a knob
+    is_like_group = difflib.get_close_matches(first, groups, n=1, cutoff=0.75)
+    if first not in groups and (group or is_like_group):
         return did_you_mean(first, groups)
     in_group = [other for other in known if other.rpartition(".")[0] == group]
     for candidates, cutoff in ((in_group, 0.5), (known, 0.6)):

@@ -45,7 +45,7 @@ def error_of(tmp_path, line: str, *overrides: str) -> str:
             "config.optimizer.b3 = 1.0",
             "no 'optimizer.b3'. Did you mean 'optimizer.b2'?",
         ),
-        ("config.modle.d_model = 1", "no 'modle'. Did you mean 'model.d_model'?"),
+        ("config.modle.d_model = 1", "no 'modle'. Did you mean 'model'?"),
         ("config['optimizer']['num_stepz'] = 1", "line 5 (config['optimizer']['num_stepz'] = 1)"),
         ("config.seed = = 3", "line 5 (config.seed = = 3): SyntaxError: invalid syntax"),
         ("config.seed = 1 / 0", "line 5 (config.seed = 1 / 0): ZeroDivisionError"),
