@@ -13,8 +13,9 @@ import re
 import runpy
 import sys
 import traceback
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 from ml_collections import ConfigDict
 
@@ -45,6 +46,10 @@ def default_config() -> ConfigDict:
     # of dialogues with a row each (prepare --chat rows=padded): rows are filled up with
     # end-of-text tokens, as part of the answer, to the longest of so many; 0: not at all
     config.data.eos_padding = 0
+    # ids that fill these rows up, in turn; (): end-of-text (as published)
+    config.data.padding_cycle = ()
+    # share of rows that are cut in two, which do not see each other
+    config.data.split_probability = 0.0
     config.data.num_threads = 4  # reader threads per host
     config.data.prefetch = 8  # batches read ahead per host
 
@@ -80,7 +85,7 @@ def default_config() -> ConfigDict:
     # In objective, optimizer and schedule, `name` may also be module:attribute of a part of your
     # own, which is called with `arguments`, ((name, value), ...); see docs/extend.md.
     config.objective = ConfigDict()
-    # masked_diffusion | sft (dialogues) | autoregressive (the control experiment)
+    # masked_diffusion | sft (dialogues) | vrpo (preferences) | autoregressive (the control)
     config.objective.name = "masked_diffusion"
     config.objective.arguments = ()  # of an objective of your own
     config.objective.eps = 1e-3  # p = (1 - eps) t + eps
@@ -96,6 +101,17 @@ def default_config() -> ConfigDict:
     config.objective.mean_over = "answers"
     # p = eps + (max_mask_ratio - eps) t (sft)
     config.objective.max_mask_ratio = 1.0
+    # whether each dialogue is a row twice, with masks that complement each other (sft)
+    config.objective.complementary = False
+    # share of dialogues whose prompt is hidden from the network, for guidance (sft)
+    config.objective.prompt_dropout = 0.0
+    # of the reward, per nat of difference from the reference (vrpo)
+    config.objective.beta = 0.1
+    # estimates of an answer's likelihood (vrpo): times drawn, and masks for each of them
+    config.objective.num_times = 8
+    config.objective.masks_per_time = 1
+    # whether policy and reference are compared under the same masks (vrpo)
+    config.objective.shared_draws = True
 
     # Low-rank adapters, which are trained in place of the network (docs/finetuning.md).
     config.lora = ConfigDict()
@@ -208,9 +224,11 @@ PATHS = (
 )
 
 
-def load_config(path: str, overrides: Sequence[str] = ()) -> ConfigDict:
+def load_config(
+    path: str, overrides: Sequence[str] = (), *, values: Mapping[str, Any] | None = None
+) -> ConfigDict:
     """Returns the validated config of a file, changed by `overrides` such as "seed=3" or
-    "optimizer.b2=0.98".
+    "optimizer.b2=0.98", and by `values` such as {"optimizer.b2": 0.98}.
 
     When the config names parts of the user's own, the file's directory becomes importable.
 
@@ -246,23 +264,38 @@ def load_config(path: str, overrides: Sequence[str] = ()) -> ConfigDict:
             f"get_config() of {path} returns no knob {lost[0]!r}; it must start from "
             "default_config()."
         )
+    config = completed(config, overrides, values=values or {})
+    if own_parts(config):
+        add_to_path(file.parent)
+    return config
+
+
+def completed(
+    config: ConfigDict, overrides: Sequence[str] = (), *, values: Mapping[str, Any]
+) -> ConfigDict:
+    """Returns the validated config with some knobs changed, see `load_config`.
+
+    Raises:
+        UserError: a key or a type is wrong, or the knobs contradict each other.
+    """
+    config = config.copy_and_resolve_references()
     names = {group: config[group].name for group in READ_BY}
     for override in overrides:
         apply_override(config, override)
+    for path, value in values.items():
+        apply_value(config, path, value)
     for knob_path in PATHS:
         group, name = knob_path.split(".")
         config[group][name] = user_path(config[group][name])
     # The file's knobs are for the part that it names. Where an override names another, as for a
     # control experiment, those that this one does not read go back to their defaults; a knob that
     # is itself an override is refused by `validate`.
-    overridden = {override.partition("=")[0] for override in overrides}
+    overridden = {override.partition("=")[0] for override in overrides} | set(values)
     for group, name in names.items():
         for key in unread(config, default_config(), group) if config[group].name != name else ():
             if f"{group}.{key}" not in overridden:
                 config[group][key] = default_config()[group][key]
     validate(config, default_config())
-    if own_parts(config):
-        add_to_path(file.parent)
     return config
 
 
@@ -366,14 +399,38 @@ def apply_override(config: ConfigDict, override: str) -> None:
     path, equals, text = override.partition("=")
     if not equals:
         raise UserError(f"--config.{override} has no value; write --config.{override}=VALUE.")
+    node, key = _find(config, path, written=f"--config.{path}")
+    node[key] = _parse(path, text, like=node[key])
+
+
+def apply_value(config: ConfigDict, path: str, value: Any) -> None:
+    """Sets one knob, such as "optimizer.b2", to a value of the type of its default.
+
+    Raises:
+        UserError: there is no such knob, or the value is of another type.
+    """
+    node, key = _find(config, path, written=repr(path))
+    like = node[key]
+    if isinstance(like, float) and type(value) is int:
+        value = float(value)
+    if isinstance(like, tuple) and isinstance(value, list):
+        value = tuple(value)
+    if type(value) is not type(like):
+        raise UserError(
+            f"{path}={value!r} is not of type {type(like).__name__}; the default is {like!r}."
+        )
+    node[key] = value
+
+
+def _find(config: ConfigDict, path: str, *, written: str) -> tuple[ConfigDict, str]:
+    """Returns the group of a knob and its key in it; `written` is how the user named it."""
     *groups, key = path.split(".")
     node = config
     for group in groups:
         if not isinstance(node.get(group), ConfigDict):
             known = [k for k, v in node.items() if isinstance(v, ConfigDict)]
             raise UserError(
-                f"The config has no group {group!r} (in --config.{path})."
-                f"{did_you_mean(group, known)}"
+                f"The config has no group {group!r} (in {written}).{did_you_mean(group, known)}"
             )
         node = node[group]
     if isinstance(node.get(key), ConfigDict):
@@ -383,7 +440,7 @@ def apply_override(config: ConfigDict, override: str) -> None:
         )
     if key not in node:
         raise UserError(f"The config has no knob {path!r}.{_meant(path, config)}")
-    node[key] = _parse(path, text, like=node[key])
+    return node, key
 
 
 def _parse(path: str, text: str, *, like):

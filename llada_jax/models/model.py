@@ -35,11 +35,19 @@ class Model:
     names: dict
 
     def bind(self, params: dict) -> Transformer:
-        """Returns the module that computes with `params`; call it inside jax.jit."""
+        """Returns the module that computes with `params`; call it inside jax.jit.
+
+        `params["adapters"]`, if there are some, are those of llada_jax.models.adapters.joined.
+        """
+        params = dict(params)
+        adapters = params.pop("adapters", {})
         # A copy, because replacing works in place and `variables` belongs to all calls.
         variables = jax.tree.map(lambda leaf: leaf, self.variables)
         nnx.replace_by_pure_dict(variables, params)
-        return nnx.merge(self.graphdef, variables)
+        module = nnx.merge(self.graphdef, variables)
+        for name, array in adapters.items():
+            setattr(module.blocks, name, nnx.Param(array))
+        return module
 
     def nll_fn(
         self,

@@ -6,7 +6,7 @@ import functools
 import hashlib
 import json
 import shutil
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
@@ -14,11 +14,16 @@ import jax
 from etils import epath
 from jax.sharding import Mesh
 
-from llada_jax.checkpoints.continuation import changed_knobs, check_continues, check_fits
+from llada_jax.checkpoints.continuation import (
+    changed_knobs,
+    check_continues,
+    check_initialises,
+)
 from llada_jax.checkpoints.host_copies import LocalCheckpoints
-from llada_jax.checkpoints.huggingface import find_weights
+from llada_jax.checkpoints.huggingface import find_weights, tokenizer_of
 from llada_jax.checkpoints.record import RunRecord, reads_ema, write_run
 from llada_jax.checkpoints.workdir import Checkpoints, find_checkpoint
+from llada_jax.data.batch import Field
 from llada_jax.data.loader import Source, SourceSummary, describe
 from llada_jax.data.records import read_dataset
 from llada_jax.data.tokenizer import SPECIAL_IDS, Tokenizer, load_same
@@ -46,6 +51,11 @@ class RunData(NamedTuple):
     def bytes_per_token(self) -> float:
         """UTF-8 bytes per token of what training reads, in the proportions of the mixture."""
         return sum(s.share * s.bytes_per_token["train"] for s in self.summaries)
+
+    @property
+    def fields(self) -> Mapping[str, Field]:
+        """The fields of the batches, which are those of every dataset."""
+        return self.summaries[0].fields
 
     def facts(self) -> dict[str, str]:
         """Returns what must be the same on every host, by its name for the user."""
@@ -174,6 +184,7 @@ def open_workdir(
         init_from=init_from,
         init_from_ema=init_from_ema,
         is_causal=recipe.objective.mask.causal,
+        tokenizer=tokenizer,
         num_rollbacks=rollbacks.count,
     )
     start_step = int(state.step)
@@ -286,6 +297,7 @@ def first_state(
     init_from: str,
     init_from_ema: bool | None,
     is_causal: bool,
+    tokenizer: Tokenizer,
     num_rollbacks: int,
 ) -> FirstState:
     """Returns the state from which a run starts.
@@ -310,6 +322,7 @@ def first_state(
         init_from_ema: see reads_ema.
         is_causal: whether the run trains a causal network, which is all that some Hugging Face
             directories hold.
+        tokenizer: of the run.
         num_rollbacks: how often this run went back; local copies from before the last time hold
             what was rolled back.
 
@@ -344,7 +357,9 @@ def first_state(
         other, step = find_weights(init_from, causal=is_causal)
         check_same_everywhere({f"the checkpoint {init_from}": identity(other, [step])})
         theirs = other.record(step)
-        check_fits(theirs, run, other.directory)
+        check_initialises(
+            theirs, run, other.directory, tokenizers=(tokenizer_of(other, theirs), tokenizer)
+        )
         params = other.restore_params(
             step, abstract_params, ema=reads_ema(theirs, init_from_ema, init_from)
         )

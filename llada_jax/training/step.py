@@ -15,7 +15,7 @@ from jax.sharding import Mesh, NamedSharding
 
 from llada_jax.cluster import sharding
 from llada_jax.cluster.sharding import constrain
-from llada_jax.data.batch import FIELDS, check_fields
+from llada_jax.data.batch import PAIR_FIELDS, check_fields
 from llada_jax.errors import UserError
 from llada_jax.models.adapters import Lora
 from llada_jax.models.attention import choose
@@ -44,14 +44,15 @@ class Recipe(NamedTuple):
     batch_sharding: NamedSharding  # of a [B, T] array
 
 
-def make_recipe(config: Any, tokenizer: Any, mesh: Mesh, *, provided: Any = FIELDS) -> Recipe:
+def make_recipe(config: Any, tokenizer: Any, mesh: Mesh, *, provided: Any = None) -> Recipe:
     """Assembles a run for a mesh, whose devices need not be present.
 
     Args:
         config: see llada_jax.config.default_config.
         tokenizer: vocab_size, mask_id and bos_id are read.
         mesh: see llada_jax.cluster.sharding.make_mesh.
-        provided: the fields of the batches that the run will be given (llada_jax.data.batch).
+        provided: the fields of the batches that the run will be given (llada_jax.data.batch); None
+            where there are no data yet, as in a plan.
 
     Raises:
         UserError: vocabulary, mesh, kernel, patterns or own parts do not fit together.
@@ -129,7 +130,13 @@ def make_recipe(config: Any, tokenizer: Any, mesh: Mesh, *, provided: Any = FIEL
 
 def check_objective_fits(config: Any, objective: Objective, provided: Any) -> None:
     """Raises UserError when the objective cannot work with these data, or with other knobs."""
+    provided = objective.batch if provided is None else provided
     check_fields(objective.batch, provided, by=f"config.objective.name={config.objective.name!r}")
+    if provided == PAIR_FIELDS and "is_chosen" not in objective.batch:
+        raise UserError(
+            f"{config.data.path} holds pairs of a chosen and a rejected answer, and the objective "
+            f"{config.objective.name!r} would train on both; choose vrpo, or prepare dialogues."
+        )
     if not objective.mask.causal:
         return
     if config.model.output_shift:

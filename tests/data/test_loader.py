@@ -343,6 +343,7 @@ def test_the_loader_imports_neither_jax_nor_the_model():
     modules |= {node.module for node in ast.walk(tree) if isinstance(node, ast.ImportFrom)}
     assert not {name for name in modules if name.split(".")[0] in ("jax", "flax")}
     assert {name for name in modules if name.startswith("llada_jax")} == {
+        "llada_jax.data.batch",
         "llada_jax.data.dialogue_rows",
         "llada_jax.data.records",
         "llada_jax.errors",

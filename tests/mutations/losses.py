@@ -21,6 +21,11 @@ CORRUPTION = faults_of(
         "< p_mask_B[:, None])",
     ),
     (
+        "levels of noise shifted by one",
+        "bucket = jnp.minimum((t * NUM_T_BUCKETS).astype(jnp.int32), NUM_T_BUCKETS - 1)",
+        "bucket = jnp.minimum((t * NUM_T_BUCKETS).astype(jnp.int32) + 1, NUM_T_BUCKETS - 1)",
+    ),
+    (
         "one key for all rows",
         "return (offset + row_B.astype(jnp.float32) / num_rows) % 1.0",
         "return (offset + 0 * row_B.astype(jnp.float32) / num_rows) % 1.0",
@@ -69,11 +74,6 @@ MASKED_DIFFUSION = faults_of(
         "held-out text scored with Bernoulli masks",
         'mask_id=mask_id, masking="exact_count", is_whole_batch=True',
         "mask_id=mask_id, is_whole_batch=True",
-    ),
-    (
-        "levels of noise shifted by one",
-        "bucket_B = jnp.minimum((t_B * NUM_T_BUCKETS).astype(jnp.int32), NUM_T_BUCKETS - 1)",
-        "bucket_B = jnp.minimum((t_B * NUM_T_BUCKETS).astype(jnp.int32) + 1, NUM_T_BUCKETS - 1)",
     ),
 )
 

@@ -81,8 +81,8 @@ TRANSFORMER = faults_of(
     ),
     (
         "no residual around the feed-forward part",
-        "x_BTD = x_BTD + project(h_BTF, self.ff_out[...])",
-        "x_BTD = project(h_BTF, self.ff_out[...])",
+        'x_BTD = x_BTD + self.times("ff_out", h_BTF)',
+        'x_BTD = self.times("ff_out", h_BTF)',
     ),
     (
         "shift across segments",

@@ -71,27 +71,42 @@ def circle_dataset(directory: Path) -> Path:
 
 def dialogue_dataset(directory: Path, *, rows: str) -> Path:
     """Dialogues of two short turns in byte tokens, whose answers repeat a letter of the prompt."""
+    records = []
+    rng = np.random.default_rng(0)
+    for _ in range(400):
+        letters = [chr(97 + number) for number in rng.integers(0, 26, 2)]
+        turns = [
+            {"role": role, "content": content}
+            for letter in letters
+            for role, content in (
+                ("user", f"{letter}?"),
+                ("assistant", letter.upper() * int(rng.integers(1, 9))),
+            )
+        ]
+        records.append({"messages": turns})
+    return _prepared(directory, records, rows=rows)
+
+
+def pair_dataset(directory: Path, *, rows: str) -> Path:
+    """Pairs in byte tokens: capitals of the prompt's letter are chosen, small ones rejected."""
+    rng, records = np.random.default_rng(0), []
+    for _ in range(400):
+        letter, length = chr(97 + int(rng.integers(0, 26))), int(rng.integers(1, 5))
+        answers = {"chosen": letter.upper() * length, "rejected": letter * (5 - length)}
+        records.append({"prompt": f"{letter}{rng.integers(100)}?", **answers})
+    return _prepared(directory, records, rows=rows, records="pairs")
+
+
+def _prepared(directory: Path, lines: list[dict], **settings) -> Path:
     directory.mkdir()
     (directory / "template.jinja").write_text("{% for m in messages %}{{ m.content }}{% endfor %}")
-    rng = np.random.default_rng(0)
-    with open(directory / "in.jsonl", "w") as file:
-        for _ in range(400):
-            letters = [chr(97 + number) for number in rng.integers(0, 26, 2)]
-            turns = [
-                {"role": role, "content": content}
-                for letter in letters
-                for role, content in (
-                    ("user", f"{letter}?"),
-                    ("assistant", letter.upper() * int(rng.integers(1, 9))),
-                )
-            ]
-            file.write(json.dumps({"messages": turns}) + "\n")
+    (directory / "in.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
     prepare(
         [str(directory / "in.jsonl")],
         directory / "data",
         sequence_length=SEQUENCE_LENGTH,
         tokenizer="bytes",
         heldout=0.1,
-        chat=ChatSettings(template=str(directory / "template.jinja"), rows=rows),
+        chat=ChatSettings(template=str(directory / "template.jinja"), **settings),
     )
     return directory / "data"
