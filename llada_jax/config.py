@@ -7,10 +7,12 @@ command line. Only verbs see the config; everything below them takes keyword arg
 
 import ast
 import contextlib
+import difflib
 import os
 import re
 import runpy
 import sys
+import traceback
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -203,6 +205,8 @@ def default_config() -> ConfigDict:
     config.log = ConfigDict()
     config.log.every_steps = 50  # metrics are means over this many steps
     config.log.tensorboard = True
+    # wandb | trackio: also sends the metrics there; "": to none (the extra of that name)
+    config.log.tracker = ""
     config.log.profile_at_step = 0  # first step of a profiler window; 0: none
     config.log.profile_num_steps = 5
     # directory; auto: JAX_COMPILATION_CACHE_DIR, else ~/.cache/llada_jax; "": none
@@ -249,7 +253,7 @@ def load_config(
             raise UserError(
                 f"{path} defines no get_config(); it must return a changed default_config()."
             ) from error
-        raise UserError(f"{path} cannot be used: {_reason(error)}") from error
+        raise UserError(f"{path} cannot be used: {_reason(error, file)}") from error
     if not isinstance(config, ConfigDict):
         raise UserError(
             f"get_config() of {path} returns a {type(config).__name__}; it must return a changed "
@@ -322,16 +326,19 @@ def learning_rate_knob(config: ConfigDict) -> str:
     return "the rates in config.schedule.stages" if is_staged else "config.schedule.learning_rate"
 
 
-def _reason(error: BaseException) -> str:
-    """Returns what is wrong in a config file, as the end of a sentence.
+def _reason(error: BaseException, file: Path) -> str:
+    """Returns what is wrong in a config file, and in which line, as the end of a sentence.
 
     The messages of ConfigDict fill a screen, so that those that users meet are put in other words.
     """
+    where, line = _line_of(error, file)
     text = " ".join(str(error.args[0] if error.args else error).split())
     unknown = re.match(r"""['"\\]*(?:Key )?['"\\]+(\w+)""", text)
     if unknown and isinstance(error, AttributeError | KeyError):
-        known = {word for path in knobs(default_config()) for word in path.split(".")}
-        return f"the config has no {unknown.group(1)!r}.{did_you_mean(unknown.group(1), known)}"
+        # as it is written there, so that a knob of another group is not suggested as itself
+        written = re.search(rf"(?:\bconfig\.)?((?:\w+\.)*{unknown.group(1)})\b", line)
+        path = written.group(1) if written else unknown.group(1)
+        return f"{where}the config has no {path!r}.{_meant(path, default_config())}"
     cast = re.fullmatch(
         r"Could not override field '(\w+)' .*?\. (.*) is of original .* to type <class '(.*)'>",
         text,
@@ -339,9 +346,49 @@ def _reason(error: BaseException) -> str:
     if cast:
         kind = cast.group(3).rpartition(".")[2]
         return (
-            f"it sets {cast.group(1)} to {cast.group(2)}, which is not of type {kind}; change it."
+            f"{where}it sets {cast.group(1)} to {cast.group(2)}, which is not of type {kind}; "
+            "change it."
         )
-    return f"{type(error).__name__}: {text.rstrip('.')}; fix it there."
+    return f"{where}{type(error).__name__}: {text.rstrip('.')}; fix it there."
+
+
+def _line_of(error: BaseException, file: Path) -> tuple[str, str]:
+    """Returns ("line 7 (its text): ", its text) of the line of a file, or of a file that it
+    imports, in which an error arose; two empty texts where it is not known.
+    """
+    if isinstance(error, SyntaxError) and error.lineno:
+        number, text, name = error.lineno, (error.text or "").strip(), error.filename or ""
+    else:
+        frames = traceback.extract_tb(error.__traceback__)
+        theirs = [f for f in frames if Path(f.filename).resolve() == file.resolve()]
+        if not theirs:
+            return "", ""
+        number, text, name = theirs[-1].lineno or 0, theirs[-1].line or "", str(file)
+    there = f" of {Path(name).name}" if Path(name).resolve() != file.resolve() else ""
+    return f"line {number}{there} ({text}): ", text
+
+
+def _meant(path: str, config: ConfigDict) -> str:
+    """Returns ' Did you mean ...?' with the knobs that a wrong path may stand for: those of the
+    same name in other groups, then one with a similar name in the group, then any similar one.
+    """
+    known = knobs(config)
+    group, _, name = path.rpartition(".")
+    same = [other for other in known if other.rpartition(".")[2] == name]
+    if same:
+        return f" Did you mean {' or '.join(map(repr, same))}?"
+    first = path.partition(".")[0]
+    groups = [key for key, value in config.items() if isinstance(value, ConfigDict)]
+    # without a group a short name, such as lr, is rather an abbreviation of a knob
+    is_like_group = difflib.get_close_matches(first, groups, n=1, cutoff=0.75)
+    if first not in groups and (group or is_like_group):
+        return did_you_mean(first, groups)
+    in_group = [other for other in known if other.rpartition(".")[0] == group]
+    for candidates, cutoff in ((in_group, 0.5), (known, 0.6)):
+        names = [other.rpartition(".")[2] for other in candidates]
+        if close := difflib.get_close_matches(name, names, n=1, cutoff=cutoff):
+            return f" Did you mean {candidates[names.index(close[0])]!r}?"
+    return f" Known: {', '.join([*in_group, *(groups if not group else [])])}."
 
 
 def apply_override(config: ConfigDict, override: str) -> None:
@@ -386,8 +433,13 @@ def _find(config: ConfigDict, path: str, *, written: str) -> tuple[ConfigDict, s
                 f"The config has no group {group!r} (in {written}).{did_you_mean(group, known)}"
             )
         node = node[group]
-    if key not in node or isinstance(node[key], ConfigDict):
-        raise UserError(f"The config has no knob {path!r}.{did_you_mean(path, knobs(config))}")
+    if isinstance(node.get(key), ConfigDict):
+        raise UserError(
+            f"The config has no knob {path!r}, which is a group of knobs; set one of "
+            f"{', '.join(knobs(node[key], f'{path}.'))}."
+        )
+    if key not in node:
+        raise UserError(f"The config has no knob {path!r}.{_meant(path, config)}")
     return node, key
 
 

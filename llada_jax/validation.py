@@ -33,6 +33,7 @@ CHOICES = {
     "evaluation.weights": (AUTO, "raw", "ema"),
     "checkpoint.init_from_weights": (AUTO, "raw", "ema"),
     "schedule.decay_shape": ("linear", "1-sqrt"),
+    "log.tracker": ("", "wandb", "trackio"),
 }
 
 

@@ -275,6 +275,8 @@ def load_tokenizer(
             declared_in_config(path),
             stated_in_model_config(path, num_ids=codec.num_ids),
         )
+    elif path.exists():
+        raise UserError(_why_not_a_tokenizer(path))
     else:
         raise UserError(
             f"There is no tokenizer at {str(path)!r}: give 'bytes', a SentencePiece .model file, a "
@@ -290,6 +292,24 @@ def load_tokenizer(
                 "that it has."
             )
     return with_special_ids(codec, declared, stated, name=str(path), add_mask_token=add_mask_token)
+
+
+def _why_not_a_tokenizer(path: epath.Path) -> str:
+    """Returns what is wrong with a file or folder that is there and is not taken as a tokenizer."""
+    if path.is_dir():
+        return (
+            f"There is no tokenizer at {str(path)!r}, which is a folder without tokenizer.json, "
+            f"tokenizer.model and {SPECIAL_IDS}; give the folder that has one of them."
+        )
+    if path.name in ("tokenizer.json", "tokenizer_config.json", SPECIAL_IDS):
+        return (
+            f"{str(path)!r} is a file of a tokenizer that has several; give its folder, "
+            f"{str(path.parent)!r}."
+        )
+    return (
+        f"The file {str(path)!r} is not taken as a tokenizer, because its name does not end with "
+        ".model; give a SentencePiece .model file, or the folder of a tokenizer.json."
+    )
 
 
 def has_tokenizer(folder) -> bool:

@@ -33,6 +33,7 @@ from llada_jax.paths import check_savable
 from llada_jax.run.agreement import check_same_everywhere
 from llada_jax.run.metrics_file import MetricsWriter
 from llada_jax.run.rollbacks import Rollbacks, as_rollbacks, read_rollbacks
+from llada_jax.run.trackers import Tracker
 from llada_jax.storage import files, remote
 from llada_jax.storage.locks import only_run_in
 from llada_jax.training.state import TrainState, create_state
@@ -129,6 +130,7 @@ def open_workdir(
     init_from: str,
     init_from_ema: bool | None,
     tensorboard: bool,
+    tracker: str,
 ) -> tuple[OpenWorkdir, TrainState]:
     """Opens a workdir for training; returns it with the state that training starts from.
 
@@ -142,6 +144,7 @@ def open_workdir(
         restore, init_from, init_from_ema: see first_state.
         keep, keep_every_steps: see Checkpoints. local_directory: of LocalCheckpoints; "": none.
         tensorboard: whether events are written next to metrics.jsonl.
+        tracker: name of an experiment tracker that gets the metrics too; "": none.
 
     Raises:
         UserError: the workdir cannot be written, is in use, or holds another run.
@@ -207,6 +210,9 @@ def open_workdir(
         enabled=is_first,
         resume_step=start_step if start_step else None,
         tensorboard=tensorboard,
+        tracker=Tracker(tracker, workdir=workdir, config=record.config)
+        if tracker and is_first
+        else None,
     )
     if is_first:
         with writing(workdir):

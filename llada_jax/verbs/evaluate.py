@@ -40,7 +40,7 @@ MORE_FLAGS = """more flags, explained in docs/evaluation.md:
 """
 
 
-def main(argv: list[str]) -> None:
+def make_parser() -> Parser:
     parser = Parser(
         "evaluate",
         "Prints the bound on the likelihood of a split, or how a file of questions is answered.",
@@ -98,7 +98,11 @@ def main(argv: list[str]) -> None:
     hidden("--breakdown", action="store_true")
     hidden("--tokenizer", default="", metavar="PATH")
     parser.add_placement_flags()
-    args = parser.parse_args(argv)
+    return parser
+
+
+def main(argv: list[str]) -> None:
+    args = make_parser().parse_args(argv)
     check(args)
     drop_echoes()
     if is_harness(args):

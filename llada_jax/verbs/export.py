@@ -36,7 +36,7 @@ from llada_jax.units import format_bytes, format_count, parse_bytes
 from llada_jax.verbs.command_line import Parser, json_text
 
 
-def main(argv: list[str]) -> None:
+def make_parser() -> Parser:
     parser = Parser(
         "export",
         "Writes a checkpoint as a Hugging Face directory: weights, PyTorch code, tokenizer, model "
@@ -95,7 +95,11 @@ def main(argv: list[str]) -> None:
         help="show what would be written and uploaded, and do neither",
     )
     add("--json", action="store_true", help="print one JSON object on stdout")
-    args = parser.parse_args(argv)
+    return parser
+
+
+def main(argv: list[str]) -> None:
+    args = make_parser().parse_args(argv)
     drop_echoes()
     distributed.initialize()
     export = prepare_export(args)

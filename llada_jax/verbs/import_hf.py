@@ -18,6 +18,7 @@ from llada_jax.cluster import distributed, sharding
 from llada_jax.errors import UserError
 from llada_jax.hf import hub
 from llada_jax.hf.read import is_huggingface
+from llada_jax.hf.starting_config import NAME, starting_config
 from llada_jax.models.model import abstract_parameters, check_mesh, make_model
 from llada_jax.models.transformer import Architecture, num_parameters
 from llada_jax.storage.files import writing
@@ -26,7 +27,7 @@ from llada_jax.units import format_count
 from llada_jax.verbs.command_line import Parser, json_text
 
 
-def main(argv: list[str]) -> None:
+def make_parser() -> Parser:
     parser = Parser(
         "import",
         "Turns a Hugging Face checkpoint (LLaDA, iLLaDA, Llama, Qwen2, Qwen3) into a workdir at "
@@ -71,7 +72,11 @@ def main(argv: list[str]) -> None:
         help="keep Llama or Qwen autoregressive, instead of adapting them to masks",
     )
     add("--json", action="store_true", help="print one JSON object on stdout")
-    args = parser.parse_args(argv)
+    return parser
+
+
+def main(argv: list[str]) -> None:
+    args = make_parser().parse_args(argv)
     drop_echoes()
     distributed.initialize()
     mesh = sharding.make_mesh(sharding.parse_mesh(args.mesh))
@@ -90,6 +95,9 @@ def main(argv: list[str]) -> None:
     with jax.set_mesh(mesh), whole_or_nothing(args.output) as workdir:
         if jax.process_index() == 0:
             write_run(workdir, source.tokenizer, record)
+            if not args.causal:
+                text = starting_config(source.architecture, source=args.source, output=args.output)
+                (workdir / NAME).write_text(text)
         params = load(source, mesh)
         saved = Checkpoints(workdir)
         saved.save(

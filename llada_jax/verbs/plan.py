@@ -29,7 +29,7 @@ from llada_jax.units import format_bytes, format_count, format_seconds
 from llada_jax.verbs.command_line import Parser, json_text
 
 
-def main(argv: list[str]) -> None:
+def make_parser() -> Parser:
     parser = Parser(
         "plan",
         "Reports memory, time and cost of a config on TPUs or GPUs that you have not rented yet.",
@@ -69,7 +69,11 @@ def main(argv: list[str]) -> None:
         help="preset of compiler flags for --compile, as in v5p",
     )
     parser.add_argument("--json", action="store_true", help="print one JSON object on stdout")
-    args, overrides = parser.parse_with_overrides(argv)
+    return parser
+
+
+def main(argv: list[str]) -> None:
+    args, overrides = make_parser().parse_with_overrides(argv)
     config = load_config(args.config, overrides)
     machines = hardware.machines_named(args.topology)
     if args.slices < 1:

@@ -15,7 +15,7 @@ from llada_jax.verbs.command_line import Parser
 
 def main(argv: list[str]) -> None:
     """Runs the verb."""
-    args = _parser().parse_args(argv)
+    args = make_parser().parse_args(argv)
     cut = Cut(
         documents=args.documents,
         text_field=args.text_field,
@@ -48,7 +48,7 @@ def main(argv: list[str]) -> None:
     )
 
 
-def _parser() -> Parser:
+def make_parser() -> Parser:
     parser = Parser(
         "prepare",
         "Tokenizes raw text and packs it into the records that train reads. Run it again to "

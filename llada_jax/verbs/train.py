@@ -67,7 +67,7 @@ WEIGHTS = {AUTO: None, "raw": False, "ema": True}
 SAMPLE_KNOBS = ("gen_length", "block_length", "steps", "temperature")
 
 
-def main(argv: list[str]) -> None:
+def make_parser() -> Parser:
     parser = Parser(
         "train",
         "Trains a model from a config file, or continues the run that the workdir holds.",
@@ -79,7 +79,11 @@ def main(argv: list[str]) -> None:
     parser.add_argument(
         "--workdir", required=True, metavar="DIR", help="where the run lives; local or a URL"
     )
-    args, overrides = parser.parse_with_overrides(argv)
+    return parser
+
+
+def main(argv: list[str]) -> None:
+    args, overrides = make_parser().parse_with_overrides(argv)
     if not args.workdir:
         raise UserError("--workdir is empty; give the directory where the run is to live.")
     drop_echoes()
@@ -217,6 +221,7 @@ def open_run(
             init_from=config.checkpoint.init_from,
             init_from_ema=WEIGHTS[config.checkpoint.init_from_weights],
             tensorboard=config.log.tensorboard,
+            tracker=config.log.tracker,
         )
     # apart from the record: the train step takes the state over, and what is kept of it would
     # only be a name for memory that has been given away

@@ -337,6 +337,22 @@ def test_a_path_without_tokenizer_is_refused(tmp_path):
         load_tokenizer(tmp_path / "absent.model")
 
 
+@pytest.mark.parametrize(
+    ("name", "says"),
+    [
+        ("tokenizer.json", "is a file of a tokenizer that has several; give its folder"),
+        ("special_ids.json", "give its folder"),
+        ("merges.txt", "is not taken as a tokenizer, because its name does not end with .model"),
+    ],
+)
+def test_a_file_that_is_there_is_not_called_missing(tmp_path, name, says):
+    (tmp_path / name).write_text("{}")
+    with pytest.raises(UserError) as refused:
+        load_tokenizer(tmp_path / name)
+    assert says in str(refused.value)
+    assert "There is no tokenizer" not in str(refused.value)
+
+
 def test_damaged_files_are_refused_by_name(tmp_path, tokenizers):
     (tmp_path / "bad.model").write_bytes(b"no model")
     with pytest.raises(UserError, match="bad.model is not a SentencePiece model"):

@@ -170,13 +170,13 @@ def test_tensorboard_opens_the_workdir(rich_run):
     board = EventAccumulator(str(workdir / "tensorboard"))
     board.Reload()
     assert {
-        "train/loss",
-        "train/nll_t5",
-        "speed/tokens_per_s",
-        "heldout_0_data/bits_per_byte",
+        "1_train/loss",
+        "1_train/nll_t5",
+        "9_speed/tokens_per_s",
+        "2_heldout_0_data/bits_per_byte",
     } <= set(board.Tags()["scalars"])
-    assert [event.step for event in board.Scalars("train/loss")] == list(range(1, 21))
-    curve = [event.value for event in board.Scalars("train/loss")]
+    assert [event.step for event in board.Scalars("1_train/loss")] == list(range(1, 21))
+    curve = [event.value for event in board.Scalars("1_train/loss")]
     np.testing.assert_allclose(curve, losses(workdir), rtol=1e-6)
     assert any("samples" in tag for tag in board.Tags()["tensors"])
     assert list((workdir / "profile").glob("**/*.xplane.pb"))
