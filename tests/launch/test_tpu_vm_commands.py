@@ -18,6 +18,7 @@ import tpu_vm
 import tpu_vm_commands
 import tpu_vm_workers
 from support.documents import launcher_commands
+from support.paths import ROOT
 from support.required import program
 
 from llada_jax.cluster.hardware import SLICES
@@ -129,7 +130,7 @@ def test_a_command_of_the_documents_runs_the_installed_program_next_to_its_confi
     """In the environment that the launcher makes on a worker: another llada-jax comes first in the
     path of its login shell, and the paths in the command are relative.
     """
-    (tmp_path / "llada_jax").symlink_to(LAUNCH.parent)
+    (tmp_path / "llada_jax").symlink_to(ROOT)
     for place in ("llada_jax.venv/bin", "of-the-login-shell"):
         (tmp_path / place).mkdir(parents=True)
         program = tmp_path / place / "llada-jax"
