@@ -11,8 +11,9 @@ import os
 import re
 import runpy
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 from ml_collections import ConfigDict
 
@@ -222,9 +223,11 @@ PATHS = (
 )
 
 
-def load_config(path: str, overrides: Sequence[str] = ()) -> ConfigDict:
+def load_config(
+    path: str, overrides: Sequence[str] = (), *, values: Mapping[str, Any] | None = None
+) -> ConfigDict:
     """Returns the validated config of a file, changed by `overrides` such as "seed=3" or
-    "optimizer.b2=0.98".
+    "optimizer.b2=0.98", and by `values` such as {"optimizer.b2": 0.98}.
 
     When the config names parts of the user's own, the file's directory becomes importable.
 
@@ -260,23 +263,38 @@ def load_config(path: str, overrides: Sequence[str] = ()) -> ConfigDict:
             f"get_config() of {path} returns no knob {lost[0]!r}; it must start from "
             "default_config()."
         )
+    config = completed(config, overrides, values=values or {})
+    if own_parts(config):
+        add_to_path(file.parent)
+    return config
+
+
+def completed(
+    config: ConfigDict, overrides: Sequence[str] = (), *, values: Mapping[str, Any]
+) -> ConfigDict:
+    """Returns the validated config with some knobs changed, see `load_config`.
+
+    Raises:
+        UserError: a key or a type is wrong, or the knobs contradict each other.
+    """
+    config = config.copy_and_resolve_references()
     names = {group: config[group].name for group in READ_BY}
     for override in overrides:
         apply_override(config, override)
+    for path, value in values.items():
+        apply_value(config, path, value)
     for knob_path in PATHS:
         group, name = knob_path.split(".")
         config[group][name] = user_path(config[group][name])
     # The file's knobs are for the part that it names. Where an override names another, as for a
     # control experiment, those that this one does not read go back to their defaults; a knob that
     # is itself an override is refused by `validate`.
-    overridden = {override.partition("=")[0] for override in overrides}
+    overridden = {override.partition("=")[0] for override in overrides} | set(values)
     for group, name in names.items():
         for key in unread(config, default_config(), group) if config[group].name != name else ():
             if f"{group}.{key}" not in overridden:
                 config[group][key] = default_config()[group][key]
     validate(config, default_config())
-    if own_parts(config):
-        add_to_path(file.parent)
     return config
 
 
@@ -337,19 +355,43 @@ def apply_override(config: ConfigDict, override: str) -> None:
     path, equals, text = override.partition("=")
     if not equals:
         raise UserError(f"--config.{override} has no value; write --config.{override}=VALUE.")
+    node, key = _find(config, path, written=f"--config.{path}")
+    node[key] = _parse(path, text, like=node[key])
+
+
+def apply_value(config: ConfigDict, path: str, value: Any) -> None:
+    """Sets one knob, such as "optimizer.b2", to a value of the type of its default.
+
+    Raises:
+        UserError: there is no such knob, or the value is of another type.
+    """
+    node, key = _find(config, path, written=repr(path))
+    like = node[key]
+    if isinstance(like, float) and type(value) is int:
+        value = float(value)
+    if isinstance(like, tuple) and isinstance(value, list):
+        value = tuple(value)
+    if type(value) is not type(like):
+        raise UserError(
+            f"{path}={value!r} is not of type {type(like).__name__}; the default is {like!r}."
+        )
+    node[key] = value
+
+
+def _find(config: ConfigDict, path: str, *, written: str) -> tuple[ConfigDict, str]:
+    """Returns the group of a knob and its key in it; `written` is how the user named it."""
     *groups, key = path.split(".")
     node = config
     for group in groups:
         if not isinstance(node.get(group), ConfigDict):
             known = [k for k, v in node.items() if isinstance(v, ConfigDict)]
             raise UserError(
-                f"The config has no group {group!r} (in "
-                f"--config.{path}).{did_you_mean(group, known)}"
+                f"The config has no group {group!r} (in {written}).{did_you_mean(group, known)}"
             )
         node = node[group]
     if key not in node or isinstance(node[key], ConfigDict):
         raise UserError(f"The config has no knob {path!r}.{did_you_mean(path, knobs(config))}")
-    node[key] = _parse(path, text, like=node[key])
+    return node, key
 
 
 def _parse(path: str, text: str, *, like):

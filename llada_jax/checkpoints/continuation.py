@@ -1,8 +1,10 @@
 """Which runs may continue a checkpoint, and which may start from its weights."""
 
+import dataclasses
 import json
 
 from llada_jax.checkpoints.record import RunRecord
+from llada_jax.data.tokenizer import Tokenizer
 from llada_jax.errors import UserError
 
 # The knobs from which the order of the data, the noise, or the layout of the optimizer's state
@@ -36,6 +38,20 @@ def check_fits(theirs: RunRecord, ours: RunRecord, directory) -> None:
             "use data prepared with its tokenizer (WORKDIR/tokenizer), or choose another --workdir"
         ),
     )
+
+
+def check_initialises(
+    theirs: RunRecord, ours: RunRecord, directory, *, tokenizers: tuple[Tokenizer, Tokenizer]
+) -> None:
+    """Raises UserError when the weights of a checkpoint cannot be the start of a run.
+
+    Args:
+        tokenizers: theirs and ours. They may have different files, as those of an export have, as
+            long as they do the same.
+    """
+    if tokenizers[0].behaves_like(tokenizers[1]):
+        theirs = dataclasses.replace(theirs, tokenizer=ours.tokenizer)
+    check_fits(theirs, ours, directory)
 
 
 def check_continues(theirs: RunRecord, ours: RunRecord, directory) -> None:

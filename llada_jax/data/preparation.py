@@ -248,6 +248,7 @@ def _parse_tokenizer(
 
         return train, spec
     tokenizer = load_tokenizer(spec, add_mask_token=add_mask_token)
+    tokenizer.encode("")  # refuses ids without texts before anything is written
     # The fingerprint rather than the path: the same model may have moved.
     name = spec if tokenizer.kind == "bytes" else f"{tokenizer.kind} {tokenizer.fingerprint[:16]}"
     return lambda texts: tokenizer, name

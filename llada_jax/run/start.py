@@ -14,9 +14,13 @@ import jax
 from etils import epath
 from jax.sharding import Mesh
 
-from llada_jax.checkpoints.continuation import changed_knobs, check_continues, check_fits
+from llada_jax.checkpoints.continuation import (
+    changed_knobs,
+    check_continues,
+    check_initialises,
+)
 from llada_jax.checkpoints.host_copies import LocalCheckpoints
-from llada_jax.checkpoints.huggingface import find_weights
+from llada_jax.checkpoints.huggingface import find_weights, tokenizer_of
 from llada_jax.checkpoints.record import RunRecord, reads_ema, write_run
 from llada_jax.checkpoints.workdir import Checkpoints, find_checkpoint
 from llada_jax.data.batch import Field
@@ -177,6 +181,7 @@ def open_workdir(
         init_from=init_from,
         init_from_ema=init_from_ema,
         is_causal=recipe.objective.mask.causal,
+        tokenizer=tokenizer,
         num_rollbacks=rollbacks.count,
     )
     start_step = int(state.step)
@@ -286,6 +291,7 @@ def first_state(
     init_from: str,
     init_from_ema: bool | None,
     is_causal: bool,
+    tokenizer: Tokenizer,
     num_rollbacks: int,
 ) -> FirstState:
     """Returns the state from which a run starts.
@@ -310,6 +316,7 @@ def first_state(
         init_from_ema: see reads_ema.
         is_causal: whether the run trains a causal network, which is all that some Hugging Face
             directories hold.
+        tokenizer: of the run.
         num_rollbacks: how often this run went back; local copies from before the last time hold
             what was rolled back.
 
@@ -344,7 +351,9 @@ def first_state(
         other, step = find_weights(init_from, causal=is_causal)
         check_same_everywhere({f"the checkpoint {init_from}": identity(other, [step])})
         theirs = other.record(step)
-        check_fits(theirs, run, other.directory)
+        check_initialises(
+            theirs, run, other.directory, tokenizers=(tokenizer_of(other, theirs), tokenizer)
+        )
         params = other.restore_params(
             step, abstract_params, ema=reads_ema(theirs, init_from_ema, init_from)
         )

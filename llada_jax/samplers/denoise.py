@@ -121,7 +121,7 @@ def _is_among(tokens_BT: Array, ids_n: Array) -> Array:
 
 
 def _fill_after_eos(canvas_BT: Array, is_generated_BT: Array, fixed: _Fixed) -> Array:
-    """Ends a row at its first generated EOS: everything it generates after that is EOS too."""
+    """Ends a row at its first generated end: everything it generates after that is EOS."""
     is_eos_BT = _is_among(canvas_BT, fixed.eos_ids_n) & is_generated_BT
     is_after_BT = (jnp.cumsum(is_eos_BT, axis=1) - is_eos_BT) > 0
     filled_BT = jnp.where(is_after_BT & is_generated_BT, fixed.fill_id, canvas_BT)
@@ -248,8 +248,8 @@ def _denoise_block(
         # 1. The logits of the current block.
         logits_BTV, cache = _block_logits(network, state, fixed, start, plan)
         logits_BTV = without_ids(logits_BTV, fixed.suppress_n)
-        if plan.eos == "never":
-            logits_BTV = without_ids(logits_BTV, fixed.eos_ids_n)
+        if plan.eos == "never":  # of a model with turns, their end still ends a text
+            logits_BTV = without_ids(logits_BTV, fixed.eos_ids_n[:1])
 
         # 2. Keys fold (step, row). The step is counted within the schedule and not over the passes
         # of the batch: neither the other rows nor the padding change what a row draws.
@@ -380,9 +380,11 @@ def denoise(
         temperature: 0 takes the most likely token, 1 samples the model's distribution.
         top_k, top_p: see llada_jax.samplers.choice.keep_likely; 0 and 1 keep every token.
         cfg_scale: guidance strength w; 0 means none, otherwise the network runs on twice the batch.
-        eos_id: what ends a text; several ids where there are several such tokens. None: nothing.
-        eos: "free"; "never": its logits are off; "last": proposed EOS are kept after all others.
-        stop_at_eos: after a block that contains one, the rest of the row is filled with (the first)
+        eos_id: what ends a text: EOS, or EOS and further ids, such as that of the end of a turn.
+            None: nothing.
+        eos: "free"; "never": the logits of EOS (the first id) are off; "last": proposals of any of
+            the ids are kept after all others.
+        stop_at_eos: after a block that contains one of the ids, the rest of the row is filled with
             EOS, and when every row has ended no further step runs. False, as published, generates
             all gen_length tokens.
         suppress: ids whose logits are off.

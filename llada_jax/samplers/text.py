@@ -35,8 +35,8 @@ GAP = re.compile(r"\[MASK(?::([0-9]{1,6}))?\]")
 
 class Completion(NamedTuple):
     prompt: str
-    text: str  # what follows the prompt, up to EOS
-    tokens: list[int]  # the ids of `text`, without EOS
+    text: str  # what follows the prompt, up to its end
+    tokens: list[int]  # the ids of `text`, without EOS or the end of a turn
     num_steps: int  # passes of the network that it needed
 
 
@@ -58,6 +58,7 @@ def generate_tokens(
     seed: int = 0,
     batch_size: int = 16,
     on_step: Callable[[range, DenoiseStep], None] = ignore_step,
+    is_enough: Callable[[range, DenoiseStep], bool] | None = None,
     **settings: Any,
 ) -> tuple[np.ndarray, np.ndarray]:
     """Generates `gen_length` tokens after each prompt.
@@ -78,6 +79,8 @@ def generate_tokens(
         on_step: called as on_step(rows, state) after each step; `rows` are the numbers of the
             prompts that the first rows of the canvas continue. Without it the host is asked once
             per block.
+        is_enough: asked in the same way after each block; True ends the batch, of which the tokens
+            that have not been generated remain `mask_id`.
         settings: every other setting of llada_jax.samplers.denoise.denoise.
 
     Returns:
@@ -106,6 +109,7 @@ def generate_tokens(
         seed=seed,
         batch_size=batch_size,
         on_step=on_step,
+        is_enough=is_enough,
         **settings,
     ):
         tokens_BT[rows.start : rows.stop] = canvas_BT[:, -gen_length:]
@@ -188,6 +192,7 @@ def _denoise_batches(
     seed: int,
     batch_size: int,
     on_step: Callable[[range, DenoiseStep], None],
+    is_enough: Callable[[range, DenoiseStep], bool] | None = None,
     **settings: Any,
 ) -> Iterator[tuple[range, np.ndarray, np.ndarray]]:
     """Cuts a request into batches of one shape and yields (rows, canvas_BT, num_steps_B) of each.
@@ -218,14 +223,16 @@ def _denoise_batches(
             **settings,
         ):
             on_step(rows, state)
+            if is_enough is not None and is_enough(rows, state):
+                break
         canvas_BT, num_steps_B = jax.device_get((state.canvas_BT, state.num_steps_B))
         yield rows, canvas_BT[: len(rows)], num_steps_B[: len(rows)]
 
 
-def cut_at_eos(tokens: Sequence[int], eos_id: int) -> list[int]:
-    """Returns the tokens before the first EOS."""
+def cut_at_end(tokens: Sequence[int], end_ids: Sequence[int]) -> list[int]:
+    """Returns the tokens before the first that ends a text."""
     tokens = [int(token) for token in tokens]
-    return tokens[: tokens.index(eos_id)] if eos_id in tokens else tokens
+    return tokens[: next((i for i, token in enumerate(tokens) if token in end_ids), None)]
 
 
 def decode_after(tokenizer: Any, before: Sequence[int], tokens: Sequence[int]) -> str:
@@ -257,8 +264,9 @@ def generate_text(
         logits_fn, params: see `generate_tokens`.
         tokenizer: encode, decode, vocab_size and the special ids (see llada_jax.data.tokenizer).
         prompts: text; "" generates unconditionally.
-        stop_at_eos: end a text at EOS, and the sampling when all have ended. False generates all
-            tokens, as published; the text is what the tokenizer makes of all of them.
+        stop_at_eos: end a text at EOS or at the end of a turn, and the sampling when all have
+            ended. False generates all tokens, as published; the text is what the tokenizer makes of
+            all of them.
         settings: gen_length and everything else that `generate_tokens` takes.
     """
     prompt_ids = [tokenizer.encode(prompt) for prompt in prompts]
@@ -268,7 +276,7 @@ def generate_text(
         prompt_ids,
         mask_id=tokenizer.mask_id,
         pad_id=tokenizer.pad_id,
-        eos_id=tokenizer.eos_id,
+        eos_id=tokenizer.end_ids,
         stop_at_eos=stop_at_eos,
         num_ids=tokenizer.vocab_size,
         **settings,
@@ -308,7 +316,7 @@ def continue_text(
         mask_id=tokenizer.mask_id,
         pad_id=tokenizer.pad_id,
         bos_id=tokenizer.bos_id,
-        eos_id=tokenizer.eos_id,
+        eos_id=tokenizer.end_ids,
         stop_at_eos=stop_at_eos,
         num_ids=tokenizer.vocab_size,
         **settings,
@@ -328,7 +336,7 @@ def _completions(
     for prompt, ids, row, num_steps in zip(
         prompts, prompt_ids, tokens_BT, num_steps_B, strict=True
     ):
-        tokens = cut_at_eos(row, tokenizer.eos_id) if stop_at_eos else row.tolist()
+        tokens = cut_at_end(row, tokenizer.end_ids) if stop_at_eos else row.tolist()
         completions.append(
             Completion(prompt, decode_after(tokenizer, ids, tokens), tokens, int(num_steps))
         )
@@ -373,15 +381,22 @@ def parse_gaps(tokenizer: Any, text: str) -> tuple[list[int], list[bool]]:
 
 
 def infill_text(
-    logits_fn: Callable, params: dict, tokenizer: Any, texts: Sequence[str], **settings: Any
+    logits_fn: Callable,
+    params: dict,
+    tokenizer: Any,
+    texts: Sequence[str],
+    *,
+    suppress: Sequence[int] = (),
+    **settings: Any,
 ) -> list[Completion]:
     """Fills the gaps of texts; the `text` and `tokens` of the results are the whole texts.
 
     Args:
         logits_fn, params, tokenizer: see `generate_text`.
         texts: with gaps as `parse_gaps` reads them.
-        settings: everything else that `infill_tokens` takes. The end-of-text token is never
-            proposed, because what stands behind a gap is given.
+        suppress: ids that are never proposed. What ends a text never is, because what stands behind
+            a gap is given.
+        settings: everything else that `infill_tokens` takes.
     """
     parsed = [parse_gaps(tokenizer, text) for text in texts]
     filled, num_steps_B = infill_tokens(
@@ -391,9 +406,7 @@ def infill_text(
         [is_given for _, is_given in parsed],
         mask_id=tokenizer.mask_id,
         pad_id=tokenizer.pad_id,
-        eos_id=tokenizer.eos_id,
-        eos="never",
-        stop_at_eos=False,
+        suppress=(*suppress, *tokenizer.end_ids),
         num_ids=tokenizer.vocab_size,
         **settings,
     )

@@ -12,11 +12,12 @@ from typing import NamedTuple
 
 import jax
 
+from llada_jax.checkpoints.huggingface import tokenizer_of
 from llada_jax.checkpoints.orbax_patches import drop_echoes
 from llada_jax.checkpoints.record import RunRecord
 from llada_jax.checkpoints.workdir import Checkpoints, find_checkpoint
 from llada_jax.cluster import distributed, sharding
-from llada_jax.data.tokenizer import Tokenizer, load_same
+from llada_jax.data.tokenizer import Tokenizer
 from llada_jax.errors import UserError
 from llada_jax.hf import hub
 from llada_jax.hf.card import Training, check_license, heldout_result, model_card
@@ -68,6 +69,12 @@ def main(argv: list[str]) -> None:
         "--adapters",
         action="store_true",
         help="write the adapters alone, as peft loads them onto an export of the base",
+    )
+    add(
+        "--tokenizer",
+        default="",
+        metavar="PATH",
+        help="tokenizer to write, for weights that have none",
     )
     add("--chat-template", metavar="FILE", help="Jinja template to put into the tokenizer's config")
     add(
@@ -150,7 +157,13 @@ def prepare_export(args) -> Export:
             "flag out."
         )
     workdir = found.directory.parent
-    tokenizer = load_same(workdir / "tokenizer", record.tokenizer.fingerprint, of="the checkpoint")
+    tokenizer = tokenizer_of(found, record, given=args.tokenizer)
+    has_text = tokenizer.kind != "none"
+    if template is not None and not has_text:
+        raise UserError(
+            f"--chat-template belongs into a tokenizer, and {args.checkpoint} has none; give one "
+            "with --tokenizer, or leave the template out."
+        )
 
     # 3. The files.
     if args.adapters and (not record.lora.rank or args.verify):
@@ -172,10 +185,12 @@ def prepare_export(args) -> Export:
         **ids,
         max_sequence_length=max_length,
         dtype=args.dtype,
+        num_ids=None if has_text else tokenizer.vocab_size,
         source=(record.source or {}).get("config"),
     )
     others = other_files(shards, config, layout)
-    others |= tokenizer_files(tokenizer, max_length=max_length, chat_template=template)
+    if has_text:
+        others |= tokenizer_files(tokenizer, max_length=max_length, chat_template=template)
     others["README.md"] = model_card(
         name=args.push_to_hub or Path(args.output).absolute().name,
         a=a,
@@ -186,6 +201,7 @@ def prepare_export(args) -> Export:
         weights="moving average of the parameters" if args.ema else "parameters",
         result=heldout_result(read_lines(workdir), step),
         special_tokens=tokenizer.special_tokens,
+        has_tokenizer=has_text,
         license_id=args.license,
     ).encode()
     if args.adapters:

@@ -61,6 +61,12 @@ def main(argv: list[str]) -> None:
         help="the token to use as the mask (default: its own, or a new one)",
     )
     add(
+        "--tokenizer",
+        default="",
+        metavar="PATH",
+        help="tokenizer of weights that come without one (default: that of the directory)",
+    )
+    add(
         "--causal",
         action="store_true",
         help="keep Llama or Qwen autoregressive, instead of adapting them to masks",
@@ -75,6 +81,7 @@ def main(argv: list[str]) -> None:
         args.source if is_huggingface(args.source) else hub.download(args.source),
         causal=args.causal,
         mask_token=args.mask_token,
+        tokenizer=args.tokenizer,
     )
     if args.causal and not source.is_causal:
         raise UserError(f"--causal: {args.source} is a masked diffusion model; leave the flag out.")
@@ -95,6 +102,7 @@ def main(argv: list[str]) -> None:
             "output": args.output,
             "source": args.source,
             "layout": source.layout,
+            "has_tokenizer": source.tokenizer.kind != "none",
             **(record.special_ids or {}),
         }
         result |= {
@@ -192,7 +200,9 @@ def report(result: dict) -> str:
     lines = [
         f"# {result['source']} ({result['layout']}, {format_count(result['parameters'])} "
         f"parameters) -> {result['output']}",
-        f"# Data for it: llada-jax prepare --tokenizer {result['output']}/tokenizer ...",
+        f"# Data for it: llada-jax prepare --tokenizer {result['output']}/tokenizer ..."
+        if result["has_tokenizer"]
+        else "# It has no tokenizer; import it with --tokenizer to prepare data for it.",
         "# A config that trains on from it:",
         *(f"config.model.{name} = {value!r}" for name, value in vars(a).items()),
         f"config.checkpoint.init_from = {result['output']!r}",

@@ -11,7 +11,8 @@ from functools import partial
 
 from llada_jax.checkpoints.orbax_patches import drop_echoes
 from llada_jax.errors import UserError
-from llada_jax.pretrained import check_can_infill, load
+from llada_jax.pretrained import load
+from llada_jax.request_checks import check_can_infill
 from llada_jax.samplers.commit import SCHEDULE
 from llada_jax.samplers.settings import check_options, check_request, check_schedule
 from llada_jax.samplers.show import make_show
@@ -22,7 +23,7 @@ from llada_jax.verbs.command_line import Parser
 MORE_FLAGS = """more flags, explained in docs/sampling.md:
   --infill TEXT...  --append  --num-samples N  --best-of N  --batch-size N
   --remasking NAME  --commit NAME[=X]  --cfg-scale X  --top-k N  --top-p X
-  --eos NAME  --ignore-eos  --suppress ID...  --cache NAME  --refresh N
+  --eos NAME  --ignore-eos  --suppress ID...  --cache NAME  --refresh N  --tokenizer PATH
 """
 
 
@@ -80,6 +81,7 @@ def make_parser() -> Parser:
 
     # Listed in MORE_FLAGS.
     hidden = partial(add, help=argparse.SUPPRESS)
+    hidden("--tokenizer", default="", metavar="PATH")
     hidden("--infill", nargs="+", metavar="TEXT")
     hidden("--append", action="store_true")
     hidden("--num-samples", type=int, default=1, metavar="N")
@@ -336,7 +338,7 @@ def main(argv: list[str]) -> None:
     check_request(num_prompts=len(prompts), batch_size=args.batch_size, seed=args.seed)
 
     # 2. The model.
-    pretrained = load(args.checkpoint, ema=args.ema)
+    pretrained = load(args.checkpoint, ema=args.ema, tokenizer=args.tokenizer, needs_text=True)
     if args.infill:
         check_can_infill(pretrained.record)
         settings |= {"steps": args.steps}

@@ -1,25 +1,36 @@
 """`llada-jax train`: from a config and a workdir to a trained model that can be resumed."""
 
 import contextlib
+import os
 import time
 from collections import deque
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from statistics import mean
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+from ml_collections import ConfigDict
 
+from llada_jax.arguments import checked
 from llada_jax.checkpoints.orbax_patches import drop_echoes
 from llada_jax.checkpoints.record import run_record
 from llada_jax.cluster import distributed, hardware, sharding
 from llada_jax.cluster.stop_request import StopRequest
-from llada_jax.config import AUTO, learning_rate_knob, load_config, own_parts, parse_sources
+from llada_jax.config import (
+    AUTO,
+    completed,
+    learning_rate_knob,
+    load_config,
+    own_parts,
+    parse_sources,
+)
 from llada_jax.data.loader import train_batches
 from llada_jax.errors import LostPeer, Preempted, UserError
 from llada_jax.models.model import Model, make_model
 from llada_jax.parts import provenance
+from llada_jax.paths import user_path
 from llada_jax.run.agreement import check_same_everywhere, on_first_process, versions
 from llada_jax.run.clock import Clock, speed_metrics
 from llada_jax.run.goodput import Ledger
@@ -28,6 +39,7 @@ from llada_jax.run.metrics_file import is_over, means, read_lines
 from llada_jax.run.numerics import check_finite, check_skipped
 from llada_jax.run.profiler import ProfilerWindow
 from llada_jax.run.progress import Progress
+from llada_jax.run.results import TrainedRun, trained_run
 from llada_jax.run.rollbacks import batch_of_step
 from llada_jax.run.samples import sample_markdown
 from llada_jax.run.start import (
@@ -73,10 +85,45 @@ def main(argv: list[str]) -> None:
         raise UserError("--workdir is empty; give the directory where the run is to live.")
     drop_echoes()
     config = load_config(args.config, overrides)
-    train(config, args.workdir, config_text=Path(args.config).read_text())
+    run_config(config, args.workdir, config_text=Path(args.config).read_text())
 
 
-def train(config, workdir: str, *, config_text: str = "") -> None:
+@checked
+def train(
+    config: ConfigDict | str | os.PathLike[str],
+    workdir: str | os.PathLike[str],
+    *,
+    changes: Mapping[str, Any] | None = None,
+) -> TrainedRun:
+    """Trains a model, or continues the run that the workdir holds, as `llada-jax train` does.
+
+    Args:
+        config: a Python file with get_config(), or what llada_jax.config.default_config returns,
+            changed.
+        workdir: where the run lives; local or a URL.
+        changes: knobs and their values, such as {"num_steps": 200, "optimizer.b2": 0.98}.
+
+    Raises:
+        UserError: config, data, mesh and checkpoint do not fit together, or the disk refuses.
+        NumericsError: the loss or the gradient is not finite.
+        Preempted: SIGTERM or Ctrl-C; the state has been saved.
+    """
+    workdir = user_path(workdir)
+    if not workdir:
+        raise UserError("workdir='' is empty; give the directory where the run is to live.")
+    drop_echoes()
+    text = ""
+    if isinstance(config, ConfigDict):
+        config = completed(config, values=changes or {})
+    else:
+        file = user_path(config)
+        config = load_config(file, values=changes)
+        text = Path(file).read_text()
+    run_config(config, workdir, config_text=text)
+    return trained_run(workdir, config.num_steps)
+
+
+def run_config(config: ConfigDict, workdir: str, *, config_text: str = "") -> None:
     """Runs a config in a workdir until its last step, from the workdir's latest checkpoint on.
 
     Args:
@@ -157,6 +204,8 @@ def open_run(
                 data=data.record(),
                 recorded_mask=recipe.objective.mask,
                 parts=parts,
+                special_ids=data.tokenizer.special_ids,
+                chat_template=data.tokenizer.chat_template,
             ),
             config_text=config_text,
             tokenizer=data.tokenizer,

@@ -39,7 +39,7 @@ def run(monkeypatch, capsys):
     def run_verb(*argv, pretrained=None, checkpoint="runs/fake"):
         loaded = []
 
-        def load(path, *, ema=None):
+        def load(path, *, ema=None, tokenizer="", needs_text=False):
             loaded.append(path)
             return pretrained or fake_pretrained()
 
