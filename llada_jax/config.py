@@ -48,6 +48,9 @@ def default_config() -> ConfigDict:
     config.data.eos_padding = 0
     # ids that fill these rows up, in turn; (): end-of-text (as published)
     config.data.padding_cycle = ()
+    # of dialogues or pairs with a row each: shorter lengths to which the padding of a batch is cut
+    # off, ascending; the step is compiled for each
+    config.data.length_buckets = ()
     # share of rows that are cut in two, which do not see each other
     config.data.split_probability = 0.0
     config.data.num_threads = 4  # reader threads per host

@@ -183,6 +183,14 @@ def check_contradictions(config: ConfigDict) -> None:
             f"config.data.padding_cycle={data.padding_cycle} changes nothing, because "
             "config.data.eos_padding=0 fills no row up; set eos_padding, or leave the cycle empty."
         )
+    buckets = [1, *data.length_buckets, data.sequence_length]
+    if not all(type(length) is int for length in buckets) or not all(
+        shorter < longer for shorter, longer in zip(buckets, buckets[1:])
+    ):
+        raise UserError(
+            f"config.data.length_buckets={data.length_buckets} must be ascending whole numbers "
+            f"above 1 and below config.data.sequence_length={data.sequence_length}."
+        )
     if not all(type(token) is int for token in data.padding_cycle):
         raise UserError(
             f"config.data.padding_cycle={data.padding_cycle} must be ids of tokens, as in (5, 6)."

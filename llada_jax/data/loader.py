@@ -13,6 +13,7 @@ per row at either length (1 and 20-28 million tokens/s on one CPU core), so thre
 worker processes are started.
 """
 
+import functools
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -22,7 +23,7 @@ import grain
 import numpy as np
 
 from llada_jax.data.batch import FIELDS, PAIR_FIELDS, Field
-from llada_jax.data.dialogue_rows import EosPadded, draw_answers, split_in_two
+from llada_jax.data.dialogue_rows import BucketCut, EosPadded, draw_answers, split_in_two
 from llada_jax.data.records import DatasetInfo, Records, read_dataset
 from llada_jax.errors import UserError
 
@@ -50,6 +51,7 @@ def train_batches(
     eos_padding: int = 0,
     padding_cycle: Sequence[int] = (),
     copies: int = 1,
+    length_buckets: Sequence[int] = (),
     num_threads: int = 4,
     prefetch: int = 8,
 ) -> Iterator[Batch]:
@@ -82,6 +84,8 @@ def train_batches(
             end-of-text. See dialogue_rows.EosPadded.
         copies: so many consecutive rows of a batch are one record, for objectives that ask for it;
             batch_size must be a multiple.
+        length_buckets: of rows of one dialogue or pair each: ascending lengths below T, of which a
+            batch is cut to the shortest that holds all of its B rows, whoever reads them.
         num_threads: threads that read ahead; 0 reads in the caller's thread.
         prefetch: batches that are kept ready, R * T * 13 bytes each.
 
@@ -103,6 +107,7 @@ def train_batches(
         eos_padding=eos_padding,
         padding_cycle=padding_cycle,
         split_probability=split_probability,
+        length_buckets=length_buckets,
     )
     if batch_size % copies:
         raise UserError(
@@ -130,14 +135,19 @@ def train_batches(
     if eos_padding:
         cycle = tuple(padding_cycle) or (infos[0].tokenizer["eos_id"],)
         dataset = EosPadded(dataset, num_rows=eos_padding, cycle=cycle)
-    dataset = _HostRows(
+    rows_of = functools.partial(
+        _HostRows,
         dataset,
         batch_size=batch_size,
-        rows=rows,
         start_step=start_step,
         batch_number=batch_number,
         copies=copies,
-    ).batch(len(rows))
+    )
+    dataset = rows_of(rows=rows).batch(len(rows))
+    if length_buckets:
+        once = range(0, batch_size, copies)
+        lengths = (*length_buckets, sequence_length)
+        dataset = BucketCut(dataset, rows_of(rows=once), num_rows=len(once), lengths=lengths)
     return _iterate(dataset, num_threads=num_threads, prefetch=prefetch)
 
 
@@ -353,6 +363,7 @@ def _check_dialogues(
     eos_padding: int = 0,
     padding_cycle: Sequence[int] = (),
     split_probability: float = 0.0,
+    length_buckets: Sequence[int] = (),
 ) -> None:
     """Raises UserError for settings that would spoil dialogues, or that need some."""
     for info in infos:
@@ -384,6 +395,12 @@ def _check_dialogues(
             raise UserError(
                 f"{info.directory} holds pairs, whose answers config.data.split_probability="
                 f"{split_probability} would part from their prompts; set it to 0."
+            )
+        if length_buckets and not is_padded:
+            raise UserError(
+                f"config.data.length_buckets={tuple(length_buckets)} cuts padding off, and the "
+                f"rows of {info.directory} are full; prepare with --chat rows=padded, or leave the "
+                "buckets empty."
             )
         for token in padding_cycle:
             special = (info.tokenizer["mask_id"], info.tokenizer["eos_id"])

@@ -4,6 +4,7 @@ The one module below the verbs that reads a config. Read it from the top: make_r
 parts, make_train_step is the step itself, compile_step makes a program of it.
 """
 
+import functools
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -67,15 +68,22 @@ def make_recipe(config: Any, tokenizer: Any, mesh: Mesh, *, provided: Any = None
     check_mesh(config, architecture, mesh)
     platform = sharding.platform(mesh)
     dtype = compute_dtype(config.model.dtype, platform)
-    attention = choose(
+    choose_for = functools.partial(
+        choose,
         config.model.attention,
         platform=platform,
         packed=not config.data.attend_across_documents,
         mask=objective.mask,
-        sequence_length=T,
         head_dim=architecture.head_dim,
         dtype=dtype,
     )
+    attention = choose_for(sequence_length=T)
+    for length in config.data.length_buckets:
+        if choose_for(sequence_length=length) != attention:
+            raise UserError(
+                f"config.data.length_buckets: the attention kernel {attention!r}, which suits "
+                f"{T} tokens, does not take {length}; choose multiples of 128."
+            )
     model = make_model(
         architecture,
         dtype=dtype,
@@ -176,6 +184,10 @@ def check_mesh(config: Any, a: Architecture, mesh: Mesh) -> None:
         {
             "config.data.batch_size / config.optimizer.gradient_accumulation": ("act_batch", rows),
             "config.data.sequence_length": ("act_position", config.data.sequence_length),
+            **{
+                f"config.data.length_buckets ({length})": ("act_position", length)
+                for length in config.data.length_buckets
+            },
             "config.model.d_model": ("embed", a.d_model),
             "config.model.num_heads": ("heads", a.num_heads),
             "config.model.num_kv_heads": ("kv_heads", a.num_kv_heads),

@@ -6,6 +6,7 @@ import time
 from collections import deque
 from collections.abc import Iterator, Mapping
 from pathlib import Path
+from statistics import mean
 from typing import Any, NamedTuple
 
 import jax
@@ -266,7 +267,10 @@ def train_on(
     if start_step >= num_steps:
         progress.say(f"the run is complete: step {start_step} of {num_steps}")
     else:
-        compiled = compile_together(recipe, (B, T), clock, progress, timeout_s)
+        compiled = {
+            length: compile_together(recipe, (B, length), clock, progress, timeout_s)
+            for length in (*config.data.length_buckets, T)
+        }
         if stop.reached(start_step):
             raise Preempted(
                 f"asked to stop before step {start_step + 1}: nothing is lost; the same command "
@@ -299,6 +303,7 @@ def train_on(
         (WEIGHTS[config.evaluation.weights] is not False and state.ema) or state.params
     )
     in_flight, logged_step = deque(), start_step
+    num_positions: list[int] = []  # of a row, of each step since the last log line
     is_due = lambda step, every: every > 0 and (step % every == 0 or step == num_steps)  # noqa: E731
     clock.start_training()
     with progress, profiler, distributed.Watchdog(timeout_s) as watchdog:
@@ -344,7 +349,9 @@ def train_on(
                 arrays = {name: arrays[name] for name in recipe.objective.batch}
                 batch = sharding.place_batch(arrays, rows, B, recipe.batch_sharding)
             # The state is donated: the old one is gone, also when the step fails.
-            state, finished = compiled(state, batch)
+            length = batch["tokens"].shape[1]
+            state, finished = compiled[length](state, batch)
+            num_positions.append(length)
             # The step has been dispatched, not done. Waiting for it here would leave the devices
             # idle while the host reads; never waiting would queue steps without end.
             in_flight.append(finished)
@@ -378,7 +385,7 @@ def train_on(
                 speed = speed_metrics(
                     clock,
                     num_steps=step - logged_step,
-                    tokens_per_step=B * T,
+                    tokens_per_step=B * mean(num_positions),
                     flops_per_token=flops,
                     num_devices=mesh.size,
                     peak_flops=peak_flops,
@@ -392,6 +399,7 @@ def train_on(
                 # zeros on the devices, in the shardings of the sums: the step is compiled for them
                 state = state._replace(metrics=zero_metrics(state.metrics))
                 logged_step = step
+                num_positions.clear()
 
             # 6b. Held-out text and samples. Not after the last step: 7 does that on the whole text.
             every = config.evaluation.every_steps
@@ -490,6 +498,7 @@ def open_batches(config, data: RunData, opened: OpenWorkdir, rows, copies: int) 
         eos_padding=config.data.eos_padding,
         padding_cycle=config.data.padding_cycle,
         copies=copies,
+        length_buckets=config.data.length_buckets,
         num_threads=config.data.num_threads,
         prefetch=config.data.prefetch,
     )

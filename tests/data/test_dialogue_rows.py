@@ -165,6 +165,33 @@ def test_each_record_comes_in_as_many_rows_as_the_objective_asks_for(directory):
     assert "multiple of 3" in error_of(batches, directory("padded"), copies=3)
 
 
+@pytest.mark.parametrize("changes", [{}, {"eos_padding": 2}, {"copies": 2}])
+def test_batches_are_cut_to_the_shortest_bucket_that_holds_the_rows_of_all_hosts(
+    directory, changes
+):
+    buckets = (20, 30, 40)
+    whole = batches(directory("padded"), 12, **changes)
+    cut = batches(directory("padded"), 12, length_buckets=buckets, **changes)
+    # a host whose own rows may be short
+    part = batches(directory("padded"), 12, rows=[2], length_buckets=buckets, **changes)
+    late = batches(directory("padded"), 2, start_step=7, length_buckets=buckets, **changes)
+    found = set()
+    for step, (before, after) in enumerate(zip(whole, cut)):
+        longest = (before["segment_ids"] > 0).sum(axis=1).max()
+        length = min(n for n in (*buckets, T) if n >= longest)
+        found.add(length)
+        for name, array in after.items():
+            np.testing.assert_array_equal(array, before[name][:, :length])
+            np.testing.assert_array_equal(part[step][name], array[[2]])
+            if step in (7, 8):
+                np.testing.assert_array_equal(late[step - 7][name], array)
+    assert len(found) > 1
+
+
+def test_buckets_for_rows_that_are_full_are_refused(directory):
+    assert "rows=padded" in error_of(batches, directory("packed"), length_buckets=(20,))
+
+
 def test_a_row_is_cut_in_two_at_a_random_place_with_the_probability_asked_for():
     row = {
         "tokens": np.arange(12, dtype=np.int32),

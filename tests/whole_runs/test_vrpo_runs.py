@@ -66,6 +66,23 @@ def test_the_margin_grows_on_held_out_pairs_and_the_reference_stays(base, straig
 
 
 @pytest.mark.slow
+def test_adapters_learn_a_preference_over_a_reference_that_costs_nothing(runs, words, base):
+    workdir = runs.directory / "vrpo-adapters"
+    lora = ("lora.rank=4", "lora.targets=blocks/", "evaluation.every_steps=0")
+    runs.train(workdir, *words, *lora)
+    assert losses(workdir)[0] == pytest.approx(np.log(2), rel=1e-6)
+    (final,) = metric_lines(workdir, "final")
+    assert final["final"]["reward_margin"] > 0.2
+    arrays, before = saved_arrays(workdir, 20), saved_arrays(base, 5)
+    trained = [name for name in arrays if name.startswith("['params']")]
+    assert len(trained) == 2 * 7
+    frozen = {name: array for name, array in arrays.items() if name.startswith("['frozen']")}
+    assert len(frozen) == sum(name.startswith("['params']") for name in before)
+    for name, array in frozen.items():
+        np.testing.assert_array_equal(array, before[name.replace("frozen", "params")])
+
+
+@pytest.mark.slow
 def test_a_killed_run_equals_the_straight_one(runs, words, straight):
     workdir = runs.directory / "vrpo-killed"
     process = runs.start(workdir, *words)
