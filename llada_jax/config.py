@@ -208,8 +208,8 @@ def default_config() -> ConfigDict:
     config.log = ConfigDict()
     config.log.every_steps = 50  # metrics are means over this many steps
     config.log.tensorboard = True
-    # wandb | trackio: also sends the metrics there; "": to none (the extra of that name)
-    config.log.tracker = ""
+    # that gets the metrics too, with the extra of its name: none | wandb | trackio
+    config.log.tracker = "none"
     config.log.profile_at_step = 0  # first step of a profiler window; 0: none
     config.log.profile_num_steps = 5
     # directory; auto: JAX_COMPILATION_CACHE_DIR, else ~/.cache/llada_jax; "": none

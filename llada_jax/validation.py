@@ -15,6 +15,8 @@ from llada_jax.ranges import check_ranges, check_sizes
 
 # The value of a knob that the run decides by itself.
 AUTO = "auto"
+# The value of config.log.tracker without one.
+NO_TRACKER = "none"
 
 CHOICES = {
     "model.qk_norm": ("none", "full", "per_head"),
@@ -33,7 +35,7 @@ CHOICES = {
     "evaluation.weights": (AUTO, "raw", "ema"),
     "checkpoint.init_from_weights": (AUTO, "raw", "ema"),
     "schedule.decay_shape": ("linear", "1-sqrt"),
-    "log.tracker": ("", "wandb", "trackio"),
+    "log.tracker": (NO_TRACKER, "wandb", "trackio"),
 }
 
 

@@ -38,6 +38,7 @@ from llada_jax.storage import files, remote
 from llada_jax.storage.locks import only_run_in
 from llada_jax.training.state import TrainState, create_state
 from llada_jax.training.step import Recipe
+from llada_jax.validation import NO_TRACKER
 
 
 class RunData(NamedTuple):
@@ -144,7 +145,7 @@ def open_workdir(
         restore, init_from, init_from_ema: see first_state.
         keep, keep_every_steps: see Checkpoints. local_directory: of LocalCheckpoints; "": none.
         tensorboard: whether events are written next to metrics.jsonl.
-        tracker: name of an experiment tracker that gets the metrics too; "": none.
+        tracker: name of an experiment tracker that gets the metrics too.
 
     Raises:
         UserError: the workdir cannot be written, is in use, or holds another run.
@@ -211,7 +212,7 @@ def open_workdir(
         resume_step=start_step if start_step else None,
         tensorboard=tensorboard,
         tracker=Tracker(tracker, workdir=workdir, config=record.config)
-        if tracker and is_first
+        if tracker != NO_TRACKER and is_first
         else None,
     )
     if is_first:

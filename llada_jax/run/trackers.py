@@ -48,7 +48,7 @@ class Tracker:
         except Exception as error:  # the libraries share no class of errors
             raise UserError(
                 f"The tracker {name} refuses the run ({reason(error)}); set it up in the "
-                "environment, or leave config.log.tracker empty."
+                "environment, or set config.log.tracker to none."
             ) from error
 
     def log(self, step: int, groups: dict[str, dict[str, float]]) -> None:

@@ -15,7 +15,7 @@ from llada_jax.config import default_config
 from llada_jax.errors import UserError
 from llada_jax.run.metrics_file import MetricsWriter
 from llada_jax.run.trackers import TRACKERS, Tracker
-from llada_jax.validation import CHOICES
+from llada_jax.validation import CHOICES, NO_TRACKER
 
 GROUPS = {"train": {"loss": 1.5}, "speed": {"tokens_per_s": 10}}
 
@@ -55,8 +55,8 @@ def stand_in(monkeypatch):
 
 
 def test_the_knob_and_the_table_agree():
-    assert set(CHOICES["log.tracker"]) == {"", *TRACKERS}
-    assert default_config().log.tracker == ""
+    assert set(CHOICES["log.tracker"]) == {NO_TRACKER, *TRACKERS}
+    assert default_config().log.tracker == NO_TRACKER
 
 
 @pytest.mark.parametrize("name", TRACKERS)
