@@ -55,7 +55,7 @@ class Request(NamedTuple):
 
     @property
     def is_heard(self) -> bool:
-        """Whether somebody is asked between the steps, who counts on rows in their order."""
+        """Whether a listener is called between the steps, which counts on rows in their order."""
         return self.on_step is not ignore_step or self.is_enough is not None
 
     def run(self, canvas: Canvas, rows: Sequence[int], batch_size: int, **settings: Any) -> Batch:
@@ -117,7 +117,7 @@ def whole_batches(
     batch_size: int,
 ) -> Iterator[Batch]:
     """Denoises one batch after the other from its first block to its last: of rows of similar
-    length, or in the order of the request where somebody listens.
+    length, or in the order of the request where there is a listener.
 
     make: the canvas of some rows, and the schedule of their batch.
     """
