@@ -24,8 +24,9 @@ class LetterTokenizer:
 
 
 def test_text_keeps_the_space_after_the_prompt_and_ends_before_eos():
+    # by rows of the batch, in which the shorter prompt comes first
     completions = generate_text(
-        eos_after([2, 4]), {}, LetterTokenizer(), ["b b", ""], gen_length=4, block_length=2, steps=4
+        eos_after([4, 2]), {}, LetterTokenizer(), ["b b", ""], gen_length=4, block_length=2, steps=4
     )
     assert completions[0].text == " d d"
     assert completions[0].tokens == [3, 3]
