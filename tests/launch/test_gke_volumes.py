@@ -24,7 +24,7 @@ def get_config():
     config.num_steps = 10
     config.data.path = "/data/corpus"
     config.model.d_model = WIDTH
-    config.schedule.name = "staircase:rate"
+    config.schedule.name = "gentle:rate"
     return config
 """
 
@@ -34,7 +34,7 @@ def config(tmp_path):
     (tmp_path / "own.py").write_text(CONFIG)
     (tmp_path / "sizes.py").write_text("import numbers_of\nWIDTH = numbers_of.WIDTH\n")
     (tmp_path / "numbers_of.py").write_text("WIDTH = 128\n")
-    (tmp_path / "staircase.py").write_text("def rate(**_):\n    return lambda step: 1e-4\n")
+    (tmp_path / "gentle.py").write_text("def rate(**_):\n    return lambda step: 1e-4\n")
     (tmp_path / "unrelated.py").write_text("raise SystemExit\n")
     return tmp_path / "own.py"
 
@@ -56,7 +56,7 @@ def test_a_config_is_sent_with_the_files_that_it_needs_and_no_others(config):
         "own.py",
         "sizes.py",
         "numbers_of.py",
-        "staircase.py",
+        "gentle.py",
     }
 
 
@@ -82,13 +82,13 @@ def test_what_is_sent_is_enough_to_load_the_config(config, tmp_path):
         (kept / name).write_text(text)
         (shown / name).symlink_to(kept / name)
     code = f"from llada_jax.config import load_config; c = load_config({str(shown / 'own.py')!r})"
-    code += "; import staircase; print(c.model.d_model, staircase.__file__)"
+    code += "; import gentle; print(c.model.d_model, gentle.__file__)"
     done = subprocess.run(
         [sys.executable, "-c", code], capture_output=True, text=True, check=True, cwd="/"
     )
     width, file = done.stdout.split()
     assert width == "128"
-    assert file == str(shown / "staircase.py")
+    assert file == str(shown / "gentle.py")
 
 
 def test_another_config_has_another_name_and_the_same_one_the_same(config):
