@@ -99,11 +99,11 @@ def main(argv: list[str]) -> None:
                 text = starting_config(source.architecture, source=args.source, output=args.output)
                 (workdir / NAME).write_text(text)
         params = load(source, mesh)
-        saved = Checkpoints(workdir)
-        saved.save(
-            TrainState(step=jnp.int32(0), params=params, opt_state=(), ema={}, metrics={}), record
-        )
-        saved.close()  # waits for the commit, without which it is not a workdir
+        state = TrainState(step=jnp.int32(0), params=params, opt_state=(), ema={}, metrics={})
+        # Waits for the commit, without which it is not a workdir, and after a failure for what is
+        # still being written, which would otherwise appear again after the clean-up.
+        with contextlib.closing(Checkpoints(workdir)) as saved:
+            saved.save(state, record)
     if jax.process_index() == 0:
         result = {
             "output": args.output,
