@@ -318,7 +318,7 @@ def installation_of(args: argparse.Namespace, archive: Path) -> Installation:
     scripts = [mount_script(buckets)] if buckets else []
     if args.set_up:
         if not args.set_up.is_file():
-            raise UserError(f"There is no file --set-up {args.set_up}; pass a bash script.")
+            raise UserError(f"--set-up {args.set_up} is not a file; pass a bash script.")
         scripts.append(set_up_script(args.set_up.read_text()))
     return Installation(
         archive=archive,

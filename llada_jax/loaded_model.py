@@ -152,7 +152,9 @@ class Pretrained:
             seed: the same seed gives the same texts, whatever batch_size is.
             batch_size: texts generated at a time.
             commit: how many proposals a step keeps: "schedule", or a rule such as "threshold=0.9".
+            revise: which kept tokens are masked again: "none", or a rule such as "wino=0.9".
             append: later blocks are not there, instead of there as masks, while one is denoised.
+            lookahead: tokens behind the current block that are there; None: all.
             top_k, top_p: draw from the most likely tokens alone; 0 and 1 keep every token.
             eos: "free", "never" proposed, or kept "last".
             suppress: token ids that are never proposed.

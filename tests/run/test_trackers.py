@@ -1,6 +1,5 @@
 """Experiment trackers: what a run sends them, through the libraries themselves where they are."""
 
-import importlib.util
 import json
 import os
 import subprocess
@@ -9,7 +8,7 @@ import types
 
 import pytest
 from support.errors import error_of
-from support.required import library
+from support.required import library, python_with
 
 from llada_jax.config import default_config
 from llada_jax.errors import UserError
@@ -123,9 +122,6 @@ def test_wandb_itself_keeps_a_run_offline(monkeypatch, tmp_path):
 
 
 def test_trackio_itself_keeps_a_run(tmp_path):
-    # Not of the dev extra, as it brings a web server: run where somebody has installed it.
-    if not importlib.util.find_spec("trackio"):
-        pytest.skip("trackio is not installed here")
     code = f"""
 import json
 from llada_jax.run.trackers import Tracker
@@ -141,7 +137,11 @@ print(json.dumps([name, SQLiteStorage.get_logs("llada_jax", name)]))
     # it reads this variable when it is imported
     environment = {**os.environ, "TRACKIO_DIR": str(tmp_path / "kept")}
     done = subprocess.run(
-        [sys.executable, "-c", code], env=environment, capture_output=True, text=True, check=True
+        [python_with("trackio", environment="trackio"), "-c", code],
+        env=environment,
+        capture_output=True,
+        text=True,
+        check=True,
     )
     name, kept = json.loads(done.stdout.splitlines()[-1])
     assert name.startswith("run-")

@@ -5,12 +5,11 @@ and the curve depends neither on the mesh, nor on the hosts, nor on microbatches
 import numpy as np
 import pytest
 from support.runs import (
+    assert_same_run,
     is_committed,
     kill_when,
     last_logged_step,
     losses,
-    metric_lines,
-    saved_arrays,
 )
 
 SFT = (
@@ -39,11 +38,7 @@ def test_a_killed_run_on_packed_rows_equals_the_straight_one(runs, dialogues, st
     process = runs.start(workdir, *words)
     kill_when(process, lambda: is_committed(workdir, 10) and last_logged_step(workdir) >= 11)
     assert "start       step 10 of" in runs.train(workdir, *words)
-    expected, actual = saved_arrays(straight, 20), saved_arrays(workdir, 20)
-    assert actual.keys() == expected.keys()
-    for name, array in expected.items():
-        np.testing.assert_array_equal(actual[name], array, err_msg=name)
-    assert metric_lines(workdir) == metric_lines(straight)
+    assert_same_run(workdir, straight, step=20)
 
 
 @pytest.mark.slow

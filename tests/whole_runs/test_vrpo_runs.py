@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 from support.mishaps import train_argv
 from support.runs import (
+    assert_same_run,
     is_committed,
     kill_when,
     last_logged_step,
@@ -88,12 +89,7 @@ def test_a_killed_run_equals_the_straight_one(runs, words, straight):
     process = runs.start(workdir, *words)
     kill_when(process, lambda: is_committed(workdir, 10) and last_logged_step(workdir) >= 11)
     assert "start       step 10 of" in runs.train(workdir, *words)
-    expected, actual = saved_arrays(straight, 20), saved_arrays(workdir, 20)
-    assert actual.keys() == expected.keys()
-    for name, array in expected.items():
-        np.testing.assert_array_equal(actual[name], array, err_msg=name)
-    assert metric_lines(workdir) == metric_lines(straight)
-    assert metric_lines(workdir, "final") == metric_lines(straight, "final")
+    assert_same_run(workdir, straight, step=20)
 
 
 @pytest.mark.slow
