@@ -59,10 +59,11 @@ def test_every_parameter_has_a_name_and_a_type(name):
         (llada_jax.train, train.train),
         (llada_jax.evaluate, evaluate.evaluate),
         (llada_jax.evaluate_tasks, evaluate.evaluate_tasks),
+        (Pretrained.generate, Pretrained.complete),
     ],
     ids=lambda function: function.__name__,
 )
-def test_the_face_of_the_package_has_the_parameters_of_what_it_calls(face, behind):
+def test_a_function_has_the_parameters_of_the_one_that_it_calls(face, behind):
     theirs = inspect.signature(behind).parameters
     ours = inspect.signature(face).parameters
     # whether text is needed is for verbs to say
