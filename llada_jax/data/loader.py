@@ -24,7 +24,7 @@ import numpy as np
 
 from llada_jax.data.batch import FIELDS, PAIR_FIELDS, Field
 from llada_jax.data.dialogue_rows import BucketCut, EosPadded, draw_answers, split_in_two
-from llada_jax.data.records import DatasetInfo, Records, read_dataset
+from llada_jax.data.records import DatasetInfo, Records, check_shards, read_dataset
 from llada_jax.errors import UserError
 
 # Of the answers of held-out dialogues that are scored: the same ones in every evaluation.
@@ -212,8 +212,12 @@ class SourceSummary:
 
 
 def describe(sources: Sequence[Source], *, sequence_length: int) -> tuple[SourceSummary, ...]:
-    """Returns a summary of each dataset, after the same checks as `train_batches`."""
+    """Returns a summary of each dataset, after the same checks as `train_batches` and a look at the
+    sizes of all shards, which a run takes once.
+    """
     infos = _open(sources, sequence_length=sequence_length)
+    for info in infos:
+        check_shards(info)
     total_weight = sum(weight for _, weight in sources)
     return tuple(
         SourceSummary(
