@@ -41,11 +41,11 @@ class TwoHosts:
 
         for number, name in enumerate(self.names):
             uplink = f"up{os.getpid()}n{number}"
-            sh(*f"ip link add {uplink} type veth peer up netns {name}".split())
+            sh(*f"ip link add {uplink} type veth peer name machine netns {name}".split())
             sh("ip", "address", "add", f"{self.machine_of(number)}/24", "dev", uplink)
             sh("ip", "link", "set", uplink, "up")
-            sh("ip", "-n", name, "address", "add", f"10.78.{number}.2/24", "dev", "up")
-            sh("ip", "-n", name, "link", "set", "up", "up")
+            sh("ip", "-n", name, "address", "add", f"10.78.{number}.2/24", "dev", "machine")
+            sh("ip", "-n", name, "link", "set", "machine", "up")
 
     def machine_of(self, number: int) -> str:
         """Returns the address at which a host finds what listens on this machine."""
