@@ -232,7 +232,8 @@ def _describe_run(p: dict) -> list[str]:
         f"tokens in {_counted(p['microbatches'], 'microbatch', 'es')}: "
         f"{_counted(p['rows_per_device'], 'row')}, {p['tokens_per_device']:,} tokens per device in "
         "each",
-        f"compute     {p['dtype']}, attention {p['attention']}, remat {p['remat']}",
+        f"compute     {p['dtype']}, attention {p['attention']}, remat {p['remat']}; gradients of "
+        f"matrices summed in {p['gradient_dtype']}",
     ]
 
 

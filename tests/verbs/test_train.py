@@ -83,6 +83,7 @@ def rich_run(runs, tmp_path_factory):
         "optimizer.ema_decay=0.9",
         "optimizer.name=muon",
         "optimizer.gradient_accumulation=2",
+        "optimizer.gradient_dtype=float32",
         "samples.every_steps=20",
         "samples.gen_length=8",
         "samples.steps=8",
