@@ -1,9 +1,9 @@
 """`llada-jax export`: a checkpoint becomes a Hugging Face directory that loads without this
 package.
 
-Weights go from the checkpoint to the files one stacked parameter at a time, so that a host holds
-one of them and not the model. Everything is written into OUTPUT.partial, which takes its name only
-when it is whole.
+Weights go from the checkpoint to the files one layer of one parameter at a time, so that a host
+reads what it writes and holds no more than that. Everything is written into OUTPUT.partial, which
+takes its name only when it is whole.
 """
 
 import sys
@@ -12,6 +12,7 @@ from typing import NamedTuple
 
 import jax
 
+from llada_jax.checkpoints.layers import LayerReader
 from llada_jax.checkpoints.orbax_patches import drop_echoes
 from llada_jax.checkpoints.record import RunRecord
 from llada_jax.checkpoints.workdir import Checkpoints, find_checkpoint
@@ -22,7 +23,7 @@ from llada_jax.hf import hub
 from llada_jax.hf.card import Training, check_license, heldout_result, model_card
 from llada_jax.hf.config_json import choose_layout, hf_config
 from llada_jax.hf.convert import Tensor, tensors
-from llada_jax.hf.directory import becoming, check_output
+from llada_jax.hf.directory import becoming, check_output, everywhere
 from llada_jax.hf.peft import peft_files
 from llada_jax.hf.tokenizer_json import read_template, tokenizer_files
 from llada_jax.hf.verify import compare_with_torch, tokens_to_compare
@@ -232,24 +233,26 @@ def write_export(args, export: Export) -> dict:
     """Writes, verifies and uploads; returns what is reported."""
     result, a = export.result, export.record.architecture
     announce(result)
-    read = lambda path, shape: export.found.read_network_array(  # noqa: E731
-        export.step, path, shape, ema=export.weights == "ema"
-    )
+    output = Path(args.output).absolute()
     if args.adapters:
-        with becoming(Path(args.output).absolute()) as partial:
+        with becoming(output) as partial:
             if jax.process_index() == 0:
                 for name, content in adapters_of(export, a).items():
                     files.write_whole(partial / name, content)
         return result
-    with becoming(Path(args.output).absolute()) as partial:
-        write_weights(
-            partial,
-            export.tensors,
-            export.shards,
-            read=read,
-            num_layers=a.num_layers,
-            dtype=args.dtype,
-        )
+    reader = LayerReader(export.found, export.step, ema=export.weights == "ema")
+    with becoming(output) as partial:
+        # a host that cannot read would not come to the check, and the others would wait for it
+        with everywhere(output):
+            write_weights(
+                partial,
+                export.tensors,
+                export.shards,
+                read=reader.read,
+                num_layers=a.num_layers,
+                dtype=args.dtype,
+            )
+        reader.check()
         if jax.process_index() == 0:
             for name, content in export.others.items():
                 files.write_whole(partial / name, content)

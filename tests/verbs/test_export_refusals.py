@@ -122,7 +122,7 @@ def test_a_flipped_number_is_found_by_its_checksum(
         return array
 
     real = read_chunks
-    monkeypatch.setattr("llada_jax.checkpoints.workdir.read_chunks", flipped)
+    monkeypatch.setattr("llada_jax.checkpoints.layers.read_chunks", flipped)
     sentence = refused_export("--checkpoint", random_checkpoint, output=tmp_path / "out")
     assert "params/blocks/q does not match its saved checksum" in sentence
 
