@@ -10,6 +10,7 @@ import jax
 import numpy as np
 
 from llada_jax.errors import UserError
+from llada_jax.ranges import SIZE, check_number
 from llada_jax.rng import key_for
 from llada_jax.samplers.autoregressive import continue_tokens
 from llada_jax.samplers.canvas import Canvas, make_canvas, make_infill_canvas
@@ -94,6 +95,7 @@ def generate_tokens(
         }
 
     check_request(num_prompts=len(prompts), batch_size=batch_size, seed=seed)
+    check_number("gen_length=", gen_length, SIZE)
     tokens_BT = np.empty((len(prompts), gen_length), np.int32)
     num_steps_B = np.empty(len(prompts), np.int32)
     for rows, canvas_BT, num_steps in _denoise_batches(

@@ -18,6 +18,7 @@ from llada_jax.evaluation.presets import as_arguments, preset
 from llada_jax.evaluation.splits import bound_of_split
 from llada_jax.evaluation.tasks import DIRECTIONS, answer, items_of, read_tasks
 from llada_jax.objectives.named import make_objective
+from llada_jax.ranges import DRAWS, SEED, SIZE, Range, check_number
 from llada_jax.run.metrics_file import read_lines
 from llada_jax.run.report_page import report_page
 from llada_jax.storage import remote
@@ -143,9 +144,10 @@ def check(args) -> None:
         )
     if args.mc_samples is None:
         args.mc_samples = 1 if args.data else 128
-    for flag in ("mc_samples", "batch_size"):
-        if getattr(args, flag) < 1:
-            raise UserError(f"--{flag.replace('_', '-')} {getattr(args, flag)} must be at least 1.")
+    check_number("--mc-samples ", args.mc_samples, DRAWS)
+    check_number("--batch-size ", args.batch_size, SIZE)
+    check_number("--seed ", args.seed, SEED)
+    check_number("--cfg-scale ", args.cfg_scale, Range(0))
 
 
 def evaluate(args) -> dict:
@@ -166,7 +168,8 @@ def evaluate(args) -> dict:
     settings = dict(
         split=args.split,
         objective=objective,
-        batch_size=args.batch_size,
+        # no larger than the split, or a large one would be filled with rows that hold nothing
+        batch_size=min(args.batch_size, 1 << (split.num_records - 1).bit_length()),
         sequence_length=info.sequence_length,
         batch_sharding=sharding.batch_sharding(model.mesh),
         # as in training: a model that never saw a document end within a row is not asked to. Of
