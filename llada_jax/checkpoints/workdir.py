@@ -377,8 +377,8 @@ class Checkpoints:
 def _storage_of(path, leaf) -> ocp.options.ArrayOptions.Saving.StorageOptions | None:
     """Returns how a leaf of an item is cut into chunks, None for the usual way.
 
-    Layers apart, so that a reader of one layer reads no other; but not those of small arrays, which
-    are read whole without harm, nor of the optimizer's, which nobody reads by layer.
+    Layers apart, so that a reader of one layer reads no other. Small arrays are read whole without
+    harm, and those of the optimizer are never read by layer.
     """
     if path_text(path).startswith("blocks/") and leaf.nbytes > CHUNK_BYTES:
         return ocp.options.ArrayOptions.Saving.StorageOptions(shard_axes=(0,))
