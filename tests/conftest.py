@@ -9,6 +9,7 @@ import sys
 from pathlib import Path
 
 import pytest
+from support import fast_compilation
 
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
 # Half of the time of the tests would be compilation of what another test, process or run of them
@@ -17,9 +18,8 @@ os.environ.setdefault(
     "JAX_COMPILATION_CACHE_DIR", str(Path(__file__).parent.parent / ".pytest_cache" / "xla")
 )
 os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0.1")
-# Compiled in half of the time: XLA's own passes all run, only LLVM's do not. `XLA_FLAGS= make test`
-# tests with them.
-os.environ.setdefault("XLA_FLAGS", "--xla_backend_optimization_level=0")
+# `XLA_FLAGS= make test` compiles as users do.
+os.environ.setdefault("XLA_FLAGS", fast_compilation.XLA_FLAGS)
 
 import hypothesis
 import jax

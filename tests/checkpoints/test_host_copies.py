@@ -86,6 +86,7 @@ def test_another_mesh_cannot_use_the_copies_and_says_so(tmp_path, mesh, sizes):
     )
 
 
+@pytest.mark.slow
 @settings(max_examples=25, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(place=st.floats(0, 1, exclude_max=True), bit=st.integers(0, 7))
 def test_any_flipped_bit_makes_the_older_copy_the_newest(tmp_path, mesh, place, bit):

@@ -36,6 +36,7 @@ def run_python(code: str, **environment: str) -> subprocess.CompletedProcess:
     )
 
 
+@pytest.mark.slow
 def test_gpu_flags_are_known_to_the_installed_compiler():
     start = "import jax; jax.devices()"
     done = run_python(start, XLA_FLAGS=all_flags("XLA_FLAGS"))
@@ -45,6 +46,7 @@ def test_gpu_flags_are_known_to_the_installed_compiler():
     assert "Unknown flag" in misspelt.stderr
 
 
+@pytest.mark.slow
 def test_tpu_flags_are_known_to_libtpu():
     """libtpu ends the process that loads it at a flag that it does not know."""
     environment = {**libtpu_environment(), "JAX_PLATFORMS": "cpu"}

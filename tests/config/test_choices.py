@@ -181,6 +181,7 @@ def logits(**kwargs) -> np.ndarray:
     )
 
 
+@pytest.mark.slow
 def test_every_qk_norm_and_remat_policy_computes():
     plain = logits()
     for remat in CHOICES["model.remat"]:

@@ -27,6 +27,7 @@ def written(value) -> str:
     return value if isinstance(value, str) else repr(value)
 
 
+@pytest.mark.slow
 @given(st.data())
 def test_an_override_reads_back_what_python_writes(data):
     path = data.draw(st.sampled_from(PATHS))

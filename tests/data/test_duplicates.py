@@ -65,6 +65,7 @@ def corpus(tmp_path):
     )
 
 
+@pytest.mark.slow
 def test_what_is_left_does_not_depend_on_workers_or_interruptions(corpus, tmp_path, monkeypatch):
     monkeypatch.setattr(build, "UNIT_BYTES", 1500)
     alone = prepare(corpus, tmp_path / "alone", **ARGS, drop_duplicates=True)

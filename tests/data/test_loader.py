@@ -131,6 +131,7 @@ def test_epochs_and_seeds_have_orders_of_their_own(small):
     assert len({*orders(0), *orders(1), *orders(2)}) == 15
 
 
+@pytest.mark.slow
 def test_the_shuffle_moves_records_everywhere(large):
     first = rows_of([(large, 1.0)], num_rows=50 * 100)[:, 0].reshape(50, 100) - 10_000
     # Mean place of each record over 50 epochs: 49.5 with a standard error of 28.9 / sqrt(50) =
@@ -177,6 +178,7 @@ def test_the_rate_of_random_lengths_is_the_probability(large, probability, num_b
     )
 
 
+@pytest.mark.slow
 def test_random_lengths_are_uniform_from_1_to_the_sequence_length(large):
     lengths = lengths_of_full_rows(large, num_batches=50, random_length_probability=1.0)
     observed, expected = np.bincount(lengths, minlength=T + 1), len(lengths) / T

@@ -78,6 +78,7 @@ def test_files_that_have_no_lines_or_are_compressed_stay_whole(tmp_path, monkeyp
     assert [part.span for part in in_parts([Input("a.jsonl", 10, "")], Cut())] == [None]
 
 
+@pytest.mark.slow
 def test_a_large_file_gives_the_same_bytes_from_any_number_of_workers(tmp_path, monkeypatch):
     texts = write_corpus(tmp_path / "corpus", num_files=1, num_documents=600)
     monkeypatch.setattr(build, "UNIT_BYTES", 20_000)

@@ -32,6 +32,7 @@ def held_out(text: str, fraction: float) -> bool:
     )
 
 
+@pytest.mark.slow
 @given(
     files=st.lists(st.lists(st.text(max_size=60), max_size=8), min_size=1, max_size=4),
     sequence_length=st.integers(2, 50),
@@ -265,6 +266,7 @@ def test_workers_do_not_import_jax(tmp_path):
     assert result.stdout.strip() == "set()"
 
 
+@pytest.mark.slow
 def test_the_shipped_corpus_is_cut_at_the_269_chapters_of_six_novels(tmp_path):
     corpus = ROOT / "llada_jax" / "data" / "austen6.txt.xz"
     cut = Cut(document_start="^(CHAPTER|Chapter) ")

@@ -22,6 +22,7 @@ def small_units(monkeypatch):
     monkeypatch.setattr("llada_jax.data.build.UNIT_BYTES", 5_000)
 
 
+@pytest.mark.slow
 def test_the_result_does_not_depend_on_the_number_of_processes(tmp_path, small_units):
     write_corpus(tmp_path / "corpus", num_files=5, num_documents=30)
     for workers in (1, 2, 3):

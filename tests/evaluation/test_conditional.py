@@ -147,6 +147,7 @@ def random_questions(num, *, longest=8, after=True, seed=0):
 SMALL_IDS = type("Ids", (), {"mask_id": 96, "pad_id": 0, "bos_id": 95})
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("mask", [BIDIRECTIONAL, CAUSAL])
 def test_a_score_is_the_same_alone_and_in_any_batch(mask):
     model, params = network(mask)
@@ -159,6 +160,7 @@ def test_a_score_is_the_same_alone_and_in_any_batch(mask):
         assert alone.is_most_likely == expected.is_most_likely
 
 
+@pytest.mark.slow
 def test_a_score_is_the_same_on_a_mesh():
     model, params = network()
     questions = random_questions(5)
@@ -169,6 +171,7 @@ def test_a_score_is_the_same_on_a_mesh():
     np.testing.assert_allclose([s[:2] for s in found], [s[:2] for s in expected], rtol=2e-5)
 
 
+@pytest.mark.slow
 def test_padding_changes_nothing():
     """The same row through the network, without any padding, by hand."""
     model, params = network()
@@ -227,6 +230,7 @@ def test_an_autoregressive_score_is_the_chain_rule():
     assert not whole.is_most_likely
 
 
+@pytest.mark.slow
 def test_a_long_answer_is_scored_in_pieces_as_it_would_be_whole():
     model, params = network(CAUSAL)
     answer = tuple(int(i) for i in np.random.default_rng(0).integers(1, 90, 130))

@@ -122,6 +122,7 @@ def test_a_trained_model_reaches_the_entropy_of_a_markov_source_and_is_never_bel
     assert bound.num_tokens == 40 * 1024 * T
 
 
+@pytest.mark.slow
 def test_the_standard_error_is_that_of_independent_repetitions():
     """A denoiser that is surprised at random: the spread of many bounds is what each of them
     reports.

@@ -36,6 +36,7 @@ def test_a_context_as_long_as_the_window_is_refused():
         windows([1, 2], length=8, context=8)
 
 
+@pytest.mark.slow
 def test_a_text_that_fits_the_window_has_the_bound_of_one_answer():
     model = make_model(A)
     params = perturbed(model)

@@ -78,6 +78,7 @@ def test_transformers_knows_the_special_tokens_and_pads_on_the_left(kind, ours, 
     assert found["padded"]["attention_mask"] == [[0] * num_pads + [1] * len(short), [1] * len(long)]
 
 
+@pytest.mark.slow
 @KINDS
 def test_transformers_takes_a_spelled_out_special_token_for_one_unless_told_to_split_it(
     kind, ours, in_transformers

@@ -65,6 +65,7 @@ def test_the_resource_is_deleted_at_the_end_if_asked(cloud):
 # ---- restarts
 
 
+@pytest.mark.slow
 def test_42_starts_the_same_command_again(cloud):
     cloud.plan("states", ["ACTIVE"])
     cloud.outcomes(["42"] * 4, ["42"] * 4, ["0"] * 4)
@@ -118,6 +119,7 @@ def test_a_worker_that_cannot_be_reached_restarts_all_workers(cloud):
     assert [cloud.starts(worker) for worker in range(4)] == [2, 2, 1, 2]
 
 
+@pytest.mark.slow
 def test_the_number_of_restarts_is_limited(cloud):
     cloud.plan("states", ["ACTIVE"])
     cloud.outcomes(*[["42"] * 4] * 3)

@@ -111,6 +111,7 @@ def test_the_reference_follows_may_attend(segments, mask):
     check(xla_attention, inputs(4, 2, head_dim=16), SEGMENTS[segments], mask)
 
 
+@pytest.mark.slow
 @settings(max_examples=10, derandomize=True)
 @given(
     segments=st.lists(
@@ -237,6 +238,7 @@ def leaves_padding_unwritten(real):
     return lambda q, k, v, *, query_seq_lengths, **_: kernel(q, k, v, query_seq_lengths)
 
 
+@pytest.mark.slow
 def test_what_cudnn_leaves_unwritten_at_padding_reaches_neither_output_nor_gradients(monkeypatch):
     """Not even where the inputs are NaN there, as after a layer that did not write them."""
     stand_in = leaves_padding_unwritten(jax.nn.dot_product_attention)

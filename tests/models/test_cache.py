@@ -55,6 +55,7 @@ def test_a_cache_of_the_same_tokens_gives_the_same_logits(mask, changes):
         np.testing.assert_allclose(logits_BTV, expected_BTV, atol=1e-5)
 
 
+@pytest.mark.slow
 def test_columns_outside_the_window_are_seen_as_they_were():
     """With one layer, keys and values depend on their own token alone: the logits of a window are
     those of a row that has the old tokens elsewhere.

@@ -14,6 +14,7 @@ from llada_jax.models.transformer import Architecture, num_matmul_parameters, nu
 from llada_jax.training.optim import by_path
 
 
+@pytest.mark.slow
 def test_initialisation_has_the_published_standard_deviations():
     a = variant(
         d_model=256,

@@ -40,6 +40,7 @@ def test_chunked_nll_and_its_gradient_equal_the_log_softmax_of_the_logits(nll_ch
     np.testing.assert_array_equal(scores.is_correct_BT, (best == targets) & where)
 
 
+@pytest.mark.slow
 def test_a_shifted_output_shifts_the_loss_like_the_logits():
     model = make_model(variant(output_shift=True), nll_chunk=4)
     params = perturbed(model)

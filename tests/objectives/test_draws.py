@@ -52,6 +52,7 @@ def spread_of_bound(num_real: int, num_rows: int) -> tuple[float, float]:
     return float(nats.mean()), float(nats.std())
 
 
+@pytest.mark.slow
 def test_a_batch_that_is_filled_up_with_empty_rows_is_as_good_as_a_batch_of_its_real_rows():
     mean, spread = spread_of_bound(30, 64)
     mean_alone, spread_alone = spread_of_bound(30, 30)

@@ -201,6 +201,7 @@ def test_rows_without_any_mask_or_any_token_give_finite_sums():
         assert all(np.isfinite(leaf).all() for leaf in jax.tree.leaves((loss_sum, metrics)))
 
 
+@pytest.mark.slow
 def test_padding_never_enters_loss_or_gradient():
     a = Architecture(
         vocab_size=11, num_layers=1, d_model=16, num_heads=2, num_kv_heads=2, head_dim=8, d_ff=16

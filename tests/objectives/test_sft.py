@@ -166,6 +166,7 @@ def test_a_row_is_corrupted_alike_in_any_microbatch(t_sampling, mean_over):
     jax.tree.map(functools.partial(np.testing.assert_allclose, rtol=1e-5), added, whole)
 
 
+@pytest.mark.slow
 def test_mask_ratios_stay_within_their_bounds_and_prompts_stay_clean():
     length = 4000
     rows = [packed([([1] * 50, [2] * length)], sequence_length=length + 50) for _ in range(32)]
@@ -226,6 +227,7 @@ def test_packed_and_unpacked_rows_of_the_same_pairs_give_the_same_loss_of_each_a
     assert float(one_row[0]) == pytest.approx(sum(float(part[0]) for part in alone), rel=1e-5)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("t_sampling", ["stratified", "iid"])
 def test_a_single_answer_per_row_has_the_expectation_of_the_bound(t_sampling):
     """Over many rows the training loss comes to the bound that scores held-out dialogues."""

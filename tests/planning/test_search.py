@@ -11,6 +11,7 @@ from llada_jax.errors import UserError
 from llada_jax.verbs import plan
 
 
+@pytest.mark.slow
 def test_the_search_returns_what_nothing_else_beats_in_both_time_and_memory():
     config = load_config(LLADA_8B, ["data.batch_size=256"])
     machines = hardware.machines_named("v6e-256")

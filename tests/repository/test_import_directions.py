@@ -233,6 +233,7 @@ else:
 """
 
 
+@pytest.mark.slow
 def test_the_core_imports_without_the_libraries_that_only_verbs_need():
     core = [
         module
@@ -296,6 +297,7 @@ def test_nothing_is_loaded_before_it_is_needed(code, absent, tmp_path):
 IMPORT_NAME = {"orbax_checkpoint": "orbax"}  # where it is not the name on the package index
 
 
+@pytest.mark.slow
 def test_every_library_that_is_imported_is_declared():
     setup = ast.parse((PACKAGE.parent / "setup.py").read_text())
     words = [

@@ -57,6 +57,7 @@ def test_greedy_texts_are_those_of_passes_over_the_whole_row(network):
     assert num_steps_B.tolist() == [10] * 3
 
 
+@pytest.mark.slow
 def test_a_row_ends_at_its_own_end_of_text(network):
     expected_BT, _ = sample(network)
     eos_id = int(expected_BT[0, 4])

@@ -56,6 +56,7 @@ def test_a_refresh_in_every_step_equals_no_cache(network, cache, options):
     np.testing.assert_array_equal(num_steps_B, expected_B)
 
 
+@pytest.mark.slow
 def test_one_step_per_block_never_reads_a_stale_cache(network):
     expected_BT, _ = sample(network, steps=3)
     tokens_BT, _ = sample(network, steps=3, cache="dual")

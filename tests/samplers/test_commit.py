@@ -110,6 +110,7 @@ def test_a_row_that_is_sure_of_all_tokens_needs_one_pass_per_block():
     assert tokens_BT[0].tolist() == [(1 + i) % 9 for i in range(8)]
 
 
+@pytest.mark.slow
 @settings(max_examples=4, deadline=None, derandomize=True)
 @given(
     prompts=st.lists(st.lists(st.integers(0, 13), max_size=5), min_size=2, max_size=4),

@@ -103,6 +103,7 @@ def test_confidence_ignores_the_temperature():
         break
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("remasking", ["low_confidence", "random"])
 def test_a_row_draws_the_same_whatever_else_is_sampled_with_it(remasking):
     request = {

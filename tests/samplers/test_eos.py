@@ -15,6 +15,7 @@ SCHEDULE = {"gen_length": 12, "block_length": 6, "steps": 8}
 PROMPTS = [[1, 2, 3], [], [4] * 5, [5, EOS, 6], [7], [8, 9], [10, 11, 12, 13], [3, 3], [2], [6, 1]]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("temperature", [0.0, 0.7, 1.0])
 def test_rows_end_at_eos_as_in_plain_numpy_and_only_in_finished_blocks(temperature):
     request = {**SCHEDULE, "eos_id": EOS, "temperature": temperature, "seed": 3}

@@ -34,6 +34,7 @@ def test_texts_with_gaps_are_right_padded_and_keep_what_is_given():
     assert canvas.positions_BT[1, :4].tolist() == [0, 1, 2, 3]
 
 
+@pytest.mark.slow
 @settings(max_examples=15, deadline=None, derandomize=True)
 @given(data=st.data(), seed=st.integers(0, 99), temperature=st.sampled_from([0.0, 1.0]))
 def test_given_tokens_are_untouched_and_rows_do_not_see_each_other(data, seed, temperature):

@@ -99,6 +99,7 @@ def test_the_example_of_the_docs_keeps_the_sharpest_distribution(monkeypatch):
     assert MASK not in sample("lowest_entropy:lowest_entropy")
 
 
+@pytest.mark.slow
 def test_a_rule_that_is_undecided_still_reveals_every_token():
     assert MASK not in sample("own_commit_rules:undecided")
     assert MASK not in sample("own_commit_rules:undecided", block_length=4)

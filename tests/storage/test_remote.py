@@ -28,6 +28,7 @@ from llada_jax.storage.arrays import s3_spec
 from llada_jax.training.state import TrainState
 
 
+@pytest.mark.slow
 def test_a_bucket_that_does_not_answer_is_named_within_seconds(tmp_path):
     """What a host without a network sees: connections are taken, and nothing comes back."""
     library("gcsfs")
@@ -236,6 +237,7 @@ def test_a_run_in_a_bucket_that_is_killed_and_resumed_is_the_run_on_a_disk(bucke
         "schedule.name=cosine",
         "checkpoint.every_steps=3",
         "optimizer.ema_decay=0.9",
+        "log.tensorboard=true",
     ]
     on_disk, workdir = runs.directory / "on-disk", f"{bucket}/run"
     if not on_disk.exists():

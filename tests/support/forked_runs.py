@@ -12,13 +12,14 @@ import sys
 import time
 from pathlib import Path
 
+from support import fast_compilation
+
 # Read when JAX and numpy are imported. A thread of OpenBLAS would not live on in the children.
 os.environ |= {
     "JAX_PLATFORMS": "cpu",
     "OPENBLAS_NUM_THREADS": "1",
     "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
-    # as in tests/conftest.py: compiled in half of the time
-    "XLA_FLAGS": "--xla_backend_optimization_level=0",
+    "XLA_FLAGS": fast_compilation.XLA_FLAGS,
 }
 
 import grain  # noqa: F401  (imported once, for all children)

@@ -36,6 +36,7 @@ def get_config():
     config.evaluation.num_batches = 2
     config.checkpoint.every_steps = 10
     config.log.every_steps = 1
+    config.log.tensorboard = False  # importing its writer takes as long as these runs train
     return config
 """
 

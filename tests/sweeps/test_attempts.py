@@ -24,6 +24,7 @@ def test_run_local_runs_all_with_their_knobs_each_in_its_workdir(
         assert f"{index:03d} complete: {2 + 100 * rate:.3f} bits/byte, step 10/10" in err
 
 
+@pytest.mark.slow
 def test_a_second_start_runs_only_what_is_not_finished(
     write_config, call_sweep, tmp_path, fake_train
 ):
@@ -72,6 +73,7 @@ def test_sigterm_reaches_the_runs_and_the_same_command_continues_them(
         assert steps == list(range(1, 201))
 
 
+@pytest.mark.slow
 def test_parallel_runs_are_never_more_than_asked_for(
     write_config, call_sweep, tmp_path, fake_train, monkeypatch
 ):
@@ -106,6 +108,7 @@ def test_parallel_runs_get_devices_of_their_own(
     assert "more than the 4 GPUs" in call_sweep("--run", "local", "--parallel", "5", status=2)[1]
 
 
+@pytest.mark.slow
 def test_index_runs_one_run_and_passes_its_exit_status_on(
     write_config, call_sweep, tmp_path, fake_train
 ):

@@ -64,6 +64,7 @@ def is_alive(pid: int) -> bool:
         return False
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(sys.platform != "linux", reason="the kernel of Linux alone does this")
 def test_runs_of_a_killed_sweep_are_asked_to_stop_and_keep_the_next_one_out(
     slow_sweep, write_config, call_sweep, tmp_path, fake_train
@@ -88,6 +89,7 @@ def test_runs_of_a_killed_sweep_are_asked_to_stop_and_keep_the_next_one_out(
     assert states(call_sweep) == ["complete"] * 3
 
 
+@pytest.mark.slow
 def test_tasks_of_an_array_run_next_to_each_other_and_keep_a_local_sweep_out(
     slow_sweep, write_config, call_sweep, tmp_path, fake_train
 ):
@@ -99,6 +101,7 @@ def test_tasks_of_an_array_run_next_to_each_other_and_keep_a_local_sweep_out(
     assert states(call_sweep) == ["missing", "complete", "missing"]
 
 
+@pytest.mark.slow
 def test_a_second_optuna_process_does_not_adopt_the_trial_of_the_first(
     slow_sweep, write_config, call_sweep, tmp_path, fake_train
 ):

@@ -112,6 +112,7 @@ def test_a_changed_base_is_refused_unless_it_only_changes_how_runs_are_carried_o
         call_sweep("--list", f"--config.{word}")
 
 
+@pytest.mark.slow
 def test_runs_may_be_added_at_the_end(write_config, call_sweep, fake_train):
     write_config(RATES)
     call_sweep("--run", "local")
@@ -122,6 +123,7 @@ def test_runs_may_be_added_at_the_end(write_config, call_sweep, fake_train):
     assert "Run 003" in call_sweep("--list", status=2)[1]
 
 
+@pytest.mark.slow
 def test_runs_keep_their_numbers_when_a_value_is_added_in_the_middle_of_a_product(
     write_config, call_sweep, fake_train
 ):

@@ -82,6 +82,7 @@ def test_isoflop_finds_the_exponents_of_exact_parabolas(exponent):
         assert budget.is_bracketed
 
 
+@pytest.mark.slow
 def test_isoflop_finds_the_optimum_of_chinchillas_surface():
     """A parabola is not that surface, but its minimum lies within a few percent of the one found by
     search.
@@ -248,6 +249,7 @@ def test_too_few_sizes_for_a_parabola_are_refused_in_one_sentence(runs):
 # ---- parametric fit
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "law",
     [CHINCHILLA, {"E": 0.6, "A": 3.0, "B": 900.0, "alpha": 0.15, "beta": 0.5}],
@@ -263,6 +265,7 @@ def test_parametric_fit_finds_the_law_that_runs_lie_on(law):
         assert fit.loss(run.parameters, run.tokens) == pytest.approx(run.loss, rel=1e-6)
 
 
+@pytest.mark.slow
 def test_optimum_of_the_parametric_fit_is_the_one_found_by_search():
     fit = fit_parametric(runs_on(CHINCHILLA), num_samples=2)
     parameters, tokens = fit.optimum(1e21)
@@ -282,6 +285,7 @@ def test_parametric_fit_of_noisy_runs_holds_the_law_in_its_intervals():
     assert min(held.values()) >= 4, held
 
 
+@pytest.mark.slow
 def test_huber_loss_shrugs_off_a_run_that_went_wrong():
     """One loss of 35 is 10% too high. Least squares moves alpha by far more."""
     from scipy.optimize import curve_fit
@@ -308,6 +312,7 @@ def test_too_few_runs_for_five_unknowns_are_refused_in_one_sentence(runs):
         fit_parametric(runs)
 
 
+@pytest.mark.slow
 def test_the_report_holds_the_numbers_of_the_fits():
     runs = runs_on(CHINCHILLA, noise=0.001)
     isoflop, parametric = fit_isoflop(runs, num_samples=50), fit_parametric(runs, num_samples=10)

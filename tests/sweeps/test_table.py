@@ -11,6 +11,7 @@ from support.sweeps import BASE, RATES
 from llada_jax.sweeps.table import sparkline
 
 
+@pytest.mark.slow
 def test_table_has_the_numbers_of_metrics_jsonl_best_first(
     write_config, call_sweep, tmp_path, fake_train
 ):
@@ -49,6 +50,7 @@ def test_table_has_the_numbers_of_metrics_jsonl_best_first(
     assert "  0.001                   2.1000  best 2.1000  of 1 runs" in out
 
 
+@pytest.mark.slow
 def test_table_says_which_bounds_are_not_alike(write_config, call_sweep, fake_train, runs):
     base = BASE.replace("nowhere", str(runs.dataset))
     write_config("add(seed=1)", "add(seed=2)", "add({'data.batch_size': 4})", base=base)
@@ -89,6 +91,7 @@ def test_sparkline_falls_with_the_curve_and_fits():
     assert sparkline([(1, math.nan), (2, 1.0)], low=1, high=1) == "▁"
 
 
+@pytest.mark.slow
 def test_curves_are_drawn_into_a_file(write_config, call_sweep, tmp_path, fake_train):
     library("matplotlib")
     write_config(RATES)

@@ -45,6 +45,7 @@ def compiled():
         return recipe, compile_step(recipe, (B, T))
 
 
+@pytest.mark.slow
 def test_every_array_of_the_state_is_updated_in_place(compiled):
     """Or the state would be held twice, which is what decides whether a model fits."""
     recipe, step = compiled

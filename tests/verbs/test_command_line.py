@@ -307,6 +307,7 @@ for allocate in (
 """
 
 
+@pytest.mark.slow
 def test_what_the_memory_does_not_hold_ends_in_one_sentence():
     """On a device, in a compiled program, in numpy and in Python."""
     done = subprocess.run(

@@ -69,6 +69,7 @@ def test_flags_that_do_not_fit_together_are_refused(words, message, capfd):
     assert message in said(capfd, "--checkpoint", "c", *words, status=2)
 
 
+@pytest.mark.slow
 def test_a_direction_that_cannot_be_asked_is_refused(
     causal_checkpoint, random_checkpoint, questions, capfd
 ):
@@ -79,6 +80,7 @@ def test_a_direction_that_cannot_be_asked_is_refused(
     assert 'has a question "backwards"' in err
 
 
+@pytest.mark.slow
 def test_the_parts_of_the_bound_are_reported(random_checkpoint, small_dataset, capfd):
     words = ("--checkpoint", random_checkpoint, "--data", small_dataset, "--breakdown")
     found = json.loads(said(capfd, *words, "--json"))

@@ -46,6 +46,7 @@ def test_ours_to_hugging_face_to_ours_is_bit_exact_and_the_layout_is_said(name, 
     assert_same_params(read_back(export(run, tmp_path / "bfloat16"), a), rounded)
 
 
+@pytest.mark.slow
 def test_the_config_has_every_key_with_the_ids_of_the_tokenizer(random_checkpoint, tmp_path):
     out = export(random_checkpoint, tmp_path / "out")
     config = json.loads((out / "config.json").read_text())
@@ -123,6 +124,7 @@ def test_ema_takes_the_moving_average_and_without_it_the_run_is_told_to_keep_one
     )
 
 
+@pytest.mark.slow
 def test_json_is_one_object_with_the_files(random_checkpoint, tmp_path, capfd):
     out = export(random_checkpoint, tmp_path / "out", "--json")
     told = json.loads(capfd.readouterr().out)
@@ -131,6 +133,7 @@ def test_json_is_one_object_with_the_files(random_checkpoint, tmp_path, capfd):
     assert told["files"] == {file.name: file.stat().st_size for file in out.iterdir()}
 
 
+@pytest.mark.slow
 def test_a_published_checkpoint_comes_back_with_every_tensor_and_key(published, tmp_path):
     """Hugging Face -> ours -> Hugging Face, with a tokenizer of as many ids as the fixture has
     rows.
@@ -156,6 +159,7 @@ def test_a_published_checkpoint_comes_back_with_every_tensor_and_key(published, 
         assert (out / name).read_bytes() == (source / name).read_bytes()
 
 
+@pytest.mark.slow
 def test_a_dry_run_writes_and_uploads_nothing(random_checkpoint, tmp_path, capfd, monkeypatch):
     calls = []
     monkeypatch.setattr("huggingface_hub.HfApi", FakeHub(calls))

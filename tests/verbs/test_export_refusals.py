@@ -23,6 +23,7 @@ from llada_jax.errors import UserError
 from llada_jax.storage.arrays import read_chunks
 
 
+@pytest.mark.slow
 def test_what_cannot_be_exported_is_refused_with_the_reason(
     random_checkpoint, tmp_path, refused_export
 ):
@@ -67,6 +68,7 @@ def test_what_cannot_be_exported_is_refused_with_the_reason(
     )
 
 
+@pytest.mark.slow
 def test_parameters_that_the_network_does_not_have_are_named_and_not_called_damage(
     tmp_path, refused_export
 ):
@@ -130,6 +132,7 @@ def test_a_flipped_number_is_found_by_its_checksum(
 # ---- the Hub
 
 
+@pytest.mark.slow
 def test_the_hub_gets_the_whole_directory_in_a_private_repository(
     random_checkpoint, tmp_path, capfd, monkeypatch
 ):

@@ -52,6 +52,7 @@ def test_a_killed_export_leaves_no_export_and_the_same_command_writes_a_whole_on
     assert not (tmp_path / "out.partial").exists()
 
 
+@pytest.mark.slow
 def test_two_exports_into_one_directory_are_kept_apart(random_checkpoint, tmp_path, refused_export):
     words = ["--checkpoint", str(random_checkpoint), "--output", str(tmp_path / "out")]
     process = subprocess.Popen(
@@ -81,6 +82,7 @@ def test_an_export_is_replaced_only_by_force_and_then_whole(
     assert [path.name for path in tmp_path.iterdir()] == ["out"]
 
 
+@pytest.mark.slow
 def test_force_never_removes_what_is_no_export(random_checkpoint, tmp_path, refused_export):
     (tmp_path / "home").mkdir()
     (tmp_path / "home" / "thesis.tex").write_text("keep me")
@@ -108,6 +110,7 @@ def test_an_export_that_was_killed_while_it_replaced_another_gives_that_one_back
 
 
 # too small for the weights; just too small for what comes after them
+@pytest.mark.slow
 @pytest.mark.parametrize("size", ["64k", "204k"])
 def test_a_full_disk_is_one_sentence_and_leaves_nothing(
     size, random_checkpoint, mount, refused_export
@@ -120,6 +123,7 @@ def test_a_full_disk_is_one_sentence_and_leaves_nothing(
     assert "free some space" in sentence
 
 
+@pytest.mark.slow
 def test_a_full_disk_keeps_the_export_that_was_to_be_replaced(
     random_checkpoint, mount, refused_export
 ):

@@ -112,6 +112,7 @@ def test_ids_template_tokenizer_and_source_come_along(imported_workdirs, hugging
         ).read_bytes()
 
 
+@pytest.mark.slow
 def test_a_workdir_and_its_directory_give_the_same_text(
     imported_workdirs, huggingface_directories, capsys
 ):

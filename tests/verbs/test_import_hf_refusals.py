@@ -264,6 +264,7 @@ def test_a_bad_directory_is_refused_in_one_sentence_with_nothing_left_behind(
     assert not output.exists()
 
 
+@pytest.mark.slow
 def test_code_in_a_directory_is_never_run(whole, tmp_path):
     """Only `export --verify` runs code, and only that of its own export."""
     directory, mark = tmp_path / "hf", tmp_path / "it-ran"

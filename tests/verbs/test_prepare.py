@@ -15,6 +15,7 @@ from llada_jax.__main__ import main as llada_jax
 from llada_jax.verbs.prepare import main
 
 
+@pytest.mark.slow
 def test_the_command_prints_a_summary_or_json_on_stdout_alone(tmp_path):
     write_corpus(tmp_path / "corpus", num_files=2, num_documents=30)
     flags = [

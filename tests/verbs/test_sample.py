@@ -112,6 +112,7 @@ def test_json_is_one_object_and_nothing_else(run):
     }
 
 
+@pytest.mark.slow
 def test_a_text_ends_at_eos_unless_told_to_ignore_it(run):
     dot = fake_pretrained("the end.")
     _, out, _ = run("--gen-length", "16", "--block-length", "4", "--json", pretrained=dot)
@@ -193,6 +194,7 @@ def causal_pretrained():
     return pretrained
 
 
+@pytest.mark.slow
 def test_an_autoregressive_model_writes_token_by_token(run):
     pretrained = causal_pretrained()
     status, out, _ = run(

@@ -88,6 +88,7 @@ def rich_run(runs, tmp_path_factory):
         "samples.gen_length=8",
         "samples.steps=8",
         "samples.block_length=8",
+        "log.tensorboard=true",
         "log.profile_at_step=12",
         "log.profile_num_steps=2",
         "objective.masking=exact_count",
@@ -311,7 +312,13 @@ def sampled_texts(workdir) -> list[str]:
 def test_several_processes_sample_while_they_train_what_one_samples(runs):
     # many steps: when all of them were dispatched at once, they hung
     lengths = [f"samples.{name}=48" for name in ("gen_length", "steps", "block_length")]
-    knobs = ("num_steps=6", "schedule.name=cosine", "samples.every_steps=6", *lengths)
+    knobs = (
+        "num_steps=6",
+        "schedule.name=cosine",
+        "samples.every_steps=6",
+        "log.tensorboard=true",
+        *lengths,
+    )
     alone, together = runs.directory / "samples-of-one", runs.directory / "samples-of-two"
     runs.train(alone, *knobs)
     runs.train(together, *knobs, num_devices=4, num_processes=2)

@@ -51,6 +51,7 @@ def test_a_checkpoint_of_another_architecture_or_run_is_refused(case, home, refu
     refused(train_argv(home, home / "run", *overrides), says=says, keeps=[home / "run"])
 
 
+@pytest.mark.slow
 def test_a_checkpoint_of_another_tokenizer_is_refused(home, tmp_path, refused):
     other = [f"data.path={home / 'spm'}", "model.vocab_size=320"]
     says = ["another tokenizer", "sentencepiece", "bytes", "WORKDIR/tokenizer"]
@@ -68,6 +69,7 @@ def test_other_data_of_the_same_tokenizer_does_not_continue_a_run(home, tmp_path
     refused(argv, says=["other data", "init_from"], keeps=[home / "run", tmp_path / "data"])
 
 
+@pytest.mark.slow
 def test_a_replaced_tokenizer_in_the_workdir_is_refused_by_load_and_sample(home, tmp_path, refused):
     run = copy(home / "run", tmp_path / "run")
     shutil.rmtree(run / "tokenizer")
@@ -139,6 +141,7 @@ def test_a_damaged_checkpoint_is_refused_and_the_step_before_it_continues(
         llada_jax.load(run)
 
 
+@pytest.mark.slow
 def test_the_remedy_for_a_damaged_checkpoint_gives_the_run_that_was_lost(home, tmp_path, capfd):
     run = copy(home / "run", tmp_path / "run")
     damaged_step(run, "numbers", "params", truncate)
@@ -190,6 +193,7 @@ def test_a_half_written_step_is_never_read(home, tmp_path, capfd):
     assert f"start       step 2 of {run}" in capfd.readouterr().err
 
 
+@pytest.mark.slow
 def test_train_gives_back_the_mesh_of_its_caller(home, tmp_path):
     assert main(train_argv(home, home / "run")) == 0
     assert jax.sharding.get_abstract_mesh().empty

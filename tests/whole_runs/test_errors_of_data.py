@@ -106,6 +106,7 @@ def test_datasets_that_do_not_fit_the_config_are_refused(home, tmp_path, refused
         refused(argv, says=says, creates=tmp_path / "run", keeps=[home / "data", home / "spm"])
 
 
+@pytest.mark.slow
 def test_a_corrupted_record_stops_training_and_keeps_the_run(home, tmp_path, refused):
     data, run = copy(home / "data", tmp_path / "data"), copy(home / "run", tmp_path / "run")
     flip(data / "train-00000.arrayrecord", every=64)
@@ -127,6 +128,7 @@ def test_a_corrupted_held_out_record_stops_the_evaluation_and_keeps_the_run(
     refused(argv, says=says, keeps=[data, run / "checkpoints"], is_late=True)
 
 
+@pytest.mark.slow
 def test_evaluating_on_records_that_do_not_fit_is_refused(home, tmp_path, refused):
     cases = {
         str(home / "spm"): ["spm", "another tokenizer", "--tokenizer"],

@@ -75,6 +75,7 @@ def state_on(mesh):
     return abstract, create_state(model, optimizer, abstract, seed=0)
 
 
+@pytest.mark.slow
 def test_parameters_and_optimizer_state_are_created_in_shards():
     abstract, state = state_on(mesh_of(fsdp=4, tensor=2))
     for path, leaf in jax.tree_util.tree_leaves_with_path(state):
@@ -84,6 +85,7 @@ def test_parameters_and_optimizer_state_are_created_in_shards():
     assert jax.tree.map(lambda x: x.sharding, state) == jax.tree.map(lambda x: x.sharding, abstract)
 
 
+@pytest.mark.slow
 def test_initialisation_does_not_depend_on_the_mesh():
     _, one = state_on(mesh_of(data=8))
     _, other = state_on(mesh_of(data=2, fsdp=2, tensor=2))
