@@ -41,6 +41,7 @@ MAX_INT = 2**31 - 1
 
 ANY = Range(-math.inf)
 SIZE = Range(1, MAX_SIZE)
+SIZE_OR_NONE = Range(0, MAX_SIZE)
 SEED = Range(0, 2**32 - 1)
 # Corruptions that are drawn for a row: the error falls with the root of their number, and 128 are
 # usual.

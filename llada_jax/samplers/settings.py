@@ -4,7 +4,7 @@ import math
 from collections.abc import Sequence
 
 from llada_jax.errors import UserError, look_up
-from llada_jax.ranges import MAX_INT, MAX_SIZE, SEED, SIZE, check_number
+from llada_jax.ranges import MAX_INT, MAX_SIZE, SIZE, SIZE_OR_NONE, check_number
 from llada_jax.samplers.commit import SCHEDULE, parse_commit
 from llada_jax.samplers.remasking import commit_rule
 
@@ -88,10 +88,9 @@ def check_options(
             f"commit={commit} keeps the surest tokens, and remasking={remasking} names another "
             f"order; leave remasking out, or use commit={SCHEDULE}."
         )
-    if not 0 <= top_k <= MAX_SIZE:
-        raise UserError(
-            f"top_k={top_k} must lie between 0 and {MAX_SIZE}; use 0 to keep every token."
-        )
+    if top_k < 0:
+        raise UserError(f"top_k={top_k} must not be negative; use 0 to keep every token.")
+    check_number("top_k=", top_k, SIZE_OR_NONE)
     if not 0 < top_p <= 1:
         raise UserError(
             f"top_p={top_p} must be greater than 0 and at most 1; use 1 to keep every token."
@@ -111,11 +110,12 @@ def check_options(
                 f"0 to {(num_ids or MAX_INT + 1) - 1}."
             )
     look_up(CACHES, cache, "cache")
-    if not 0 <= refresh <= MAX_SIZE:
+    if refresh < 0:
         raise UserError(
-            f"refresh={refresh} must lie between 0 and {MAX_SIZE}; 1 computes everything in every "
-            "step, and 0 once per block."
+            f"refresh={refresh} must not be negative; 1 computes everything in every step, and 0 "
+            "once per block."
         )
+    check_number("refresh=", refresh, SIZE_OR_NONE)
     if refresh and cache == "none":
         raise UserError(
             f"refresh={refresh} is about a cache, and there is none; set cache=prefix or "
@@ -136,4 +136,5 @@ def check_request(*, num_prompts: int, batch_size: int, seed: int) -> None:
             "for fewer at a time."
         )
     check_number("batch_size=", batch_size, SIZE)
-    check_number("seed=", seed, SEED)
+    if not 0 <= seed < 2**32:
+        raise UserError(f"seed={seed} must lie between 0 and 2**32 - 1.")
