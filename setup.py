@@ -15,6 +15,7 @@ GS, S3 = ["gcsfs>=2024.6"], ["s3fs>=2024.6"]
 SWEEP = ["matplotlib>=3.8"]
 EVAL = [*HF, "lm-eval>=0.4.13,<0.5"]
 OPTUNA = ["optuna>=4,<6"]
+WANDB, TRACKIO = ["wandb>=0.19"], ["trackio>=0.20"]
 # what most tests need; jax[tpu] brings requests, with which a TPU VM finds its place in its slice
 TEST = [
     "pytest>=8",
@@ -90,8 +91,10 @@ setup(
         "eval": EVAL,
         "sweep": SWEEP,
         "optuna": OPTUNA,
+        "wandb": WANDB,
+        "trackio": TRACKIO,
         "test": [*DATA, *HF, *TEST],
-        "dev": [*DATA, *HF, *GS, *S3, *SWEEP, *OPTUNA, *TEST, *DEV],
+        "dev": [*DATA, *HF, *GS, *S3, *SWEEP, *OPTUNA, *WANDB, *TEST, *DEV],
     },
     entry_points={"console_scripts": ["llada-jax = llada_jax.__main__:main"]},
 )

@@ -1,61 +1,88 @@
-"""How fast is each mode of the sampler next to the plain loop over the whole canvas?
+"""How fast is each mode of the sampler next to the plain loop over the whole canvas, and next to
+the published loop of the same model in PyTorch?
 
-    python benchmarks/sampling.py [--checkpoint CKPT] [--gen-length 128] [--block-length 32] \
-        [--batch-size 4] [--repeats 3]
+    python benchmarks/sampling.py [--checkpoint CKPT] [--size 30m] [--gen-length 128] \
+        [--block-length 32] [--batch-size 4] [--repeats 3] [--cores 2]
 
 Every mode samples the same prompts once to compile, and then all modes take turns, so that other
 load on the machine affects all of them alike; the median over the turns counts. The plain loop is
 the published schedule with one token per pass, which asks the host after every step, as the
-published code does. Without a checkpoint the network is untrained and 8 layers wide of 512: its
-passes cost what those of a trained one cost, but a commit rule that waits for confidence finds
-none, so that the passes per token mean nothing. Give a checkpoint to measure the rules.
+published code does. Without a checkpoint the network is untrained: its passes cost what those of a
+trained one cost, but a commit rule that waits for confidence finds none, so that the passes per
+token mean nothing. Give a checkpoint to measure the rules.
 
-The agreement is the share of tokens that are the plain loop's. It needs the dev extra. Prints a
-Markdown table.
+PyTorch runs the published loop eagerly: logits of the whole canvas, a softmax over all of them, and
+a sort per row. It has the same parameters, and its tokens must agree with those of the plain loop,
+so that both compute the same function.
+
+The agreement is the share of tokens that are the plain loop's. The work of the host is measured
+with a network that costs next to nothing, for the same prompts and schedule, and given as a share
+of a pass of the plain loop; it includes the sampler's own arithmetic, so that it is an upper bound.
+
+PyTorch's threads spin while they wait for each other, so that other load slows PyTorch several
+times more than JAX: on a machine that is not idle, --cores 1 and the column of processor time
+compare fairly.
+
+It needs the dev extra and torch. Prints a Markdown table.
 """
 
 import argparse
+import os
 import platform
 import statistics
 import time
 
 import jax
+import jax.numpy as jnp
 import numpy as np
+from train_step import load_parameters, make_torch_model
 
 from llada_jax.models.model import make_model
 from llada_jax.models.transformer import Architecture
 from llada_jax.samplers.text import generate_tokens
 
+# (vocabulary, layers, width, heads, feed-forward width); "160m" is the network of
+# configs/llada_160m.py with a smaller vocabulary.
+SIZES = {
+    "2m": (4096, 2, 192, 4, 512),
+    "30m": (4096, 8, 512, 8, 1408),
+    "160m": (32768, 12, 768, 12, 2048),
+}
+TORCH, PLAIN = "PyTorch, published loop", "plain loop"
 MODES = {
-    "plain loop": {"on_step": lambda rows, state: None},
+    TORCH: {},
+    PLAIN: {"on_step": lambda rows, state: None},
     "one loop per block": {},
     "threshold": {"commit": "threshold=0.9"},
     "factor": {"commit": "factor=1"},
     "frechet": {"commit": "frechet=0.25"},
     "entropy": {"commit": "entropy=0.1"},
+    "wino": {"commit": "threshold=0.6", "revise": "wino=0.9"},
+    "remdm": {"revise": "remdm-rescale=0.1"},
+    "append": {"append": True},
     "prefix cache": {"cache": "prefix"},
     "dual cache": {"cache": "dual"},
     "dual cache, refresh 8": {"cache": "dual", "refresh": 8},
-    "append": {"append": True},
     "append, cache": {"append": True, "cache": "dual"},
     "frechet, dual cache": {"commit": "frechet=0.25", "cache": "dual"},
 }
 
 
-def untrained() -> tuple:
-    """Returns (model, params, ids, prompts) of a network of 30 million parameters."""
+def untrained(size: str) -> tuple:
+    """Returns (architecture, model, params, ids) of a network that has learnt nothing."""
+    vocab_size, num_layers, d_model, num_heads, d_ff = SIZES[size]
     architecture = Architecture(
-        vocab_size=4096,
-        num_layers=8,
-        d_model=512,
-        num_heads=8,
-        num_kv_heads=8,
-        head_dim=64,
-        d_ff=1408,
+        vocab_size=vocab_size,
+        num_layers=num_layers,
+        d_model=d_model,
+        num_heads=num_heads,
+        num_kv_heads=num_heads,
+        head_dim=d_model // num_heads,
+        d_ff=d_ff,
     )
     model = make_model(architecture)
-    ids = {"mask_id": 4095, "pad_id": 0}
-    return model, model.init(jax.random.key(0)), ids
+    ids = {"mask_id": vocab_size - 1, "pad_id": 0, "num_ids": vocab_size - 1}
+    return architecture, model, jax.jit(model.init)(jax.random.key(0)), ids
 
 
 def trained(checkpoint: str) -> tuple:
@@ -63,61 +90,157 @@ def trained(checkpoint: str) -> tuple:
 
     loaded = llada_jax.load(checkpoint)
     ids = {"mask_id": loaded.tokenizer.mask_id, "pad_id": loaded.tokenizer.pad_id}
-    return loaded.model, loaded.params, ids | {"num_ids": loaded.tokenizer.vocab_size}
+    ids["num_ids"] = loaded.tokenizer.vocab_size
+    return loaded.record.architecture, loaded.model, loaded.params, ids
+
+
+def torch_loop(architecture: Architecture, params: dict, prompts: list, args, ids: dict):
+    """Returns a function that samples as the published code does, with the same parameters."""
+    import torch
+
+    torch.set_num_threads(len(os.sched_getaffinity(0)))
+    size = {name: getattr(architecture, name) for name in ("vocab_size", "num_layers", "d_model")}
+    size |= {name: getattr(architecture, name) for name in ("num_heads", "head_dim", "d_ff")}
+    width = args.prompt_length + args.gen_length
+    net = make_torch_model(size | {"sequence_length": width})
+    flat = jax.tree_util.tree_leaves_with_path(params)
+    arrays = {
+        jax.tree_util.keystr(path, simple=True, separator="/"): np.asarray(leaf)
+        for path, leaf in flat
+    }
+    load_parameters(net, Arrays(arrays))
+    steps_per_block = args.block_length
+
+    @torch.no_grad()
+    def sample() -> np.ndarray:
+        canvas_BT = torch.full((len(prompts), width), ids["mask_id"])
+        canvas_BT[:, : args.prompt_length] = torch.tensor(prompts)
+        for first in range(args.prompt_length, width, args.block_length):
+            stop = first + args.block_length
+            for _ in range(steps_per_block):
+                is_hidden_BT = canvas_BT == ids["mask_id"]
+                logits_BTV = net(canvas_BT)
+                p_BTV = torch.softmax(logits_BTV, dim=-1)
+                logits_BTV[..., ids["num_ids"] :] = -torch.inf
+                logits_BTV[..., ids["mask_id"]] = -torch.inf
+                choices_BT = logits_BTV.argmax(-1)
+                p_BT = p_BTV.gather(-1, choices_BT[..., None])[..., 0]
+                p_BT[:, stop:] = -torch.inf
+                confidence_BT = torch.where(is_hidden_BT, p_BT, -torch.inf)
+                for row, confidence_T in enumerate(confidence_BT):
+                    place = confidence_T.topk(1).indices
+                    canvas_BT[row, place] = choices_BT[row, place]
+        return canvas_BT[:, args.prompt_length :].numpy()
+
+    return sample
+
+
+class Arrays(dict):
+    """Arrays by name, with the names under `files` as numpy.load gives them."""
+
+    @property
+    def files(self) -> list[str]:
+        return list(self)
+
+
+def no_logits(params, tokens_BT, segment_ids_BT, positions_BT, start, length):
+    """A network that costs next to nothing."""
+    return jnp.broadcast_to(params, (tokens_BT.shape[0], length, params.shape[0]))
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--checkpoint")
+    parser.add_argument("--size", choices=SIZES, default="30m", help="without a checkpoint")
     parser.add_argument("--gen-length", type=int, default=128)
     parser.add_argument("--block-length", type=int, default=32)
     parser.add_argument("--prompt-length", type=int, default=64)
     parser.add_argument("--batch-size", type=int, default=4)
     parser.add_argument("--repeats", type=int, default=3)
+    parser.add_argument("--cores", type=int, help="use no more than that many")
     parser.add_argument("--modes", nargs="+", choices=MODES, default=list(MODES))
     args = parser.parse_args()
-    model, params, ids = trained(args.checkpoint) if args.checkpoint else untrained()
+    if args.cores:
+        os.sched_setaffinity(0, sorted(os.sched_getaffinity(0))[: args.cores])
+    found = trained(args.checkpoint) if args.checkpoint else untrained(args.size)
+    architecture, model, params, ids = found
     rng = np.random.default_rng(0)
-    top = ids.get("num_ids", 4000)
-    prompts = rng.integers(1, top // 2, (args.batch_size, args.prompt_length)).tolist()
+    prompts = rng.integers(1, ids["num_ids"] // 2, (args.batch_size, args.prompt_length)).tolist()
+    request = {
+        "gen_length": args.gen_length,
+        "block_length": args.block_length,
+        "batch_size": args.batch_size,
+    }
+    if TORCH in args.modes:
+        published = torch_loop(architecture, params, prompts, args, ids)
 
-    def sample(mode: str) -> tuple[float, np.ndarray, np.ndarray]:
-        start = time.perf_counter()
-        tokens_BT, num_steps_B = generate_tokens(
-            model.logits_fn,
-            params,
-            prompts,
-            gen_length=args.gen_length,
-            block_length=args.block_length,
-            batch_size=args.batch_size,
-            cache_fns=model.cache_fns,
-            **ids,
-            **MODES[mode],
-        )
-        return time.perf_counter() - start, tokens_BT, num_steps_B
+    def sample(mode: str) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        """Returns seconds and seconds of the processor, tokens, and passes."""
+        start = np.array([time.perf_counter(), time.process_time()])
+        if mode == TORCH:
+            tokens_BT, num_steps_B = published(), np.full(args.batch_size, args.gen_length)
+        else:
+            tokens_BT, num_steps_B = generate_tokens(
+                model.logits_fn,
+                params,
+                prompts,
+                cache_fns=model.cache_fns,
+                shadow_fn=model.shadow_fn,
+                **request,
+                **ids,
+                **MODES[mode],
+            )
+        seconds = np.array([time.perf_counter(), time.process_time()]) - start
+        return seconds, tokens_BT, num_steps_B
+
+    def host_seconds(mode: str) -> float:
+        """Returns the processor's seconds of a pass that computes no network."""
+        start = time.process_time()
+        scores_V = jnp.arange(8.0)
+        small = {"mask_id": 7, "pad_id": 0}
+        small_prompts = np.ones_like(prompts).tolist()
+        generate_tokens(no_logits, scores_V, small_prompts, **request, **small, **MODES[mode])
+        return (time.process_time() - start) / args.gen_length
 
     results = {mode: sample(mode) for mode in args.modes}
-    seconds: dict[str, list[float]] = {mode: [] for mode in args.modes}
+    seconds: dict[str, list[np.ndarray]] = {mode: [] for mode in args.modes}
+    loops = [mode for mode in (PLAIN, "one loop per block") if mode in args.modes]
+    host: dict[str, list[float]] = {mode: [] for mode in loops}
+    for mode in loops:
+        host_seconds(mode)
     for _ in range(args.repeats):
         for mode in args.modes:
             seconds[mode].append(sample(mode)[0])
-    first = args.modes[0]
-    plain_s = statistics.median(seconds[first])
+        for mode in loops:
+            host[mode].append(host_seconds(mode))
+
+    medians = {mode: np.median(seconds[mode], axis=0) for mode in args.modes}
+    plain_s, plain_cpu_s = medians[PLAIN]
     print(
         f"{platform.machine()}, {jax.devices()[0].device_kind}, jax {jax.__version__}; "
-        f"{args.batch_size} rows, prompts of {args.prompt_length} tokens, {args.gen_length} "
-        f"generated in blocks of {args.block_length}\n"
+        f"{args.checkpoint or args.size}, {args.batch_size} rows, prompts of "
+        f"{args.prompt_length} tokens, {args.gen_length} generated in blocks of "
+        f"{args.block_length}; {len(os.sched_getaffinity(0))} cores, medians of {args.repeats}\n"
     )
-    print(f"| mode | tokens/s | times {first} | passes per token | agreement |")
-    print("|---|---|---|---|---|")
+    print(
+        "| mode | tokens/s | times the plain loop | in processor time | passes per token | "
+        "agreement |"
+    )
+    print("|---|---|---|---|---|---|")
     for mode in args.modes:
-        median_s = statistics.median(seconds[mode])
+        median_s, cpu_s = medians[mode]
         _, tokens_BT, num_steps_B = results[mode]
-        agreement = (tokens_BT == results[first][1]).mean()
+        agreement = (tokens_BT == results[PLAIN][1]).mean()
         print(
-            f"| {mode} | {tokens_BT.size / median_s:.0f} | {plain_s / median_s:.2f} | "
-            f"{num_steps_B.mean() / args.gen_length:.3f} | {agreement:.0%} |"
+            f"| {mode} | {tokens_BT.size / median_s:.1f} | {plain_s / median_s:.2f} | "
+            f"{plain_cpu_s / cpu_s:.2f} | {num_steps_B.mean() / args.gen_length:.3f} | "
+            f"{agreement:.0%} |"
         )
+    print()
+    for mode in loops:
+        host_s = statistics.median(host[mode])
+        share = host_s / (plain_cpu_s / args.gen_length)
+        print(f"Host, {mode}: {1e3 * host_s:.2f} ms per pass, {share:.1%} of a plain pass.")
 
 
 if __name__ == "__main__":

@@ -5,7 +5,10 @@ This is not a launcher; launch/gke.py and launch/tpu_vm.py import it.
 
 import argparse
 import re
+import sys
 from dataclasses import dataclass
+
+import preflight
 
 from llada_jax.cluster.compiler_flags import flags_named
 from llada_jax.errors import UserError
@@ -19,6 +22,10 @@ COORDINATOR_PORT = 8476
 # aborted), or 255 when ssh lost the host. The others (1 a bug, 2 a mistake, 3 NaN) would only
 # recur.
 RESTART_STATUSES = (42, *range(127, 256))
+
+# Extras of setup.py that every host has, in addition to that of its chips: the image has them
+# (launch/Dockerfile), and TPU VMs install them.
+HOST_EXTRAS = ("data", "gs", "s3", "hf")
 
 # kind -> what may follow after a colon
 CAPACITY = {
@@ -35,6 +42,48 @@ class Capacity:
 
     kind: str
     detail: str = ""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Bucket:
+    """A bucket that every host sees as a directory, through Cloud Storage FUSE."""
+
+    name: str
+    path: str
+    is_read_only: bool
+
+
+def parse_buckets(texts: list[str]) -> list[Bucket]:
+    """Reads "BUCKET:/path" and "BUCKET:/path:ro"; raises UserError for anything else."""
+    buckets = []
+    for text in texts:
+        match = re.fullmatch(r"([a-z0-9][a-z0-9._-]+[a-z0-9]):(/[^:]+)(:ro)?", text)
+        if not match:
+            raise UserError(f"--gcs-fuse {text!r} must be BUCKET:/path or BUCKET:/path:ro.")
+        name, path, is_read_only = match.groups()
+        buckets.append(Bucket(name=name, path=path, is_read_only=bool(is_read_only)))
+    return buckets
+
+
+def check_mount_points(paths: list[str]) -> None:
+    """Raises UserError when two of the paths at which something is mounted are the same."""
+    if len(set(paths)) < len(paths):
+        raise UserError(
+            f"Two volumes are mounted at the same place ({', '.join(paths)}); give each one its "
+            "own path."
+        )
+
+
+def check_command(
+    args: argparse.Namespace, command: list[str], place: preflight.Place, *, launcher: str
+) -> None:
+    """Checks what the hosts are to run, and says on stderr what was found.
+
+    Raises:
+        UserError: the command cannot run there.
+    """
+    found = "not checked, as asked" if args.unchecked else preflight.check(command, place)
+    print(f"{launcher}: {found}", file=sys.stderr, flush=True)
 
 
 def parse_capacity(text: str) -> Capacity:
@@ -112,6 +161,13 @@ def make_parser(description: str) -> argparse.ArgumentParser:
         help="compiler flags for one kind of hardware, e.g. v6e",
     )
     parser.add_argument(
+        "--gcs-fuse",
+        action="append",
+        default=[],
+        metavar="BUCKET:/PATH[:ro]",
+        help="bucket to mount on every host; may be repeated",
+    )
+    parser.add_argument(
         "--max-restarts",
         type=int,
         default=10,
@@ -124,6 +180,11 @@ def make_parser(description: str) -> argparse.ArgumentParser:
         default=300,
         metavar="S",
         help="seconds that a run may take to save when asked to stop (default 300)",
+    )
+    parser.add_argument(
+        "--unchecked",
+        action="store_true",
+        help="start a command that the check before it would refuse",
     )
     parser.add_argument(
         "--dry-run", action="store_true", help="print what would be done, and do nothing"

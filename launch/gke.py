@@ -1,37 +1,43 @@
 """Runs one command as a JobSet on every host of TPU slices, or on GPU nodes, of a GKE cluster.
 
     python launch/gke.py --name llada-8b --topology v5p-128 --slices 2 \\
-        --image REGION-docker.pkg.dev/P/R/llada_jax:1 -- \\
-        llada-jax train --config configs/llada_8b.py --workdir gs://BUCKET/llada-8b
+        --image REGION-docker.pkg.dev/P/R/llada_jax:1 --gcs-fuse my-bucket:/data:ro -- \\
+        llada-jax train --config configs/llada_8b.py --workdir gs://my-bucket/llada-8b \\
+        --config.data.path=/data/corpus --config.mesh.data=2
     python launch/gke.py --name llada-8b --follow       (the logs of all hosts)
     python launch/gke.py --name llada-8b --delete
 
 When a host exits with 42, is killed or disappears, the JobSet restarts, up to --max-restarts times,
-and the command continues from its last checkpoint; any other failure ends the JobSet. --dry-run
-prints the manifest instead of applying it. You need kubectl with credentials for the cluster,
-JobSet installed on the cluster, and an image (launch/Dockerfile).
+and the command continues from its last checkpoint; any other failure ends the JobSet. The command
+is checked first, and its config file is sent along, so that a changed config needs no new image.
+--dry-run prints the manifests instead of applying them. You need kubectl with credentials for the
+cluster, JobSet installed on the cluster, and an image (launch/Dockerfile).
 """
 
 import argparse
-import re
 import subprocess
 import sys
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 import yaml
 from cloud import (
     COORDINATOR_PORT,
+    HOST_EXTRAS,
     RESTART_STATUSES,
     Capacity,
+    check_command,
     check_label,
     check_name,
     command_of,
     make_parser,
+    parse_buckets,
     parse_pair,
 )
+from gke_volumes import CONFIG_LABEL, Mounts, mounts_of, shipped
+from preflight import Place
 
-from llada_jax.cluster.hardware import ACCELERATORS, slice_named
-from llada_jax.errors import UserError, look_up
+from llada_jax.cluster.hardware import ACCELERATORS, Slice, machines_named
+from llada_jax.errors import UserError
 
 CONTAINER, JOB = "trainer", "slice-job"
 # How long a finished JobSet, and so its logs, can still be read.
@@ -68,18 +74,8 @@ class Hosts:
         return self.resource == "google.com/tpu"
 
 
-@dataclass(frozen=True, kw_only=True)
-class Mounts:
-    """What a pod sees in addition to its image: volumes, their mount points, and annotations."""
-
-    volumes: list[dict] = field(default_factory=list)
-    mounts: list[dict] = field(default_factory=list)
-    annotations: dict[str, str] = field(default_factory=dict)
-
-
-def tpu_hosts(topology: str, num_slices: int) -> Hosts:
+def tpu_hosts(tpu: Slice, num_slices: int) -> Hosts:
     """Returns the nodes of TPU slices, e.g. of "v5p-128"."""
-    tpu = slice_named(topology)
     selector = {
         "cloud.google.com/gke-tpu-accelerator": tpu.accelerator.gke_accelerator,
         "cloud.google.com/gke-tpu-topology": tpu.topology_name,
@@ -93,22 +89,25 @@ def tpu_hosts(topology: str, num_slices: int) -> Hosts:
     )
 
 
-def gpu_hosts(name: str, num_hosts: int) -> Hosts:
-    """Returns whole nodes with GPUs, e.g. of "h100"."""
-    gpu = look_up(
-        {name: chip for name, chip in ACCELERATORS.items() if chip.platform == "gpu"}, name, "GPU"
-    )
+def gpu_hosts(machines: Slice) -> Hosts:
+    """Returns whole nodes with GPUs, e.g. of "64xh100"."""
+    gpu = machines.accelerator
     if not gpu.gke_accelerator:
         offered = ", ".join(
             chip.name
             for chip in ACCELERATORS.values()
             if chip.gke_accelerator and chip.platform == "gpu"
         )
-        raise UserError(f"GKE does not offer {name}; choose one of {offered}.")
+        raise UserError(f"GKE does not offer {gpu.name}; choose one of {offered}.")
+    if machines.num_chips % gpu.chips_per_host:
+        raise UserError(
+            f"{machines.name} is a part of a node, and a pod gets a whole one here; write "
+            f"{gpu.chips_per_host}x{gpu.name}."
+        )
     return Hosts(
         resource="nvidia.com/gpu",
         num_groups=1,
-        hosts_per_group=num_hosts,
+        hosts_per_group=machines.num_hosts,
         chips=gpu.chips_per_host,
         node_selector={"cloud.google.com/gke-accelerator": gpu.gke_accelerator},
     )
@@ -148,7 +147,12 @@ def environment(name: str, hosts: Hosts, extra: dict[str, str]) -> list[dict]:
     given = {"PYTHONUNBUFFERED": "1"}
     if hosts.is_tpu:
         given |= {"JAX_PLATFORMS": "tpu,cpu", "JAX_COORDINATOR_PORT": str(COORDINATOR_PORT)}
-    elif hosts.hosts_per_group > 1:
+    else:
+        # The driver's libraries, which GKE mounts here and an image without CUDA does not look for.
+        # With the platform named, a pod that does not find its GPUs ends, and does not train on
+        # its CPUs.
+        given |= {"JAX_PLATFORMS": "cuda,cpu", "LD_LIBRARY_PATH": "/usr/local/nvidia/lib64"}
+    if not hosts.is_tpu and hosts.hosts_per_group > 1:
         given |= {
             "JAX_COORDINATOR_ADDRESS": f"{name}-{JOB}-0-0.{name}:{COORDINATOR_PORT}",
             "JAX_NUM_PROCESSES": str(hosts.hosts_per_group),
@@ -160,61 +164,6 @@ def environment(name: str, hosts: Hosts, extra: dict[str, str]) -> list[dict]:
         rank = "metadata.annotations['batch.kubernetes.io/job-completion-index']"
         variables.append({"name": "JAX_PROCESS_ID", "valueFrom": {"fieldRef": {"fieldPath": rank}}})
     return variables
-
-
-def mounts_of(buckets: list[str], ramdisk: str) -> Mounts:
-    """Returns shared memory, buckets and the RAM disk as volumes and mounts.
-
-    Args:
-        buckets: "BUCKET:/path" or "BUCKET:/path:ro" each, read through Cloud Storage FUSE.
-        ramdisk: where the node's RAM disk is mounted; "" for none.
-    """
-    # Without its own volume, /dev/shm holds 64 MB: too little for NCCL and for workers that share
-    # arrays.
-    volumes = [{"name": "dshm", "emptyDir": {"medium": "Memory"}}]
-    mounts = [{"name": "dshm", "mountPath": "/dev/shm"}]
-    for number, text in enumerate(buckets):
-        match = re.fullmatch(r"([a-z0-9][a-z0-9._-]+[a-z0-9]):(/[^:]+)(:ro)?", text)
-        if not match:
-            raise UserError(f"--gcs-fuse {text!r} must be BUCKET:/path or BUCKET:/path:ro.")
-        bucket, path, is_read_only = match.groups()
-        # The pods use the host's network, where the driver looks for the service account only if
-        # asked to.
-        attributes = {
-            "bucketName": bucket,
-            "mountOptions": "implicit-dirs",
-            "hostNetworkPodKSA": "true",
-        }
-        csi = {"driver": "gcsfuse.csi.storage.gke.io", "volumeAttributes": attributes}
-        volumes.append(
-            {"name": f"bucket-{number}", "csi": csi | ({"readOnly": True} if is_read_only else {})}
-        )
-        mounts.append(
-            {"name": f"bucket-{number}", "mountPath": path}
-            | ({"readOnly": True} if is_read_only else {})
-        )
-    if ramdisk:
-        if not ramdisk.startswith("/"):
-            raise UserError(f"--ramdisk {ramdisk!r} must be an absolute path, such as /local.")
-        volumes.append(
-            {"name": "ramdisk", "csi": {"driver": "multitier-checkpoint.csi.storage.gke.io"}}
-        )
-        mounts.append({"name": "ramdisk", "mountPath": ramdisk})
-    paths = [mount["mountPath"] for mount in mounts]
-    if len(set(paths)) < len(paths):
-        raise UserError(
-            f"Two volumes are mounted at the same place ({', '.join(paths)}); give each one its "
-            "own path."
-        )
-    # 0 means "no limit".
-    annotations = {
-        f"gke-gcsfuse/{limit}-limit": "0" for limit in ("cpu", "memory", "ephemeral-storage")
-    }
-    return Mounts(
-        volumes=volumes,
-        mounts=mounts,
-        annotations={"gke-gcsfuse/volumes": "true", **annotations} if buckets else {},
-    )
 
 
 def pod_template(
@@ -309,75 +258,118 @@ def jobset(*, name: str, hosts: Hosts, template: dict, max_restarts: int, queue:
     }
 
 
-def manifest_of(args: argparse.Namespace) -> dict:
-    """Returns the JobSet of a command line."""
-    command = command_of(args)
-    if not args.image:
-        raise UserError(
-            "--image is missing; build one with launch/Dockerfile and pass its full name."
-        )
-    if args.topology in ACCELERATORS:
+def machines_of(args: argparse.Namespace) -> Slice:
+    """Returns one slice, or all GPUs, of a command line: v5p-128, 64xh100, or h100 with --hosts."""
+    is_chip = args.topology in ACCELERATORS
+    if is_chip and ACCELERATORS[args.topology].platform == "gpu":
+        chip = ACCELERATORS[args.topology]
         if args.slices > 1:
             raise UserError(
                 f"{args.topology} comes in hosts, not in slices; write --hosts {args.slices}."
             )
-        hosts = gpu_hosts(args.topology, args.hosts or 1)
-    elif args.hosts:
+        return machines_named(f"{(args.hosts or 1) * chip.chips_per_host}x{chip.name}")
+    machines = machines_named(args.topology)
+    if args.hosts:
         raise UserError(
-            f"--hosts is for GPUs: the number of hosts of {args.topology} follows from its name; "
-            "use --slices."
+            f"--hosts is for the name of a GPU: the number of hosts of {args.topology} follows "
+            "from its name; leave it out."
         )
+    if machines.accelerator.platform == "gpu" and args.slices > 1:
+        raise UserError(
+            f"{args.topology} comes in hosts, not in slices; write "
+            f"{args.slices * machines.num_chips}x{machines.accelerator.name}."
+        )
+    return machines
+
+
+def place_of(args: argparse.Namespace, machines: Slice) -> Place:
+    """Returns what the pods of a command line are, for the check of the command."""
+    buckets = {bucket.path: not bucket.is_read_only for bucket in parse_buckets(args.gcs_fuse)}
+    return Place(
+        machines=machines,
+        num_slices=args.slices,
+        mounts=buckets | ({args.ramdisk: True} if args.ramdisk else {}),
+        extras=HOST_EXTRAS,
+        how_to_install="build an image with --build-arg EXTRA=tpu,{extra} and add --unchecked",
+    )
+
+
+def check_image(image: str) -> None:
+    """Raises UserError unless the name of an image means the same image at every start."""
+    if not image:
+        raise UserError(
+            "--image is missing; build one with launch/Dockerfile and pass its full name."
+        )
+    _, _, tag = image.rpartition("/")[2].partition(":")
+    if "@sha256:" not in image and tag in ("", "latest"):
+        raise UserError(
+            f"--image {image} means what was pushed last, so that a host that restarts could run "
+            "another version than the others; give it a tag of its own, such as llada_jax:1."
+        )
+
+
+def manifests_of(args: argparse.Namespace) -> list[dict]:
+    """Returns what a command line creates: the JobSet, and before it the ConfigMap of its config.
+
+    Raises:
+        UserError: the request is impossible, or the command cannot run on such machines.
+    """
+    command = command_of(args)
+    check_image(args.image)
+    machines = machines_of(args)
+    if machines.accelerator.platform == "gpu":
+        hosts = gpu_hosts(machines)
     else:
-        hosts = tpu_hosts(args.topology, args.slices)
+        hosts = tpu_hosts(machines, args.slices)
+    config_map, command_there = shipped(args.name, command)
     template = pod_template(
         name=args.name,
         hosts=hosts,
         image=args.image,
-        command=command,
+        command=command_there,
         capacity=args.capacity,
         env=args.flags | dict(args.env),
-        mounts=mounts_of(args.gcs_fuse, args.ramdisk),
+        mounts=mounts_of(
+            parse_buckets(args.gcs_fuse),
+            args.ramdisk,
+            config_map["metadata"]["name"] if config_map else "",
+        ),
         node_selector=dict(args.node_selector),
         priority=args.priority,
         service_account=args.service_account,
         grace_seconds=args.grace,
     )
-    return jobset(
+    manifest = jobset(
         name=args.name,
         hosts=hosts,
         template=template,
         max_restarts=args.max_restarts,
         queue=args.queue,
     )
+    check_command(args, command, place_of(args, machines), launcher="gke")
+    return [*([config_map] if config_map else []), manifest]
 
 
-def to_yaml(manifest: dict) -> str:
-    """Returns the manifest as YAML, with the innermost lists and mappings on one line."""
-    return yaml.safe_dump(manifest, sort_keys=False, default_flow_style=None, width=120)
+def to_yaml(manifests: list[dict]) -> str:
+    """Returns manifests as YAML, with the innermost lists and mappings on one line."""
+    return yaml.safe_dump_all(manifests, sort_keys=False, default_flow_style=None, width=120)
 
 
-def kubectl(args: argparse.Namespace) -> list[str]:
-    """Returns the kubectl command for a command line; `apply` reads the manifest from its stdin."""
-    where = ["--namespace", args.namespace] if args.namespace else []
+def kubectl(args: argparse.Namespace) -> list[list[str]]:
+    """Returns the kubectl commands of a command line; `apply` reads manifests from its stdin."""
+    program = ["kubectl", *(["--namespace", args.namespace] if args.namespace else [])]
     if args.delete:
-        return ["kubectl", *where, "delete", "jobset", args.name]
+        return [
+            [*program, "delete", "jobset", args.name],
+            [*program, "delete", "configmap", "--selector", f"{CONFIG_LABEL}={args.name}"],
+        ]
     if args.follow:
         pods = f"jobset.sigs.k8s.io/jobset-name={args.name}"
         # kubectl's own limits are 5 pods and 10 lines.
         all_hosts = ["--max-log-requests", "10000", "--tail", "-1"]
-        return [
-            "kubectl",
-            *where,
-            "logs",
-            "--follow",
-            "--prefix",
-            "--container",
-            CONTAINER,
-            *all_hosts,
-            "--selector",
-            pods,
-        ]
-    return ["kubectl", *where, "apply", "-f", "-"]
+        shown = ["--follow", "--prefix", "--container", CONTAINER, *all_hosts]
+        return [[*program, "logs", *shown, "--selector", pods]]
+    return [[*program, "apply", "-f", "-"]]
 
 
 def parse(argv: list[str]) -> argparse.Namespace:
@@ -386,7 +378,7 @@ def parse(argv: list[str]) -> argparse.Namespace:
         "--hosts",
         type=int,
         metavar="N",
-        help="number of GPU nodes, when --topology is a GPU such as h100",
+        help="number of GPU nodes, when --topology is the name of a GPU such as h100",
     )
     parser.add_argument(
         "--image", metavar="IMAGE", help="container image that has llada_jax (launch/Dockerfile)"
@@ -413,13 +405,6 @@ def parse(argv: list[str]) -> argparse.Namespace:
         help="label that the nodes must have; may be repeated",
     )
     parser.add_argument(
-        "--gcs-fuse",
-        action="append",
-        default=[],
-        metavar="BUCKET:/PATH[:ro]",
-        help="bucket to mount; may be repeated",
-    )
-    parser.add_argument(
         "--ramdisk",
         default="",
         metavar="/PATH",
@@ -438,16 +423,19 @@ def main(argv: list[str]) -> int:
         check_name(args.name, longest=args.name)
         if args.namespace:
             check_label(args.namespace, "--namespace")
-        manifest = None if args.follow or args.delete else to_yaml(manifest_of(args))
+        manifest = None if args.follow or args.delete else to_yaml(manifests_of(args))
     except UserError as error:
         print(f"gke: {error}", file=sys.stderr)
         return error.exit_status
-    command = kubectl(args)
+    commands = kubectl(args)
     if args.dry_run:
-        print(manifest or " ".join(command), end="" if manifest else "\n")
+        print(manifest or "\n".join(map(" ".join, commands)), end="" if manifest else "\n")
         return 0
     try:
-        return subprocess.run(command, input=manifest, text=True, check=False).returncode
+        done = [
+            subprocess.run(command, input=manifest, text=True, check=False) for command in commands
+        ]
+        return max(process.returncode for process in done)
     except FileNotFoundError:
         print(
             "gke: kubectl is not installed here; install it, or pipe the output of --dry-run to a "

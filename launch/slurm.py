@@ -2,14 +2,16 @@
 
     python launch/slurm.py --nodes 16 --gpus-per-node 8 --partition gpu --time 24:00:00 \\
         --sbatch=--exclusive \\
-        -- llada-jax train --config configs/llada_8b.py --workdir /shared/runs/8b
+        -- llada-jax train --config configs/llada_8b.py --workdir /shared/runs/8b \\
+        --config.data.path=/shared/corpus
     python launch/slurm.py --array 0-11%4 --gpus-per-node 1 --time 4:00:00 \\
         -- llada-jax sweep --config configs/ladder.py --workdir /shared/sweep \\
-        --index '$SLURM_ARRAY_TASK_ID'
+        --config.data.path=/shared/corpus --index '$SLURM_ARRAY_TASK_ID'
 
 It writes LOGS/NAME.sbatch, passes it to sbatch and prints the number of the job; --dry-run prints
 the script instead. A job is requeued when its command exits with 42 (saved; start me again) or is
 killed by a signal; 0, 2 and 3 end it, and so do three starts in a row that saved nothing new.
+The command is checked before it is submitted.
 """
 
 import argparse
@@ -19,6 +21,8 @@ import shutil
 import subprocess
 import sys
 from pathlib import Path
+
+import preflight
 
 from llada_jax.cluster.compiler_flags import flags_named
 from llada_jax.errors import UserError
@@ -199,6 +203,18 @@ def render(args: argparse.Namespace, command: list[str]) -> str:
     )
 
 
+def place_of(args: argparse.Namespace) -> preflight.Place:
+    """Returns what the nodes of a job are, for the check of the command."""
+    is_contained = bool(args.container_image)
+    return preflight.Place(
+        # 0: on CPUs their number follows from the environment of the job
+        num_devices=args.nodes * args.gpus_per_node,
+        # an image has disks of its own, and what is mounted there may have another path
+        shares_disks=not is_contained,
+        has_own_disks=is_contained,
+    )
+
+
 def parse(argv: list[str]) -> tuple[argparse.Namespace, list[str]]:
     """Returns the flags and the command; a mistake ends the program with status 2 and a message."""
     parser = argparse.ArgumentParser(
@@ -283,6 +299,11 @@ def parse(argv: list[str]) -> tuple[argparse.Namespace, list[str]]:
         metavar="DIR",
         help="directory of the logs, on a shared file system (default logs)",
     )
+    add(
+        "--unchecked",
+        action="store_true",
+        help="submit a command that the check before it would refuse",
+    )
     add("--dry-run", action="store_true", help="print the script, and submit nothing")
     add("command", nargs=argparse.REMAINDER, metavar="-- COMMAND", help="what every process runs")
     args = parser.parse_args(argv)
@@ -336,6 +357,16 @@ def parse(argv: list[str]) -> tuple[argparse.Namespace, list[str]]:
 def main(argv: list[str]) -> int:
     args, command = parse(argv)
     script = render(args, command)
+    if not args.unchecked:
+        # the runs of an array differ in this word alone
+        index = re.match(r"\d*", args.array or "").group() or "0"
+        try:
+            first = [word.replace(INDEX, index) for word in command]
+            found = preflight.check(first, place_of(args))
+        except UserError as error:
+            print(f"launch: {error}", file=sys.stderr)
+            return error.exit_status
+        print(f"launch: {found}", file=sys.stderr, flush=True)
     if args.dry_run:
         print(script, end="")
         return 0

@@ -1,11 +1,13 @@
 """Runs one command on every worker of Cloud TPU VMs, again whenever the TPUs are taken away.
 
     python launch/tpu_vm.py --name llada-8b --zone us-east5-a --topology v5p-128 \\
-        --capacity spot --logs logs/llada-8b -- \\
-        llada-jax train --config configs/llada_8b.py --workdir gs://BUCKET/llada-8b
+        --capacity spot --gcs-fuse my-bucket:/data:ro --logs logs/llada-8b -- \\
+        llada-jax train --config configs/llada_8b.py --workdir gs://my-bucket/llada-8b \\
+        --config.data.path=/data/corpus
 
-It creates the queued resource unless it exists, waits until it is active, copies this checkout to
-every worker and installs it, frees the chips from an earlier start, and runs the command on all
+It checks the command, creates the queued resource unless it exists, waits until it is active,
+copies this checkout to every worker, installs it with the same versions of all packages everywhere
+(LOGS/NAME.lock), mounts buckets, frees the chips from an earlier start, and runs the command on all
 workers of all slices at once. LOGS gets one file per worker, and the output of the first worker is
 also shown here. When a worker exits with 42, is killed or cannot be reached any more, or when a
 slice is taken away, the launcher brings everything up again and repeats the command, up to
@@ -14,168 +16,61 @@ SIGTERM the workers save, and the launcher exits with 42.
 """
 
 import argparse
-import re
 import shlex
-import signal
 import subprocess
 import sys
-import tarfile
 import tempfile
 import time
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
-from cloud import RESTART_STATUSES, check_name, command_of, make_parser
-from tpu_vm_commands import ARCHIVE, CLEAN, INSTALL, STARTED, STOP, Target, run_script
+from cloud import (
+    HOST_EXTRAS,
+    RESTART_STATUSES,
+    check_command,
+    check_mount_points,
+    check_name,
+    command_of,
+    make_parser,
+    parse_buckets,
+)
+from preflight import Place, config_of
+from tpu_vm_commands import (
+    ARCHIVE,
+    CLEAN,
+    STARTED,
+    STOP,
+    UNPACK,
+    Target,
+    install_script,
+    lock_script,
+    mount_script,
+    run_script,
+    set_up_script,
+)
+from tpu_vm_workers import (
+    GcloudError,
+    Installation,
+    Stop,
+    Stopped,
+    bring_up,
+    files_of,
+    gcloud,
+    pack,
+    say,
+    set_up,
+    state_of,
+)
 
-from llada_jax.cluster.hardware import slice_named
+from llada_jax.cluster.hardware import machines_named
 from llada_jax.errors import UserError
 
 REPOSITORY = Path(__file__).parent.parent
-# A queued resource never leaves these states; its slices are gone.
-DEAD = ("FAILED", "SUSPENDED")
-TRANSIENT = re.compile(
-    r"UNAVAILABLE|DEADLINE_EXCEEDED|INTERNAL|ABORTED|HTTPError 5\d\d"
-    r"|[Cc]onnection (reset|refused|aborted)|timed out"
-)
-# How often one gcloud command is tried that fails for a reason that may pass.
-MAX_TRIES = 5
 # Between two looks at the processes of the workers.
 SECONDS_BETWEEN_LOOKS = 1.0
-
-
-class GcloudError(UserError):
-    """gcloud refused. The message is gcloud's, because it names the permission, quota or flag."""
-
-
-def pack(code: Path, archive: Path) -> int:
-    """Writes the files of a checkout that git does not ignore, and returns how many there are.
-
-    Files that were changed or added since the last commit are included.
-    """
-    listed = subprocess.run(
-        ["git", "-C", str(code), "ls-files", "-z", "--cached", "--others", "--exclude-standard"],
-        capture_output=True,
-        text=True,
-        check=False,
-    )
-    if listed.returncode:
-        raise UserError(
-            f"--code {code} is not a git checkout, so there is no list of files to copy; pass the "
-            "root of a checkout."
-        )
-    files = [name for name in listed.stdout.split("\0") if name and (code / name).is_file()]
-    with tarfile.open(archive, "w:gz") as tar:
-        for name in files:
-            tar.add(code / name, arcname=name)
-    return len(files)
-
-
-class Stop:
-    """Whether Ctrl-C or SIGTERM has arrived.
-
-    A second Ctrl-C ends the launcher at once and leaves the workers running.
-    """
-
-    def __init__(self):
-        self.is_requested = False
-        for number in (signal.SIGINT, signal.SIGTERM):
-            signal.signal(number, self._request)
-
-    def _request(self, number, frame):
-        self.is_requested = True
-        signal.signal(signal.SIGINT, signal.default_int_handler)
-
-
-class Stopped(Exception):
-    """The launcher was asked to stop while no worker was running."""
-
-
-def say(text: str) -> None:
-    print(f"launch: {text}", file=sys.stderr, flush=True)
-
-
-def pause(seconds: float, stop: Stop) -> None:
-    """Sleeps; raises Stopped as soon as the launcher is asked to stop."""
-    deadline = time.monotonic() + seconds
-    while not stop.is_requested and time.monotonic() < deadline:
-        time.sleep(min(0.2, seconds))
-    if stop.is_requested:
-        raise Stopped
-
-
-def gcloud(command: list[str], *, poll: float, stop: Stop, accept: str = "") -> str:
-    """Runs a gcloud command and returns its stdout; failures that may pass are tried again.
-
-    Args:
-        accept: an error that contains this word counts as success, with "" as the result.
-
-    Raises:
-        GcloudError: the command failed for another reason, or MAX_TRIES times.
-    """
-    for attempt in range(1, MAX_TRIES + 1):
-        if stop.is_requested:
-            raise Stopped
-        try:
-            done = subprocess.run(
-                command, capture_output=True, text=True, check=False, start_new_session=True
-            )
-        except FileNotFoundError as error:
-            raise UserError(
-                "gcloud is not installed here; install the Google Cloud CLI and log in."
-            ) from error
-        if done.returncode == 0:
-            return done.stdout.strip()
-        if accept and accept in done.stderr:
-            return ""
-        # ssh exits with 255 while a new worker does not know the key yet.
-        if attempt == MAX_TRIES or not (TRANSIENT.search(done.stderr) or done.returncode == 255):
-            break
-        failed = f"{shlex.join(command[:6])} failed, try {attempt} of {MAX_TRIES}"
-        say(f"{failed}: {done.stderr.strip()[-200:]}")
-        pause(poll, stop)
-    raise GcloudError(
-        f"{shlex.join(command)[:400]} failed ({done.returncode}): {done.stderr.strip()[-1000:]}"
-    )
-
-
-def state_of(target: Target, *, poll: float, stop: Stop) -> str:
-    """Returns the state of the queued resource, or "" if it does not exist."""
-    return gcloud(target.describe(), poll=poll, stop=stop, accept="NOT_FOUND")
-
-
-def bring_up(target: Target, *, poll: float, stop: Stop) -> bool:
-    """Waits until the queued resource is active; returns False if one created here has failed.
-
-    A resource that an earlier start left FAILED or SUSPENDED is deleted and created again.
-    """
-    said, is_new = None, False
-    while True:
-        state = state_of(target, poll=poll, stop=stop)
-        if state != said:
-            say(f"{target.name} is {state or 'not there yet'}")
-            said = state
-        if state == "ACTIVE":
-            return True
-        if state in DEAD:
-            gcloud(target.delete(), poll=poll, stop=stop, accept="NOT_FOUND")
-            if is_new:
-                return False
-        if not state or state in DEAD:
-            say(f"creating {target.name}")
-            gcloud(target.create(), poll=poll, stop=stop, accept="ALREADY_EXISTS")
-            is_new = True
-        pause(poll, stop)
-
-
-def set_up(target: Target, archive: Path, *, poll: float, stop: Stop) -> None:
-    """Makes every worker reachable by ssh, copies the code to it and installs it."""
-    for node in target.nodes:
-        say(f"{node}: copying and installing on {target.slice.num_tpu_vm_hosts} worker(s)")
-        # Alone, because the first contact may have to distribute a new key.
-        gcloud(target.ssh(node, 0, "true"), poll=poll, stop=stop)
-        gcloud(target.copy(archive, node), poll=poll, stop=stop)
-        gcloud(target.ssh(node, "all", INSTALL), poll=poll, stop=stop)
+# From here on the launcher says that GKE is the better way: it holds one ssh connection per worker
+# for the whole run, and the loss of any of them, or of this machine, stops all workers.
+MANY_WORKERS = 32
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -267,7 +162,7 @@ def run_everywhere(
 
 def babysit(
     target: Target,
-    archive: Path,
+    made: Installation,
     script: str,
     logs: Path,
     *,
@@ -283,7 +178,7 @@ def babysit(
         if not bring_up(target, poll=poll, stop=stop):
             continue
         try:
-            set_up(target, archive, poll=poll, stop=stop)
+            set_up(target, made, poll=poll, stop=stop)
             for node in target.nodes:
                 gcloud(target.ssh(node, "all", CLEAN), poll=poll, stop=stop)
         except GcloudError:
@@ -309,14 +204,23 @@ def babysit(
     return 42
 
 
-def dry_run(target: Target, script: str, *, delete: bool) -> None:
+def dry_run(target: Target, made: Installation, script: str, *, delete: bool) -> None:
     """Prints, in order, every command of a run in which nothing goes wrong."""
     commands = [target.describe(), target.create(), target.describe()]
+    is_locked = made.lock.exists()
+    versions = made.lock.read_text() if is_locked else "# what the first worker has printed\n"
     for node in target.nodes:
         commands += [
             target.ssh(node, 0, "true"),
-            target.copy(Path(ARCHIVE), node),
-            target.ssh(node, "all", INSTALL),
+            target.copy(made.archive, node),
+            target.ssh(node, "all", UNPACK),
+        ]
+        if not is_locked:
+            commands.append(target.ssh(node, 0, lock_script(made.extras)))
+            is_locked = True
+        commands += [
+            target.ssh(node, "all", each)
+            for each in (install_script(versions, made.extras), *made.scripts)
         ]
     commands += [target.ssh(node, "all", CLEAN) for node in target.nodes]
     commands += [target.ssh(node, worker, script) for node, worker in target.workers]
@@ -342,6 +246,19 @@ def parse(argv: list[str]) -> argparse.Namespace:
         default=REPOSITORY,
         metavar="DIR",
         help="checkout to copy (default: this one)",
+    )
+    parser.add_argument(
+        "--set-up",
+        type=Path,
+        metavar="FILE",
+        help="bash script that every worker runs after each installation",
+    )
+    parser.add_argument(
+        "--extra",
+        action="append",
+        default=[],
+        metavar="NAME",
+        help=f"extra of setup.py to install as well as {', '.join(HOST_EXTRAS)}; may be repeated",
     )
     parser.add_argument(
         "--internal-ip", action="store_true", help="give the workers no external address"
@@ -370,7 +287,12 @@ def parse(argv: list[str]) -> argparse.Namespace:
 
 def target_of(args: argparse.Namespace) -> Target:
     """Returns what a command line asks for; raises UserError when TPU VMs do not offer it."""
-    tpu = slice_named(args.topology)
+    tpu = machines_named(args.topology)
+    if tpu.accelerator.platform != "tpu":
+        raise UserError(
+            f"{args.topology} are GPUs; use launch/gke.py with --topology {args.topology}, or "
+            "launch/slurm.py."
+        )
     if not tpu.num_tpu_vm_hosts:
         raise UserError(f"{tpu.name} is not offered as TPU VMs; use launch/gke.py.")
     if args.capacity.kind == "flex" and not args.capacity.detail:
@@ -389,26 +311,77 @@ def target_of(args: argparse.Namespace) -> Target:
     return target
 
 
+def installation_of(args: argparse.Namespace, archive: Path) -> Installation:
+    """Returns what a command line installs; raises UserError for what is wrong in it."""
+    buckets = parse_buckets(args.gcs_fuse)
+    check_mount_points([bucket.path for bucket in buckets])
+    scripts = [mount_script(buckets)] if buckets else []
+    if args.set_up:
+        if not args.set_up.is_file():
+            raise UserError(f"--set-up {args.set_up} is not a file; pass a bash script.")
+        scripts.append(set_up_script(args.set_up.read_text()))
+    return Installation(
+        archive=archive,
+        extras=tuple(args.extra),
+        lock=args.logs / f"{args.name}.lock",
+        scripts=tuple(scripts),
+    )
+
+
+def place_of(args: argparse.Namespace, target: Target) -> Place:
+    """Returns what the workers of a command line are, for the check of the command."""
+    return Place(
+        machines=target.slice,
+        num_slices=target.num_slices,
+        mounts={bucket.path: not bucket.is_read_only for bucket in parse_buckets(args.gcs_fuse)},
+        # a script of the user's may mount anything
+        has_own_disks=bool(args.set_up),
+        extras=(*HOST_EXTRAS, *args.extra),
+        how_to_install="pass --extra {extra}",
+        root=args.code,
+    )
+
+
+def check_config_is_copied(command: list[str], code: Path) -> None:
+    """Raises UserError when the config of a command is not among the files that are copied."""
+    config = config_of(command)
+    if config and (code / config).is_file() and config not in files_of(code):
+        raise UserError(
+            f"--config {config} is not among the files of {code} that are copied to the workers, "
+            "because git ignores it or it lies elsewhere; put it into the checkout and write its "
+            "path from there."
+        )
+
+
 def main(argv: list[str]) -> int:
     args = parse(argv)
     try:
         command = command_of(args)
         target = target_of(args)
         script = run_script(command, args.flags | dict(args.env))
+        made = installation_of(args, Path(ARCHIVE))
+        check_command(args, command, place_of(args, target), launcher="launch")
+        check_config_is_copied(command, args.code)
+        if len(target.workers) >= MANY_WORKERS:
+            say(
+                f"{len(target.workers)} workers are as many ssh connections from this machine, and "
+                f"the run stops with the first that is lost; from {MANY_WORKERS} on launch/gke.py "
+                "is the better way"
+            )
         if args.dry_run:
-            dry_run(target, script, delete=args.delete)
+            dry_run(target, made, script, delete=args.delete)
             return 0
         stop = Stop()
         args.logs.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory() as directory:
-            archive = Path(directory) / ARCHIVE
-            num_files = pack(args.code, archive)
-            megabytes = archive.stat().st_size / 1e6
+            made = replace(made, archive=Path(directory) / ARCHIVE)
+            num_files = pack(args.code, made.archive)
+            megabytes = made.archive.stat().st_size / 1e6
             say(f"copying {num_files} files of {args.code}, {megabytes:.1f} MB")
             try:
                 return babysit(
                     target,
-                    archive,
+                    made,
                     script,
                     args.logs,
                     max_restarts=args.max_restarts,

@@ -3,11 +3,12 @@
 This is not a launcher, and nothing here starts a process; launch/tpu_vm.py imports it.
 """
 
+import re
 import shlex
 from dataclasses import dataclass
 from pathlib import Path
 
-from cloud import COORDINATOR_PORT, Capacity
+from cloud import COORDINATOR_PORT, HOST_EXTRAS, Bucket, Capacity
 
 from llada_jax.cluster.hardware import Slice
 
@@ -125,7 +126,7 @@ class Target:
 
 # ---- what runs on the workers, in their login shell
 
-INSTALL = f"""
+UNPACK = f"""
 set -eu
 mkdir -p "$HOME/llada_jax"
 tar -xzf "$HOME/{ARCHIVE}" -C "$HOME/llada_jax"
@@ -133,8 +134,81 @@ export PIP_BREAK_SYSTEM_PACKAGES=1 # newer images mark their Python as managed b
 python3 -m pip install --quiet --user uv
 venv="$HOME/llada_jax.venv"
 [ -x "$venv/bin/python" ] || python3 -m uv venv --quiet --python {PYTHON} "$venv"
-python3 -m uv pip install --quiet --python "$venv/bin/python" -e "$HOME/llada_jax[tpu]"
 """
+
+
+def lock_script(extras: tuple[str, ...]) -> str:
+    """Returns the script that prints the versions of all packages, as `locked_in` reads them."""
+    flags = " ".join(f"--extra {extra}" for extra in ("tpu", *HOST_EXTRAS, *extras))
+    return f"""
+set -eu
+cd "$HOME/llada_jax"
+python3 -m uv pip compile --quiet --no-header --no-annotate \\
+  --python "$HOME/llada_jax.venv/bin/python" {flags} setup.py
+"""
+
+
+def locked_in(output: str) -> str:
+    """Returns the lines "NAME==VERSION" of what a worker has printed, and nothing else of it."""
+    return "".join(
+        f"{line.strip()}\n"
+        for line in output.splitlines()
+        if re.fullmatch(r"[A-Za-z0-9][\w.-]*==[\w.+!-]+( ; .*)?", line.strip())
+    )
+
+
+def install_script(lock: str, extras: tuple[str, ...]) -> str:
+    """Returns the script that installs the code and exactly the versions of a lock."""
+    wanted = ",".join(("tpu", *HOST_EXTRAS, *extras))
+    return f"""
+set -eu
+cat > "$HOME/llada_jax.lock" <<'LOCK'
+{lock}LOCK
+python3 -m uv pip install --quiet --python "$HOME/llada_jax.venv/bin/python" \\
+  -r "$HOME/llada_jax.lock" -e "$HOME/llada_jax[{wanted}]"
+"""
+
+
+# As docs/cloud-storage-fuse/install of Google Cloud has it. A new VM may still be updating itself.
+INSTALL_GCSFUSE = """
+set -eu
+if ! command -v gcsfuse >/dev/null; then
+  key=/usr/share/keyrings/cloud.google.asc
+  packages=https://packages.cloud.google.com/apt
+  curl -fsSL "$packages/doc/apt-key.gpg" | sudo tee "$key" >/dev/null
+  echo "deb [signed-by=$key] $packages gcsfuse-$(lsb_release -cs) main" |
+    sudo tee /etc/apt/sources.list.d/gcsfuse.list >/dev/null
+  sudo apt-get -qq -o DPkg::Lock::Timeout=600 update
+  sudo apt-get -qq -o DPkg::Lock::Timeout=600 install -y gcsfuse
+fi
+"""
+
+
+def mount_script(buckets: list[Bucket]) -> str:
+    """Returns the script that mounts buckets where they are not mounted yet."""
+    script = INSTALL_GCSFUSE
+    for bucket in buckets:
+        path = shlex.quote(bucket.path)
+        read_only = " -o ro" if bucket.is_read_only else ""
+        script += f"""
+if ! mountpoint -q {path}; then
+  sudo mkdir -p {path}
+  sudo chown "$(id -u)" {path}
+  gcsfuse --implicit-dirs{read_only} {bucket.name} {path}
+fi
+"""
+    return script
+
+
+def set_up_script(text: str) -> str:
+    """Returns the user's own script, which runs where the command will run."""
+    return f"""
+set -eu
+cd "$HOME/llada_jax"
+export PATH="$HOME/llada_jax.venv/bin:$PATH"
+{text}
+"""
+
 
 # Ends the command of an earlier start and every process that holds the chips (/dev/accel* up to v4,
 # /dev/vfio/* since v5), and removes the lock file, because the one that a killed process leaves

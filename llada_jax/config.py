@@ -7,12 +7,15 @@ command line. Only verbs see the config; everything below them takes keyword arg
 
 import ast
 import contextlib
+import difflib
 import os
 import re
 import runpy
 import sys
-from collections.abc import Sequence
+import traceback
+from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 from ml_collections import ConfigDict
 
@@ -43,6 +46,13 @@ def default_config() -> ConfigDict:
     # of dialogues with a row each (prepare --chat rows=padded): rows are filled up with
     # end-of-text tokens, as part of the answer, to the longest of so many; 0: not at all
     config.data.eos_padding = 0
+    # ids that fill these rows up, in turn; (): end-of-text (as published)
+    config.data.padding_cycle = ()
+    # of dialogues or pairs with a row each: shorter lengths to which the padding of a batch is cut
+    # off, ascending; the step is compiled for each
+    config.data.length_buckets = ()
+    # share of rows that are cut in two, which do not see each other
+    config.data.split_probability = 0.0
     config.data.num_threads = 4  # reader threads per host
     config.data.prefetch = 8  # batches read ahead per host
 
@@ -78,7 +88,7 @@ def default_config() -> ConfigDict:
     # In objective, optimizer and schedule, `name` may also be module:attribute of a part of your
     # own, which is called with `arguments`, ((name, value), ...); see docs/extend.md.
     config.objective = ConfigDict()
-    # masked_diffusion | sft (dialogues) | autoregressive (the control experiment)
+    # masked_diffusion | sft (dialogues) | vrpo (preferences) | autoregressive (the control)
     config.objective.name = "masked_diffusion"
     config.objective.arguments = ()  # of an objective of your own
     config.objective.eps = 1e-3  # p = (1 - eps) t + eps
@@ -94,6 +104,17 @@ def default_config() -> ConfigDict:
     config.objective.mean_over = "answers"
     # p = eps + (max_mask_ratio - eps) t (sft)
     config.objective.max_mask_ratio = 1.0
+    # whether each dialogue is a row twice, with masks that complement each other (sft)
+    config.objective.complementary = False
+    # share of dialogues whose prompt is hidden from the network, for guidance (sft)
+    config.objective.prompt_dropout = 0.0
+    # of the reward, per nat of difference from the reference (vrpo)
+    config.objective.beta = 0.1
+    # estimates of an answer's likelihood (vrpo): times drawn, and masks for each of them
+    config.objective.num_times = 8
+    config.objective.masks_per_time = 1
+    # whether policy and reference are compared under the same masks (vrpo)
+    config.objective.shared_draws = True
 
     # Low-rank adapters, which are trained in place of the network (docs/finetuning.md).
     config.lora = ConfigDict()
@@ -190,6 +211,8 @@ def default_config() -> ConfigDict:
     config.log = ConfigDict()
     config.log.every_steps = 50  # metrics are means over this many steps
     config.log.tensorboard = True
+    # that gets the metrics too, with the extra of its name: none | wandb | trackio
+    config.log.tracker = "none"
     config.log.profile_at_step = 0  # first step of a profiler window; 0: none
     config.log.profile_num_steps = 5
     # directory; auto: JAX_COMPILATION_CACHE_DIR, else ~/.cache/llada_jax; "": none
@@ -207,9 +230,11 @@ PATHS = (
 )
 
 
-def load_config(path: str, overrides: Sequence[str] = ()) -> ConfigDict:
+def load_config(
+    path: str, overrides: Sequence[str] = (), *, values: Mapping[str, Any] | None = None
+) -> ConfigDict:
     """Returns the validated config of a file, changed by `overrides` such as "seed=3" or
-    "optimizer.b2=0.98".
+    "optimizer.b2=0.98", and by `values` such as {"optimizer.b2": 0.98}.
 
     When the config names parts of the user's own, the file's directory becomes importable.
 
@@ -234,7 +259,7 @@ def load_config(path: str, overrides: Sequence[str] = ()) -> ConfigDict:
             raise UserError(
                 f"{path} defines no get_config(); it must return a changed default_config()."
             ) from error
-        raise UserError(f"{path} cannot be used: {_reason(error)}") from error
+        raise UserError(f"{path} cannot be used: {_reason(error, file)}") from error
     if not isinstance(config, ConfigDict):
         raise UserError(
             f"get_config() of {path} returns a {type(config).__name__}; it must return a changed "
@@ -245,23 +270,38 @@ def load_config(path: str, overrides: Sequence[str] = ()) -> ConfigDict:
             f"get_config() of {path} returns no knob {lost[0]!r}; it must start from "
             "default_config()."
         )
+    config = completed(config, overrides, values=values or {})
+    if own_parts(config):
+        add_to_path(file.parent)
+    return config
+
+
+def completed(
+    config: ConfigDict, overrides: Sequence[str] = (), *, values: Mapping[str, Any]
+) -> ConfigDict:
+    """Returns the validated config with some knobs changed, see `load_config`.
+
+    Raises:
+        UserError: a key or a type is wrong, or the knobs contradict each other.
+    """
+    config = config.copy_and_resolve_references()
     names = {group: config[group].name for group in READ_BY}
     for override in overrides:
         apply_override(config, override)
+    for path, value in values.items():
+        apply_value(config, path, value)
     for knob_path in PATHS:
         group, name = knob_path.split(".")
         config[group][name] = user_path(config[group][name])
     # The file's knobs are for the part that it names. Where an override names another, as for a
     # control experiment, those that this one does not read go back to their defaults; a knob that
     # is itself an override is refused by `validate`.
-    overridden = {override.partition("=")[0] for override in overrides}
+    overridden = {override.partition("=")[0] for override in overrides} | set(values)
     for group, name in names.items():
         for key in unread(config, default_config(), group) if config[group].name != name else ():
             if f"{group}.{key}" not in overridden:
                 config[group][key] = default_config()[group][key]
     validate(config, default_config())
-    if own_parts(config):
-        add_to_path(file.parent)
     return config
 
 
@@ -292,16 +332,19 @@ def learning_rate_knob(config: ConfigDict) -> str:
     return "the rates in config.schedule.stages" if is_staged else "config.schedule.learning_rate"
 
 
-def _reason(error: BaseException) -> str:
-    """Returns what is wrong in a config file, as the end of a sentence.
+def _reason(error: BaseException, file: Path) -> str:
+    """Returns what is wrong in a config file, and in which line, as the end of a sentence.
 
     The messages of ConfigDict fill a screen, so that those that users meet are put in other words.
     """
+    where, line = _line_of(error, file)
     text = " ".join(str(error.args[0] if error.args else error).split())
     unknown = re.match(r"""['"\\]*(?:Key )?['"\\]+(\w+)""", text)
     if unknown and isinstance(error, AttributeError | KeyError):
-        known = {word for path in knobs(default_config()) for word in path.split(".")}
-        return f"the config has no {unknown.group(1)!r}.{did_you_mean(unknown.group(1), known)}"
+        # as it is written there, so that a knob of another group is not suggested as itself
+        written = re.search(rf"(?:\bconfig\.)?((?:\w+\.)*{unknown.group(1)})\b", line)
+        path = written.group(1) if written else unknown.group(1)
+        return f"{where}the config has no {path!r}.{_meant(path, default_config())}"
     cast = re.fullmatch(
         r"Could not override field '(\w+)' .*?\. (.*) is of original .* to type <class '(.*)'>",
         text,
@@ -309,9 +352,49 @@ def _reason(error: BaseException) -> str:
     if cast:
         kind = cast.group(3).rpartition(".")[2]
         return (
-            f"it sets {cast.group(1)} to {cast.group(2)}, which is not of type {kind}; change it."
+            f"{where}it sets {cast.group(1)} to {cast.group(2)}, which is not of type {kind}; "
+            "change it."
         )
-    return f"{type(error).__name__}: {text.rstrip('.')}; fix it there."
+    return f"{where}{type(error).__name__}: {text.rstrip('.')}; fix it there."
+
+
+def _line_of(error: BaseException, file: Path) -> tuple[str, str]:
+    """Returns ("line 7 (its text): ", its text) of the line of a file, or of a file that it
+    imports, in which an error arose; two empty texts where it is not known.
+    """
+    if isinstance(error, SyntaxError) and error.lineno:
+        number, text, name = error.lineno, (error.text or "").strip(), error.filename or ""
+    else:
+        frames = traceback.extract_tb(error.__traceback__)
+        theirs = [f for f in frames if Path(f.filename).resolve() == file.resolve()]
+        if not theirs:
+            return "", ""
+        number, text, name = theirs[-1].lineno or 0, theirs[-1].line or "", str(file)
+    there = f" of {Path(name).name}" if Path(name).resolve() != file.resolve() else ""
+    return f"line {number}{there} ({text}): ", text
+
+
+def _meant(path: str, config: ConfigDict) -> str:
+    """Returns ' Did you mean ...?' with the knobs that a wrong path may stand for: those of the
+    same name in other groups, then one with a similar name in the group, then any similar one.
+    """
+    known = knobs(config)
+    group, _, name = path.rpartition(".")
+    same = [other for other in known if other.rpartition(".")[2] == name]
+    if same:
+        return f" Did you mean {' or '.join(map(repr, same))}?"
+    first = path.partition(".")[0]
+    groups = [key for key, value in config.items() if isinstance(value, ConfigDict)]
+    # without a group a short name, such as lr, is rather an abbreviation of a knob
+    is_like_group = difflib.get_close_matches(first, groups, n=1, cutoff=0.75)
+    if first not in groups and (group or is_like_group):
+        return did_you_mean(first, groups)
+    in_group = [other for other in known if other.rpartition(".")[0] == group]
+    for candidates, cutoff in ((in_group, 0.5), (known, 0.6)):
+        names = [other.rpartition(".")[2] for other in candidates]
+        if close := difflib.get_close_matches(name, names, n=1, cutoff=cutoff):
+            return f" Did you mean {candidates[names.index(close[0])]!r}?"
+    return f" Known: {', '.join([*in_group, *(groups if not group else [])])}."
 
 
 def apply_override(config: ConfigDict, override: str) -> None:
@@ -322,19 +405,48 @@ def apply_override(config: ConfigDict, override: str) -> None:
     path, equals, text = override.partition("=")
     if not equals:
         raise UserError(f"--config.{override} has no value; write --config.{override}=VALUE.")
+    node, key = _find(config, path, written=f"--config.{path}")
+    node[key] = _parse(path, text, like=node[key])
+
+
+def apply_value(config: ConfigDict, path: str, value: Any) -> None:
+    """Sets one knob, such as "optimizer.b2", to a value of the type of its default.
+
+    Raises:
+        UserError: there is no such knob, or the value is of another type.
+    """
+    node, key = _find(config, path, written=repr(path))
+    like = node[key]
+    if isinstance(like, float) and type(value) is int:
+        value = float(value)
+    if isinstance(like, tuple) and isinstance(value, list):
+        value = tuple(value)
+    if type(value) is not type(like):
+        raise UserError(
+            f"{path}={value!r} is not of type {type(like).__name__}; the default is {like!r}."
+        )
+    node[key] = value
+
+
+def _find(config: ConfigDict, path: str, *, written: str) -> tuple[ConfigDict, str]:
+    """Returns the group of a knob and its key in it; `written` is how the user named it."""
     *groups, key = path.split(".")
     node = config
     for group in groups:
         if not isinstance(node.get(group), ConfigDict):
             known = [k for k, v in node.items() if isinstance(v, ConfigDict)]
             raise UserError(
-                f"The config has no group {group!r} (in "
-                f"--config.{path}).{did_you_mean(group, known)}"
+                f"The config has no group {group!r} (in {written}).{did_you_mean(group, known)}"
             )
         node = node[group]
-    if key not in node or isinstance(node[key], ConfigDict):
-        raise UserError(f"The config has no knob {path!r}.{did_you_mean(path, knobs(config))}")
-    node[key] = _parse(path, text, like=node[key])
+    if isinstance(node.get(key), ConfigDict):
+        raise UserError(
+            f"The config has no knob {path!r}, which is a group of knobs; set one of "
+            f"{', '.join(knobs(node[key], f'{path}.'))}."
+        )
+    if key not in node:
+        raise UserError(f"The config has no knob {path!r}.{_meant(path, config)}")
+    return node, key
 
 
 def _parse(path: str, text: str, *, like):

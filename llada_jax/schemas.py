@@ -47,6 +47,7 @@ class ModelConfig(Schema):
     model_type: str | None = None
     vocab_size: Size | None = None
     embedding_size: Size | None = None
+    unpadded_vocab_size: Size | None = None
     d_model: Size | None = None
     n_layers: Size | None = None
     n_heads: Size | None = None

@@ -15,6 +15,8 @@ from llada_jax.ranges import check_ranges, check_sizes
 
 # The value of a knob that the run decides by itself.
 AUTO = "auto"
+# The value of config.log.tracker without one.
+NO_TRACKER = "none"
 
 CHOICES = {
     "model.qk_norm": ("none", "full", "per_head"),
@@ -22,7 +24,7 @@ CHOICES = {
     "model.dtype": (AUTO, "bfloat16", "float32"),
     "model.attention": (AUTO, "xla", "splash", "cudnn", "triton"),
     "model.remat": ("none", "dots", "attention", "full"),
-    "objective.name": ("masked_diffusion", "sft", "autoregressive"),
+    "objective.name": ("masked_diffusion", "sft", "vrpo", "autoregressive"),
     "objective.t_sampling": ("stratified", "iid"),
     "objective.masking": ("bernoulli", "exact_count"),
     "objective.weight": ("1/p", "none"),
@@ -34,6 +36,7 @@ CHOICES = {
     "evaluation.weights": (AUTO, "raw", "ema"),
     "checkpoint.init_from_weights": (AUTO, "raw", "ema"),
     "schedule.decay_shape": ("linear", "1-sqrt"),
+    "log.tracker": (NO_TRACKER, "wandb", "trackio"),
 }
 
 
@@ -46,7 +49,25 @@ OWN_PARTS = ("objective.name", "optimizer.name", "schedule.name")
 READ_BY = {
     "objective": {
         "masked_diffusion": ("eps", "t_sampling", "masking", "weight"),
-        "sft": ("eps", "t_sampling", "weight", "masked", "mean_over", "max_mask_ratio"),
+        "sft": (
+            "eps",
+            "t_sampling",
+            "weight",
+            "masked",
+            "mean_over",
+            "max_mask_ratio",
+            "complementary",
+            "prompt_dropout",
+        ),
+        "vrpo": (
+            "eps",
+            "t_sampling",
+            "masking",
+            "beta",
+            "num_times",
+            "masks_per_time",
+            "shared_draws",
+        ),
         "autoregressive": (),
         "own": (),
     },
@@ -140,6 +161,42 @@ def check_contradictions(config: ConfigDict) -> None:
             f"config.objective.eps={objective.eps} and config.objective.max_mask_ratio="
             f"{objective.max_mask_ratio}: the mask ratio runs from the first to the second, which "
             "must be larger."
+        )
+    if objective.complementary and objective.weight == "1/p" and objective.max_mask_ratio == 1:
+        raise UserError(
+            "config.objective.complementary=True with config.objective.max_mask_ratio=1.0: where "
+            "all is masked the complement is masked with probability 0, and weight='1/p' has no "
+            "value; set max_mask_ratio below 1, or weight to none."
+        )
+    is_prompt_clean = objective.name == "sft" and objective.masked == "answers"
+    if objective.prompt_dropout and not is_prompt_clean:
+        raise UserError(
+            f"config.objective.prompt_dropout={objective.prompt_dropout} hides prompts that are "
+            "clean otherwise, and config.objective.masked='documents' masks them already; set one "
+            "of them back."
+        )
+    data = config.data
+    if data.split_probability and (is_prompt_clean or objective.name == "vrpo"):
+        raise UserError(
+            f"config.data.split_probability={data.split_probability} would part answers from their "
+            "prompts; it is for text, and for config.objective.masked='documents'."
+        )
+    if data.padding_cycle and not data.eos_padding:
+        raise UserError(
+            f"config.data.padding_cycle={data.padding_cycle} changes nothing, because "
+            "config.data.eos_padding=0 fills no row up; set eos_padding, or leave the cycle empty."
+        )
+    buckets = [1, *data.length_buckets, data.sequence_length]
+    if not all(type(length) is int for length in buckets) or not all(
+        shorter < longer for shorter, longer in zip(buckets, buckets[1:])
+    ):
+        raise UserError(
+            f"config.data.length_buckets={data.length_buckets} must be ascending whole numbers "
+            f"above 1 and below config.data.sequence_length={data.sequence_length}."
+        )
+    if not all(type(token) is int for token in data.padding_cycle):
+        raise UserError(
+            f"config.data.padding_cycle={data.padding_cycle} must be ids of tokens, as in (5, 6)."
         )
     try:
         re.compile(config.lora.targets)

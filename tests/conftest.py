@@ -32,7 +32,7 @@ hypothesis.settings.register_profile(
 )
 hypothesis.settings.load_profile("untimed")
 
-from support.datasets import circle_dataset, dialogue_dataset  # noqa: E402
+from support.datasets import circle_dataset, dialogue_dataset, pair_dataset  # noqa: E402
 from support.paths import PUBLISHED  # noqa: E402
 from support.required import absent  # noqa: E402
 from support.runs import Runs  # noqa: E402
@@ -85,6 +85,14 @@ def dialogues(tmp_path_factory):
     """Returns dialogues(rows) -> a small data set of dialogues, "packed" or "padded"."""
     return functools.cache(
         lambda rows: dialogue_dataset(tmp_path_factory.mktemp("dialogues") / "of", rows=rows)
+    )
+
+
+@pytest.fixture(scope="session")
+def pairs(tmp_path_factory):
+    """Returns pairs(rows) -> a small data set of preferences, "packed" or "padded"."""
+    return functools.cache(
+        lambda rows: pair_dataset(tmp_path_factory.mktemp("pairs") / "of", rows=rows)
     )
 
 

@@ -1,8 +1,11 @@
 """Which runs may continue a checkpoint, and which may start from its weights."""
 
+import dataclasses
 import json
+import re
 
 from llada_jax.checkpoints.record import RunRecord
+from llada_jax.data.tokenizer import Tokenizer
 from llada_jax.errors import UserError
 
 # The knobs from which the order of the data, the noise, or the layout of the optimizer's state
@@ -38,20 +41,31 @@ def check_fits(theirs: RunRecord, ours: RunRecord, directory) -> None:
     )
 
 
+def check_initialises(
+    theirs: RunRecord, ours: RunRecord, directory, *, tokenizers: tuple[Tokenizer, Tokenizer]
+) -> None:
+    """Raises UserError when the weights of a checkpoint cannot be the start of a run.
+
+    Args:
+        tokenizers: theirs and ours. They may have different files, as those of an export have, as
+            long as they do the same.
+    """
+    if tokenizers[0].behaves_like(tokenizers[1]):
+        theirs = dataclasses.replace(theirs, tokenizer=ours.tokenizer)
+    check_fits(theirs, ours, directory)
+
+
 def check_continues(theirs: RunRecord, ours: RunRecord, directory) -> None:
     """Raises UserError when continuing would not continue the same run: other network, tokenizer,
     data or state.
     """
     check_fits(theirs, ours, directory)
-    check_same(
-        f"The run in {directory} was trained on other data",
-        mixture_of(ours),
-        mixture_of(theirs),
-        remedy=(
-            "give the same config.data.path, or start a new --workdir with "
-            "config.checkpoint.init_from"
-        ),
-    )
+    if mixture_of(theirs) != mixture_of(ours):
+        raise UserError(
+            f"The run in {directory} was trained on other data: {describe_mixture(theirs)} there "
+            f"and {describe_mixture(ours)} here; give the same records in config.data.path (they "
+            "may have moved), or start a new --workdir with config.checkpoint.init_from."
+        )
     check_same(
         f"The run in {directory} cannot be continued with another config",
         decisive_knobs(ours),
@@ -60,12 +74,19 @@ def check_continues(theirs: RunRecord, ours: RunRecord, directory) -> None:
     )
 
 
-def mixture_of(record: RunRecord) -> dict:
+def mixture_of(record: RunRecord) -> list[tuple[str, float]]:
     """Returns what decides which row is read when. The directories do not: data may be moved."""
-    return {
-        "datasets": [source.fingerprint for source in record.data],
-        "weights": [source.share for source in record.data],
-    }
+    return [(source.fingerprint, source.share) for source in record.data]
+
+
+def describe_mixture(record: RunRecord) -> str:
+    """Returns the datasets of a run in words: their directories, and which version of them."""
+    shares = len(record.data) > 1
+    return ", ".join(
+        f"{source.directory} ({f'{source.share:.3g} of the rows, ' if shares else ''}fingerprint "
+        f"{source.fingerprint[:12]})"
+        for source in record.data
+    )
 
 
 def decisive_knobs(record: RunRecord) -> dict:
@@ -101,9 +122,16 @@ def check_same(what: str, ours: dict, theirs: dict, *, remedy: str) -> None:
     ]
     if keys:
         differ = ", ".join(
-            f"{key} is {ours.get(key)!r} here and {theirs.get(key)!r} there" for key in keys
+            f"{key} is {_shown(ours.get(key))} here and {_shown(theirs.get(key))} there"
+            for key in keys
         )
         raise UserError(f"{what}: {differ}; {remedy}.")
+
+
+def _shown(value) -> str:
+    """Returns a value for an error; of a fingerprint, its beginning."""
+    is_fingerprint = isinstance(value, str) and re.fullmatch("[0-9a-f]{32,}", value)
+    return value[:12] if is_fingerprint else repr(value)
 
 
 def _as_json(value):

@@ -1,18 +1,25 @@
 """A Hugging Face directory seen as a checkpoint: its architecture, tokenizer and weights."""
 
 import dataclasses
-import json
+import os
 from pathlib import Path
 
 import numpy as np
 
-from llada_jax.checkpoints.record import RunRecord, run_record
+from llada_jax.checkpoints.record import FILE, RunRecord, run_record
 from llada_jax.checkpoints.workdir import find_checkpoint
 from llada_jax.config import default_config
-from llada_jax.data.tokenizer import Tokenizer, load_tokenizer
+from llada_jax.data.special_ids import stated_ids
+from llada_jax.data.tokenizer import (
+    Tokenizer,
+    has_tokenizer,
+    ids_alone,
+    load_same,
+    load_tokenizer,
+)
 from llada_jax.errors import UserError
 from llada_jax.hf import read
-from llada_jax.hf.config_json import WRITTEN
+from llada_jax.hf.config_json import WRITTEN, unpadded_vocabulary
 from llada_jax.paths import user_path
 
 
@@ -21,12 +28,14 @@ class HuggingFace:
     llada_jax.checkpoints.workdir.Checkpoints answers.
 
     Args:
-        directory: with config.json, safetensors and a tokenizer.
+        directory: with config.json, safetensors and, in most cases, a tokenizer.
         causal: how Llama and Qwen weights are used. True: as what they are, an autoregressive
             model. False: the start of a masked diffusion model, with shifted output and a mask
             token whose row is new (DiffuLLaMA, arXiv 2410.17891).
         mask_token: the token of the tokenizer to use as the mask; "" takes the one that it has, or
             adds one to a causal model's.
+        tokenizer: where the tokenizer is (llada_jax.data.tokenizer.load_tokenizer); "" takes that
+            of the directory. Without one the ids that config.json states are known, and no text.
 
     Raises:
         UserError: config.json or the tokenizer cannot be used.
@@ -34,15 +43,27 @@ class HuggingFace:
 
     steps = (0,)
 
-    def __init__(self, directory, *, causal: bool, mask_token: str = ""):
+    def __init__(
+        self,
+        directory,
+        *,
+        causal: bool,
+        mask_token: str = "",
+        tokenizer: str | os.PathLike[str] = "",
+    ):
         self.directory = Path(directory)
         self.hf_config, self.layout, self._stored = read.read_config(directory)
         self.is_causal = causal and self.layout not in WRITTEN
         self.is_new_mask = not causal and self.layout not in WRITTEN
-        self.tokenizer = load_tokenizer(
-            directory, add_mask_token=self.layout not in WRITTEN, mask_token=mask_token
-        )
         rows = self._stored.vocab_size
+        self.tokenizer = _tokenizer_of_weights(
+            directory,
+            self.hf_config,
+            num_rows=rows,
+            is_causal_layout=self.layout not in WRITTEN,
+            mask_token=mask_token,
+            given=tokenizer,
+        )
         if self.tokenizer.vocab_size > rows:
             if self.layout in WRITTEN:
                 raise UserError(
@@ -71,8 +92,8 @@ class HuggingFace:
             data=[],
             step=step,
             tokens=0,
-            special_ids=special_ids(self.tokenizer),
-            chat_template=chat_template(self.tokenizer),
+            special_ids=self.tokenizer.special_ids,
+            chat_template=self.tokenizer.chat_template,
             source={"from": str(self.directory), "layout": self.layout, "config": self.hf_config},
         )
 
@@ -93,43 +114,95 @@ class HuggingFace:
         )
 
 
-# How published tokenizers call the token that ends a turn of a conversation.
-END_OF_TURN = ("<|eot_id|>", "<|im_end|>", "<|role_end|>")
+def _tokenizer_of_weights(
+    directory,
+    hf_config: dict,
+    *,
+    num_rows: int,
+    is_causal_layout: bool,
+    mask_token: str,
+    given: str | os.PathLike[str],
+) -> Tokenizer:
+    """Returns the tokenizer of a Hugging Face directory, the given one, or ids without texts."""
+    if not given and has_tokenizer(directory):
+        return load_tokenizer(directory, add_mask_token=is_causal_layout, mask_token=mask_token)
+    # Tokens that were added later have ids after those of the tokenizer's own file.
+    trained = stated_ids(hf_config, num_ids=num_rows, file=f"{directory}/config.json")
+    if given:
+        return load_tokenizer(
+            user_path(given),
+            add_mask_token=is_causal_layout,
+            mask_token=mask_token,
+            trained_ids=trained,
+        )
+    if mask_token:
+        raise UserError(
+            f"{directory} has no tokenizer in which {mask_token!r} could be looked up; give one "
+            "with --tokenizer."
+        )
+    ends = hf_config.get("eos_token_id")
+    if isinstance(ends, list) and len(ends) > 1:
+        trained["eot"] = ends[1]  # no name says which it is, and it ends a text too
+    try:
+        return ids_alone(
+            unpadded_vocabulary(hf_config, num_rows), trained, add_mask_token=is_causal_layout
+        )
+    except UserError as error:
+        raise UserError(f"{directory}: {error}") from error
 
 
-def special_ids(tokenizer: Tokenizer) -> dict[str, int]:
-    """Returns the ids of mask, eos, bos, pad and, where there is one, eot (end of turn)."""
-    ids = {
-        "mask": tokenizer.mask_id,
-        "eos": tokenizer.eos_id,
-        "bos": tokenizer.bos_id,
-        "pad": tokenizer.pad_id,
-    }
-    turns = [i for i in map(tokenizer.id_of, END_OF_TURN) if i is not None]
-    return {**ids, "eot": turns[0]} if turns else ids
-
-
-def chat_template(tokenizer: Tokenizer) -> str | None:
-    """Returns the Jinja template of conversations that came with the tokenizer, if one did."""
-    if "chat_template.jinja" in tokenizer.files:
-        return tokenizer.files["chat_template.jinja"].decode()
-    content = json.loads(tokenizer.files.get("tokenizer_config.json", b"{}"))
-    template = content.get("chat_template")
-    if isinstance(template, list):  # several by name, of which one is for conversations
-        template = {one["name"]: one["template"] for one in template}.get("default")
-    return template
-
-
-def find_weights(checkpoint: str, *, causal: bool):
+def find_weights(
+    checkpoint: str | os.PathLike[str], *, causal: bool, tokenizer: str | os.PathLike[str] = ""
+):
     """Returns the checkpoints of "WORKDIR[@STEP]" or of a Hugging Face directory, and the step
     meant.
 
     Args:
-        causal: see HuggingFace.
+        causal, tokenizer: see HuggingFace. Of a workdir the tokenizer is read by `tokenizer_of`.
 
     Raises:
         UserError: there is none.
     """
     if read.is_huggingface(user_path(checkpoint)):
-        return HuggingFace(user_path(checkpoint), causal=causal), 0
+        return HuggingFace(user_path(checkpoint), causal=causal, tokenizer=tokenizer), 0
     return find_checkpoint(checkpoint)
+
+
+def tokenizer_of(found, record: RunRecord, *, given: str | os.PathLike[str] = "") -> Tokenizer:
+    """Returns the tokenizer of a checkpoint.
+
+    Args:
+        found: of `find_weights`. record: of the checkpoint.
+        given: a tokenizer to use, for weights that came without one; "": its own.
+
+    Raises:
+        UserError: it cannot be read, is not that of the checkpoint, or there is none and nothing
+            says which ids are mask and EOS.
+    """
+    if isinstance(found, HuggingFace):
+        return found.tokenizer
+    workdir, ids = found.directory.parent, record.special_ids or {}
+    is_known = record.tokenizer.kind != "none"
+    own = None
+    if has_tokenizer(workdir / "tokenizer"):
+        own = load_same(workdir / "tokenizer", record.tokenizer.fingerprint, of="the checkpoint")
+    elif ids:
+        own = ids_alone(record.tokenizer.vocab_size, ids, add_mask_token=False)
+    if own is None and not given:
+        raise UserError(
+            f"{workdir} has no tokenizer, and its {FILE} does not say which ids are mask and EOS; "
+            "put WORKDIR/tokenizer back, or name it with --tokenizer."
+        )
+    if own is not None and not given:
+        return own
+    # Of weights that came without a tokenizer the other ids may be guesses.
+    sure = {what: i for what, i in ids.items() if is_known or what in ("mask", "eos")}
+    named = load_tokenizer(user_path(given), trained_ids=sure)
+    num_ids, num_rows = record.tokenizer.vocab_size, record.architecture.vocab_size
+    fits = named.vocab_size == num_ids if is_known else named.vocab_size <= num_rows
+    if not fits or (own is not None and not own.behaves_like(named)):
+        raise UserError(
+            f"--tokenizer {given} ({named.vocab_size} ids) is not the tokenizer of {workdir} "
+            f"({num_ids} ids in {num_rows} rows of the embedding); give that one."
+        )
+    return named

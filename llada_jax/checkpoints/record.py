@@ -69,8 +69,9 @@ class RunRecord:
     rollbacks: {"count", "skipped"}, see llada_jax.run.rollbacks; None before there could be any.
     step, tokens: how far the checkpoint is; None in WORKDIR/run.json, which is written at the
         start.
-    special_ids, chat_template, source: of an imported checkpoint, None for a run of our own:
-        {"mask": id, ...}, a Jinja template (None if it has none), and {"from", "layout", "config"}.
+    special_ids, chat_template: of the tokenizer, {"mask": id, ...} and a Jinja template (None if it
+        has none); older versions wrote them for imported checkpoints alone.
+    source: of an imported checkpoint, {"from", "layout", "config"}.
     checksums: {item: {path of an array: checksum}}, in a checkpoint.
     checksum_scheme: how they were computed (llada_jax.checkpoints.checksums.SCHEMES).
     unknown: what a newer version wrote and this one does not know, kept as it is.
@@ -176,7 +177,7 @@ class RunRecord:
             "checksums": self.checksums,
             "checksum_scheme": self.checksum_scheme if self.checksum_scheme != 1 else None,
         }
-        # An imported tokenizer without a template is recorded as null.
+        # A tokenizer without a template is recorded as null.
         null = {"chat_template"} if self.special_ids is not None else set()
         content = {key: value for key, value in content.items() if value is not None or key in null}
         # Through JSON, so that what was just made equals what is read back: tuples become lists.

@@ -16,6 +16,7 @@ falls.
 
 import contextlib
 import dataclasses
+import os
 import re
 import time
 from collections.abc import Iterator
@@ -47,13 +48,13 @@ FOLDER = "checkpoints"
 CHUNK_BYTES = 64 << 20
 
 
-def parse_checkpoint(checkpoint: str) -> tuple[epath.Path, int | None]:
+def parse_checkpoint(checkpoint: str | os.PathLike[str]) -> tuple[epath.Path, int | None]:
     """Returns (workdir, step) of "WORKDIR" or "WORKDIR@STEP"; step None means the latest."""
     workdir, step = split_step(str(checkpoint))
     return remote.path_of(workdir), step
 
 
-def find_checkpoint(checkpoint: str) -> tuple["Checkpoints", int]:
+def find_checkpoint(checkpoint: str | os.PathLike[str]) -> tuple["Checkpoints", int]:
     """Returns the checkpoints of "WORKDIR[@STEP]" and the step meant.
 
     Raises:

@@ -6,6 +6,7 @@ are dense bfloat16 without sparsity. A figure that is not known is absent and ne
 `peak_flops` returns None, and no utilisation is reported.
 """
 
+import difflib
 import math
 import re
 from dataclasses import dataclass
@@ -285,14 +286,18 @@ def slice_named(name: str) -> Slice:
     "v5e-16" is read as "v5litepod-16", which is what the cloud calls it.
 
     Raises:
-        UserError: lists the sizes of the series, or the closest name when the series is unknown
-        too.
+        UserError: lists the sizes of the series, or how slices and GPUs are named when the series
+            is unknown too.
     """
     name = re.sub(r"^v5e-", "v5litepod-", name)
     series = [known for known in SLICES if known.split("-")[0] == name.split("-")[0]]
     if series and name not in SLICES:
         raise UserError(f"There is no slice {name!r}: choose one of {', '.join(series)}.")
-    return look_up(SLICES, name, "slice")
+    if name not in SLICES:
+        close = difflib.get_close_matches(name, SLICES, n=1, cutoff=0.6)
+        remedy = f". Did you mean {close[0]!r}?" if close else f": {_how_machines_are_named(name)}."
+        raise UserError(f"Unknown slice {name!r}{remedy}")
+    return SLICES[name]
 
 
 def machines_named(name: str) -> Slice:
@@ -313,6 +318,19 @@ def machines_named(name: str) -> Slice:
             f"{chip.name}; choose a multiple of {chip.chips_per_host}."
         )
     return Slice(name=name, accelerator=chip, topology=(number,))
+
+
+def _how_machines_are_named(name: str) -> str:
+    """Returns how to write what a user may have meant by a name that is not known."""
+    bare = re.sub(r"^\d+x?|x\d+$", "", name.lower())
+    alike = [chip for chip in _GPUS if chip.name == bare]
+    alike = alike or [chip for chip in _GPUS if bare and chip.name.startswith(bare)]
+    if alike:
+        forms = " or ".join(f"{chip.chips_per_host}x{chip.name}" for chip in alike)
+        return f"GPUs are written with their number, as in {forms}"
+    series = ", ".join(f"{prefix}-N" for prefix, *_ in _SLICE_SERIES)
+    gpus = ", ".join(chip.name for chip in _GPUS)
+    return f"TPU slices are called {series}, and GPUs NxNAME, as in 8xh100 ({gpus})"
 
 
 def accelerator_of(device) -> Accelerator | None:

@@ -6,6 +6,7 @@ Every mesh axis always exists, at size 1 when it is not used. The partitioner pr
 """
 
 import math
+import re
 
 import jax
 import numpy as np
@@ -79,6 +80,29 @@ def mesh_shape(sizes: dict[str, int], num_devices: int, *, num_slices: int = 1) 
             f"joined along data; set --config.mesh.data={num_slices}."
         )
     return tuple(shape)
+
+
+def parse_mesh(text: str) -> dict[str, int]:
+    """Returns the size of every mesh axis from the text of --mesh, such as "fsdp=8,tensor=2";
+    axes that are not named have size 1.
+
+    Raises:
+        UserError: an axis is unknown, or a size is not a number.
+    """
+    sizes = dict.fromkeys(AXES, 1)
+    for part in text.split(","):
+        axis, equals, size = part.strip().partition("=")
+        if axis not in sizes:
+            raise UserError(
+                f"--mesh {text!r}: there is no axis {axis!r}.{did_you_mean(axis, sizes)}"
+            )
+        if not re.fullmatch(r"-?\d+", size):
+            raise UserError(
+                f"--mesh {text!r}: {size!r} is not a size; write {axis}=8, or {axis}=-1 for all "
+                "devices left."
+            )
+        sizes[axis] = int(size)
+    return sizes
 
 
 def make_mesh(sizes: dict[str, int], devices=None) -> Mesh:

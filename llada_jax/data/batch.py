@@ -29,6 +29,10 @@ FIELDS = {
     "is_maskable": Field("bool"),  # what the loss may score; never padding
 }
 
+# Of data sets of pairs (`prepare --chat records=pairs`), whose rows hold whole pairs: the chosen
+# answer is in an odd segment, and the rejected one to the same prompt in the segment after it.
+PAIR_FIELDS = {**FIELDS, "is_chosen": Field("bool")}
+
 
 def check_fields(needed: Mapping[str, Field], provided: Mapping[str, Field], *, by: str) -> None:
     """Raises UserError when the data lack a field, or hold it with another dtype or other dims.

@@ -12,7 +12,7 @@ import itertools
 import json
 import sys
 import tempfile
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -140,7 +140,7 @@ def units_of(inputs: list[Input], job: Job, tokenizer_fingerprint: str) -> list[
     # Named only where it decides something, so that units of earlier versions stay finished.
     settings += ["lossy"] if job.is_lossy else []
     settings += ["without duplicates"] if job.drops_duplicates else []
-    settings += [dataclasses.asdict(job.chat)] if job.chat else []
+    settings += [job.chat.to_json()] if job.chat else []
     return [
         Unit(index, tuple(group), fingerprint([index, settings, [file.identity for file in group]]))
         for index, group in enumerate(groups)
@@ -249,30 +249,18 @@ def write_unit(
         # tokenize them twice. An unnamed file, so that a kill leaves nothing behind.
         with tempfile.TemporaryFile(dir=job.output) as spool:
             documents = {"train": training_documents(spool), "heldout": heldout_documents(spool)}
-            shards = {
-                split: write_shard_of(
-                    split,
-                    unit,
-                    job,
-                    pack(
-                        documents[split],
-                        sequence_length=job.sequence_length,
-                        eos_id=tokenizer.eos_id,
-                    ),
-                    tokenizer,
-                    counts[split],
+            rows = {
+                split: pack(
+                    documents[split],
+                    sequence_length=job.sequence_length,
+                    eos_id=tokenizer.eos_id,
                 )
                 for split in SPLITS
             }
-        receipt = {
-            "fingerprint": unit.fingerprint,
-            "input": [printable(file.path) for file in unit.inputs],
-            "num_empty_documents": num_empty,
-            **(lossy if job.is_lossy else {}),
-            "splits": {split: {**counts[split], **shards[split]} for split in SPLITS},
-        }
+            splits = write_shards(unit, job, rows, tokenizer, counts)
         files.write_whole(hashes_path(job.output, unit), b"".join(hashes))
-        write_json(receipt_path(job.output, unit), receipt)
+        told = {"num_empty_documents": num_empty, **(lossy if job.is_lossy else {})}
+        write_receipt(unit, job, splits, told)
 
 
 def write_hashes(unit: Unit, job: Job, on_progress: Callable[..., None]) -> None:
@@ -307,7 +295,43 @@ def _batches(unit: Unit, job: Job, on_progress: Callable[..., None]) -> Iterator
     yield batch
 
 
-def write_shard_of(
+def write_shards(
+    unit: Unit,
+    job: Job,
+    rows: Mapping[str, Iterator[tuple[np.ndarray, ...]]],
+    tokenizer: Tokenizer,
+    counts: dict[str, dict],
+) -> dict[str, dict]:
+    """Writes the shards of both splits, one after the other, and returns their parts of the
+    receipt.
+
+    Args:
+        rows, counts: by split; see _write_shard. The rows of "heldout" are read when those of
+            "train" have been, and the counts when a split is finished.
+    """
+    splits = {}
+    for split in SPLITS:
+        shard = _write_shard(split, unit, job, rows[split], tokenizer, counts[split])
+        splits[split] = {**counts[split], **shard}
+    return splits
+
+
+def write_receipt(unit: Unit, job: Job, splits: dict[str, dict], told: dict) -> None:
+    """Writes the receipt, with which a unit is finished.
+
+    Args:
+        splits: of write_shards. told: what else is known of the unit.
+    """
+    receipt = {
+        "fingerprint": unit.fingerprint,
+        "input": [printable(file.path) for file in unit.inputs],
+        **told,
+        "splits": splits,
+    }
+    write_json(receipt_path(job.output, unit), receipt)
+
+
+def _write_shard(
     split: str,
     unit: Unit,
     job: Job,

@@ -1,4 +1,5 @@
-"""The three kinds of tokenizer: raw bytes, a SentencePiece model, a Hugging Face tokenizer.json.
+"""The kinds of tokenizer: raw bytes, a SentencePiece model, a Hugging Face tokenizer.json, and ids
+whose texts are not known.
 
 Each knows its own ids and nothing of mask, eos, bos and pad, which llada_jax.data.tokenizer owns. A
 library is imported only when a tokenizer of its kind is made.
@@ -66,6 +67,41 @@ class Bytes:
 
     def decode(self, ids):
         return bytes(ids).decode(errors="replace")
+
+    def markers(self):
+        return {}
+
+
+class NoText:
+    """Ids without texts: what is known of weights that came without a tokenizer."""
+
+    kind = "none"
+    file = "vocabulary.json"
+    companions = {}
+
+    def __init__(self, num_ids: int):
+        self.num_ids = num_ids
+        self.files = {self.file: (json.dumps({"num_ids": num_ids}) + "\n").encode()}
+
+    @classmethod
+    def from_file(cls, content: bytes) -> "NoText":
+        """Returns what was saved; KeyError, ValueError or TypeError where it is damaged."""
+        return cls(int(json.loads(content)["num_ids"]))
+
+    def piece(self, i):
+        return ""
+
+    def id_of(self, piece):
+        return None
+
+    def encode(self, texts):
+        raise UserError(
+            "This checkpoint has no tokenizer, and text needs one; name it with --tokenizer, or "
+            "with load(..., tokenizer=...)."
+        )
+
+    def decode(self, ids):
+        self.encode([])
 
     def markers(self):
         return {}

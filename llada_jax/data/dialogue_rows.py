@@ -58,9 +58,34 @@ def _compacted(row: dict, is_kept_T: np.ndarray) -> dict:
     return compacted
 
 
+def split_in_two(probability: float) -> Callable[[dict, np.random.Generator], dict]:
+    """Returns the map that cuts a row, with this probability, between two of its tokens, so that
+    the document there becomes two, which do not see each other (iLLaDA, arXiv 2606.25331: 30%).
+    """
+
+    def split(row: dict, rng: np.random.Generator) -> dict:
+        segment_ids_T, positions_T = row["segment_ids"], row["positions"]
+        num_tokens = int((segment_ids_T > 0).sum())
+        is_split = rng.random() < probability
+        if not is_split or num_tokens < 2:
+            return row
+        cut = int(rng.integers(1, num_tokens))
+        is_after_T = (segment_ids_T > 0) & (np.arange(len(segment_ids_T)) >= cut)
+        if segment_ids_T[cut - 1] != segment_ids_T[cut]:
+            return row  # between two documents, which are apart already
+        is_rest_T = is_after_T & (segment_ids_T == segment_ids_T[cut])
+        return {
+            **row,
+            "segment_ids": segment_ids_T + is_after_T.astype(np.int32),
+            "positions": np.where(is_rest_T, positions_T - positions_T[cut], positions_T),
+        }
+
+    return split
+
+
 class EosPadded(grain.MapDataset):
-    """Fills every row up with end-of-text tokens to the longest of its group, as part of the
-    answer: maskable, and seen by all of the row.
+    """Fills every row up to the longest of its group, as part of the answer: maskable, and seen by
+    all of the row.
 
     The groups are `num_rows` consecutive rows, and stand for the small batches of one device in
     which the published recipe pads (LLaDA, arXiv 2502.09992, appendix B.1). They follow from the
@@ -68,9 +93,13 @@ class EosPadded(grain.MapDataset):
     read once for each row of the group.
     """
 
-    def __init__(self, parent: grain.MapDataset, *, num_rows: int, eos_id: int):
+    def __init__(self, parent: grain.MapDataset, *, num_rows: int, cycle: tuple[int, ...]):
+        """cycle: the tokens that fill a row up, in turn: the end-of-text token alone as published,
+        or several others (rainbow padding, arXiv 2510.03680, which has seven), so that the model
+        does not learn that any token may be end-of-text.
+        """
         super().__init__(parent)
-        self._num_rows, self._eos_id = num_rows, eos_id
+        self._num_rows, self._cycle = num_rows, np.array(cycle, np.int32)
 
     def __len__(self) -> int:
         return len(self._parent)
@@ -83,10 +112,48 @@ class EosPadded(grain.MapDataset):
         length = max(int((row["segment_ids"] > 0).sum()) for row in group)
         row = group[index - first]
         place_T = np.arange(len(row["tokens"]))
+        num_own = int((row["segment_ids"] > 0).sum())
+        fill_T = self._cycle[(place_T - num_own) % len(self._cycle)]
         is_filled_T = (row["segment_ids"] == 0) & (place_T < length)
         return {
-            "tokens": np.where(is_filled_T, self._eos_id, row["tokens"]).astype(np.int32),
+            "tokens": np.where(is_filled_T, fill_T, row["tokens"]).astype(np.int32),
             "segment_ids": np.where(is_filled_T, 1, row["segment_ids"]).astype(np.int32),
             "positions": np.where(is_filled_T, place_T, row["positions"]).astype(np.int32),
             "is_maskable": row["is_maskable"] | is_filled_T,
         }
+
+
+class BucketCut(grain.MapDataset):
+    """Cuts the padding off whole batches, down to one of a few lengths.
+
+    The length follows from all rows of the global batch, so that every host has the same: each
+    reads the rows of the others too, which costs about 0.1 ms per row of T = 4096. To ask them
+    would be a collective at every step.
+    """
+
+    def __init__(
+        self,
+        parent: grain.MapDataset,
+        every_row: grain.MapDataset,
+        *,
+        num_rows: int,
+        lengths: tuple[int, ...],
+    ):
+        """parent: the batches of this host. every_row: the rows of all hosts, num_rows for each
+        step. lengths: ascending.
+        """
+        super().__init__([parent, every_row])
+        self._num_rows, self._lengths = num_rows, lengths
+
+    def __len__(self) -> int:
+        return len(self._parents[0])
+
+    def __getitem__(self, index):
+        if isinstance(index, slice):
+            return self.slice(index)
+        batches, rows = self._parents
+        first = index * self._num_rows
+        sizes = [(rows[first + n]["segment_ids"] > 0).sum() for n in range(self._num_rows)]
+        longest = int(max(sizes))
+        length = min(length for length in self._lengths if length >= longest)
+        return {name: array[:, :length] for name, array in batches[index].items()}

@@ -1,13 +1,14 @@
 """Turns units of dialogues into shards of records that say which tokens are of answers.
 
 The counterpart of build.write_unit. A document never continues in another row, so that an answer is
-always read after the whole of its prompt.
+always read after the whole of its prompt. The two dialogues of a pair are neighbours in one row, so
+that whatever splits a batch by rows keeps them together.
 """
 
+import dataclasses
 import tempfile
 from collections import Counter
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
 
 import numpy as np
 
@@ -16,19 +17,20 @@ from llada_jax.data.build import (
     SPLITS,
     Job,
     Unit,
-    receipt_path,
-    write_json,
-    write_shard_of,
+    write_receipt,
+    write_shards,
     writing_to,
 )
 from llada_jax.data.chat_template import Chat, Document
-from llada_jax.data.dialogues import Malformed, identity_of, parse_dialogue, text_of
+from llada_jax.data.dialogues import KINDS, Malformed, identity_of, parse_record, text_of
 from llada_jax.data.inputs import Input, printable
 from llada_jax.data.packing import is_heldout
 from llada_jax.data.text import read_records
 from llada_jax.data.tokenizer import Tokenizer
 from llada_jax.errors import UserError
 
+# Documents that stay together in one row.
+Group = tuple[Document, ...]
 SCORED = ("num_scored_tokens", "num_scored_bytes")
 # Rows that are open for short documents while a shard is packed. On lengths as instructions have
 # them, 64 leave about 1% of padding; each holds at most T tokens.
@@ -36,6 +38,7 @@ OPEN_ROWS = 64
 
 
 CHAT_CHOICES = {
+    "records": KINDS,
     "turns": ("one", "all", "each"),
     "too_long": ("drop", "left", "error"),
     "malformed": ("skip", "error"),
@@ -43,26 +46,40 @@ CHAT_CHOICES = {
 }
 
 
-@dataclass(frozen=True, kw_only=True)
+@dataclasses.dataclass(frozen=True, kw_only=True)
 class ChatSettings:
     """How dialogues become documents.
 
     Attributes:
+        records: "dialogues", or "pairs" of answers to one prompt, the chosen and the rejected one.
         template: Jinja source, or "" for that of the tokenizer.
         turns: "one": a dialogue is one document, of which each epoch draws one answer; "all": all
             of its answers are scored; "each": every answer is a document of its own, with what
-            comes before it.
-        too_long: what happens to a document of more than T tokens: "drop", "left" (its beginning is
-            cut off) or "error".
+            comes before it, as it always is in pairs.
+        too_long: what happens to a document of more than T tokens, and to a pair whose documents
+            have more together: "drop", "left" (the beginning is cut off, in both documents of a
+            pair alike) or "error".
         malformed: "skip" or "error".
-        rows: "packed", or "padded": one document per row.
+        rows: "packed", or "padded": one document, or one pair, per row.
     """
 
+    records: str = "dialogues"
     template: str = ""
     turns: str = "one"
     too_long: str = "error"
     malformed: str = "error"
     rows: str = "packed"
+
+    def __post_init__(self) -> None:
+        if self.records == "pairs":
+            object.__setattr__(self, "turns", "each")
+
+    def to_json(self) -> dict:
+        """Returns the settings as they are recorded and compared: `records` only where it decides
+        something, so that what earlier versions began can be finished.
+        """
+        settings = dataclasses.asdict(self)
+        return {k: v for k, v in settings.items() if (k, v) != ("records", "dialogues")}
 
 
 def write_dialogues(
@@ -84,143 +101,157 @@ def write_dialogues(
         told["malformed"][reason] += 1
         told["first_malformed"] = told["first_malformed"] or f"{printable(where)}: {reason}"
 
-    def fitting(document: Document, where: str) -> Document | None:
-        """Returns the document as it is stored; None when it is left out."""
-        length = len(document.tokens)
+    def fitting(group: Group, where: str) -> Group | None:
+        """Returns the documents as they are stored; None when they are left out."""
+        length = sum(len(document.tokens) for document in group)
         if length <= job.sequence_length:
-            return document
+            return group
         if settings.too_long == "error":
+            what = "dialogue has" if len(group) == 1 else "two dialogues of the pair have"
             raise UserError(
-                f"{printable(where)}: the dialogue has {length} tokens and --sequence-length is "
+                f"{printable(where)}: the {what} {length} tokens and --sequence-length is "
                 f"{job.sequence_length}; raise that, or choose --chat too_long=drop or left."
             )
         told["num_too_long"] += 1
         if settings.too_long == "drop":
             return None
-        cut = cut_left(document, job.sequence_length)
-        if cut is None:
+        # alike in both documents of a pair, whose prompts must stay the same
+        num_cut = -((job.sequence_length - length) // len(group))
+        cut = [cut_left(document, num_cut) for document in group]
+        if None in cut:
             skip(where, "an answer is longer than the sequence")
             return None
         told["num_cut"] += 1
-        return cut
+        return tuple(cut)  # type: ignore[arg-type]
 
-    def documents() -> Iterator[tuple[str, Document]]:
-        """Yields (split, document) and counts it."""
+    def groups() -> Iterator[tuple[str, Group]]:
+        """Yields (split, documents that share a row) and counts them."""
         for file in unit.inputs:
             for where, record in read_records(
                 file.path, job.cut.form, lambda num_bytes: on_progress(read_bytes=num_bytes)
             ):
                 try:
-                    messages = parse_dialogue(record)
+                    dialogues = parse_record(record, settings.records)
                     made = [
-                        chat.document(
-                            part, tools=record.get("tools"), only_last=settings.turns == "each"
+                        tuple(
+                            chat.document(
+                                part, tools=record.get("tools"), only_last=settings.turns == "each"
+                            )
+                            for part in parts
                         )
-                        for part in parts_of(messages, settings.turns)
+                        for parts in groups_of(dialogues, settings.turns)
                     ]
                 except Malformed as error:
                     skip(where, str(error))
                     continue
-                held_out = is_heldout(identity_of(messages), fraction=job.heldout)
+                held_out = is_heldout(_identity_of(dialogues), fraction=job.heldout)
                 split = "heldout" if held_out else "train"
-                for document in filter(None, (fitting(document, where) for document in made)):
-                    num_bytes = len(tokenizer.decode(document.tokens).encode())
-                    counted = counts[split]
-                    counted["num_documents"] += 1
-                    counted["num_tokens"] += len(document.tokens)
-                    counted["num_bytes"] += num_bytes
-                    answers = document.tokens[document.is_answer]
-                    counted["num_scored_tokens"] += len(answers)
-                    counted["num_scored_bytes"] += len(tokenizer.decode(answers).encode())
-                    on_progress(text_bytes=num_bytes, tokens=len(document.tokens))
-                    yield split, document
+                for group in filter(None, (fitting(group, where) for group in made)):
+                    for document in group:
+                        count(document, counts[split])
+                    yield split, group
 
-    def training_documents(spool) -> Iterator[Document]:
-        for split, document in documents():
+    def count(document: Document, counted: dict) -> None:
+        num_bytes = len(tokenizer.decode(document.tokens).encode())
+        counted["num_documents"] += 1
+        counted["num_tokens"] += len(document.tokens)
+        counted["num_bytes"] += num_bytes
+        answers = document.tokens[document.is_answer]
+        counted["num_scored_tokens"] += len(answers)
+        counted["num_scored_bytes"] += len(tokenizer.decode(answers).encode())
+        on_progress(text_bytes=num_bytes, tokens=len(document.tokens))
+
+    def training_groups(spool) -> Iterator[Group]:
+        for split, group in groups():
             if split == "train":
-                yield document
+                yield group
             else:
-                np.array([len(document.tokens)], dtype=np.int64).tofile(spool)
-                document.tokens.tofile(spool)
-                document.is_answer.tofile(spool)
+                np.array([len(group)], dtype=np.int64).tofile(spool)
+                for document in group:
+                    np.array([len(document.tokens)], dtype=np.int64).tofile(spool)
+                    document.tokens.tofile(spool)
+                    document.is_answer.tofile(spool)
 
-    def heldout_documents(spool) -> Iterator[Document]:
+    def heldout_groups(spool) -> Iterator[Group]:
         spool.seek(0)
-        while len(length := np.fromfile(spool, dtype=np.int64, count=1)):
-            tokens = np.fromfile(spool, dtype=np.int32, count=length[0])
-            yield Document(tokens, np.fromfile(spool, dtype=bool, count=length[0]))
+
+        def document() -> Document:
+            length = np.fromfile(spool, dtype=np.int64, count=1)[0]
+            tokens = np.fromfile(spool, dtype=np.int32, count=length)
+            return Document(tokens, np.fromfile(spool, dtype=bool, count=length))
+
+        while len(size := np.fromfile(spool, dtype=np.int64, count=1)):
+            yield tuple(document() for _ in range(size[0]))
 
     with writing_to(job.output):
         # see build.write_unit for the spool
         with tempfile.TemporaryFile(dir=job.output) as spool:
-            streams = {"train": training_documents(spool), "heldout": heldout_documents(spool)}
+            streams = {"train": training_groups(spool), "heldout": heldout_groups(spool)}
             open_rows = OPEN_ROWS if settings.rows == "packed" else 0
-            shards = {
-                split: write_shard_of(
-                    split,
-                    unit,
-                    job,
-                    pack_whole(streams[split], job.sequence_length, open_rows=open_rows),
-                    tokenizer,
-                    counts[split],
-                )
+            rows = {
+                split: pack_whole(streams[split], job.sequence_length, open_rows=open_rows)
                 for split in SPLITS
             }
-        receipt = {
-            "fingerprint": unit.fingerprint,
-            "input": [printable(file.path) for file in unit.inputs],
-            "num_empty_documents": 0,
-            "dialogues": told,
-            "splits": {split: {**counts[split], **shards[split]} for split in SPLITS},
-        }
-        write_json(receipt_path(job.output, unit), receipt)
+            splits = write_shards(unit, job, rows, tokenizer, counts)
+        write_receipt(unit, job, splits, {"num_empty_documents": 0, "dialogues": told})
 
 
-def parts_of(messages: list[dict], turns: str) -> list[list[dict]]:
-    """Returns the messages of each document that a dialogue becomes.
+def groups_of(dialogues: list[list[dict]], turns: str) -> list[tuple[list[dict], ...]]:
+    """Returns the messages of each document that a record becomes, in groups that share a row: a
+    pair is a group, and every document of a dialogue is one by itself.
 
     With turns="each", earlier answers are part of the prompt; the template may write them
     otherwise than an answer at the end.
     """
-    if turns != "each":
-        return [messages]
+    if len(dialogues) > 1 or turns != "each":
+        return [tuple(dialogues)]
+    (messages,) = dialogues
     ends = [n + 1 for n, message in enumerate(messages) if message["role"] == "assistant"]
-    return [messages[:end] for end in ends]
+    return [(messages[:end],) for end in ends]
 
 
-def cut_left(document: Document, length: int) -> Document | None:
-    """Returns the last `length` tokens of a document, in which an answer that has lost its
-    beginning is part of the prompt; None when that leaves no answer.
+def _identity_of(dialogues: list[list[dict]]) -> str:
+    """Of a pair that of its prompt: several pairs with one prompt stay in one split."""
+    return identity_of(dialogues[0] if len(dialogues) == 1 else dialogues[0][:-1])
+
+
+def cut_left(document: Document, num_cut: int) -> Document | None:
+    """Returns a document without its first tokens, in which an answer that has lost its beginning
+    is part of the prompt; None when that leaves no answer.
+
+    Args:
+        num_cut: how many tokens; at least 1.
     """
-    tokens, is_answer = document.tokens[-length:], document.is_answer[-length:].copy()
-    if document.is_answer[-length - 1]:
-        is_answer[: int(np.argmin(is_answer)) if not is_answer.all() else length] = False
+    tokens, is_answer = document.tokens[num_cut:], document.is_answer[num_cut:].copy()
+    if document.is_answer[num_cut - 1 : num_cut].any():
+        is_answer[: len(tokens) if is_answer.all() else int(np.argmin(is_answer))] = False
     return Document(tokens, is_answer) if is_answer.any() else None
 
 
 def pack_whole(
-    documents: Iterator[Document], sequence_length: int, *, open_rows: int
+    groups: Iterator[Group], sequence_length: int, *, open_rows: int
 ) -> Iterator[tuple[np.ndarray, np.ndarray, np.ndarray]]:
-    """Puts whole documents into rows: each into the fullest of the open rows that has room for it.
+    """Puts whole documents into rows: each group of them into the fullest of the open rows that has
+    room for it.
 
     Args:
-        documents: each of at most `sequence_length` tokens.
-        open_rows: rows that wait for more documents; 0: every document has a row of its own.
+        groups: documents that stay together, each group of at most `sequence_length` tokens.
+        open_rows: rows that wait for more documents; 0: every group has a row of its own.
 
     Yields:
         (tokens int32[n], starts bool[n], is_answer bool[n]) with 1 <= n <= sequence_length.
     """
     rows: list[list[Document]] = []
     lengths: list[int] = []
-    for document in documents:
-        length = len(document.tokens)
+    for group in groups:
+        length = sum(len(document.tokens) for document in group)
         room = [n for n, used in enumerate(lengths) if used + length <= sequence_length]
         if room:
             best = max(room, key=lengths.__getitem__)
-            rows[best].append(document)
+            rows[best].extend(group)
             lengths[best] += length
             continue
-        rows.append([document])
+        rows.append(list(group))
         lengths.append(length)
         if len(rows) > open_rows:
             fullest = max(range(len(rows)), key=lengths.__getitem__)
@@ -240,6 +271,7 @@ def dialogues_json(receipts: list[dict], settings: ChatSettings) -> dict:
     told = [receipt["dialogues"] for receipt in receipts]
     malformed: Counter = sum((Counter(part["malformed"]) for part in told), Counter())
     return {
+        "records": settings.records,
         "turns": settings.turns,
         "rows": settings.rows,
         "num_malformed": malformed.total(),
@@ -250,19 +282,25 @@ def dialogues_json(receipts: list[dict], settings: ChatSettings) -> dict:
     }
 
 
-def dialogue_texts(inputs: list[Input], form: str, *, heldout: float, chars: int) -> Iterator[str]:
+def dialogue_texts(
+    inputs: list[Input], form: str, kind: str, *, heldout: float, chars: int
+) -> Iterator[str]:
     """Yields what is said in the dialogues that are not held out, without markup, for the training
     and the check of a tokenizer: equal shares of every file, `chars` characters in all.
+
+    Args:
+        kind: what a record holds; see dialogues.parse_record.
     """
     for file in inputs:
         left = max(1, chars // len(inputs))
         for _, record in read_records(file.path, form):
             try:
-                messages = parse_dialogue(record)
+                dialogues = parse_record(record, kind)
             except Malformed:
                 continue  # reported when the unit is written
-            if not is_heldout(identity_of(messages), fraction=heldout):
-                text = text_of(messages)
+            if not is_heldout(_identity_of(dialogues), fraction=heldout):
+                # of a pair the prompt once
+                text = "\n".join(map(text_of, [dialogues[0], *(d[-1:] for d in dialogues[1:])]))
                 yield text[:left]
                 left -= len(text)
             if left <= 0:

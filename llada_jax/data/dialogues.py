@@ -20,9 +20,60 @@ ROLES = {
 
 _FORMS = "messages; prompt and response; instruction, input and output; or conversations"
 
+# What a record may hold: one dialogue, or a prompt with a preferred and another answer.
+KINDS = ("dialogues", "pairs")
+PAIR = ("chosen", "rejected")
+
 
 class Malformed(Exception):
     """A record that is not a dialogue to train on; its text names the kind of defect."""
+
+
+def parse_record(record: Any, kind: str) -> list[list[dict]]:
+    """Returns the dialogues of one record: one, or of "pairs" the chosen and the rejected one.
+
+    Raises:
+        Malformed: see parse_dialogue and parse_pair.
+    """
+    return [parse_dialogue(record)] if kind == "dialogues" else list(parse_pair(record))
+
+
+def parse_pair(record: Any) -> tuple[list[dict], list[dict]]:
+    """Returns the messages of two dialogues that differ in their last answer: the chosen and the
+    rejected one.
+
+    Known forms: {"prompt", "chosen", "rejected"}, each a text or a list of messages, and {"chosen",
+    "rejected"}, each the messages of a whole dialogue. Where these are there, a "prompt" next to
+    them is not read.
+
+    Raises:
+        Malformed: a part is missing, a dialogue is malformed, the prompts differ, or the answers do
+            not.
+    """
+    if not isinstance(record, dict):
+        raise Malformed("the record is not a JSON object")
+    chosen, rejected = (_answered(record, name) for name in PAIR)
+    if chosen[:-1] != rejected[:-1]:
+        raise Malformed("chosen and rejected answer different prompts")
+    if chosen[-1] == rejected[-1]:
+        raise Malformed("chosen and rejected are the same")
+    return chosen, rejected
+
+
+def _answered(record: dict, name: str) -> list[dict]:
+    """Returns the messages of one side of a pair."""
+    prompt, answer = record.get("prompt"), record.get(name)
+    if isinstance(prompt, str):
+        prompt = [{"role": "user", "content": prompt}]
+    if isinstance(answer, str):
+        answer = [{"role": "assistant", "content": answer}]
+    if not isinstance(answer, list) or not answer:
+        raise Malformed(f"{name!r} is neither a text nor a list of messages")
+    is_whole = any(_message(message)["role"] != "assistant" for message in answer)
+    if not is_whole and not isinstance(prompt, list):
+        raise Malformed("there is no prompt, neither a field of this name nor in the messages")
+    messages = answer if is_whole else [*prompt, *answer]  # type: ignore[misc]
+    return parse_dialogue({"messages": messages, "system": record.get("system")})
 
 
 def parse_dialogue(record: Any) -> list[dict]:
@@ -60,6 +111,8 @@ def _raw_messages(record: Any) -> list:
         if isinstance(prompt, str) and isinstance(more, str) and more.strip():
             prompt = f"{prompt}\n\n{more}"
         return _pair(prompt, record["output"])
+    if all(name in record for name in PAIR):
+        raise Malformed("the record is a pair of answers, which --chat records=pairs reads")
     raise Malformed(f"the record has none of the known fields ({_FORMS})")
 
 

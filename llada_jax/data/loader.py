@@ -13,15 +13,17 @@ per row at either length (1 and 20-28 million tokens/s on one CPU core), so thre
 worker processes are started.
 """
 
+import functools
 import sys
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import islice
 
 import grain
 import numpy as np
 
-from llada_jax.data.dialogue_rows import EosPadded, draw_answers
+from llada_jax.data.batch import FIELDS, PAIR_FIELDS, Field
+from llada_jax.data.dialogue_rows import BucketCut, EosPadded, draw_answers, split_in_two
 from llada_jax.data.records import DatasetInfo, Records, read_dataset
 from llada_jax.errors import UserError
 
@@ -31,7 +33,7 @@ _HELDOUT_ANSWERS = 0
 Source = tuple[str, float]  # (directory of a dataset, its weight in the mixture)
 Batch = dict[str, np.ndarray]
 
-_SHUFFLE, _LENGTH, _ANSWER = 0, 1, 2  # What a random stream is for; see _stream.
+_SHUFFLE, _LENGTH, _ANSWER, _SPLIT = 0, 1, 2, 3  # What a random stream is for; see _stream.
 
 
 def train_batches(
@@ -45,7 +47,11 @@ def train_batches(
     batch_number: Callable[[int], int] = lambda step: step,
     random_length_probability: float = 0.01,
     attend_across_documents: bool = True,
+    split_probability: float = 0.0,
     eos_padding: int = 0,
+    padding_cycle: Sequence[int] = (),
+    copies: int = 1,
+    length_buckets: Sequence[int] = (),
     num_threads: int = 4,
     prefetch: int = 8,
 ) -> Iterator[Batch]:
@@ -72,14 +78,20 @@ def train_batches(
             becomes padding (1% in LLaDA, arXiv 2502.09992).
         attend_across_documents: True (as LLaDA published) makes all tokens of a row one segment
             with positions 0..T-1; False gives each document its own segment and positions.
-        eos_padding: of dialogues with a row each: rows are filled up with end-of-text tokens to the
-            longest of so many consecutive rows; 0: not at all. See dialogue_rows.EosPadded.
+        split_probability: how often a row is cut in two; see dialogue_rows.split_in_two.
+        eos_padding: of dialogues with a row each: rows are filled up to the longest of so many
+            consecutive rows; 0: not at all. padding_cycle: with which tokens, in turn; (): with
+            end-of-text. See dialogue_rows.EosPadded.
+        copies: so many consecutive rows of a batch are one record, for objectives that ask for it;
+            batch_size must be a multiple.
+        length_buckets: of rows of one dialogue or pair each: ascending lengths below T, of which a
+            batch is cut to the shortest that holds all of its B rows, whoever reads them.
         num_threads: threads that read ahead; 0 reads in the caller's thread.
         prefetch: batches that are kept ready, R * T * 13 bytes each.
 
     Returns an iterator of {"tokens", "segment_ids", "positions": int32[R,T], "is_maskable":
-    bool[R,T]}, R = len(rows). Padding has token 0, segment 0 and is not maskable; of dialogues,
-    only answers are.
+    bool[R,T]}, R = len(rows), and of pairs also "is_chosen". Padding has token 0, segment 0 and is
+    not maskable; of dialogues, only answers are.
 
     Raises UserError at once for unusable datasets or arguments, and from `next` for a damaged
     record.
@@ -93,7 +105,15 @@ def train_batches(
         random_length_probability=random_length_probability,
         attend_across_documents=attend_across_documents,
         eos_padding=eos_padding,
+        padding_cycle=padding_cycle,
+        split_probability=split_probability,
+        length_buckets=length_buckets,
     )
+    if batch_size % copies:
+        raise UserError(
+            f"config.data.batch_size={batch_size} must be a multiple of {copies}, because the "
+            f"objective asks for {copies} rows of each record; change it."
+        )
     shuffled = [
         _with_drawn_answers(
             grain.MapDataset.source(Records(info, split="train"))
@@ -109,17 +129,25 @@ def train_batches(
         .random_map(_random_length(random_length_probability), seed=_stream(seed, _LENGTH, 0))
         .map(_row_for(attend_across_documents))
     )
+    if split_probability:
+        dataset = dataset.random_map(split_in_two(split_probability), seed=_stream(seed, _SPLIT, 0))
     rows = _check_rows(rows, batch_size=batch_size)
     if eos_padding:
-        eos_id = infos[0].tokenizer["eos_id"]
-        dataset = EosPadded(dataset, num_rows=eos_padding, eos_id=eos_id)
-    dataset = _HostRows(
+        cycle = tuple(padding_cycle) or (infos[0].tokenizer["eos_id"],)
+        dataset = EosPadded(dataset, num_rows=eos_padding, cycle=cycle)
+    rows_of = functools.partial(
+        _HostRows,
         dataset,
         batch_size=batch_size,
-        rows=rows,
         start_step=start_step,
         batch_number=batch_number,
-    ).batch(len(rows))
+        copies=copies,
+    )
+    dataset = rows_of(rows=rows).batch(len(rows))
+    if length_buckets:
+        once = range(0, batch_size, copies)
+        lengths = (*length_buckets, sequence_length)
+        dataset = BucketCut(dataset, rows_of(rows=once), num_rows=len(once), lengths=lengths)
     return _iterate(dataset, num_threads=num_threads, prefetch=prefetch)
 
 
@@ -157,7 +185,8 @@ def heldout_batches(
         chosen = np.random.default_rng(subset_seed).permutation(len(records))[:num_rows]
         records = _Chosen(records, np.sort(chosen))  # type: ignore[assignment]  # in file order, which reads fastest
     _check_dialogues([info], attend_across_documents=attend_across_documents)
-    source = _Padded(records, multiple=batch_size, sequence_length=sequence_length)
+    fields = fields_of(info)
+    source = _Padded(records, fields, multiple=batch_size, sequence_length=sequence_length)
     dataset = _with_drawn_answers(grain.MapDataset.source(source), info, seed=_HELDOUT_ANSWERS)
     dataset = dataset.map(_row_for(attend_across_documents))
     dataset = _HostRows(dataset, batch_size=batch_size, rows=rows, start_step=0).batch(len(rows))
@@ -175,8 +204,9 @@ class SourceSummary:
     num_tokens: int
     num_padding: int
     bytes_per_token: dict[str, float]  # by split: bits/byte = nats/token / ln 2 / bytes_per_token
+    fields: Mapping[str, Field]  # of its batches
 
-    def num_epochs(self, num_rows: int) -> float:
+    def num_epochs(self, num_rows: float) -> float:
         """Returns how often `num_rows` rows of the mixture go through this dataset."""
         return num_rows * self.share / self.num_records
 
@@ -198,14 +228,20 @@ def describe(sources: Sequence[Source], *, sequence_length: int) -> tuple[Source
                 for name, split in info.splits.items()
                 if split.num_scored_tokens
             },
+            fields=fields_of(info),
         )
         for info, (_, weight) in zip(infos, sources, strict=True)
     )
 
 
+def fields_of(info: DatasetInfo) -> Mapping[str, Field]:
+    """Returns the fields of the batches that a data set gives."""
+    return PAIR_FIELDS if info.dialogues and info.dialogues.are_pairs else FIELDS
+
+
 class _HostRows(grain.MapDataset):
     """Maps a host's n-th row, which is a step and a place in `rows`, to the parent's row
-    batch_number(step) * B + rows[place].
+    (batch_number(step) * B + rows[place]) // copies.
     """
 
     def __init__(
@@ -216,13 +252,16 @@ class _HostRows(grain.MapDataset):
         rows: Sequence[int],
         start_step: int,
         batch_number: Callable[[int], int] = lambda step: step,
+        copies: int = 1,
     ):
         super().__init__(parent)
         self._batch_size, self._rows, self._start_step = batch_size, tuple(rows), start_step
-        self._batch_number = batch_number
+        self._batch_number, self._copies = batch_number, copies
 
     def __len__(self) -> int:
-        num_steps = len(self._parent) // self._batch_size - self._start_step
+        # an endless parent has the largest length there is, which copies must not exceed
+        num_rows = min(len(self._parent) * self._copies, sys.maxsize)
+        num_steps = num_rows // self._batch_size - self._start_step
         return min(num_steps * len(self._rows), sys.maxsize)
 
     def __getitem__(self, index):
@@ -230,7 +269,7 @@ class _HostRows(grain.MapDataset):
             return self.slice(index)
         step, place = divmod(index, len(self._rows))
         batch = self._batch_number(self._start_step + step)
-        return self._parent[batch * self._batch_size + self._rows[place]]
+        return self._parent[(batch * self._batch_size + self._rows[place]) // self._copies]
 
 
 class _Chosen:
@@ -249,8 +288,16 @@ class _Chosen:
 class _Padded:
     """A source followed by empty rows, up to a multiple of the batch size."""
 
-    def __init__(self, records: Records | _Chosen, *, multiple: int, sequence_length: int):
-        self._records, self._sequence_length = records, sequence_length
+    def __init__(
+        self,
+        records: Records | _Chosen,
+        fields: Mapping[str, Field],
+        *,
+        multiple: int,
+        sequence_length: int,
+    ):
+        self._records, self._fields = records, fields
+        self._sequence_length = sequence_length
         self._length = -(-len(records) // multiple) * multiple
 
     def __len__(self) -> int:
@@ -260,11 +307,8 @@ class _Padded:
         if index < len(self._records):
             return self._records[index]
         return {
-            **{
-                name: np.zeros(self._sequence_length, np.int32)
-                for name in ("tokens", "segment_ids", "positions")
-            },
-            "is_maskable": np.zeros(self._sequence_length, bool),
+            name: np.zeros(self._sequence_length, field.dtype)
+            for name, field in self._fields.items()
         }
 
 
@@ -301,6 +345,11 @@ def _open(
                 f"{info.tokenizer['fingerprint'][:12]}): prepare both with "
                 f"--tokenizer {infos[0].directory}/tokenizer."
             )
+        if infos and fields_of(info) != fields_of(infos[0]):
+            raise UserError(
+                f"One of {infos[0].directory} and {directory} holds pairs of answers and the other "
+                "does not; train on the one or on the other."
+            )
         infos.append(info)
     return infos
 
@@ -312,6 +361,9 @@ def _check_dialogues(
     batch_size: int = 1,
     random_length_probability: float = 0.0,
     eos_padding: int = 0,
+    padding_cycle: Sequence[int] = (),
+    split_probability: float = 0.0,
+    length_buckets: Sequence[int] = (),
 ) -> None:
     """Raises UserError for settings that would spoil dialogues, or that need some."""
     for info in infos:
@@ -321,18 +373,43 @@ def _check_dialogues(
                 f"config.data.random_length_probability={random_length_probability} would cut off; "
                 "set it to 0."
             )
+        if info.dialogues and info.dialogues.are_pairs and attend_across_documents:
+            raise UserError(
+                f"{info.directory} holds pairs, whose answers must not see each other; set "
+                "config.data.attend_across_documents=False."
+            )
         if info.dialogues and info.dialogues.rows == "packed" and attend_across_documents:
             raise UserError(
                 f"{info.directory} holds several dialogues in a row, which must not see each "
                 "other; set config.data.attend_across_documents=False, or prepare it with "
                 "--chat rows=padded."
             )
-        if eos_padding and not (info.dialogues and info.dialogues.rows == "padded"):
+        is_padded = info.dialogues and info.dialogues.rows == "padded"
+        if eos_padding and not (is_padded and not info.dialogues.are_pairs):  # type: ignore[union-attr]
             raise UserError(
                 f"config.data.eos_padding={eos_padding} fills up rows of one dialogue each, and "
                 f"{info.directory} has others; prepare with --chat rows=padded, or set it to "
                 "0."
             )
+        if info.dialogues and info.dialogues.are_pairs and split_probability:
+            raise UserError(
+                f"{info.directory} holds pairs, whose answers config.data.split_probability="
+                f"{split_probability} would part from their prompts; set it to 0."
+            )
+        if length_buckets and not is_padded:
+            raise UserError(
+                f"config.data.length_buckets={tuple(length_buckets)} cuts padding off, and the "
+                f"rows of {info.directory} are full; prepare with --chat rows=padded, or leave the "
+                "buckets empty."
+            )
+        for token in padding_cycle:
+            special = (info.tokenizer["mask_id"], info.tokenizer["eos_id"])
+            if not 0 <= token < info.vocab_size or (token in special and len(padding_cycle) > 1):
+                raise UserError(
+                    f"config.data.padding_cycle={tuple(padding_cycle)}: {token} is not an ordinary "
+                    f"id of the {info.vocab_size} of {info.directory} (mask and end-of-text are "
+                    f"{special[0]} and {special[1]}); name ids that no text uses."
+                )
     if eos_padding and batch_size % eos_padding:
         raise UserError(
             f"config.data.batch_size={batch_size} must be a multiple of "

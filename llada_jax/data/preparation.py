@@ -39,7 +39,7 @@ from llada_jax.data.dialogue_units import SCORED, ChatSettings, dialogue_texts, 
 from llada_jax.data.duplicates import count_duplicates, without_duplicates
 from llada_jax.data.inputs import Input, find_inputs, printable
 from llada_jax.data.packing import is_heldout
-from llada_jax.data.records import DIALOGUE_FORMAT, JSON_NAME, write_dataset_json
+from llada_jax.data.records import DIALOGUE_FORMAT, JSON_NAME, PAIR_FORMAT, write_dataset_json
 from llada_jax.data.round_trip import describe_loss, is_lossless
 from llada_jax.data.text import Cut, check_cut, read_documents
 from llada_jax.data.tokenizer import Tokenizer, load_tokenizer
@@ -144,7 +144,9 @@ def prepare(
         _refuse_other_settings(output, source)
         # 3. The tokenizer: made once, if need be by training it on a sample of the training text.
         if chat:
-            texts = functools.partial(dialogue_texts, inputs, cut.form, heldout=heldout)
+            texts = functools.partial(
+                dialogue_texts, inputs, cut.form, chat.records, heldout=heldout
+            )
             make = functools.partial(_with_template, setting=chat.template)
             made = _make_tokenizer_once(
                 output, source, lambda: make(make_tokenizer(texts(chars=SAMPLE_CHARS)))
@@ -247,6 +249,7 @@ def _parse_tokenizer(
 
         return train, spec
     tokenizer = load_tokenizer(spec, add_mask_token=add_mask_token)
+    tokenizer.encode("")  # refuses ids without texts before anything is written
     # The fingerprint rather than the path: the same model may have moved.
     name = spec if tokenizer.kind == "bytes" else f"{tokenizer.kind} {tokenizer.fingerprint[:16]}"
     return lambda texts: tokenizer, name
@@ -260,7 +263,7 @@ def _chat_source(chat: ChatSettings) -> dict:
     template = chat.template
     if template not in ("", "default"):
         template = fingerprint(read_template(template))[:16]
-    return {**dataclasses.asdict(chat), "template": template}
+    return {**chat.to_json(), "template": template}
 
 
 def _with_template(tokenizer: Tokenizer, setting: str) -> Tokenizer:
@@ -281,10 +284,11 @@ def _of_dialogues(content: dict, receipts: list[dict], chat: ChatSettings) -> di
             f"malformed (the first: {told['first_malformed'] or 'none'}) and "
             f"{told['num_too_long']} dialogues are too long; docs/finetuning.md lists the forms."
         )
-    read_as = [content["fingerprint"], DIALOGUE_FORMAT, chat.turns, chat.rows]
+    form = PAIR_FORMAT if chat.records == "pairs" else DIALOGUE_FORMAT
+    read_as = [content["fingerprint"], form, chat.turns, chat.rows]
     return {
         **content,
-        "format": DIALOGUE_FORMAT,
+        "format": form,
         "fingerprint": fingerprint(read_as),
         "dialogues": told,
     }

@@ -34,6 +34,9 @@ FORMAT = 1
 # Its records say which tokens are of answers, and dataset.json has the part "dialogues". A version
 # of the package that knows FORMAT alone would train on the prompts, and must refuse it.
 DIALOGUE_FORMAT = 2
+# Their documents are pairs of a chosen and a rejected answer: a version that knows DIALOGUE_FORMAT
+# alone would train on the rejected ones too.
+PAIR_FORMAT = 3
 JSON_NAME = "dataset.json"
 _WRITE_REMEDY = (
     "check that the folder exists, can be written to and has free space, then run prepare again"
@@ -224,11 +227,17 @@ class Dialogues:
 
     turns: "one": one answer of each dialogue is drawn per epoch, and what follows it is left out;
         "all" or "each": every answer of a document is scored. rows: "packed" or "padded" (one
-        document per row).
+        document, or one pair, per row). records: "dialogues", or "pairs": of the documents of a row
+        the odd ones, counted from 1, are chosen and each is followed by the one rejected.
     """
 
     turns: str
     rows: str
+    records: str = "dialogues"
+
+    @property
+    def are_pairs(self) -> bool:
+        return self.records == "pairs"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -285,8 +294,12 @@ def read_dataset(directory) -> DatasetInfo:
                 name: _parse_split(directory, split) for name, split in content["splits"].items()
             },
             dialogues=(
-                Dialogues(**{name: content["dialogues"][name] for name in ("turns", "rows")})
-                if content["format"] == DIALOGUE_FORMAT
+                Dialogues(
+                    turns=content["dialogues"]["turns"],
+                    rows=content["dialogues"]["rows"],
+                    records=content["dialogues"].get("records", "dialogues"),
+                )
+                if content["format"] in (DIALOGUE_FORMAT, PAIR_FORMAT)
                 else None
             ),
         )
@@ -328,10 +341,10 @@ def _read_json(directory) -> dict:
             f"{path} was not written by llada-jax prepare, because it names no format: give the "
             "directory of a dataset."
         )
-    if content["format"] not in (FORMAT, DIALOGUE_FORMAT):
+    if content["format"] not in (FORMAT, DIALOGUE_FORMAT, PAIR_FORMAT):
         raise UserError(
             f"{path} has format {content['format']!r}, but this version reads the formats {FORMAT} "
-            f"and {DIALOGUE_FORMAT}: prepare the text again."
+            f"to {PAIR_FORMAT}: prepare the text again."
         )
     return content
 
@@ -405,6 +418,7 @@ class Records:
             "vocab_size": info.vocab_size,
             "with_answers": info.dialogues is not None,
         }
+        self._are_pairs = info.dialogues is not None and info.dialogues.are_pairs
         # "path[0:n]" passes on the count from dataset.json, so that thousands of shards need not be
         # opened at the start of a run.
         self._source = (
@@ -423,9 +437,12 @@ class Records:
         if not 0 <= index < len(self):
             raise IndexError(f"record {index} of {len(self)}")
         try:
-            return decode_record(self._source[index], **self._sizes)
+            row = decode_record(self._source[index], **self._sizes)
         except (RuntimeError, ValueError, IndexError, OSError) as error:
             raise UserError(self._explain(index, str(error).splitlines()[0])) from error
+        if self._are_pairs:
+            row["is_chosen"] = row["segment_ids"] % 2 == 1
+        return row
 
     def _explain(self, index: int, reason: str) -> str:
         """Returns the error for a record that cannot be read: which one, why, and what to do."""

@@ -1,8 +1,7 @@
-"""Tokenizers: text <-> token ids, their identity, and the special ids mask, eos, bos and pad, which
-this file alone decides.
+"""Tokenizers: text <-> token ids, their identity, and the special ids that a tokenizer has.
 
-What differs between the kinds (raw bytes, SentencePiece, a Hugging Face tokenizer.json) is in
-llada_jax.data.codecs.
+What differs between the kinds (raw bytes, SentencePiece, a Hugging Face tokenizer.json, ids without
+texts) is in llada_jax.data.codecs.
 """
 
 import copy
@@ -15,10 +14,17 @@ from collections.abc import Iterable
 import numpy as np
 from etils import epath
 
-from llada_jax.data.codecs import Bytes, Codec, HuggingFace, SentencePiece
+from llada_jax.data.codecs import Bytes, Codec, HuggingFace, NoText, SentencePiece
+from llada_jax.data.special_ids import (
+    END_OF_TURN,
+    SPECIAL_NAMES,
+    WrongSpecialIds,
+    check_special_ids,
+    declared_in_config,
+    stated_in_model_config,
+)
 from llada_jax.errors import UserError
 from llada_jax.ranges import MAX_SIZE
-from llada_jax.schemas import ModelConfig, TokenizerConfig, check, parse_json
 
 # Lies next to the model's own files in a saved directory, and is written last.
 SPECIAL_IDS = "special_ids.json"
@@ -50,40 +56,17 @@ PROBES = (
     "\U0001f600 \U0001f469\u200d\U0001f52c",
 )
 
-# What published tokenizers call their special tokens, the likeliest first. Looked up after what the
-# tokenizer itself declares.
-SPECIAL_NAMES = {
-    "mask": ("<mask>", "[MASK]", "<|mdm_mask|>", "<|mask|>", "<[MASK]>", "<|mask_token|>"),
-    "eos": (
-        "</s>",
-        "<|endoftext|>",
-        "<|end_of_text|>",
-        "<eos>",
-        "<｜end▁of▁sentence｜>",
-        "[EOS]",
-        "[SEP]",
-    ),
-    "bos": (
-        "<s>",
-        "<|startoftext|>",
-        "<|begin_of_text|>",
-        "<bos>",
-        "<｜begin▁of▁sentence｜>",
-        "[BOS]",
-        "[CLS]",
-    ),
-    "pad": ("<pad>", "[PAD]", "<|pad|>", "<|padding|>"),
-}
-
 
 class Tokenizer:
     """One tokenizer with its special ids. Made by `load_tokenizer` and `train_sentencepiece`.
 
     Attributes:
-        kind: "sentencepiece", "huggingface" or "bytes".
+        kind: "sentencepiece", "huggingface" or "bytes"; "none" for the ids of weights that came
+            without a tokenizer, where whatever needs text raises UserError.
         vocab_size: rows of the embedding, every special id included.
         mask_id, eos_id, bos_id, pad_id: ints below vocab_size; bos and pad are eos where the model
             has none of its own, as in the published LLaDA.
+        eot_id: the id that ends a turn of a conversation; None where there is none.
         fingerprint: hex digest of all that decides text -> ids and the special ids.
     """
 
@@ -95,6 +78,8 @@ class Tokenizer:
         self.eos_id = special_ids["eos"]
         self.bos_id = special_ids.get("bos", self.eos_id)
         self.pad_id = special_ids.get("pad", self.eos_id)
+        turns = [i for i in map(codec.id_of, END_OF_TURN) if i is not None]
+        self.eot_id = special_ids.get("eot", turns[0] if turns else None)
         self._codec = codec
         self._is_special_V = np.zeros(self.vocab_size, dtype=bool)
         self._is_special_V[[self.mask_id, self.eos_id, self.bos_id, self.pad_id]] = True
@@ -166,10 +151,29 @@ class Tokenizer:
         """
         ids = {"mask": self.mask_id, "eos": self.eos_id, "bos": self.bos_id, "pad": self.pad_id}
         ours = {i: SPECIAL_NAMES[what][0] for what, i in reversed(ids.items())}
-        return {
-            what: self._codec.piece(i) if i < self._codec.num_ids else ours[i]
-            for what, i in ids.items()
-        }
+        return {what: self.piece(i) or ours[i] for what, i in ids.items()}
+
+    @property
+    def end_ids(self) -> tuple[int, ...]:
+        """What ends a text: EOS first, then the end of a turn."""
+        ends = (self.eos_id, self.eot_id)
+        return tuple(dict.fromkeys(i for i in ends if i is not None))
+
+    @property
+    def special_ids(self) -> dict[str, int]:
+        """The ids of mask, eos, bos, pad and, where there is one, eot (end of turn)."""
+        ids = {"mask": self.mask_id, "eos": self.eos_id, "bos": self.bos_id, "pad": self.pad_id}
+        return ids if self.eot_id is None else {**ids, "eot": self.eot_id}
+
+    @property
+    def chat_template(self) -> str | None:
+        """The Jinja template of conversations that came with the tokenizer, if one did."""
+        if CHAT_TEMPLATE in self.files:
+            return self.files[CHAT_TEMPLATE].decode()
+        template = json.loads(self.files.get("tokenizer_config.json", b"{}")).get("chat_template")
+        if isinstance(template, list):  # several by name, of which one is for conversations
+            template = {one["name"]: one["template"] for one in template}.get("default")
+        return template
 
     @property
     def markers(self) -> dict[str, int]:
@@ -192,8 +196,11 @@ class Tokenizer:
         and to the text of every id.
 
         A tokenizer that was written in another form, as an export does, has another fingerprint
-        and is still the same one.
+        and is still the same one. Of ids without texts only mask and EOS are compared, which is all
+        that is known of them for sure.
         """
+        if "none" in (self.kind, other.kind):
+            return (self.mask_id, self.eos_id) == (other.mask_id, other.eos_id)
         names = ("vocab_size", "mask_id", "eos_id", "bos_id", "pad_id")
         if any(getattr(self, name) != getattr(other, name) for name in names):
             return False
@@ -212,11 +219,20 @@ class Tokenizer:
         (directory / SPECIAL_IDS).write_bytes(self._meta())
 
     def _meta(self) -> bytes:
-        ids = {"mask": self.mask_id, "eos": self.eos_id, "bos": self.bos_id, "pad": self.pad_id}
+        ids = self.special_ids
+        if self.kind != "none":
+            # found again by its name; written down it would change the fingerprint
+            ids.pop("eot", None)
         return (json.dumps({"kind": self.kind, "special_ids": ids}, indent=2) + "\n").encode()
 
 
-def load_tokenizer(path, *, add_mask_token: bool = False, mask_token: str = "") -> Tokenizer:
+def load_tokenizer(
+    path,
+    *,
+    add_mask_token: bool = False,
+    mask_token: str = "",
+    trained_ids: dict[str, int] | None = None,
+) -> Tokenizer:
     """Loads "bytes", a directory written by `Tokenizer.save`, a SentencePiece .model or a folder
     with tokenizer.json or, without that, tokenizer.model.
 
@@ -229,38 +245,45 @@ def load_tokenizer(path, *, add_mask_token: bool = False, mask_token: str = "") 
             tokenizer lacks them.
         mask_token: the token to use as the mask; "" looks at what the tokenizer declares and then
             for the usual names.
+        trained_ids: {"mask": id, ...} of the model that it is for, as far as they are known; None
+            takes what the config.json in the folder states.
 
     Raises:
-        UserError: there is no tokenizer, it cannot be read, or it has no mask token and
-            add_mask_token is False.
+        UserError: there is no tokenizer, it cannot be read, it has no mask token and
+            add_mask_token is False, or it has other special ids than the model.
     """
     if os.fspath(path) == "bytes":
-        return Tokenizer(Bytes(), {"mask": 256, "eos": 257, "bos": 258, "pad": 259})
+        ids = {"mask": 256, "eos": 257, "bos": 258, "pad": 259}
+        return _with_ids_of_model(Tokenizer(Bytes(), ids), trained_ids or {}, name="bytes")
     path = epath.Path(path)
     if (path / SPECIAL_IDS).exists():
-        return _load_saved(path)
+        return _with_ids_of_model(_load_saved(path), trained_ids or {}, name=str(path))
     if path.name.endswith(".model") and path.is_file():
         codec = SentencePiece(path.read_bytes(), name=str(path))
         declared, stated = codec.declared(), {}
     elif not (path / "tokenizer.json").exists() and (path / "tokenizer.model").exists():
         file = path / "tokenizer.model"
         codec = SentencePiece(file.read_bytes(), name=str(file))
-        declared = {**codec.declared(), **_declared_in_config(path)}
+        declared = {**codec.declared(), **declared_in_config(path)}
         # Tokens that were added later have ids after those of the file.
-        stated = _stated_in_model_config(path, num_ids=MAX_SIZE)
+        stated = stated_in_model_config(path, num_ids=MAX_SIZE)
     elif (path / "tokenizer.json").exists():
         codec = HuggingFace(  # type: ignore[assignment]
             (path / "tokenizer.json").read_bytes(), name=str(path), companions=_companions(path)
         )
         declared, stated = (
-            _declared_in_config(path),
-            _stated_in_model_config(path, num_ids=codec.num_ids),
+            declared_in_config(path),
+            stated_in_model_config(path, num_ids=codec.num_ids),
         )
+    elif path.exists():
+        raise UserError(_why_not_a_tokenizer(path))
     else:
         raise UserError(
             f"There is no tokenizer at {str(path)!r}: give 'bytes', a SentencePiece .model file, a "
             "folder with a tokenizer.json or tokenizer.model, or that of a prepared data set."
         )
+    if trained_ids is not None:
+        stated = dict(trained_ids)
     if mask_token:
         stated["mask"] = codec.id_of(mask_token)
         if stated["mask"] is None:
@@ -269,6 +292,64 @@ def load_tokenizer(path, *, add_mask_token: bool = False, mask_token: str = "") 
                 "that it has."
             )
     return with_special_ids(codec, declared, stated, name=str(path), add_mask_token=add_mask_token)
+
+
+def _why_not_a_tokenizer(path: epath.Path) -> str:
+    """Returns what is wrong with a file or folder that is there and is not taken as a tokenizer."""
+    if path.is_dir():
+        return (
+            f"There is no tokenizer at {str(path)!r}, which is a folder without tokenizer.json, "
+            f"tokenizer.model and {SPECIAL_IDS}; give the folder that has one of them."
+        )
+    if path.name in ("tokenizer.json", "tokenizer_config.json", SPECIAL_IDS):
+        return (
+            f"{str(path)!r} is a file of a tokenizer that has several; give its folder, "
+            f"{str(path.parent)!r}."
+        )
+    return (
+        f"The file {str(path)!r} is not taken as a tokenizer, because its name does not end with "
+        ".model; give a SentencePiece .model file, or the folder of a tokenizer.json."
+    )
+
+
+def has_tokenizer(folder) -> bool:
+    """Whether a folder holds files of a tokenizer."""
+    names = (SPECIAL_IDS, "tokenizer.json", "tokenizer.model")
+    return any((epath.Path(folder) / name).exists() for name in names)
+
+
+def ids_alone(num_ids: int, special_ids: dict[str, int], *, add_mask_token: bool) -> Tokenizer:
+    """Returns what stands for the tokenizer of weights that came without one.
+
+    Args:
+        num_ids: of the vocabulary, without the rows that only fill up the embedding.
+        special_ids: as far as they are known.
+        add_mask_token: appends a mask id after the last where none is known.
+
+    Raises:
+        UserError: no EOS or no mask is known.
+    """
+    if add_mask_token:
+        special_ids = {"mask": num_ids, **special_ids}
+    missing = [what for what in ("mask", "eos") if what not in special_ids]
+    if missing:
+        raise UserError(
+            f"There is no tokenizer, and no {' or '.join(f'{what}_token_id' for what in missing)} "
+            "is stated next to the weights; give the tokenizer with --tokenizer."
+        )
+    return Tokenizer(NoText(num_ids), special_ids)
+
+
+def _with_ids_of_model(tokenizer: Tokenizer, trained: dict[str, int], *, name: str) -> Tokenizer:
+    """Returns a tokenizer whose special ids are fixed; UserError unless they are the model's."""
+    ours = tokenizer.special_ids
+    for what, i in trained.items():
+        if what in ours and ours[what] != i:
+            raise UserError(
+                f"Tokenizer {name!r} has the {what} id {ours[what]}, and the model was trained "
+                f"with {i}; give the tokenizer of the model."
+            )
+    return tokenizer
 
 
 def load_same(directory, fingerprint: str, *, of: str) -> Tokenizer:
@@ -301,7 +382,7 @@ def _load_saved(path) -> Tokenizer:
             return made.with_chat_template(template.read_text())
         return made
     except (
-        *(KeyError, TypeError, AttributeError, json.JSONDecodeError, UnicodeDecodeError, OSError),
+        *(KeyError, TypeError, AttributeError, ValueError, OSError),
         WrongSpecialIds,
     ) as error:
         raise UserError(
@@ -313,6 +394,8 @@ def _load_saved(path) -> Tokenizer:
 def _saved_codec(path, kind: str) -> Codec:
     if kind == "bytes":
         return Bytes()
+    if kind == "none":
+        return NoText.from_file((path / NoText.file).read_bytes())
     if kind == "huggingface":
         content = (path / HuggingFace.file).read_bytes()
         return HuggingFace(content, name=str(path), companions=_companions(path))
@@ -370,58 +453,9 @@ def with_special_ids(
         ) from error
 
 
-class WrongSpecialIds(UserError):
-    """Special ids that no tokenizer can have, as the end of a sentence."""
-
-
-def check_special_ids(special_ids: dict[str, int]) -> None:
-    """Raises WrongSpecialIds unless all are ids, and the mask is none of the others.
-
-    With a mask that also ends texts, an end that is masked would look like one that is not. Of the
-    others some may be equal, as in the published LLaDA.
-    """
-    if not isinstance(special_ids, dict):
-        raise WrongSpecialIds(f"has the special ids {special_ids!r}, which are not an object")
-    for what in {"mask": 0, "eos": 0} | special_ids:
-        number = special_ids.get(what)
-        if type(number) is not int or not 0 <= number < MAX_SIZE:
-            raise WrongSpecialIds(
-                f"has the {what} id {number!r}, which is not an integer from 0 to {MAX_SIZE - 1}"
-            )
-        if what != "mask" and number == special_ids["mask"]:
-            raise WrongSpecialIds(f"has one id, {number}, for mask and {what}")
-
-
 def _companions(folder) -> dict[str, bytes]:
     """Returns the COMPANIONS that lie in a folder."""
     return {name: (folder / name).read_bytes() for name in COMPANIONS if (folder / name).exists()}
-
-
-def _declared_in_config(folder) -> dict[str, str]:
-    """Returns {"mask": "<mask>", ...} as far as the tokenizer_config.json next to a tokenizer.json
-    declares them.
-    """
-    file = folder / "tokenizer_config.json"
-    if not file.exists():
-        return {}
-    declared = check(parse_json(file.read_bytes(), file=file), TokenizerConfig, file=file)
-    tokens = {what: getattr(declared, f"{what}_token") for what in SPECIAL_NAMES}
-    names = {what: getattr(token, "content", token) for what, token in tokens.items()}
-    return {what: name for what, name in names.items() if name}
-
-
-def _stated_in_model_config(folder, *, num_ids: int) -> dict[str, int]:
-    """Returns {"mask": 126336, ...} as far as the config.json of the checkpoint next to a
-    tokenizer.json states ids that the tokenizer has.
-    """
-    file = folder / "config.json"
-    if not file.exists():
-        return {}
-    config = check(parse_json(file.read_bytes(), file=file), ModelConfig, file=file)
-    ids = {what: getattr(config, f"{what}_token_id") for what in SPECIAL_NAMES}
-    # Of several end-of-text ids, the first is the one that ended the texts in training.
-    ids = {what: i[0] if isinstance(i, list) else i for what, i in ids.items()}
-    return {what: i for what, i in ids.items() if i is not None and 0 <= i < num_ids}
 
 
 def _digest(files: dict[str, bytes]) -> str:

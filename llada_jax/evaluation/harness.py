@@ -26,10 +26,8 @@ import numpy as np
 from llada_jax.errors import UserError, look_up, require
 from llada_jax.evaluation.conditional import Question, Score, encode_pair, log_likelihoods
 from llada_jax.evaluation.rolling import windows
-from llada_jax.rng import key_for
-from llada_jax.samplers.canvas import make_canvas
-from llada_jax.samplers.denoise import denoise
-from llada_jax.samplers.text import cut_at_eos, decode_after
+from llada_jax.samplers.denoise import DenoiseStep
+from llada_jax.samplers.text import cut_at_end, decode_after, generate_tokens
 
 # Requests after which results are written to the cache of the harness, from which an interrupted
 # evaluation continues.
@@ -91,17 +89,16 @@ class HarnessModel:
         self.standard_errors: dict[tuple, float] = {}
 
     def encode(self, text: str) -> list[int]:
-        """Returns the ids of a text; in one that a chat template wrote, BOS and EOS are themselves.
+        """Returns the ids of a text; in one that a chat template wrote, special tokens are
+        themselves.
 
         A tokenizer reads them as ordinary letters, because texts may not contain special tokens.
         """
-        special = {}
-        if self.writes_chats:
-            ids = (self.tokenizer.bos_id, self.tokenizer.eos_id)
-            special = {self.tokenizer.piece(i): i for i in ids if self.tokenizer.piece(i)}
+        special = self.tokenizer.markers if self.writes_chats else {}
         if not special:
             return self.tokenizer.encode(text)
-        parts = re.split(f"({'|'.join(map(re.escape, special))})", text)
+        longest_first = sorted(special, key=len, reverse=True)
+        parts = re.split(f"({'|'.join(map(re.escape, longest_first))})", text)
         return [
             token
             for part in parts
@@ -193,7 +190,8 @@ class HarnessModel:
     def generate_until(self, requests):
         """Returns the text after each prompt, up to the first of the task's stop strings.
 
-        A batch ends as soon as each of its texts has one, or EOS, in a finished block.
+        A batch ends as soon as each of its texts has one, EOS or the end of a turn in a finished
+        block.
         """
         if self.mask.causal:
             raise UserError(
@@ -210,19 +208,19 @@ class HarnessModel:
         for (until, most, temperature), numbers in by_settings.items():
             # prompts of similar length share a batch
             numbers.sort(key=lambda number: len(arguments[number][0]))
-            for first in range(0, len(numbers), self.batch_size):
-                batch = numbers[first : first + self.batch_size]
-                texts = self._generate_batch(
-                    [arguments[number][0] for number in batch],
-                    until,
-                    gen_length=self.gen_length or most,
-                    temperature=temperature,
-                )
-                found.update(zip(batch, texts, strict=True))
+            texts = self._generate(
+                [arguments[number][0] for number in numbers],
+                until,
+                gen_length=self.gen_length or most,
+                temperature=temperature,
+            )
+            found.update(zip(numbers, texts, strict=True))
         return [found[number] for number in range(len(arguments))]
 
-    def _generate_batch(self, prompts, until, *, gen_length: int, temperature: float):
-        block_length, steps = self.block_length or gen_length, self.steps or gen_length
+    def _generate(
+        self, prompts: Sequence[str], until: Sequence[str], *, gen_length: int, temperature: float
+    ) -> list[str]:
+        """Returns the text after each prompt, up to the first stop string."""
         room = self.longest - gen_length
         if room < 0:
             raise UserError(
@@ -231,50 +229,47 @@ class HarnessModel:
             )
         ids = [self.encode(prompt) for prompt in prompts]
         ids = [row[max(0, len(row) - room) :] for row in ids]
-        canvas = make_canvas(
+        block_length = self.block_length or gen_length
+
+        def have_ended(rows: range, state: DenoiseStep) -> bool:
+            finished_BT = jax.device_get(state.canvas_BT)[: len(rows), -gen_length:]
+            finished_BT = finished_BT[:, : state.block * block_length]
+            return all(
+                self._until(ids[row], tokens.tolist(), until)[1]
+                for row, tokens in zip(rows, finished_BT, strict=True)
+            )
+
+        tokens_BT, _ = generate_tokens(
+            self.pretrained.logits_fn,
+            self.pretrained.params,
             ids,
-            gen_length=gen_length,
             mask_id=self.tokenizer.mask_id,
             pad_id=self.tokenizer.pad_id,
-        )
-        finished = 0
-        for state in denoise(
-            jax.tree_util.Partial(self.pretrained.logits_fn, self.pretrained.params),
-            canvas.tokens_BT,
-            key_for("sampling", self.seed),
-            mask_id=self.tokenizer.mask_id,
-            is_fixed_BT=canvas.is_fixed_BT,
-            segment_ids_BT=canvas.segment_ids_BT,
-            positions_BT=canvas.positions_BT,
             gen_length=gen_length,
             block_length=block_length,
-            steps=steps,
+            steps=self.steps or gen_length,
             remasking=self.remasking,
             temperature=temperature,
             cfg_scale=self.cfg_scale,
-            eos_id=self.tokenizer.eos_id,
+            eos_id=self.tokenizer.end_ids,
             num_ids=self.tokenizer.vocab_size,
-            each_step=False,
-        ):
-            finished = state.block * block_length
-            texts = self._texts(ids, state.canvas_BT, gen_length, finished, until)
-            if all(has_ended for _, has_ended in texts):
-                break
-        # EOS in every row ends the loop before its last block: what follows is EOS
-        return [text for text, _ in self._texts(ids, state.canvas_BT, gen_length, finished, until)]
+            seed=self.seed,
+            batch_size=self.batch_size,
+            is_enough=have_ended,
+        )
+        return [
+            self._until(before, tokens, until)[0]
+            for before, tokens in zip(ids, tokens_BT.tolist(), strict=True)
+        ]
 
-    def _texts(self, ids, canvas_BT, gen_length: int, finished: int, until):
-        """Returns each text so far, and whether it has ended."""
-        rows = jax.device_get(canvas_BT)[:, -gen_length:][:, :finished].tolist()
-        texts = []
-        for before, row in zip(ids, rows, strict=True):
-            tokens = cut_at_eos(row, self.tokenizer.eos_id)
-            text = decode_after(self.tokenizer, before, tokens)
-            ends = [at for at in map(text.find, until) if at >= 0]
-            texts.append(
-                (text[: min(ends)] if ends else text, bool(ends) or len(tokens) < len(row))
-            )
-        return texts
+    def _until(
+        self, before: Sequence[int], tokens: Sequence[int], until: Sequence[str]
+    ) -> tuple[str, bool]:
+        """Returns the text of generated tokens up to its end, and whether it has one."""
+        kept = cut_at_end(tokens, self.tokenizer.end_ids)
+        text = decode_after(self.tokenizer, before, kept)
+        ends = [at for at in map(text.find, until) if at >= 0]
+        return (text[: min(ends)] if ends else text), bool(ends) or len(kept) < len(tokens)
 
     # ---- chat
 
@@ -355,7 +350,18 @@ def read_settings(words: Sequence[str]) -> dict[str, Any]:
     return settings
 
 
-def run(model: HarnessModel, tasks: Sequence[Any], **settings: Any) -> dict:
+def run(
+    model: HarnessModel,
+    tasks: Sequence[Any],
+    *,
+    num_fewshot: int | None = None,
+    limit: float | None = None,
+    include_path: str | None = None,
+    use_cache: str | None = None,
+    apply_chat_template: bool = False,
+    system_instruction: str | None = None,
+    bootstrap_iters: int = 100_000,
+) -> dict[str, Any]:
     """Returns what lm_eval.simple_evaluate returns, with `METRIC_mc_stderr,FILTER` next to each
     `METRIC_stderr,FILTER` of tasks that read likelihoods.
 
@@ -367,15 +373,22 @@ def run(model: HarnessModel, tasks: Sequence[Any], **settings: Any) -> dict:
 
     Args:
         tasks: names, or configs of tasks as dicts.
-        settings: include_path, a folder with YAML files of tasks; and those of
-            lm_eval.simple_evaluate: num_fewshot, limit, use_cache, apply_chat_template...
+        include_path: a folder with YAML files of tasks.
+        The others: see lm_eval.simple_evaluate.
     """
     lm_eval = require("lm_eval", extra="eval")
-    manager = require("lm_eval.tasks", extra="eval").TaskManager(
-        include_path=settings.pop("include_path", None)
-    )
+    manager = require("lm_eval.tasks", extra="eval").TaskManager(include_path=include_path)
     results = lm_eval.simple_evaluate(
-        model, tasks=list(tasks), task_manager=manager, log_samples=True, **settings
+        model,
+        tasks=list(tasks),
+        task_manager=manager,
+        log_samples=True,
+        num_fewshot=num_fewshot,
+        limit=limit,
+        use_cache=use_cache,
+        apply_chat_template=apply_chat_template,
+        system_instruction=system_instruction,
+        bootstrap_iters=bootstrap_iters,
     )
     loaded = manager.load(copy.deepcopy(list(tasks)))["tasks"]
     for name, samples in results["samples"].items():

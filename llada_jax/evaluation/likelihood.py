@@ -18,12 +18,13 @@ class Bound(NamedTuple):
 
     nats_per_token: its mean over the scored tokens. standard_error: of that mean, over independent
     draws; nan for a single one. num_tokens: scored, each counted once however often its row was
-    corrupted.
+    corrupted. means: of Objective.heldout, those that the bound returned.
     """
 
     nats_per_token: float
     standard_error: float
     num_tokens: int
+    means: dict[str, float] = {}  # never changed in place
 
 
 @functools.partial(jax.jit, static_argnames=("objective", "nll_fn", "num_rows"))
@@ -55,7 +56,7 @@ def bound(
     frozen: dict | None = None,
     seed: int = 0,
     num_draws: int = 1,
-    scored: list[tuple[float, float]] | None = None,
+    scored: list[tuple[float, ...]] | None = None,
     on_compiled=lambda: None,
 ) -> Bound:
     """Returns the bound over all batches: the sum of nats over the number of tokens.
@@ -68,9 +69,9 @@ def bound(
         seed: of the draws, which depend on nothing else, so that two models are compared under the
             same corruption.
         num_draws: how often each row is corrupted.
-        scored: (nats, tokens) of each pair of batch and draw. Pairs are appended as they are
-            scored, so that the caller has them when `batches` raises; batches whose pairs it holds
-            are not scored again.
+        scored: (nats, tokens) of each pair of batch and draw, and sum and count of each metric of
+            Objective.heldout. They are appended as they are scored, so that the caller has them
+            when `batches` raises; batches whose sums it holds are not scored again.
         on_compiled: called without arguments once the program is compiled and before it runs.
 
     The standard error treats pairs of batch and draw as independent, and weights them by their
@@ -100,12 +101,17 @@ def bound(
                 )
                 compiled = lowered.compile()  # found again by the next call
                 on_compiled()
-            sums = jax.device_get(compiled(params, frozen, batch, key, rows))[name]
-            pairs.append(tuple(float(number) for number in sums))  # type: ignore[arg-type]
-    nats, tokens = np.array(pairs, np.float64).T
+            sums = jax.device_get(compiled(params, frozen, batch, key, rows))
+            wanted = [sums[n] for n in (name, *objective.heldout) if n in sums]
+            pairs.append(tuple(float(number) for pair in wanted for number in pair))
+    nats, tokens, *others = np.array(pairs, np.float64).T
+    means = {
+        other: float(total.sum() / max(count.sum(), 1.0))
+        for other, total, count in zip(objective.heldout, others[::2], others[1::2])
+    }
     # not the mean of the pairs' means: the last batch is padded and holds fewer tokens
     mean = nats.sum() / tokens.sum()
     residual = nats - mean * tokens
     variance = np.sum(residual**2) / max(len(pairs) - 1, 1) * len(pairs) / tokens.sum() ** 2
     error = math.sqrt(variance) if len(pairs) > 1 else math.nan
-    return Bound(float(mean), error, int(tokens.sum() / num_draws))
+    return Bound(float(mean), error, int(tokens.sum() / num_draws), means)

@@ -17,12 +17,13 @@ class SplitBound(NamedTuple):
 
     nats_per_token: mean over all scored tokens, in nats. bits_per_byte: the same in bits per UTF-8
     byte, which models with different tokenizers share. num_tokens: scored, each counted once
-    however often its row was corrupted.
+    however often its row was corrupted. means: of the metrics of Objective.heldout.
     """
 
     nats_per_token: float
     standard_error: float
     num_tokens: int
+    means: dict[str, float]
     bits_per_byte: float
     bits_per_byte_standard_error: float
 
@@ -67,7 +68,7 @@ def bound_of_split(
     subset_seed: int = 0,
     seed: int = 0,
     num_draws: int = 1,
-    scored: list[tuple[float, float]] | None = None,
+    scored: list[tuple[float, ...]] | None = None,
     on_batch: Callable[[], None] = lambda: None,
     on_compiled: Callable[[], None] = lambda: None,
 ) -> SplitBound:

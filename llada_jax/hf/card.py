@@ -89,6 +89,7 @@ def model_card(
     result: dict | None,
     hf_config: dict,
     special_tokens: dict[str, str],
+    has_tokenizer: bool = True,
     license_id: str | None = None,
 ) -> str:
     """Returns README.md.
@@ -97,6 +98,7 @@ def model_card(
         name: what the directory, or the repository, is called.
         weights: "parameters" or "moving average of the parameters".
         result: of `heldout_result`.
+        has_tokenizer: whether the export holds one; without it the snippets work on token ids.
         license_id: the licence of the weights as the Hub writes it, such as "mit"; None leaves it
             open.
     """
@@ -135,28 +137,7 @@ def model_card(
             "",
             "## Sampling",
             "",
-            "```python",
-            "from transformers import AutoModelForCausalLM, AutoTokenizer",
-            "",
-            # The tokenizer's class comes from the config, which is code of the export: without the
-            # flag this line would stop and ask whether to run it.
-            f'tokenizer = AutoTokenizer.from_pretrained("{name}", trust_remote_code=True)',
-            f'model = AutoModelForCausalLM.from_pretrained("{name}", trust_remote_code=True)',
-            "model = model.eval()",
-            'prompt = tokenizer("Once upon a time", return_tensors="pt").input_ids',
-            f"canvas = model.generate_diffusion(prompt, gen_length={gen_length}, "
-            f"block_length={gen_length}, steps={gen_length})",
-            "print(tokenizer.decode(canvas[0], skip_special_tokens=True))",
-            "```",
-            "",
-            "or with llada_jax:",
-            "",
-            "```python",
-            "import llada_jax",
-            "",
-            f'model = llada_jax.load("{name}")',
-            f'print(model.generate(["Once upon a time"], gen_length={gen_length}))',
-            "```",
+            *(_text_snippets if has_tokenizer else _id_snippets)(name, gen_length),
             "",
             "`generate_diffusion` fills masks; the autoregressive `generate` of transformers does "
             "not apply to this model.",
@@ -178,6 +159,46 @@ def model_card(
             "",
         ]
     )
+
+
+def _text_snippets(name: str, gen_length: int) -> list[str]:
+    return [
+        "```python",
+        "from transformers import AutoModelForCausalLM, AutoTokenizer",
+        "",
+        # The tokenizer's class comes from the config, which is code of the export: without the
+        # flag this line would stop and ask whether to run it.
+        f'tokenizer = AutoTokenizer.from_pretrained("{name}", trust_remote_code=True)',
+        f'model = AutoModelForCausalLM.from_pretrained("{name}", trust_remote_code=True)',
+        "model = model.eval()",
+        'prompt = tokenizer("Once upon a time", return_tensors="pt").input_ids',
+        f"canvas = model.generate_diffusion(prompt, gen_length={gen_length}, "
+        f"block_length={gen_length}, steps={gen_length})",
+        "print(tokenizer.decode(canvas[0], skip_special_tokens=True))",
+        "```",
+        "",
+        "or with llada_jax:",
+        "",
+        "```python",
+        "import llada_jax",
+        "",
+        f'model = llada_jax.load("{name}")',
+        f'print(model.generate(["Once upon a time"], gen_length={gen_length}))',
+        "```",
+    ]
+
+
+def _id_snippets(name: str, gen_length: int) -> list[str]:
+    return [
+        "The weights came without a tokenizer, and the model generates token ids:",
+        "",
+        "```python",
+        "import llada_jax",
+        "",
+        f'model = llada_jax.load("{name}")',
+        f"print(model.generate_tokens([[1, 2, 3]], gen_length={gen_length}))",
+        "```",
+    ]
 
 
 def _licence(license_id: str | None) -> list[str]:

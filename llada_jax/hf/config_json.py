@@ -12,6 +12,10 @@ from llada_jax.models.transformer import Architecture
 WRITTEN = ("llada", "illada")
 READ = (*WRITTEN, "llama", "qwen2", "qwen3")
 
+# Our own key of the layout illada, which unlike llada has none for ids next to one for rows. It is
+# written where no tokenizer says how many ids there are.
+UNPADDED = "unpadded_vocab_size"
+
 
 # ---- config.json -> ours
 
@@ -83,6 +87,14 @@ def _check_ids(hf_config: dict, num_rows: int) -> None:
             f"config.json: mask_token_id={mask} and eos_token_id={eos} are the same token; fetch "
             "the file again."
         )
+
+
+def unpadded_vocabulary(hf_config: dict, num_rows: int) -> int:
+    """Returns how many ids the vocabulary has, where config.json states both them and the rows
+    of the embedding; otherwise the number of rows.
+    """
+    key = "vocab_size" if layout_of(hf_config) == "llada" else UNPADDED
+    return min(hf_config.get(key) or num_rows, num_rows)
 
 
 def _need(hf_config: dict, *keys: str) -> None:
@@ -299,6 +311,7 @@ def hf_config(
     pad_id: int,
     max_sequence_length: int,
     dtype: str,
+    num_ids: int | None = None,
     source: dict | None = None,
 ) -> dict:
     """Returns config.json, every key written: the published classes have the defaults of another
@@ -308,6 +321,8 @@ def hf_config(
         layout: "llada" or "illada".
         max_sequence_length: in tokens.
         dtype: of the tensors in the file, "float32" or "bfloat16".
+        num_ids: of the vocabulary, where no tokenizer comes along that has them; None takes what
+            the source says, or else every row of the embedding.
         source: the config.json of the same layout that the model was imported from; keys of it that
             say nothing about the network (who wrote it, dropouts, initialisation) are carried
             through.
@@ -322,6 +337,10 @@ def hf_config(
     silent, stated = write(a, max_sequence_length)
     carried = dict(source) if source and source.get("model_type") == layout else {}
     carried.pop("rope_parameters", None)  # stated where there is a scaling
+    if num_ids is None and carried:
+        num_ids = unpadded_vocabulary(carried, a.vocab_size)
+    if num_ids is not None and num_ids < a.vocab_size:
+        stated["vocab_size" if layout == "llada" else UNPADDED] = num_ids
     return dict(sorted({**silent, **carried, **stated, **ids, "torch_dtype": dtype}.items()))
 
 

@@ -1,8 +1,8 @@
 """Low-rank adapters (LoRA, arXiv 2106.09685): a trained product A B that is added to a frozen
 matrix.
 
-A network with adapters is a network: they are added to its matrices before it is computed, and
-nothing else knows of them.
+While they are trained, a layer multiplies with the matrix and with the two factors; for everything
+else, `merged` makes a network of the sum, and nothing knows of adapters.
 """
 
 import math
@@ -89,8 +89,18 @@ def make_adapters(network: dict, key: Array, lora: Lora) -> dict:
     return {"blocks": adapters}
 
 
+def joined(network: dict, adapters: dict, lora: Lora) -> dict:
+    """Returns parameters that compute what those of `merged` do, without a sum of matrices:
+    "adapters" next to the network's own, {"q_a": [L, inputs, rank], "q_b": ..., ...}.
+    """
+    factors = {}
+    for name, pair in adapters["blocks"].items():
+        factors[f"{name}_a"], factors[f"{name}_b"] = pair["a"], lora.scale * pair["b"]
+    return {**network, "adapters": factors}
+
+
 def merged(network: dict, adapters: dict, lora: Lora) -> dict:
-    """Returns the network with its adapters added; its gradient reaches `adapters` alone."""
+    """Returns the network with its adapters added."""
     blocks = dict(network["blocks"])
     for name, pair in adapters["blocks"].items():
         blocks[name] = with_adapter(blocks[name], pair["a"], pair["b"], lora)

@@ -19,6 +19,10 @@ from llada_jax.cluster.sharding import RULES, spec
 from llada_jax.errors import UserError
 from llada_jax.masks import BIDIRECTIONAL, Mask, may_attend
 
+# What `attend` calls attend_in_pieces. No choice of a config: it is not for training.
+IN_PIECES = "xla in pieces"
+MOST_SCORES = 1 << 28  # 1 GiB of float32
+
 
 def xla_attention(
     q_BTNH: Array,
@@ -33,6 +37,31 @@ def xla_attention(
 
     start: the queries are those of the columns start ... start + T - 1 of rows of S columns, whose
         segment ids are then [B, S]; None where T is S. May be traced.
+    """
+    # A row that is one segment under a bidirectional mask hides nothing: no pass over the scores.
+    if segment_ids_BT is None and mask == BIDIRECTIONAL:
+        return attend_where(q_BTNH, k_BSKH, v_BSKH, None)
+    index_S = jnp.arange(k_BSKH.shape[1])
+    if segment_ids_BT is None:
+        segment_ids_BT = jnp.zeros((1, len(index_S)), jnp.int32)
+    query_segment_BT, index_T = segment_ids_BT, index_S
+    if start is not None:
+        query_segment_BT, index_T = (
+            jax.lax.dynamic_slice_in_dim(array, start, q_BTNH.shape[1], axis=-1)
+            for array in (segment_ids_BT, index_S)
+        )
+    allowed_BTS = may_attend(
+        mask,
+        query_segment=query_segment_BT[:, :, None],
+        key_segment=segment_ids_BT[:, None, :],
+        query_index=index_T[:, None],
+        key_index=index_S[None, :],
+    )
+    return attend_where(q_BTNH, k_BSKH, v_BSKH, allowed_BTS)
+
+
+def attend_where(q_BTNH: Array, k_BSKH: Array, v_BSKH: Array, allowed_BTS: Array | None) -> Array:
+    """Softmax attention of queries to the keys that they may see; None: to all.
 
     The heads are moved to the front once, and grouped heads are repeated: CPUs are fast at batched
     products whose batch dims come first, and at a softmax over four dims (a fifth dim for the
@@ -45,29 +74,47 @@ def xla_attention(
     q_BNTH, k_BNSH, v_BNSH = (jnp.swapaxes(x, 1, 2) for x in (q_BTNH, k_BSNH, v_BSNH))
     scores_BNTS = jnp.einsum("BNTH,BNSH->BNTS", q_BNTH, k_BNSH, preferred_element_type=jnp.float32)
     scores_BNTS = scores_BNTS * q_BTNH.shape[-1] ** -0.5
-    # A row that is one segment under a bidirectional mask hides nothing: no pass over the scores.
-    if segment_ids_BT is not None or mask != BIDIRECTIONAL:
-        index_S = jnp.arange(k_BSKH.shape[1])
-        if segment_ids_BT is None:
-            segment_ids_BT = jnp.zeros((1, len(index_S)), jnp.int32)
-        query_segment_BT, index_T = segment_ids_BT, index_S
-        if start is not None:
-            query_segment_BT, index_T = (
-                jax.lax.dynamic_slice_in_dim(array, start, q_BTNH.shape[1], axis=-1)
-                for array in (segment_ids_BT, index_S)
-            )
-        allowed_BTS = may_attend(
-            mask,
-            query_segment=query_segment_BT[:, :, None],
-            key_segment=segment_ids_BT[:, None, :],
-            query_index=index_T[:, None],
-            key_index=index_S[None, :],
-        )
+    if allowed_BTS is not None:
         # The lowest finite number and not -inf, whose difference with itself is NaN.
         lowest = jnp.finfo(jnp.float32).min
         scores_BNTS = jnp.where(allowed_BTS[:, None], scores_BNTS, lowest)
     weights_BNTS = jax.nn.softmax(scores_BNTS, axis=-1).astype(v_BSKH.dtype)
     return jnp.swapaxes(jnp.einsum("BNTS,BNSH->BNTH", weights_BNTS, v_BNSH), 1, 2)
+
+
+def attend_in_pieces(
+    q_BTNH: Array,
+    k_BSKH: Array,
+    v_BSKH: Array,
+    segment_ids_BT: Array | None,
+    *,
+    mask: Mask,
+    start: Array | int | None = None,
+    most_scores: int = MOST_SCORES,
+) -> Array:
+    """The reference for rows of any length and padding, as scoring and sampling read them: so many
+    queries at a time that a device holds no more than `most_scores` scores.
+
+    LLaDA-8B would have 64 GiB of them for 32 rows of 4,096 tokens. The queries are halved until the
+    scores fit, or until their number is odd. Not for training: its backward pass keeps all scores.
+    """
+    B, T, N, _ = q_BTNH.shape
+    mesh = jax.sharding.get_abstract_mesh()
+    num_devices = 1 if mesh.empty else mesh.size
+    num_pieces, num_scores = 1, B * N * T * k_BSKH.shape[1] // num_devices
+    while num_scores // num_pieces > most_scores and T % (2 * num_pieces) == 0:
+        num_pieces *= 2
+    if num_pieces == 1:
+        return xla_attention(q_BTNH, k_BSKH, v_BSKH, segment_ids_BT, mask=mask, start=start)
+    length = T // num_pieces
+
+    def piece(number: Array) -> Array:
+        q_BPNH = jax.lax.dynamic_slice_in_dim(q_BTNH, number * length, length, axis=1)
+        first = number * length + (0 if start is None else start)
+        return xla_attention(q_BPNH, k_BSKH, v_BSKH, segment_ids_BT, mask=mask, start=first)
+
+    out = jax.lax.map(piece, jnp.arange(num_pieces))
+    return jnp.moveaxis(out, 0, 1).reshape(q_BTNH.shape)
 
 
 @functools.cache
@@ -329,7 +376,7 @@ def attend(
     Args:
         q_BTNH, k_BSKH, v_BSKH: [B, T, N, H] and [B, T, K, H] twice; K divides N.
         segment_ids_BT: int32, 0 is padding; None means that each row is one segment.
-        implementation: a key of IMPLEMENTATIONS.
+        implementation: a key of IMPLEMENTATIONS, or IN_PIECES.
         mask: what a query may see within its segment.
 
     Returns:
@@ -338,6 +385,8 @@ def attend(
     Raises:
         UserError: the kernel cannot express the mask, or the mesh splits its rows.
     """
+    if implementation == IN_PIECES:
+        return attend_in_pieces(q_BTNH, k_BSKH, v_BSKH, segment_ids_BT, mask=mask)
     kernel = functools.partial(IMPLEMENTATIONS[implementation], mask=mask)
     mesh = jax.sharding.get_abstract_mesh()
     if implementation == "xla" or mesh.empty:

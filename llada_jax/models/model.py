@@ -12,8 +12,9 @@ from flax import nnx
 from jax import Array
 from jax.sharding import Mesh, NamedSharding
 
-from llada_jax.cluster.sharding import spec
+from llada_jax.cluster.sharding import check_divisible, spec
 from llada_jax.models.cache import KeysValues, hidden_with_cache
+from llada_jax.models.shadow import hidden_with_shadow
 from llada_jax.models.transformer import Architecture, TokenScores, Transformer
 
 
@@ -35,11 +36,19 @@ class Model:
     names: dict
 
     def bind(self, params: dict) -> Transformer:
-        """Returns the module that computes with `params`; call it inside jax.jit."""
+        """Returns the module that computes with `params`; call it inside jax.jit.
+
+        `params["adapters"]`, if there are some, are those of llada_jax.models.adapters.joined.
+        """
+        params = dict(params)
+        adapters = params.pop("adapters", {})
         # A copy, because replacing works in place and `variables` belongs to all calls.
         variables = jax.tree.map(lambda leaf: leaf, self.variables)
         nnx.replace_by_pure_dict(variables, params)
-        return nnx.merge(self.graphdef, variables)
+        module = nnx.merge(self.graphdef, variables)
+        for name, array in adapters.items():
+            setattr(module.blocks, name, nnx.Param(array))
+        return module
 
     def nll_fn(
         self,
@@ -140,6 +149,33 @@ class Model:
         )
         return module.head(hidden_BWD[:, :length]), cache
 
+    def shadow_fn(
+        self,
+        params: dict,
+        tokens_BT: Array,
+        segment_ids_BT: Array,
+        positions_BT: Array,
+        shadow_token: int | Array,
+        *,
+        start: int | Array,
+        length: int,
+    ) -> tuple[Array, Array]:
+        """Returns what `logits_fn` returns, and the logits of a shadow of these columns, float32
+        [B, length, V]: `shadow_token` in their positions, each seeing all but the token in its own
+        place; see llada_jax.models.shadow.
+        """
+        module = self.bind(params)
+        hidden_BLD, shadow_BLD = hidden_with_shadow(
+            module,
+            tokens_BT,
+            segment_ids_BT,
+            positions_BT,
+            shadow_token,
+            start=start,
+            length=length,
+        )
+        return module.head(hidden_BLD), module.head(shadow_BLD)
+
     def init(self, key: jax.Array) -> dict:
         """Returns freshly initialised parameters as a plain dict."""
         return nnx.to_pure_dict(nnx.split(self.build(key))[1])
@@ -173,6 +209,40 @@ def make_model(architecture: Architecture, **kwargs: Any) -> Model:
         nnx.to_pure_dict(variables),
         nnx.traversals.unflatten_mapping(names),
     )
+
+
+def in_compute_dtype(params: dict, dtype: Any) -> dict:
+    """Returns the parameters with the matrices in the dtype in which they are multiplied, which
+    changes no result and halves their memory in bfloat16. Norms and biases are added and multiplied
+    in float32, and stay.
+
+    The arrays of `params` are dropped one by one, so that both copies of one parameter exist at a
+    time.
+    """
+
+    def cast(tree: dict) -> dict:
+        for name in list(tree):
+            leaf = tree.pop(name)
+            if isinstance(leaf, dict):
+                tree[name] = cast(leaf)
+            else:
+                is_matrix = not name.endswith(("norm", "bias"))
+                tree[name] = leaf.astype(dtype) if is_matrix else leaf
+        return tree
+
+    return cast(params)
+
+
+def check_mesh(a: Architecture, mesh: Mesh) -> None:
+    """Raises UserError when the parameters cannot be split as the mesh asks."""
+    sizes = {
+        "width": ("embed", a.d_model),
+        "query heads": ("heads", a.num_heads),
+        "key/value heads": ("kv_heads", a.num_kv_heads),
+        "feed-forward width": ("mlp", a.d_ff),
+        "vocabulary": ("vocab", a.vocab_size),
+    }
+    check_divisible(mesh, {f"--mesh: the model's {what}": size for what, size in sizes.items()})
 
 
 def parameter_shardings(model: Model, mesh: Mesh) -> dict:

@@ -12,6 +12,7 @@ are float32, matrix products in `dtype`.
 """
 
 import dataclasses
+import functools
 import math
 from typing import Any, NamedTuple
 
@@ -232,9 +233,6 @@ class Block(nnx.Module):
         self.ff_up = parameter(keys[5], (D, F), ("embed", "mlp"), D**-0.5)
         self.ff_out = parameter(keys[6], (F, D), ("mlp", "embed"), F**-0.5 * residual)
 
-    def project(self, x: Array, kernel: Array, num_in: int = 1) -> Array:
-        return project(x, kernel, num_in, gradient_dtype=self.gradient_dtype)
-
     def __call__(
         self,
         x_BTD: Array,
@@ -258,14 +256,29 @@ class Block(nnx.Module):
             x_BTD = self.add_attention(x_BTD, out_BTNH, a=a)
         return self.add_feed_forward(x_BTD, a=a)
 
+    def times(self, name: str, x: Array, num_in: int = 1) -> Array:
+        """Returns x times one of the matrices, whose first `num_in` dims are inputs.
+
+        A matrix with an adapter is never added up: x A B costs little next to x W, while W + A B
+        and its gradient would each take the memory of W.
+        """
+        product = functools.partial(project, gradient_dtype=self.gradient_dtype)
+        kernel = getattr(self, name)[...]
+        y = product(x, kernel, num_in)
+        if not hasattr(self, f"{name}_a"):
+            return y
+        a, b = getattr(self, f"{name}_a")[...], getattr(self, f"{name}_b")[...]
+        low = product(x, a.reshape(*kernel.shape[:num_in], -1), num_in)
+        return y + product(low, b.reshape(-1, *kernel.shape[num_in:]))
+
     def queries_keys_values(
         self, x_BTD: Array, cos: Array, sin: Array, *, a: Architecture
     ) -> tuple[Array, Array, Array]:
         """Returns q [B, T, N, H], k and v [B, T, K, H], normed and rotated where they are to be."""
         y_BTD = rms_norm(x_BTD, self.attn_norm[...], a.norm_eps)
-        q_BTNH = self.project(y_BTD, self.q[...])
-        k_BSKH = self.project(y_BTD, self.k[...])
-        v_BSKH = self.project(y_BTD, self.v[...])
+        q_BTNH = self.times("q", y_BTD)
+        k_BSKH = self.times("k", y_BTD)
+        v_BSKH = self.times("v", y_BTD)
         if a.attention_bias != "none":
             q_BTNH = add_bias(q_BTNH, self.q_bias[...])
             k_BSKH = add_bias(k_BSKH, self.k_bias[...])
@@ -278,7 +291,7 @@ class Block(nnx.Module):
         return q_BTNH, rotate(k_BSKH, cos, sin), v_BSKH
 
     def add_attention(self, x_BTD: Array, out_BTNH: Array, *, a: Architecture) -> Array:
-        x_BTD = x_BTD + self.project(out_BTNH, self.attn_out[...], 2)
+        x_BTD = x_BTD + self.times("attn_out", out_BTNH, 2)
         if a.attention_bias == "qkvo":
             x_BTD = add_bias(x_BTD, self.attn_out_bias[...])
         return constrain(x_BTD, "act_batch", "act_position", "act_embed")
@@ -286,12 +299,12 @@ class Block(nnx.Module):
     def add_feed_forward(self, x_BTD: Array, *, a: Architecture) -> Array:
         with jax.named_scope("feed_forward"):
             y_BTD = rms_norm(x_BTD, self.ff_norm[...], a.norm_eps)
-            gate_BTF = self.project(y_BTD, self.ff_gate[...])
-            up_BTF = self.project(y_BTD, self.ff_up[...])
+            gate_BTF = self.times("ff_gate", y_BTD)
+            up_BTF = self.times("ff_up", y_BTD)
             h_BTF = constrain(
                 jax.nn.silu(gate_BTF) * up_BTF, "act_batch", "act_position", "act_mlp"
             )
-            x_BTD = x_BTD + self.project(h_BTF, self.ff_out[...])
+            x_BTD = x_BTD + self.times("ff_out", h_BTF)
             return constrain(x_BTD, "act_batch", "act_position", "act_embed")
 
 

@@ -11,6 +11,9 @@ from jax import Array
 
 from llada_jax.rng import keys_for_rows
 
+# Parts of [0, 1) in which the nll of masked tokens is logged.
+NUM_T_BUCKETS = 10
+
 
 def sample_t(key: Array, row_B: Array, *, num_rows: Array | int, t_sampling: str) -> Array:
     """Returns diffusion times t_B, float32 in [0, 1), for rows `row_B` of a global batch of
@@ -83,3 +86,64 @@ def corrupt_exactly_k(
     is_masked_BT = (rank_BT < k_B[:, None]) & is_maskable_BT
     weight_B = length_B.astype(jnp.float32) / k_B
     return jnp.where(is_masked_BT, mask_id, tokens_BT), is_masked_BT, weight_B
+
+
+def corrupt_documents(
+    key: Array,
+    t_BS: Array,
+    is_maskable_BT: Array,
+    segment_ids_BT: Array,
+    row_B: Array,
+    *,
+    masking: str,
+    eps: float,
+) -> tuple[Array, Array]:
+    """Draws the masks of rows whose documents each have a time of their own.
+
+    Args:
+        t_BS: the time of segment s of each row, float32 [B, T + 1].
+        masking: "bernoulli", as in `corrupt`, or "exact_count", as in `corrupt_exactly_k`, of each
+            document by itself.
+
+    Returns:
+        is_masked_BT bool, weight_BT float32, the NELBO weight of the document's masked tokens.
+    """
+    draw = jax.vmap(lambda k: jax.random.uniform(k, segment_ids_BT.shape[1:]))
+    u_BT = draw(keys_for_rows(key, row_B))
+
+    def of_document(values_BS: Array) -> Array:
+        return jnp.take_along_axis(values_BS, segment_ids_BT, axis=1)
+
+    if masking == "bernoulli":
+        p_mask_BT = of_document((1.0 - eps) * t_BS + eps)
+        return (u_BT < p_mask_BT) & is_maskable_BT, 1.0 / p_mask_BT
+    assert masking == "exact_count", masking
+    length_BS = sums_of_documents(is_maskable_BT, segment_ids_BT)
+    k_BS = jnp.clip(jnp.ceil(t_BS * length_BS), 1.0, jnp.maximum(length_BS, 1.0))
+    # documents in their order, maskable tokens of each in a random one, the other tokens at the end
+    group_BT = jnp.where(is_maskable_BT, segment_ids_BT, segment_ids_BT.shape[1] + 1)
+    place_BT = jnp.argsort(jnp.lexsort((u_BT, group_BT)), axis=1)
+    rank_BT = place_BT - of_document(jnp.cumsum(length_BS, axis=1) - length_BS)
+    is_masked_BT = (rank_BT < of_document(k_BS)) & is_maskable_BT
+    return is_masked_BT, of_document(length_BS / k_BS)
+
+
+def sums_of_documents(values_BT: Array, segment_ids_BT: Array) -> Array:
+    """Returns the sum over segment s of each row, float32 [B, T + 1]."""
+    add = jax.vmap(lambda values_T, ids_T: jax.ops.segment_sum(values_T, ids_T, ids_T.shape[0] + 1))
+    return add(values_BT.astype(jnp.float32), segment_ids_BT)
+
+
+def sums_by_t(t: Array, nll: Array, num_masked: Array) -> tuple[Array, Array]:
+    """Returns the metric nll_by_t, float32 [10] each: the summed nll, unweighted, and the number of
+    masked tokens by tenths of the time, which show how hard each level of noise is.
+
+    Args:
+        t, nll, num_masked: of rows [B] or of tokens [B, T], all of one shape.
+    """
+    bucket = jnp.minimum((t * NUM_T_BUCKETS).astype(jnp.int32), NUM_T_BUCKETS - 1)
+    is_in = bucket == jnp.arange(NUM_T_BUCKETS).reshape(-1, *[1] * t.ndim)
+    axes = tuple(range(1, is_in.ndim))
+    # not a matrix product, which TPUs would round to bfloat16
+    nll_sum, count = jnp.sum(is_in * nll, axes), jnp.sum(is_in * num_masked, axes)
+    return nll_sum, count.astype(jnp.float32)

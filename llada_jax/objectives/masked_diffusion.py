@@ -15,10 +15,9 @@ from llada_jax.objectives.corruption import (
     corrupt_exactly_k,
     rank_of_real_rows,
     sample_t,
+    sums_by_t,
 )
 from llada_jax.objectives.objective import Objective
-
-NUM_T_BUCKETS = 10
 
 
 def masked_diffusion(
@@ -113,13 +112,10 @@ def masked_diffusion_loss(
     num_maskable = is_maskable_BT.sum().astype(jnp.float32)
     nelbo_sum = jnp.sum(weight_B * nll_B)
     loss_sum = nelbo_sum if weight == "1/p" else jnp.sum(nll_B)
-    bucket_B = jnp.minimum((t_B * NUM_T_BUCKETS).astype(jnp.int32), NUM_T_BUCKETS - 1)
-    in_bucket = jax.nn.one_hot(bucket_B, NUM_T_BUCKETS, axis=0)
     metrics = {
         "loss": (loss_sum, num_maskable),
         "nelbo": (nelbo_sum, num_maskable),
         "masked_accuracy": (scores.is_correct_BT.sum().astype(jnp.float32), num_masked_B.sum()),
-        # unweighted and per masked token, [10] each: how hard each level of noise is
-        "nll_by_t": (in_bucket @ nll_B, in_bucket @ num_masked_B),
+        "nll_by_t": sums_by_t(t_B, nll_B, num_masked_B),
     }
     return loss_sum, num_maskable, metrics

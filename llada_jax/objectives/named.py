@@ -7,11 +7,13 @@ from llada_jax.objectives.autoregressive import autoregressive
 from llada_jax.objectives.masked_diffusion import masked_diffusion
 from llada_jax.objectives.objective import Objective
 from llada_jax.objectives.sft import sft
+from llada_jax.objectives.vrpo import vrpo
 from llada_jax.parts import call_part, is_own, load_part
 
 OBJECTIVES = {
     "masked_diffusion": masked_diffusion,
     "sft": sft,
+    "vrpo": vrpo,
     "autoregressive": autoregressive,
 }
 
@@ -27,6 +29,12 @@ def make_objective(
     masked: str = "answers",
     mean_over: str = "answers",
     max_mask_ratio: float = 1.0,
+    complementary: bool = False,
+    prompt_dropout: float = 0.0,
+    beta: float = 0.1,
+    num_times: int = 8,
+    masks_per_time: int = 1,
+    shared_draws: bool = True,
     arguments: Any = (),
 ) -> Objective:
     """Returns the objective of config.objective, whose knobs are the keyword arguments.
@@ -68,6 +76,19 @@ def make_objective(
             masked=masked,
             mean_over=mean_over,
             max_mask_ratio=max_mask_ratio,
+            complementary=complementary,
+            prompt_dropout=prompt_dropout,
+        )
+    if name == "vrpo":
+        return make(
+            mask_id=tokenizer.mask_id,
+            eps=eps,
+            t_sampling=t_sampling,
+            masking=masking,
+            beta=beta,
+            num_times=num_times,
+            masks_per_time=masks_per_time,
+            shared_draws=shared_draws,
         )
     return make(
         mask_id=tokenizer.mask_id, eps=eps, t_sampling=t_sampling, masking=masking, weight=weight

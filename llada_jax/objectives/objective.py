@@ -7,6 +7,8 @@ docs/extend.md shows how to bring an objective of your own.
 import dataclasses
 from collections.abc import Callable, Mapping
 
+from jax import Array
+
 from llada_jax.data.batch import FIELDS, Field
 from llada_jax.masks import BIDIRECTIONAL, Mask
 
@@ -52,6 +54,14 @@ class Objective:
             those of config.checkpoint.init_from.
         network: (params, frozen) -> the parameters of the network that is sampled, evaluated and
             exported. By default these are `params`.
+        has_reference: whether `frozen` is what `params` were when the run began, as
+            `start_as_reference` makes it. Under adapters, which begin as zeros, these zeros take
+            its place.
+        heldout: further metrics of `bound` that held-out evaluations of a run report.
+        copies: how many consecutive rows of a training batch hold one record, as in row 2 i and row
+            2 i + 1; batch_size counts them all.
+        trained_passes, other_passes: how often `loss` calls nll_fn for gradients and without, for
+            the arithmetic of time and memory.
     """
 
     loss: Callable
@@ -61,3 +71,23 @@ class Objective:
     batch: Mapping[str, Field] = dataclasses.field(default_factory=lambda: FIELDS)
     split_parameters: Callable | None = None
     network: Callable = lambda params, frozen: params
+    has_reference: bool = False
+    heldout: tuple[str, ...] = ()
+    copies: int = 1
+    trained_passes: int = 1
+    other_passes: int = 0
+
+    @property
+    def passes(self) -> float:
+        """The work of `loss` in forward and backward passes of the network; a forward pass is a
+        third of both.
+        """
+        return self.trained_passes + self.other_passes / 3
+
+
+def start_as_reference(params: dict, key: Array) -> tuple[dict, dict]:
+    """An Objective.split_parameters: all parameters are trained, and those that the run begins with
+    are kept.
+    """
+    del key
+    return params, params

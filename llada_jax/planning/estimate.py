@@ -57,7 +57,9 @@ def estimate_run(
     # A causal network attends to half of the positions.
     is_causal = recipe.objective.mask.causal
     num_matmul = num_matmul_parameters(a)
-    flops = flops_per_token(num_matmul, a.num_layers, a.num_heads * a.head_dim, T, causal=is_causal)
+    flops = recipe.objective.passes * flops_per_token(
+        num_matmul, a.num_layers, a.num_heads * a.head_dim, T, causal=is_causal
+    )
     # of one device in one microbatch
     rows = B // A // (shape["data"] * shape["fsdp"] * shape["expert"])
     tokens = rows * T // shape["sequence"]
@@ -89,6 +91,7 @@ def estimate_run(
         "d_attention": a.num_heads * a.head_dim,
         "sequence_length": T,
         "causal": is_causal,
+        "passes": recipe.objective.passes,
         "flops_per_token": flops,
         "batch_size": B,
         "microbatches": A,
@@ -161,9 +164,9 @@ def memory_of(
         "none": 5 * D + (3 * N + 3 * K) + 4 * F + 3 * S,
     }[workload.remat]
     # Gradients are float32, as the parameters are. With several microbatches a second copy holds
-    # the sum while the next part is computed.
+    # the sum while the next part is computed, and so it is with several passes.
     gradients = sharded_bytes(recipe.abstract.params, shape)
-    gradients *= 2 if workload.num_microbatches > 1 else 1
+    gradients *= 1 + (workload.num_microbatches > 1) + (recipe.objective.trained_passes > 1)
     layer_weights = (num_matmul_parameters(a) - D * a.vocab_size) / a.num_layers / t
     layer_weights *= itemsize + recipe.gradient_dtype.itemsize
     num_pieces = -(-workload.sequence_length // workload.nll_chunk)
@@ -175,7 +178,9 @@ def memory_of(
         "saved_activations": int(tokens * a.num_layers * saved * itemsize),
         "working": int(max(layer, head)),
     }
-    return {**sizes, "peak": sum(sizes.values())}
+    # a part of the state, shown by itself
+    frozen = sharded_bytes(recipe.abstract.frozen, shape)
+    return {**sizes, "peak": sum(sizes.values()), "frozen": frozen}
 
 
 def sharded_bytes(tree, shape: dict[str, int]) -> int:
@@ -205,7 +210,8 @@ def recomputed_flops(recipe: Recipe, workload: Workload) -> float:
 
     The remat policy decides for the layers: "dots" keeps the outputs of products but not the
     scores, "attention" keeps the scores' result and repeats the products, "full" repeats both. The
-    head is repeated whenever it runs in pieces, because then no piece's logits are kept.
+    head is repeated whenever it runs in pieces, because then no piece's logits are kept. Of several
+    trained passes each is repeated as a whole before it is differentiated.
     """
     a, T = recipe.architecture, workload.sequence_length
     head = a.d_model * a.vocab_size
@@ -214,7 +220,10 @@ def recomputed_flops(recipe: Recipe, workload: Workload) -> float:
     layers = {"none": 0, "dots": scores, "attention": projections, "full": projections + scores}[
         workload.remat
     ]
-    return layers + (2 * head if workload.nll_chunk < T else 0)
+    once = layers + (2 * head if workload.nll_chunk < T else 0)
+    num_passes = recipe.objective.trained_passes
+    whole = 2 * num_matmul_parameters(a) + 4 * a.num_layers * a.num_heads * a.head_dim * T
+    return num_passes * once + (num_passes * whole if num_passes > 1 else 0)
 
 
 def traffic_of(
@@ -222,11 +231,11 @@ def traffic_of(
 ) -> dict:
     """Returns bytes of whole arrays in whose exchange one device takes part per step, by purpose.
 
-    gather: every weight matrix twice per microbatch (forward, backward), in the compute dtype, over
-    fsdp. scatter: its gradient once per microbatch, in the gradient dtype, over fsdp. data: the
-    gradient's shard, over data within a slice; dcn: between slices. tensor: activations, twice
-    forward, twice backward and once more when a layer is recomputed. sequence: keys and values,
-    forward, backward and recomputed.
+    gather: every weight matrix once per microbatch and pass, forward or backward, in the compute
+    dtype, over fsdp. scatter: its gradient once per backward pass, in the gradient dtype, over
+    fsdp. data: the gradient's shard once per microbatch, over data within a slice; dcn: between
+    slices. tensor: activations, twice per forward pass, twice per backward pass and once more when
+    a layer is recomputed. sequence: keys and values, forward, backward and recomputed.
 
     Whole arrays, and not what a link carries: a ring of n devices carries (n - 1) / n of that,
     which is nearly all of it on the meshes in question, and the compiler's programs are counted
@@ -238,6 +247,9 @@ def traffic_of(
     a, A, itemsize = recipe.architecture, workload.num_microbatches, recipe.dtype.itemsize
     matrices = num_matmul_parameters(a) / shape["tensor"] * itemsize
     gradients = num_matmul_parameters(a) / shape["tensor"] * recipe.gradient_dtype.itemsize
+    backward = recipe.objective.trained_passes
+    # of several trained passes each runs forward again before it is differentiated
+    forward = backward * (2 if backward > 1 else 1) + recipe.objective.other_passes
     is_repeated = workload.remat in ("attention", "full")
     # The expert axis splits the batch as well, so its devices hold replicas of the weights.
     replicas, sequence = shape["data"] * shape["expert"], shape["sequence"]
@@ -245,17 +257,18 @@ def traffic_of(
     keys_and_values = 2 * a.num_kv_heads * a.head_dim / shape["tensor"]
     traffic = dict.fromkeys(("gather", "scatter", "data", "dcn", "tensor", "sequence"), 0)
     if shape["fsdp"] > 1:
-        traffic["gather"] = int(2 * A * matrices)
-        traffic["scatter"] = int(A * gradients)
+        traffic["gather"] = int((forward + backward) * A * matrices)
+        traffic["scatter"] = int(backward * A * gradients)
     # What fsdp has scattered is all that is left to reduce.
     if replicas > num_slices:
         traffic["data"] = int(A * gradients / shape["fsdp"])
     if num_slices > 1:
         traffic["dcn"] = int(A * gradients / shape["fsdp"])
     if shape["tensor"] > 1:
-        traffic["tensor"] = int(A * activations * a.d_model * (5 if is_repeated else 4))
+        passes = 2 * forward + (3 if is_repeated else 2) * backward
+        traffic["tensor"] = int(A * activations * a.d_model * passes)
     if sequence > 1:
-        passes = 3 if is_repeated else 2
+        passes = forward + (2 if is_repeated else 1) * backward
         traffic["sequence"] = int(A * activations * sequence * keys_and_values * passes)
     return traffic
 

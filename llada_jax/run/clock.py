@@ -69,7 +69,7 @@ def speed_metrics(
     clock: Clock,
     *,
     num_steps: int,
-    tokens_per_step: int,
+    tokens_per_step: float,
     flops_per_token: float,
     num_devices: int,
     peak_flops: float | None,

@@ -19,8 +19,8 @@ from llada_jax.storage import files, remote
 
 FILE = "evaluation.json"
 
-# (nats, tokens) of each scored batch, by the group of the metrics that they belong to
-Scored = dict[str, list[tuple[float, float]]]
+# What likelihood.bound keeps of each scored batch, by the group of the metrics
+Scored = dict[str, list[tuple[float, ...]]]
 
 
 def evaluate_heldout(
@@ -33,7 +33,8 @@ def evaluate_heldout(
     scored: Scored | None = None,
     **settings,
 ) -> dict[str, dict[str, float]]:
-    """Returns {group: {bound name, standard_error, bits_per_byte}} of each held-out split.
+    """Returns {group: {bound name, standard_error, bits_per_byte}} of each held-out split, and the
+    metrics of Objective.heldout.
 
     A dataset without held-out text is left out. The group is "heldout", or of a mixture
     "heldout_NUMBER_DIRECTORY", because one bound over texts of different kinds says little about
@@ -70,17 +71,20 @@ def evaluate_heldout(
             objective.bound_name: bound.nats_per_token,
             **error,
             "bits_per_byte": bound.bits_per_byte,
+            **bound.means,
         }
     return results
 
 
 def bound_line(bound: dict[str, float], name: str) -> str:
     """Returns one group of evaluate_heldout in words, e.g. "1.234 bits/byte (2.345 nats/token +-
-    0.012)"; name: Objective.bound_name.
+    0.012)", and further metrics after it; name: Objective.bound_name.
     """
     nats = bound[name]
     error = f" +- {bound['standard_error']:.3f}" if "standard_error" in bound else ""
-    return f"{bound['bits_per_byte']:.3f} bits/byte ({nats:.3f} nats/token{error})"
+    known = (name, "standard_error", "bits_per_byte")
+    others = "".join(f", {k} {value:.3f}" for k, value in bound.items() if k not in known)
+    return f"{bound['bits_per_byte']:.3f} bits/byte ({nats:.3f} nats/token{error}){others}"
 
 
 class AskedToStop(Exception):
@@ -114,8 +118,8 @@ class Unfinished:
                 content = json.loads(self._path.read_text())
                 if content["step"] == step and content["settings"] == self._settings:
                     scored = {
-                        group: [(float(nats), float(tokens)) for nats, tokens in pairs]
-                        for group, pairs in content["scored"].items()
+                        group: [tuple(map(float, sums)) for sums in batches]
+                        for group, batches in content["scored"].items()
                     }
                     kept = json.dumps(scored).encode()
         # Only the first process reads the file: processes that continue from different batches

@@ -9,13 +9,11 @@ waiting, memory) differ from run to run and are in the group "speed" only.
 import contextlib
 import json
 import math
-import os
-import sys
-import tempfile
 import time
-from typing import Any
 
 from llada_jax.errors import UserError, reason
+from llada_jax.run.tensorboard import EventsFile
+from llada_jax.run.trackers import Tracker
 from llada_jax.storage import files, remote
 
 # how long TensorBoard events, and lines for a remote workdir, may stay in memory
@@ -67,7 +65,8 @@ class MetricsWriter:
         resume_step: the step of the restored checkpoint: lines and events of later steps are
             dropped. None: the run starts from scratch, and all that an earlier attempt left is
             dropped.
-        tensorboard: False writes metrics.jsonl alone.
+        tensorboard: False writes no events.
+        tracker: an experiment tracker that gets the same numbers; the writer closes it.
 
     Raises:
         UserError: the disk is full, the workdir cannot be written, or metrics.jsonl holds something
@@ -81,14 +80,15 @@ class MetricsWriter:
         enabled: bool = True,
         resume_step: int | None = None,
         tensorboard: bool = True,
+        tracker: Tracker | None = None,
     ):
-        self._enabled = enabled
+        self._enabled, self._tracker = enabled, tracker
         if not enabled:
             return
         self._workdir = remote.path_of(workdir)
         self._path = self._workdir / "metrics.jsonl"
         self._is_remote = remote.is_remote(workdir)
-        self._events: Any = None
+        self._events: EventsFile | None = None
         self._last_train_step = 0
         self._last_flush = time.monotonic()
         with self._disk():
@@ -99,7 +99,8 @@ class MetricsWriter:
                 # open for the life of the writer
                 self._file = open(self._path, "a", encoding="utf-8")  # noqa: SIM115
             if tensorboard:
-                self._open_tensorboard(first_step=0 if resume_step is None else resume_step + 1)
+                first_step = 0 if resume_step is None else resume_step + 1
+                self._events = EventsFile(self._workdir, first_step=first_step)
 
     def _keep_until(self, step: int) -> str:
         """Drops the lines of later steps and a half-written last line; returns the rest.
@@ -130,28 +131,6 @@ class MetricsWriter:
             files.write_whole(self._path, text)
         return text
 
-    def _open_tensorboard(self, *, first_step: int) -> None:
-        # EventsWriter and not the usual SummaryWriter: that one writes from a thread, which dies
-        # silently on a full disk and then blocks the training loop on its queue.
-        # tensorboardX imports torch where it is installed, which costs 1.5 s and 200 MB, for a kind
-        # of tensor that is never written here.
-        with _without("torch"):
-            from tensorboardX.event_file_writer import EventsWriter
-            from tensorboardX.proto.event_pb2 import Event, SessionLog
-
-        directory = self._workdir / "tensorboard"
-        directory.mkdir(parents=True, exist_ok=True)
-        # An object cannot grow: events for a remote workdir gather on this disk, and the whole file
-        # is sent at each flush.
-        self._spool = tempfile.TemporaryDirectory() if self._is_remote else None
-        folder = self._spool.name if self._spool else os.fspath(directory)
-        self._events = EventsWriter(
-            os.path.join(folder, "events"), filename_suffix=f".{os.getpid()}.{first_step}"
-        )
-        # a START event makes TensorBoard hide what older files say about this step and later ones
-        start = SessionLog(status=SessionLog.START)
-        self._events.write_event(Event(step=first_step, wall_time=time.time(), session_log=start))
-
     def _disk(self) -> contextlib.AbstractContextManager[None]:
         """Turns what the file system refuses in its block into a UserError."""
         return files.writing(
@@ -179,7 +158,7 @@ class MetricsWriter:
         )
 
     def write(self, step: int, groups: dict[str, dict[str, float]]) -> None:
-        """Writes one line, and one scalar GROUP/NAME for each number.
+        """Writes one line, and each number for TensorBoard and the tracker.
 
         Args:
             groups: e.g. {"train": {"loss": 3.4}, "speed": {...}}; "speed" holds what differs from
@@ -202,11 +181,9 @@ class MetricsWriter:
                 # would also survive a power cut, and cost a disk's latency each time
                 self._file.flush()
             if self._events:
-                from tensorboardX.summary import scalar
-
-                for group, values in groups.items():
-                    for name, value in values.items():
-                        self._event(step, scalar(f"{group}/{name}", float(value)))
+                self._events.scalars(step, groups)
+        if self._tracker:
+            self._tracker.log(step, groups)
         if time.monotonic() - self._last_flush > FLUSH_SECONDS:
             self.flush()
 
@@ -214,15 +191,8 @@ class MetricsWriter:
         """Writes a text to TensorBoard (samples, the config); metrics.jsonl holds numbers only."""
         if not self._enabled or not self._events:
             return
-        from tensorboardX.summary import text
-
         with self._disk():
-            self._event(step, text(name, markdown))
-
-    def _event(self, step: int, summary) -> None:
-        from tensorboardX.proto.event_pb2 import Event
-
-        self._events.write_event(Event(step=int(step), wall_time=time.time(), summary=summary))
+            self._events.text(step, name, markdown)
 
     def flush(self) -> None:
         """Makes everything written so far visible to readers, and durable for a remote workdir."""
@@ -233,8 +203,6 @@ class MetricsWriter:
                 self._path.write_text(self._text)
             if self._events:
                 self._events.flush()
-                if self._is_remote:
-                    remote.upload(self._spool.name, self._workdir / "tensorboard")  # type: ignore[union-attr]
         self._last_flush = time.monotonic()
 
     def close(self) -> None:
@@ -246,8 +214,8 @@ class MetricsWriter:
                 self._file.close()
             if self._events:
                 self._events.close()
-                if self._is_remote:
-                    self._spool.cleanup()  # type: ignore[union-attr]
+        if self._tracker:
+            self._tracker.close()
 
 
 def read_lines(workdir) -> list[dict]:
@@ -283,17 +251,6 @@ def is_over(lines: list[dict], num_steps: int) -> bool:
         line["step"] == num_steps and any(group.startswith("final") for group in line)
         for line in lines
     )
-
-
-@contextlib.contextmanager
-def _without(module: str):
-    """Makes `import module` fail as if it were not installed, unless it was imported before."""
-    is_hidden = sys.modules.setdefault(module, None) is None  # type: ignore[arg-type]
-    try:
-        yield
-    finally:
-        if is_hidden:
-            del sys.modules[module]
 
 
 def _plain(values: dict) -> dict:

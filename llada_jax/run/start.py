@@ -6,7 +6,7 @@ import functools
 import hashlib
 import json
 import shutil
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
@@ -14,11 +14,16 @@ import jax
 from etils import epath
 from jax.sharding import Mesh
 
-from llada_jax.checkpoints.continuation import changed_knobs, check_continues, check_fits
+from llada_jax.checkpoints.continuation import (
+    changed_knobs,
+    check_continues,
+    check_initialises,
+)
 from llada_jax.checkpoints.host_copies import LocalCheckpoints
-from llada_jax.checkpoints.huggingface import find_weights
+from llada_jax.checkpoints.huggingface import find_weights, tokenizer_of
 from llada_jax.checkpoints.record import RunRecord, reads_ema, write_run
 from llada_jax.checkpoints.workdir import Checkpoints, find_checkpoint
+from llada_jax.data.batch import Field
 from llada_jax.data.loader import Source, SourceSummary, describe
 from llada_jax.data.records import read_dataset
 from llada_jax.data.tokenizer import SPECIAL_IDS, Tokenizer, load_same
@@ -28,10 +33,12 @@ from llada_jax.paths import check_savable
 from llada_jax.run.agreement import check_same_everywhere
 from llada_jax.run.metrics_file import MetricsWriter
 from llada_jax.run.rollbacks import Rollbacks, as_rollbacks, read_rollbacks
+from llada_jax.run.trackers import Tracker
 from llada_jax.storage import files, remote
 from llada_jax.storage.locks import only_run_in
 from llada_jax.training.state import TrainState, create_state
 from llada_jax.training.step import Recipe
+from llada_jax.validation import NO_TRACKER
 
 
 class RunData(NamedTuple):
@@ -45,6 +52,11 @@ class RunData(NamedTuple):
     def bytes_per_token(self) -> float:
         """UTF-8 bytes per token of what training reads, in the proportions of the mixture."""
         return sum(s.share * s.bytes_per_token["train"] for s in self.summaries)
+
+    @property
+    def fields(self) -> Mapping[str, Field]:
+        """The fields of the batches, which are those of every dataset."""
+        return self.summaries[0].fields
 
     def facts(self) -> dict[str, str]:
         """Returns what must be the same on every host, by its name for the user."""
@@ -119,6 +131,7 @@ def open_workdir(
     init_from: str,
     init_from_ema: bool | None,
     tensorboard: bool,
+    tracker: str,
 ) -> tuple[OpenWorkdir, TrainState]:
     """Opens a workdir for training; returns it with the state that training starts from.
 
@@ -132,6 +145,7 @@ def open_workdir(
         restore, init_from, init_from_ema: see first_state.
         keep, keep_every_steps: see Checkpoints. local_directory: of LocalCheckpoints; "": none.
         tensorboard: whether events are written next to metrics.jsonl.
+        tracker: name of an experiment tracker that gets the metrics too.
 
     Raises:
         UserError: the workdir cannot be written, is in use, or holds another run.
@@ -171,6 +185,7 @@ def open_workdir(
         init_from=init_from,
         init_from_ema=init_from_ema,
         is_causal=recipe.objective.mask.causal,
+        tokenizer=tokenizer,
         num_rollbacks=rollbacks.count,
     )
     start_step = int(state.step)
@@ -196,6 +211,9 @@ def open_workdir(
         enabled=is_first,
         resume_step=start_step if start_step else None,
         tensorboard=tensorboard,
+        tracker=Tracker(tracker, workdir=workdir, config=record.config)
+        if tracker != NO_TRACKER and is_first
+        else None,
     )
     if is_first:
         with writing(workdir):
@@ -280,6 +298,7 @@ def first_state(
     init_from: str,
     init_from_ema: bool | None,
     is_causal: bool,
+    tokenizer: Tokenizer,
     num_rollbacks: int,
 ) -> FirstState:
     """Returns the state from which a run starts.
@@ -304,6 +323,7 @@ def first_state(
         init_from_ema: see reads_ema.
         is_causal: whether the run trains a causal network, which is all that some Hugging Face
             directories hold.
+        tokenizer: of the run.
         num_rollbacks: how often this run went back; local copies from before the last time hold
             what was rolled back.
 
@@ -338,7 +358,9 @@ def first_state(
         other, step = find_weights(init_from, causal=is_causal)
         check_same_everywhere({f"the checkpoint {init_from}": identity(other, [step])})
         theirs = other.record(step)
-        check_fits(theirs, run, other.directory)
+        check_initialises(
+            theirs, run, other.directory, tokenizers=(tokenizer_of(other, theirs), tokenizer)
+        )
         params = other.restore_params(
             step, abstract_params, ema=reads_ema(theirs, init_from_ema, init_from)
         )

@@ -40,6 +40,9 @@ def startup_lines(
     # causal attention multiplies half of the pairs
     factor = 6 if recipe.objective.mask.causal else 12
     attention_term = f"{factor} * {a.num_layers} layers * {d_attention} * {T}"
+    arithmetic = f"6 * {format_count(num_matmul)} + {attention_term}"
+    if (passes := recipe.objective.passes) != 1:
+        arithmetic = f"{passes:.2f} passes * ({arithmetic})"
     device = mesh.devices.flat[0]
     peak = hardware.peak_flops(device)
     # shard_shape and not shape: what one device holds, the largest number that has to fit
@@ -62,8 +65,7 @@ def startup_lines(
         f"step        {B} rows * {T} = {B * T:,} tokens{microbatches}",
         f"run         {num_steps:,} steps = {format_count(num_steps * B * T)} tokens, "
         f"{format_count(flops * num_steps * B * T)} FLOPs",
-        f"FLOPs       6 * {format_count(num_matmul)} + {attention_term} = {format_count(flops)} "
-        "per token",
+        f"FLOPs       {arithmetic} = {format_count(flops)} per token",
         f"mesh        {' x '.join(axes) or 'one device'} ({mesh.size} x {device.device_kind}, "
         f"{jax.process_count()} process{'es' if jax.process_count() > 1 else ''})",
         f"memory      {format_bytes(state_bytes)} per device for parameters and optimizer state",
@@ -74,7 +76,7 @@ def startup_lines(
         lines.append(
             f"data        {s.directory}: {format_count(s.num_tokens)} tokens in {s.num_records:,} "
             f"rows, {s.bytes_per_token['train']:.2f} bytes per token, "
-            f"{s.num_epochs(num_steps * B):.2f} epochs"
+            f"{s.num_epochs(num_steps * B / recipe.objective.copies):.2f} epochs"
         )
     # A parameter that no rule of the table splits still trains, and wastes memory on each device
     # without an error; this line is the only sign of it.
@@ -90,7 +92,7 @@ def startup_lines(
 def flops_of_token(recipe: Recipe, *, sequence_length: int) -> float:
     """Returns the operations of training on one token, see llada_jax.models.flops."""
     a = recipe.architecture
-    return flops_per_token(
+    return recipe.objective.passes * flops_per_token(
         num_matmul_parameters(a),
         a.num_layers,
         a.num_heads * a.head_dim,

@@ -10,6 +10,11 @@ import numpy as np
 PROMPT_BUCKET = 32
 
 
+def width_of(length: int) -> int:
+    """Returns the columns that a row of `length` given tokens takes."""
+    return -(-length // PROMPT_BUCKET) * PROMPT_BUCKET
+
+
 class Canvas(NamedTuple):
     """What a sampler starts from: numpy arrays [B, T]."""
 
@@ -29,8 +34,7 @@ def make_canvas(
     all rows. The padding has segment 0, so no real token attends to it, and positions start behind
     it: a row gets the logits that it would get alone.
     """
-    longest = max(len(prompt) for prompt in prompts)
-    prompt_width = -(-longest // PROMPT_BUCKET) * PROMPT_BUCKET
+    prompt_width = width_of(max(len(prompt) for prompt in prompts))
     shape = (len(prompts), prompt_width + gen_length)
     tokens_BT = np.full(shape, mask_id, np.int32)
     tokens_BT[:, :prompt_width] = pad_id
@@ -63,7 +67,7 @@ def make_infill_canvas(
         texts: token ids; a token that is not given is not read.
         is_given: for each text, which of its tokens are kept.
     """
-    width = -(-max(len(text) for text in texts) // PROMPT_BUCKET) * PROMPT_BUCKET
+    width = width_of(max(len(text) for text in texts))
     shape = (len(texts), width)
     tokens_BT, is_fixed_BT = np.full(shape, pad_id, np.int32), np.ones(shape, bool)
     length_B = np.array([len(text) for text in texts])

@@ -1,14 +1,17 @@
 """What a step asks of the network: the logits of the current block, and no others.
 
-The network is a function, and with a cache two more:
+The network is a function, with a cache two more, and with a shadow another one:
 
     logits_fn(tokens_BT, segment_ids_BT, positions_BT, start=, length=) -> float32 [B, length, V]
     fill_fn(tokens_BT, segment_ids_BT, positions_BT, start=, length=) -> the same logits, cache
     read_fn(cache, tokens_BW, positions_BW, segment_ids_BT, start=, length=) -> logits, cache
+    shadow_fn(tokens_BT, segment_ids_BT, positions_BT, mask_id, start=, length=) -> logits, logits
 
 `read_fn` computes the columns start ... start + W - 1 alone, against what the cache has of all
 others, and returns the logits of the first `length` of them, and the cache with the window's own
-keys and values.
+keys and values. `shadow_fn` returns the logits of the window and those of its shadow: as many
+masks in the same positions, of which each sees what the window's token in its place sees, but for
+that token itself, and all other masks of the shadow; nothing else sees the shadow.
 """
 
 from collections.abc import Callable
@@ -27,6 +30,14 @@ class CacheFns(NamedTuple):
 
     fill_fn: Callable
     read_fn: Callable
+
+
+class Network(NamedTuple):
+    """What a request may call; the last two are None where nothing asks for them."""
+
+    logits_fn: Callable
+    cache_fns: Any  # CacheFns
+    shadow_fn: Any
 
 
 class Rows(NamedTuple):

@@ -7,6 +7,7 @@ from llada_jax.errors import UserError, look_up
 from llada_jax.ranges import MAX_INT, MAX_SIZE, SIZE, SIZE_OR_NONE, check_number
 from llada_jax.samplers.commit import SCHEDULE, parse_commit
 from llada_jax.samplers.remasking import commit_rule
+from llada_jax.samplers.revise import LOOP, NONE, WINO, parse_revise
 
 EOS = {
     "free": "the end-of-text token is proposed and kept like any other",
@@ -70,6 +71,7 @@ def check_options(
     *,
     remasking: str = "low_confidence",
     commit: str = SCHEDULE,
+    revise: str = NONE,
     temperature: float = 0.0,
     top_k: int = 0,
     top_p: float = 1.0,
@@ -79,6 +81,8 @@ def check_options(
     num_ids: int | None = None,
     cache: str = "none",
     refresh: int = 0,
+    append: bool = False,
+    lookahead: int | None = None,
 ) -> None:
     """Raises UserError for an option that is unknown, out of range or without effect."""
     commit_rule(remasking)
@@ -87,6 +91,17 @@ def check_options(
         raise UserError(
             f"commit={commit} keeps the surest tokens, and remasking={remasking} names another "
             f"order; leave remasking out, or use commit={SCHEDULE}."
+        )
+    reviser = parse_revise(revise).name
+    if reviser == LOOP and name != SCHEDULE:
+        raise UserError(
+            f"revise={revise} has a schedule of its own, and commit={commit} goes ahead of it; "
+            "leave one of them out, or use revise=remdm-cap."
+        )
+    if reviser == WINO and cache != "none":
+        raise UserError(
+            f"revise={revise} reads the block and its shadow in one pass over the whole canvas, "
+            f"without a cache; leave cache={cache} out, or use another rule that revises."
         )
     if top_k < 0:
         raise UserError(f"top_k={top_k} must not be negative; use 0 to keep every token.")
@@ -120,6 +135,14 @@ def check_options(
         raise UserError(
             f"refresh={refresh} is about a cache, and there is none; set cache=prefix or "
             "cache=dual, or leave it out."
+        )
+    if lookahead is not None and lookahead < 0:
+        raise UserError(
+            f"lookahead={lookahead} must not be negative; 0 shows nothing behind the current block."
+        )
+    if lookahead is not None and append:
+        raise UserError(
+            f"append is lookahead=0, and lookahead={lookahead} is given too; keep one of them."
         )
 
 

@@ -61,18 +61,18 @@ class CanvasText:
         return "\ufffd" in self.text_of[token]
 
     def cells(self, tokens: Sequence[int], is_masked: Sequence[bool]) -> list[Cell]:
-        """Returns the cells of one row, which cover every column once and in order. Several EOS in
+        """Returns the cells of one row, which cover every column once and in order. Several ends in
         a row are one cell.
         """
-        cells = []
+        cells, ends = [], self.tokenizer.end_ids
         column = 0
         while column < len(tokens):
             token = int(tokens[column])
             stop = column + 1
             if is_masked[column]:
                 cells.append(Cell(self.mask, range(column, stop), is_mask=True))
-            elif token == self.tokenizer.eos_id:
-                while stop < len(tokens) and not is_masked[stop] and tokens[stop] == token:
+            elif token in ends:
+                while stop < len(tokens) and not is_masked[stop] and tokens[stop] in ends:
                     stop += 1
                 cells.append(Cell(self.end, range(column, stop), is_end=True))
             elif self.is_partial(token):

@@ -3,20 +3,24 @@ one shape.
 """
 
 import re
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
-import jax
 import numpy as np
 
 from llada_jax.errors import UserError
 from llada_jax.ranges import SIZE, check_number
-from llada_jax.rng import key_for
 from llada_jax.samplers.autoregressive import continue_tokens
+from llada_jax.samplers.batches import (
+    block_batches,
+    ignore_step,
+    make_request,
+    whole_batches,
+)
 from llada_jax.samplers.canvas import Canvas, make_canvas, make_infill_canvas
 from llada_jax.samplers.commit import SCHEDULE
-from llada_jax.samplers.denoise import DenoiseStep, denoise
-from llada_jax.samplers.network import CacheFns
+from llada_jax.samplers.denoise import DenoiseStep
+from llada_jax.samplers.revise import NONE
 from llada_jax.samplers.settings import check_request
 
 # Settings that only denoising has, with the values that mean nothing.
@@ -25,7 +29,9 @@ DENOISING = {
     "steps": None,
     "remasking": "low_confidence",
     "commit": SCHEDULE,
+    "revise": NONE,
     "append": False,
+    "lookahead": None,
     "cfg_scale": 0.0,
     "eos": "free",
     "cache": "none",
@@ -36,13 +42,9 @@ GAP = re.compile(r"\[MASK(?::([0-9]{1,6}))?\]")
 
 class Completion(NamedTuple):
     prompt: str
-    text: str  # what follows the prompt, up to EOS
-    tokens: list[int]  # the ids of `text`, without EOS
+    text: str  # what follows the prompt, up to its end
+    tokens: list[int]  # the ids of `text`, without EOS or the end of a turn
     num_steps: int  # passes of the network that it needed
-
-
-def ignore_step(rows: range, state: DenoiseStep) -> None:
-    """The listener of those who only want the result."""
 
 
 def generate_tokens(
@@ -56,9 +58,13 @@ def generate_tokens(
     block_length: int | None = None,
     steps: int | None = None,
     cache_fns: tuple[Callable, Callable] | None = None,
+    shadow_fn: Callable | None = None,
+    eos_id: int | Sequence[int] | None = None,
+    stop_at_eos: bool = True,
     seed: int = 0,
     batch_size: int = 16,
     on_step: Callable[[range, DenoiseStep], None] = ignore_step,
+    is_enough: Callable[[range, DenoiseStep], bool] | None = None,
     **settings: Any,
 ) -> tuple[np.ndarray, np.ndarray]:
     """Generates `gen_length` tokens after each prompt.
@@ -72,13 +78,18 @@ def generate_tokens(
         block_length, steps: None means gen_length: pure diffusion, one token per step.
         cache_fns: for cache="prefix" and "dual": llada_jax.samplers.network.CacheFns that take
             `params` first.
+        shadow_fn: for revise="wino", see there; takes `params` first too.
         seed: row r of the request draws the same numbers whatever the batch size and the other
             prompts are.
-        batch_size: rows in one pass; the logits take batch_size * block_length * vocabulary
-            float32 numbers, and twice that with guidance.
+        batch_size: rows in one pass, of similar length; the logits take batch_size * block_length *
+            vocabulary float32 numbers, and twice that with guidance.
         on_step: called as on_step(rows, state) after each step; `rows` are the numbers of the
             prompts that the first rows of the canvas continue. Without it the host is asked once
             per block.
+        is_enough: asked in the same way after each block; True ends the batch, of which the tokens
+            that have not been generated remain `mask_id`.
+        eos_id, stop_at_eos: see llada_jax.samplers.denoise.denoise. Where texts end early and there
+            are more prompts than batch_size, rows that have ended make room for others.
         settings: every other setting of llada_jax.samplers.denoise.denoise.
 
     Returns:
@@ -86,7 +97,8 @@ def generate_tokens(
         needed, int32.
     """
 
-    def make(batch: Sequence[Sequence[int]]) -> tuple[Canvas, dict]:
+    def make(rows: Sequence[int]) -> tuple[Canvas, dict]:
+        batch = [prompts[row] for row in rows]
         canvas = make_canvas(batch, gen_length=gen_length, mask_id=mask_id, pad_id=pad_id)
         return canvas, {
             "gen_length": gen_length,
@@ -96,22 +108,30 @@ def generate_tokens(
 
     check_request(num_prompts=len(prompts), batch_size=batch_size, seed=seed)
     check_number("gen_length=", gen_length, SIZE)
-    tokens_BT = np.empty((len(prompts), gen_length), np.int32)
-    num_steps_B = np.empty(len(prompts), np.int32)
-    for rows, canvas_BT, num_steps in _denoise_batches(
+    request = make_request(
         logits_fn,
         params,
-        prompts,
-        make,
         mask_id=mask_id,
         cache_fns=cache_fns,
+        shadow_fn=shadow_fn,
         seed=seed,
-        batch_size=batch_size,
         on_step=on_step,
+        is_enough=is_enough,
+        eos_id=eos_id,
+        stop_at_eos=stop_at_eos,
         **settings,
-    ):
-        tokens_BT[rows.start : rows.stop] = canvas_BT[:, -gen_length:]
-        num_steps_B[rows.start : rows.stop] = num_steps
+    )
+    lengths = [len(prompt) for prompt in prompts]
+    is_leaving = eos_id is not None and stop_at_eos and len(prompts) > batch_size
+    if is_leaving and block_length not in (None, gen_length) and not request.is_heard:
+        batches = block_batches(request, lengths, make, mask_id=mask_id, batch_size=batch_size)
+    else:
+        batches = whole_batches(request, lengths, make, batch_size=batch_size)
+    tokens_BT = np.empty((len(prompts), gen_length), np.int32)
+    num_steps_B = np.empty(len(prompts), np.int32)
+    for batch in batches:
+        tokens_BT[batch.rows] = batch.canvas_BT[:, -gen_length:]
+        num_steps_B[batch.rows] = batch.num_steps_B
     return tokens_BT, num_steps_B
 
 
@@ -124,6 +144,7 @@ def infill_tokens(
     mask_id: int,
     pad_id: int,
     steps: int | None = None,
+    shadow_fn: Callable | None = None,
     seed: int = 0,
     batch_size: int = 16,
     on_step: Callable[[range, DenoiseStep], None] = ignore_step,
@@ -132,7 +153,7 @@ def infill_tokens(
     """Fills the gaps of texts: pure diffusion over the tokens that are not given.
 
     Args:
-        logits_fn, params, seed, batch_size, on_step: see `generate_tokens`.
+        logits_fn, params, shadow_fn, seed, batch_size, on_step: see `generate_tokens`.
         texts, is_given: see llada_jax.samplers.canvas.make_infill_canvas.
         steps: passes of the network; None means one token per step. A text with fewer gaps than
             that takes fewer.
@@ -152,82 +173,42 @@ def infill_tokens(
             f"steps={steps} must lie between 1 and the number of masked tokens, {max(num_gaps)}."
         )
 
-    def make(batch: Sequence[tuple]) -> tuple[Canvas, dict]:
-        texts, is_given = zip(*batch)
-        canvas = make_infill_canvas(texts, is_given, mask_id=mask_id, pad_id=pad_id)
+    def make(rows: Sequence[int]) -> tuple[Canvas, dict]:
+        canvas = make_infill_canvas(
+            [texts[row] for row in rows],
+            [is_given[row] for row in rows],
+            mask_id=mask_id,
+            pad_id=pad_id,
+        )
         width = canvas.tokens_BT.shape[1]
         # One token per step whatever the other gaps are: no row has more gaps than columns.
         steps_or_all = width if steps is None else steps
         return canvas, {"gen_length": width, "block_length": width, "steps": steps_or_all}
 
-    filled: list[list[int]] = []
-    num_steps_B = np.empty(len(texts), np.int32)
-    for rows, canvas_BT, num_steps in _denoise_batches(
+    request = make_request(
         logits_fn,
         params,
-        list(zip(texts, is_given, strict=True)),
-        make,
         mask_id=mask_id,
         cache_fns=None,
+        shadow_fn=shadow_fn,
         seed=seed,
-        batch_size=batch_size,
         on_step=on_step,
         **settings,
-    ):
-        filled += [canvas_BT[i, : len(texts[row])].tolist() for i, row in enumerate(rows)]
-        num_steps_B[rows.start : rows.stop] = num_steps
+    )
+    filled: list[list[int]] = [[] for _ in texts]
+    num_steps_B = np.empty(len(texts), np.int32)
+    lengths = [len(text) for text in texts]
+    for batch in whole_batches(request, lengths, make, batch_size=batch_size):
+        for row, canvas_T in zip(batch.rows, batch.canvas_BT, strict=True):
+            filled[row] = canvas_T[: len(texts[row])].tolist()
+        num_steps_B[batch.rows] = batch.num_steps_B
     return filled, num_steps_B
 
 
-def _denoise_batches(
-    logits_fn: Callable,
-    params: dict,
-    items: Sequence,
-    make: Callable,
-    *,
-    mask_id: int,
-    cache_fns: tuple[Callable, Callable] | None,
-    seed: int,
-    batch_size: int,
-    on_step: Callable[[range, DenoiseStep], None],
-    **settings: Any,
-) -> Iterator[tuple[range, np.ndarray, np.ndarray]]:
-    """Cuts a request into batches of one shape and yields (rows, canvas_BT, num_steps_B) of each.
-
-    make: turns the items of a batch into a canvas and its schedule.
-    """
-    batch_size = min(batch_size, len(items))
-    bind = jax.tree_util.Partial
-    bound = None if cache_fns is None else CacheFns(*(bind(fn, params) for fn in cache_fns))
-    for first in range(0, len(items), batch_size):
-        rows = range(first, min(first + batch_size, len(items)))
-        # The last batch is filled up with copies of its last row, because a batch of another size
-        # would be compiled again.
-        batch = [items[min(row, rows[-1])] for row in range(first, first + batch_size)]
-        canvas, schedule = make(batch)
-        for state in denoise(
-            bind(logits_fn, params),
-            canvas.tokens_BT,
-            key_for("sampling", seed),
-            mask_id=mask_id,
-            is_fixed_BT=canvas.is_fixed_BT,
-            segment_ids_BT=canvas.segment_ids_BT,
-            positions_BT=canvas.positions_BT,
-            cache_fns=bound,
-            first_row=first,
-            each_step=on_step is not ignore_step,
-            **schedule,
-            **settings,
-        ):
-            on_step(rows, state)
-        canvas_BT, num_steps_B = jax.device_get((state.canvas_BT, state.num_steps_B))
-        yield rows, canvas_BT[: len(rows)], num_steps_B[: len(rows)]
-
-
-def cut_at_eos(tokens: Sequence[int], eos_id: int) -> list[int]:
-    """Returns the tokens before the first EOS."""
+def cut_at_end(tokens: Sequence[int], end_ids: Sequence[int]) -> list[int]:
+    """Returns the tokens before the first that ends a text."""
     tokens = [int(token) for token in tokens]
-    return tokens[: tokens.index(eos_id)] if eos_id in tokens else tokens
+    return tokens[: next((i for i, token in enumerate(tokens) if token in end_ids), None)]
 
 
 def decode_after(tokenizer: Any, before: Sequence[int], tokens: Sequence[int]) -> str:
@@ -259,8 +240,9 @@ def generate_text(
         logits_fn, params: see `generate_tokens`.
         tokenizer: encode, decode, vocab_size and the special ids (see llada_jax.data.tokenizer).
         prompts: text; "" generates unconditionally.
-        stop_at_eos: end a text at EOS, and the sampling when all have ended. False generates all
-            tokens, as published; the text is what the tokenizer makes of all of them.
+        stop_at_eos: end a text at EOS or at the end of a turn, and the sampling when all have
+            ended. False generates all tokens, as published; the text is what the tokenizer makes of
+            all of them.
         settings: gen_length and everything else that `generate_tokens` takes.
     """
     prompt_ids = [tokenizer.encode(prompt) for prompt in prompts]
@@ -270,7 +252,7 @@ def generate_text(
         prompt_ids,
         mask_id=tokenizer.mask_id,
         pad_id=tokenizer.pad_id,
-        eos_id=tokenizer.eos_id,
+        eos_id=tokenizer.end_ids,
         stop_at_eos=stop_at_eos,
         num_ids=tokenizer.vocab_size,
         **settings,
@@ -310,7 +292,7 @@ def continue_text(
         mask_id=tokenizer.mask_id,
         pad_id=tokenizer.pad_id,
         bos_id=tokenizer.bos_id,
-        eos_id=tokenizer.eos_id,
+        eos_id=tokenizer.end_ids,
         stop_at_eos=stop_at_eos,
         num_ids=tokenizer.vocab_size,
         **settings,
@@ -330,7 +312,7 @@ def _completions(
     for prompt, ids, row, num_steps in zip(
         prompts, prompt_ids, tokens_BT, num_steps_B, strict=True
     ):
-        tokens = cut_at_eos(row, tokenizer.eos_id) if stop_at_eos else row.tolist()
+        tokens = cut_at_end(row, tokenizer.end_ids) if stop_at_eos else row.tolist()
         completions.append(
             Completion(prompt, decode_after(tokenizer, ids, tokens), tokens, int(num_steps))
         )
@@ -375,15 +357,22 @@ def parse_gaps(tokenizer: Any, text: str) -> tuple[list[int], list[bool]]:
 
 
 def infill_text(
-    logits_fn: Callable, params: dict, tokenizer: Any, texts: Sequence[str], **settings: Any
+    logits_fn: Callable,
+    params: dict,
+    tokenizer: Any,
+    texts: Sequence[str],
+    *,
+    suppress: Sequence[int] = (),
+    **settings: Any,
 ) -> list[Completion]:
     """Fills the gaps of texts; the `text` and `tokens` of the results are the whole texts.
 
     Args:
         logits_fn, params, tokenizer: see `generate_text`.
         texts: with gaps as `parse_gaps` reads them.
-        settings: everything else that `infill_tokens` takes. The end-of-text token is never
-            proposed, because what stands behind a gap is given.
+        suppress: ids that are never proposed. What ends a text never is, because what stands behind
+            a gap is given.
+        settings: everything else that `infill_tokens` takes.
     """
     parsed = [parse_gaps(tokenizer, text) for text in texts]
     filled, num_steps_B = infill_tokens(
@@ -393,9 +382,7 @@ def infill_text(
         [is_given for _, is_given in parsed],
         mask_id=tokenizer.mask_id,
         pad_id=tokenizer.pad_id,
-        eos_id=tokenizer.eos_id,
-        eos="never",
-        stop_at_eos=False,
+        suppress=(*suppress, *tokenizer.end_ids),
         num_ids=tokenizer.vocab_size,
         **settings,
     )

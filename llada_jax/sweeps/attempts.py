@@ -18,6 +18,8 @@ from typing import NamedTuple
 
 from etils import epath
 
+from llada_jax.run.tensorboard import EventsFile
+from llada_jax.storage import remote
 from llada_jax.sweeps.results import EXIT_FILE, write_exit
 from llada_jax.sweeps.runs import Run, Sweep, as_overrides
 from llada_jax.units import format_seconds
@@ -144,7 +146,22 @@ def record_end(attempt: Attempt, *, pruned: bool = False) -> int:
     code = attempt.process.returncode
     status = code if code >= 0 else 128 - code
     write_exit(attempt.run.workdir, status=status, pruned=pruned)
+    if status == 0 and attempt.run.config.log.tensorboard:
+        write_hparams(attempt.run)
     return status
+
+
+def write_hparams(run: Run) -> None:
+    """Adds to a run's TensorBoard events what it changes and what came out, for the table of them.
+
+    `sweep` writes it and not `train`, which does not know what the other runs change.
+    """
+    result = run.result()
+    metrics = {"bits_per_byte": result.bits_per_byte, "nats_per_token": result.nats_per_token}
+    events = EventsFile(remote.path_of(run.workdir), first_step=None)
+    events.hparams(run.changes, {k: v for k, v in metrics.items() if math.isfinite(v)})
+    events.flush()
+    events.close()
 
 
 def say(message: str) -> None:

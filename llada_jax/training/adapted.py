@@ -4,10 +4,12 @@ import dataclasses
 from collections.abc import Callable
 from typing import Any
 
+import jax
+import jax.numpy as jnp
 from jax import Array
 
 from llada_jax.errors import UserError
-from llada_jax.models.adapters import Lora, make_adapters, merged
+from llada_jax.models.adapters import Lora, joined, make_adapters, merged
 from llada_jax.objectives.objective import Objective
 
 
@@ -17,7 +19,7 @@ def adapted(objective: Objective, lora: Lora) -> Objective:
     Raises:
         UserError: the objective splits the parameters itself.
     """
-    if objective.split_parameters is not None:
+    if objective.split_parameters is not None and not objective.has_reference:
         raise UserError(
             f"config.lora.rank={lora.rank} freezes the network, and the objective decides itself "
             "what is frozen; set the rank to 0, or choose another objective."
@@ -28,9 +30,11 @@ def adapted(objective: Objective, lora: Lora) -> Objective:
             nll_fn: Callable, params: dict, *arguments: Any, frozen: dict, **options: Any
         ) -> Any:
             def nll_of_adapters(adapters: dict, *rest: Any) -> Any:
-                return nll_fn(merged(frozen, adapters, lora), *rest)
+                return nll_fn(joined(frozen, adapters, lora), *rest)
 
-            return function(nll_of_adapters, params, *arguments, frozen={}, **options)
+            # fresh adapters add nothing to the network: the reference costs no memory
+            reference = jax.tree.map(jnp.zeros_like, params) if objective.has_reference else {}
+            return function(nll_of_adapters, params, *arguments, frozen=reference, **options)
 
         return adapted_function
 

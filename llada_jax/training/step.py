@@ -4,6 +4,7 @@ The one module below the verbs that reads a config. Read it from the top: make_r
 parts, make_train_step is the step itself, compile_step makes a program of it.
 """
 
+import functools
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -15,7 +16,7 @@ from jax.sharding import Mesh, NamedSharding
 
 from llada_jax.cluster import sharding
 from llada_jax.cluster.sharding import constrain
-from llada_jax.data.batch import FIELDS, check_fields
+from llada_jax.data.batch import PAIR_FIELDS, check_fields
 from llada_jax.errors import UserError
 from llada_jax.models.adapters import Lora
 from llada_jax.models.attention import choose
@@ -45,14 +46,15 @@ class Recipe(NamedTuple):
     batch_sharding: NamedSharding  # of a [B, T] array
 
 
-def make_recipe(config: Any, tokenizer: Any, mesh: Mesh, *, provided: Any = FIELDS) -> Recipe:
+def make_recipe(config: Any, tokenizer: Any, mesh: Mesh, *, provided: Any = None) -> Recipe:
     """Assembles a run for a mesh, whose devices need not be present.
 
     Args:
         config: see llada_jax.config.default_config.
         tokenizer: vocab_size, mask_id and bos_id are read.
         mesh: see llada_jax.cluster.sharding.make_mesh.
-        provided: the fields of the batches that the run will be given (llada_jax.data.batch).
+        provided: the fields of the batches that the run will be given (llada_jax.data.batch); None
+            where there are no data yet, as in a plan.
 
     Raises:
         UserError: vocabulary, mesh, kernel, patterns or own parts do not fit together.
@@ -69,15 +71,22 @@ def make_recipe(config: Any, tokenizer: Any, mesh: Mesh, *, provided: Any = FIEL
     dtype = compute_dtype(config.model.dtype, platform)
     is_compute = config.optimizer.gradient_dtype == "compute"
     gradient_dtype = dtype if is_compute else jnp.dtype(config.optimizer.gradient_dtype)
-    attention = choose(
+    choose_for = functools.partial(
+        choose,
         config.model.attention,
         platform=platform,
         packed=not config.data.attend_across_documents,
         mask=objective.mask,
-        sequence_length=T,
         head_dim=architecture.head_dim,
         dtype=dtype,
     )
+    attention = choose_for(sequence_length=T)
+    for length in config.data.length_buckets:
+        if choose_for(sequence_length=length) != attention:
+            raise UserError(
+                f"config.data.length_buckets: the attention kernel {attention!r}, which suits "
+                f"{T} tokens, does not take {length}; choose multiples of 128."
+            )
     model = make_model(
         architecture,
         dtype=dtype,
@@ -134,7 +143,13 @@ def make_recipe(config: Any, tokenizer: Any, mesh: Mesh, *, provided: Any = FIEL
 
 def check_objective_fits(config: Any, objective: Objective, provided: Any) -> None:
     """Raises UserError when the objective cannot work with these data, or with other knobs."""
+    provided = objective.batch if provided is None else provided
     check_fields(objective.batch, provided, by=f"config.objective.name={config.objective.name!r}")
+    if provided == PAIR_FIELDS and "is_chosen" not in objective.batch:
+        raise UserError(
+            f"{config.data.path} holds pairs of a chosen and a rejected answer, and the objective "
+            f"{config.objective.name!r} would train on both; choose vrpo, or prepare dialogues."
+        )
     if not objective.mask.causal:
         return
     if config.model.output_shift:
@@ -174,6 +189,10 @@ def check_mesh(config: Any, a: Architecture, mesh: Mesh) -> None:
         {
             "config.data.batch_size / config.optimizer.gradient_accumulation": ("act_batch", rows),
             "config.data.sequence_length": ("act_position", config.data.sequence_length),
+            **{
+                f"config.data.length_buckets ({length})": ("act_position", length)
+                for length in config.data.length_buckets
+            },
             "config.model.d_model": ("embed", a.d_model),
             "config.model.num_heads": ("heads", a.num_heads),
             "config.model.num_kv_heads": ("kv_heads", a.num_kv_heads),

@@ -63,6 +63,19 @@ class Parser(argparse.ArgumentParser):
             help="the moving average of the weights, if kept",
         )
 
+    def add_placement_flags(self) -> None:
+        """Adds --mesh and --dtype, which `placement` reads. They are not in the list of flags: the
+        verbs that have them name them below it.
+        """
+        self.add_argument("--mesh", metavar="AXES", help=argparse.SUPPRESS)
+        self.add_argument(
+            "--dtype",
+            choices=("auto", "float32", "bfloat16"),
+            default="auto",
+            metavar="NAME",
+            help=argparse.SUPPRESS,
+        )
+
     def parse_with_overrides(self, argv: list[str]) -> tuple[argparse.Namespace, list[str]]:
         """Returns the parsed flags, and the knobs as words such as "optimizer.b2=0.98".
 
@@ -125,3 +138,20 @@ def take_overrides(argv: list[str]) -> tuple[list[str], list[str]]:
                 raise UserError(f"{KNOB}{key} has no value; write {KNOB}{key}=VALUE.")
         overrides.append(f"{key}={value}")
     return others, overrides
+
+
+def placement(args: argparse.Namespace) -> dict:
+    """Returns the arguments of llada_jax.pretrained.load that say where the model is and in which
+    dtype, from the flags of `add_placement_flags`.
+
+    With --mesh, all processes of the run join, each on the devices of its own host.
+    """
+    # Imported here, because most verbs parse their flags without jax.
+    from llada_jax.cluster import distributed, sharding
+
+    mesh = None
+    if args.mesh:
+        sizes = sharding.parse_mesh(args.mesh)
+        distributed.initialize()
+        mesh = sharding.make_mesh(sizes)
+    return {"mesh": mesh, "dtype": args.dtype, "keep_float32": False}

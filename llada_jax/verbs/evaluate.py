@@ -2,9 +2,18 @@
 a network, and its answers to questions.
 """
 
+import argparse
 import math
+import os
+from collections.abc import Sequence
+from functools import partial
+from typing import Any
+
+import jax
+from jax.sharding import Mesh
 
 from llada_jax import pretrained
+from llada_jax.arguments import checked
 from llada_jax.checkpoints.orbax_patches import drop_echoes
 from llada_jax.checkpoints.workdir import parse_checkpoint
 from llada_jax.cluster import sharding
@@ -18,21 +27,28 @@ from llada_jax.evaluation.presets import as_arguments, preset
 from llada_jax.evaluation.splits import bound_of_split
 from llada_jax.evaluation.tasks import DIRECTIONS, answer, items_of, read_tasks
 from llada_jax.objectives.named import make_objective
+from llada_jax.paths import user_path
 from llada_jax.ranges import DRAWS, SEED, SIZE, Range, check_number
 from llada_jax.run.metrics_file import read_lines
 from llada_jax.run.report_page import report_page
 from llada_jax.storage import remote
 from llada_jax.storage.files import write_whole, writing
-from llada_jax.verbs.command_line import Parser, json_text
+from llada_jax.verbs.command_line import Parser, json_text, placement
+
+# One line each would not fit a screen; docs/evaluation.md explains them.
+MORE_FLAGS = """more flags, explained in docs/evaluation.md:
+  --preset NAME  --harness KEY=VALUE  --breakdown  --tokenizer PATH  --mesh AXES  --dtype NAME
+"""
 
 
-def main(argv: list[str]) -> None:
+def make_parser() -> Parser:
     parser = Parser(
         "evaluate",
         "Prints the bound on the likelihood of a split, or how a file of questions is answered.",
         "llada-jax evaluate --checkpoint runs/tiny/run --data runs/tiny/data --mc-samples 4",
     )
     parser.usage = "llada-jax evaluate --checkpoint CKPT {--data DIR | --tasks FILE} [flags]"
+    parser.epilog = f"{MORE_FLAGS}\n{parser.epilog}"
     parser.add_argument(
         "--checkpoint",
         required=True,
@@ -45,16 +61,6 @@ def main(argv: list[str]) -> None:
         action="append",
         metavar="FILE",
         help="a .jsonl of questions, or a task of lm-evaluation-harness",
-    )
-    parser.add_argument(
-        "--preset", metavar="NAME", help="harness with published settings: llada-8b-base[-cfg]"
-    )
-    parser.add_argument(
-        "--harness",
-        action="append",
-        default=[],
-        metavar="KEY=VALUE",
-        help="for it: num_fewshot, limit, include_path, use_cache ...",
     )
     parser.add_argument(
         "--ask",
@@ -80,26 +86,48 @@ def main(argv: list[str]) -> None:
     parser.add_argument(
         "--baselines", action="store_true", help="also score unigram and xz -9 on the same text"
     )
-    parser.add_argument(
-        "--breakdown", action="store_true", help="also the bound by position and the loss by time"
-    )
     parser.add_ema_flag()
     parser.add_argument(
         "--report", metavar="DIR", help="also write DIR/report.html with the curves of the run"
     )
     parser.add_argument("--json", action="store_true", help="print one JSON object on stdout")
-    args = parser.parse_args(argv)
+
+    # Listed in MORE_FLAGS.
+    hidden = partial(parser.add_argument, help=argparse.SUPPRESS)
+    hidden("--preset", metavar="NAME")
+    hidden("--harness", action="append", default=[], metavar="KEY=VALUE")
+    hidden("--breakdown", action="store_true")
+    hidden("--tokenizer", default="", metavar="PATH")
+    parser.add_placement_flags()
+    return parser
+
+
+def main(argv: list[str]) -> None:
+    args = make_parser().parse_args(argv)
     check(args)
     drop_echoes()
     if is_harness(args):
         result, lines = evaluate_harness(args), report_harness
     elif args.tasks:
-        result, lines = evaluate_tasks(args), report_tasks
+        asked = {"ask": args.ask, "cfg_scale": args.cfg_scale}
+        result = evaluate_tasks(args.checkpoint, args.tasks[0], **asked, **shared(args))
+        lines = report_tasks
     else:
-        result, lines = evaluate(args), report
+        asked = {"split": args.split, "baselines": args.baselines, "breakdown": args.breakdown}
+        result = evaluate(args.checkpoint, args.data, **asked, **shared(args))
+        lines = report
+    # All processes of a run have the result.
+    if jax.process_index() > 0:
+        return
     if args.report:
         write_report(args, result)
     print(json_text(result) if args.json else lines(result))
+
+
+def shared(args) -> dict:
+    """Returns the settings of every evaluation."""
+    names = ("mc_samples", "batch_size", "seed", "ema", "tokenizer")
+    return {name: getattr(args, name) for name in names} | placement(args)
 
 
 def write_report(args, result: dict) -> None:
@@ -150,26 +178,76 @@ def check(args) -> None:
     check_number("--cfg-scale ", args.cfg_scale, Range(0))
 
 
-def evaluate(args) -> dict:
-    """Returns the bound and, if asked for, the baselines, as a flat dict."""
-    model = pretrained.load(args.checkpoint, ema=args.ema)
-    info = read_dataset(args.data)
+def check_sizes(*, mc_samples: int, batch_size: int) -> None:
+    check_number("mc_samples=", mc_samples, DRAWS)
+    check_number("batch_size=", batch_size, SIZE)
+
+
+@checked
+def evaluate(
+    checkpoint: str | os.PathLike[str],
+    data: str | os.PathLike[str],
+    *,
+    split: str = "heldout",
+    mc_samples: int = 1,
+    batch_size: int = 64,
+    seed: int = 0,
+    baselines: bool = False,
+    breakdown: bool = False,
+    ema: bool | None = None,
+    tokenizer: str | os.PathLike[str] = "",
+    dtype: str = "auto",
+    mesh: Mesh | None = None,
+    keep_float32: bool = True,
+) -> dict[str, Any]:
+    """Returns the bound on the likelihood of a split, as `llada-jax evaluate --json` prints it.
+
+    Args:
+        checkpoint: WORKDIR, WORKDIR@STEP, or a Hugging Face directory.
+        data: a directory that `llada-jax prepare` wrote.
+        split: "heldout" or "train".
+        mc_samples: corruptions drawn for each row.
+        batch_size: rows at a time, rounded up to what the mesh splits evenly.
+        seed: of the corruptions.
+        baselines: also score token frequencies and xz on the same text.
+        breakdown: also the bound by position and the loss by time.
+        ema, tokenizer, dtype, mesh, keep_float32: see llada_jax.load.
+
+    Raises:
+        UserError: checkpoint, data and settings do not fit together.
+    """
+    check_sizes(mc_samples=mc_samples, batch_size=batch_size)
+    data = user_path(data)
+    model = pretrained.load(
+        checkpoint,
+        ema=ema,
+        tokenizer=tokenizer,
+        dtype=dtype,
+        mesh=mesh,
+        keep_float32=keep_float32,
+        needs_text=True,
+    )
+    info = read_dataset(data)
     if info.tokenizer["fingerprint"] != model.tokenizer.fingerprint and not load_same(
-        f"{args.data}/tokenizer", info.tokenizer["fingerprint"], of="the records"
+        f"{data}/tokenizer", info.tokenizer["fingerprint"], of="the records"
     ).behaves_like(model.tokenizer):
         raise UserError(
-            f"{args.data} was prepared with another tokenizer "
+            f"{data} was prepared with another tokenizer "
             f"({info.tokenizer['fingerprint'][:12]}) than the checkpoint's "
             f"({model.tokenizer.fingerprint[:12]}); prepare it with --tokenizer "
-            f"{args.checkpoint}/tokenizer."
+            f"{checkpoint}/tokenizer."
         )
     objective = make_objective(model.tokenizer, **model.config["objective"])
-    split = info.split(args.split)
-    settings = dict(
-        split=args.split,
+    of_split = info.split(split)
+    sharding.check_divisible(
+        model.mesh, {"--mesh: the length of the rows": ("act_position", info.sequence_length)}
+    )
+    ways = sharding.axis_size(model.mesh, "act_batch")
+    settings: dict[str, Any] = dict(
+        split=split,
         objective=objective,
         # no larger than the split, or a large one would be filled with rows that hold nothing
-        batch_size=min(args.batch_size, 1 << (split.num_records - 1).bit_length()),
+        batch_size=-(-min(batch_size, 1 << (of_split.num_records - 1).bit_length()) // ways) * ways,
         sequence_length=info.sequence_length,
         batch_sharding=sharding.batch_sharding(model.mesh),
         # as in training: a model that never saw a document end within a row is not asked to. Of
@@ -177,65 +255,105 @@ def evaluate(args) -> dict:
         attend_across_documents=(
             model.config["data"]["attend_across_documents"] and info.dialogues is None
         ),
-        seed=args.seed,
-        num_draws=args.mc_samples,
+        seed=seed,
+        num_draws=mc_samples,
     )
     bound = bound_of_split(
         model.model,
         model.params,
-        args.data,
-        bytes_per_token=split.num_scored_bytes / split.num_scored_tokens,
+        data,
+        bytes_per_token=of_split.num_scored_bytes / of_split.num_scored_tokens,
         **settings,
     )
     # the keys are what scripts read; they stay
     result = {
-        "checkpoint": str(args.checkpoint),
+        "checkpoint": str(checkpoint),
         "step": model.step,
-        "split": args.split,
+        "split": split,
         "num_tokens": bound.num_tokens,
-        "mc_samples": args.mc_samples,
+        "mc_samples": mc_samples,
         f"{objective.bound_name}_nats_per_token": bound.nats_per_token,
         "standard_error": bound.standard_error,
         "bits_per_byte": bound.bits_per_byte,
         "bits_per_byte_standard_error": bound.bits_per_byte_standard_error,
     }
-    if args.baselines:
-        alone, after_train = xz_bits_per_byte(info, model.tokenizer, split=args.split)
-        result["unigram_bits_per_byte"] = unigram_bits_per_byte(info, split=args.split)
+    if baselines:
+        alone, after_train = xz_bits_per_byte(info, model.tokenizer, split=split)
+        result["unigram_bits_per_byte"] = unigram_bits_per_byte(info, split=split)
         result["xz_bits_per_byte"] = alone
         result["xz_after_train_bits_per_byte"] = after_train
-    if args.breakdown:
-        parts = breakdown_of_split(model.model, model.params, args.data, **settings)
+    if breakdown:
+        parts = breakdown_of_split(model.model, model.params, data, **settings)
         for name, shares in parts._asdict().items():
             if shares is not None:
                 result[name] = shares._asdict()
     return result
 
 
-def evaluate_tasks(args) -> dict:
-    """Returns how the questions of a file are answered in each direction."""
-    (file,) = args.tasks
+@checked
+def evaluate_tasks(
+    checkpoint: str | os.PathLike[str],
+    tasks: str | os.PathLike[str],
+    *,
+    ask: Sequence[str] | None = None,
+    mc_samples: int = 128,
+    cfg_scale: float = 0.0,
+    batch_size: int = 64,
+    seed: int = 0,
+    ema: bool | None = None,
+    tokenizer: str | os.PathLike[str] = "",
+    dtype: str = "auto",
+    mesh: Mesh | None = None,
+    keep_float32: bool = True,
+) -> dict[str, Any]:
+    """Returns how the questions of a file are answered, as `llada-jax evaluate --tasks FILE --json`
+    prints it.
+
+    Args:
+        checkpoint: WORKDIR, WORKDIR@STEP, or a Hugging Face directory.
+        tasks: a .jsonl file of questions, see docs/evaluation.md.
+        ask: of "forwards", "backwards" and "infill"; None: all that fit.
+        mc_samples: corruptions drawn for each answer.
+        cfg_scale: strength of guidance towards the prompt; 0 switches it off.
+        batch_size: rows at a time. seed: of the corruptions.
+        ema, tokenizer, dtype, mesh, keep_float32: see llada_jax.load.
+
+    Raises:
+        UserError: the file, the checkpoint and the settings do not fit together.
+    """
+    check_sizes(mc_samples=mc_samples, batch_size=batch_size)
+    for direction in ask or ():
+        look_up(dict.fromkeys(DIRECTIONS), direction, "direction of a question")
+    file = user_path(tasks)
     rows = read_tasks(file)
-    model = pretrained.load(args.checkpoint, ema=args.ema)
+    model = pretrained.load(
+        checkpoint,
+        ema=ema,
+        tokenizer=tokenizer,
+        dtype=dtype,
+        mesh=mesh,
+        keep_float32=keep_float32,
+        needs_text=True,
+    )
     is_causal = model.record.mask.causal
-    if is_causal and "infill" in (args.ask or ()):
+    if is_causal and "infill" in (ask or ()):
         raise UserError(
-            f"{args.checkpoint} is autoregressive and cannot read what comes after a blank; ask it "
+            f"{checkpoint} is autoregressive and cannot read what comes after a blank; ask it "
             "forwards and backwards."
         )
     result = {
-        "checkpoint": str(args.checkpoint),
+        "checkpoint": str(checkpoint),
         "step": model.step,
         "tasks": str(file),
-        "mc_samples": args.mc_samples,
-        "cfg_scale": args.cfg_scale,
+        "mc_samples": mc_samples,
+        "cfg_scale": cfg_scale,
     }
-    for direction in args.ask or DIRECTIONS:
+    for direction in ask or DIRECTIONS:
         if direction == "infill" and is_causal:
             continue
         items = items_of(rows, direction, model.tokenizer)
         if not items:
-            if args.ask:
+            if ask:
                 raise UserError(f'No line of {file} has a question "{direction}".')
             continue
         answered = answer(
@@ -244,10 +362,10 @@ def evaluate_tasks(args) -> dict:
             items,
             tokenizer=model.tokenizer,
             mask=model.record.mask,
-            num_samples=args.mc_samples,
-            cfg_scale=args.cfg_scale,
-            seed=args.seed,
-            batch_size=args.batch_size,
+            num_samples=mc_samples,
+            cfg_scale=cfg_scale,
+            seed=seed,
+            batch_size=batch_size,
             mesh=model.mesh,
         )
         result[direction] = answered._asdict()
@@ -261,7 +379,13 @@ def evaluate_harness(args) -> dict:
     for task in args.tasks or ():
         if args.preset:
             look_up(published, task, f"task of the preset {args.preset}")
-    model = pretrained.load(args.checkpoint, ema=args.ema)
+    model = pretrained.load(
+        args.checkpoint,
+        ema=args.ema,
+        tokenizer=args.tokenizer,
+        needs_text=True,
+        **placement(args),
+    )
     result = {
         "checkpoint": str(args.checkpoint),
         "step": model.step,

@@ -8,10 +8,10 @@ from pathlib import Path
 import jax
 
 from llada_jax.checkpoints.export import Export, training_of, write_adapters, write_model
+from llada_jax.checkpoints.huggingface import tokenizer_of
 from llada_jax.checkpoints.orbax_patches import drop_echoes
 from llada_jax.checkpoints.workdir import find_checkpoint
 from llada_jax.cluster import distributed
-from llada_jax.data.tokenizer import load_same
 from llada_jax.errors import UserError
 from llada_jax.hf import hub
 from llada_jax.hf.card import check_license, heldout_result, model_card
@@ -26,7 +26,7 @@ from llada_jax.units import format_bytes, format_count, parse_bytes
 from llada_jax.verbs.command_line import Parser, json_text
 
 
-def main(argv: list[str]) -> None:
+def make_parser() -> Parser:
     parser = Parser(
         "export",
         "Writes a checkpoint as a Hugging Face directory: weights, PyTorch code, tokenizer, model "
@@ -60,6 +60,12 @@ def main(argv: list[str]) -> None:
         action="store_true",
         help="write the adapters alone, as peft loads them onto an export of the base",
     )
+    add(
+        "--tokenizer",
+        default="",
+        metavar="PATH",
+        help="tokenizer to write, for weights that have none",
+    )
     add("--chat-template", metavar="FILE", help="Jinja template to put into the tokenizer's config")
     add(
         "--license",
@@ -79,7 +85,11 @@ def main(argv: list[str]) -> None:
         help="show what would be written and uploaded, and do neither",
     )
     add("--json", action="store_true", help="print one JSON object on stdout")
-    args = parser.parse_args(argv)
+    return parser
+
+
+def main(argv: list[str]) -> None:
+    args = make_parser().parse_args(argv)
     drop_echoes()
     distributed.initialize()
     export, result = prepare_export(args)
@@ -123,7 +133,13 @@ def prepare_export(args) -> tuple[Export, dict]:
             "flag out."
         )
     workdir = found.directory.parent
-    tokenizer = load_same(workdir / "tokenizer", record.tokenizer.fingerprint, of="the checkpoint")
+    tokenizer = tokenizer_of(found, record, given=args.tokenizer)
+    has_text = tokenizer.kind != "none"
+    if template is not None and not has_text:
+        raise UserError(
+            f"--chat-template belongs into a tokenizer, and {args.checkpoint} has none; give one "
+            "with --tokenizer, or leave the template out."
+        )
 
     # 3. The files.
     if args.adapters and (not record.lora.rank or args.verify):
@@ -145,10 +161,12 @@ def prepare_export(args) -> tuple[Export, dict]:
         **ids,
         max_sequence_length=max_length,
         dtype=args.dtype,
+        num_ids=None if has_text else tokenizer.vocab_size,
         source=(record.source or {}).get("config"),
     )
     others = other_files(shards, config, layout)
-    others |= tokenizer_files(tokenizer, max_length=max_length, chat_template=template)
+    if has_text:
+        others |= tokenizer_files(tokenizer, max_length=max_length, chat_template=template)
     others["README.md"] = model_card(
         name=args.push_to_hub or Path(args.output).absolute().name,
         a=a,
@@ -159,6 +177,7 @@ def prepare_export(args) -> tuple[Export, dict]:
         weights="moving average of the parameters" if args.ema else "parameters",
         result=heldout_result(read_lines(workdir), step),
         special_tokens=tokenizer.special_tokens,
+        has_tokenizer=has_text,
         license_id=args.license,
     ).encode()
     if args.adapters:

@@ -4,7 +4,6 @@ sample, evaluate, export.
 
 import contextlib
 import dataclasses
-import re
 import sys
 
 import jax
@@ -16,10 +15,11 @@ from llada_jax.checkpoints.orbax_patches import drop_echoes
 from llada_jax.checkpoints.record import write_run
 from llada_jax.checkpoints.workdir import Checkpoints
 from llada_jax.cluster import distributed, sharding
-from llada_jax.errors import UserError, did_you_mean
+from llada_jax.errors import UserError
 from llada_jax.hf import hub
 from llada_jax.hf.read import is_huggingface
-from llada_jax.models.model import abstract_parameters, make_model
+from llada_jax.hf.starting_config import NAME, starting_config
+from llada_jax.models.model import abstract_parameters, check_mesh, make_model
 from llada_jax.models.transformer import Architecture, num_parameters
 from llada_jax.storage.files import writing
 from llada_jax.training.state import TrainState
@@ -27,7 +27,7 @@ from llada_jax.units import format_count
 from llada_jax.verbs.command_line import Parser, json_text
 
 
-def main(argv: list[str]) -> None:
+def make_parser() -> Parser:
     parser = Parser(
         "import",
         "Turns a Hugging Face checkpoint (LLaDA, iLLaDA, Llama, Qwen2, Qwen3) into a workdir at "
@@ -61,20 +61,31 @@ def main(argv: list[str]) -> None:
         help="the token to use as the mask (default: its own, or a new one)",
     )
     add(
+        "--tokenizer",
+        default="",
+        metavar="PATH",
+        help="tokenizer of weights that come without one (default: that of the directory)",
+    )
+    add(
         "--causal",
         action="store_true",
         help="keep Llama or Qwen autoregressive, instead of adapting them to masks",
     )
     add("--json", action="store_true", help="print one JSON object on stdout")
-    args = parser.parse_args(argv)
+    return parser
+
+
+def main(argv: list[str]) -> None:
+    args = make_parser().parse_args(argv)
     drop_echoes()
     distributed.initialize()
-    mesh = sharding.make_mesh(parse_mesh(args.mesh))
+    mesh = sharding.make_mesh(sharding.parse_mesh(args.mesh))
     check_output(args.output)
     source = HuggingFace(
         args.source if is_huggingface(args.source) else hub.download(args.source),
         causal=args.causal,
         mask_token=args.mask_token,
+        tokenizer=args.tokenizer,
     )
     if args.causal and not source.is_causal:
         raise UserError(f"--causal: {args.source} is a masked diffusion model; leave the flag out.")
@@ -84,17 +95,21 @@ def main(argv: list[str]) -> None:
     with jax.set_mesh(mesh), whole_or_nothing(args.output) as workdir:
         if jax.process_index() == 0:
             write_run(workdir, source.tokenizer, record)
+            if not args.causal:
+                text = starting_config(source.architecture, source=args.source, output=args.output)
+                (workdir / NAME).write_text(text)
         params = load(source, mesh)
-        saved = Checkpoints(workdir)
-        saved.save(
-            TrainState(step=jnp.int32(0), params=params, opt_state=(), ema={}, metrics={}), record
-        )
-        saved.close()  # waits for the commit, without which it is not a workdir
+        state = TrainState(step=jnp.int32(0), params=params, opt_state=(), ema={}, metrics={})
+        # Waits for the commit, without which it is not a workdir, and after a failure for what is
+        # still being written, which would otherwise appear again after the clean-up.
+        with contextlib.closing(Checkpoints(workdir)) as saved:
+            saved.save(state, record)
     if jax.process_index() == 0:
         result = {
             "output": args.output,
             "source": args.source,
             "layout": source.layout,
+            "has_tokenizer": source.tokenizer.kind != "none",
             **(record.special_ids or {}),
         }
         result |= {
@@ -102,26 +117,6 @@ def main(argv: list[str]) -> None:
             "architecture": record.to_json()["architecture"],
         }
         print(json_text(result) if args.json else report(result))
-
-
-def parse_mesh(text: str) -> dict[str, int]:
-    """Returns the size of every mesh axis from "fsdp=8,tensor=2"; axes that are not named have size
-    1.
-    """
-    sizes = dict.fromkeys(sharding.AXES, 1)
-    for part in text.split(","):
-        axis, equals, size = part.strip().partition("=")
-        if axis not in sizes:
-            raise UserError(
-                f"--mesh {text!r}: there is no axis {axis!r}.{did_you_mean(axis, sizes)}"
-            )
-        if not re.fullmatch(r"-?\d+", size):
-            raise UserError(
-                f"--mesh {text!r}: {size!r} is not a size; write {axis}=8, or {axis}=-1 for all "
-                "devices left."
-            )
-        sizes[axis] = int(size)
-    return sizes
 
 
 def check_output(output: str) -> None:
@@ -136,16 +131,7 @@ def check_output(output: str) -> None:
 def load(source: HuggingFace, mesh) -> dict:
     """Returns the parameters, in the shards of the mesh."""
     a = source.architecture
-    sizes = {
-        "width": ("embed", a.d_model),
-        "query heads": ("heads", a.num_heads),
-        "key/value heads": ("kv_heads", a.num_kv_heads),
-        "feed-forward width": ("mlp", a.d_ff),
-        "vocabulary": ("vocab", a.vocab_size),
-    }
-    sharding.check_divisible(
-        mesh, {f"--mesh: the model's {what}": size for what, size in sizes.items()}
-    )
+    check_mesh(a, mesh)
     print(
         f"llada-jax: reading {format_count(num_parameters(a))} parameters of {source.directory}",
         file=sys.stderr,
@@ -192,7 +178,9 @@ def report(result: dict) -> str:
     lines = [
         f"# {result['source']} ({result['layout']}, {format_count(result['parameters'])} "
         f"parameters) -> {result['output']}",
-        f"# Data for it: llada-jax prepare --tokenizer {result['output']}/tokenizer ...",
+        f"# Data for it: llada-jax prepare --tokenizer {result['output']}/tokenizer ..."
+        if result["has_tokenizer"]
+        else "# It has no tokenizer; import it with --tokenizer to prepare data for it.",
         "# A config that trains on from it:",
         *(f"config.model.{name} = {value!r}" for name, value in vars(a).items()),
         f"config.checkpoint.init_from = {result['output']!r}",

@@ -31,7 +31,7 @@ from llada_jax.validation import validate
 from llada_jax.verbs.command_line import Parser, json_text
 
 
-def main(argv: list[str]) -> None:
+def make_parser() -> Parser:
     parser = Parser(
         "plan",
         "Reports memory, time and cost of a config on TPUs or GPUs that you have not rented yet.",
@@ -71,7 +71,11 @@ def main(argv: list[str]) -> None:
         help="preset of compiler flags for --compile, as in v5p",
     )
     parser.add_argument("--json", action="store_true", help="print one JSON object on stdout")
-    args, overrides = parser.parse_with_overrides(argv)
+    return parser
+
+
+def main(argv: list[str]) -> None:
+    args, overrides = make_parser().parse_with_overrides(argv)
     config = load_config(args.config, overrides)
     machines = hardware.machines_named(args.topology)
     check_number("--slices ", args.slices, Range(1))
@@ -229,12 +233,14 @@ def _describe_run(p: dict) -> list[str]:
         f"{6 if p['causal'] else 12} * {p['layers']} layers * {p['d_attention']} "
         f"* {p['sequence_length']}"
     )
+    arithmetic = f"6 * {matrices} + {attention}"
+    if p["passes"] != 1:
+        arithmetic = f"{p['passes']:.2f} passes * ({arithmetic})"
     where = f"{p['slices']} x {p['topology']}" if p["slices"] > 1 else p["topology"]
     return [
         f"model       {format_count(p['parameters'])} parameters, {matrices} in matrix products, "
         f"{p['vocab_size']:,} tokens",
-        f"FLOPs       6 * {matrices} + {attention} = "
-        f"{format_count(p['flops_per_token'])} per token",
+        f"FLOPs       {arithmetic} = {format_count(p['flops_per_token'])} per token",
         f"machine     {where}: {p['chips']} chips, {p['hosts']} hosts, {p['devices']} devices of "
         f"{p['peak_flops'] / 1e12:.0f} TFLOP/s and {format_bytes(p['usable_bytes'])}",
         f"mesh        {describe_mesh(p['mesh'])}",
@@ -253,8 +259,9 @@ def _describe_needs(p: dict) -> list[str]:
     sizes = {name: format_bytes(size) for name, size in memory.items()}
     fits = memory["peak"] < p["usable_bytes"]
     exchanged = ", ".join(f"{name} {format_bytes(size)}" for name, size in traffic.items() if size)
+    frozen = f", {sizes['frozen']} of it frozen" if memory["frozen"] else ""
     lines = [
-        f"memory      {sizes['state']} parameters and optimizer state (exact)",
+        f"memory      {sizes['state']} parameters and optimizer state (exact){frozen}",
         f"            {sizes['gradients']} gradients, {sizes['saved_activations']} saved "
         f"activations, {sizes['working']} at work (estimates)",
         f"            {sizes['peak']} of {format_bytes(p['usable_bytes'])} per device at the peak"

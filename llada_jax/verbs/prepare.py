@@ -15,7 +15,7 @@ from llada_jax.verbs.command_line import Parser
 
 def main(argv: list[str]) -> None:
     """Runs the verb."""
-    args = _parser().parse_args(argv)
+    args = make_parser().parse_args(argv)
     cut = Cut(
         documents=args.documents,
         text_field=args.text_field,
@@ -48,7 +48,7 @@ def main(argv: list[str]) -> None:
     )
 
 
-def _parser() -> Parser:
+def make_parser() -> Parser:
     parser = Parser(
         "prepare",
         "Tokenizes raw text and packs it into the records that train reads. Run it again to "
@@ -119,7 +119,7 @@ def _parser() -> Parser:
         "--chat",
         nargs="*",
         metavar="K=V",
-        help="dialogues; template, turns, too_long, malformed, rows: docs/finetuning.md",
+        help="dialogues or pairs; records, template, turns, ...: docs/finetuning.md",
     )
     add("--json", action="store_true", help="print dataset.json instead of the summary")
     return parser
@@ -141,6 +141,11 @@ def chat_settings(words: list[str]) -> ChatSettings:
                 f"{', '.join(CHAT_CHOICES[name])}."
             )
         settings[name] = value
+    if settings.get("records") == "pairs" and "turns" in settings:
+        raise UserError(
+            f"--chat turns={settings['turns']} is for dialogues; of pairs, the last answers are "
+            "compared: leave it out."
+        )
     return ChatSettings(**settings)
 
 

@@ -16,7 +16,7 @@ from llada_jax.verbs.command_line import Parser
 ASIDE = "rolled-back"
 
 
-def main(argv: list[str]) -> None:
+def make_parser() -> Parser:
     parser = Parser(
         "rollback",
         "Takes a run back to an earlier checkpoint and leaves out the data that followed it.",
@@ -34,7 +34,11 @@ def main(argv: list[str]) -> None:
         metavar="N",
         help="how many batches to leave out (default: up to the last known step; 0: none)",
     )
-    args = parser.parse_args(argv)
+    return parser
+
+
+def main(argv: list[str]) -> None:
+    args = make_parser().parse_args(argv)
     drop_echoes()
     with only_run_in(args.workdir):
         print(roll_back(args.workdir, to=args.to, num_skipped=args.skip))

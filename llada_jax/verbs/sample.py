@@ -9,11 +9,15 @@ import time
 from contextlib import nullcontext
 from functools import partial
 
+import jax
+
 from llada_jax.checkpoints.orbax_patches import drop_echoes
 from llada_jax.errors import UserError
-from llada_jax.pretrained import check_can_infill, load
+from llada_jax.pretrained import load
 from llada_jax.ranges import SIZE, check_number
+from llada_jax.request_checks import check_can_infill
 from llada_jax.samplers.commit import SCHEDULE
+from llada_jax.samplers.revise import NONE, WINO, parse_revise
 from llada_jax.samplers.settings import (
     check_options,
     check_request,
@@ -22,13 +26,13 @@ from llada_jax.samplers.settings import (
 )
 from llada_jax.samplers.show import make_show
 from llada_jax.samplers.text import Completion, continue_text, generate_text, infill_text
-from llada_jax.verbs.command_line import Parser
+from llada_jax.verbs.command_line import Parser, placement
 
 # One line each would not fit a screen; docs/sampling.md explains them.
 MORE_FLAGS = """more flags, explained in docs/sampling.md:
-  --infill TEXT...  --append  --num-samples N  --best-of N  --batch-size N
-  --remasking NAME  --commit NAME[=X]  --cfg-scale X  --top-k N  --top-p X
-  --eos NAME  --ignore-eos  --suppress ID...  --cache NAME  --refresh N
+  --infill TEXT...  --append  --lookahead N  --num-samples N  --best-of N  --batch-size N  --top-k N
+  --remasking NAME  --commit NAME[=X]  --revise NAME[=X]  --cache NAME  --refresh N  --cfg-scale X
+  --top-p X  --eos NAME  --ignore-eos  --suppress ID...  --mesh AXES  --dtype NAME  --tokenizer PATH
 """
 
 
@@ -51,7 +55,7 @@ def make_parser() -> Parser:
     add(
         "--prompt-file",
         metavar="FILE",
-        help="file with one prompt per line, empty lines skipped; - is stdin",
+        help="file with one prompt per line; - is stdin",
     )
     add(
         "--gen-length",
@@ -86,13 +90,16 @@ def make_parser() -> Parser:
 
     # Listed in MORE_FLAGS.
     hidden = partial(add, help=argparse.SUPPRESS)
+    hidden("--tokenizer", default="", metavar="PATH")
     hidden("--infill", nargs="+", metavar="TEXT")
     hidden("--append", action="store_true")
+    hidden("--lookahead", type=int, metavar="N")
     hidden("--num-samples", type=int, default=1, metavar="N")
     hidden("--best-of", type=int, default=1, metavar="N")
     hidden("--batch-size", type=int, default=16, metavar="N")
     hidden("--remasking", default="low_confidence", metavar="NAME")
     hidden("--commit", default=SCHEDULE, metavar="NAME[=X]")
+    hidden("--revise", default=NONE, metavar="NAME[=X]")
     hidden("--cfg-scale", type=float, default=0.0, metavar="X")
     hidden("--top-k", type=int, default=0, metavar="N")
     hidden("--top-p", type=float, default=1.0, metavar="X")
@@ -101,6 +108,7 @@ def make_parser() -> Parser:
     hidden("--suppress", nargs="+", type=int, default=[], metavar="ID")
     hidden("--cache", default="none", metavar="NAME")
     hidden("--refresh", type=int, default=0, metavar="N")
+    parser.add_placement_flags()
     return parser
 
 
@@ -222,11 +230,13 @@ def read_settings(args) -> dict:
     # In the record of the samples only where they were asked for.
     options = {
         "commit": args.commit,
+        "revise": args.revise,
         "top_k": args.top_k,
         "top_p": args.top_p,
         "eos": args.eos,
         "suppress": args.suppress,
         "append": args.append,
+        "lookahead": args.lookahead,
         "cache": args.cache,
         "refresh": args.refresh,
     }
@@ -234,7 +244,7 @@ def read_settings(args) -> dict:
     check_options(
         remasking=args.remasking,
         temperature=args.temperature,
-        **{name: value for name, value in options.items() if name != "append"},
+        **options,
     )
     return settings | {name: value for name, value in options.items() if value != unset[name]}
 
@@ -257,6 +267,7 @@ def check_infill(args) -> None:
         ("--prompt-file", args.prompt_file),
         ("--block-length", args.block_length),
         ("--append", args.append),
+        ("--lookahead", args.lookahead is not None),
         ("--cache", args.cache != "none"),
         ("--eos", args.eos != "free"),
         ("--ignore-eos", args.ignore_eos),
@@ -267,9 +278,20 @@ def check_infill(args) -> None:
             raise UserError(f"{flag} is about texts that go on, and --infill fills gaps; keep one.")
 
 
-def infill(pretrained, settings: dict, texts: list[str]) -> list[Completion]:
+def shadow_of(args, pretrained) -> dict:
+    """Returns the argument that --revise wino needs."""
+    is_needed = parse_revise(args.revise).name == WINO
+    return {"shadow_fn": pretrained.model.shadow_fn} if is_needed else {}
+
+
+def infill(args, pretrained, settings: dict, texts: list[str]) -> list[Completion]:
     return infill_text(
-        pretrained.logits_fn, pretrained.params, pretrained.tokenizer, texts, **settings
+        pretrained.logits_fn,
+        pretrained.params,
+        pretrained.tokenizer,
+        texts,
+        **settings,
+        **shadow_of(args, pretrained),
     )
 
 
@@ -318,6 +340,7 @@ def continue_or_denoise(
             prompts,
             **settings,
             **listening,
+            **shadow_of(args, pretrained),
         )
 
 
@@ -339,7 +362,13 @@ def main(argv: list[str]) -> None:
     prompts = [prompt for prompt in prompts for _ in range(copies)]
 
     # 2. The model.
-    pretrained = load(args.checkpoint, ema=args.ema)
+    pretrained = load(
+        args.checkpoint,
+        ema=args.ema,
+        tokenizer=args.tokenizer,
+        needs_text=True,
+        **placement(args),
+    )
     if args.infill:
         check_can_infill(pretrained.record)
         settings |= {"steps": args.steps}
@@ -349,7 +378,7 @@ def main(argv: list[str]) -> None:
     # 3. The texts.
     start = time.perf_counter()
     if args.infill:
-        completions = infill(pretrained, settings, prompts)
+        completions = infill(args, pretrained, settings, prompts)
     else:
         completions = continue_or_denoise(args, pretrained, settings, schedule, prompts)
     num_passes = sum(c.num_steps for c in completions)
@@ -358,7 +387,9 @@ def main(argv: list[str]) -> None:
         completions = pretrained.best_of(completions, args.best_of, seed=args.seed)
     seconds = time.perf_counter() - start
 
-    # 4. The results.
+    # 4. The results, which all processes of a run have.
+    if jax.process_index() > 0:
+        return
     if args.json:
         print_json(args, pretrained.step, settings, completions)
     else:

@@ -22,7 +22,7 @@ from llada_jax.verbs.command_line import Parser
 ACTIONS = ("list", "index", "run", "optuna", "table", "fit")
 
 
-def main(argv: list[str]) -> None:
+def make_parser() -> Parser:
     parser = Parser(
         "sweep",
         "Runs what sweep(add) of a config file adds, in DIR/000, DIR/001 ...; compares results.",
@@ -62,9 +62,13 @@ def main(argv: list[str]) -> None:
     parser.add_argument(
         "--json", action="store_true", help="print one JSON object on stdout (list, table, fit)"
     )
+    return parser
+
+
+def main(argv: list[str]) -> None:
     cut = argv.index("--") if "--" in argv else len(argv)
     ours, launcher_words = argv[:cut], argv[cut + 1 :]
-    args, overrides = parser.parse_with_overrides(ours)
+    args, overrides = make_parser().parse_with_overrides(ours)
     action = check_flags(args, launcher_words)
     sweep = load_sweep(args.config, overrides, args.workdir)
     if action == "list":

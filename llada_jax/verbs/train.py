@@ -1,24 +1,36 @@
 """`llada-jax train`: from a config and a workdir to a trained model that can be resumed."""
 
 import contextlib
+import os
 import time
 from collections import deque
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import NamedTuple
+from statistics import mean
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+from ml_collections import ConfigDict
 
+from llada_jax.arguments import checked
 from llada_jax.checkpoints.orbax_patches import drop_echoes
 from llada_jax.checkpoints.record import run_record
 from llada_jax.cluster import distributed, hardware, sharding
 from llada_jax.cluster.stop_request import StopRequest
-from llada_jax.config import AUTO, learning_rate_knob, load_config, own_parts, parse_sources
+from llada_jax.config import (
+    AUTO,
+    completed,
+    learning_rate_knob,
+    load_config,
+    own_parts,
+    parse_sources,
+)
 from llada_jax.data.loader import train_batches
 from llada_jax.errors import LostPeer, Preempted, UserError
 from llada_jax.models.model import Model, make_model
 from llada_jax.parts import provenance
+from llada_jax.paths import user_path
 from llada_jax.run.agreement import check_same_everywhere, on_first_process, versions
 from llada_jax.run.clock import Clock, speed_metrics
 from llada_jax.run.goodput import Ledger
@@ -27,6 +39,7 @@ from llada_jax.run.metrics_file import is_over, means, read_lines
 from llada_jax.run.numerics import check_finite, check_skipped
 from llada_jax.run.profiler import ProfilerWindow
 from llada_jax.run.progress import Progress
+from llada_jax.run.results import TrainedRun, trained_run
 from llada_jax.run.rollbacks import batch_of_step
 from llada_jax.run.samples import sample_markdown
 from llada_jax.run.start import (
@@ -55,7 +68,7 @@ WEIGHTS = {AUTO: None, "raw": False, "ema": True}
 SAMPLE_KNOBS = ("gen_length", "block_length", "steps", "temperature")
 
 
-def main(argv: list[str]) -> None:
+def make_parser() -> Parser:
     parser = Parser(
         "train",
         "Trains a model from a config file, or continues the run that the workdir holds.",
@@ -67,15 +80,54 @@ def main(argv: list[str]) -> None:
     parser.add_argument(
         "--workdir", required=True, metavar="DIR", help="where the run lives; local or a URL"
     )
-    args, overrides = parser.parse_with_overrides(argv)
+    return parser
+
+
+def main(argv: list[str]) -> None:
+    args, overrides = make_parser().parse_with_overrides(argv)
     if not args.workdir:
         raise UserError("--workdir is empty; give the directory where the run is to live.")
     drop_echoes()
     config = load_config(args.config, overrides)
-    train(config, args.workdir, config_text=Path(args.config).read_text())
+    run_config(config, args.workdir, config_text=Path(args.config).read_text())
 
 
-def train(config, workdir: str, *, config_text: str = "") -> None:
+@checked
+def train(
+    config: ConfigDict | str | os.PathLike[str],
+    workdir: str | os.PathLike[str],
+    *,
+    changes: Mapping[str, Any] | None = None,
+) -> TrainedRun:
+    """Trains a model, or continues the run that the workdir holds, as `llada-jax train` does.
+
+    Args:
+        config: a Python file with get_config(), or what llada_jax.config.default_config returns,
+            changed.
+        workdir: where the run lives; local or a URL.
+        changes: knobs and their values, such as {"num_steps": 200, "optimizer.b2": 0.98}.
+
+    Raises:
+        UserError: config, data, mesh and checkpoint do not fit together, or the disk refuses.
+        NumericsError: the loss or the gradient is not finite.
+        Preempted: SIGTERM or Ctrl-C; the state has been saved.
+    """
+    workdir = user_path(workdir)
+    if not workdir:
+        raise UserError("workdir='' is empty; give the directory where the run is to live.")
+    drop_echoes()
+    text = ""
+    if isinstance(config, ConfigDict):
+        config = completed(config, values=changes or {})
+    else:
+        file = user_path(config)
+        config = load_config(file, values=changes)
+        text = Path(file).read_text()
+    run_config(config, workdir, config_text=text)
+    return trained_run(workdir, config.num_steps)
+
+
+def run_config(config: ConfigDict, workdir: str, *, config_text: str = "") -> None:
     """Runs a config in a workdir until its last step, from the workdir's latest checkpoint on.
 
     Args:
@@ -139,7 +191,7 @@ def open_run(
     )
 
     # 3. Model, objective and optimizer, none of them with numbers yet.
-    recipe = make_recipe(config, data.tokenizer, mesh)
+    recipe = make_recipe(config, data.tokenizer, mesh, provided=data.fields)
     if config.samples.every_steps:  # now, and not after hours of training
         check_schedule(**{name: config.samples[name] for name in SAMPLE_KNOBS}, cfg_scale=0.0)
 
@@ -156,6 +208,8 @@ def open_run(
                 data=data.record(),
                 recorded_mask=recipe.objective.mask,
                 parts=parts,
+                special_ids=data.tokenizer.special_ids,
+                chat_template=data.tokenizer.chat_template,
             ),
             config_text=config_text,
             tokenizer=data.tokenizer,
@@ -168,6 +222,7 @@ def open_run(
             init_from=config.checkpoint.init_from,
             init_from_ema=WEIGHTS[config.checkpoint.init_from_weights],
             tensorboard=config.log.tensorboard,
+            tracker=config.log.tracker,
         )
     # apart from the record: the train step takes the state over, and what is kept of it would
     # only be a name for memory that has been given away
@@ -212,7 +267,10 @@ def train_on(
     if start_step >= num_steps:
         progress.say(f"the run is complete: step {start_step} of {num_steps}")
     else:
-        compiled = compile_together(recipe, (B, T), clock, progress, timeout_s)
+        compiled = {
+            length: compile_together(recipe, (B, length), clock, progress, timeout_s)
+            for length in (*config.data.length_buckets, T)
+        }
         if stop.reached(start_step):
             raise Preempted(
                 f"asked to stop before step {start_step + 1}: nothing is lost; the same command "
@@ -221,7 +279,7 @@ def train_on(
 
     # 6. The loop.
     rows = sharding.local_rows(recipe.batch_sharding, (B, T))
-    batches = open_batches(config, data, opened, rows)
+    batches = open_batches(config, data, opened, rows, recipe.objective.copies)
     flops = flops_of_token(recipe, sequence_length=T)
     peak_flops = hardware.peak_flops(mesh.devices.flat[0])
     zero_metrics = jax.jit(
@@ -245,6 +303,7 @@ def train_on(
         (WEIGHTS[config.evaluation.weights] is not False and state.ema) or state.params
     )
     in_flight, logged_step = deque(), start_step
+    num_positions: list[int] = []  # of a row, of each step since the last log line
     is_due = lambda step, every: every > 0 and (step % every == 0 or step == num_steps)  # noqa: E731
     clock.start_training()
     with progress, profiler, distributed.Watchdog(timeout_s) as watchdog:
@@ -290,7 +349,9 @@ def train_on(
                 arrays = {name: arrays[name] for name in recipe.objective.batch}
                 batch = sharding.place_batch(arrays, rows, B, recipe.batch_sharding)
             # The state is donated: the old one is gone, also when the step fails.
-            state, finished = compiled(state, batch)
+            length = batch["tokens"].shape[1]
+            state, finished = compiled[length](state, batch)
+            num_positions.append(length)
             # The step has been dispatched, not done. Waiting for it here would leave the devices
             # idle while the host reads; never waiting would queue steps without end.
             in_flight.append(finished)
@@ -324,7 +385,7 @@ def train_on(
                 speed = speed_metrics(
                     clock,
                     num_steps=step - logged_step,
-                    tokens_per_step=B * T,
+                    tokens_per_step=B * mean(num_positions),
                     flops_per_token=flops,
                     num_devices=mesh.size,
                     peak_flops=peak_flops,
@@ -338,6 +399,7 @@ def train_on(
                 # zeros on the devices, in the shardings of the sums: the step is compiled for them
                 state = state._replace(metrics=zero_metrics(state.metrics))
                 logged_step = step
+                num_positions.clear()
 
             # 6b. Held-out text and samples. Not after the last step: 7 does that on the whole text.
             every = config.evaluation.every_steps
@@ -415,8 +477,12 @@ def train_on(
     writer.close()
 
 
-def open_batches(config, data: RunData, opened: OpenWorkdir, rows) -> Iterator[dict]:
-    """Returns this host's rows of the batch of each step that is left, in order."""
+def open_batches(config, data: RunData, opened: OpenWorkdir, rows, copies: int) -> Iterator[dict]:
+    """Returns this host's rows of the batch of each step that is left, in order.
+
+    Args:
+        copies: Objective.copies.
+    """
     return train_batches(
         data.sources,
         batch_size=config.data.batch_size,
@@ -428,7 +494,11 @@ def open_batches(config, data: RunData, opened: OpenWorkdir, rows) -> Iterator[d
         batch_number=lambda step: batch_of_step(step + 1, opened.rollbacks.skipped) - 1,
         random_length_probability=config.data.random_length_probability,
         attend_across_documents=config.data.attend_across_documents,
+        split_probability=config.data.split_probability,
         eos_padding=config.data.eos_padding,
+        padding_cycle=config.data.padding_cycle,
+        copies=copies,
+        length_buckets=config.data.length_buckets,
         num_threads=config.data.num_threads,
         prefetch=config.data.prefetch,
     )

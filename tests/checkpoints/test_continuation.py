@@ -33,6 +33,8 @@ def test_a_checkpoint_fits_only_its_own_tokenizer():
     other = dataclasses.replace(ours.tokenizer, fingerprint="f" * 64)
     message = error_of(check_fits, small_record(tokenizer=other), ours, "runs/a")
     assert "The checkpoint in runs/a was trained with another tokenizer: fingerprint is" in message
+    assert "and ffffffffffff there" in message
+    assert "f" * 13 not in message
 
 
 def changed(knob: str, value) -> RunRecord:
@@ -71,4 +73,10 @@ def test_data_may_be_moved_but_not_changed():
     check_continues(there, small_record(data=(DataSource("new/place", "a" * 32, 1.0),)), "runs/a")
     other = small_record(data=(DataSource("old/place", "b" * 32, 1.0),))
     message = error_of(check_continues, there, other, "runs/a")
-    assert "The run in runs/a was trained on other data: datasets is" in message
+    assert "trained on other data: old/place (fingerprint aaaaaaaaaaaa) there" in message
+    assert "and old/place (fingerprint bbbbbbbbbbbb) here" in message
+    mixed = small_record(
+        data=(DataSource("a", "a" * 64, 0.25), DataSource("b", "b" * 64, 0.75)),
+    )
+    message = error_of(check_continues, there, mixed, "runs/a")
+    assert "a (0.25 of the rows, fingerprint aaaaaaaaaaaa), b (0.75 of the rows, " in message

@@ -8,15 +8,13 @@ import signal
 import sys
 import time
 
-import numpy as np
 import pytest
 from support.runs import (
+    assert_same_run,
     free_port,
     is_committed,
     kill_when,
     last_logged_step,
-    metric_lines,
-    saved_arrays,
 )
 from support.states import (
     abstract_of,
@@ -57,11 +55,7 @@ def test_a_run_goes_on_from_its_local_copies_or_from_the_workdir_when_they_are_l
     log = runs.train(workdir, *words, *tiers)
     start = rf"step 10 of {workdir}" if is_lost else rf"step (12|15|18) of {disk}"
     assert re.search(f"start       {start}", log), log
-    expected, actual = saved_arrays(straight, 24), saved_arrays(workdir, 24)
-    assert actual.keys() == expected.keys()
-    for name, array in expected.items():
-        np.testing.assert_array_equal(actual[name], array, err_msg=name)
-    assert metric_lines(workdir) == metric_lines(straight)
+    assert_same_run(workdir, straight, step=24)
 
 
 # ---- two processes

@@ -1,5 +1,7 @@
 """Checkpoints in a workdir: arrays that are read one by one, and records that are not ours."""
 
+import time
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -76,6 +78,42 @@ def test_parameters_that_are_not_trained_come_back_too_and_nothing_is_saved_of_w
     found, step = find_checkpoint(str(tmp_path))
     assert_same(found.restore(step, abstract_of(state)), state)
     assert found.record(step).checksums.keys() == {"params", "train", "frozen"}
+
+
+@pytest.mark.parametrize(
+    "name", ["lr=1e-3,me@home (2)", "run@7", "~", "$HOME", "#1 100%d", "é", "{step}", "-x", "a\nb"]
+)
+def test_a_checkpoint_below_a_directory_of_any_name_is_read_again(name, tmp_path):
+    params = {"w": jnp.arange(6.0)}
+    state = TrainState(jnp.int32(3), params, (), {}, {})
+    workdir = tmp_path / name / "run"
+    saved = Checkpoints(workdir)
+    saved.save(state, small_record())
+    saved.close()
+    for words in (workdir, f"{workdir}@3"):
+        found, step = find_checkpoint(str(words))
+        np.testing.assert_array_equal(found.read_array(step, "params/w", (6,)), params["w"])
+
+
+def test_a_half_written_step_is_removed_by_the_run_and_by_no_reader(tmp_path):
+    run = write_checkpoint(tmp_path / "run", LLADA, random_params(LLADA))
+    # what Orbax writes into before it renames the folder to "8"
+    half = run / "checkpoints" / "8.orbax-checkpoint-tmp"
+    (half / "params").mkdir(parents=True)
+
+    def removed_within(seconds: float) -> bool:  # Orbax does it in a thread
+        deadline = time.monotonic() + seconds
+        while half.exists() and time.monotonic() < deadline:
+            time.sleep(0.01)
+        return not half.exists()
+
+    found, step = find_checkpoint(str(run))
+    assert (found.steps, step) == ([7], 7)
+    assert not removed_within(0.3)
+    owner = Checkpoints(run)
+    assert owner.steps == [7]
+    assert removed_within(30)
+    owner.close()
 
 
 def test_a_checkpoint_of_something_else_is_refused_with_the_folder_to_move_away(tmp_path):

@@ -78,7 +78,7 @@ libtpu_mesh(dict(fsdp=-1), slice_named("v5p-8"), 1)
 @pytest.mark.parametrize(
     ("launcher", "flags"),
     [
-        ("gke", "--name x --topology v6e-16 --image i"),
+        ("gke", "--name x --topology v6e-16 --image i:1"),
         ("tpu_vm", "--name x --topology v6e-16 --zone z"),
         ("slurm", "--nodes 2"),
     ],
@@ -87,7 +87,7 @@ def test_every_launcher_applies_a_preset_by_name(launcher, flags):
     script = LAUNCH / f"{launcher}.py"
 
     def dry_run(preset: str) -> subprocess.CompletedProcess:
-        words = [*flags.split(), "--flags", preset, "--dry-run", "--", "llada-jax", "train"]
+        words = [*flags.split(), "--flags", preset, "--unchecked", "--dry-run", "--", "llada-jax"]
         return subprocess.run(
             [sys.executable, str(script), *words], capture_output=True, text=True, check=False
         )

@@ -164,6 +164,25 @@ def test_an_unknown_slice_names_what_there_is():
         hardware.slice_named("v6-256")
 
 
+@pytest.mark.parametrize(
+    ("name", "says"),
+    [
+        ("h100", "'h100': GPUs are written with their number, as in 8xh100."),
+        ("8h100", "as in 8xh100."),
+        ("h100x8", "as in 8xh100."),
+        ("8xH100", "as in 8xh100."),
+        ("A100", "as in 8xa100-40gb or 8xa100-80gb."),
+        ("gb200", "as in 4xgb200."),
+        ("cpu", "TPU slices are called v4-N, v5litepod-N, v5p-N, v6e-N, tpu7x-N, and GPUs NxNAME"),
+    ],
+)
+def test_a_name_of_no_machines_is_answered_with_the_form_of_such_names(name, says):
+    for named in (hardware.machines_named, hardware.slice_named):
+        with pytest.raises(UserError) as refused:
+            named(name)
+        assert says in str(refused.value)
+
+
 def test_usable_memory_is_positive_and_at_most_what_the_chip_holds():
     for chip in hardware.ACCELERATORS.values():
         assert 0.85 * chip.hbm_bytes < chip.usable_hbm_bytes <= 1.01 * chip.hbm_bytes, chip.name

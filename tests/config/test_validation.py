@@ -35,6 +35,10 @@ READERS = {
     "evaluation.weights": {"optimizer.ema_decay": 0.9},
     "objective.masked": {"objective.name": "sft"},
     "objective.mean_over": {"objective.name": "sft"},
+    "objective.prompt_dropout": {"objective.name": "sft"},
+    "objective.beta": {"objective.name": "vrpo"},
+    "objective.num_times": {"objective.name": "vrpo"},
+    "objective.masks_per_time": {"objective.name": "vrpo"},
 }
 
 
@@ -260,3 +264,46 @@ def test_an_override_that_chooses_another_part_drops_what_the_file_set_for_its_o
 def test_the_knob_to_lower_is_the_one_that_the_schedule_reads():
     assert learning_rate_knob(valid()) == "the rates in config.schedule.stages"
     assert learning_rate_knob(valid(**{"schedule.name": "wsd"})) == "config.schedule.learning_rate"
+
+
+@pytest.mark.parametrize(
+    ("changes", "says"),
+    [
+        ({"objective.complementary": True}, "changes nothing"),
+        ({"objective.name": "sft", "objective.complementary": True}, "max_mask_ratio below 1"),
+        (
+            {
+                "objective.name": "sft",
+                "objective.prompt_dropout": 0.1,
+                "objective.masked": "documents",
+            },
+            "masks them already",
+        ),
+        ({"objective.name": "sft", "data.split_probability": 0.3}, "part answers from"),
+        ({"objective.name": "vrpo", "data.split_probability": 0.3}, "part answers from"),
+        ({"data.padding_cycle": (5, 6)}, "fills no row up"),
+        ({"data.length_buckets": (64, 32)}, "ascending"),
+        ({"data.length_buckets": (4096,)}, "below config.data.sequence_length"),
+        ({"data.length_buckets": (1.5,)}, "ascending whole numbers"),
+        ({"data.padding_cycle": ("a",), "data.eos_padding": 2}, "must be ids"),
+        ({"objective.beta": 0.2}, "changes nothing"),
+        ({"objective.name": "sft", "objective.num_times": 2}, "changes nothing"),
+        ({"objective.name": "vrpo", "objective.mean_over": "tokens"}, "changes nothing"),
+    ],
+)
+def test_knobs_of_fine_tuning_that_do_not_fit_together_are_refused(changes, says):
+    with pytest.raises(UserError, match=says):
+        check(valid(**changes))
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"objective.complementary": True, "objective.weight": "none"},
+        {"objective.complementary": True, "objective.max_mask_ratio": 0.9},
+        {"objective.masked": "documents", "data.split_probability": 0.3},
+        {"data.padding_cycle": (5, 6), "data.eos_padding": 2},
+    ],
+)
+def test_knobs_of_fine_tuning_that_fit_together_are_accepted(changes):
+    check(valid(**{"objective.name": "sft", **changes}))

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 from support.errors import error_of
 
-from llada_jax.data.dialogue_rows import draw_answers
+from llada_jax.data.dialogue_rows import draw_answers, split_in_two
 from llada_jax.data.dialogue_units import ChatSettings
 from llada_jax.data.loader import describe, heldout_batches, train_batches
 from llada_jax.data.preparation import prepare
@@ -125,6 +125,110 @@ def test_rows_are_filled_up_to_the_longest_of_their_group(directory):
             assert after["segment_ids"][row].tolist() == [1] * end + [0] * (T - end)
             assert after["positions"][row, :end].tolist() == list(range(end))
             assert not after["is_maskable"][row, end:].any()
+
+
+def test_a_rainbow_fills_rows_up_with_a_cycle_that_begins_after_the_answer(directory):
+    cycle = (250, 251, 252)
+    eos = batches(directory("padded"), 3, eos_padding=4)
+    rainbow = batches(directory("padded"), 3, eos_padding=4, padding_cycle=cycle)
+    num_filled = 0
+    for plain, other in zip(eos, rainbow):
+        for name in ("segment_ids", "positions", "is_maskable"):
+            np.testing.assert_array_equal(plain[name], other[name])
+        for before, after in zip(plain["tokens"], other["tokens"]):
+            (changed,) = np.nonzero(before != after)
+            num_filled += len(changed)
+            assert (before[changed] == EOS).all()
+            assert after[changed].tolist() == [cycle[n % 3] for n in range(len(changed))]
+            assert EOS in after  # the one that ends the answer
+    assert num_filled > 20
+
+
+@pytest.mark.parametrize(
+    ("cycle", "says"),
+    [((250, TOKENIZER.mask_id), "not an ordinary id"), ((10**6,), "not an ordinary id")],
+)
+def test_a_rainbow_of_ids_that_mean_something_else_is_refused(directory, cycle, says):
+    assert says in error_of(batches, directory("padded"), eos_padding=2, padding_cycle=cycle)
+
+
+def test_each_record_comes_in_as_many_rows_as_the_objective_asks_for(directory):
+    once = batches(directory("padded"), 4, eos_padding=2)
+    twice = batches(directory("padded"), 8, eos_padding=2, copies=2)
+    for name in once[0]:
+        rows = np.concatenate([batch[name] for batch in once])
+        copies = np.concatenate([batch[name] for batch in twice])
+        np.testing.assert_array_equal(copies[::2], rows)
+        np.testing.assert_array_equal(copies[1::2], rows)
+    part = batches(directory("padded"), 8, rows=[1, 2], eos_padding=2, copies=2)
+    np.testing.assert_array_equal(part[5]["tokens"], twice[5]["tokens"][[1, 2]])
+    assert "multiple of 3" in error_of(batches, directory("padded"), copies=3)
+
+
+@pytest.mark.parametrize("changes", [{}, {"eos_padding": 2}, {"copies": 2}])
+def test_batches_are_cut_to_the_shortest_bucket_that_holds_the_rows_of_all_hosts(
+    directory, changes
+):
+    buckets = (20, 30, 40)
+    whole = batches(directory("padded"), 12, **changes)
+    cut = batches(directory("padded"), 12, length_buckets=buckets, **changes)
+    # a host whose own rows may be short
+    part = batches(directory("padded"), 12, rows=[2], length_buckets=buckets, **changes)
+    late = batches(directory("padded"), 2, start_step=7, length_buckets=buckets, **changes)
+    found = set()
+    for step, (before, after) in enumerate(zip(whole, cut)):
+        longest = (before["segment_ids"] > 0).sum(axis=1).max()
+        length = min(n for n in (*buckets, T) if n >= longest)
+        found.add(length)
+        for name, array in after.items():
+            np.testing.assert_array_equal(array, before[name][:, :length])
+            np.testing.assert_array_equal(part[step][name], array[[2]])
+            if step in (7, 8):
+                np.testing.assert_array_equal(late[step - 7][name], array)
+    assert len(found) > 1
+
+
+def test_buckets_for_rows_that_are_full_are_refused(directory):
+    assert "rows=padded" in error_of(batches, directory("packed"), length_buckets=(20,))
+
+
+def test_a_row_is_cut_in_two_at_a_random_place_with_the_probability_asked_for():
+    row = {
+        "tokens": np.arange(12, dtype=np.int32),
+        "segment_ids": np.array([1] * 4 + [2] * 5 + [0] * 3, np.int32),
+        "positions": np.array([0, 1, 2, 3, 0, 1, 2, 3, 4, 0, 0, 0], np.int32),
+        "is_maskable": np.arange(12) < 9,
+    }
+    cuts = collections.Counter()
+    num = 4000
+    for n in range(num):
+        after = split_in_two(0.3)(row, np.random.default_rng(n))
+        np.testing.assert_array_equal(after["tokens"], row["tokens"])
+        np.testing.assert_array_equal(after["is_maskable"], row["is_maskable"])
+        assert after["segment_ids"].dtype == after["positions"].dtype == np.int32
+        starts = np.flatnonzero(np.diff(after["segment_ids"][:9], prepend=0))
+        assert (
+            after["segment_ids"].tolist()[:9]
+            == np.repeat(np.arange(1, len(starts) + 1), np.diff([*starts, 9])).tolist()
+        )
+        assert not after["segment_ids"][9:].any()
+        for start, end in zip(starts, [*starts[1:], 9]):
+            assert after["positions"][start:end].tolist() == list(range(end - start))
+        cuts[tuple(sorted(set(starts.tolist()) - {0, 4}))] += 1
+    # 7 of the 8 cuts are within a document; 5 standard errors of a binomial
+    for place in (1, 2, 3, 5, 6, 7, 8):
+        assert cuts[(place,)] == pytest.approx(num * 0.3 / 8, abs=5 * np.sqrt(num * 0.3 / 8))
+    assert set(cuts) == {(), *((place,) for place in (1, 2, 3, 5, 6, 7, 8))}
+
+
+def test_rows_that_are_cut_are_the_same_on_every_host(directory):
+    plain = batches(directory("packed"), 6)
+    whole = batches(directory("packed"), 6, split_probability=1.0)
+    part = batches(directory("packed"), 6, rows=[3, 1], split_probability=1.0)
+    assert any((a["segment_ids"] != b["segment_ids"]).any() for a, b in zip(plain, whole))
+    for step in range(6):
+        for name, array in whole[step].items():
+            np.testing.assert_array_equal(part[step][name], array[[3, 1]])
 
 
 def test_held_out_dialogues_are_scored_on_the_same_answers_always(directory):

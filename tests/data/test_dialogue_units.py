@@ -127,10 +127,11 @@ def test_dialogues_that_are_too_long_are_refused_left_out_or_cut(tmp_path):
 def test_an_answer_that_has_lost_its_beginning_is_part_of_the_prompt():
     is_answer = np.array([0, 1, 1, 1, 0, 1, 1], bool)
     document = Document(np.arange(7, dtype=np.int32), is_answer)
-    assert cut_left(document, 6).is_answer.tolist() == [1, 1, 1, 0, 1, 1]
-    assert cut_left(document, 5).is_answer.tolist() == [0, 0, 0, 1, 1]
-    assert cut_left(document, 2).is_answer.tolist() == [1, 1]
-    assert cut_left(document, 1) is None
+    assert cut_left(document, 1).is_answer.tolist() == [1, 1, 1, 0, 1, 1]
+    assert cut_left(document, 2).is_answer.tolist() == [0, 0, 0, 1, 1]
+    assert cut_left(document, 5).is_answer.tolist() == [1, 1]
+    assert cut_left(document, 6) is None
+    assert cut_left(document, 9) is None
 
 
 @given(st.lists(st.integers(1, 10), max_size=40), st.integers(0, 5))
@@ -138,7 +139,8 @@ def test_packing_keeps_every_document_whole_and_fills_rows(lengths, open_rows):
     documents = [
         Document(np.full(n, i, np.int32), np.arange(n) == n - 1) for i, n in enumerate(lengths)
     ]
-    rows = list(pack_whole(iter(documents), 10, open_rows=open_rows))
+    groups = ((document,) for document in documents)
+    rows = list(pack_whole(groups, 10, open_rows=open_rows))
     assert all(1 <= len(tokens) <= 10 for tokens, _, _ in rows)
     found = []
     for tokens, starts, is_answer in rows:

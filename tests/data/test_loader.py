@@ -63,6 +63,17 @@ def test_threads_and_prefetch_change_nothing(small, num_threads, prefetch):
         assert_equal(batch, whole)
 
 
+def test_a_start_in_the_middle_continues_the_batches_of_a_whole_run(small, large):
+    sources = [(small, 1.0), (large, 2.0)]
+    kwargs = {"random_length_probability": 0.3, "num_batches": 4}
+    whole = batches(sources, **{**kwargs, "num_batches": 11})
+    for batch, expected in zip(batches(sources, start_step=7, **kwargs), whole[7:], strict=True):
+        assert_equal(batch, expected)
+    left_out = batches(sources, start_step=3, batch_number=lambda step: step + 4, **kwargs)
+    for batch, expected in zip(left_out, whole[7:], strict=True):
+        assert_equal(batch, expected)
+
+
 @pytest.mark.slow
 @given(
     step=st.integers(0, 19),
@@ -343,6 +354,7 @@ def test_the_loader_imports_neither_jax_nor_the_model():
     modules |= {node.module for node in ast.walk(tree) if isinstance(node, ast.ImportFrom)}
     assert not {name for name in modules if name.split(".")[0] in ("jax", "flax")}
     assert {name for name in modules if name.startswith("llada_jax")} == {
+        "llada_jax.data.batch",
         "llada_jax.data.dialogue_rows",
         "llada_jax.data.records",
         "llada_jax.errors",

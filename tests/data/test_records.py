@@ -250,7 +250,7 @@ def test_a_directory_that_is_no_dataset_is_named(tmp_path):
         ("[1]", "names no format"),
         ('{"splits": {}}', "names no format"),
         ('{"format": 2}', "sequence_length"),
-        ('{"format": 3}', "format 3"),
+        ('{"format": 4}', "format 4"),
         ('{"format": 1}', "sequence_length"),
         (
             '{"format": 1, "sequence_length": 8, "fingerprint": "", "tokenizer": {}, "splits": {}}',

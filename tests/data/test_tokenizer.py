@@ -3,8 +3,6 @@ clear refusals.
 """
 
 import json
-import subprocess
-import sys
 
 import numpy as np
 import pytest
@@ -325,86 +323,3 @@ def test_truncation_and_padding_stored_in_the_file_are_switched_off(tmp_path):
     tokenizer.enable_padding(length=64)
     loaded = load_tokenizer(save_huggingface(tmp_path / "hf", tokenizer))
     assert loaded.decode(loaded.encode(TEXT)) == TEXT
-
-
-# ---- refusals and imports
-
-
-def test_a_path_without_tokenizer_is_refused(tmp_path):
-    with pytest.raises(UserError, match="no tokenizer at"):
-        load_tokenizer(tmp_path)
-    with pytest.raises(UserError, match="no tokenizer at"):
-        load_tokenizer(tmp_path / "absent.model")
-
-
-def test_damaged_files_are_refused_by_name(tmp_path, tokenizers):
-    (tmp_path / "bad.model").write_bytes(b"no model")
-    with pytest.raises(UserError, match="bad.model is not a SentencePiece model"):
-        load_tokenizer(tmp_path / "bad.model")
-    (tmp_path / "hf").mkdir()
-    (tmp_path / "hf" / "tokenizer.json").write_text("{")
-    with pytest.raises(UserError, match="not valid JSON"):
-        load_tokenizer(tmp_path / "hf")
-    (tmp_path / "hf" / "tokenizer.json").write_text("{}")
-    with pytest.raises(UserError, match="has no model"):
-        load_tokenizer(tmp_path / "hf")
-    (tmp_path / "hf" / "tokenizer.json").write_text('{"model": {}}')
-    with pytest.raises(UserError, match="cannot be used"):
-        load_tokenizer(tmp_path / "hf")
-    tokenizers["bpe"].save(tmp_path / "saved")
-    (tmp_path / "saved" / "sentencepiece.model").unlink()
-    with pytest.raises(UserError, match="damaged"):
-        load_tokenizer(tmp_path / "saved")
-
-
-@pytest.mark.parametrize(
-    "special_ids",
-    [
-        {"mask": -1, "eos": 257},
-        {"mask": 256, "eos": -1},
-        {"mask": 256, "eos": 256},
-        {"mask": 256, "eos": 257, "pad": 256},
-        {"mask": 256, "eos": 257, "bos": -1},
-        {"mask": True, "eos": 257},
-        {"mask": "256", "eos": 257},
-        {"mask": 256.0, "eos": 257},
-        {"mask": 10**15, "eos": 257},  # a row of the vocabulary for each id up to it
-        {"mask": None, "eos": 257},
-        {"eos": 257},
-        [256, 257],
-    ],
-)
-def test_special_ids_that_no_tokenizer_can_have_are_refused(tmp_path, special_ids):
-    load_tokenizer("bytes").save(tmp_path / "saved")
-    file = tmp_path / "saved" / "special_ids.json"
-    file.write_text(json.dumps(json.loads(file.read_text()) | {"special_ids": special_ids}))
-    with pytest.raises(UserError, match=r"saved' is damaged \(WrongSpecialIds: has"):
-        load_tokenizer(tmp_path / "saved")
-
-
-def test_a_model_whose_mask_ends_texts_too_is_refused(tmp_path, tokenizers):
-    tokenizers["bpe"].save(tmp_path / "saved")
-    model = tmp_path / "saved" / "sentencepiece.model"
-    with pytest.raises(UserError, match="sentencepiece.model' has one id, 2, for mask and eos"):
-        load_tokenizer(model, mask_token="</s>")
-
-
-def test_the_module_needs_no_tokenizer_library_and_says_how_to_install_one(tmp_path):
-    code = """
-import sys
-# what a missing library looks like to an import
-sys.modules["sentencepiece"] = sys.modules["tokenizers"] = None
-from llada_jax.errors import UserError
-from llada_jax.data.tokenizer import load_tokenizer
-from llada_jax.data.tokenizer_training import train_sentencepiece
-assert load_tokenizer("bytes").encode("a") == [97]
-try:
-    train_sentencepiece(["a"], vocab_size=300, model_type="bpe")
-except UserError as error:
-    print(error)
-assert "jax" not in sys.modules
-"""
-    result = subprocess.run(
-        [sys.executable, "-c", code], capture_output=True, text=True, check=True
-    )
-    assert "pip install 'llada_jax'" in result.stdout

@@ -1,30 +1,18 @@
 """The adapter in the real lm-evaluation-harness, on local tasks, in a process of its own."""
 
-import importlib.util
 import json
 import os
 import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 from support.exports import LLADA, write_checkpoint
 from support.hf_directories import random_params
-from support.required import absent
+from support.required import python_with
 
 import llada_jax
 
 CHECKS = Path(__file__).parent / "harness_checks" / "local_tasks.py"
-
-
-def python_with_the_harness() -> str:
-    """The harness has its own environment where it is not installed next to this package."""
-    if importlib.util.find_spec("lm_eval"):
-        return sys.executable
-    home = Path(sys.prefix) / "harness"
-    if not (home / "bin/python").exists():
-        absent("lm-eval is not installed: pip install 'llada_jax[eval]', or see .ci/run")
-    return str(home / "bin/python")
 
 
 @pytest.fixture(scope="module")
@@ -44,7 +32,7 @@ def found(checkpoint, tmp_path_factory) -> dict:
         "HF_HUB_OFFLINE": "1",
     }
     done = subprocess.run(
-        [python_with_the_harness(), str(CHECKS), str(checkpoint), str(home)],
+        [python_with("lm_eval", environment="harness"), str(CHECKS), str(checkpoint), str(home)],
         env=environment,
         capture_output=True,
         text=True,

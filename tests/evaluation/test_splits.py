@@ -4,8 +4,9 @@ import math
 from types import SimpleNamespace
 
 import jax.numpy as jnp
+import numpy as np
 import pytest
-from support.datasets import SEQUENCE_LENGTH
+from support.datasets import SEQUENCE_LENGTH, write_dataset
 
 from llada_jax.cluster.sharding import batch_sharding, one_device_mesh
 from llada_jax.evaluation.splits import bound_of_split
@@ -20,9 +21,9 @@ def constant_nll(params, noisy_BT, targets_BT, where_BT, segment_ids_BT, positio
     return TokenScores(jnp.where(where_BT, NATS, 0.0), where_BT)
 
 
-def bound_of(dataset, **settings):
+def bound_of(dataset, nll_fn=constant_nll, attend_across_documents=True, **settings):
     return bound_of_split(
-        SimpleNamespace(nll_fn=constant_nll),
+        SimpleNamespace(nll_fn=nll_fn),
         {},
         str(dataset),
         split="heldout",
@@ -31,21 +32,23 @@ def bound_of(dataset, **settings):
         batch_size=8,
         sequence_length=SEQUENCE_LENGTH,
         batch_sharding=batch_sharding(one_device_mesh()),
-        attend_across_documents=True,
+        attend_across_documents=attend_across_documents,
         **settings,
     )
 
 
 def test_every_token_of_the_split_is_scored_once_however_often_its_row_is_corrupted(small_dataset):
-    batches, compilations = [], []
+    batches, compilations, pairs = [], [], []
     bound = bound_of(
         small_dataset,
         num_draws=3,
+        scored=pairs,
         on_batch=lambda: batches.append(1),
         on_compiled=lambda: compilations.append(1),
     )
     assert bound.num_tokens == 4000
     assert len(batches) == math.ceil(4000 / SEQUENCE_LENGTH / 8)
+    assert len(pairs) == 3 * len(batches)
     assert len(compilations) == 1
     assert bound.nats_per_token == pytest.approx(NATS, rel=1e-5)
     assert bound.standard_error == pytest.approx(0.0, abs=1e-5)
@@ -59,3 +62,30 @@ def test_a_single_batch_has_a_bound_and_no_standard_error(small_dataset):
     assert bound.nats_per_token == pytest.approx(NATS, rel=1e-5)
     assert math.isnan(bound.standard_error)
     assert math.isnan(bound.bits_per_byte_standard_error)
+
+
+def surprise_is_the_document(params, noisy_BT, targets_BT, where_BT, segment_ids_BT, positions_BT):
+    return TokenScores(jnp.where(where_BT, segment_ids_BT, 0.0), where_BT)
+
+
+@pytest.mark.parametrize(("attend_across_documents", "nats"), [(True, 1.0), (False, 1.75)])
+def test_documents_of_a_row_are_told_apart_where_they_may_not_see_each_other(
+    tmp_path, attend_across_documents, nats
+):
+    """Rows of two documents, of which the second holds three quarters of the tokens."""
+    rows = np.full(40 * SEQUENCE_LENGTH, 97, np.int32)
+    (tmp_path / "data").mkdir()
+    write_dataset(
+        tmp_path / "data",
+        {"heldout": rows},
+        starts=(0, SEQUENCE_LENGTH // 4),
+    )
+    bound = bound_of(
+        tmp_path / "data",
+        surprise_is_the_document,
+        attend_across_documents,
+        num_draws=8,
+    )
+    # by chance some rows have more masks in one document than in the other
+    assert bound.nats_per_token == pytest.approx(nats, abs=max(5 * bound.standard_error, 1e-5))
+    assert bound.standard_error < 0.06

@@ -25,7 +25,7 @@ from llada_jax.hf.convert import tensors
 from llada_jax.hf.read import read_params
 from llada_jax.masks import CAUSAL
 from llada_jax.models.model import abstract_parameters, make_model
-from llada_jax.models.transformer import Architecture
+from llada_jax.models.transformer import Architecture, num_parameters
 
 LLADA_8B = Architecture(
     vocab_size=126_464,
@@ -140,6 +140,14 @@ def architectures(draw):
         output_shift=draw(st.booleans()),
         rope_scaling=draw(st.sampled_from([(), (8.0, 1.0, 4.0, 8192.0), (2.5, 0.5, 1.25, 31.0)])),
     )
+
+
+@settings(max_examples=40)
+@given(architectures(), st.sampled_from(["auto", "illada"]))
+def test_every_parameter_has_a_tensor_of_its_own(a, wanted):
+    table = tensors(choose_layout(a, wanted), a)
+    assert len({tensor.name for tensor in table}) == len(table)
+    assert sum(np.prod(tensor.hf_shape) for tensor in table) == num_parameters(a)
 
 
 @pytest.mark.slow

@@ -1,12 +1,9 @@
 """Which command lines launch/gke.py accepts, and how it refuses the others."""
 
-import re
-import shlex
-
 import gke
 import pytest
+from support.documents import launcher_commands
 from support.gke_manifests import render
-from support.paths import ROOT
 
 from llada_jax.cluster.hardware import ACCELERATORS
 
@@ -17,7 +14,9 @@ def test_names_are_refused_when_the_names_of_pods_would_exceed_63_characters():
     longest = 63 - len("-slice-job-10-63-abcde")
     assert render(*flags, name="a" * longest)["metadata"]["name"] == "a" * longest
     assert (
-        gke.main(["--name", "a" * (longest + 1), "--image", "i", *flags, "--dry-run", "--", "true"])
+        gke.main(
+            ["--name", "a" * (longest + 1), "--image", "i:1", *flags, "--dry-run", "--", "true"]
+        )
         == 2
     )
 
@@ -38,7 +37,10 @@ def test_a_name_that_kubectl_would_take_for_a_flag_is_refused(words, action, cap
         (["--name", "a" * 60, "--topology", "v5p-8"], "shorten it by"),
         (["--topology", "v5p-9"], "v5p-8"),
         (["--topology", "h100", "--slices", "2"], "--hosts 2"),
-        (["--topology", "v5p-8", "--hosts", "2"], "--slices"),
+        (["--topology", "v5p-8", "--hosts", "2"], "--hosts is for the name of a GPU"),
+        (["--topology", "12xh100"], "choose a multiple of 8"),
+        (["--topology", "4xh100"], "write 8xh100"),
+        (["--topology", "16xh100", "--slices", "2"], "write 32xh100"),
         (["--topology", "h100-pcie"], "choose one of"),
         (["--topology", "v5p-8", "--capacity", "reservation"], "reservation:NAME"),
         (["--topology", "v5p-8", "--gcs-fuse", "bucket"], "BUCKET:/path"),
@@ -49,7 +51,7 @@ def test_a_name_that_kubectl_would_take_for_a_flag_is_refused(words, action, cap
 )
 def test_impossible_requests_are_refused_in_one_sentence(flags, message, capsys):
     name = [] if "--name" in flags else ["--name", "run"]
-    assert gke.main([*name, "--image", "i", *flags, "--dry-run", "--", "true"]) == 2
+    assert gke.main([*name, "--image", "i:1", *flags, "--dry-run", "--", "true"]) == 2
     error = capsys.readouterr().err
     assert message in error
     assert len(error.splitlines()) == 1
@@ -61,7 +63,7 @@ def test_impossible_requests_are_refused_in_one_sentence(flags, message, capsys)
 )
 def test_a_missing_flag_or_command_is_named(left_out, message, capsys):
     words = {
-        "image": ["--image", "i"],
+        "image": ["--image", "i:1"],
         "topology": ["--topology", "v5p-8"],
         "command": ["--", "true"],
     }
@@ -79,7 +81,7 @@ def test_a_missing_flag_or_command_is_named(left_out, message, capsys):
 )
 def test_a_gpu_is_accepted_exactly_when_gke_offers_it(name, capsys):
     status = gke.main(
-        ["--name", "run", "--image", "i", "--topology", name, "--dry-run", "--", "true"]
+        ["--name", "run", "--image", "i:1", "--topology", name, "--dry-run", "--", "true"]
     )
     assert status == (0 if ACCELERATORS[name].gke_accelerator else 2)
     assert ("gke-accelerator" in capsys.readouterr().out) == (status == 0)
@@ -87,7 +89,7 @@ def test_a_gpu_is_accepted_exactly_when_gke_offers_it(name, capsys):
 
 def test_a_dry_run_needs_no_kubectl(monkeypatch, capsys):
     monkeypatch.setenv("PATH", "/nowhere")
-    words = ["--name", "run", "--image", "i", "--topology", "v5p-8"]
+    words = ["--name", "run", "--image", "i:1", "--topology", "v5p-8"]
     assert gke.main([*words, "--", "true"]) == 2
     assert "kubectl is not installed here" in capsys.readouterr().err
     assert gke.main([*words, "--dry-run", "--", "true"]) == 0
@@ -95,22 +97,7 @@ def test_a_dry_run_needs_no_kubectl(monkeypatch, capsys):
 
 def test_every_command_of_the_documents_is_accepted(monkeypatch):
     monkeypatch.setenv("PATH", "/nowhere")
-    commands = gke_commands()
+    commands = launcher_commands("gke")
     assert len(commands) >= 4
-    for words in commands:
-        at = words.index("--") if "--" in words else len(words)
-        assert gke.main([*words[:at], "--dry-run", *words[at:]]) == 0
-
-
-def gke_commands() -> list[list[str]]:
-    """Returns the words of every use of the launcher in the documents and in its own docstring."""
-    found = []
-    for text in [gke.__doc__, *(path.read_text() for path in (ROOT / "docs").glob("launch*.md"))]:
-        lines = re.sub(r"\\\n\s*", " ", text).splitlines()
-        lines = [
-            line.split("  (")[0]
-            for line in lines
-            if line.strip().startswith("python launch/gke.py")
-        ]
-        found += [shlex.split(line, comments=True)[2:] for line in lines]
-    return found
+    for flags, command in commands:
+        assert gke.main([*flags, "--dry-run", *(["--", *command] if command else [])]) == 0

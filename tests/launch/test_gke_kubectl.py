@@ -67,7 +67,7 @@ class Api(BaseHTTPRequestHandler):
                     {"name": "jobset.x-k8s.io", "versions": [group], "preferredVersion": group}
                 ],
             },
-            "/api/v1": self.resources("v1", ("pods", "Pod")),
+            "/api/v1": self.resources("v1", ("pods", "Pod"), ("configmaps", "ConfigMap")),
             "/apis/jobset.x-k8s.io/v1alpha2": self.resources(
                 group["groupVersion"], ("jobsets", "JobSet")
             ),
@@ -93,6 +93,11 @@ class Api(BaseHTTPRequestHandler):
                         }
                     }
                 },
+            },
+            "/api/v1/namespaces/team/configmaps": {
+                "kind": "ConfigMapList",
+                "apiVersion": "v1",
+                "items": [],
             },
             "/api/v1/namespaces/team/pods": {
                 "kind": "PodList",
@@ -188,7 +193,7 @@ def launch(*words: str) -> subprocess.CompletedProcess:
 
 
 def test_kubectl_sends_the_manifest_shows_the_logs_of_all_hosts_and_deletes(api):
-    flags = ["--image", "image:1", "--topology", "v5p-16"]
+    flags = ["--image", "image:1", "--unchecked", "--topology", "v5p-16"]
     done = launch(*flags, "--", *COMMAND)
     assert done.returncode == 0, done.stderr
     sent = api.jobsets["run"]

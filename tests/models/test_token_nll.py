@@ -35,9 +35,16 @@ def test_chunked_nll_and_its_gradient_equal_the_log_softmax_of_the_logits(nll_ch
     jax.tree.map(
         functools.partial(np.testing.assert_allclose, rtol=1e-3, atol=1e-5), our_grad, their_grad
     )
-    scores = jax.jit(model.nll_fn)(params, tokens, targets, where, segments, positions)
     best = np.argmax(jax.jit(model.logits_fn)(params, tokens, segments, positions), axis=-1)
-    np.testing.assert_array_equal(scores.is_correct_BT, (best == targets) & where)
+    assert 0 < where.mean() < 1
+    nll_fn = jax.jit(model.nll_fn)
+    for guess, is_right in (
+        (targets, best == targets),
+        (best, True),
+        ((best + 1) % SMALL.vocab_size, False),
+    ):
+        scores = nll_fn(params, tokens, guess, where, segments, positions)
+        np.testing.assert_array_equal(scores.is_correct_BT, is_right & where)
 
 
 @pytest.mark.slow

@@ -21,6 +21,11 @@ CORRUPTION = faults_of(
         "< p_mask_B[:, None])",
     ),
     (
+        "levels of noise shifted by one",
+        "bucket = jnp.minimum((t * NUM_T_BUCKETS).astype(jnp.int32), NUM_T_BUCKETS - 1)",
+        "bucket = jnp.minimum((t * NUM_T_BUCKETS).astype(jnp.int32) + 1, NUM_T_BUCKETS - 1)",
+    ),
+    (
         "one key for all rows",
         "return (offset + row_B.astype(jnp.float32) / num_rows) % 1.0",
         "return (offset + 0 * row_B.astype(jnp.float32) / num_rows) % 1.0",
@@ -70,11 +75,6 @@ MASKED_DIFFUSION = faults_of(
         'mask_id=mask_id, masking="exact_count", is_whole_batch=True',
         "mask_id=mask_id, is_whole_batch=True",
     ),
-    (
-        "levels of noise shifted by one",
-        "bucket_B = jnp.minimum((t_B * NUM_T_BUCKETS).astype(jnp.int32), NUM_T_BUCKETS - 1)",
-        "bucket_B = jnp.minimum((t_B * NUM_T_BUCKETS).astype(jnp.int32) + 1, NUM_T_BUCKETS - 1)",
-    ),
 )
 
 AUTOREGRESSIVE = faults_of(
@@ -93,7 +93,7 @@ AUTOREGRESSIVE = faults_of(
 )
 
 DENOISE = faults_of(
-    "llada_jax/samplers/denoise.py",
+    "llada_jax/samplers/step.py",
     "tests/samplers/test_eos.py tests/samplers/test_denoise.py",
     (
         "the same noise in every step",
@@ -116,18 +116,45 @@ DENOISE = faults_of(
     ),
     (
         "the remainder revealed last",
-        "count_B = -(-jnp.sum(is_hidden_BT, axis=1) // steps_left)",
-        "count_B = jnp.sum(is_hidden_BT, axis=1) // steps_left",
+        "count_B = -(-num_hidden_B // (fixed.steps_per_block - state.step_in_block))",
+        "count_B = num_hidden_B // (fixed.steps_per_block - state.step_in_block)",
     ),
     (
         "ties go to the right",
         "jnp.argsort(jnp.argsort(-score_BT, axis=1, stable=True), axis=1)",
         "jnp.argsort(jnp.argsort(-score_BT[:, ::-1], axis=1, stable=True), axis=1)[:, ::-1]",
     ),
+)
+
+REVISE = faults_of(
+    "llada_jax/samplers/revise.py",
+    "tests/samplers/test_revise.py",
     (
-        "rows numbered within their batch",
-        "np.arange(first_row, first_row + len(canvas_BT), dtype=np.int32)",
-        "np.arange(len(canvas_BT), dtype=np.int32)",
+        "a token goes back with the chance of another schedule",
+        "jnp.minimum(1.0, num_hidden_B / num_kept_B)",
+        "jnp.minimum(1.0, num_kept_B / jnp.maximum(num_hidden_B, 1))",
+    ),
+    (
+        "the loop takes back after its end",
+        "& (step < jnp.floor(LOOP_ENDS * steps))",
+        "& (step < steps)",
+    ),
+    (
+        "a draft takes back as many as were kept",
+        "num_drafted_before_B - 1, 0)",
+        "num_drafted_before_B, 0)",
+    ),
+)
+
+BATCHES = faults_of(
+    "llada_jax/samplers/batches.py",
+    "tests/samplers/test_batches.py",
+    ("rows numbered within their batch", "row_B=row_B,", "row_B=range(len(row_B)),"),
+    ("passes of the last block alone", "num_steps[row] += int(num)", "num_steps[row] = int(num)"),
+    (
+        "what was generated is forgotten",
+        "tokens_BT[place, -gen_length:] = generated[row]",
+        "pass",
     ),
 )
 
@@ -149,6 +176,7 @@ CHOICE = faults_of(
         "temperature squared",
         "logits_BTV + temperature * jax.vmap",
         "logits_BTV + temperature**2 * jax.vmap",
+        "tests/samplers/test_distributions.py tests/samplers/test_choice.py",
     ),
     (
         "one noise for all positions",
@@ -160,7 +188,7 @@ CHOICE = faults_of(
 
 GUIDANCE = faults_of(
     "llada_jax/samplers/network.py",
-    "tests/samplers/test_denoise.py",
+    "tests/samplers/test_network.py tests/samplers/test_denoise.py",
     (
         "guidance one too weak",
         "(cfg_scale + 1) * (logits_BTV - unprompted_BTV)",
@@ -223,7 +251,7 @@ SPLITS = faults_of(
         "evaluate ignores attend_across_documents",
         "attend_across_documents=attend_across_documents,\n        on_batch",
         "attend_across_documents=True,\n        on_batch",
-        "tests/evaluation/test_splits.py tests/whole_runs/test_averages.py",
+        "tests/evaluation/test_splits.py tests/verbs/test_evaluate.py",
     ),
     ("only one corruption", "num_draws=num_draws,", "num_draws=1,"),
 )

@@ -81,8 +81,8 @@ TRANSFORMER = faults_of(
     ),
     (
         "no residual around the feed-forward part",
-        "x_BTD = x_BTD + self.project(h_BTF, self.ff_out[...])",
-        "x_BTD = self.project(h_BTF, self.ff_out[...])",
+        'x_BTD = x_BTD + self.times("ff_out", h_BTF)',
+        'x_BTD = self.times("ff_out", h_BTF)',
     ),
     (
         "shift across segments",
@@ -129,13 +129,13 @@ TRANSFORMER = faults_of(
         "activation rule lost after attention",
         'constrain(x_BTD, "act_batch", "act_position", "act_embed")\n\n    def add_feed',
         "x_BTD\n\n    def add_feed",
-        "tests/training/test_resources.py",
+        "tests/training/test_resources.py tests/models/test_activations.py",
     ),
     (
         "activation rule lost in the feed-forward part",
         'jax.nn.silu(gate_BTF) * up_BTF, "act_batch", "act_position", "act_mlp"',
         'jax.nn.silu(gate_BTF) * up_BTF, "act_batch", "act_position", None',
-        "tests/training/test_resources.py",
+        "tests/training/test_resources.py tests/models/test_activations.py",
     ),
 )
 

@@ -3,6 +3,7 @@ tests catch.
 
     python tests/mutations/plant.py                # all of them
     python tests/mutations/plant.py --only noise   # those with this word in name or file
+    python tests/mutations/plant.py --results f    # goes on where a run that wrote to f has stopped
 
 Every fault is planted for the tests that its line names, and is caught when one of them fails; at
 the end all the tests that failed must pass without a fault. What survives is printed, and the exit
@@ -17,6 +18,7 @@ import importlib
 import os
 import re
 import shutil
+import signal
 import subprocess
 import sys
 import time
@@ -70,6 +72,8 @@ def run_tests(tree: Path, words: list[str], log: Path) -> int:
     sys.stdout.flush()
     if (pid := os.fork()) == 0:
         os.setsid()
+        # a shell makes its background jobs ignore Ctrl-C, and the processes of tests inherit that
+        signal.signal(signal.SIGINT, signal.default_int_handler)
         for number in (1, 2):
             os.dup2(os.open(log, os.O_WRONLY | os.O_CREAT | os.O_TRUNC), number)
         os.chdir(tree)
@@ -96,25 +100,38 @@ def run_tests(tree: Path, words: list[str], log: Path) -> int:
         time.sleep(0.05)
 
 
-def plant(fault, tree: Path, marks: list[str], log: Path) -> str:
+def plant(fault, tree: Path, log: Path) -> str:
     """Returns the test that catches the fault, or the first file of tests that ends in another way
     than by passing; "" when none does. The copy is as before afterwards.
+
+    Tests that are marked slow run only when the others let the fault pass.
     """
     path = tree / fault.file
     text = path.read_text()
     assert text.count(fault.old) == 1, f"{fault.name}: {fault.file} has changed"
     path.write_text(text.replace(fault.old, fault.new))
     try:
-        words = fault.tests.split()
-        # a single test is named because it is the one to run, slow or not
-        status = run_tests(tree, [*words, *([] if "::" in fault.tests else marks)], log)
-        assert status != NO_TESTS, f"{fault.name}: there are no such tests: {fault.tests}"
-        if status == 0:
-            return ""
-        failed = re.search(r"^(?:FAILED|ERROR) (.+?)(?: - .*)?$", log.read_text(), re.M)
-        return failed[1] if failed else words[0]
+        words, statuses = fault.tests.split(), []
+        for marked in ("not slow", "slow"):
+            status = run_tests(tree, [*words, "-m", marked], log)
+            if status not in (0, NO_TESTS):
+                failed = re.search(r"^(?:FAILED|ERROR) (.+?)(?: - .*)?$", log.read_text(), re.M)
+                return failed[1] if failed else words[0]
+            statuses.append(status)
+        assert 0 in statuses, f"{fault.name}: there are no such tests: {fault.tests}"
+        return ""
     finally:
         path.write_text(text)
+
+
+def results_before(path: Path | None) -> dict[tuple[str, str], str]:
+    """Returns {(file, name): the test that caught the fault, or ""} of the runs that wrote to
+    `path`; the last line of a fault counts.
+    """
+    if path is None or not path.exists():
+        return {}
+    lines = [line.split("\t") for line in path.read_text().splitlines()]
+    return {(file, name): by for file, name, by in lines}
 
 
 def main() -> int:
@@ -125,41 +142,52 @@ def main() -> int:
     add("--only", default="", metavar="WORD", help="faults with this word in their name or file")
     add("--work", type=Path, default=Path("/tmp/llada_jax-faults"), metavar="DIR", help="scratch")
     add("--part", default="0/1", metavar="I/N", help="every N-th of them, from the I-th on")
-    add("--slow", action="store_true", help="run the tests that are marked slow, too")
+    add(
+        "--results",
+        type=Path,
+        metavar="FILE",
+        help="append a line per fault; skip those that it has",
+    )
     args = parser.parse_args()
     sys.path.insert(0, str(ROOT / "tests"))
     from mutations.faults import FAULTS
 
     part, of = map(int, args.part.split("/"))
     faults = [f for f in FAULTS if args.only in f.name or args.only in f.file][part::of]
+    before = results_before(args.results)
     shutil.rmtree(args.work, ignore_errors=True)
     tree, log = args.work / "tree", args.work / "pytest.log"
     copy_of_repository(tree)
     for name in SLOW_IMPORTS:
         importlib.import_module(name)
-    marks = [] if args.slow else ["-m", "not slow"]
-    survivors, caught_by = [], {}
+    survivors, caught_by, num_caught = [], set(), 0
     for fault in faults:
-        began = time.monotonic()
-        by = plant(fault, tree, marks, log)
-        if by:
-            caught_by[fault.name] = by
-        else:
+        by = before.get((fault.file, fault.name))
+        if by is None:
+            began = time.monotonic()
+            by = plant(fault, tree, log)
+            word = "caught  " if by else "SURVIVED"
+            print(
+                f"{word} {time.monotonic() - began:4.0f} s  {fault.file}: {fault.name}  {by}",
+                flush=True,
+            )
+            if by:
+                caught_by.add(by)
+            if args.results:
+                with args.results.open("a") as file:
+                    file.write(f"{fault.file}\t{fault.name}\t{by}\n")
+        num_caught += bool(by)
+        if not by:
             survivors.append(fault)
-        word = "caught  " if by else "SURVIVED"
-        print(
-            f"{word} {time.monotonic() - began:4.0f} s  {fault.file}: {fault.name}  {by}",
-            flush=True,
-        )
     # A test that fails without a fault as well catches nothing.
-    status = run_tests(tree, sorted(set(caught_by.values())), log) if caught_by else 0
+    status = run_tests(tree, sorted(caught_by), log) if caught_by else 0
     if status:
         print(f"some of these tests fail without a fault too:\n{log.read_text()[-5000:]}")
         return 1
-    print(f"\n{len(caught_by)} of {len(faults)} faults were caught")
+    print(f"\n{num_caught} of {len(faults)} faults were caught")
     for fault in survivors:
         print(f"survived: {fault.file}: {fault.name}")
-    return int(len(caught_by) < 0.9 * len(faults))
+    return int(num_caught < 0.9 * len(faults))
 
 
 if __name__ == "__main__":

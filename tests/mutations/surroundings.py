@@ -76,7 +76,7 @@ HARDWARE = faults_of(
 
 RECIPES = faults_of(
     "configs/llada_8b.py",
-    "tests/config tests/models/test_initialisation.py",
+    "tests/config/test_config_files.py tests/models/test_initialisation.py",
     ("half the published batch", "config.data.batch_size = 1280", "config.data.batch_size = 640"),
     ("another feed-forward width", "config.model.d_ff = 12_288", "config.model.d_ff = 14_336"),
     ("2.0T tokens", "2_300_000_000_000", "2_000_000_000_000"),

@@ -246,3 +246,26 @@ def test_the_autoregressive_control_is_the_chain_rule():
             expected -= float(jax.nn.log_softmax(logits)[row[i]])
     assert count == 16
     assert float(loss_sum) == pytest.approx(expected, rel=1e-5)
+
+
+def test_each_document_of_a_row_is_predicted_from_its_own_tokens_alone():
+    table_VV = np.random.default_rng(0).uniform(size=(11, 11)).astype(np.float32)
+
+    def bigram(params, shifted_BT, targets_BT, where_BT, segment_ids_BT, positions_BT):
+        return TokenScores(jnp.where(where_BT, params[shifted_BT, targets_BT], 0.0), where_BT)
+
+    rows = [[[1, 2, 3], [4], [5, 6]], [[7, 7], [1, 1, 2, 2]]]
+    batch = batch_of([sum(documents, []) for documents in rows])
+    lengths = [[len(document) for document in documents] for documents in rows]
+    batch["positions"] = np.array([np.concatenate([np.arange(n) for n in row]) for row in lengths])
+    batch["segment_ids"] = np.array([np.repeat(1 + np.arange(len(row)), row) for row in lengths])
+    loss_sum, count, _ = autoregressive_loss(
+        bigram, table_VV, batch, KEY, jnp.arange(2), num_rows=2, bos_id=10
+    )
+    expected = sum(
+        table_VV[before, token]
+        for document in sum(rows, [])
+        for before, token in zip([10, *document], document)
+    )
+    assert count == 12
+    assert float(loss_sum) == pytest.approx(expected, rel=1e-5)

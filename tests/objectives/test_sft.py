@@ -196,6 +196,76 @@ def test_mask_ratios_stay_within_their_bounds_and_prompts_stay_clean():
     np.testing.assert_array_equal(seen["noisy"] == MASK, seen["where"])
 
 
+def spied_loss(batch, num_rows, **settings):
+    """Returns what sft_loss returns, and what the network was given."""
+    seen = {}
+
+    def spy(params, noisy_BT, targets_BT, where_BT, *rest):
+        seen.update(noisy=np.asarray(noisy_BT), where=np.asarray(where_BT))
+        return table_model(params, noisy_BT, targets_BT, where_BT, *rest)
+
+    rows = jnp.arange(num_rows)
+    result = sft_loss(spy, NATS, batch, KEY, rows, num_rows=num_rows, mask_id=MASK, **settings)
+    return result, seen
+
+
+@pytest.mark.parametrize("t_sampling", ["stratified", "iid"])
+def test_complementary_rows_mask_every_token_of_an_answer_once(t_sampling):
+    rng = np.random.default_rng(0)
+    rows = [
+        packed([(rng.integers(0, 8, 3), rng.integers(0, 8, n)) for n in (9, 6)], sequence_length=24)
+        for _ in range(50)
+    ]
+    batch = batch_of(*(row for row in rows for _ in range(2)))
+    settings = dict(t_sampling=t_sampling, complementary=True, eps=0.3, max_mask_ratio=0.8)
+    (loss_sum, count, metrics), seen = spied_loss(batch, 100, **settings)
+    first, second = seen["where"][::2], seen["where"][1::2]
+    assert (first ^ second == batch["is_maskable"][::2]).all()
+    assert not (first & second).any()
+    assert float(count) == 200
+    # each half of the pair is weighted with its own probability, so that the bound stays one: 5
+    # standard errors, where weight and mask of a token have a variance of at most 1/0.2 - 1
+    nats, tokens = metrics["nelbo"]
+    expected = batch["tokens"][batch["is_maskable"]].mean()
+    assert float(nats / tokens) == pytest.approx(expected, abs=5 * 2 * 4 / math.sqrt(15 * 50))
+    assert "copies=2" in repr(sft(mask_id=MASK, complementary=True))
+
+
+def test_complementary_rows_do_not_depend_on_microbatches():
+    rows = [packed([([1, 1], [2, 3, 4])], sequence_length=8) for _ in range(8)]
+    batch = batch_of(*rows)
+    settings = dict(num_rows=8, mask_id=MASK, complementary=True, weight="none")
+    loss = functools.partial(sft_loss, table_model, NATS, **settings)
+    whole = loss(batch=batch, key=KEY, row_B=jnp.arange(8))
+    parts = []
+    for numbers in (np.arange(0, 8, 2), np.arange(1, 8, 2)):  # which parts the pairs
+        part = {name: array[numbers] for name, array in batch.items()}
+        parts.append(loss(batch=part, key=KEY, row_B=jnp.asarray(numbers)))
+    added = jax.tree.map(lambda a, b: a + b, *parts)
+    jax.tree.map(functools.partial(np.testing.assert_allclose, rtol=1e-5), added, whole)
+
+
+def test_a_dropped_prompt_is_hidden_whole_and_never_scored():
+    rows = [packed([([1, 1, 1], [2, 3]), ([4, 4], [5])], sequence_length=10) for _ in range(500)]
+    batch = batch_of(*rows)
+    plain, before = spied_loss(batch, 500)
+    dropped, after = spied_loss(batch, 500, prompt_dropout=0.2)
+    # what is scored, and what it costs a network that does not read prompts, stays
+    np.testing.assert_array_equal(after["where"], before["where"])
+    jax.tree.map(np.testing.assert_array_equal, dropped, plain)
+    for segment in (1, 2):
+        is_prompt = (batch["segment_ids"] == segment) & ~batch["is_maskable"]
+        hidden = (after["noisy"] == MASK) & is_prompt
+        sizes = hidden.sum(axis=1)
+        assert set(sizes) == {0, is_prompt[0].sum()}
+        assert (sizes > 0).mean() == pytest.approx(0.2, abs=5 * math.sqrt(0.16 / 500))
+    # padding is not a prompt
+    assert (after["noisy"][:, 8:] == 0).all()
+    # the documents of a row are drawn apart
+    both = [((after["noisy"] == MASK)[:, place]) for place in (0, 5)]
+    assert 0 < (both[0] & both[1]).sum() < min(b.sum() for b in both)
+
+
 def test_packed_and_unpacked_rows_of_the_same_pairs_give_the_same_loss_of_each_answer():
     """The network sees the documents of a row apart, so that an answer costs the same in a row of
     its own under the same mask.

@@ -45,6 +45,16 @@ def test_state_is_three_float32_copies_split_over_fsdp_and_tensor(topology, mesh
     )  # and counters
 
 
+def test_a_reference_and_its_passes_are_counted():
+    p = estimated("v5p-128", "objective.name=vrpo", "objective.num_times=4")
+    norms = 4096 * 65
+    # parameters, two moments and the reference
+    assert p["memory"]["state"] == pytest.approx(16 * ((PARAMETERS - norms) / 64 + norms), abs=1000)
+    # 4 passes of the policy, and 4 of the reference, which are forward alone
+    assert p["flops_per_token"] == pytest.approx((4 + 4 / 3) * estimated()["flops_per_token"])
+    assert p["memory"]["gradients"] == 2 * estimated()["memory"]["gradients"]
+
+
 def test_state_on_another_mesh_equals_the_state_estimated_for_it():
     config = load_config(LLADA_8B)
     mesh = stand_in_mesh(config.mesh, hardware.machines_named("v5p-128"), 1)

@@ -1,7 +1,6 @@
 """What the documents name exists: functions, files, flags, knobs and their values, paths, links."""
 
 import ast
-import json
 import re
 import shlex
 from pathlib import Path
@@ -319,15 +318,6 @@ def test_config_page_has_every_choice():
     for path, choices in CHOICES.items():
         missing = [choice for choice in choices if f"`{choice}`" not in rows[path][1]]
         assert not missing, f"docs/config.md does not mention {missing} for config.{path}"
-
-
-def test_workdir_files_of_the_tour_are_written(tmp_path):
-    """The names in the picture of a workdir are those that the code writes."""
-    tour, package = (ROOT / "docs/tour.md").read_text(), ROOT / "llada_jax"
-    source = "".join(path.read_text() for path in package.rglob("*.py"))
-    for name in ("run.json", "metrics.jsonl", "tensorboard", "profile", "tokenizer", "checkpoints"):
-        assert name in tour
-        assert json.dumps(name) in source, f"no module writes {name}"
 
 
 @every_document

@@ -12,7 +12,7 @@ from llada_jax.cluster.sharding import batch_sharding, one_device_mesh
 from llada_jax.data.loader import SourceSummary
 from llada_jax.models.transformer import TokenScores
 from llada_jax.objectives.masked_diffusion import masked_diffusion
-from llada_jax.run.heldout import evaluate_heldout
+from llada_jax.run.heldout import Unfinished, evaluate_heldout
 from llada_jax.run.start import RunData
 
 # of each source: the one token that it holds, its bytes per token in training and held out
@@ -60,3 +60,14 @@ def test_each_source_of_a_mixture_has_a_bound_in_bits_per_byte_of_its_own_text(t
 def test_training_text_has_the_bytes_per_token_of_the_whole_mixture(tmp_path):
     data = RunData(sources=(), summaries=summaries_of(tmp_path, (0.25, 0.75)), tokenizer=None)
     assert data.bytes_per_token == pytest.approx(0.25 * 1.5 + 0.75 * 4.0)
+
+
+def test_sums_are_continued_only_for_the_weights_and_settings_that_they_are_of(tmp_path):
+    scored, settings = {"heldout": [[0.1 + 0.2, 3.0]]}, {"weights": "ema", "batch_size": 8}
+    Unfinished(tmp_path, settings).write(40, scored)
+    assert Unfinished(tmp_path, dict(settings)).read(40) == scored
+    assert Unfinished(tmp_path, settings).read(41) is None
+    assert Unfinished(tmp_path, {**settings, "weights": "raw"}).read(40) is None
+    assert Unfinished(tmp_path, {**settings, "batch_size": 16}).read(40) is None
+    Unfinished(tmp_path, settings).clear()
+    assert Unfinished(tmp_path, settings).read(40) is None

@@ -199,7 +199,7 @@ def test_a_full_disk_is_one_sentence_with_the_remedy(tmp_path, monkeypatch):
 @pytest.mark.skipif(not os.path.exists("/dev/full"), reason="this system has no /dev/full")
 def test_a_full_disk_under_tensorboard_ends_the_run_and_does_not_hang(tmp_path):
     writer = MetricsWriter(tmp_path)
-    writer._events._py_recordio_writer._writer = open("/dev/full", "wb", buffering=0)  # noqa: SIM115
+    writer._events._file._py_recordio_writer._writer = open("/dev/full", "wb", buffering=0)  # noqa: SIM115
     with pytest.raises(UserError, match="No space left on device"):
         writer.write(1, {"train": {"loss": 1.0}})
 
@@ -253,14 +253,14 @@ def test_tensorboard_reads_the_scalars_and_texts_of_a_resumed_run_once(tmp_path)
     events.Reload()
     tags = events.Tags()
     assert set(tags["scalars"]) == {
-        "train/loss",
-        "train/nelbo",
-        "heldout/nelbo",
-        "speed/tokens_per_s",
+        "1_train/loss",
+        "1_train/nelbo",
+        "2_heldout/nelbo",
+        "9_speed/tokens_per_s",
     }
-    assert [event.step for event in events.Scalars("train/loss")] == [10, 20, 30, 40, 50, 60]
-    assert [event.value for event in events.Scalars("speed/tokens_per_s")] == [1, 1, 1, 2, 2, 2]
-    assert events.Scalars("train/nelbo")[-1].value == pytest.approx(60 * math.pi)
+    assert [event.step for event in events.Scalars("1_train/loss")] == [10, 20, 30, 40, 50, 60]
+    assert [event.value for event in events.Scalars("9_speed/tokens_per_s")] == [1, 1, 1, 2, 2, 2]
+    assert events.Scalars("1_train/nelbo")[-1].value == pytest.approx(60 * math.pi)
     (text_tag,) = tags["tensors"]
     assert text_tag.startswith("samples/0")
     assert events.Tensors(text_tag)[0].tensor_proto.string_val == [b"*once* upon"]

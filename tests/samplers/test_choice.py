@@ -13,6 +13,19 @@ from llada_jax.samplers.choice import keep_likely, pick_tokens, without_ids
 from llada_jax.samplers.text import generate_tokens
 
 
+@pytest.mark.parametrize("is_stochastic", [False, True])
+def test_neither_the_mask_nor_an_id_without_a_token_is_picked_however_likely(is_stochastic):
+    """First in this file, because a sampler that reveals masks as masks never ends."""
+    keys_B = jax.random.split(jax.random.key(0), 4)
+    positions_BT = jnp.broadcast_to(jnp.arange(32), (4, 32))
+    logits_BTV = jnp.zeros((4, 32, 8)).at[..., jnp.array([3, 6, 7])].set(50.0)
+    numbers = {"mask_id": 3, "num_ids": 6, "temperature": 1.0, "top_k": 0, "top_p": 1.0}
+    picked_BT = pick_tokens(
+        logits_BTV, keys_B, positions_BT, is_stochastic=is_stochastic, is_filtered=False, **numbers
+    )
+    assert set(np.unique(picked_BT)) == ({0, 1, 2, 4, 5} if is_stochastic else {0})
+
+
 @settings(max_examples=60, deadline=None, derandomize=True)
 @given(seed=st.integers(0, 10**6), top_k=st.integers(0, 9), top_p=st.floats(0.01, 1.0))
 def test_the_likely_tokens_are_those_of_plain_numpy(seed, top_k, top_p):

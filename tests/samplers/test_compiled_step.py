@@ -7,12 +7,14 @@ import jax.monitoring
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from support.programs import shapes_of
 from support.toy_networks import EOS, MASK, PAD, toy_logits, toy_params
 
 from llada_jax.cluster.sharding import AXES, make_mesh
 from llada_jax.models.model import make_model, parameter_shardings
 from llada_jax.models.transformer import Architecture
-from llada_jax.samplers import denoise as sampler
+from llada_jax.samplers import step as sampler
+from llada_jax.samplers.network import Network
 from llada_jax.samplers.remasking import commit_rule
 from llada_jax.samplers.text import generate_tokens
 
@@ -116,27 +118,13 @@ def test_every_mesh_samples_the_same_and_compiles_one_step(count_compilations):
         assert num_compilations == 1, sizes
 
 
-def shapes_of(jaxpr) -> set[tuple[int, ...]]:
-    """Returns the shapes of everything that a program computes, also inside of loops and calls."""
-    shapes = set()
-    for equation in jaxpr.eqns:
-        shapes |= {getattr(out.aval, "shape", ()) for out in equation.outvars}
-        for value in jax.tree.leaves(
-            list(equation.params.values()), is_leaf=lambda leaf: hasattr(leaf, "eqns")
-        ):
-            inner = getattr(value, "jaxpr", value)
-            if hasattr(inner, "eqns"):
-                shapes |= shapes_of(inner)
-    return shapes
-
-
 def traced_step(model, *, rows, width, block_length, is_guided, is_stochastic):
     """Returns the step of the sampler for canvases of a shape, traced but not compiled."""
     ids_BT = jax.ShapeDtypeStruct((rows, width), jnp.int32)
     ids_B = jax.ShapeDtypeStruct((rows,), jnp.int32)
     no_ids = jax.ShapeDtypeStruct((0,), jnp.int32)
     number, fraction = jax.ShapeDtypeStruct((), jnp.int32), jax.ShapeDtypeStruct((), jnp.float32)
-    fixed = sampler._Fixed(
+    fixed = sampler.Fixed(
         is_fixed_BT=jax.ShapeDtypeStruct((rows, width), bool),
         segment_ids_BT=ids_BT,
         positions_BT=ids_BT,
@@ -146,30 +134,34 @@ def traced_step(model, *, rows, width, block_length, is_guided, is_stochastic):
         eos_ids_n=no_ids,
         suppress_n=no_ids,
         steps_per_block=number,
+        lookahead=number,
         refresh=number,
         amount=fraction,
+        revise_amount=fraction,
         temperature=fraction,
         top_k=number,
         top_p=fraction,
         cfg_scale=fraction,
         num_ids=number,
     )
-    plan = sampler._Plan(
+    plan = sampler.Plan(
         gen_length=2 * block_length,
         block_length=block_length,
         rule=commit_rule("low_confidence"),
         criterion="schedule",
+        reviser="none",
         eos="free",
-        is_appending=False,
+        is_bounded=False,
+        width=width,
         is_stochastic=is_stochastic,
         is_filtered=False,
         is_guided=is_guided,
         window=0,
         sharding=None,
     )
-    return sampler._denoise_block.trace(
-        (jax.tree_util.Partial(model.logits_fn, model.abstract), None),
-        sampler._State(ids_BT, number, ids_B, ()),
+    return sampler.denoise_block.trace(
+        Network(jax.tree_util.Partial(model.logits_fn, model.abstract), None, None),
+        sampler.State(ids_BT, number, ids_B, ids_B, ()),
         number,
         number,
         jax.eval_shape(lambda: jax.random.key(0)),

@@ -11,6 +11,7 @@ from support.toy_networks import (
     PAD,
     VOCAB,
     eos_after,
+    fixed_distribution,
     toy_logits,
     toy_logits_of_row,
     toy_params,
@@ -65,6 +66,23 @@ def test_every_step_reveals_its_share_of_the_block_and_revises_nothing():
     assert counts == [[3, 3], [2, 2], [2, 2]] * 2  # 7 tokens in 3 steps: the remainder comes first
     assert (state.step, state.num_steps, state.block, state.num_blocks) == (6, 6, 2, 2)
     assert before_BT[0, 30] == MASK, "a mask token inside the prompt is the prompt's"
+
+
+def test_of_positions_that_are_equally_certain_the_leftmost_are_revealed_first():
+    canvas = make_canvas([[], []], gen_length=8, mask_id=MASK, pad_id=PAD)
+    states = denoise(
+        Partial(fixed_distribution, np.arange(VOCAB, dtype=np.float32)),
+        canvas.tokens_BT,
+        jax.random.key(0),
+        mask_id=MASK,
+        gen_length=8,
+        block_length=8,
+        steps=3,
+        **without_tokens(canvas),
+    )
+    revealed = [np.argwhere(np.asarray(state.is_new_BT)).tolist() for state in states]
+    columns = [range(0, 3), range(3, 6), range(6, 8)]
+    assert revealed == [[[row, column] for row in (0, 1) for column in step] for step in columns]
 
 
 def test_the_mask_token_is_never_generated_even_when_it_is_the_most_likely():

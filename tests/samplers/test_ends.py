@@ -3,6 +3,7 @@
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from support.reference_sampler import reference_generate
 from support.toy_networks import EOS, MASK, PAD, VOCAB, toy_logits, toy_params, windowed
 
 from llada_jax.samplers.text import generate_tokens
@@ -69,6 +70,60 @@ def test_a_row_stops_at_the_first_of_several_ends():
 
     tokens_BT, _ = generate_tokens(two_ends, {}, [[]], eos_id=[EOS, SECOND_END], **REQUEST)
     assert tokens_BT[0].tolist() == [3, SECOND_END, EOS, EOS, EOS, EOS]
+
+
+def test_an_end_of_turn_still_ends_a_row_where_the_end_of_text_is_off():
+    @windowed
+    def two_ends(params, tokens_BT, segment_ids_BT, positions_BT):
+        wanted_S = jnp.array([EOS, 3, SECOND_END, EOS, 3, 3])
+        return (5.0 * jnp.eye(VOCAB) + jnp.eye(VOCAB)[4])[wanted_S[positions_BT]]
+
+    tokens_BT, _ = generate_tokens(
+        two_ends, {}, [[]], eos_id=[EOS, SECOND_END], eos="never", **REQUEST
+    )
+    assert tokens_BT[0].tolist() == [4, 3, SECOND_END, EOS, EOS, EOS]
+
+
+@pytest.mark.parametrize("temperature", [0.0, 1.0])
+@pytest.mark.parametrize("block_length", [2, 6])
+def test_rows_end_where_the_reference_ends_them_at_the_first_of_two_ends(block_length, temperature):
+    """Against plain numpy. The second end is the token that rows begin with most often."""
+    prompts = [[1], [3, 5], [7], [4, 4, 9], [8], [6, 1]]
+    schedule = {"gen_length": 6, "block_length": block_length, "steps": 6}
+    request = {"mask_id": MASK, "pad_id": PAD, "temperature": temperature, "seed": 3, **schedule}
+    endless_BT, _ = generate_tokens(toy_logits, toy_params(1), prompts, **request)
+    second = int(np.bincount(endless_BT[:, :2].ravel()).argmax())
+    ends = [EOS, second]
+    tokens_BT, _ = generate_tokens(toy_logits, toy_params(1), prompts, eos_id=ends, **request)
+    expected_BT = [
+        reference_generate(
+            toy_params(1),
+            prompt,
+            eos_id=ends,
+            temperature=temperature,
+            seed=3,
+            row=row,
+            **schedule,
+        )
+        for row, prompt in enumerate(prompts)
+    ]
+    np.testing.assert_array_equal(tokens_BT, expected_BT)
+    # some rows end at the second end, and not in their last column
+    assert any(second in row[:-1] and row[-1] == EOS for row in tokens_BT)
+
+
+def test_a_batch_stops_when_its_caller_has_enough():
+    asked = []
+
+    def is_enough(rows, state):
+        asked.append((rows, state.block))
+        return state.block == 2
+
+    tokens_BT, _ = generate_tokens(
+        likes_the_end, {}, [[], []], block_length=2, is_enough=is_enough, **REQUEST
+    )
+    assert asked == [(range(2), 1), (range(2), 2)]
+    assert tokens_BT[0].tolist() == [3, 3, 3, EOS, MASK, MASK]
 
 
 @pytest.mark.parametrize("commit", ["schedule", "threshold=0.3"])

@@ -5,7 +5,7 @@ import numpy as np
 import pytest
 from support.toy_networks import EOS, MASK, PAD, VOCAB, eos_after
 
-from llada_jax.samplers.text import cut_at_eos, decode_after, generate_text, generate_tokens
+from llada_jax.samplers.text import cut_at_end, decode_after, generate_text, generate_tokens
 
 
 class LetterTokenizer:
@@ -14,7 +14,7 @@ class LetterTokenizer:
     """
 
     kind = "sentencepiece"
-    vocab_size, mask_id, pad_id, eos_id = VOCAB, MASK, PAD, EOS
+    vocab_size, mask_id, pad_id, end_ids = VOCAB, MASK, PAD, (EOS,)
 
     def encode(self, text):
         return [ord(word) - ord("a") for word in text.split()]
@@ -24,8 +24,9 @@ class LetterTokenizer:
 
 
 def test_text_keeps_the_space_after_the_prompt_and_ends_before_eos():
+    # by rows of the batch, in which the shorter prompt comes first
     completions = generate_text(
-        eos_after([2, 4]), {}, LetterTokenizer(), ["b b", ""], gen_length=4, block_length=2, steps=4
+        eos_after([4, 2]), {}, LetterTokenizer(), ["b b", ""], gen_length=4, block_length=2, steps=4
     )
     assert completions[0].text == " d d"
     assert completions[0].tokens == [3, 3]
@@ -41,8 +42,9 @@ def test_decoding_after_a_prompt():
     tokenizer = LetterTokenizer()
     assert decode_after(tokenizer, [1], [2, 3]) == " c d"
     assert decode_after(tokenizer, [], [2, 3]) == "c d"
-    assert cut_at_eos([1, 2, EOS, 4], EOS) == [1, 2]
-    assert cut_at_eos(np.array([1, 2]), EOS) == [1, 2]
+    assert cut_at_end([1, 2, EOS, 4], [EOS]) == [1, 2]
+    assert cut_at_end([1, 2, 4, EOS], [EOS, 4]) == [1, 2]
+    assert cut_at_end(np.array([1, 2]), [EOS]) == [1, 2]
 
 
 @pytest.mark.parametrize("temperature", [0.0, 1.0])

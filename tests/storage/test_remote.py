@@ -17,7 +17,7 @@ import pytest
 from etils import epath
 from support.records import small_record
 from support.required import library
-from support.runs import free_port, metric_lines, saved_arrays
+from support.runs import assert_same_run, free_port
 
 from llada_jax.checkpoints.workdir import Checkpoints, find_checkpoint
 from llada_jax.data.preparation import prepare
@@ -259,11 +259,7 @@ def test_a_run_in_a_bucket_that_is_killed_and_resumed_is_the_run_on_a_disk(bucke
     for name in files_of(workdir):
         (copy / name).parent.mkdir(parents=True, exist_ok=True)
         (copy / name).write_bytes(epath.Path(f"{workdir}/{name}").read_bytes())
-    expected, actual = saved_arrays(on_disk, 12), saved_arrays(copy, 12)
-    assert actual.keys() == expected.keys()
-    for name, array in expected.items():
-        np.testing.assert_array_equal(actual[name], array, err_msg=name)
-    assert metric_lines(copy) == metric_lines(on_disk)
+    assert_same_run(copy, on_disk, step=12)
     assert json.loads((copy / "run.json").read_text())["config"]["num_steps"] == 12
     assert list((copy / "tensorboard").iterdir())
 

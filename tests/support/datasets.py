@@ -15,15 +15,21 @@ SEQUENCE_LENGTH = 32
 
 
 def write_dataset(
-    directory: Path, tokens: dict[str, np.ndarray], *, sequence_length: int = SEQUENCE_LENGTH
+    directory: Path,
+    tokens: dict[str, np.ndarray],
+    *,
+    sequence_length: int = SEQUENCE_LENGTH,
+    starts: tuple[int, ...] = (0,),
 ) -> Path:
-    """Writes a dataset of byte tokens, {split: tokens}, each split one document in one shard."""
+    """Writes a dataset of byte tokens, {split: tokens}, each split in one shard; `starts` are the
+    places in a row at which documents start.
+    """
     tokenizer = load_tokenizer("bytes")
     tokenizer.save(directory / "tokenizer")
     splits = {}
     for name, stream in tokens.items():
         rows = [stream[i : i + sequence_length] for i in range(0, len(stream), sequence_length)]
-        starts = [np.arange(len(row)) == 0 for row in rows]
+        is_start = [np.isin(np.arange(len(row)), starts) for row in rows]
         file = f"{name}-00000.arrayrecord"
         write_shard(
             directory / file,
@@ -31,7 +37,7 @@ def write_dataset(
                 encode_record(
                     row, start, sequence_length=sequence_length, vocab_size=tokenizer.vocab_size
                 )
-                for row, start in zip(rows, starts)
+                for row, start in zip(rows, is_start)
             ),
         )
         size = os.path.getsize(directory / file)
@@ -39,7 +45,7 @@ def write_dataset(
             "num_records": len(rows),
             "num_tokens": len(stream),
             "num_bytes": len(stream),
-            "num_documents": 1,
+            "num_documents": len(rows) * (len(starts) - 1) + 1,
             "num_padding": len(rows) * sequence_length - len(stream),
             "shards": [{"file": file, "num_records": len(rows), "num_bytes_on_disk": size}],
         }
@@ -71,27 +77,42 @@ def circle_dataset(directory: Path) -> Path:
 
 def dialogue_dataset(directory: Path, *, rows: str) -> Path:
     """Dialogues of two short turns in byte tokens, whose answers repeat a letter of the prompt."""
+    records = []
+    rng = np.random.default_rng(0)
+    for _ in range(400):
+        letters = [chr(97 + number) for number in rng.integers(0, 26, 2)]
+        turns = [
+            {"role": role, "content": content}
+            for letter in letters
+            for role, content in (
+                ("user", f"{letter}?"),
+                ("assistant", letter.upper() * int(rng.integers(1, 9))),
+            )
+        ]
+        records.append({"messages": turns})
+    return _prepared(directory, records, rows=rows)
+
+
+def pair_dataset(directory: Path, *, rows: str) -> Path:
+    """Pairs in byte tokens: capitals of the prompt's letter are chosen, small ones rejected."""
+    rng, records = np.random.default_rng(0), []
+    for _ in range(400):
+        letter, length = chr(97 + int(rng.integers(0, 26))), int(rng.integers(1, 5))
+        answers = {"chosen": letter.upper() * length, "rejected": letter * (5 - length)}
+        records.append({"prompt": f"{letter}{rng.integers(100)}?", **answers})
+    return _prepared(directory, records, rows=rows, records="pairs")
+
+
+def _prepared(directory: Path, lines: list[dict], **settings) -> Path:
     directory.mkdir()
     (directory / "template.jinja").write_text("{% for m in messages %}{{ m.content }}{% endfor %}")
-    rng = np.random.default_rng(0)
-    with open(directory / "in.jsonl", "w") as file:
-        for _ in range(400):
-            letters = [chr(97 + number) for number in rng.integers(0, 26, 2)]
-            turns = [
-                {"role": role, "content": content}
-                for letter in letters
-                for role, content in (
-                    ("user", f"{letter}?"),
-                    ("assistant", letter.upper() * int(rng.integers(1, 9))),
-                )
-            ]
-            file.write(json.dumps({"messages": turns}) + "\n")
+    (directory / "in.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
     prepare(
         [str(directory / "in.jsonl")],
         directory / "data",
         sequence_length=SEQUENCE_LENGTH,
         tokenizer="bytes",
         heldout=0.1,
-        chat=ChatSettings(template=str(directory / "template.jinja"), rows=rows),
+        chat=ChatSettings(template=str(directory / "template.jinja"), **settings),
     )
     return directory / "data"

@@ -108,7 +108,13 @@ class Cloud:
             '#!/bin/sh\necho "$@" >> "$HOME/sudo"\ncase $1 in lsof) exec "$@" ;; esac\n',
         )
         self.program("remote/lsof", '#!/bin/sh\ncat "$HOME/holders" && rm "$HOME/holders"\n')
-        self.program("remote/python3", '#!/bin/sh\necho "$@" >> "$HOME/installed"\n')
+        # The versions differ with every resolution, as they do when a package is released between.
+        self.program(
+            "remote/python3",
+            '#!/bin/sh\necho "$@" >> "$HOME/installed"\n'
+            'case "$*" in *"pip compile"*) echo "Warning: x"; echo "jax==0.$(date +%N)" ;; esac\n',
+        )
+        self.program("remote/gcsfuse", '#!/bin/sh\necho "$@" >> "$HOME/mounted"\n')
         (self.code / "job.sh").write_text(JOB)
         (self.code / ".gitignore").write_text(".venv\n")
         (self.code / ".venv").write_text("large")

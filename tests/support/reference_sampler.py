@@ -1,5 +1,7 @@
 """The reverse process of the toy network in plain numpy, one prompt at a time, without padding."""
 
+from collections.abc import Sequence
+
 import jax
 import numpy as np
 
@@ -29,14 +31,15 @@ def reference_generate(
     temperature: float = 0.0,
     seed: int = 0,
     row: int = 0,
-    eos_id: int | None = None,
+    eos_id: int | Sequence[int] | None = None,
     ends_early: bool = False,
 ) -> np.ndarray:
     """Returns the tokens after one prompt by the published algorithm.
 
     Args:
         temperature, seed, row: above 0, argmax(l + T g) with the Gumbel noise of the row.
-        eos_id: once a block is finished, all that was generated after the first EOS becomes EOS.
+        eos_id: what ends a text, EOS first: once a block is finished, all that was generated after
+            the first of them becomes EOS.
         ends_early: after every step instead, as a sampler must not.
     """
 
@@ -45,6 +48,7 @@ def reference_generate(
         row_logits = toy_logits_of_row(params, canvas[None], np.ones((1, len(canvas)), int), places)
         return np.array(row_logits[0], np.float64)
 
+    ends = [] if eos_id is None else np.atleast_1d(eos_id)
     canvas = np.array([*prompt, *[MASK] * gen_length])
     is_prompt = np.arange(len(canvas)) < len(prompt)
     num_blocks = gen_length // block_length
@@ -75,9 +79,9 @@ def reference_generate(
                 canvas[i] = choice[i]
                 hidden.remove(i)
             is_last = step == steps_per_block - 1
-            is_eos = (canvas == eos_id) & ~is_prompt
-            if eos_id is not None and (is_last or ends_early) and is_eos.any():
-                canvas[np.argmax(is_eos) :] = eos_id
+            is_end = np.isin(canvas, ends) & ~is_prompt
+            if (is_last or ends_early) and is_end.any():
+                canvas[np.argmax(is_end) + 1 :] = ends[0]
                 hidden = {i for i in hidden if canvas[i] == MASK}
     assert MASK not in canvas[len(prompt) :]
     return canvas[len(prompt) :]

@@ -7,6 +7,7 @@ skipped. Elsewhere a contributor without root, libtpu or a cluster still runs th
 """
 
 import importlib
+import importlib.util
 import os
 import shutil
 import subprocess
@@ -36,6 +37,16 @@ def library(name: str):
         return importlib.import_module(name)
     except ImportError as error:
         absent(f"{name} is not installed ({error}): pip install 'llada_jax[dev]'")
+
+
+def python_with(library: str, *, environment: str) -> str:
+    """Returns an interpreter that finds a library which brings many packages: this one, or that of
+    an environment next to the other packages, which .ci/run makes.
+    """
+    if importlib.util.find_spec(library):
+        return sys.executable
+    python = Path(sys.prefix) / environment / "bin/python"
+    return str(python) if python.exists() else absent(f"{library} is not installed; see .ci/run")
 
 
 def program(name: str, *, package: str) -> str:

@@ -140,6 +140,15 @@ def saved_arrays(workdir: Path, step: int) -> dict[str, np.ndarray]:
     return {jax.tree_util.keystr(path): np.asarray(leaf) for path, leaf in leaves}
 
 
+def assert_same_run(workdir: Path, straight: Path, *, step: int) -> None:
+    """Asserts that two runs have the same arrays after a step, bit for bit, and equal metrics."""
+    actual, expected = saved_arrays(workdir, step), saved_arrays(straight, step)
+    assert actual.keys() == expected.keys()
+    for name, array in expected.items():
+        np.testing.assert_array_equal(actual[name], array, err_msg=name)
+    assert metric_lines(workdir) == metric_lines(straight)
+
+
 def last_logged_step(workdir: Path) -> int:
     file = Path(workdir) / "metrics.jsonl"
     lines = file.read_text().splitlines() if file.exists() else []

@@ -47,6 +47,7 @@ def test_slurm_gets_one_array_of_what_is_not_finished(
         "--parallel",
         "4",
         "--",
+        "--unchecked",  # its data are nowhere
         "--partition",
         "gpu",
         "--time",
@@ -63,10 +64,13 @@ def test_slurm_gets_one_array_of_what_is_not_finished(
 
 def test_gke_gets_one_jobset_per_run(write_config, call_sweep):
     write_config(RATES)
-    out, _ = call_sweep(
-        "--run", "gke", "--dry-run", "--", "--topology", "v5e-16", "--image", "example.org/llada:1"
-    )
-    manifests = [yaml.safe_load("apiVersion" + part) for part in out.split("apiVersion")[1:]]
+    flags = ["--unchecked", "--topology", "v5e-16", "--image", "example.org/llada:1"]
+    out, _ = call_sweep("--run", "gke", "--dry-run", "--", *flags)
+    # the launcher writes one stream per run, and begins none with a separator
+    texts = ["apiVersion" + part for part in out.split("apiVersion")[1:]]
+    found = [yaml.safe_load(text.removesuffix("---\n")) for text in texts]
+    manifests = [manifest for manifest in found if manifest["kind"] == "JobSet"]
+    assert len([m for m in found if m["kind"] == "ConfigMap"]) == 3  # the config travels with each
     assert [manifest["metadata"]["name"] for manifest in manifests] == [
         "runs-000",
         "runs-001",

@@ -56,6 +56,15 @@ def test_the_average_of_a_short_run_scores_what_the_parameters_score(ema_decay):
     assert average - ENTROPY < 0.01 * (uniform - ENTROPY)
 
 
+def test_an_average_that_forgets_at_once_is_the_parameters_after_the_update():
+    state = trained(3, 0.0)
+    assert np.ptp(state.params["logits"]) > 0.1
+    np.testing.assert_array_equal(state.ema["logits"], state.params["logits"])
+    # the first decay of the warm-up is a tenth, and the parameters started from zero
+    first = trained(1, 0.9)
+    np.testing.assert_allclose(first.ema["logits"], 0.9 * first.params["logits"], rtol=1e-5)
+
+
 def test_the_decay_grows_from_a_tenth_to_the_knob_and_the_initialisation_is_forgotten():
     decays = np.array([float(warmed_up_decay(0.9999, step)) for step in range(400)], np.float64)
     np.testing.assert_allclose(decays, (1 + np.arange(400)) / (10 + np.arange(400)), rtol=1e-6)

@@ -40,6 +40,15 @@ def test_the_published_schedule_at_its_published_token_counts():
     assert float(rate(step_at(2.15e12))) == pytest.approx((1e-4 + 1e-5) / 2, rel=1e-3)
 
 
+def test_a_stage_begins_with_the_first_step_behind_its_boundary():
+    """1.2T tokens at 4e-4 are 1200 steps of a billion, and 0.8T more at 1e-4 are 800."""
+    rate = schedule_of(name="llada", tokens_per_step=1e9, warmup_steps=0)
+    rates = np.asarray(jax.vmap(rate)(jnp.arange(2301)), np.float64)
+    assert (np.isclose(rates, 4e-4)).sum() == 1200
+    assert (np.isclose(rates, 1e-4)).sum() == 801  # the decline starts from the same rate
+    assert (np.diff(rates[2000:]) < 0).all()
+
+
 def test_the_published_schedule_follows_tokens_not_steps():
     large, small = (
         schedule_of(name="llada", tokens_per_step=tokens, warmup_steps=0) for tokens in (1e7, 1e6)
@@ -181,6 +190,9 @@ def test_an_uncovered_parameter_and_a_broken_pattern_are_errors():
         "q": 1.0,
         "attn_norm": 0.0,
     }
+    # a pattern is of the whole path: a piece of it is not enough
+    pieces = (("norm", 0.0), ("q", 0.0), ("blocks", 0.0), ("mbe", 0.0), (".*", 1.0))
+    assert set(jax.tree.leaves(by_path(PARAMS, pieces, what="x"))) == {1.0}
 
 
 @pytest.mark.slow

@@ -245,7 +245,7 @@ def test_a_field_that_the_data_lack_is_refused_before_compilation(parts):
     mesh = make_mesh({**dict.fromkeys(AXES, 1), "fsdp": 8})
     config = config_of(objective__name="own:weighted_rows")
     with pytest.raises(UserError, match="'own:weighted_rows' needs the batch field 'row_weight'"):
-        make_recipe(config, Ids(), mesh)
+        make_recipe(config, Ids(), mesh, provided=FIELDS)
 
 
 def no_objective(**_):

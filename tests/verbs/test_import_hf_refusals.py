@@ -191,7 +191,6 @@ BAD = {
         [SECOND, "a link to a file outside of"],
     ),
     "other network": (lambda d: config_of(d, alibi=True), ["alibi=True"]),
-    "no tokenizer": (lambda d: (d / "tokenizer.json").unlink(), ["There is no tokenizer"]),
     "long tokenizer": (
         lambda d: write_tokenizer(d, *(f"<|mask|>{i}" if i else "<|mask|>" for i in range(90))),
         ["347 ids", "320 rows"],

@@ -39,7 +39,7 @@ def run(monkeypatch, capsys):
     def run_verb(*argv, pretrained=None, checkpoint="runs/fake"):
         loaded = []
 
-        def load(path, *, ema=None):
+        def load(path, **_):
             loaded.append(path)
             return pretrained or fake_pretrained()
 
@@ -156,6 +156,8 @@ def test_prompts_come_from_a_file_or_stdin(run, tmp_path, monkeypatch):
         (["--best-of", "3"], "3 times the same text; set --temperature"),
         (["--commit", "treshold"], "Did you mean 'threshold'?"),
         (["--commit", "threshold=2"], "must be a number between 0 and 1"),
+        (["--revise", "wino=2"], "between 0 and 1; the usual one is wino=0.9"),
+        (["--revise", "wino", "--cache", "dual"], "leave cache=dual out"),
         (["--commit", "factor", "--remasking", "random"], "leave remasking out"),
         (["--top-p", "0.5"], "temperature=0 draws nothing"),
         (["--eos", "never", "--suppress", "-3"], "suppress=-3 is not the id of a token"),
@@ -211,6 +213,7 @@ def test_an_autoregressive_model_writes_token_by_token(run):
         (["--steps", "8"], "steps=8 is about denoising"),
         (["--remasking", "random"], "remasking=random is about denoising"),
         (["--commit", "threshold"], "commit=threshold is about denoising"),
+        (["--revise", "wino"], "revise=wino is about denoising"),
         (["--show"], "denoises nothing that --show could show"),
         (["--infill", "a[MASK]"], "cannot fill in a gap"),
     ],

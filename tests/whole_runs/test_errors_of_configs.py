@@ -9,7 +9,7 @@ OVERRIDES = {
         ["schedule.learning_rte", "Did you mean 'schedule.learning_rate'?"],
     ),
     "misspelt group": (["optimzer.b2=0.9"], ["optimzer", "Did you mean 'optimizer'?"]),
-    "a group as a knob": (["optimizer=adamw"], ["no knob 'optimizer'", "Did you mean 'optimizer."]),
+    "a group as a knob": (["optimizer=adamw"], ["no knob 'optimizer'", "set one of optimizer."]),
     "no value": (["optimizer.b2"], ["optimizer.b2 has no value", "=VALUE"]),
     "text for an integer": (
         ["num_steps=many"],

@@ -64,7 +64,7 @@ DATASETS = {
     other_json: ["holds no dataset.json", "prepare"],
     foreign_dataset: ["dataset.json", "not written by llada-jax prepare"],
     foreign_list: ["dataset.json", "not written by llada-jax prepare"],
-    foreign_format: ["format 7", "reads the formats 1 and 2", "prepare the text again"],
+    foreign_format: ["format 7", "reads the formats 1 to 3", "prepare the text again"],
     half_a_manifest: ["dataset.json", "not valid JSON", "prepare again"],
     no_shard: ["train-00000.arrayrecord", "is missing", "run prepare again"],
     truncated_shard: [

@@ -11,10 +11,9 @@ import sys
 import time
 from pathlib import Path
 
-import numpy as np
 import pytest
 from support.required import absent
-from support.runs import last_logged_step, metric_lines, saved_arrays
+from support.runs import assert_same_run, last_logged_step
 
 NUM_STEPS = 80
 HEARTBEAT_S = 10
@@ -137,8 +136,4 @@ def test_a_run_that_loses_its_link_and_each_of_its_hosts_is_the_undisturbed_run(
         hosts.set_cable("up")
     assert hosts.end(hosts.start(runs, workdir), workdir) == [0, 0], hosts.logs(workdir)
     assert "start       step" in hosts.logs(workdir)
-    assert metric_lines(workdir) == metric_lines(straight)
-    expected, actual = saved_arrays(straight, NUM_STEPS), saved_arrays(workdir, NUM_STEPS)
-    assert actual.keys() == expected.keys()
-    for name, array in expected.items():
-        np.testing.assert_array_equal(actual[name], array, err_msg=name)
+    assert_same_run(workdir, straight, step=NUM_STEPS)

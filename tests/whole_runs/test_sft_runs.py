@@ -5,12 +5,11 @@ and the curve depends neither on the mesh, nor on the hosts, nor on microbatches
 import numpy as np
 import pytest
 from support.runs import (
+    assert_same_run,
     is_committed,
     kill_when,
     last_logged_step,
     losses,
-    metric_lines,
-    saved_arrays,
 )
 
 SFT = (
@@ -39,11 +38,7 @@ def test_a_killed_run_on_packed_rows_equals_the_straight_one(runs, dialogues, st
     process = runs.start(workdir, *words)
     kill_when(process, lambda: is_committed(workdir, 10) and last_logged_step(workdir) >= 11)
     assert "start       step 10 of" in runs.train(workdir, *words)
-    expected, actual = saved_arrays(straight, 20), saved_arrays(workdir, 20)
-    assert actual.keys() == expected.keys()
-    for name, array in expected.items():
-        np.testing.assert_array_equal(actual[name], array, err_msg=name)
-    assert metric_lines(workdir) == metric_lines(straight)
+    assert_same_run(workdir, straight, step=20)
 
 
 @pytest.mark.slow
@@ -77,3 +72,22 @@ def test_rows_that_are_filled_up_are_the_same_on_two_hosts(runs, dialogues):
     runs.train(one, *words, "num_steps=6")
     runs.train(two, *words, "num_steps=6", num_devices=4, num_processes=2)
     np.testing.assert_allclose(losses(two), losses(one), rtol=1e-5)
+
+
+@pytest.mark.slow
+def test_buckets_change_neither_the_curve_nor_what_a_killed_run_continues_to(runs, dialogues):
+    words = (f"data.path={dialogues('padded')}", *SFT, "evaluation.every_steps=0")
+    words += ("data.batch_size=4", "mesh.fsdp=1", "checkpoint.every_steps=3")
+    plain, cut = runs.directory / "sft-whole-rows", runs.directory / "sft-buckets"
+    buckets = "data.length_buckets=(12,16,20)"
+    runs.train(plain, *words, "num_steps=8")
+    log = runs.train(cut, *words, buckets, "num_steps=8")
+    assert log.count("compiled    in") == 4
+    np.testing.assert_allclose(losses(cut), losses(plain), rtol=1e-5)
+    # two hosts agree on the length of every batch, also after a restart
+    two = runs.directory / "sft-buckets-2"
+    several = dict(num_devices=2, num_processes=2)
+    words = tuple(word for word in words if word != "mesh.fsdp=1")
+    runs.train(two, *words, buckets, "num_steps=4", **several)
+    runs.train(two, *words, buckets, "num_steps=8", **several)
+    np.testing.assert_allclose(losses(two), losses(plain), rtol=1e-5)

@@ -1,0 +1,169 @@
+"""What the pods of launch/gke.py see in addition to their image: buckets, memory, and their config.
+
+The config travels as a ConfigMap, so that a changed config needs no new image.
+
+This is not a launcher, and nothing here talks to a cluster; launch/gke.py imports it.
+"""
+
+import ast
+import hashlib
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from cloud import Bucket, check_mount_points
+from preflight import config_of
+
+from llada_jax.errors import UserError
+
+# Where the pods find the files. Not below the code of the image, which stays as it was built.
+DIRECTORY = "/etc/llada_jax"
+# Kubernetes refuses a ConfigMap of more than 1 MiB, names and metadata included.
+MOST_BYTES = 1_000_000
+# All ConfigMaps of a run have it, with the run's name as its value.
+CONFIG_LABEL = "llada-jax"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Mounts:
+    """What a pod sees in addition to its image: volumes, their mount points, and annotations."""
+
+    volumes: list[dict] = field(default_factory=list)
+    mounts: list[dict] = field(default_factory=list)
+    annotations: dict[str, str] = field(default_factory=dict)
+
+
+def mounts_of(buckets: list[Bucket], ramdisk: str, config_map: str = "") -> Mounts:
+    """Returns shared memory, buckets, the RAM disk and the config as volumes and mounts.
+
+    Args:
+        ramdisk: where the node's RAM disk is mounted; "" for none.
+        config_map: name of the ConfigMap with the config of the run; "" for none.
+    """
+    # Without its own volume, /dev/shm holds 64 MB: too little for NCCL and for workers that share
+    # arrays.
+    volumes = [{"name": "dshm", "emptyDir": {"medium": "Memory"}}]
+    mounts = [{"name": "dshm", "mountPath": "/dev/shm"}]
+    for number, bucket in enumerate(buckets):
+        # The pods use the host's network, where the driver looks for the service account only if
+        # asked to.
+        attributes = {
+            "bucketName": bucket.name,
+            "mountOptions": "implicit-dirs",
+            "hostNetworkPodKSA": "true",
+        }
+        csi = {"driver": "gcsfuse.csi.storage.gke.io", "volumeAttributes": attributes}
+        read_only = {"readOnly": True} if bucket.is_read_only else {}
+        volumes.append({"name": f"bucket-{number}", "csi": csi | read_only})
+        mounts.append({"name": f"bucket-{number}", "mountPath": bucket.path} | read_only)
+    if ramdisk:
+        if not ramdisk.startswith("/"):
+            raise UserError(f"--ramdisk {ramdisk!r} must be an absolute path, such as /local.")
+        volumes.append(
+            {"name": "ramdisk", "csi": {"driver": "multitier-checkpoint.csi.storage.gke.io"}}
+        )
+        mounts.append({"name": "ramdisk", "mountPath": ramdisk})
+    if config_map:
+        volumes.append({"name": "config", "configMap": {"name": config_map}})
+        mounts.append({"name": "config", "mountPath": DIRECTORY, "readOnly": True})
+    check_mount_points([mount["mountPath"] for mount in mounts])
+    # 0 means "no limit".
+    annotations = {
+        f"gke-gcsfuse/{limit}-limit": "0" for limit in ("cpu", "memory", "ephemeral-storage")
+    }
+    return Mounts(
+        volumes=volumes,
+        mounts=mounts,
+        annotations={"gke-gcsfuse/volumes": "true", **annotations} if buckets else {},
+    )
+
+
+# ---- the config
+
+
+def files_of(config: Path) -> dict[str, str]:
+    """Returns {name: text} of a config file and of the files next to it that it needs.
+
+    These are the modules that it imports and those that it names as module:attribute, and in turn
+    what they import.
+
+    Raises:
+        UserError: one of them is a package, or all together are too large.
+    """
+    files, waiting = {}, [config.name]
+    while waiting:
+        name = waiting.pop()
+        if name in files:
+            continue
+        files[name] = (config.parent / name).read_text()
+        try:
+            modules = modules_in(files[name])
+        except SyntaxError as error:
+            raise UserError(f"{config.parent / name} is not Python ({error}); fix it.") from error
+        for module in modules:
+            if (config.parent / module / "__init__.py").is_file():
+                raise UserError(
+                    f"{config} needs the package {module} next to it, and a ConfigMap holds single "
+                    "files; put it into the image, or into one file."
+                )
+            if (config.parent / f"{module}.py").is_file():
+                waiting.append(f"{module}.py")
+    if (size := sum(len(text.encode()) for text in files.values())) > MOST_BYTES:
+        raise UserError(
+            f"{config} and what it imports have {size:,} bytes, and a ConfigMap holds "
+            f"{MOST_BYTES:,}; put large tables into the image or into the bucket."
+        )
+    return files
+
+
+def modules_in(text: str) -> set[str]:
+    """Returns the first names of what a Python file imports or names as "module:attribute"."""
+    found = set()
+    for node in ast.walk(ast.parse(text)):
+        if isinstance(node, ast.Import):
+            found |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom) and node.module:
+            found.add(node.module)
+        elif isinstance(node, ast.Constant) and isinstance(node.value, str) and ":" in node.value:
+            found.add(node.value.partition(":")[0])
+    return {first for name in found if (first := name.split(".")[0]).isidentifier()}
+
+
+def with_own_parts(files: dict[str, str], config: Path, command: list[str]) -> dict[str, str]:
+    """Returns the files together with the own parts that knobs of the command line name."""
+    for word in command:
+        module = word.rpartition("=")[2].partition(":")[0]
+        if ":" in word and module.isidentifier() and (config.parent / f"{module}.py").is_file():
+            files |= files_of(config.parent / f"{module}.py")
+    return files
+
+
+def shipped(name: str, command: list[str]) -> tuple[dict | None, list[str]]:
+    """Returns the ConfigMap with the config of a command, and the command that reads it there.
+
+    Returns None and the command as it is where it names no config that exists on this machine.
+
+    The name ends with a hash of the content: a start with a changed config never meets the files of
+    an earlier one, and the pods of a run that restarts never see another config than before.
+    """
+    config = Path(config_of(command))
+    if not config.is_file():
+        return None, command
+    files = with_own_parts(files_of(config), config, command)
+    digest = hashlib.sha256(repr(sorted(files.items())).encode()).hexdigest()[:8]
+    manifest = {
+        "apiVersion": "v1",
+        "kind": "ConfigMap",
+        "metadata": {"name": f"{name}-{digest}", "labels": {CONFIG_LABEL: name}},
+        "immutable": True,
+        "data": dict(sorted(files.items())),
+    }
+    there = f"{DIRECTORY}/{config.name}"
+    moved, previous = [], ""
+    for word in command:
+        if previous == "--config":
+            word = there
+        elif word.startswith("--config="):
+            word = f"--config={there}"
+        moved.append(word)
+        previous = word
+    return manifest, moved

@@ -1,0 +1,236 @@
+"""What is wrong with a command, as far as it can be known before machines are rented for it.
+
+This is not a launcher; those that wait for machines or pay for them call `check`. It reads the
+command that every host is to run with the parsers and the config of the package itself, so that it
+refuses what the hosts would refuse, in the same words, and in addition what only the launcher can
+know: which disks the hosts share, which chips they have and which extras are installed there.
+"""
+
+import dataclasses
+import importlib
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+
+from llada_jax.__main__ import VERBS
+from llada_jax.cluster.hardware import Slice
+from llada_jax.config import load_config, parse_sources
+from llada_jax.errors import UserError, look_up
+from llada_jax.paths import check_savable, split_step
+from llada_jax.storage.remote import LIBRARIES, is_remote
+
+# Flags that name what a command reads, and what it writes.
+READ_FLAGS, WRITTEN_FLAGS = ("checkpoint",), ("workdir", "output", "report")
+# Extras that a verb needs whatever its flags are; the extra of a URL has the name of its scheme.
+EXTRAS_OF_VERBS = {"import": "hf", "export": "hf"}
+# Rows of the embedding where only the tokenizer knows them: enough for shapes, not for memory.
+STAND_IN_VOCAB_SIZE = 131_072
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Place:
+    """Where a command is to run, as far as this decides whether it can.
+
+    Attributes:
+        machines: one slice, or all GPUs; None where the kind of device is not known.
+        num_slices: how many of them.
+        num_devices: JAX devices of the run; 0 where they are not known either.
+        shares_disks: whether the hosts see the files of this machine under the same paths.
+        mounts: {directory that every host sees: whether it can be written to}.
+        has_own_disks: whether the hosts may have disks that the launcher does not know of.
+        extras: of setup.py, which the hosts have installed; None where they are not known.
+        how_to_install: the end of a sentence, about an extra that they lack.
+        root: where relative paths to a config begin on this machine.
+    """
+
+    machines: Slice | None = None
+    num_slices: int = 1
+    num_devices: int = 0
+    shares_disks: bool = False
+    mounts: dict[str, bool] = dataclasses.field(default_factory=dict)
+    has_own_disks: bool = False
+    extras: tuple[str, ...] | None = None
+    how_to_install: str = ""
+    root: Path = Path()
+
+
+def words_of(command: list[str]) -> list[str] | None:
+    """Returns the words that follow `llada-jax`, None for another program."""
+    program = Path(command[0]).name
+    if program == "llada-jax":
+        return command[1:]
+    return command[3:] if command[1:3] == ["-m", "llada_jax"] else None
+
+
+def config_of(command: list[str]) -> str:
+    """Returns the config file that a command of llada-jax names, "" without one."""
+    for word, following in zip(command, [*command[1:], ""]) if words_of(command) else ():
+        if word == "--config" or word.startswith("--config="):
+            return following if word == "--config" else word.partition("=")[2]
+    return ""
+
+
+def check(command: list[str], place: Place) -> str:
+    """Returns one line about a command that can run in a place.
+
+    Raises:
+        UserError: it cannot; the message has the remedy.
+    """
+    words = words_of(command)
+    if words is None:
+        return f"{command[0]} is not llada-jax, so that its words are not checked"
+    if not words or {"--help", "-h", "--version"} & set(words):
+        return "the command only shows its help"
+    verb, *flags = words
+    module, _ = look_up(VERBS, verb, "verb")
+    parser = importlib.import_module(f"llada_jax.verbs.{module}").make_parser()
+    args, overrides = parser.parse_with_overrides(flags[: _cut(flags)])
+    check_extras(verb, args, place)
+    for flag in (*READ_FLAGS, *WRITTEN_FLAGS):
+        if path := getattr(args, flag, None):
+            check_path(f"--{flag} ", path, place, is_written=flag in WRITTEN_FLAGS)
+    if getattr(args, "data", None):
+        check_records("--data ", args.data, place)
+    lines = [check_config(config, place) for config in configs_of(args, overrides, place)]
+    return ": ".join([f"llada-jax {verb} can run there", *dict.fromkeys(filter(None, lines[:1]))])
+
+
+def _cut(words: list[str]) -> int:
+    return words.index("--") if "--" in words else len(words)
+
+
+def check_extras(verb: str, args, place: Place) -> None:
+    """Raises UserError when the hosts lack an extra that a verb needs, whatever its paths are."""
+    needed = [EXTRAS_OF_VERBS[verb]] if verb in EXTRAS_OF_VERBS else []
+    needed += ["optuna"] if getattr(args, "optuna", None) else []
+    if verb == "evaluate":
+        from llada_jax.verbs.evaluate import is_harness
+
+        needed += ["eval"] if is_harness(args) else []
+    for extra in needed:
+        check_extra(f"llada-jax {verb}", extra, place)
+
+
+def check_extra(what: str, extra: str, place: Place) -> None:
+    """Raises UserError when the hosts lack an extra that something needs."""
+    if place.extras is not None and extra not in place.extras:
+        raise UserError(
+            f"{what} needs the extra {extra!r}, and the hosts have {', '.join(place.extras)}; "
+            f"{place.how_to_install.format(extra=extra)}."
+        )
+
+
+def check_path(what: str, path: str, place: Place, *, is_written: bool) -> None:
+    """Raises UserError for a path that the hosts cannot read, or write to.
+
+    Args:
+        what: the flag or the knob, as the user writes it in front of the path.
+        path: WORKDIR, WORKDIR@STEP, a directory or a URL.
+    """
+    path, _ = split_step(path)
+    if is_remote(path):
+        scheme = path.partition("://")[0]
+        look_up(LIBRARIES, scheme, "kind of URL")
+        check_extra(f"{what}{path}", scheme, place)
+        return
+    if is_written:
+        check_savable(path)
+    if place.shares_disks:
+        return
+    mount = next((m for m in place.mounts if f"{path}/".startswith(f"{m.rstrip('/')}/")), None)
+    if mount is None and not (place.has_own_disks and path.startswith("/")):
+        form = "BUCKET:/data" if is_written else "BUCKET:/data:ro"
+        # records are read from a disk alone
+        url = "" if "data" in what else "write gs://BUCKET/DIR, or "
+        raise UserError(
+            f"{what}{path} is not on a disk that the hosts share: {url}mount a bucket with "
+            f"--gcs-fuse {form} and write {what}/data/DIR."
+        )
+    if mount is not None and is_written and not place.mounts[mount]:
+        raise UserError(
+            f"{what}{path} is written to, and {mount} is mounted to be read only; leave out the "
+            ":ro of --gcs-fuse, or write to gs://BUCKET/DIR."
+        )
+
+
+def check_records(what: str, directory: str, place: Place) -> None:
+    """Raises UserError when the hosts cannot read the records in a directory."""
+    if is_remote(directory):
+        bucket, _, rest = directory.partition("://")[2].partition("/")
+        raise UserError(
+            f"{what}{directory}: records are read from a mounted disk; pass --gcs-fuse "
+            f"{bucket}:/data:ro to the launcher and write {what}/data/{rest or 'DIR'}."
+        )
+    check_path(what, directory, place, is_written=False)
+
+
+def configs_of(args, overrides: list[str], place: Place) -> Iterator:
+    """Yields the config of each run that a command starts; none for verbs without a config."""
+    if not hasattr(args, "config"):
+        return
+    file = str(place.root / args.config)
+    if not hasattr(args, "index"):
+        yield load_config(file, overrides)
+        return
+    from llada_jax.sweeps.runs import load_sweep
+
+    # In an empty directory, because what the workdir of the sweep holds may be far away; the hosts
+    # compare it.
+    with tempfile.TemporaryDirectory() as nowhere:
+        sweep = load_sweep(file, overrides, nowhere)
+    runs = sweep.runs
+    if args.index is not None and runs:
+        if not 0 <= args.index < len(runs):
+            raise UserError(
+                f"--index {args.index} is not a run of {args.config}, which has {len(runs)}; give "
+                f"0 to {len(runs) - 1}."
+            )
+        runs = [runs[args.index]]
+    yield from [run.config for run in runs] or [sweep.base]
+
+
+def check_config(config, place: Place) -> str:
+    """Returns a line about the memory of a run; raises UserError when it cannot run in a place."""
+    num_ids = check_data(config, place)
+    vocab_size = config.model.vocab_size or num_ids
+    for knob in ("restore", "init_from"):
+        if path := config.checkpoint[knob]:
+            check_path(f"config.checkpoint.{knob}=", path, place, is_written=False)
+    if not place.machines:
+        if place.num_devices:
+            from llada_jax.cluster.sharding import mesh_shape
+
+            mesh_shape(config.mesh, place.num_devices)
+        return ""
+    import jax
+
+    from llada_jax.units import format_bytes
+    from llada_jax.verbs.plan import describe_mesh, estimate
+
+    # Where the launcher runs, chips are not to be touched: another run may have them.
+    jax.config.update("jax_platforms", "cpu")
+    report = estimate(config, place.machines, place.num_slices, vocab_size or STAND_IN_VOCAB_SIZE)
+    mesh = f"mesh {describe_mesh(report['mesh'])} on {place.num_slices} x {place.machines.name}"
+    if not vocab_size:
+        return mesh
+    peak, usable = report["memory"]["peak"], report["usable_bytes"]
+    fits = "" if peak < usable else ", which is estimated not to fit: ask `llada-jax plan`"
+    return f"{mesh}, {format_bytes(peak)} of {format_bytes(usable)} per device (estimate){fits}"
+
+
+def check_data(config, place: Place) -> int:
+    """Returns the number of ids of the tokenizer of the records, 0 where they are not seen here.
+
+    Raises:
+        UserError: the hosts cannot read config.data.path, or it is not what `prepare` has written.
+    """
+    sources = parse_sources(config.data.path)
+    for directory, _ in sources:
+        check_records("config.data.path=", directory, place)
+    if not place.shares_disks:
+        return 0
+    from llada_jax.data.loader import describe
+    from llada_jax.data.records import read_dataset
+
+    describe(sources, sequence_length=config.data.sequence_length)
+    return read_dataset(sources[0][0]).tokenizer["vocab_size"]

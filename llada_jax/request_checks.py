@@ -1,0 +1,80 @@
+"""What a loaded model may be asked: its own token ids, lists of texts, pairs that fit its rows."""
+
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+
+from llada_jax.checkpoints.record import RunRecord
+from llada_jax.errors import UserError
+from llada_jax.evaluation.conditional import Question, encode_pair
+
+
+def check_ids(num_rows: int, *ids: Any) -> None:
+    """Raises UserError for token ids without a row in the embedding, which a gather would silently
+    clip to one that has.
+
+    Args:
+        ids: arrays, lists or single ids; None stands for none.
+    """
+    for some in ids:
+        array = np.asarray([] if some is None else some)
+        is_wrong = (array < 0) | (array >= num_rows)
+        if is_wrong.any():
+            raise UserError(
+                f"{array[is_wrong].flat[0]} is not a token id of this model, whose embedding "
+                f"has {num_rows} rows; give ids from 0 to {num_rows - 1}."
+            )
+
+
+def check_list(texts: Sequence[str], function: str) -> None:
+    """Raises UserError for one text where `function` takes a list of them."""
+    if isinstance(texts, str):
+        name = "prompts" if function == "generate" else "texts"
+        shown = repr(texts) if len(texts) <= 40 else f"{texts[:40]!r}..."
+        raise UserError(f"{name}={shown} is one text; pass a list, as in {function}([text]).")
+
+
+def check_samples(mc_samples: int) -> None:
+    """Raises UserError for a Monte Carlo estimate without samples."""
+    if mc_samples < 1:
+        raise UserError(f"mc_samples={mc_samples} must be at least 1.")
+
+
+def check_can_infill(record: RunRecord) -> None:
+    """Raises UserError for a model that sees no text behind a gap."""
+    if record.mask.causal:
+        raise UserError(
+            f"A model of objective.name={record.objective!r} reads from left to right and cannot "
+            "fill in a gap; use a checkpoint of masked_diffusion."
+        )
+
+
+def as_question(pair: Any, tokenizer: Any) -> Question:
+    """Returns the question of a (prompt, answer) of texts or of token ids.
+
+    Raises:
+        UserError: it is something else.
+    """
+    if isinstance(pair, Question):
+        return pair
+    if isinstance(pair, str) or len(pair) != 2:
+        raise UserError(f"{pair!r} is not a pair; pass a list of (prompt, answer).")
+    prompt, answer = pair
+    if isinstance(prompt, str) and isinstance(answer, str):
+        return encode_pair(tokenizer, prompt, answer)
+    return Question(tuple(prompt), tuple(answer))
+
+
+def check_questions(questions: Sequence[Question], *, num_rows: int, longest: int) -> None:
+    """Raises UserError for a question of ids that the model does not have, or of more tokens than
+    the rows that it was trained on.
+    """
+    for number, question in enumerate(questions):
+        check_ids(num_rows, *question[:3])
+        length = sum(len(part) for part in question[:3])
+        if length > longest:
+            raise UserError(
+                f"Pair {number} has {length} tokens and the model was trained on rows of "
+                f"{longest}; shorten its prompt, or bound a whole text with score_text."
+            )

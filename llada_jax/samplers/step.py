@@ -1,0 +1,369 @@
+"""One block of the reverse process, compiled: passes until nothing of the block is hidden."""
+
+from functools import partial
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax import Array
+
+from llada_jax.rng import keys_for_rows
+from llada_jax.samplers.choice import pick_tokens, without_ids
+from llada_jax.samplers.commit import CRITERIA, SCHEDULE, count_kept
+from llada_jax.samplers.network import (
+    Network,
+    Rows,
+    checked,
+    empty_cache,
+    guided,
+    with_unprompted,
+)
+from llada_jax.samplers.remasking import CommitRule, confidences, entropies, low_confidence
+from llada_jax.samplers.revise import (
+    LOOP,
+    NONE,
+    WINO,
+    loop_count,
+    most_drafted,
+    taken_back_by_chance,
+    taken_back_by_shadow,
+)
+
+
+class Plan(NamedTuple):
+    """What decides which program is compiled; each different plan is compiled once."""
+
+    gen_length: int
+    block_length: int
+    rule: CommitRule
+    criterion: str  # "schedule" or a key of CRITERIA
+    reviser: str  # "none" or a key of llada_jax.samplers.revise.REVISERS
+    eos: str  # a key of llada_jax.samplers.settings.EOS
+    is_bounded: bool  # whether the network sees only `lookahead` columns behind the block
+    width: int  # columns of the canvas that go through the network, from the first one
+    is_stochastic: bool
+    is_filtered: bool
+    is_guided: bool
+    window: int  # columns that a pass with a cache computes; 0: there is no cache
+    sharding: jax.sharding.Sharding | None
+
+
+class Fixed(NamedTuple):
+    """Arrays and numbers that no step changes. All traced: another value of any of them reuses the
+    compiled program.
+    """
+
+    is_fixed_BT: jax.Array
+    segment_ids_BT: jax.Array
+    positions_BT: jax.Array
+    row_B: jax.Array  # number of each row in the whole request, whatever batch it is in
+    mask_id: jax.Array
+    fill_id: jax.Array  # what fills a row that has ended; -1 when nothing ends a row
+    eos_ids_n: jax.Array
+    suppress_n: jax.Array
+    steps_per_block: jax.Array
+    lookahead: jax.Array
+    refresh: jax.Array  # steps between passes that fill the cache; 0: the first of a block alone
+    amount: jax.Array  # of the commit criterion
+    revise_amount: jax.Array
+    temperature: jax.Array
+    top_k: jax.Array
+    top_p: jax.Array
+    cfg_scale: jax.Array
+    num_ids: jax.Array
+
+
+class State(NamedTuple):
+    """What a step changes."""
+
+    canvas_BT: jax.Array
+    step_in_block: jax.Array
+    num_steps_B: jax.Array
+    num_drafted_B: jax.Array  # int32: tokens that the last step of this block has kept
+    cache: Any  # () without one
+
+
+def _is_among(tokens_BT: Array, ids_n: Array) -> Array:
+    return jnp.any(tokens_BT[..., None] == ids_n, axis=-1)
+
+
+def _fill_after_eos(canvas_BT: Array, is_generated_BT: Array, fixed: Fixed) -> Array:
+    """Ends a row at its first generated end: everything it generates after that is EOS."""
+    is_eos_BT = _is_among(canvas_BT, fixed.eos_ids_n) & is_generated_BT
+    is_after_BT = (jnp.cumsum(is_eos_BT, axis=1) - is_eos_BT) > 0
+    filled_BT = jnp.where(is_after_BT & is_generated_BT, fixed.fill_id, canvas_BT)
+    return jnp.where(fixed.fill_id >= 0, filled_BT, canvas_BT)
+
+
+def _rows(state: State, fixed: Fixed, plan: Plan) -> Rows:
+    """Returns what of the canvas goes through the network, with guidance twice."""
+    everything = (state.canvas_BT, fixed.segment_ids_BT, fixed.positions_BT, fixed.is_fixed_BT)
+    *rows, is_fixed_BT = (array[:, : plan.width] for array in everything)
+    if plan.is_guided:
+        return with_unprompted(Rows(*rows), is_fixed_BT, fixed.mask_id)
+    return Rows(*rows)
+
+
+def _block_logits(
+    network: Network, state: State, fixed: Fixed, start: Array, plan: Plan
+) -> tuple[Array, Array | None, Any]:
+    """Returns the logits of the current block, float32 [B, block_length, V], those of its shadow
+    where one verifies, and the cache.
+
+    The whole canvas goes through the network and the current block through its head. Logits of the
+    whole canvas would be the largest array by far, and thrown away: at 16 rows of 768 tokens and a
+    vocabulary of 126,464 they take 5.8 GiB.
+    """
+    rows = _rows(state, fixed, plan)
+    if plan.is_bounded:  # what lies further behind is not there yet
+        is_there_T = jnp.arange(plan.width) < start + plan.block_length + fixed.lookahead
+        rows = rows._replace(segment_ids_BT=jnp.where(is_there_T, rows.segment_ids_BT, 0))
+    where: dict = {"start": start, "length": plan.block_length}
+    shadow_BTV, cache = None, ()
+    if plan.reviser == WINO:
+        logits_BTV, shadow_BTV = network.shadow_fn(*rows, fixed.mask_id, **where)
+    elif plan.window:
+
+        def read() -> tuple[Array, Any]:
+            tokens_BW, positions_BW = (
+                jax.lax.dynamic_slice_in_dim(array, start, plan.window, axis=1)
+                for array in (rows.tokens_BT, rows.positions_BT)
+            )
+            return network.cache_fns.read_fn(
+                state.cache, tokens_BW, positions_BW, rows.segment_ids_BT, **where
+            )
+
+        is_due = state.step_in_block % jnp.maximum(fixed.refresh, 1) == 0
+        is_due = jnp.where(fixed.refresh > 0, is_due, state.step_in_block == 0)
+        logits_BTV, cache = jax.lax.cond(
+            is_due, lambda: network.cache_fns.fill_fn(*rows, **where), read
+        )
+    else:
+        logits_BTV = network.logits_fn(*rows, **where)
+    num_rows = rows.tokens_BT.shape[0]
+
+    def ready(logits_BTV: Array) -> Array:
+        logits_BTV = checked(logits_BTV, num_rows=num_rows, length=plan.block_length)
+        if plan.is_guided:
+            logits_BTV = guided(logits_BTV, fixed.cfg_scale)
+        logits_BTV = without_ids(logits_BTV, fixed.suppress_n)
+        if plan.eos == "never":  # of a model with turns, their end still ends a text
+            logits_BTV = without_ids(logits_BTV, fixed.eos_ids_n[:1])
+        return logits_BTV
+
+    return ready(logits_BTV), None if shadow_BTV is None else ready(shadow_BTV), cache
+
+
+class _Block(NamedTuple):
+    """The current block as a step finds it: arrays [B, block_length]."""
+
+    tokens_BT: Array
+    is_hidden_BT: Array
+    is_kept_BT: Array  # generated by an earlier step
+
+
+def _orders_and_counts(
+    plan: Plan,
+    fixed: Fixed,
+    state: State,
+    block: _Block,
+    logits_BTV: Array,
+    choices_BT: Array,
+    keys_B: Array,
+) -> tuple[Array, Array]:
+    """Returns what sorts the hidden positions of the block, the greatest first, and how many of
+    them a step keeps for good, int32 [B].
+    """
+    order_BT = confidences(plan.rule, logits_BTV, choices_BT, keys_B)
+    is_last_BT = jnp.zeros_like(block.is_hidden_BT)
+    if plan.eos == "last":
+        is_last_BT = _is_among(choices_BT, fixed.eos_ids_n)
+    order_BT = jnp.where(is_last_BT, jnp.finfo(jnp.float32).min, order_BT)
+    # ceil(hidden / steps left) is the published count: hidden // steps, and one more in each of the
+    # first hidden % steps steps. It is counted from what is still hidden, so a row with given
+    # tokens inside the block, or one that is ahead of the schedule, reveals fewer per step.
+    num_hidden_B = jnp.sum(block.is_hidden_BT, axis=1)
+    count_B = -(-num_hidden_B // (fixed.steps_per_block - state.step_in_block))
+    if plan.reviser == LOOP:
+        total_B = num_hidden_B + jnp.sum(block.is_kept_BT, axis=1)
+        count_B = loop_count(num_hidden_B, total_B, state.step_in_block, fixed.steps_per_block)
+    if plan.criterion != SCHEDULE:
+        probability_BT = low_confidence(logits_BTV, choices_BT, keys_B)
+        is_by_entropy = CRITERIA[plan.criterion].is_by_entropy
+        entropy_BT = entropies(logits_BTV) if is_by_entropy else jnp.zeros_like(probability_BT)
+        sure_B = count_kept(
+            plan.criterion,
+            probability_BT,
+            entropy_BT,
+            block.is_hidden_BT & ~is_last_BT,
+            fixed.amount,
+        )
+        if plan.reviser == WINO:
+            sure_B = jnp.minimum(sure_B, most_drafted(num_hidden_B))
+        count_B = jnp.maximum(count_B, sure_B)
+    return order_BT, count_B
+
+
+def _next_tokens(
+    plan: Plan,
+    fixed: Fixed,
+    state: State,
+    block: _Block,
+    logits_BTV: Array,
+    shadow_BTV: Array | None,
+    choices_BT: Array,
+    keys_B: Array,
+) -> tuple[Array, Array]:
+    """Returns the block after a step, int32 [B, T], and how many of its tokens were revealed."""
+    order_BT, count_B = _orders_and_counts(
+        plan, fixed, state, block, logits_BTV, choices_BT, keys_B
+    )
+    num_hidden_B = jnp.sum(block.is_hidden_BT, axis=1)
+    is_taken_back_BT = jnp.zeros_like(block.is_hidden_BT)
+    if shadow_BTV is not None:
+        kept_probability_BT = low_confidence(shadow_BTV, block.tokens_BT, keys_B)
+        is_taken_back_BT = taken_back_by_shadow(
+            fixed.revise_amount,
+            block.is_kept_BT,
+            kept_probability_BT,
+            count_B,
+            state.num_drafted_B,
+            is_last=state.step_in_block >= fixed.steps_per_block - 1,
+        )
+    elif plan.reviser != NONE:
+        is_taken_back_BT = taken_back_by_chance(
+            plan.reviser,
+            fixed.revise_amount,
+            block.is_kept_BT,
+            num_hidden_B - count_B,
+            # A stream of its own: with remasking="random" the order comes from `keys_B`.
+            jax.vmap(jax.random.fold_in, in_axes=(0, None))(keys_B, 1),
+            step=state.step_in_block,
+            steps=fixed.steps_per_block,
+        )
+        count_B = count_B + jnp.sum(is_taken_back_BT, axis=1)
+    # Ranks, and not top_k, whose k would have to be static.
+    rank_BT = _rank(jnp.where(block.is_hidden_BT, order_BT, -jnp.inf))
+    is_revealed_BT = block.is_hidden_BT & (rank_BT < count_B[:, None])
+    tokens_BT = jnp.where(is_revealed_BT, choices_BT, block.tokens_BT)
+    return jnp.where(is_taken_back_BT, fixed.mask_id, tokens_BT), count_B
+
+
+def _rank(score_BT: Array) -> Array:
+    """Returns the place of each position in its row, 0 for the greatest; ties go to the left."""
+    return jnp.argsort(jnp.argsort(-score_BT, axis=1, stable=True), axis=1)
+
+
+@partial(jax.jit, static_argnames="plan")
+def denoise_block(
+    network: Network,
+    state: State,
+    block: Array,
+    max_steps: Array,
+    key: Array,
+    fixed: Fixed,
+    *,
+    plan: Plan,
+) -> tuple[State, Array, Array, Array, Array]:
+    """Runs steps until the current block is done, but no more than `max_steps` of them.
+
+    Static arguments decide what is compiled. What only changes numbers is traced: the block and its
+    steps, the schedule, ids, temperature and guidance strength.
+
+    Returns:
+        the state, is_new_BT, the number of the next block, the steps run, and which rows are
+        complete, bool [B].
+    """
+    # Only the current block is read and written, so logits, noise and softmax cover it alone.
+    # `start` is traced: all blocks share one program.
+    T = state.canvas_BT.shape[1]
+    start = T - plan.gen_length + block * plan.block_length
+    is_generated_BT = ~fixed.is_fixed_BT & (jnp.arange(T) >= T - plan.gen_length)
+    is_masked_before_BT = is_generated_BT & (state.canvas_BT == fixed.mask_id)
+
+    def in_block(array: Array) -> Array:
+        return jax.lax.dynamic_slice_in_dim(array, start, plan.block_length, axis=1)
+
+    def hidden(state: State) -> Array:
+        return in_block(is_generated_BT) & (in_block(state.canvas_BT) == fixed.mask_id)
+
+    def step(state_and_count: tuple[State, Array]) -> tuple[State, Array]:
+        state, num_done = state_and_count
+        is_hidden_BT = hidden(state)
+        is_kept_BT = in_block(is_generated_BT) & ~is_hidden_BT
+        current = _Block(in_block(state.canvas_BT), is_hidden_BT, is_kept_BT)
+
+        # 1. The logits of the current block.
+        logits_BTV, shadow_BTV, cache = _block_logits(network, state, fixed, start, plan)
+
+        # 2. Keys fold (step, row). The step is counted within the schedule and not over the passes
+        # of the batch: neither the other rows nor the padding change what a row draws.
+        number = block * fixed.steps_per_block + state.step_in_block
+        keys_B = keys_for_rows(jax.random.fold_in(key, number), fixed.row_B)
+        token_keys_B, remasking_keys_B = jnp.unstack(jax.vmap(jax.random.split)(keys_B), axis=1)
+
+        # 3. A proposal for every position, those that are kept, and those that are taken back.
+        choices_BT = pick_tokens(
+            logits_BTV,
+            token_keys_B,
+            in_block(fixed.positions_BT),
+            mask_id=fixed.mask_id,
+            num_ids=fixed.num_ids,
+            temperature=fixed.temperature,
+            top_k=fixed.top_k,
+            top_p=fixed.top_p,
+            is_stochastic=plan.is_stochastic,
+            is_filtered=plan.is_filtered,
+        )
+        tokens_BT, num_drafted_B = _next_tokens(
+            plan, fixed, state, current, logits_BTV, shadow_BTV, choices_BT, remasking_keys_B
+        )
+        state = State(
+            jax.lax.dynamic_update_slice_in_dim(state.canvas_BT, tokens_BT, start, axis=1),
+            state.step_in_block + 1,
+            state.num_steps_B + jnp.any(is_hidden_BT, axis=1),
+            num_drafted_B,
+            cache,
+        )
+        return state, num_done + 1
+
+    def is_unfinished(state_and_count: tuple[State, Array]) -> Array:
+        state, num_done = state_and_count
+        return jnp.any(hidden(state)) & (num_done < max_steps)
+
+    state, num_done = jax.lax.while_loop(is_unfinished, step, (state, jnp.int32(0)))
+
+    # A row that has met EOS in a finished block is complete. Not before its block is finished:
+    # positions in front of the EOS are still hidden until then, and may reveal an earlier one.
+    is_done = ~jnp.any(hidden(state))
+    ended_BT = _fill_after_eos(state.canvas_BT, is_generated_BT, fixed)
+    canvas_BT = jnp.where(is_done, ended_BT, state.canvas_BT)
+    is_left_BT = is_generated_BT & (canvas_BT == fixed.mask_id)
+    result = (
+        State(
+            canvas_BT,
+            jnp.where(is_done, 0, state.step_in_block),
+            state.num_steps_B,
+            jnp.where(is_done, 0, state.num_drafted_B),
+            # Whatever comes next fills it again.
+            state.cache,
+        ),
+        is_masked_before_BT & ~is_left_BT,
+        block + is_done,
+        num_done,
+        ~jnp.any(is_left_BT, axis=1),
+    )
+    if plan.sharding is None:
+        return result
+    # Placed like its input, or the second call would be compiled again for another placement. The
+    # cache stays where it was computed.
+    placed = jax.lax.with_sharding_constraint(
+        (result[0]._replace(cache=()), *result[1:]), plan.sharding
+    )
+    return (placed[0]._replace(cache=result[0].cache), *placed[1:])
+
+
+@partial(jax.jit, static_argnames="plan")
+def empty_cache_of(network: Network, state: State, fixed: Fixed, *, plan: Plan) -> Any:
+    rows = _rows(state, fixed, plan)
+    return empty_cache(network.cache_fns.fill_fn, rows, length=plan.block_length)

@@ -1,0 +1,70 @@
+"""Generation by the adapter to lm-evaluation-harness, without the harness: where texts end, and
+what chats are encoded as.
+"""
+
+import json
+import sys
+import types
+
+import pytest
+from support.hf_directories import SMALL, our_config, random_params, write_tokenizer, write_weights
+
+import llada_jax
+from llada_jax.evaluation.harness import HarnessModel
+
+TEMPLATE = "{% for m in messages %}<|start|>{{ m['content'] }}<|eot_id|>{% endfor %}{{ eos_token }}"
+
+
+class Request:
+    def __init__(self, *args):
+        self.args = args
+
+
+@pytest.fixture(scope="module")
+def pretrained(tmp_path_factory):
+    directory = tmp_path_factory.mktemp("chat") / "hf"
+    directory.mkdir()
+    params = random_params(SMALL)
+    params["lm_head"][:, [256, 258]] *= 8.0
+    (directory / "config.json").write_text(json.dumps(our_config("llada", SMALL)))
+    write_weights(directory, "llada", SMALL, params)
+    write_tokenizer(directory, "<|mdm_mask|>", "<|eot_id|>", "<|start|>", chat_template=TEMPLATE)
+    return llada_jax.load(str(directory))
+
+
+@pytest.fixture
+def make(pretrained, monkeypatch):
+    """Returns make(**settings) -> HarnessModel, with a stand-in for the harness."""
+    api = types.ModuleType("lm_eval.api.model")
+    api.LM = types.SimpleNamespace(register=lambda model: None)
+    api.CacheHook = lambda lm: types.SimpleNamespace(add_partial=lambda *_: None)
+    for name in ("lm_eval", "lm_eval.api"):
+        monkeypatch.setitem(sys.modules, name, types.ModuleType(name))
+    monkeypatch.setitem(sys.modules, "lm_eval.api.model", api)
+    return lambda **settings: HarnessModel(pretrained, seed=5, **settings)
+
+
+PROMPTS = ["it is", "a", "truth that is longer", "in", "of it"]
+
+
+def test_texts_end_at_a_stop_string_or_at_the_end_of_a_turn(make, pretrained):
+    asked = {"max_gen_toks": 16, "do_sample": True, "temperature": 1.0}
+    model = make(batch_size=2, block_length=4, steps=8)
+    request = {"gen_length": 16, "block_length": 4, "steps": 8, "temperature": 1.0, "seed": 5}
+    # as the adapter sorts them, because the number of a prompt decides on its noise
+    in_order = sorted(PROMPTS, key=len)
+    completions = pretrained.complete(in_order, batch_size=2, **request)
+    assert any(len(completion.tokens) < 16 for completion in completions)
+    whole = dict(zip(in_order, (completion.text for completion in completions)))
+    stop = next(text for text in whole.values() if text)[0]
+    found = model.generate_until([Request(p, {**asked, "until": []}) for p in PROMPTS])
+    assert found == [whole[prompt] for prompt in PROMPTS]
+    found = model.generate_until([Request(p, {**asked, "until": [stop]}) for p in PROMPTS])
+    assert found == [whole[prompt].split(stop)[0] for prompt in PROMPTS]
+
+
+def test_special_tokens_of_a_chat_are_single_tokens(make):
+    model = make()
+    prompt = model.apply_chat_template([{"role": "user", "content": "hi"}])
+    assert prompt == "<|start|>hi<|eot_id|><|endoftext|>"
+    assert model.encode(prompt) == [259, *model.tokenizer.encode("hi"), 258, 256]

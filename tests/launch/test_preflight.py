@@ -1,0 +1,278 @@
+"""What the launchers find out about a command before anything is rented for it."""
+
+import json
+import re
+import subprocess
+import sys
+
+import cloud
+import gke
+import pytest
+import slurm
+import tpu_vm
+from preflight import Place, check, config_of, words_of
+from support.documents import launcher_commands
+from support.paths import LAUNCH, ROOT
+
+from llada_jax.cluster.hardware import machines_named
+from llada_jax.errors import UserError
+
+PLACE = Place(
+    machines=machines_named("v5p-128"),
+    mounts={"/data": False, "/runs": True},
+    extras=("gs", "hf"),
+    how_to_install="install {extra}",
+)
+TRAIN = ["llada-jax", "train", "--config", "configs/llada_8b.py"]
+GOOD = [*TRAIN, "--workdir", "gs://b/run", "--config.data.path=/data/corpus"]
+
+
+@pytest.fixture(autouse=True)
+def in_the_checkout(monkeypatch):
+    monkeypatch.chdir(ROOT)
+
+
+def test_a_command_that_can_run_is_answered_with_its_mesh_and_its_memory():
+    found = check(GOOD, PLACE)
+    assert re.fullmatch(
+        r"llada-jax train can run there: mesh fsdp 64 on 1 x v5p-128, 55\.8 GiB of 95\.7 GiB per "
+        r"device \(estimate\)",
+        found,
+    )
+
+
+def test_a_run_that_is_estimated_not_to_fit_is_said_to_be_so_and_not_refused():
+    found = check(GOOD, Place(machines=machines_named("v5p-16"), mounts=PLACE.mounts))
+    assert "estimated not to fit: ask `llada-jax plan`" in found
+
+
+@pytest.mark.parametrize(
+    ("command", "message"),
+    [
+        (["llada-jax", "trian"], "Did you mean 'train'?"),
+        ([*GOOD, "--wordkir", "x"], "Did you mean '--workdir'?"),
+        (TRAIN, "--workdir"),
+        ([*GOOD, "--config.num_stepz=3"], "Did you mean 'num_steps'?"),
+        ([*GOOD, "--config.mesh.tensor=5"], "divide the devices"),
+        ([*GOOD, "--config.data.batch_size=100"], "cannot be split 64 ways"),
+        ([*TRAIN, "--workdir", "gs://b/run"], "pass --config.data.path=DIR"),
+        ([*GOOD, "--config.data.path=gs://b/corpus"], "--gcs-fuse b:/data:ro"),
+        ([*GOOD, "--config.data.path=gs://b/corpus"], "write config.data.path=/data/corpus"),
+        ([*GOOD, "--config.data.path=/database"], "config.data.path=/database is not on a disk"),
+        ([*GOOD, "--config.data.path=/data/a=1,x/b=2"], "config.data.path=x/b is not on a disk"),
+        ([*GOOD, "--config.checkpoint.init_from=w"], "config.checkpoint.init_from=w is not on"),
+        ([*GOOD, "--workdir", "runs/8b"], "--workdir runs/8b is not on a disk"),
+        ([*GOOD, "--workdir", "/data/run"], "leave out the :ro"),
+        ([*GOOD, "--workdir", "s3://b/run"], "needs the extra 's3'"),
+        ([*GOOD, "--workdir", "s3://b/run"], "install s3."),
+        ([*GOOD, "--workdir", "az://b/run"], "kind of URL"),
+        ([*GOOD, "--workdir", "/runs/a*"], "contains '*'"),
+        ([*TRAIN[:2], "--config", "absent.py", "--workdir", "gs://b/r"], "There is no config file"),
+        (
+            ["llada-jax", "sample", "--checkpoint", "run@10", "--gen-length", "8"],
+            "--checkpoint run is not on a disk",
+        ),
+        (
+            ["llada-jax", "evaluate", "--checkpoint", "/runs/a", "--data", "gs://b/corpus"],
+            "write --data /data/corpus",
+        ),
+        (
+            ["llada-jax", "evaluate", "--checkpoint", "/runs/a", "--tasks", "gsm8k"],
+            "llada-jax evaluate needs the extra 'eval'",
+        ),
+        (
+            ["llada-jax", "sweep", "--config", "configs/ladder_tiny.py", "--workdir", "gs://b/s"]
+            + ["--index", "99", "--config.data.path=/data/c"],
+            "--index 99 is not a run of configs/ladder_tiny.py",
+        ),
+    ],
+)
+def test_a_command_that_cannot_run_is_refused_in_one_sentence_with_the_remedy(command, message):
+    with pytest.raises(UserError) as refused:
+        check(command, PLACE)
+    assert message in str(refused.value)
+    assert len(str(refused.value).splitlines()) == 1
+
+
+def test_slices_are_joined_along_data():
+    two = Place(machines=PLACE.machines, num_slices=2, mounts=PLACE.mounts)
+    with pytest.raises(UserError, match=r"set --config\.mesh\.data=2"):
+        check(GOOD, two)
+    assert "data 2 x fsdp 64 on 2 x v5p-128" in check([*GOOD, "--config.mesh.data=2"], two)
+
+
+def test_disks_that_the_launcher_does_not_know_are_believed_in():
+    place = Place(machines=PLACE.machines, has_own_disks=True)
+    check([*GOOD, "--workdir", "/nfs/run", "--config.data.path=/nfs/corpus"], place)
+    with pytest.raises(UserError, match="not on a disk"):
+        check([*GOOD, "--workdir", "run"], place)
+
+
+def test_records_that_the_hosts_share_with_this_machine_are_read(runs):
+    here = Place(shares_disks=True)
+    command = ["llada-jax", "train", "--config", str(runs.directory / "small.py"), "--workdir", "r"]
+    check([*command, f"--config.data.path={runs.dataset}"], here)
+    with pytest.raises(UserError, match="prepare"):
+        check([*command, f"--config.data.path={runs.directory}"], here)
+    longer = [f"--config.data.path={runs.dataset}", "--config.data.sequence_length=4096"]
+    with pytest.raises(UserError, match="sequence_length"):
+        check([*command, *longer], here)
+
+
+@pytest.mark.parametrize("command", [["true"], ["bash", "job.sh"], ["python", "-m", "other"]])
+def test_another_program_is_not_checked_and_that_is_said(command):
+    assert words_of(command) is None
+    assert config_of(command) == ""
+    assert "is not llada-jax" in check(command, PLACE)
+
+
+@pytest.mark.parametrize(
+    ("command", "config"),
+    [
+        (["llada-jax", "train", "--config", "a b.py"], "a b.py"),
+        (["/opt/venv/bin/llada-jax", "train", "--config=c.py"], "c.py"),
+        (["python3", "-m", "llada_jax", "train", "--config", "c.py"], "c.py"),
+        (["llada-jax", "train", "--config.seed=1"], ""),
+    ],
+)
+def test_the_config_of_a_command_is_found(command, config):
+    assert config_of(command) == config
+
+
+# ---- each launcher
+
+
+LAUNCHERS = {
+    gke: ["--name", "run", "--image", "i:1", "--topology", "v5p-8"],
+    tpu_vm: ["--name", "run", "--zone", "z", "--topology", "v5p-8"],
+    slurm: ["--nodes", "2", "--gpus-per-node", "8"],
+}
+
+
+@pytest.mark.parametrize("launcher", LAUNCHERS, ids=lambda module: module.__name__)
+def test_every_launcher_refuses_before_it_starts_anything(launcher, monkeypatch, capsys):
+    monkeypatch.setenv("PATH", "/nowhere")  # whatever it would start is not found
+    words = [*LAUNCHERS[launcher], "--", *TRAIN, "--workdir", "gs://b/run"]
+    assert launcher.main(words) == 2
+    out, error = capsys.readouterr()
+    assert out == ""
+    assert "config.data.path" in error
+    assert len(error.splitlines()) == 1
+
+
+@pytest.mark.parametrize("launcher", LAUNCHERS, ids=lambda module: module.__name__)
+def test_a_launcher_can_be_told_not_to_check(launcher, capsys):
+    words = [*LAUNCHERS[launcher], "--unchecked", "--dry-run", "--", "llada-jax", "trian"]
+    assert launcher.main(words) == 0
+    assert "trian" in capsys.readouterr().out
+
+
+# ---- the environment of the hosts
+
+
+def extras_of_the_image() -> str:
+    (line,) = re.findall(r'"\.\[\$\{EXTRA\},(.*?)\]"', (LAUNCH / "Dockerfile").read_text())
+    return line
+
+
+def test_the_image_and_the_tpu_vms_have_the_same_extras():
+    assert tuple(extras_of_the_image().split(",")) == cloud.HOST_EXTRAS
+
+
+# Runs commands with nothing but the packages that the extras bring, up to the first device.
+IN_THE_IMAGE = """
+import json, re, sys
+from importlib import metadata
+
+import llada_jax.__main__
+
+extras, commands = json.loads(sys.argv[1]), json.loads(sys.argv[2])
+names = metadata.packages_distributions()
+
+
+def closure(wanted):
+    # {distribution}, from the requirements that hold for the extras
+    found, waiting = set(), [("llada_jax", frozenset(wanted))]
+    seen = set()
+    while waiting:
+        name, chosen = waiting.pop()
+        if (name, chosen) in seen:
+            continue
+        seen.add((name, chosen))
+        try:
+            required = metadata.requires(name) or []
+        except metadata.PackageNotFoundError:
+            continue  # such as libtpu, which this machine does not have
+        found.add(re.sub(r"[-_.]+", "-", name).lower())
+        for line in required:
+            head, _, marker = line.partition(";")
+            matches = re.match(r"\\s*([\\w.-]+)\\s*(?:\\[([^]]*)\\])?", head)
+            extra = re.search(r"extra\\s*==\\s*['\\"]([^'\\"]+)", marker)
+            if extra and extra[1].replace("_", "-") not in {e.replace("_", "-") for e in chosen}:
+                continue
+            inner = frozenset((matches[2] or "").replace(" ", "").split(",")) - {""}
+            waiting.append((matches[1], inner))
+    return found
+
+
+there = closure(extras)
+
+
+class OnlyTheImage:
+    def find_spec(self, name, path=None, target=None):
+        owners = {re.sub(r"[-_.]+", "-", owner).lower() for owner in names.get(name, [])}
+        if owners and not owners & there:
+            raise ModuleNotFoundError(f"the image has no {name}", name=name)
+
+
+sys.meta_path.insert(0, OnlyTheImage())
+assert "torch" not in there and "gcsfs" in there
+import gcsfs, s3fs  # the paths of the command
+for words in commands:
+    print(llada_jax.__main__.main(words))
+"""
+
+
+def documented() -> list[tuple[str, list[str], list[str]]]:
+    return [
+        (launcher, flags, command)
+        for launcher in ("gke", "tpu_vm", "slurm")
+        for flags, command in launcher_commands(launcher)
+        if command and "--dry-run" not in flags
+    ]
+
+
+def test_the_documents_show_every_launcher():
+    assert {launcher for launcher, _, _ in documented()} == {"gke", "tpu_vm", "slurm"}
+
+
+def test_the_commands_for_slurm_can_run_where_such_disks_are():
+    for launcher, _, command in documented():
+        if launcher == "slurm":
+            words = [word.replace(slurm.INDEX, "0") for word in command]
+            assert "can run there" in check(words, Place(has_own_disks=True))
+
+
+@pytest.mark.slow
+def test_documented_commands_run_up_to_the_first_device():
+    """With the launchers' variables, and with no package but those of the image.
+
+    TPUs and GPUs are not there, and the first question for a device is where each command ends.
+    """
+    commands = {tuple(words[1:]) for name, _, words in documented() if name != "slurm"}
+    assert len(commands) >= 2
+    extras = json.dumps(["tpu", *cloud.HOST_EXTRAS])
+    environment = {"PATH": "/usr/bin:/bin", "HOME": "/nonexistent", "PYTHONPATH": str(ROOT)}
+    environment |= {"JAX_PLATFORMS": "tpu", "TPU_SKIP_MDS_QUERY": "1"}
+    done = subprocess.run(
+        [sys.executable, "-c", IN_THE_IMAGE, extras, json.dumps(sorted(commands))],
+        capture_output=True,
+        text=True,
+        check=False,
+        cwd=ROOT,
+        env=environment,
+    )
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.split() == ["2"] * len(commands)
+    ends = re.findall("JAX (?:has nothing for JAX_PLATFORMS='tpu'|finds no devices)", done.stderr)
+    assert len(ends) == len(commands), done.stderr

@@ -1,0 +1,113 @@
+"""`sample` and `evaluate` over a mesh and in bfloat16: what they say on one device."""
+
+import json
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+import llada_jax
+from llada_jax.__main__ import main
+from llada_jax.cluster.sharding import make_mesh
+from llada_jax.models.model import in_compute_dtype
+
+# Eight devices: rows and parameters split four ways, heads two ways.
+MESH = ["--mesh", "fsdp=4,tensor=2"]
+SAMPLE = ["--prompt", "it is", "a", "--gen-length", "16", "--block-length", "8", "--steps", "4"]
+
+
+@pytest.fixture
+def said(capfd):
+    """Returns said(verb, *words) -> the object that a command prints with --json."""
+
+    def call(*words) -> dict:
+        capfd.readouterr()
+        assert main([*map(str, words), "--json"]) == 0
+        return json.loads(capfd.readouterr().out)
+
+    return call
+
+
+@pytest.fixture(scope="module")
+def records(tmp_path_factory):
+    directory = tmp_path_factory.mktemp("records")
+    text = directory / "lines.txt"
+    text.write_text("".join(f"line {i * i} of the text\n" for i in range(100)))
+    words = ["--input", str(text), "--output", str(directory / "data"), "--documents", "line"]
+    more = ["--sequence-length", "48", "--tokenizer", "bytes", "--heldout", "0.5"]
+    assert main(["prepare", *words, *more]) == 0
+    return directory / "data"
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("more", [[], ["--commit", "threshold=0.01", "--revise", "wino=0.5"]])
+def test_samples_over_a_mesh_are_those_of_one_device(random_checkpoint, said, more):
+    words = ["sample", "--checkpoint", random_checkpoint, *SAMPLE, *more]
+    alone, together = said(*words), said(*words, *MESH)
+    assert [s["tokens"] for s in together["samples"]] == [s["tokens"] for s in alone["samples"]]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_the_bound_over_a_mesh_is_that_of_one_device(random_checkpoint, records, said, dtype):
+    """With a batch that the devices do not divide."""
+    words = ["evaluate", "--checkpoint", random_checkpoint, "--data", records, "--dtype", dtype]
+    alone = said(*words, "--batch-size", "8")
+    together = said(*words, "--batch-size", "6", *MESH)  # rounded up
+    assert together["num_tokens"] == alone["num_tokens"] > 0
+    tolerance = 1e-5 if dtype == "float32" else 2e-3
+    assert together["nelbo_nats_per_token"] == pytest.approx(
+        alone["nelbo_nats_per_token"], rel=tolerance
+    )
+
+
+@pytest.mark.slow
+def test_matrices_in_bfloat16_change_no_logits_and_a_mesh_only_rounds_them(random_checkpoint):
+    tokens_BT = np.arange(24).reshape(2, 12)
+    kept = llada_jax.load(str(random_checkpoint), dtype="bfloat16")
+    cast = llada_jax.load(str(random_checkpoint), dtype="bfloat16", keep_float32=False)
+    split = llada_jax.load(
+        str(random_checkpoint),
+        dtype="bfloat16",
+        keep_float32=False,
+        mesh=make_mesh({"fsdp": 4, "tensor": 2}),
+    )
+    assert len(split.params["blocks"]["q"].sharding.device_set) == 8
+    np.testing.assert_allclose(split.logits(tokens_BT), kept.logits(tokens_BT), atol=0.05)
+    assert cast.params["blocks"]["q"].dtype == jnp.bfloat16
+    assert cast.params["blocks"]["attn_norm"].dtype == jnp.float32
+    np.testing.assert_array_equal(cast.logits(tokens_BT), kept.logits(tokens_BT))
+
+
+def test_a_cast_keeps_norms_biases_and_shards():
+    mesh = make_mesh({"fsdp": 8})
+    shards = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec("fsdp"))
+    ones = jax.device_put(jnp.ones(8), shards)
+    params = {"embed": ones, "final_norm": ones, "blocks": {"q": ones, "q_bias": ones}}
+    cast = in_compute_dtype(params, jnp.bfloat16)
+    dtypes = jax.tree.map(lambda leaf: leaf.dtype.name, cast)
+    assert dtypes == {
+        "embed": "bfloat16",
+        "final_norm": "float32",
+        "blocks": {"q": "bfloat16", "q_bias": "float32"},
+    }
+    assert cast["embed"].sharding == shards
+
+
+@pytest.mark.parametrize("verb", ["sample", "evaluate"])
+@pytest.mark.parametrize(
+    ("words", "sentence"),
+    [
+        (["--mesh", "fdsp=8"], "there is no axis 'fdsp'. Did you mean 'fsdp'?"),
+        (["--mesh", "fsdp=3"], "needs 3 devices, and there are 8"),
+        (["--mesh", "tensor=8"], "query heads=4 cannot be split 8 ways"),
+        (["--dtype", "float16"], "invalid choice: 'float16'"),
+    ],
+)
+def test_impossible_places_are_refused(random_checkpoint, capfd, tmp_path, verb, words, sentence):
+    (tmp_path / "q.jsonl").write_text('{"prompt": "a", "answer": "b"}\n')
+    about = ["--tasks", str(tmp_path / "q.jsonl")] if verb == "evaluate" else []
+    status = main([verb, "--checkpoint", str(random_checkpoint), *about, *words])
+    assert status == 2
+    assert sentence in capfd.readouterr().err

@@ -1,0 +1,76 @@
+"""`llada_jax.train`, `.evaluate` and `.evaluate_tasks`, called with values, return what the
+commands print.
+"""
+
+import json
+
+import pytest
+from support.mishaps import train_argv
+from support.runs import losses, metric_lines
+
+import llada_jax
+from llada_jax.__main__ import main
+from llada_jax.config import load_config
+from llada_jax.errors import UserError
+
+
+def printed(argv, capsys) -> dict:
+    capsys.readouterr()
+    assert main([*map(str, argv), "--json"]) == 0
+    return json.loads(capsys.readouterr().out)
+
+
+def test_train_returns_the_metrics_of_the_run_that_the_command_makes(home, tmp_path):
+    changes = {"data.path": str(home / "data"), "optimizer.b2": 0.9, "seed": 3}
+    run = llada_jax.train(home / "tiny.py", tmp_path / "run", changes=changes)
+    words = [f"{name}={value}" for name, value in changes.items()]
+    assert main(train_argv(home, tmp_path / "other", *words)) == 0
+    assert losses(tmp_path / "run").tolist() == losses(tmp_path / "other").tolist()
+    assert run.step == 4
+    assert run.train == metric_lines(tmp_path / "run", "train")[-1]["train"]
+    assert (
+        run.final["final"]["nelbo"] == metric_lines(tmp_path / "run", "final")[0]["final"]["nelbo"]
+    )
+    assert llada_jax.load(run.workdir).step == 4
+    assert (tmp_path / "run" / "config.py").read_text() == (home / "tiny.py").read_text()
+
+
+@pytest.mark.slow
+def test_train_takes_a_config_that_was_changed_in_python_and_leaves_it_alone(home, tmp_path):
+    config = load_config(str(home / "tiny.py"), [f"data.path={home / 'data'}"])
+    config.num_steps = 2
+    run = llada_jax.train(config, str(tmp_path / "run"), changes={"seed": 7})
+    assert (run.step, config.seed) == (2, load_config(str(home / "tiny.py")).seed)
+    assert llada_jax.load(run.workdir).config["seed"] == 7
+    assert not (tmp_path / "run" / "config.py").exists()
+
+
+@pytest.mark.parametrize(
+    ("changes", "says"),
+    [
+        ({"num_step": 3}, "has no knob 'num_step'. Did you mean 'num_steps'"),
+        ({"optimiser.b2": 0.9}, r"no group 'optimiser' \(in 'optimiser.b2'\)"),
+        ({"num_steps": "3"}, "num_steps='3' is not of type int"),
+        ({"seed": True}, "seed=True is not of type int"),
+        ({"optimizer.b2": 2.0}, "optimizer.b2"),
+    ],
+)
+def test_a_wrong_change_is_named_as_it_was_written(changes, says, home, tmp_path):
+    with pytest.raises(UserError, match=says):
+        llada_jax.train(home / "tiny.py", tmp_path / "run", changes=changes)
+    assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.slow
+def test_evaluate_returns_what_the_command_prints(home, capsys):
+    run, data = home / "run", home / "data"
+    expected = printed(["evaluate", "--checkpoint", run, "--data", data], capsys)
+    assert llada_jax.evaluate(str(run), data) == expected
+    tasks = home / "questions.jsonl"
+    tasks.write_text(json.dumps({"prompt": "it", "answer": " is"}) + "\n")
+    words = ["--tasks", tasks, "--ask", "forwards", "--mc-samples", "4"]
+    expected = printed(["evaluate", "--checkpoint", run, *words], capsys)
+    found = llada_jax.evaluate_tasks(str(run), tasks, ask=["forwards"], mc_samples=4)
+    # JSON has no NaN
+    assert found["forwards"]["log_likelihood"] == expected["forwards"]["log_likelihood"]
+    assert found.keys() == expected.keys()
