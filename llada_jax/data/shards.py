@@ -18,7 +18,7 @@ from itertools import accumulate
 
 from llada_jax.errors import UserError, one_line, reason
 from llada_jax.storage import files
-from llada_jax.storage.ranges import Folder
+from llada_jax.storage.byte_ranges import Folder
 from llada_jax.storage.remote import is_remote
 
 CHECKSUM_BYTES = 4

@@ -5,8 +5,8 @@ import subprocess
 import sys
 from concurrent.futures import ThreadPoolExecutor
 
-from llada_jax.storage import ranges
-from llada_jax.storage.ranges import Folder
+from llada_jax.storage import byte_ranges
+from llada_jax.storage.byte_ranges import Folder
 
 
 def test_a_range_ends_where_the_file_does(tmp_path):
@@ -37,7 +37,7 @@ def test_a_folder_that_is_opened_again_sees_the_file_that_was_replaced(tmp_path)
 def test_threads_that_take_the_open_files_from_each_other_read_the_right_ones(
     tmp_path, monkeypatch
 ):
-    monkeypatch.setattr(ranges, "_opened", lambda path, reader: ranges._Descriptor(path))
+    monkeypatch.setattr(byte_ranges, "_opened", lambda path, reader: byte_ranges._Descriptor(path))
     for number in range(50):
         (tmp_path / str(number)).write_bytes(number.to_bytes(2, "little") * 1000)
     folder = Folder(tmp_path)
@@ -55,7 +55,7 @@ def test_thousands_of_files_are_read_under_a_limit_of_400_open_ones(tmp_path):
 import os, random, resource, sys
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from llada_jax.storage.ranges import Folder
+from llada_jax.storage.byte_ranges import Folder
 resource.setrlimit(resource.RLIMIT_NOFILE, (400, 400))
 for number in range(3_000):
     Path(sys.argv[1], str(number)).write_bytes(number.to_bytes(4, "little"))
