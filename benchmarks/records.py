@@ -67,12 +67,12 @@ async def serve(folder: Path, port: int, latency_s: float) -> None:
             return "200 OK", json.dumps({"name": "bucket"}).encode(), ""
         if not name:
             prefix, start = query.get("prefix", ""), int(query.get("pageToken", 0))
-            place = folder / prefix.rpartition("/")[0]
-            found = sorted(place.iterdir()) if place.is_dir() else []
-            items = [described(f"{prefix.rpartition('/')[0]}/{file.name}", file) for file in found]
-            items = [item for item in items if item["name"].startswith(prefix)]
-            page = {"kind": "storage#objects", "items": items[start : start + PAGE]}
-            more = {"nextPageToken": str(start + PAGE)} if len(items) > start + PAGE else {}
+            parent = prefix.rpartition("/")[0]
+            found = sorted(os.listdir(folder / parent)) if (folder / parent).is_dir() else []
+            names = [name for file in found if (name := f"{parent}/{file}").startswith(prefix)]
+            items = [described(name, folder / name) for name in names[start : start + PAGE]]
+            page = {"kind": "storage#objects", "items": items}
+            more = {"nextPageToken": str(start + PAGE)} if len(names) > start + PAGE else {}
             return "200 OK", json.dumps(page | more).encode(), ""
         file = folder / name
         if not file.is_file():
@@ -116,7 +116,11 @@ def measure(path: str, *, num_threads: int, seconds: float) -> dict:
     describe([(path, 1.0)], sequence_length=T)
     described = time.perf_counter()
     batches = train_batches(
-        [(path, 1.0)], batch_size=BATCH_SIZE, sequence_length=T, seed=0, num_threads=num_threads
+        [(path, 1.0)],
+        batch_size=BATCH_SIZE,
+        sequence_length=T,
+        seed=0,
+        num_threads=num_threads,
     )
     next(batches)
     first = time.perf_counter()

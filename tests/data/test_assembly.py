@@ -140,3 +140,21 @@ def test_a_directory_that_version_0_1_has_written_is_refused(tmp_path, corpus):
     message = refusal(corpus, tmp_path / "out", **ARGS)
     assert f"{tmp_path / 'out'} was written by version 0.1" in message
     assert "another --output" in message
+
+
+def test_a_shard_whose_replacement_was_killed_is_not_taken_for_the_new_one(
+    tmp_path, corpus, monkeypatch
+):
+    prepare(corpus, tmp_path / "out", **ARGS)
+    (tmp_path / "out/dataset.json").unlink()  # so that the inputs may change
+    file = tmp_path / "corpus/part-000.jsonl"
+    file.write_text(file.read_text().replace("a", "e"))
+    size = (tmp_path / "out/train-00000.records").stat().st_size
+    with monkeypatch.context() as patch:
+        killed_at(1, patch)
+        with pytest.raises(Killed):
+            prepare(corpus, tmp_path / "out", **ARGS)
+    prepare(corpus, tmp_path / "out", **ARGS)
+    prepare(corpus, tmp_path / "fresh", **ARGS)
+    assert tree(tmp_path / "out") == tree(tmp_path / "fresh")
+    assert (tmp_path / "out/train-00000.records").stat().st_size == size

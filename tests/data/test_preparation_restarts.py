@@ -23,7 +23,8 @@ def small_units(monkeypatch):
 
 
 @pytest.mark.slow
-def test_the_result_does_not_depend_on_the_number_of_processes(tmp_path, small_units):
+def test_the_result_does_not_depend_on_the_number_of_processes(tmp_path, small_units, monkeypatch):
+    monkeypatch.setattr("llada_jax.data.assembly.SHARD_BYTES", 1)  # a shard for each unit
     write_corpus(tmp_path / "corpus", num_files=5, num_documents=30)
     for workers in (1, 2, 3):
         prepare(

@@ -5,6 +5,10 @@ import subprocess
 import sys
 from concurrent.futures import ThreadPoolExecutor
 
+import pytest
+from support.runs import free_port
+
+from llada_jax.errors import Unreachable
 from llada_jax.storage import byte_ranges
 from llada_jax.storage.byte_ranges import Folder
 
@@ -70,3 +74,20 @@ with ThreadPoolExecutor(16) as pool:
         [sys.executable, "-c", program, str(tmp_path)], capture_output=True, text=True
     )
     assert result.returncode == 0, result.stderr
+
+
+def test_a_bucket_that_does_not_answer_is_waited_for_and_then_a_reason_to_start_again(
+    monkeypatch, capfd
+):
+    monkeypatch.setattr(byte_ranges, "path_of", lambda path: path)  # it did answer at the start
+    monkeypatch.setattr(byte_ranges, "NUM_RETRIES", 1)
+    monkeypatch.setattr(byte_ranges, "WAITING_S", 0.1)
+    monkeypatch.setenv("AWS_ENDPOINT_URL", f"http://127.0.0.1:{free_port()}")
+    monkeypatch.delenv("AWS_ENDPOINT_URL_S3", raising=False)
+    monkeypatch.setenv("AWS_ACCESS_KEY_ID", "test")
+    monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", "test")
+    folder = Folder("s3://bucket/set")
+    with pytest.raises(Unreachable, match="s3://bucket/set does not answer") as refused:
+        folder.read("train-00000.records", 0, 10)
+    assert refused.value.exit_status == 42
+    assert "for s3://bucket/set to answer" in capfd.readouterr().err

@@ -1,6 +1,5 @@
-"""Buckets on emulators that listen on loopback, and a slow link to them."""
+"""Buckets on emulators that listen on loopback."""
 
-import asyncio
 import contextlib
 import os
 import socket
@@ -12,6 +11,8 @@ from pathlib import Path
 
 from support.required import library
 from support.runs import free_port
+
+SLOW_LINK = str(Path(__file__).with_name("slow_link.py"))
 
 # Scheme -> the emulator's library, the client's library, and the command that serves on a port.
 EMULATORS = {
@@ -88,7 +89,7 @@ def emulated(
         until_end.callback(process.wait)
         until_end.callback(process.kill)
         if latency_s:
-            words = [__file__, listens_on, str(seen), str(port), str(latency_s)]
+            words = [SLOW_LINK, listens_on, str(seen), str(port), str(latency_s)]
             link = subprocess.Popen([sys.executable, *words], stdout=file, stderr=file)
             until_end.callback(link.wait)
             until_end.callback(link.kill)
@@ -108,41 +109,3 @@ def emulated(
         finally:
             os.environ.clear()
             os.environ.update(before)
-
-
-async def _slow_link(host: str, port: int, behind: int, latency_s: float) -> None:
-    """Serves what listens on a port of loopback at another address, each answer `latency_s` late,
-    however many are on their way.
-    """
-
-    async def forward(reader, writer, delay: float) -> None:
-        sent: asyncio.Queue = asyncio.Queue()
-
-        async def deliver() -> None:
-            while item := await sent.get():
-                due, data = item
-                await asyncio.sleep(due - time.monotonic())
-                writer.write(data)
-                await writer.drain()
-            writer.close()
-
-        delivering = asyncio.create_task(deliver())
-        with contextlib.suppress(ConnectionError):
-            while data := await reader.read(1 << 18):
-                sent.put_nowait((time.monotonic() + delay, data))
-        sent.put_nowait(None)
-        with contextlib.suppress(ConnectionError):
-            await delivering
-
-    async def serve(reader, writer) -> None:
-        there_reader, there_writer = await asyncio.open_connection("127.0.0.1", behind)
-        await asyncio.gather(
-            forward(reader, there_writer, 0.0), forward(there_reader, writer, latency_s)
-        )
-
-    async with await asyncio.start_server(serve, host, port) as server:
-        await server.serve_forever()
-
-
-if __name__ == "__main__":
-    asyncio.run(_slow_link(sys.argv[1], int(sys.argv[2]), int(sys.argv[3]), float(sys.argv[4])))
