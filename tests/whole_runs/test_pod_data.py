@@ -18,12 +18,12 @@ from llada_jax.data.parts import join_parts
 from llada_jax.data.records import read_dataset
 from llada_jax.storage.remote import upload
 
-NUM_PARTS, NUM_STEPS, LATENCY_S = 4, 30, 0.02
+NUM_PARTS, NUM_STEPS, LATENCY_S = 4, 20, 0.02
 SETTINGS = (
     f"num_steps={NUM_STEPS}",
     "schedule.name=cosine",
     "checkpoint.every_steps=5",
-    "evaluation.every_steps=10",
+    "evaluation.every_steps=0",
 )
 
 hosts = pytest.fixture(scope="module")(two_hosts)
