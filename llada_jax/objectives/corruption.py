@@ -21,7 +21,7 @@ def sample_t(
     *,
     num_rows: Array | int,
     t_sampling: str,
-    bell_width: float | None = None,
+    bell_width: float = 0.2,
 ) -> Array:
     """Returns diffusion times t_B, float32 in [0, 1), for rows `row_B` of a global batch of
     `num_rows`.
