@@ -188,10 +188,10 @@ def heldout_batches(
     _check_dialogues([info], attend_across_documents=attend_across_documents)
     fields = fields_of(info)
     source = _Padded(records, fields, multiple=batch_size, sequence_length=sequence_length)
-    dataset = _with_drawn_answers(grain.MapDataset.source(source), info, seed=_HELDOUT_ANSWERS)
-    dataset = dataset.map(_row_for(attend_across_documents))
-    dataset = _HostRows(dataset, batch_size=batch_size, rows=rows, start_step=0).batch(len(rows))
-    return islice(_iterate(dataset, num_threads=num_threads, prefetch=prefetch), max_batches)
+    scored = _with_drawn_answers(grain.MapDataset.source(source), info, seed=_HELDOUT_ANSWERS)
+    scored = scored.map(_row_for(attend_across_documents))
+    batches = _HostRows(scored, batch_size=batch_size, rows=rows, start_step=0).batch(len(rows))
+    return islice(_iterate(batches, num_threads=num_threads, prefetch=prefetch), max_batches)
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -2,6 +2,8 @@
 again after an interruption continues.
 """
 
+import argparse
+import functools
 import json
 import os
 import sys
@@ -85,6 +87,10 @@ def make_parser() -> Parser:
     parser.usage = (
         "llada-jax prepare --input PATH... --output DIR --sequence-length T --tokenizer SPEC "
         "[flags]"
+    )
+    # wide enough for --input in one line, so that the help fits a screen
+    parser.formatter_class = functools.partial(
+        argparse.RawDescriptionHelpFormatter, max_help_position=28
     )
     add = parser.add_argument
     add(
