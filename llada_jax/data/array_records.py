@@ -11,6 +11,8 @@ from array_record.python.array_record_data_source import ArrayRecordDataSource
 from llada_jax.data.shards import Shard
 from llada_jax.errors import UserError, one_line
 
+PREPARE_AGAIN = "prepare the text again"
+
 
 class ArrayRecords:
     """What StoredRecords is for the shards of today. Riegeli, the format below ArrayRecord, hashes
@@ -59,4 +61,4 @@ class ArrayRecords:
 
     def damaged(self, index: int, found: str) -> UserError:
         """Returns the error for a record that was read and is not what was written."""
-        return UserError(f"{self.name_of(index)} is damaged ({found}): prepare the text again.")
+        return UserError(f"{self.name_of(index)} is damaged ({found}): {PREPARE_AGAIN}.")

@@ -19,11 +19,11 @@ from typing import Any
 import numpy as np
 from etils import epath
 
-from llada_jax.data.array_records import ArrayRecords
-from llada_jax.data.shards import Shard, StoredRecords, check_sizes, stored_size
+from llada_jax.data.array_records import PREPARE_AGAIN, ArrayRecords
+from llada_jax.data.shards import Shard, StoredRecords, check_sizes, remedy, stored_size
 from llada_jax.errors import UserError, look_up, reason
 from llada_jax.storage import files
-from llada_jax.storage.remote import path_of
+from llada_jax.storage.remote import is_remote, path_of
 
 FORMAT = 4
 # Version 0.1 has written these, in ArrayRecord files: text, dialogues, and pairs of answers.
@@ -241,6 +241,11 @@ def parse_dataset(directory: epath.Path, content: dict) -> DatasetInfo:
     when prepare has not written it.
     """
     is_array_record = content["format"] in _ARRAY_RECORD_FORMATS
+    if is_array_record and is_remote(directory):
+        raise UserError(
+            f"{directory} was prepared by version 0.1, whose records are read from a disk alone: "
+            f"copy it to a disk or mount it, or {PREPARE_AGAIN}."
+        )
     try:
         sequence_length = _count(content, "sequence_length", least=2)
         tokenizer = {
@@ -291,8 +296,9 @@ def check_shards(info: DatasetInfo) -> None:
     For the start of a run. A shard that is damaged later, or whose bytes are, is named when a
     record of it is read.
     """
+    what_to_do = PREPARE_AGAIN if info.is_array_record else remedy(info.directory)
     for split in info.splits.values():
-        check_sizes(info.directory, split.shards)
+        check_sizes(info.directory, split.shards, what_to_do=what_to_do)
 
 
 def read_json_of(directory: epath.Path) -> dict:

@@ -131,7 +131,7 @@ def remedy(directory: str) -> str:
     return "delete the shard and run prepare again, which writes only what is missing"
 
 
-def check_sizes(directory: str, shards: Iterable[Shard]) -> None:
+def check_sizes(directory: str, shards: Iterable[Shard], *, what_to_do: str) -> None:
     """Raises UserError when a shard is missing or its size is not the one that was written.
 
     Each folder is listed once, which takes one request to a bucket for a thousand files.
@@ -149,9 +149,9 @@ def check_sizes(directory: str, shards: Iterable[Shard]) -> None:
                 ) from error
         path = os.path.join(directory, shard.file)
         if name not in sizes[folder]:
-            raise UserError(f"Shard {path} is missing: {remedy(directory)}.")
+            raise UserError(f"Shard {path} is missing: {what_to_do}.")
         if sizes[folder][name] != shard.num_bytes:
             raise UserError(
                 f"Shard {path} has {sizes[folder][name]} bytes instead of the {shard.num_bytes} "
-                f"that were written: {remedy(directory)}."
+                f"that were written: {what_to_do}."
             )

@@ -45,7 +45,9 @@ def test_a_damaged_one_is_named(old, damage):
     assert ("cannot be read" if damage == "missing" else "is damaged") in message
     if damage != "flipped":
         sources = [(str(old), 1.0)]
-        assert str(shard) in error_of(describe, sources, sequence_length=info.sequence_length)
+        refusal = error_of(describe, sources, sequence_length=info.sequence_length)
+        assert str(shard) in refusal
+        assert refusal.endswith("prepare the text again.")
         args = {"batch_size": 2, "sequence_length": info.sequence_length, "seed": 0}
         assert str(shard) in error_of(next, train_batches(sources, **args))
 

@@ -10,6 +10,7 @@ from etils import epath
 from support.buckets import EMULATORS, emulated
 from support.counting import T, write_counting_dataset
 from support.errors import error_of
+from support.paths import ROOT
 
 from llada_jax.data.loader import describe, heldout_batches, train_batches
 from llada_jax.data.records import Records, read_dataset
@@ -70,6 +71,14 @@ def test_what_is_wrong_with_a_shard_in_a_bucket_is_named(places):
         assert f"Shard {shard} is missing" in error_of(describe, [(remote, 1.0)], sequence_length=T)
     finally:
         shard.write_bytes(whole)
+
+
+def test_a_data_set_of_version_0_1_is_read_from_a_disk_alone(places):
+    _, remote = places
+    folder = epath.Path(f"{remote}-old")
+    old = ROOT / "tests/fixtures/version_0.1/data/dataset.json"
+    (folder / "dataset.json").write_text(old.read_text())
+    assert f"{folder} was prepared by version 0.1" in error_of(read_dataset, folder)
 
 
 def test_a_folder_of_a_bucket_without_a_data_set_is_named(places):

@@ -1,5 +1,6 @@
 """Shards are whole or absent, and a record of one that is damaged, cut short or gone is named."""
 
+import functools
 import os
 import subprocess
 import sys
@@ -146,12 +147,13 @@ def test_the_sizes_of_shards_in_several_folders_are_compared(tmp_path):
         (tmp_path / folder).mkdir()
         write_shard(tmp_path / folder / "0.records", [record(1)])
     shards = [Shard(file=f"{f}/0.records", num_records=1, num_bytes=24) for f in ("a", "b")]
-    check_sizes(str(tmp_path), shards)
+    check = functools.partial(check_sizes, str(tmp_path), shards, what_to_do="write it again")
+    check()
     os.truncate(tmp_path / "b/0.records", 23)
-    assert f"Shard {tmp_path / 'b/0.records'} has 23 bytes instead of the 24" in error_of(
-        check_sizes, str(tmp_path), shards
-    )
+    message = error_of(check)
+    assert f"Shard {tmp_path / 'b/0.records'} has 23 bytes instead of the 24" in message
+    assert message.endswith("write it again.")
     (tmp_path / "b/0.records").unlink()
-    assert "b/0.records is missing" in error_of(check_sizes, str(tmp_path), shards)
+    assert "b/0.records is missing" in error_of(check)
     (tmp_path / "b").rmdir()
-    assert "b/0.records is missing" in error_of(check_sizes, str(tmp_path), shards)
+    assert "b/0.records is missing" in error_of(check)
