@@ -189,6 +189,7 @@ def prepare_export(args) -> Export:
         **ids,
         max_sequence_length=max_length,
         dtype=args.dtype,
+        eot_id=tokenizer.eot_id,
         num_ids=None if has_text else tokenizer.vocab_size,
         source=(record.source or {}).get("config"),
     )
@@ -272,6 +273,7 @@ def write_export(args, export: Export) -> dict:
         )
         if jax.process_index() == 0:
             for name, content in export.others.items():
+                (partial / name).parent.mkdir(exist_ok=True)
                 files.write_whole(partial / name, content)
         if args.verify:
             result = {**result, "verify": verify(partial, export, dtype=args.dtype)}
