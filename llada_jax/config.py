@@ -142,6 +142,9 @@ def default_config() -> ConfigDict:
     config.optimizer.max_skipped_updates = 0
     # microbatches per step; the update is that of the whole batch
     config.optimizer.gradient_accumulation = 1
+    # in which devices add up the gradients of matrices: compute (the dtype of the products) |
+    # float32; all other gradients are added up in float32
+    config.optimizer.gradient_dtype = "compute"
 
     config.schedule = ConfigDict()
     # llada | wsd | cosine | constant

@@ -1,4 +1,4 @@
-"""The range of every number in the config.
+"""The range of every number in the config, and of numbers that flags and functions share.
 
 A bound is where a value stops to mean anything, not where it stops to be wise: a size above its
 bound fits no machine, and would end in a traceback or in a hang instead of a sentence.
@@ -39,15 +39,21 @@ MAX_SIZE = 2**24
 # Seconds and numbers of threads, which the system takes as C's int.
 MAX_INT = 2**31 - 1
 
+ANY = Range(-math.inf)
+SIZE = Range(1, MAX_SIZE)
+SIZE_OR_NONE = Range(0, MAX_SIZE)
+SEED = Range(0, 2**32 - 1)
+# Corruptions that are drawn for a row: the error falls with the root of their number, and 128 are
+# usual.
+DRAWS = Range(1, 2**16)
 _STEPS = Range(0, MAX_STEPS)
 _FROM_ONE = Range(1, MAX_STEPS)
-_SIZE = Range(1, MAX_SIZE)
 
 RANGES = {
-    "seed": Range(0, 2**32 - 1),
+    "seed": SEED,
     "num_steps": _STEPS,
     "num_tokens": Range(0, 2**63 - 1),
-    "data.batch_size": _SIZE,
+    "data.batch_size": SIZE,
     "data.sequence_length": Range(2, MAX_SIZE),
     "data.random_length_probability": Range(0, 1),
     "data.eos_padding": Range(0, MAX_SIZE),
@@ -56,14 +62,14 @@ RANGES = {
     "data.prefetch": Range(1, 2**16),
     "model.vocab_size": Range(0, MAX_SIZE),
     "model.num_layers": Range(1, 2**16),
-    "model.d_model": _SIZE,
+    "model.d_model": SIZE,
     "model.num_heads": Range(1, 2**16),
     "model.num_kv_heads": Range(1, 2**16),
     "model.head_dim": Range(2, 2**16),
-    "model.d_ff": _SIZE,
+    "model.d_ff": SIZE,
     "model.rope_theta": Range(0, above=True),
     "model.norm_eps": Range(0, 1, above=True),
-    "model.nll_chunk": _SIZE,
+    "model.nll_chunk": SIZE,
     "objective.eps": Range(0, 1, below=True),
     "objective.max_mask_ratio": Range(0, 1, above=True),
     "objective.prompt_dropout": Range(0, 1),
@@ -80,7 +86,7 @@ RANGES = {
     "optimizer.clip_norm": Range(0),
     "optimizer.ema_decay": Range(0, 1, below=True),
     "optimizer.max_skipped_updates": _STEPS,
-    "optimizer.gradient_accumulation": _SIZE,
+    "optimizer.gradient_accumulation": SIZE,
     "schedule.learning_rate": Range(0),
     "schedule.final_learning_rate": Range(0),
     "schedule.warmup_steps": _STEPS,
@@ -98,9 +104,9 @@ RANGES = {
     "evaluation.num_batches": _STEPS,
     "evaluation.final_num_batches": _STEPS,
     "samples.every_steps": _STEPS,
-    "samples.gen_length": _SIZE,
-    "samples.steps": _SIZE,
-    "samples.block_length": _SIZE,
+    "samples.gen_length": SIZE,
+    "samples.steps": SIZE,
+    "samples.block_length": SIZE,
     "samples.temperature": Range(0),
     "checkpoint.every_steps": _FROM_ONE,
     "checkpoint.keep": _FROM_ONE,
@@ -118,10 +124,20 @@ def check_ranges(values: dict[str, float]) -> None:
     A number without a range must still be finite.
     """
     for path, value in values.items():
-        if isinstance(value, float) and not math.isfinite(value):
-            raise UserError(f"config.{path}={value} must be a finite number.")
-        if path in RANGES and not RANGES[path].holds(value):
-            raise UserError(f"config.{path}={value} {RANGES[path].refusal(value)}")
+        if path in RANGES or isinstance(value, float):
+            check_number(f"config.{path}=", value, RANGES.get(path, ANY))
+
+
+def check_number(name: str, value: float, allowed: Range) -> None:
+    """Raises UserError for a number that is not finite or lies out of its range.
+
+    Args:
+        name: of the number, as the message is to begin, such as "--steps " or "gen_length=".
+    """
+    if isinstance(value, float) and not math.isfinite(value):
+        raise UserError(f"{name}{value} must be a finite number.")
+    if not allowed.holds(value):
+        raise UserError(f"{name}{value} {allowed.refusal(value)}")
 
 
 # Elements of an array that a run keeps: 70 TB in float32, a tenth of the memory of the largest pods

@@ -31,6 +31,7 @@ CHOICES = {
     "objective.masked": ("answers", "documents"),
     "objective.mean_over": ("answers", "tokens"),
     "optimizer.name": ("adamw", "lion", "muon"),
+    "optimizer.gradient_dtype": ("compute", "float32"),
     "schedule.name": ("llada", "wsd", "cosine", "constant"),
     "evaluation.weights": (AUTO, "raw", "ema"),
     "checkpoint.init_from_weights": (AUTO, "raw", "ema"),

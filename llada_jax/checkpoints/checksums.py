@@ -50,11 +50,17 @@ def _sums(tree, *, scheme: int):
     return jax.tree.map(checksum, tree)
 
 
-def checksum_of_float32(array: np.ndarray, *, scheme: int = SCHEME) -> int:
-    """Returns the same checksum of one float32 array in the memory of this host."""
+def checksum_of_float32(array: np.ndarray, *, scheme: int = SCHEME, first: int = 0) -> int:
+    """Returns the same checksum of one float32 array in the memory of this host.
+
+    Args:
+        first: the array is a part of a larger one, from this index of the first of at least two
+            dims on. The checksum of the whole is the sum of those of its parts, modulo 2**32.
+    """
     rows = array.view(np.uint32).reshape(-1, array.shape[-1] if array.ndim else 1)
     # the indices of the last dim, and of all others together
-    lead = np.broadcast_to(_position_hash(array.shape[:-1], np), array.shape[:-1]).reshape(-1, 1)
+    lead = _position_hash(array.shape[:-1], np, first)
+    lead = np.broadcast_to(lead, array.shape[:-1]).reshape(-1, 1)
     last = _index_hash(max(array.ndim - 1, 0), rows.shape[1], np)
     total, step = 0, max(1, BLOCK // max(rows.shape[1], 1))
     for start in range(0, len(rows), step):
@@ -67,8 +73,9 @@ def checksum_of_float32(array: np.ndarray, *, scheme: int = SCHEME) -> int:
     return total % 2**32
 
 
-def _position_hash(shape: tuple[int, ...], xp):
-    """Returns uint32 that broadcasts to `shape`: the sum over the dims of a hash of the index.
+def _position_hash(shape: tuple[int, ...], xp, first: int = 0):
+    """Returns uint32 that broadcasts to `shape`: the sum over the dims of a hash of the index,
+    which in the first dim starts at `first`.
 
     Not the number of the element in the whole array, which does not fit into 32 bits for the
     largest arrays. xp: numpy or jax.numpy.
@@ -76,14 +83,16 @@ def _position_hash(shape: tuple[int, ...], xp):
     total = xp.zeros((1,) * len(shape), xp.uint32)
     for dim, size in enumerate(shape):
         total = total + xp.expand_dims(
-            _index_hash(dim, size, xp), tuple(other for other in range(len(shape)) if other != dim)
+            _index_hash(dim, size, xp, 0 if dim else first),
+            tuple(other for other in range(len(shape)) if other != dim),
         )
     return total
 
 
-def _index_hash(dim: int, size: int, xp):
+def _index_hash(dim: int, size: int, xp, first: int = 0):
     """Returns uint32 [size], numbers without a pattern that differ from dim to dim."""
-    return _scrambled(xp.arange(size, dtype=xp.uint32) + np.uint32((dim + 1) * 0x9E3779B9 % 2**32))
+    indices = xp.arange(first, first + size, dtype=xp.uint32)
+    return _scrambled(indices + np.uint32((dim + 1) * 0x9E3779B9 % 2**32))
 
 
 def _scrambled(x):

@@ -14,10 +14,12 @@ every array: what a disk damages silently is found when it is read, and not by a
 falls.
 """
 
+import contextlib
 import dataclasses
 import os
 import re
 import time
+from collections.abc import Iterator
 from typing import Any
 
 import jax
@@ -34,7 +36,7 @@ from llada_jax.checkpoints.orbax_patches import teach_orbax_s3
 from llada_jax.checkpoints.record import RunRecord
 from llada_jax.cluster import distributed
 from llada_jax.errors import LostPeer, UserError, one_line
-from llada_jax.models.adapters import adapter_dims, adapter_shapes, merged, with_adapter
+from llada_jax.models.adapters import adapter_shapes, merged
 from llada_jax.paths import split_step
 from llada_jax.storage import remote
 from llada_jax.storage.arrays import kvstore_of, read_chunks
@@ -42,7 +44,7 @@ from llada_jax.training.state import TrainState
 
 FOLDER = "checkpoints"
 # Of an array on the disk. A reader holds one chunk next to the array, so this bounds its memory,
-# however few devices saved the array.
+# however few devices saved the array. Of larger arrays of stacked layers, a chunk holds one layer.
 CHUNK_BYTES = 64 << 20
 
 
@@ -105,6 +107,7 @@ class Checkpoints:
         self._claim = remote.Claim(self.directory.parent) if is_writer else None
         context = ocp.Context()
         context.array.saving.storage_options.chunk_byte_size = CHUNK_BYTES
+        context.array.saving.scoped_storage_options_creator = _storage_of
         if self._is_remote:
             # Orbax commits a step by renaming its folder, which a bucket cannot do at once; there
             # the file that is written last marks the step as committed.
@@ -249,25 +252,6 @@ class Checkpoints:
             donate_argnums=0,
         )(loaded["frozen"], loaded[name])
 
-    def read_network_array(
-        self, step: int, path: str, shape: tuple[int, ...], *, ema: bool
-    ) -> np.ndarray:
-        """Returns one array of restore_params, such as "blocks/q", in the memory of this host; see
-        read_array.
-        """
-        name = "ema" if ema else "params"
-        lora = self.record(step).lora
-        if not lora.rank:
-            return self.read_array(step, f"{name}/{path}", shape)
-        array = self.read_array(step, f"frozen/{path}", shape)
-        if path not in lora.paths:
-            return array
-        a, b = (
-            self.read_array(step, f"{name}/{path}/{part}", part_shape)
-            for part, part_shape in zip("ab", adapter_dims(path, shape, lora))
-        )
-        return with_adapter(array, a, b, lora)
-
     def check_parameters(self, step: int, paths: set[str], *, ema: bool) -> None:
         """Raises UserError that names the parameters of a step which a network does not have, and
         those of the network which the step does not hold.
@@ -292,9 +276,19 @@ class Checkpoints:
 
     def read_array(self, step: int, path: str, shape: tuple[int, ...]) -> np.ndarray:
         """Returns one float32 array of a step in the memory of this host, checked against its
-        checksum.
+        checksum; see open_array.
+        """
+        store = self.open_array(step, path, shape)
+        with self.reading(step):
+            array = read_chunks(store)
+        scheme = self.record(step).checksum_scheme
+        self.check_sums(step, {path: checksum_of_float32(array, scheme=scheme)})
+        return array
 
-        Read from Orbax's files with tensorstore, and not by Orbax: it would hold all chunks of an
+    def open_array(self, step: int, path: str, shape: tuple[int, ...]) -> tensorstore.TensorStore:
+        """Returns one float32 array of a step, of which nothing is read yet.
+
+        Opened in Orbax's files with tensorstore, and not by Orbax: it would hold all chunks of an
         array at once next to the array itself, and would wait at each call for the other
         processes, each of which exports different arrays.
 
@@ -302,7 +296,7 @@ class Checkpoints:
             path: as in the checksums of the record, such as "params/blocks/q" or "ema/embed".
 
         Raises:
-            UserError: it cannot be read, or is not what was saved.
+            UserError: it cannot be opened, or does not have this shape.
         """
         item, _, key = path.partition("/")
         base = self.directory / str(step) / item
@@ -311,37 +305,46 @@ class Checkpoints:
             "base": kvstore_of(str(base)),
             "path": key.replace("/", ".") + "/",
         }
-        try:
+        with self.reading(step):
             store = tensorstore.open({"driver": "zarr3", "kvstore": kvstore}, open=True).result()
-            array = read_chunks(store)
-        except Exception as error:  # as in _load
-            raise self._damaged(step, _reason(error)) from error
-        if array.shape != tuple(shape) or array.dtype != np.float32:
+        dtype = store.dtype.numpy_dtype
+        if store.shape != tuple(shape) or dtype != np.float32:
             raise self._damaged(
-                step, f"{path} is {array.dtype}{list(array.shape)} and not float32{list(shape)}"
+                step, f"{path} is {dtype}{list(store.shape)} and not float32{list(shape)}"
             )
-        scheme = self.record(step).checksum_scheme
-        self._check(step, item, {key: checksum_of_float32(array, scheme=scheme)})
-        return array
+        return store
+
+    @contextlib.contextmanager
+    def reading(self, step: int) -> Iterator[None]:
+        """Makes one UserError of whatever is raised while arrays of a step are read.
+
+        Which errors Orbax and tensorstore raise on damaged files is not documented and changes with
+        their versions: each of them means that this checkpoint cannot be read.
+        """
+        try:
+            yield
+        except Exception as error:
+            raise self._damaged(step, _reason(error)) from error
 
     def _load(self, step: int, items: dict) -> dict:
         """Returns the items of a step, each of which has the checksum with which it was saved."""
-        try:
+        with self.reading(step):
             loaded = self._checkpointer.load_checkpointables(step, items)
-        except Exception as error:
-            # Which errors Orbax and tensorstore raise on damaged files is not documented and
-            # changes with their versions: each of them means that this checkpoint cannot be read.
-            raise self._damaged(step, _reason(error)) from error
         for item, sums in checksums(loaded, scheme=self.record(step).checksum_scheme).items():
-            self._check(step, item, sums)
+            self.check_sums(step, {f"{item}/{path}": number for path, number in sums.items()})
         return loaded
 
-    def _check(self, step: int, item: str, sums: dict[str, int]) -> None:
-        """Raises UserError unless all arrays of an item match the checksums in the record."""
-        saved = (self.record(step).checksums or {}).get(item, {})
+    def check_sums(self, step: int, sums: dict[str, int]) -> None:
+        """Raises UserError unless all arrays match the checksums in the record.
+
+        Args:
+            sums: {path such as "params/blocks/q": checksum}.
+        """
+        saved = self.record(step).checksums or {}
         for path, number in sums.items():
-            if number != saved.get(path):
-                raise self._damaged(step, f"{item}/{path} does not match its saved checksum")
+            item, _, key = path.partition("/")
+            if number != saved.get(item, {}).get(key):
+                raise self._damaged(step, f"{path} does not match its saved checksum")
 
     def record(self, step: int) -> RunRecord:
         """Returns the record of the run at a step, with the checksums of its arrays.
@@ -349,10 +352,8 @@ class Checkpoints:
         Raises:
             UserError: it cannot be read, or is not one of ours.
         """
-        try:
+        with self.reading(step):
             content = dict(self._checkpointer.checkpointables_metadata(step).custom_metadata or {})
-        except Exception as error:  # as in _load
-            raise self._damaged(step, _reason(error)) from error
         record = RunRecord.from_json(
             content,
             file=f"The record of the checkpoint {self.directory / str(step)}",
@@ -372,6 +373,17 @@ class Checkpoints:
         others = [s for s in self.steps if s != step]
         then = f"continue from step {others[-1]}" if others else "train again"
         return f"move that folder away to {then}"
+
+
+def _storage_of(path, leaf) -> ocp.options.ArrayOptions.Saving.StorageOptions | None:
+    """Returns how a leaf of an item is cut into chunks, None for the usual way.
+
+    Layers apart, so that a reader of one layer reads no other. Small arrays are read whole without
+    harm, and those of the optimizer are never read by layer.
+    """
+    if path_text(path).startswith("blocks/") and leaf.nbytes > CHUNK_BYTES:
+        return ocp.options.ArrayOptions.Saving.StorageOptions(shard_axes=(0,))
+    return None
 
 
 def _copy_leaf_by_leaf(tree):

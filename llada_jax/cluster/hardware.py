@@ -307,7 +307,7 @@ def machines_named(name: str) -> Slice:
     Raises:
         UserError: there are no such machines; lists what exists.
     """
-    gpus = re.fullmatch(r"(\d+)x([a-z].*)", name)
+    gpus = re.fullmatch(r"([0-9]{1,18})x([a-z].*)", name)
     if not gpus:
         return slice_named(name)
     table = {chip.name: chip for chip in _GPUS}

@@ -11,6 +11,7 @@ import dataclasses
 import fcntl
 import functools
 import json
+import re
 import sys
 import time
 from collections.abc import Callable, Iterable, Iterator
@@ -46,6 +47,7 @@ from llada_jax.data.tokenizer_training import train_sentencepiece
 from llada_jax.data.workers import run_units
 from llada_jax.errors import UserError
 from llada_jax.progress import reported_every
+from llada_jax.ranges import RANGES, SIZE, check_number
 from llada_jax.storage import files
 from llada_jax.storage.locks import try_lock
 from llada_jax.units import format_seconds
@@ -198,14 +200,12 @@ def prepare(
 
 
 def _check_numbers(*, sequence_length: int, heldout: float, workers: int) -> None:
-    if sequence_length < 2:
-        raise UserError(f"--sequence-length {sequence_length} must be at least 2; LLaDA uses 4096.")
+    check_number("--sequence-length ", sequence_length, RANGES["data.sequence_length"])
     if not 0 <= heldout < 1:
         raise UserError(
             f"--heldout {heldout} must lie in [0, 1); 0.01 holds out one document in a hundred."
         )
-    if workers < 1:
-        raise UserError(f"--workers {workers} must be at least 1; leave it out to use every core.")
+    check_number("--workers ", workers, RANGES["data.num_threads"])
 
 
 def _check_words(tokenizer: str, cut: Cut) -> None:
@@ -232,11 +232,12 @@ def _parse_tokenizer(
     kind, colon, size = spec.partition(":")
     model_type = {"spm": "unigram", "spm-bpe": "bpe"}.get(kind)
     if model_type and colon:
-        if not size.isdecimal():
+        if not re.fullmatch("[0-9]{1,18}", size):
             raise UserError(
                 f"--tokenizer {spec}: {size!r} is not a vocabulary size; write for example "
                 f"{kind}:8000."
             )
+        check_number(f"--tokenizer {kind}:", int(size), SIZE)
 
         def train(texts: Iterable[str]) -> Tokenizer:
             print(

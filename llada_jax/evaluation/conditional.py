@@ -31,6 +31,7 @@ from jax.sharding import Mesh, NamedSharding
 from llada_jax.cluster import sharding
 from llada_jax.errors import UserError, did_you_mean
 from llada_jax.masks import Mask
+from llada_jax.ranges import DRAWS, SEED, SIZE, check_number
 
 # Columns of an answer whose logits exist at a time: 32 rows of them take 1 GB at 126,464 tokens.
 HEAD_COLUMNS = 64
@@ -346,8 +347,8 @@ def log_likelihoods(
     _check(questions, mask, num_samples=num_samples, estimator=estimator, cfg_scale=cfg_scale)
     if not 0 <= seed < 2**32:
         raise UserError(f"seed={seed} must lie between 0 and 2**32 - 1.")
-    if batch_size < 1:
-        raise UserError(f"batch_size={batch_size} must be at least 1.")
+    check_number("batch_size=", batch_size, SIZE)
+    check_number("seed=", seed, SEED)
     by_widths = defaultdict(list)
     for number, question in enumerate(questions):
         widths = tuple(bucket(len(part)) for part in question[:3])
@@ -440,8 +441,7 @@ def _check(questions, mask: Mask, *, num_samples, estimator, cfg_scale) -> None:
             f"estimator={estimator!r} must be one of {', '.join(ESTIMATORS)}."
             f"{did_you_mean(estimator, ESTIMATORS)}"
         )
-    if num_samples < 1:
-        raise UserError(f"mc_samples={num_samples} must be at least 1.")
+    check_number("mc_samples=", num_samples, DRAWS)
     if not 0 <= cfg_scale < math.inf:
         raise UserError(
             f"cfg_scale={cfg_scale} must be a finite number that is not negative; use 0 to switch "

@@ -153,20 +153,22 @@ def write_weights(
     tensors: list[Tensor],
     shards: list[Shard],
     *,
-    read: Callable[[str, tuple[int, ...]], np.ndarray],
+    read: Callable[[str, tuple[int, ...], int | None], np.ndarray],
     num_layers: int,
     dtype: str,
 ) -> None:
-    """Writes the shards, one stacked parameter after the other, so that a host holds one of them
-    and not the model; of several processes each writes some of the shards.
+    """Writes the shards, one tensor after the other, so that a host holds one of them and not the
+    model; of several processes each writes some of the shards, and reads what is in them.
 
     Args:
-        read: read(path, shape) -> one of our arrays, float32, the layers stacked.
+        read: read(path, shape, layer) -> one layer of one of our arrays, float32, or the whole of
+            one without layers (None). shape: of the whole.
 
     Raises:
         UserError: a parameter cannot be read, or holds NaN or infinity.
         OSError: the disk refuses.
     """
+    libc = ctypes.CDLL(None)
     number, count = jax.process_index(), jax.process_count()
     ours = [shard for i, shard in enumerate(shards) if i * count // len(shards) == number]
     shard_of = {name: shard for shard in ours for name in shard.start}
@@ -176,35 +178,20 @@ def write_weights(
     for tensor in tensors:
         if tensor.name in shard_of:
             by_path[tensor.path].append(tensor)
+    # Parameter by parameter and not shard by shard: where layers share a chunk on the disk, it is
+    # then read once.
     for path, group in by_path.items():
-        _write_parameter(
-            directory, path, group, shard_of, read=read, num_layers=num_layers, dtype=dtype
-        )
+        for tensor in group:
+            # glibc keeps for itself what the threads that read the last tensor have freed, so that
+            # the peak would be two of them. Elsewhere (musl, macOS) there is no such call.
+            if hasattr(libc, "malloc_trim"):
+                libc.malloc_trim(0)
+            shape = tensor.shape if tensor.layer is None else (num_layers, *tensor.shape)
+            array = read(path, shape, tensor.layer)
+            put(directory, shard_of[tensor.name], tensor, array, dtype=dtype)
+            # gone before the next is read
+            del array
     for shard in ours:
         # Here and not by the process that renames the folder: only the host that has written a file
         # has its bytes in its cache.
         files.sync(directory / shard.name)
-
-
-def _write_parameter(
-    directory: Path,
-    path: str,
-    group: list[Tensor],
-    shard_of: dict[str, Shard],
-    *,
-    read,
-    num_layers: int,
-    dtype: str,
-) -> None:
-    """Reads one stacked parameter and writes its tensors; nothing of it is held afterwards."""
-    libc = ctypes.CDLL(None)
-    # glibc keeps for itself what the threads that read the last parameter have freed, so that the
-    # peak would be two parameters. Elsewhere (musl, macOS) there is no such call.
-    if hasattr(libc, "malloc_trim"):
-        libc.malloc_trim(0)
-    is_stacked = group[0].layer is not None
-    shape = (num_layers, *group[0].shape) if is_stacked else group[0].shape
-    array = read(path, shape)
-    for tensor in group:
-        one = array[tensor.layer] if is_stacked else array
-        put(directory, shard_of[tensor.name], tensor, one, dtype=dtype)

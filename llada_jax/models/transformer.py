@@ -12,6 +12,7 @@ are float32, matrix products in `dtype`.
 """
 
 import dataclasses
+import functools
 import math
 from typing import Any, NamedTuple
 
@@ -25,6 +26,7 @@ from llada_jax.cluster.sharding import RULES, constrain
 from llada_jax.errors import UserError
 from llada_jax.masks import BIDIRECTIONAL, Mask
 from llada_jax.models.attention import attend
+from llada_jax.models.products import project
 
 # What the backward pass keeps; everything else of a block is computed again.
 REMAT_POLICIES = {
@@ -142,23 +144,6 @@ def embed(table_VD: Array, tokens_BT: Array, dtype: Any) -> Array:
     return table_VD[tokens_BT].astype(dtype)
 
 
-def project(x: Array, kernel: Array, num_in: int = 1, out_dtype: Any = None) -> Array:
-    """Contracts the last `num_in` dims of x with the first of the kernel, in the dtype of x;
-    accumulates in `out_dtype`.
-
-    As one matrix product over all B * T rows: the gradient of a kernel then contracts one dim and
-    not two, for which XLA on CPUs has no fast path (2 to 5 times slower). Where the positions are
-    sharded too, B and T cannot be merged.
-    """
-    kernel = kernel.astype(x.dtype)
-    mesh = jax.sharding.get_abstract_mesh()
-    if not mesh.empty and mesh.shape["sequence"] > 1:
-        return jnp.tensordot(x, kernel, num_in, preferred_element_type=out_dtype)
-    rows, outs = x.shape[: x.ndim - num_in], kernel.shape[num_in:]
-    flat_x, flat_kernel = x.reshape(math.prod(rows), -1), kernel.reshape(-1, math.prod(outs))
-    return jnp.matmul(flat_x, flat_kernel, preferred_element_type=out_dtype).reshape(*rows, *outs)
-
-
 def rotary_frequencies(head_dim: int, theta: float, scaling: tuple[float, ...] = ()) -> Array:
     """Returns the rotary angles of position 1, float32 [H/2] (RoFormer, arXiv 2104.09864, eq. 15),
     scaled as in Llama 3.1.
@@ -212,10 +197,13 @@ class Block(nnx.Module):
 
     Initialisation ("mitchell", as in the published config): every matrix has standard deviation
     1/sqrt(its input width); the two that write to the residual stream have it divided by sqrt(2
-    (layer + 1)), layer counted from 0; norms are 1, biases 0.
+    (layer + 1)), layer counted from 0; norms are 1, biases 0. gradient_dtype: see Transformer.
     """
 
-    def __init__(self, a: Architecture, key: Array, layer: Array) -> None:
+    def __init__(
+        self, a: Architecture, key: Array, layer: Array, gradient_dtype: Any = None
+    ) -> None:
+        self.gradient_dtype = gradient_dtype
         D, N, K, H, F = a.d_model, a.num_heads, a.num_kv_heads, a.head_dim, a.d_ff
         keys = jax.random.split(key, 7)
         residual = (2.0 * (layer + 1)) ** -0.5
@@ -274,13 +262,14 @@ class Block(nnx.Module):
         A matrix with an adapter is never added up: x A B costs little next to x W, while W + A B
         and its gradient would each take the memory of W.
         """
+        product = functools.partial(project, gradient_dtype=self.gradient_dtype)
         kernel = getattr(self, name)[...]
-        y = project(x, kernel, num_in)
+        y = product(x, kernel, num_in)
         if not hasattr(self, f"{name}_a"):
             return y
         a, b = getattr(self, f"{name}_a")[...], getattr(self, f"{name}_b")[...]
-        low = project(x, a.reshape(*kernel.shape[:num_in], -1), num_in)
-        return y + project(low, b.reshape(-1, *kernel.shape[num_in:]))
+        low = product(x, a.reshape(*kernel.shape[:num_in], -1), num_in)
+        return y + product(low, b.reshape(-1, *kernel.shape[num_in:]))
 
     def queries_keys_values(
         self, x_BTD: Array, cos: Array, sin: Array, *, a: Architecture
@@ -328,6 +317,8 @@ class Transformer(nnx.Module):
             logits start with unit variance and the loss near log V + 1/2 (12.25 nats at V =
             126,464).
         dtype: of the matrix products.
+        gradient_dtype: of the gradients of the matrices where devices add up their parts: float32,
+            or None for `dtype`. All other gradients are float32 there.
         attention: implementation, a key of llada_jax.models.attention.IMPLEMENTATIONS.
         mask: what a position may see within its segment; an objective names it.
         remat: "none" or a key of REMAT_POLICIES.
@@ -340,17 +331,20 @@ class Transformer(nnx.Module):
         key: Array,
         *,
         dtype: Any = jnp.float32,
+        gradient_dtype: Any = None,
         attention: str = "xla",
         mask: Mask = BIDIRECTIONAL,
         remat: str = "none",
         nll_chunk: int = 1024,
     ) -> None:
         self.a, self.dtype, self.attention, self.mask = a, dtype, attention, mask
-        self.remat, self.nll_chunk = remat, nll_chunk
+        self.remat, self.nll_chunk, self.gradient_dtype = remat, nll_chunk, gradient_dtype
         embed_key, blocks_key, head_key = jax.random.split(key, 3)
         V, D = a.vocab_size, a.d_model
         self.embed = parameter(embed_key, (V, D), ("vocab", "embed"), D**-0.5)
-        make_blocks = nnx.vmap(lambda key, layer: Block(a, key, layer), in_axes=(0, 0), out_axes=0)
+        make_blocks = nnx.vmap(
+            lambda key, layer: Block(a, key, layer, gradient_dtype), in_axes=(0, 0), out_axes=0
+        )
         self.blocks = make_blocks(
             jax.random.split(blocks_key, a.num_layers), jnp.arange(a.num_layers)
         )
@@ -440,15 +434,13 @@ class Transformer(nnx.Module):
             target (0 when it is in another piece), and largest logit.
             """
             with jax.named_scope("head"):
-                x_BTD, kernel_DC = x_BTD.astype(self.dtype), kernel_DC.astype(self.dtype)
-                if ways == 1:
-                    logits_BTC = project(x_BTD, kernel_DC, out_dtype=jnp.float32)
-                else:
-                    # `project` merges rows and positions, which it cannot where the positions are
-                    # split.
-                    logits_BTC = jnp.tensordot(
-                        x_BTD, kernel_DC, 1, preferred_element_type=jnp.float32
-                    )
+                logits_BTC = project(
+                    x_BTD.astype(self.dtype),
+                    kernel_DC,
+                    out_dtype=jnp.float32,
+                    gradient_dtype=self.gradient_dtype,
+                    is_split=ways > 1,
+                )
                 logits_BTC = jnp.where(token_C < V, logits_BTC, jnp.finfo(jnp.float32).min)
                 logits_BTC = constrain(logits_BTC, "act_batch", "act_head_position", None)
                 is_target_BTC = token_C == targets_BT[..., None]
@@ -461,7 +453,10 @@ class Transformer(nnx.Module):
         else:
             # Tokens that do not exist, so that the pieces are alike.
             padding = -V % (num_pieces * ways)
-            padded_DV = jnp.pad(kernel_DV.astype(self.dtype), ((0, 0), (0, padding)))
+            # in the dtype that the gradient is to have
+            padded_DV = jnp.pad(
+                kernel_DV.astype(self.gradient_dtype or self.dtype), ((0, 0), (0, padding))
+            )
 
             def pieces(array: Array) -> Array:
                 return jnp.moveaxis(array.reshape(*array.shape[:-1], -1, num_pieces), -1, 0)

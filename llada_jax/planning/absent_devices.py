@@ -17,6 +17,9 @@ from llada_jax.cluster import sharding
 from llada_jax.cluster.hardware import Slice
 from llada_jax.errors import UserError
 
+# More than the largest machines have; a mesh holds an object for each.
+MAX_DEVICES = 2**18
+
 
 @dataclasses.dataclass(frozen=True)
 class StandInDevice:
@@ -36,9 +39,14 @@ def stand_in_mesh(sizes: dict[str, int], machines: Slice, num_slices: int) -> Me
         sizes: {mesh axis: size}, one of them may be -1; see llada_jax.cluster.sharding.mesh_shape.
 
     Raises:
-        UserError: the sizes do not fit the devices or the slices.
+        UserError: the sizes do not fit the devices or the slices, or there are too many of them.
     """
     chip, num_devices = machines.accelerator, machines.num_devices * num_slices
+    if num_devices > MAX_DEVICES:
+        raise UserError(
+            f"--slices {num_slices} of {machines.name} are {num_devices} devices, and a plan is "
+            f"for at most {MAX_DEVICES}; lower --slices or choose a smaller --topology."
+        )
     devices = [StandInDevice(i, chip.platform, chip.device_kinds[0]) for i in range(num_devices)]
     shape = sharding.mesh_shape(sizes, num_devices, num_slices=num_slices)
     grid = np.array(devices, dtype=object).reshape(shape)

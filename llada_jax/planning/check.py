@@ -24,9 +24,9 @@ _UNIT = {"K": 2**10, "M": 2**20, "G": 2**30, "T": 2**40}
 # slices the embedding's gradient travels too, and the head's in float32.
 _GATHER_MARGIN = 1.3
 _BETWEEN_SLICES_MARGIN = 2.5
-# Shares of all bytes that may be gathered in float32 (norms are) and exchanged between
-# layouts (tokens, segment ids and small activations are).
-_FLOAT32_SHARE = 0.01
+# Shares of all bytes that may move in the dtype that was not meant (norms are gathered in float32)
+# and that may be exchanged between layouts (tokens, segment ids and small activations are).
+_OTHER_DTYPE_SHARE = 0.01
 # Below this a gather is one of norms, which are float32 on purpose.
 _SMALL_BYTES = 2**20
 _RESHARD_SHARE = 0.05
@@ -112,7 +112,7 @@ def check_program(report: dict, estimate: dict) -> list[dict]:
             and c["dtype"] == "f32"
             and c["total_bytes"] > _SMALL_BYTES
         )
-        is_narrow = estimate["dtype"] == "float32" or wide < _FLOAT32_SHARE * everything
+        is_narrow = estimate["dtype"] == "float32" or wide < _OTHER_DTYPE_SHARE * everything
         words = estimate["dtype"] if is_narrow else f"float32: {format_bytes(wide)} per step"
         check("gathered in", is_narrow, words)
     if meant["scatter"]:
@@ -125,6 +125,15 @@ def check_program(report: dict, estimate: dict) -> list[dict]:
             scattered < _GATHER_MARGIN * meant["scatter"],
             against(scattered, meant["scatter"], " (once per microbatch)"),
         )
+        if is_only_reduction and estimate["gradient_dtype"] == "float32":
+            narrow = sum(
+                c["total_bytes"]
+                for c in report["collectives"]
+                if c["kind"].startswith(("reduce-scatter", "all-reduce")) and c["dtype"] == "bf16"
+            )
+            is_wide = narrow < _OTHER_DTYPE_SHARE * everything
+            words = "float32" if is_wide else f"bfloat16: {format_bytes(narrow)} per step"
+            check("gradients summed in", is_wide, words)
     elif meant["data"]:
         # Activations over the tensor axis are reduced as well and cannot be distinguished from
         # gradients by their kind, so they are allowed for.

@@ -83,6 +83,7 @@ def estimate_run(
         "remat": workload.remat,
         "attention": recipe.attention,
         "dtype": recipe.dtype.name,
+        "gradient_dtype": recipe.gradient_dtype.name,
         "parameters": num_parameters(a),
         "matmul_parameters": num_matmul,
         "vocab_size": a.vocab_size,
@@ -104,7 +105,12 @@ def estimate_run(
         "traffic": traffic,
         "network_counted": is_network_known(machines),
         "intensity": intensity_of(
-            machines, shape, num_slices, tokens=tokens, tokens_per_slice=B * T // A // num_slices
+            recipe,
+            machines,
+            shape,
+            num_slices,
+            tokens=tokens,
+            tokens_per_slice=B * T // A // num_slices,
         ),
         "seconds_per_step": seconds,
         # Model FLOPs utilisation does not count what is recomputed, as in the PaLM paper: a policy
@@ -137,7 +143,8 @@ def memory_of(
         dots:       3 D + N + 2 K + 2 F             and the outputs of all products
         none:       5 D + 3 N + 3 K + 4 F + 3 S     and norms, rotary embeddings, activations
     At work in the backward pass of one layer, at the same time as all that was saved:
-        4 D + 3 N + 2 K + 4 F + 3 S, and the layer's weights twice (gathered, and their gradient).
+        4 D + 3 N + 2 K + 4 F + 3 S, and the layer's weights twice (gathered, and their gradient,
+        each in its own dtype).
     At work in the head, before any layer: logits of one piece of the vocabulary's product and their
         gradient, float32, and the head's input and its gradient.
     The larger of the last two counts, because they never exist together.
@@ -160,9 +167,10 @@ def memory_of(
     # the sum while the next part is computed, and so it is with several passes.
     gradients = sharded_bytes(recipe.abstract.params, shape)
     gradients *= 1 + (workload.num_microbatches > 1) + (recipe.objective.trained_passes > 1)
-    layer_weights = (num_matmul_parameters(a) - D * a.vocab_size) / a.num_layers / t * itemsize
+    layer_weights = (num_matmul_parameters(a) - D * a.vocab_size) / a.num_layers / t
+    layer_weights *= itemsize + recipe.gradient_dtype.itemsize
     num_pieces = -(-workload.sequence_length // workload.nll_chunk)
-    layer = tokens * itemsize * (4 * D + 3 * N + 2 * K + 4 * F + 3 * S) + 2 * layer_weights
+    layer = tokens * itemsize * (4 * D + 3 * N + 2 * K + 4 * F + 3 * S) + layer_weights
     head = tokens * (2 * 4 * a.vocab_size / t / num_pieces + 2 * 4 * D)
     sizes = {
         "state": sharded_bytes(recipe.abstract, shape),
@@ -224,10 +232,10 @@ def traffic_of(
     """Returns bytes of whole arrays in whose exchange one device takes part per step, by purpose.
 
     gather: every weight matrix once per microbatch and pass, forward or backward, in the compute
-    dtype, over fsdp. scatter: its gradient once per backward pass, over fsdp. data: the gradient's
-    shard once per microbatch, over data within a slice; dcn: between slices. tensor: activations,
-    twice per forward pass, twice per backward pass and once more when a layer is recomputed.
-    sequence: keys and values, forward, backward and recomputed.
+    dtype, over fsdp. scatter: its gradient once per backward pass, in the gradient dtype, over
+    fsdp. data: the gradient's shard once per microbatch, over data within a slice; dcn: between
+    slices. tensor: activations, twice per forward pass, twice per backward pass and once more when
+    a layer is recomputed. sequence: keys and values, forward, backward and recomputed.
 
     Whole arrays, and not what a link carries: a ring of n devices carries (n - 1) / n of that,
     which is nearly all of it on the meshes in question, and the compiler's programs are counted
@@ -238,6 +246,7 @@ def traffic_of(
     """
     a, A, itemsize = recipe.architecture, workload.num_microbatches, recipe.dtype.itemsize
     matrices = num_matmul_parameters(a) / shape["tensor"] * itemsize
+    gradients = num_matmul_parameters(a) / shape["tensor"] * recipe.gradient_dtype.itemsize
     backward = recipe.objective.trained_passes
     # of several trained passes each runs forward again before it is differentiated
     forward = backward * (2 if backward > 1 else 1) + recipe.objective.other_passes
@@ -249,12 +258,12 @@ def traffic_of(
     traffic = dict.fromkeys(("gather", "scatter", "data", "dcn", "tensor", "sequence"), 0)
     if shape["fsdp"] > 1:
         traffic["gather"] = int((forward + backward) * A * matrices)
-        traffic["scatter"] = int(backward * A * matrices)
+        traffic["scatter"] = int(backward * A * gradients)
     # What fsdp has scattered is all that is left to reduce.
     if replicas > num_slices:
-        traffic["data"] = int(A * matrices / shape["fsdp"])
+        traffic["data"] = int(A * gradients / shape["fsdp"])
     if num_slices > 1:
-        traffic["dcn"] = int(A * matrices / shape["fsdp"])
+        traffic["dcn"] = int(A * gradients / shape["fsdp"])
     if shape["tensor"] > 1:
         passes = 2 * forward + (3 if is_repeated else 2) * backward
         traffic["tensor"] = int(A * activations * a.d_model * passes)
@@ -318,23 +327,32 @@ def step_seconds(
 
 
 def intensity_of(
-    machines: Slice, shape: dict[str, int], num_slices: int, *, tokens: int, tokens_per_slice: int
+    recipe: Recipe,
+    machines: Slice,
+    shape: dict[str, int],
+    num_slices: int,
+    *,
+    tokens: int,
+    tokens_per_slice: int,
 ) -> dict:
     """Returns how many tokens there are, and how many are needed to hide the gathers of weights.
 
-    A layer of P parameters takes 6 P tokens FLOPs and moves 3 * 2 P bytes over fsdp (both
-    bfloat16), so that computing takes longer above peak / bandwidth tokens per device (the "How to
-    Scale Your Model" book, chapter on training). With several slices, 2 * 2 P bytes of gradient go
-    over the data centre network against 6 P tokens of FLOPs on a slice.
+    A layer of P parameters takes 6 P tokens FLOPs and moves 3 * 2 P bytes over fsdp (where weights
+    and gradients are bfloat16), so that computing takes longer above peak / bandwidth tokens per
+    device (the "How to Scale Your Model" book, chapter on training). With several slices, 2 * 2 P
+    bytes of gradient go over the data centre network against 6 P tokens of FLOPs on a slice.
     """
     chip, links = machines.accelerator, bandwidth(machines)
     peak = chip.peak_flops_per_device
+    # against those of bfloat16
+    gathered, reduced = recipe.dtype.itemsize / 2, recipe.gradient_dtype.itemsize / 2
+    exchanged = (2 * gathered + reduced) / 3
     limits = {
         "tokens_per_device": tokens,
-        "needed_on_all_links": peak / links["fast"] / shape["tensor"],
-        "needed_on_one_axis": peak / links["slow"] / shape["tensor"],
+        "needed_on_all_links": exchanged * peak / links["fast"] / shape["tensor"],
+        "needed_on_one_axis": exchanged * peak / links["slow"] / shape["tensor"],
     }
     if num_slices > 1:
         limits["tokens_per_slice"] = tokens_per_slice
-        limits["needed_between_slices"] = chip.peak_flops / chip.dcn_bandwidth
+        limits["needed_between_slices"] = reduced * chip.peak_flops / chip.dcn_bandwidth
     return limits

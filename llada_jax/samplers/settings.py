@@ -1,8 +1,10 @@
 """What a request may ask of the samplers: ranges of settings, and which exclude each other."""
 
+import math
 from collections.abc import Sequence
 
 from llada_jax.errors import UserError, look_up
+from llada_jax.ranges import MAX_INT, MAX_SIZE, SIZE, SIZE_OR_NONE, check_number
 from llada_jax.samplers.commit import SCHEDULE, parse_commit
 from llada_jax.samplers.remasking import commit_rule
 from llada_jax.samplers.revise import LOOP, NONE, WINO, parse_revise
@@ -30,10 +32,10 @@ def check_schedule(
         ("block_length", block_length),
         ("steps", steps),
     ):
-        if value < 1:
-            raise UserError(f"{name}={value} must be at least 1.")
+        check_number(f"{name}=", value, SIZE)
     if gen_length % block_length:
-        divisors = [n for n in range(1, gen_length + 1) if gen_length % n == 0]
+        small = [n for n in range(1, math.isqrt(gen_length) + 1) if gen_length % n == 0]
+        divisors = sorted({*small, *(gen_length // n for n in small)})
         raise UserError(
             f"block_length={block_length} must divide gen_length={gen_length}; "
             f"nearest: {min(divisors, key=lambda n: abs(n - block_length))}."
@@ -52,7 +54,12 @@ def check_schedule(
             "least one token; "
             f"use steps={gen_length}."
         )
-    for name, strength in (("temperature", temperature), ("cfg_scale", cfg_scale)):
+    check_strengths(temperature=temperature, cfg_scale=cfg_scale)
+
+
+def check_strengths(**strengths: float) -> None:
+    """Raises UserError for a temperature or a cfg_scale that is negative or not finite."""
+    for name, strength in strengths.items():
         if not 0 <= strength < float("inf"):
             raise UserError(
                 f"{name}={strength} must be a finite number that is not negative; use 0 to switch "
@@ -98,6 +105,7 @@ def check_options(
         )
     if top_k < 0:
         raise UserError(f"top_k={top_k} must not be negative; use 0 to keep every token.")
+    check_number("top_k=", top_k, SIZE_OR_NONE)
     if not 0 < top_p <= 1:
         raise UserError(
             f"top_p={top_p} must be greater than 0 and at most 1; use 1 to keep every token."
@@ -111,10 +119,10 @@ def check_options(
     if eos != "free" and not has_eos:
         raise UserError(f"eos={eos} needs eos_id, the id of the end-of-text token.")
     for token in suppress:
-        if token < 0 or (num_ids is not None and token >= num_ids):
+        if not 0 <= token <= MAX_INT or (num_ids is not None and token >= num_ids):
             raise UserError(
                 f"suppress={token} is not the id of a token; ids are "
-                + ("not negative." if num_ids is None else f"0 to {num_ids - 1}.")
+                f"0 to {(num_ids or MAX_INT + 1) - 1}."
             )
     look_up(CACHES, cache, "cache")
     if refresh < 0:
@@ -122,6 +130,7 @@ def check_options(
             f"refresh={refresh} must not be negative; 1 computes everything in every step, and 0 "
             "once per block."
         )
+    check_number("refresh=", refresh, SIZE_OR_NONE)
     if refresh and cache == "none":
         raise UserError(
             f"refresh={refresh} is about a cache, and there is none; set cache=prefix or "
@@ -144,7 +153,11 @@ def check_request(*, num_prompts: int, batch_size: int, seed: int) -> None:
             'There are 0 prompts, and sampling needs at least one; pass an empty one, [""], to '
             "generate from nothing."
         )
-    if batch_size < 1:
-        raise UserError(f"batch_size={batch_size} must be at least 1.")
+    if num_prompts > MAX_SIZE:
+        raise UserError(
+            f"There are {num_prompts} texts to generate, and a request has at most {MAX_SIZE}; ask "
+            "for fewer at a time."
+        )
+    check_number("batch_size=", batch_size, SIZE)
     if not 0 <= seed < 2**32:
         raise UserError(f"seed={seed} must lie between 0 and 2**32 - 1.")

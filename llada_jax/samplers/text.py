@@ -9,6 +9,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from llada_jax.errors import UserError
+from llada_jax.ranges import SIZE, check_number
 from llada_jax.samplers.autoregressive import continue_tokens
 from llada_jax.samplers.batches import (
     block_batches,
@@ -106,6 +107,7 @@ def generate_tokens(
         }
 
     check_request(num_prompts=len(prompts), batch_size=batch_size, seed=seed)
+    check_number("gen_length=", gen_length, SIZE)
     request = make_request(
         logits_fn,
         params,

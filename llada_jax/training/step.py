@@ -36,6 +36,7 @@ class Recipe(NamedTuple):
     architecture: Architecture
     num_steps: int
     dtype: jnp.dtype  # of the matrix products
+    gradient_dtype: jnp.dtype  # in which gradients of matrices are added up over devices
     attention: str  # a key of llada_jax.models.attention.IMPLEMENTATIONS
     model: Model
     objective: Objective
@@ -68,6 +69,8 @@ def make_recipe(config: Any, tokenizer: Any, mesh: Mesh, *, provided: Any = None
     check_mesh(config, architecture, mesh)
     platform = sharding.platform(mesh)
     dtype = compute_dtype(config.model.dtype, platform)
+    is_compute = config.optimizer.gradient_dtype == "compute"
+    gradient_dtype = dtype if is_compute else jnp.dtype(config.optimizer.gradient_dtype)
     choose_for = functools.partial(
         choose,
         config.model.attention,
@@ -87,6 +90,7 @@ def make_recipe(config: Any, tokenizer: Any, mesh: Mesh, *, provided: Any = None
     model = make_model(
         architecture,
         dtype=dtype,
+        gradient_dtype=gradient_dtype,
         attention=attention,
         remat=config.model.remat,
         nll_chunk=config.model.nll_chunk,
@@ -126,6 +130,7 @@ def make_recipe(config: Any, tokenizer: Any, mesh: Mesh, *, provided: Any = None
         architecture,
         num_steps,
         dtype,
+        gradient_dtype,
         attention,
         model,
         objective,
@@ -199,7 +204,7 @@ def check_mesh(config: Any, a: Architecture, mesh: Mesh) -> None:
 
 def optimizer_knobs(knobs: Any) -> dict:
     """Returns the arguments of make_optimizer from config.optimizer."""
-    elsewhere = ("ema_decay", "gradient_accumulation", "max_skipped_updates")
+    elsewhere = ("ema_decay", "gradient_accumulation", "gradient_dtype", "max_skipped_updates")
     return {name: value for name, value in knobs.items() if name not in elsewhere}
 
 

@@ -28,6 +28,7 @@ from llada_jax.evaluation.splits import bound_of_split
 from llada_jax.evaluation.tasks import DIRECTIONS, answer, items_of, read_tasks
 from llada_jax.objectives.named import make_objective
 from llada_jax.paths import user_path
+from llada_jax.ranges import DRAWS, SEED, SIZE, Range, check_number
 from llada_jax.run.metrics_file import read_lines
 from llada_jax.run.report_page import report_page
 from llada_jax.storage import remote
@@ -177,15 +178,15 @@ def check(args) -> None:
         )
     if args.mc_samples is None:
         args.mc_samples = 1 if args.data else 128
-    for flag in ("mc_samples", "batch_size"):
-        if getattr(args, flag) < 1:
-            raise UserError(f"--{flag.replace('_', '-')} {getattr(args, flag)} must be at least 1.")
+    check_number("--mc-samples ", args.mc_samples, DRAWS)
+    check_number("--batch-size ", args.batch_size, SIZE)
+    check_number("--seed ", args.seed, SEED)
+    check_number("--cfg-scale ", args.cfg_scale, Range(0))
 
 
-def check_positive(**settings: int) -> None:
-    for name, value in settings.items():
-        if value < 1:
-            raise UserError(f"{name}={value} must be at least 1.")
+def check_sizes(*, mc_samples: int, batch_size: int) -> None:
+    check_number("mc_samples=", mc_samples, DRAWS)
+    check_number("batch_size=", batch_size, SIZE)
 
 
 @checked
@@ -221,7 +222,7 @@ def evaluate(
     Raises:
         UserError: checkpoint, data and settings do not fit together.
     """
-    check_positive(mc_samples=mc_samples, batch_size=batch_size)
+    check_sizes(mc_samples=mc_samples, batch_size=batch_size)
     data = user_path(data)
     model = pretrained.load(
         checkpoint,
@@ -251,7 +252,8 @@ def evaluate(
     settings: dict[str, Any] = dict(
         split=split,
         objective=objective,
-        batch_size=-(-batch_size // ways) * ways,
+        # no larger than the split, or a large one would be filled with rows that hold nothing
+        batch_size=-(-min(batch_size, 1 << (of_split.num_records - 1).bit_length()) // ways) * ways,
         sequence_length=info.sequence_length,
         batch_sharding=sharding.batch_sharding(model.mesh),
         # as in training: a model that never saw a document end within a row is not asked to. Of
@@ -325,7 +327,7 @@ def evaluate_tasks(
     Raises:
         UserError: the file, the checkpoint and the settings do not fit together.
     """
-    check_positive(mc_samples=mc_samples, batch_size=batch_size)
+    check_sizes(mc_samples=mc_samples, batch_size=batch_size)
     for direction in ask or ():
         look_up(dict.fromkeys(DIRECTIONS), direction, "direction of a question")
     file = user_path(tasks)

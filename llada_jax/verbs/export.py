@@ -1,37 +1,27 @@
 """`llada-jax export`: a checkpoint becomes a Hugging Face directory that loads without this
 package.
-
-Weights go from the checkpoint to the files one stacked parameter at a time, so that a host holds
-one of them and not the model. Everything is written into OUTPUT.partial, which takes its name only
-when it is whole.
 """
 
 import sys
 from pathlib import Path
-from typing import NamedTuple
 
 import jax
 
+from llada_jax.checkpoints.export import Export, training_of, write_adapters, write_model
 from llada_jax.checkpoints.huggingface import tokenizer_of
 from llada_jax.checkpoints.orbax_patches import drop_echoes
-from llada_jax.checkpoints.record import RunRecord
-from llada_jax.checkpoints.workdir import Checkpoints, find_checkpoint
-from llada_jax.cluster import distributed, sharding
-from llada_jax.data.tokenizer import Tokenizer
+from llada_jax.checkpoints.workdir import find_checkpoint
+from llada_jax.cluster import distributed
 from llada_jax.errors import UserError
 from llada_jax.hf import hub
-from llada_jax.hf.card import Training, check_license, heldout_result, model_card
+from llada_jax.hf.card import check_license, heldout_result, model_card
 from llada_jax.hf.config_json import choose_layout, hf_config
-from llada_jax.hf.convert import Tensor, tensors
-from llada_jax.hf.directory import becoming, check_output
-from llada_jax.hf.peft import peft_files
+from llada_jax.hf.convert import tensors
+from llada_jax.hf.directory import check_output
 from llada_jax.hf.tokenizer_json import read_template, tokenizer_files
-from llada_jax.hf.verify import compare_with_torch, tokens_to_compare
-from llada_jax.hf.write import DTYPES, Shard, other_files, plan_shards, write_weights
-from llada_jax.models.model import abstract_parameters, make_model
-from llada_jax.models.transformer import Architecture, num_parameters
+from llada_jax.hf.write import DTYPES, other_files, plan_shards
+from llada_jax.models.transformer import num_parameters
 from llada_jax.run.metrics_file import read_lines
-from llada_jax.storage import files
 from llada_jax.units import format_bytes, format_count, parse_bytes
 from llada_jax.verbs.command_line import Parser, json_text
 
@@ -102,34 +92,16 @@ def main(argv: list[str]) -> None:
     args = make_parser().parse_args(argv)
     drop_echoes()
     distributed.initialize()
-    export = prepare_export(args)
+    export, result = prepare_export(args)
     if not args.dry_run:
-        export = export._replace(result=write_export(args, export))
+        result = write_export(args, export, result)
     if jax.process_index() == 0:
-        print(json_text(export.result) if args.json else report(export.result))
+        print(json_text(result) if args.json else report(result))
 
 
-class Export(NamedTuple):
-    """What an export will be, before anything is written.
-
-    found, step, record: the checkpoint. tokenizer: of the run. weights: "params" or "ema", the item
-    of the checkpoint that is exported. tensors, shards: what the files of weights will hold.
-    others: every other file by its name. result: what is reported.
-    """
-
-    found: Checkpoints
-    step: int
-    record: RunRecord
-    tokenizer: Tokenizer
-    weights: str
-    tensors: list[Tensor]
-    shards: list[Shard]
-    others: dict[str, bytes]
-    result: dict
-
-
-def prepare_export(args) -> Export:
-    """Reads what the checkpoint says about itself and refuses what cannot be done.
+def prepare_export(args) -> tuple[Export, dict]:
+    """Reads what the checkpoint says about itself and refuses what cannot be done; returns also
+    what is reported.
 
     Raises:
         UserError: for every mistake that can be known before the weights are read.
@@ -227,90 +199,23 @@ def prepare_export(args) -> Export:
         "dry_run": args.dry_run,
         "repository": args.push_to_hub,
     }
-    return Export(found, step, record, tokenizer, result["weights"], listed, shards, others, result)
+    weights = result["weights"]
+    return Export(
+        found, step, record, tokenizer, weights, layout, args.dtype, listed, shards, others
+    ), result
 
 
-def training_of(record: RunRecord, step: int) -> Training:
-    """Returns what the card says about the training, from the record of a checkpoint."""
-    return Training(
-        step=step,
-        tokens=record.tokens or 0,
-        batch_size=record.knob("data.batch_size"),
-        sequence_length=record.knob("data.sequence_length"),
-        learning_rate=record.knob("schedule.learning_rate"),
-        schedule=record.knob("schedule.name"),
-        optimizer=record.knob("optimizer.name"),
-        keeps_ema=record.keeps_ema,
-        imported_from=None if record.source is None else record.source.get("from", ""),
-        init_from=record.knob("checkpoint.init_from"),
-        data=tuple((source.fingerprint, source.share) for source in record.data),
-        versions=record.versions,
-        commit=record.commit,
-    )
-
-
-def write_export(args, export: Export) -> dict:
+def write_export(args, export: Export, result: dict) -> dict:
     """Writes, verifies and uploads; returns what is reported."""
-    result, a = export.result, export.record.architecture
     announce(result)
-    read = lambda path, shape: export.found.read_network_array(  # noqa: E731
-        export.step, path, shape, ema=export.weights == "ema"
-    )
+    output = Path(args.output).absolute()
     if args.adapters:
-        with becoming(Path(args.output).absolute()) as partial:
-            if jax.process_index() == 0:
-                for name, content in adapters_of(export, a).items():
-                    files.write_whole(partial / name, content)
+        write_adapters(export, output)
         return result
-    with becoming(Path(args.output).absolute()) as partial:
-        write_weights(
-            partial,
-            export.tensors,
-            export.shards,
-            read=read,
-            num_layers=a.num_layers,
-            dtype=args.dtype,
-        )
-        if jax.process_index() == 0:
-            for name, content in export.others.items():
-                (partial / name).parent.mkdir(exist_ok=True)
-                files.write_whole(partial / name, content)
-        if args.verify:
-            result = {**result, "verify": verify(partial, export, dtype=args.dtype)}
+    verified = write_model(export, output, verify=args.verify)
     if args.push_to_hub and jax.process_index() == 0:
         hub.upload(args.output, args.push_to_hub)
-    return result
-
-
-def adapters_of(export: Export, a: Architecture) -> dict[str, bytes]:
-    """Returns the files of --adapters."""
-    record = export.record
-    return peft_files(
-        lambda path, shape: export.found.read_array(export.step, f"{export.weights}/{path}", shape),
-        a,
-        record.lora,
-        layout=export.result["layout"],
-        base=record.knob("checkpoint.init_from"),
-    )
-
-
-def verify(directory: Path, export: Export, *, dtype: str) -> dict:
-    """Returns how far PyTorch's logits of an export are from the checkpoint's, and on which tokens.
-
-    Raises:
-        NumericsError: too far, or the export cannot be loaded.
-    """
-    record = export.record
-    dataset = record.data[0].directory if record.data else None
-    tokens_BT, origin = tokens_to_compare(dataset, export.tokenizer)
-    mesh = sharding.one_device_mesh()
-    params = export.found.restore_params(
-        export.step,
-        abstract_parameters(make_model(record.architecture), mesh),
-        ema=export.weights == "ema",
-    )
-    found = compare_with_torch(directory, record.architecture, params, tokens_BT, dtype=dtype)
-    return {**found, "num_tokens": tokens_BT.size, "tokens": origin}
+    return result if verified is None else {**result, "verify": verified}
 
 
 # ---- what is printed

@@ -5,6 +5,7 @@ sample, evaluate, export.
 import contextlib
 import dataclasses
 import sys
+import time
 
 import jax
 import jax.numpy as jnp
@@ -100,8 +101,7 @@ def main(argv: list[str]) -> None:
                 (workdir / NAME).write_text(text)
         params = load(source, mesh)
         state = TrainState(step=jnp.int32(0), params=params, opt_state=(), ema={}, metrics={})
-        # Waits for the commit, without which it is not a workdir, and after a failure for what is
-        # still being written, which would otherwise appear again after the clean-up.
+        # Waits for the commit, without which it is not a workdir.
         with contextlib.closing(Checkpoints(workdir)) as saved:
             saved.save(state, record)
     if jax.process_index() == 0:
@@ -164,11 +164,26 @@ def whole_or_nothing(output: str):
 
 
 def remove(path, *, but_itself: bool) -> None:
-    """Removes what a failed import has written, as far as the disk lets it."""
-    with contextlib.suppress(OSError):
-        for child in path.iterdir():
-            child.rmtree() if child.is_dir() else child.unlink()
-        if not but_itself:
+    """Removes what a failed import has written, as far as the disk lets it.
+
+    The first write that fails ends the save, while the threads of tensorstore go on with the other
+    writes and create their folders again. Nothing can wait for them, so what appears again is
+    removed again, until nothing has appeared for half a second.
+    """
+    num_quiet = 0
+    for _ in range(50):
+        try:
+            remains = list(path.iterdir()) if path.exists() else []
+            for child in remains:
+                child.rmtree() if child.is_dir() else child.unlink()
+            num_quiet = 0 if remains else num_quiet + 1
+        except OSError:  # a late writer came in between, or the disk does not let us
+            num_quiet = 0
+        if num_quiet == 5:
+            break
+        time.sleep(0.1)
+    if not but_itself:
+        with contextlib.suppress(OSError):
             path.rmdir()
 
 

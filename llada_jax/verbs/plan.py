@@ -12,7 +12,7 @@ import jax
 from llada_jax.cluster import hardware, sharding
 from llada_jax.cluster.compiler_flags import flags_named
 from llada_jax.cluster.hardware import Slice
-from llada_jax.config import load_config
+from llada_jax.config import default_config, load_config
 from llada_jax.errors import UserError
 from llada_jax.models.attention import choose
 from llada_jax.planning.absent_devices import (
@@ -24,8 +24,10 @@ from llada_jax.planning.absent_devices import (
 from llada_jax.planning.check import check_program, compile_report
 from llada_jax.planning.estimate import EFFICIENCY, Workload, estimate_run
 from llada_jax.planning.search import REMATS, find_choices
+from llada_jax.ranges import RANGES, Range, check_number
 from llada_jax.training.step import Recipe, make_recipe
 from llada_jax.units import format_bytes, format_count, format_seconds
+from llada_jax.validation import validate
 from llada_jax.verbs.command_line import Parser, json_text
 
 
@@ -76,14 +78,15 @@ def main(argv: list[str]) -> None:
     args, overrides = make_parser().parse_with_overrides(argv)
     config = load_config(args.config, overrides)
     machines = hardware.machines_named(args.topology)
-    if args.slices < 1:
-        raise UserError(f"--slices {args.slices} is not possible; give 1 or more.")
+    check_number("--slices ", args.slices, Range(1))
+    check_number("--vocab-size ", args.vocab_size, RANGES["model.vocab_size"])
     if not config.model.vocab_size and not args.vocab_size:
         raise UserError(
             "config.model.vocab_size is 0, which takes the tokenizer's, and a plan reads no data; "
             "give --vocab-size."
         )
     vocab_size = config.model.vocab_size or args.vocab_size
+    check_vocabulary(config, vocab_size)
     flags = flags_named(args.flags)
     if args.compile:
         if machines.accelerator.platform != "tpu":
@@ -113,6 +116,13 @@ def main(argv: list[str]) -> None:
 
 
 # ---- from the config to the arguments of llada_jax.planning
+
+
+def check_vocabulary(config, vocab_size: int) -> None:
+    """Raises UserError for a model that no machine holds once the vocabulary is known."""
+    known = config.copy_and_resolve_references()
+    known.model.vocab_size = vocab_size
+    validate(known, default_config())
 
 
 def workload_of(config) -> Workload:
@@ -238,7 +248,8 @@ def _describe_run(p: dict) -> list[str]:
         f"tokens in {_counted(p['microbatches'], 'microbatch', 'es')}: "
         f"{_counted(p['rows_per_device'], 'row')}, {p['tokens_per_device']:,} tokens per device in "
         "each",
-        f"compute     {p['dtype']}, attention {p['attention']}, remat {p['remat']}",
+        f"compute     {p['dtype']}, attention {p['attention']}, remat {p['remat']}; gradients of "
+        f"matrices summed in {p['gradient_dtype']}",
     ]
 
 

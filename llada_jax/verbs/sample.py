@@ -14,10 +14,16 @@ import jax
 from llada_jax.checkpoints.orbax_patches import drop_echoes
 from llada_jax.errors import UserError
 from llada_jax.pretrained import load
+from llada_jax.ranges import SIZE, check_number
 from llada_jax.request_checks import check_can_infill
 from llada_jax.samplers.commit import SCHEDULE
 from llada_jax.samplers.revise import NONE, WINO, parse_revise
-from llada_jax.samplers.settings import check_options, check_request, check_schedule
+from llada_jax.samplers.settings import (
+    check_options,
+    check_request,
+    check_schedule,
+    check_strengths,
+)
 from llada_jax.samplers.show import make_show
 from llada_jax.samplers.text import Completion, continue_text, generate_text, infill_text
 from llada_jax.verbs.command_line import Parser, placement
@@ -206,10 +212,9 @@ def read_settings(args) -> dict:
     Raises:
         UserError: one is out of range, or two exclude each other.
     """
-    if args.num_samples < 1:
-        raise UserError(f"--num-samples {args.num_samples} must be at least 1.")
-    if args.best_of < 1:
-        raise UserError(f"--best-of {args.best_of} must be at least 1.")
+    check_number("--num-samples ", args.num_samples, SIZE)
+    check_number("--best-of ", args.best_of, SIZE)
+    check_strengths(temperature=args.temperature, cfg_scale=args.cfg_scale)
     if args.best_of > 1 and args.temperature == 0 and args.remasking != "random":
         raise UserError(
             f"--best-of {args.best_of} at --temperature 0 chooses from {args.best_of} times the "
@@ -279,8 +284,7 @@ def shadow_of(args, pretrained) -> dict:
     return {"shadow_fn": pretrained.model.shadow_fn} if is_needed else {}
 
 
-def infill(args, pretrained, settings: dict) -> list[Completion]:
-    texts = [text for text in args.infill for _ in range(args.num_samples)]
+def infill(args, pretrained, settings: dict, texts: list[str]) -> list[Completion]:
     return infill_text(
         pretrained.logits_fn,
         pretrained.params,
@@ -351,12 +355,11 @@ def main(argv: list[str]) -> None:
         prompts = _check_unicode(args.infill, "--infill")
     else:
         schedule = read_schedule(args)
-        prompts = [
-            prompt
-            for prompt in read_prompts(args.prompt, args.prompt_file)
-            for _ in range(args.num_samples * args.best_of)
-        ]
-    check_request(num_prompts=len(prompts), batch_size=args.batch_size, seed=args.seed)
+        prompts = read_prompts(args.prompt, args.prompt_file)
+    copies = args.num_samples * args.best_of
+    num_prompts = len(prompts) * copies
+    check_request(num_prompts=num_prompts, batch_size=args.batch_size, seed=args.seed)
+    prompts = [prompt for prompt in prompts for _ in range(copies)]
 
     # 2. The model.
     pretrained = load(
@@ -375,7 +378,7 @@ def main(argv: list[str]) -> None:
     # 3. The texts.
     start = time.perf_counter()
     if args.infill:
-        completions = infill(args, pretrained, settings)
+        completions = infill(args, pretrained, settings, prompts)
     else:
         completions = continue_or_denoise(args, pretrained, settings, schedule, prompts)
     num_passes = sum(c.num_steps for c in completions)

@@ -122,6 +122,15 @@ def test_the_blocks_in_which_a_host_sums_do_not_matter(monkeypatch):
 
 
 @pytest.mark.parametrize("scheme", module.SCHEMES)
+@pytest.mark.parametrize("shape", [(6, 5), (6, 2, 3), (6, 1, 2, 4)])
+def test_the_checksums_of_parts_add_up_to_that_of_the_whole(shape, scheme):
+    array = array_of(1, shape)
+    parts = [(0, 1), (1, 2), (2, 6)]
+    sums = [checksum_of_float32(array[i:j], scheme=scheme, first=i) for i, j in parts]
+    assert sum(sums) % 2**32 == checksum_of_float32(array, scheme=scheme)
+
+
+@pytest.mark.parametrize("scheme", module.SCHEMES)
 @pytest.mark.parametrize("sizes", [{"fsdp": 8}, {"fsdp": 4, "tensor": 2}, {"tensor": 4}])
 def test_every_mesh_gives_the_same_checksum_and_gathers_nothing(sizes, scheme):
     mesh = mesh_of(**sizes)

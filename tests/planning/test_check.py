@@ -20,6 +20,7 @@ def test_the_compilers_message_about_memory_is_parsed():
 MEANT = {
     "traffic": {"gather": 200, "scatter": 100, "data": 0, "dcn": 0, "tensor": 0, "sequence": 0},
     "dtype": "bfloat16",
+    "gradient_dtype": "bfloat16",
     "attention": "splash",
     "replicated": [],
 }
@@ -68,6 +69,14 @@ def test_a_gather_in_float32_a_whole_parameter_and_a_missing_kernel_are_found():
     assert failed(*AS_MEANT, replicated=["embedding (512, 4096)"]) == {"replicated"}
     assert failed(*AS_MEANT, kernels=()) == {"attention kernel"}
     assert failed(*AS_MEANT, attention="xla") == {"attention kernel"}
+
+
+def test_a_gradient_summed_in_bfloat16_is_found_where_float32_was_asked_for():
+    narrow, wide = ("reduce-scatter", 100, "bf16", False), ("reduce-scatter", 100, "f32", False)
+    weights = ("all-gather", 200, "bf16", False)
+    assert failed(weights, narrow) == failed(weights, wide) == set()
+    assert failed(weights, wide, gradient_dtype="float32") == set()
+    assert failed(weights, narrow, gradient_dtype="float32") == {"gradients summed in"}
 
 
 def test_gradients_of_replicas_and_between_slices_have_their_own_checks():

@@ -105,6 +105,31 @@ def test_traffic_is_what_the_axes_exchange():
     assert (pods["traffic"]["data"], pods["traffic"]["dcn"]) == (0, 2 * MATRICES // 256)
 
 
+def test_gradients_summed_in_float32_double_their_traffic_and_no_other():
+    wide = "optimizer.gradient_dtype=float32"
+    for words, name in (
+        (("v5p-128",), "scatter"),
+        (("v5p-128", "mesh.data=64", "mesh.fsdp=1"), "data"),
+    ):
+        narrow, doubled = estimated(*words), estimated(*words, wide)
+        assert doubled["traffic"] == {
+            **narrow["traffic"],
+            name: 2 * narrow["traffic"][name],
+        }
+        assert (narrow["gradient_dtype"], doubled["gradient_dtype"]) == ("bfloat16", "float32")
+    # of gathers and scatters, a third doubles
+    narrow, doubled = estimated("v5p-128"), estimated("v5p-128", wide)
+    for key in ("needed_on_all_links", "needed_on_one_axis"):
+        assert doubled["intensity"][key] == pytest.approx(4 / 3 * narrow["intensity"][key])
+    pods = ("v5e-256", "mesh.data=2", "data.batch_size=512")
+    narrow, doubled = estimated(*pods, slices=2), estimated(*pods, wide, slices=2)
+    assert doubled["traffic"]["dcn"] == 4 * MATRICES // 256 == 2 * narrow["traffic"]["dcn"]
+    assert (
+        doubled["intensity"]["needed_between_slices"]
+        == 2 * narrow["intensity"]["needed_between_slices"]
+    )
+
+
 def test_time_lies_between_its_assumptions_and_money_follows_from_it():
     p = estimated("v5p-128", "data.batch_size=256")
     peak, executed, exchanged = 459e12, p["executed_flops"], 3 * 2 * MATRICES

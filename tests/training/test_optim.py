@@ -94,6 +94,7 @@ def optimizer_of(schedule=lambda step: 0.1, **changes):
     for key in (
         "ema_decay",
         "gradient_accumulation",
+        "gradient_dtype",
         "max_skipped_updates",
     ):  # the step's, not the optimizer's
         knobs.pop(key)

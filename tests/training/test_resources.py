@@ -30,8 +30,9 @@ def recipe_on(mesh) -> Recipe:
     step = make_train_step(objective, model.nll_fn, optimizer, lambda step: 1e-3, **options)
     abstract = abstract_state(model, optimizer, mesh, metrics=metrics, keep_ema=True)
     placed = batch_sharding(mesh)
+    f32 = jnp.dtype(jnp.float32)
     return Recipe(
-        ARCHITECTURE, 1, jnp.float32, "xla", model, objective, optimizer, abstract, step, placed
+        ARCHITECTURE, 1, f32, f32, "xla", model, objective, optimizer, abstract, step, placed
     )
 
 

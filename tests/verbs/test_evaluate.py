@@ -9,6 +9,7 @@ from support.hf_directories import random_params
 
 from llada_jax.__main__ import main
 from llada_jax.config import default_config
+from llada_jax.verbs import evaluate
 
 
 @pytest.fixture(scope="module")
@@ -32,6 +33,26 @@ def evaluated(tmp_path, lines, capsys, *, attend_across_documents: bool) -> dict
     words = ["--checkpoint", str(workdir), "--data", str(lines), "--batch-size", "16", "--json"]
     assert main(["evaluate", *words]) == 0
     return json.loads(capsys.readouterr().out)
+
+
+@pytest.mark.slow
+def test_a_batch_that_is_larger_than_the_split_is_cut_to_it(
+    random_checkpoint, lines, capsys, monkeypatch
+):
+    sizes = []
+    real = evaluate.bound_of_split
+    monkeypatch.setattr(
+        evaluate, "bound_of_split", lambda *a, **k: sizes.append(k["batch_size"]) or real(*a, **k)
+    )
+    words = ["--checkpoint", str(random_checkpoint), "--data", str(lines), "--json"]
+    results = []
+    for size in ("128", str(2**24)):
+        capsys.readouterr()
+        assert main(["evaluate", *words, "--batch-size", size]) == 0
+        results.append(json.loads(capsys.readouterr().out))
+    assert results[0] == results[1]
+    rows = json.loads((lines / "dataset.json").read_text())["splits"]["heldout"]["num_records"]
+    assert rows <= sizes[1] < 2 * rows
 
 
 @pytest.mark.slow

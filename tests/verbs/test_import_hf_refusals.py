@@ -1,9 +1,13 @@
 """What `llada-jax import` refuses, with nothing left behind: bad directories, flags and disks."""
 
 import dataclasses
+import errno
 import json
+import os
 import shutil
 import subprocess
+import threading
+import time
 from pathlib import Path
 
 import jax
@@ -19,6 +23,7 @@ from support.hf_directories import (
 )
 
 from llada_jax.__main__ import main
+from llada_jax.checkpoints.workdir import Checkpoints
 from llada_jax.data.tokenizer import load_tokenizer
 from llada_jax.data.tokenizer_training import train_sentencepiece
 from llada_jax.hf.read import list_tensors
@@ -341,6 +346,27 @@ def test_a_full_or_read_only_disk_leaves_nothing_behind(whole, mount, refused):
     assert list(disk.iterdir()) == []
     subprocess.run(["mount", "-o", "remount,ro", str(disk)], check=True)
     refused(argv, ["cannot be written", "Read-only file system"])
+
+
+def test_what_is_written_after_the_failure_is_removed_too(whole, tmp_path, monkeypatch, refused):
+    late = []
+
+    def save(saved, state, record):
+        def write():
+            for _ in range(4):
+                time.sleep(0.2)
+                file = saved.directory / "0.partial" / "params" / "array"
+                file.parent.mkdir(parents=True, exist_ok=True)
+                file.write_text("late")
+
+        late.append(threading.Thread(target=write))
+        late[0].start()
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr(Checkpoints, "save", save)
+    refused(["import", "--from", str(whole), "--output", str(tmp_path / "out")], ["No space left"])
+    late[0].join()
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_an_output_below_a_file_is_refused(whole, tmp_path, refused):

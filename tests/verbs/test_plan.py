@@ -51,7 +51,7 @@ def test_the_output_in_the_docs_is_the_one_of_the_command(capsys):
         (["--topology", "8xh1000"], "Unknown GPU 'h1000'. Did you mean 'h100'?"),
         (
             ["--topology", "v5p-128", "--slices", "0"],
-            "--slices 0 is not possible; give 1 or more.",
+            "--slices 0 must be at least 1.",
         ),
         (
             ["--topology", "v5p-128", "--slices", "2"],

@@ -42,12 +42,13 @@ def words(knobs: dict) -> list[str]:
 
 @pytest.mark.slow
 @pytest.mark.parametrize("config", CONFIGS, ids=lambda path: path.stem)
-def test_every_config_trains_when_it_is_made_small(config, runs, dialogues):
+def test_every_config_trains_when_it_is_made_small(config, runs, dialogues, pairs):
     workdir = runs.directory / f"config-{config.stem}"
     data = []
-    if config.stem.startswith("sft"):
-        rows = "packed" if "packed" in config.stem else "padded"
-        data = [f"data.path={dialogues(rows)}", "checkpoint.init_from="]
+    rows = "packed" if "packed" in config.stem else "padded"
+    records_of = {"sft": dialogues, "vrpo": pairs}.get(config.stem.split("_")[0])
+    if records_of:
+        data = [f"data.path={records_of(rows)}", "checkpoint.init_from="]
     log = runs.train(workdir, *words(SMALL), *data, config=config)
     assert [line["step"] for line in metric_lines(workdir, "train")] == [1, 2]
     assert "final heldout" in log
@@ -84,6 +85,7 @@ def rich_run(runs, tmp_path_factory):
         "optimizer.ema_decay=0.9",
         "optimizer.name=muon",
         "optimizer.gradient_accumulation=2",
+        "optimizer.gradient_dtype=float32",
         "samples.every_steps=20",
         "samples.gen_length=8",
         "samples.steps=8",
