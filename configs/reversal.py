@@ -6,6 +6,11 @@ autoregressive control of equal size, data and steps.
         --documents line --tokenizer spm-bpe:400 --sequence-length 32 --heldout 0
     llada-jax sweep --config configs/reversal.py --workdir runs/reversal/runs --run local
     llada-jax evaluate --checkpoint runs/reversal/runs/000 --tasks runs/reversal/one_order.jsonl
+
+Each of the two runs takes about two minutes of CPU time. Asked for the name of a description that
+it has only read behind the name, the control ranks it first among 8 in 9% of the cases and never
+writes it; the diffusion model ranks it first in 50%, and writes 91% of the names when it fills them
+in in front (docs/log.md).
 """
 
 from llada_jax.config import default_config
@@ -13,7 +18,7 @@ from llada_jax.config import default_config
 
 def get_config():
     config = default_config()
-    config.num_steps = 500
+    config.num_steps = 2000
     config.data.path = "runs/reversal/data"
     config.data.batch_size = 16
     config.data.sequence_length = 32
@@ -35,12 +40,14 @@ def get_config():
     # There is no held-out text: the questions are what is asked.
     config.evaluation.every_steps = 0
     config.samples.every_steps = 0
-    config.checkpoint.every_steps = 500
+    config.checkpoint.every_steps = 1000
     config.log.every_steps = 20
     config.log.tensorboard = False
     return config
 
 
 def sweep(add):
-    for objective in ("masked_diffusion", "autoregressive"):
-        add(**{"objective.name": objective})
+    # The weight 1/p gives the bound, but is too noisy for so few steps.
+    quiet = {"objective.masking": "exact_count", "objective.weight": "none"}
+    add(**quiet)
+    add(**{"objective.name": "autoregressive"})
