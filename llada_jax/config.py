@@ -80,8 +80,9 @@ def default_config() -> ConfigDict:
     config.model.dtype = AUTO
     # xla | splash (TPU) | cudnn | triton (GPU); auto: from the mesh's platform
     config.model.attention = AUTO
-    # what is recomputed in the backward pass: none | dots | attention | full
-    config.model.remat = "none"
+    # what is recomputed in the backward pass; auto: as little as fits the devices, never none
+    # none | dots | attention | full
+    config.model.remat = AUTO
     # peak memory of the logits, in positions per row
     config.model.nll_chunk = 1024
 

@@ -23,7 +23,7 @@ CHOICES = {
     "model.attention_bias": ("none", "qkv", "qkvo"),
     "model.dtype": (AUTO, "bfloat16", "float32"),
     "model.attention": (AUTO, "xla", "splash", "cudnn", "triton"),
-    "model.remat": ("none", "dots", "attention", "full"),
+    "model.remat": (AUTO, "none", "dots", "attention", "full"),
     "objective.name": ("masked_diffusion", "sft", "vrpo", "autoregressive"),
     "objective.t_sampling": ("stratified", "iid", "bell"),
     "objective.masking": ("bernoulli", "exact_count"),
