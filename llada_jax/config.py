@@ -92,8 +92,9 @@ def default_config() -> ConfigDict:
     config.objective.name = "masked_diffusion"
     config.objective.arguments = ()  # of an objective of your own
     config.objective.eps = 1e-3  # p = (1 - eps) t + eps
-    # stratified over the global batch | iid (as published)
+    # stratified over the global batch | iid (as published) | bell (stratified, more around 1/2)
     config.objective.t_sampling = "stratified"
+    config.objective.bell_width = 0.2  # standard deviation of t (bell)
     # bernoulli | exact_count (k of L tokens, weight L/k)
     config.objective.masking = "bernoulli"
     # 1/p | none (in training alone; the reported NELBO always carries 1/p)
@@ -104,7 +105,7 @@ def default_config() -> ConfigDict:
     config.objective.mean_over = "answers"
     # p = eps + (max_mask_ratio - eps) t (sft)
     config.objective.max_mask_ratio = 1.0
-    # whether each dialogue is a row twice, with masks that complement each other (sft)
+    # whether each record is a row twice, with masks that complement each other (sft, or text)
     config.objective.complementary = False
     # share of dialogues whose prompt is hidden from the network, for guidance (sft)
     config.objective.prompt_dropout = 0.0
@@ -142,8 +143,7 @@ def default_config() -> ConfigDict:
     config.optimizer.max_skipped_updates = 0
     # microbatches per step; the update is that of the whole batch
     config.optimizer.gradient_accumulation = 1
-    # in which devices add up the gradients of matrices: compute (the dtype of the products) |
-    # float32; all other gradients are added up in float32
+    # in which devices add up gradients of matrices: compute (dtype of the products) | float32
     config.optimizer.gradient_dtype = "compute"
 
     config.schedule = ConfigDict()

@@ -1,4 +1,4 @@
-"""What the JSON files of a published checkpoint may hold: the type and the range of every key that
+"""What JSON files that come from elsewhere may hold: the type and the range of every key that
 this package reads.
 
 Such a file comes from elsewhere, and a value of another type would otherwise be found deep inside
@@ -16,6 +16,7 @@ from llada_jax.ranges import MAX_SIZE
 
 Size = Annotated[int, Field(ge=1, le=MAX_SIZE)]
 Positive = Annotated[float, Field(gt=0, allow_inf_nan=False)]
+NotNegative = Annotated[float, Field(ge=0, allow_inf_nan=False)]
 Id = Annotated[int, Field(ge=0, lt=MAX_SIZE)]
 # Published files say -1 where there is no such token.
 OptionalId = Annotated[int, Field(ge=-1, lt=MAX_SIZE)]
@@ -140,6 +141,31 @@ EXPECTED = {
 }
 
 AnySchema = TypeVar("AnySchema", bound=Schema)
+
+
+class SampleQuality(Schema):
+    """Measures of samples in a frontier.json, see llada_jax.evaluation.sample_quality."""
+
+    bits_per_byte: NotNegative
+    repetition: NotNegative
+    unigram_distance: NotNegative
+
+
+class FrontierRow(SampleQuality):
+    """What one setting of the sampler costs, and how good its samples are."""
+
+    family: str
+    name: str
+    passes_per_token: NotNegative
+    columns_per_token: NotNegative
+    is_no_worse: bool
+
+
+class Frontier(Schema):
+    """frontier.json, as benchmarks/frontier.py writes it."""
+
+    baselines: dict[str, SampleQuality]
+    rows: Annotated[list[FrontierRow], Field(min_length=1)]
 
 
 def parse_json(content: str | bytes, *, file) -> dict:

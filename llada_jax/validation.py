@@ -25,7 +25,7 @@ CHOICES = {
     "model.attention": (AUTO, "xla", "splash", "cudnn", "triton"),
     "model.remat": ("none", "dots", "attention", "full"),
     "objective.name": ("masked_diffusion", "sft", "vrpo", "autoregressive"),
-    "objective.t_sampling": ("stratified", "iid"),
+    "objective.t_sampling": ("stratified", "iid", "bell"),
     "objective.masking": ("bernoulli", "exact_count"),
     "objective.weight": ("1/p", "none"),
     "objective.masked": ("answers", "documents"),
@@ -48,7 +48,14 @@ OWN_PARTS = ("objective.name", "optimizer.name", "schedule.name")
 # group that no part lists, such as clip_norm, are read whatever the part is.
 READ_BY = {
     "objective": {
-        "masked_diffusion": ("eps", "t_sampling", "masking", "weight"),
+        "masked_diffusion": (
+            "eps",
+            "t_sampling",
+            "bell_width",
+            "masking",
+            "weight",
+            "complementary",
+        ),
         "sft": (
             "eps",
             "t_sampling",
@@ -161,6 +168,27 @@ def check_contradictions(config: ConfigDict) -> None:
             f"config.objective.eps={objective.eps} and config.objective.max_mask_ratio="
             f"{objective.max_mask_ratio}: the mask ratio runs from the first to the second, which "
             "must be larger."
+        )
+    if objective.t_sampling == "bell" and objective.name != "masked_diffusion":
+        raise UserError(
+            "config.objective.t_sampling='bell' is for masked_diffusion, and "
+            f"config.objective.name={objective.name!r}; choose stratified or iid."
+        )
+    if objective.bell_width != 0.2 and objective.t_sampling != "bell":
+        raise UserError(
+            f"config.objective.bell_width={objective.bell_width} changes nothing, because "
+            f"config.objective.t_sampling={objective.t_sampling!r}; set that to bell."
+        )
+    if (
+        objective.complementary
+        and objective.name == "masked_diffusion"
+        and (objective.masking, objective.weight) != ("bernoulli", "none")
+    ):
+        raise UserError(
+            "config.objective.complementary=True needs config.objective.masking='bernoulli' and "
+            f"config.objective.weight='none' for text, not {objective.masking!r} and "
+            f"{objective.weight!r}: a row whose complement is masked almost whole has few masks, "
+            "and their weight no bound."
         )
     if objective.complementary and objective.weight == "1/p" and objective.max_mask_ratio == 1:
         raise UserError(

@@ -92,6 +92,7 @@ def write_model(export: Export, output: Path, *, verify: bool) -> dict | None:
         reader.check()
         if jax.process_index() == 0:
             for name, content in export.others.items():
+                (partial / name).parent.mkdir(exist_ok=True)
                 files.write_whole(partial / name, content)
         return compared(partial, export) if verify else None
 

@@ -140,7 +140,9 @@ def model_card(
             *(_text_snippets if has_tokenizer else _id_snippets)(name, gen_length),
             "",
             "`generate_diffusion` fills masks; the autoregressive `generate` of transformers does "
-            "not apply to this model.",
+            "not apply to this model. `commit`, `cache` and the other settings are explained in "
+            "diffusion_sampler.py, and transformers 5 calls the same sampler for `model.generate("
+            f'..., custom_generate="{name}", trust_remote_code=True)`.',
             "",
             "## Network",
             "",

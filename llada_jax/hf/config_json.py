@@ -311,6 +311,7 @@ def hf_config(
     pad_id: int,
     max_sequence_length: int,
     dtype: str,
+    eot_id: int | None = None,
     num_ids: int | None = None,
     source: dict | None = None,
 ) -> dict:
@@ -321,6 +322,8 @@ def hf_config(
         layout: "llada" or "illada".
         max_sequence_length: in tokens.
         dtype: of the tensors in the file, "float32" or "bfloat16".
+        eot_id: of the end of a turn, at which the sampler of the export ends a text too; None where
+            there is none.
         num_ids: of the vocabulary, where no tokenizer comes along that has them; None takes what
             the source says, or else every row of the embedding.
         source: the config.json of the same layout that the model was imported from; keys of it that
@@ -333,6 +336,8 @@ def hf_config(
         "pad_token_id": pad_id,
         "mask_token_id": mask_id,
     }
+    if eot_id is not None:
+        ids["eot_token_id"] = eot_id
     write = {"llada": _to_llada, "illada": _to_illada}[layout]
     silent, stated = write(a, max_sequence_length)
     carried = dict(source) if source and source.get("model_type") == layout else {}

@@ -100,5 +100,5 @@ def begin_directory(partial: Path, output: Path, until_end: contextlib.ExitStack
         )
     until_end.callback(shutil.rmtree, partial, ignore_errors=True)
     for leftover in partial.iterdir():  # of an export that was killed
-        leftover.unlink()
+        shutil.rmtree(leftover) if leftover.is_dir() else leftover.unlink()
     files.undo_replacement(output)

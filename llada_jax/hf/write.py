@@ -24,6 +24,8 @@ from llada_jax.hf.convert import Tensor
 from llada_jax.hf.read import INDEX, SINGLE
 from llada_jax.storage import files
 
+# PyTorch code that both layouts need.
+SHARED = ("masked_diffusion.py", "diffusion_sampler.py")
 DTYPES = {"bfloat16": ("BF16", np.dtype(jnp.bfloat16)), "float32": ("F32", np.dtype(np.float32))}
 
 
@@ -107,8 +109,10 @@ def other_files(shards: list[Shard], hf_config: dict, layout: str) -> dict[str, 
     if len(shards) > 1:
         contents[INDEX] = index_json(shards)
     here = Path(__file__).parent / "shipped"
-    for name in (f"configuration_{layout}.py", f"modeling_{layout}.py", "masked_diffusion.py"):
+    for name in (f"configuration_{layout}.py", f"modeling_{layout}.py", *SHARED):
         contents[name] = (here / name).read_bytes()
+    # Where transformers 5 looks for a generation method that a repository brings.
+    contents["custom_generate/generate.py"] = (here / "generate.py").read_bytes()
     return contents
 
 

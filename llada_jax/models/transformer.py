@@ -27,13 +27,7 @@ from llada_jax.errors import UserError
 from llada_jax.masks import BIDIRECTIONAL, Mask
 from llada_jax.models.attention import attend
 from llada_jax.models.products import project
-
-# What the backward pass keeps; everything else of a block is computed again.
-REMAT_POLICIES = {
-    "dots": jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
-    "attention": jax.checkpoint_policies.save_only_these_names("attention"),
-    "full": jax.checkpoint_policies.nothing_saveable,
-}
+from llada_jax.models.recomputation import REMAT_POLICIES
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -249,9 +243,10 @@ class Block(nnx.Module):
             out_BTNH = attend(
                 q_BTNH, k_BSKH, v_BSKH, segment_ids_BT, implementation=attention, mask=mask
             )
-            # Splash names what its backward pass reads itself, the normaliser too: with the output
-            # alone saved, recomputation would run the whole kernel again.
-            if attention != "splash":
+            # The outputs of a kernel are kept where it returns them (REMAT_POLICIES), together
+            # with the statistics that its backward pass reads; a second name would keep a second
+            # copy.
+            if attention == "xla":
                 out_BTNH = checkpoint_name(out_BTNH, "attention")
             x_BTD = self.add_attention(x_BTD, out_BTNH, a=a)
         return self.add_feed_forward(x_BTD, a=a)

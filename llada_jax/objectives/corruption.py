@@ -15,19 +15,52 @@ from llada_jax.rng import keys_for_rows
 NUM_T_BUCKETS = 10
 
 
-def sample_t(key: Array, row_B: Array, *, num_rows: Array | int, t_sampling: str) -> Array:
+def sample_t(
+    key: Array,
+    row_B: Array,
+    *,
+    num_rows: Array | int,
+    t_sampling: str,
+    bell_width: float = 0.2,
+) -> Array:
     """Returns diffusion times t_B, float32 in [0, 1), for rows `row_B` of a global batch of
     `num_rows`.
 
     stratified: row r takes (u + r / num_rows) mod 1 with one u per step, so that a batch covers
     [0, 1) evenly and the variance of the loss falls (MD4, arXiv 2406.04329, section 4.3: antithetic
-    sampling over the batch). iid: every row draws its own U(0, 1).
+    sampling over the batch). iid: every row draws its own U(0, 1). bell: stratified times of the
+    density `bell_density`, most of which lie around 1/2 (arXiv 2605.13026).
     """
-    if t_sampling == "stratified":
+    if t_sampling in ("stratified", "bell"):
         offset = jax.random.uniform(key)
-        return (offset + row_B.astype(jnp.float32) / num_rows) % 1.0
+        t_B = (offset + row_B.astype(jnp.float32) / num_rows) % 1.0
+        return t_B if t_sampling == "stratified" else _quantile_of_bell(t_B, bell_width)
     assert t_sampling == "iid", t_sampling
     return jax.vmap(jax.random.uniform)(keys_for_rows(key, row_B))
+
+
+def bell_density(t: Array, width: float) -> Array:
+    """Returns the density of t_sampling="bell" in float32: a normal with mean 1/2 and standard
+    deviation `width`, cut to [0, 1).
+    """
+    area = 1.0 - 2.0 * _tail_of_bell(width)
+    return jax.scipy.stats.norm.pdf(t, 0.5, width) / area
+
+
+def _quantile_of_bell(u: Array, width: float) -> Array:
+    """Returns t in [0, 1), of which a share u of the bell lies below.
+
+    Each half is computed from its own end: near 1, float32 has no room for the other tail.
+    """
+    tail = _tail_of_bell(width)
+    distance = -width * jax.scipy.special.ndtri(tail + jnp.minimum(u, 1.0 - u) * (1.0 - 2.0 * tail))
+    t = jnp.where(u < 0.5, 0.5 - distance, 0.5 + distance)
+    return jnp.clip(t, 0.0, 1.0 - 2.0**-24)
+
+
+def _tail_of_bell(width: float) -> Array:
+    """Returns the share of the uncut normal below 0."""
+    return jax.scipy.special.ndtr(jnp.float32(-0.5 / width))
 
 
 def rank_of_real_rows(is_maskable_BT: Array) -> tuple[Array, Array]:

@@ -24,6 +24,7 @@ def make_objective(
     name: str,
     eps: float = 1e-3,
     t_sampling: str = "stratified",
+    bell_width: float = 0.2,
     masking: str = "bernoulli",
     weight: str = "1/p",
     masked: str = "answers",
@@ -91,5 +92,11 @@ def make_objective(
             shared_draws=shared_draws,
         )
     return make(
-        mask_id=tokenizer.mask_id, eps=eps, t_sampling=t_sampling, masking=masking, weight=weight
+        mask_id=tokenizer.mask_id,
+        eps=eps,
+        t_sampling=t_sampling,
+        bell_width=bell_width,
+        masking=masking,
+        weight=weight,
+        complementary=complementary,
     )

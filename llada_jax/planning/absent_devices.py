@@ -1,10 +1,13 @@
-"""Devices that are not there: stand-ins that have shapes, and TPUs as libtpu describes them.
+"""Devices that are not there: stand-ins that have shapes, and TPUs and GPUs as their compilers
+describe them.
 
-libtpu compiles for a TPU slice on any CPU. It reads its settings from the environment when it is
-loaded, and only then, so one process compiles with one set of compiler flags.
+libtpu compiles for a TPU slice on any CPU, and JAX's CUDA plugin for any GPU. Both read their
+settings from the environment when they are loaded, and only then, so one process compiles with one
+set of compiler flags.
 """
 
 import dataclasses
+import importlib.metadata
 import importlib.util
 import os
 from types import SimpleNamespace
@@ -16,6 +19,7 @@ from jax.sharding import AxisType, Mesh
 from llada_jax.cluster import sharding
 from llada_jax.cluster.hardware import Slice
 from llada_jax.errors import UserError
+from llada_jax.planning.gpu_targets import target_config
 
 # More than the largest machines have; a mesh holds an object for each.
 MAX_DEVICES = 2**18
@@ -62,15 +66,41 @@ def stand_in_tokenizer(vocab_size: int) -> SimpleNamespace:
     return SimpleNamespace(vocab_size=vocab_size, mask_id=vocab_size - 1, bos_id=0)
 
 
-def load_libtpu(flags: dict[str, str]) -> None:
-    """Prepares this process for compiling with libtpu; call it before anything else touches a TPU.
+def load_compiler(machines: Slice, flags: dict[str, str]) -> None:
+    """Prepares this process for compiling for absent devices; call it before anything else touches
+    a device.
 
     Args:
         flags: environment variables, see llada_jax.cluster.compiler_flags.FLAGS.
 
     Raises:
-        UserError: libtpu is not installed.
+        UserError: the compiler is not installed.
     """
+    (_load_libtpu if machines.accelerator.platform == "tpu" else _load_cuda)(flags)
+
+
+def absent_mesh(sizes: dict[str, int], machines: Slice, num_slices: int) -> Mesh:
+    """Returns a mesh over the devices of absent machines, in their topology, for which XLA
+    compiles.
+
+    Call `load_compiler` first. Takes the same arguments as `stand_in_mesh`.
+    """
+    if machines.accelerator.platform == "tpu":
+        arguments = machines.aot_arguments | ({"num_slices": num_slices} if num_slices > 1 else {})
+        found = topologies.get_topology_desc(**arguments)
+    else:
+        # slices x hosts x devices of a host. A slice is what NVLink joins; nothing here needs it.
+        num_hosts = machines.num_hosts * num_slices
+        found = topologies.get_topology_desc(
+            machines.name,
+            "cuda",
+            target_config=target_config(machines.accelerator),
+            topology=f"1x{num_hosts}x{machines.chips_per_host}",
+        )
+    return sharding.make_mesh(sizes, list(found.devices))
+
+
+def _load_libtpu(flags: dict[str, str]) -> None:
     if importlib.util.find_spec("libtpu") is None:
         raise UserError(
             "Compiling for TPUs that are not there needs libtpu, which is not installed: "
@@ -90,11 +120,14 @@ def load_libtpu(flags: dict[str, str]) -> None:
     )
 
 
-def libtpu_mesh(sizes: dict[str, int], machines: Slice, num_slices: int) -> Mesh:
-    """Returns a mesh over the devices of absent TPU slices, in their topology, for which XLA
-    compiles.
-
-    Call `load_libtpu` first. Takes the same arguments as `stand_in_mesh`.
-    """
-    arguments = machines.aot_arguments | ({"num_slices": num_slices} if num_slices > 1 else {})
-    return sharding.make_mesh(sizes, list(topologies.get_topology_desc(**arguments).devices))
+def _load_cuda(flags: dict[str, str]) -> None:
+    # cuDNN is never run, but JAX asks for its version where it traces the attention kernel.
+    for package in ("jax-cuda13-plugin", "jax-cuda13-pjrt", "nvidia-cudnn-cu13"):
+        try:
+            importlib.metadata.version(package)
+        except importlib.metadata.PackageNotFoundError:
+            raise UserError(
+                f"Compiling for GPUs that are not there needs {package}, which is not installed: "
+                "pip install 'llada_jax[plan-gpu]'."
+            ) from None
+    os.environ.update(flags)

@@ -1,4 +1,4 @@
-"""Compiles a train step for absent TPUs and checks the program against the estimate.
+"""Compiles a train step for absent devices and checks the program against the estimate.
 
 The estimate says what the mesh is meant to exchange; the compiler decides what is exchanged. The
 partitioner may gather a weight a third time or exchange an activation between two layouts without a
@@ -13,7 +13,8 @@ import jax
 from jax.sharding import Mesh
 
 from llada_jax.cluster.hardware import Slice
-from llada_jax.planning import compiled_program
+from llada_jax.planning.collectives import collectives
+from llada_jax.planning.compiled_program import kernels, layout_copies
 from llada_jax.training.step import Recipe, compile_step
 from llada_jax.units import format_bytes
 
@@ -33,17 +34,19 @@ _RESHARD_SHARE = 0.05
 
 
 def compile_report(recipe: Recipe, mesh: Mesh, machines: Slice, *, shape: tuple[int, int]) -> dict:
-    """Compiles the train step for a mesh of absent TPUs and returns what the compiler says.
+    """Compiles the train step for a mesh of absent devices and returns what the compiler says.
 
     Args:
-        mesh: see llada_jax.planning.absent_devices.libtpu_mesh; the recipe is made for it.
+        mesh: see llada_jax.planning.absent_devices.absent_mesh; the recipe is made for it.
         shape: (batch_size, sequence_length).
 
     Returns JSON values. fits: whether the program fits the memory of a device. If not: needed_bytes
     and usable_bytes. If so: seconds (of compiling), peak_bytes (the most that is in use at one
-    time), usable_bytes, collectives and kernels (see llada_jax.planning.compiled_program).
+    time), usable_bytes, collectives (see llada_jax.planning.collectives), kernels and layout_copies
+    (see llada_jax.planning.compiled_program).
     """
     began = time.perf_counter()
+    usable = machines.accelerator.usable_bytes_per_device
     with jax.set_mesh(mesh):
         try:
             compiled = compile_step(recipe, shape)
@@ -52,15 +55,20 @@ def compile_report(recipe: Recipe, mesh: Mesh, machines: Slice, *, shape: tuple[
             if not needed:
                 raise
             return {"fits": False, "needed_bytes": needed, "usable_bytes": usable}
+    peak = compiled.memory_analysis().peak_memory_in_bytes
+    # XLA for GPUs does not refuse a program that is too large; the run then fails.
+    if peak > usable:
+        return {"fits": False, "needed_bytes": peak, "usable_bytes": usable}
     text = compiled.as_text()
-    collectives = compiled_program.collectives(text, devices_per_slice=machines.num_devices)
+    found = collectives(text, devices_per_slice=machines.num_devices, shape=dict(mesh.shape))
     return {
         "fits": True,
         "seconds": time.perf_counter() - began,
-        "peak_bytes": compiled.memory_analysis().peak_memory_in_bytes,
-        "usable_bytes": machines.accelerator.usable_bytes_per_device,
-        "collectives": [{**c._asdict(), "total_bytes": c.total_bytes} for c in collectives],
-        "kernels": compiled_program.kernels(text),
+        "peak_bytes": peak,
+        "usable_bytes": usable,
+        "collectives": [{**c._asdict(), "total_bytes": c.total_bytes} for c in found],
+        "kernels": kernels(text),
+        "layout_copies": layout_copies(text)._asdict(),
     }
 
 
@@ -161,13 +169,18 @@ def check_program(report: dict, estimate: dict) -> list[dict]:
     return results
 
 
+# Words in the names of the calls by which each attention kernel is in a program.
+_KERNEL_WORDS = {"splash": "splash", "cudnn": "fmha", "triton": "triton"}
+
+
 def _check_attention(kernels: dict[str, int], attention: str) -> tuple[bool, str]:
     """Returns (ok, words) for the attention kernel that a program calls."""
-    if attention != "splash":
+    if attention not in _KERNEL_WORDS:
         return False, f"{attention}: the scores of all positions are held in memory"
-    splash = {name: times for name, times in sorted(kernels.items()) if "splash" in name}
-    words = ", ".join(f"{name} x {times}" for name, times in splash.items())
-    return bool(splash), words or "splash is not in the program"
+    word = _KERNEL_WORDS[attention]
+    called = {name: times for name, times in sorted(kernels.items()) if word in name}
+    words = ", ".join(f"{name} x {times}" for name, times in called.items())
+    return bool(called), words or f"{attention} is not in the program"
 
 
 def bytes_by_purpose(collectives: list[dict]) -> dict[str, int]:

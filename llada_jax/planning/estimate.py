@@ -140,7 +140,7 @@ def memory_of(
     Saved by the forward pass, by remat policy:
         full:       D                               the layer's input
         attention:  D + N                           and the output of attention
-        dots:       3 D + N + 2 K + 2 F             and the outputs of all products
+        dots:       3 D + 2 N + 2 K + 2 F           and the outputs of all products
         none:       5 D + 3 N + 3 K + 4 F + 3 S     and norms, rotary embeddings, activations
     At work in the backward pass of one layer, at the same time as all that was saved:
         4 D + 3 N + 2 K + 4 F + 3 S, and the layer's weights twice (gathered, and their gradient,
@@ -160,7 +160,7 @@ def memory_of(
     saved = {
         "full": D,
         "attention": D + N,
-        "dots": 3 * D + (N + 2 * K) + 2 * F,
+        "dots": 3 * D + (2 * N + 2 * K) + 2 * F,
         "none": 5 * D + (3 * N + 3 * K) + 4 * F + 3 * S,
     }[workload.remat]
     # Gradients are float32, as the parameters are. With several microbatches a second copy holds
@@ -208,18 +208,23 @@ def sharded_bytes(tree, shape: dict[str, int]) -> int:
 def recomputed_flops(recipe: Recipe, workload: Workload) -> float:
     """Returns the FLOPs per token that the backward pass repeats.
 
-    The remat policy decides for the layers: "dots" keeps the outputs of products but not the
-    scores, "attention" keeps the scores' result and repeats the products, "full" repeats both. The
-    head is repeated whenever it runs in pieces, because then no piece's logits are kept. Of several
-    trained passes each is repeated as a whole before it is differentiated.
+    The remat policy decides for the layers: "dots" keeps the outputs of products and of attention,
+    "attention" repeats the products, "full" repeats both. What is kept of attention saves a kernel
+    from running again; the reference multiplies queries and keys once more. The head is repeated
+    whenever it runs in pieces, because then no piece's logits are kept. Of several trained passes
+    each is repeated as a whole before it is differentiated.
     """
     a, T = recipe.architecture, workload.sequence_length
     head = a.d_model * a.vocab_size
     projections = 2 * (num_matmul_parameters(a) - head)
     scores = 4 * a.num_layers * a.num_heads * a.head_dim * T
-    layers = {"none": 0, "dots": scores, "attention": projections, "full": projections + scores}[
-        workload.remat
-    ]
+    again = scores / 2 if recipe.attention == "xla" else 0
+    layers = {
+        "none": 0,
+        "dots": again,
+        "attention": again + projections,
+        "full": scores + projections,
+    }[workload.remat]
     once = layers + (2 * head if workload.nll_chunk < T else 0)
     num_passes = recipe.objective.trained_passes
     whole = 2 * num_matmul_parameters(a) + 4 * a.num_layers * a.num_heads * a.head_dim * T

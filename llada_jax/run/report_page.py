@@ -1,10 +1,13 @@
-"""The curves of a run on one page, which any browser shows without TensorBoard or a network."""
+"""The curves of a run on one page, which any browser shows without TensorBoard or a network; and
+the frontier of its sampler, where one was measured (benchmarks/frontier.py).
+"""
 
 import html
 import math
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
+from llada_jax.schemas import Frontier, SampleQuality
 from llada_jax.units import format_count
 
 WIDTH, HEIGHT, LEFT, BOTTOM = 460, 230, 52, 28
@@ -27,7 +30,7 @@ table { border-collapse: collapse; } td, th { padding: .2em 1em .2em 0; text-ali
 
 class Curve(NamedTuple):
     name: str
-    points: list[tuple[float, float]]  # (step, value), finite
+    points: list[tuple[float, float]]  # (step or cost, value), finite
 
 
 def curves_of(lines: Sequence[dict]) -> dict[str, list[Curve]]:
@@ -65,14 +68,56 @@ def curves_of(lines: Sequence[dict]) -> dict[str, list[Curve]]:
     return found
 
 
-def _figure(title: str, curves: Sequence[Curve]) -> str:
-    """Returns one chart as SVG with a legend; each point says its step and value in a title."""
+def frontier_of(frontier: Frontier) -> dict[str, list[Curve]]:
+    """Returns {title: curves} of a frontier: the quality against the cost, a curve per rule."""
+    measures = {
+        "Bits per byte by the control": "bits_per_byte",
+        "Repeated phrases": "repetition",
+        "Distance of the token frequencies": "unigram_distance",
+    }
+    found: dict[str, list[Curve]] = {}
+    for title, key in measures.items():
+        families: dict[str, list[tuple[float, float]]] = {}
+        for row in frontier.rows:
+            point = (row.passes_per_token, getattr(row, key))
+            families.setdefault(row.family, []).append(point)
+        found[f"{title} against passes per token"] = [
+            Curve(family, sorted(points)) for family, points in families.items()
+        ]
+    return found
+
+
+def _measures(one: SampleQuality) -> list[str]:
+    return [f"{value:.3f}" for value in (one.bits_per_byte, one.repetition, one.unigram_distance)]
+
+
+def _frontier(frontier: Frontier) -> str:
+    """Returns the part of the page about the sampler: figures, and all numbers in a table."""
+    figures = "".join(
+        _figure(title, curves, x_name="passes per token")
+        for title, curves in frontier_of(frontier).items()
+    )
+    heads = ["setting", "passes per token", "columns per token", "bits per byte", "repetition"]
+    rows = [[*heads, "unigram distance", "no worse than the first"]]
+    for name, one in frontier.baselines.items():
+        rows.append([name, "", "", *_measures(one), ""])
+    for row in frontier.rows:
+        costs = [f"{cost:.3f}" for cost in (row.passes_per_token, row.columns_per_token)]
+        rows.append([row.name, *costs, *_measures(row), "yes" if row.is_no_worse else "no"])
+    cells = ("".join(f"<td>{html.escape(cell)}</td>" for cell in row) for row in rows)
+    table = "".join(f"<tr>{row}</tr>" for row in cells)
+    return f"<h2>Speed and quality of the sampler</h2>{figures}<table>{table}</table>"
+
+
+def _figure(title: str, curves: Sequence[Curve], *, x_name: str = "step") -> str:
+    """Returns one chart as SVG with a legend; each point says its place and value in a title."""
     xs = [step for curve in curves for step, _ in curve.points]
     ys = [value for curve in curves for _, value in curve.points]
     low, high = min(ys), max(ys)
     if low == high:
         low, high = low - 0.5 * abs(low or 1), high + 0.5 * abs(high or 1)
-    first, last = min(xs), max(max(xs), min(xs) + 1)
+    first, last = min(xs), max(xs)
+    last = last if last > first else first + 1
 
     def at(step: float, value: float) -> tuple[float, float]:
         x = LEFT + (WIDTH - LEFT - 10) * (step - first) / (last - first)
@@ -88,7 +133,7 @@ def _figure(title: str, curves: Sequence[Curve]) -> str:
         step = first + share * (last - first)
         x, _ = at(step, low)
         anchor = {0.0: "start", 0.5: "middle", 1.0: "end"}[share]
-        label = format_count(round(step))
+        label = format_count(round(step)) if x_name == "step" else f"{step:.2g}"
         parts.append(f'<text x="{x:.1f}" y="{HEIGHT - 8}" text-anchor="{anchor}">{label}</text>')
     keys = []
     for curve, colour in zip(curves, COLOURS):
@@ -98,7 +143,7 @@ def _figure(title: str, curves: Sequence[Curve]) -> str:
         name = html.escape(curve.name)
         parts += [
             f'<circle cx="{x:.1f}" cy="{y:.1f}" r="4" fill="{colour}">'
-            f"<title>{name}, step {step:g}: {value:.5g}</title></circle>"
+            f"<title>{name}, {x_name} {step:.5g}: {value:.5g}</title></circle>"
             for (x, y), (step, value) in zip(places, curve.points)
         ]
         keys.append(f'<span class="key" style="background:{colour}"></span>{name}')
@@ -125,13 +170,19 @@ def _rows(result: dict[str, Any], prefix: str = "") -> list[str]:
     return rows
 
 
-def report_page(title: str, lines: Sequence[dict], result: dict[str, Any]) -> str:
+def report_page(
+    title: str,
+    lines: Sequence[dict],
+    result: dict[str, Any],
+    frontier: Frontier | None = None,
+) -> str:
     """Returns the page: the curves of metrics.jsonl, and the result of an evaluation as a table.
 
     Args:
         title: the checkpoint, for example.
         lines: of metrics.jsonl; [] for a model that was not trained here.
         result: what `evaluate --json` prints.
+        frontier: of the sampler; None where it was not measured.
     """
     figures = "".join(_figure(name, curves) for name, curves in curves_of(lines).items())
     missing = "" if figures else "<p>There is no metrics.jsonl next to this checkpoint.</p>"
@@ -139,5 +190,6 @@ def report_page(title: str, lines: Sequence[dict], result: dict[str, Any]) -> st
         f'<!doctype html><html lang="en"><head><meta charset="utf-8"><title>{html.escape(title)}'
         f"</title><style>{STYLE}</style></head><body><h1>{html.escape(title)}</h1>"
         f"<h2>Evaluation</h2><table>{''.join(_rows(result))}</table>"
-        f"<h2>Curves</h2>{missing}{figures}</body></html>\n"
+        f"<h2>Curves</h2>{missing}{figures}"
+        f"{'' if frontier is None else _frontier(frontier)}</body></html>\n"
     )

@@ -12,7 +12,7 @@ from typing import Any
 import jax
 from jax.sharding import Mesh
 
-from llada_jax import pretrained
+from llada_jax import pretrained, schemas
 from llada_jax.arguments import checked
 from llada_jax.checkpoints.orbax_patches import drop_echoes
 from llada_jax.checkpoints.workdir import parse_checkpoint
@@ -131,10 +131,16 @@ def shared(args) -> dict:
 
 
 def write_report(args, result: dict) -> None:
-    """Writes DIR/report.html: the result, and the curves of the workdir that it comes from."""
+    """Writes DIR/report.html: the result, the curves of the workdir that it comes from, and
+    DIR/frontier.json where there is one.
+    """
     workdir, _ = parse_checkpoint(args.checkpoint)
-    page = report_page(args.checkpoint, read_lines(workdir), result)
     directory = remote.path_of(args.report)
+    frontier, file = None, directory / "frontier.json"
+    if file.exists():
+        content = schemas.parse_json(file.read_bytes(), file=file)
+        frontier = schemas.check(content, schemas.Frontier, file=file)
+    page = report_page(args.checkpoint, read_lines(workdir), result, frontier)
     with writing(directory / "report.html", remedy="name another --report"):
         directory.mkdir(parents=True, exist_ok=True)
         write_whole(directory / "report.html", page)

@@ -161,6 +161,7 @@ def prepare_export(args) -> tuple[Export, dict]:
         **ids,
         max_sequence_length=max_length,
         dtype=args.dtype,
+        eot_id=tokenizer.eot_id,
         num_ids=None if has_text else tokenizer.vocab_size,
         source=(record.source or {}).get("config"),
     )

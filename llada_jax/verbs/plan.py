@@ -16,8 +16,8 @@ from llada_jax.config import default_config, load_config
 from llada_jax.errors import UserError
 from llada_jax.models.attention import choose
 from llada_jax.planning.absent_devices import (
-    libtpu_mesh,
-    load_libtpu,
+    absent_mesh,
+    load_compiler,
     stand_in_mesh,
     stand_in_tokenizer,
 )
@@ -59,7 +59,7 @@ def make_parser() -> Parser:
         help="needed if config.model.vocab_size is 0",
     )
     parser.add_argument(
-        "--compile", action="store_true", help="also ask the compiler of libtpu; takes minutes"
+        "--compile", action="store_true", help="also ask the compiler; takes minutes"
     )
     parser.add_argument(
         "--search", action="store_true", help="try other meshes, remat policies and microbatches"
@@ -89,12 +89,7 @@ def main(argv: list[str]) -> None:
     check_vocabulary(config, vocab_size)
     flags = flags_named(args.flags)
     if args.compile:
-        if machines.accelerator.platform != "tpu":
-            raise UserError(
-                f"--compile is for TPUs, and {args.topology} is not one: XLA compiles for GPUs "
-                "only on a machine that has them. Leave out --compile."
-            )
-        load_libtpu(flags)
+        load_compiler(machines, flags)
     # Everything here runs on the CPU, even where a TPU is attached: a plan must not take its chips.
     jax.config.update("jax_platforms", "cpu")
 
@@ -181,7 +176,7 @@ def with_choice(config, choice: dict):
 
 def compile_and_check(config, machines: Slice, num_slices: int, vocab_size: int) -> dict:
     """Returns llada_jax.planning.check.compile_report of a config, with "checks" where it fits."""
-    mesh = libtpu_mesh(config.mesh, machines, num_slices)
+    mesh = absent_mesh(config.mesh, machines, num_slices)
     recipe = make_recipe(config, stand_in_tokenizer(vocab_size), mesh)
     shape = (config.data.batch_size, config.data.sequence_length)
     report = compile_report(recipe, mesh, machines, shape=shape)
@@ -324,17 +319,34 @@ def describe_compiled(compiled: dict) -> list[str]:
         f"compiled    in {format_seconds(compiled['seconds'])}: "
         f"{format_bytes(compiled['peak_bytes'])} of {usable} per device at the peak"
     ]
-    sums = {}
-    for one in compiled["collectives"]:
-        kind = one["kind"] + (" between slices" if one["spans_slices"] else "")
-        times, total = sums.get(kind, (0, 0))
-        sums[kind] = (times + one["times"], total + one["total_bytes"])
-    for kind, (times, total) in sorted(sums.items(), key=lambda item: -item[1][1]):
-        lines.append(f"            {format_bytes(total):>9} per step in {times:,} x {kind}")
+    lines += _describe_collectives(compiled["collectives"])
+    copies = compiled["layout_copies"]
+    kernels = ", ".join(f"{name} x {n}" for name, n in sorted(compiled["kernels"].items()))
+    lines += [
+        f"            {format_bytes(copies['total_bytes']):>9} per step in {copies['times']:,} x "
+        "copy to another layout",
+        f"            kernels: {kernels or 'none'}",
+    ]
     for check in compiled["checks"]:
         mark = "ok  " if check["ok"] else "LOOK"
         lines.append(f"  {mark}      {check['what']}: {check['words']}")
     return lines
+
+
+def _describe_collectives(collectives: list[dict]) -> list[str]:
+    """Returns a line for each kind of collective and the axes that it goes over."""
+    sums = {}
+    for one in collectives:
+        where = " between slices" if one["spans_slices"] else f" over {one['axes']}"
+        so_far = sums.setdefault(one["kind"] + where, {"times": 0, "bytes": 0, "hidden": 0})
+        so_far["times"] += one["times"]
+        so_far["bytes"] += one["total_bytes"]
+        so_far["hidden"] += one["times"] * one["is_overlapped"]
+    return [
+        f"            {format_bytes(total['bytes']):>9} per step in {total['times']:,} x {kind}, "
+        f"{total['hidden']:,} of them around a product"
+        for kind, total in sorted(sums.items(), key=lambda item: -item[1]["bytes"])
+    ]
 
 
 def _counted(number: int, noun: str, plural: str = "s") -> str:

@@ -6,7 +6,7 @@ import sys
 
 import pytest
 from support.paths import LAUNCH
-from support.required import libtpu_environment
+from support.required import compiler_environment
 
 from llada_jax.cluster.compiler_flags import FLAGS, flags_named
 from llada_jax.errors import UserError
@@ -49,13 +49,13 @@ def test_gpu_flags_are_known_to_the_installed_compiler():
 @pytest.mark.slow
 def test_tpu_flags_are_known_to_libtpu():
     """libtpu ends the process that loads it at a flag that it does not know."""
-    environment = {**libtpu_environment(), "JAX_PLATFORMS": "cpu"}
+    environment = {**compiler_environment("tpu"), "JAX_PLATFORMS": "cpu"}
     load = """
 import sys
 from llada_jax.cluster.hardware import slice_named
-from llada_jax.planning.absent_devices import libtpu_mesh, load_libtpu
-load_libtpu({"LIBTPU_INIT_ARGS": sys.stdin.read()})
-libtpu_mesh(dict(fsdp=-1), slice_named("v5p-8"), 1)
+from llada_jax.planning.absent_devices import absent_mesh, load_compiler
+load_compiler(slice_named("v5p-8"), {"LIBTPU_INIT_ARGS": sys.stdin.read()})
+absent_mesh(dict(fsdp=-1), slice_named("v5p-8"), 1)
 """
 
     def loaded(flags: str) -> subprocess.CompletedProcess:

@@ -14,7 +14,8 @@ from llada_jax.errors import UserError
 from llada_jax.masks import BIDIRECTIONAL, CAUSAL
 from llada_jax.models.attention import IMPLEMENTATIONS, choose
 from llada_jax.models.model import compute_dtype, make_model
-from llada_jax.models.transformer import REMAT_POLICIES, Architecture
+from llada_jax.models.recomputation import REMAT_POLICIES
+from llada_jax.models.transformer import Architecture
 from llada_jax.objectives import corruption
 from llada_jax.objectives.masked_diffusion import masked_diffusion_loss
 from llada_jax.objectives.named import make_objective

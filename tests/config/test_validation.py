@@ -269,7 +269,12 @@ def test_the_knob_to_lower_is_the_one_that_the_schedule_reads():
 @pytest.mark.parametrize(
     ("changes", "says"),
     [
-        ({"objective.complementary": True}, "changes nothing"),
+        (
+            {"objective.complementary": True},
+            "needs config.objective.masking='bernoulli'",
+        ),
+        ({"objective.bell_width": 0.3}, "changes nothing, because config.objective.t_sampling="),
+        ({"objective.name": "sft", "objective.t_sampling": "bell"}, "is for masked_diffusion"),
         ({"objective.name": "sft", "objective.complementary": True}, "max_mask_ratio below 1"),
         (
             {

@@ -2,14 +2,21 @@
 is checked stands in shipped_checks/.
 """
 
+import json
 import re
 from pathlib import Path
 
+import jax
+import numpy as np
 import pytest
+from support.paths import PUBLISHED
 from support.transformers_versions import VERSIONS, run_python
 
+import llada_jax
+from llada_jax.samplers.text import generate_tokens
+
 FOLDER = Path(__file__).parent / "shipped_checks"
-CHECKS = ("loading", "network", "loss", "sampler")
+CHECKS = ("loading", "network", "loss", "sampler", "rules", "generating")
 # --noconftest: the conftest.py of these tests imports this package.
 RUN = """
 import pytest, transformers
@@ -21,9 +28,71 @@ sys.exit(pytest.main([*quiet, "-p", "exported", *words]))
 """
 
 
+PROMPTS = [[7, 301, 12, 44, 9], [250, 33]]
+# Every commit rule, order, cache and treatment of the end of a text once: greedy, so that both
+# samplers must reveal the same tokens in the same steps.
+REQUESTS = [
+    {"commit": "schedule", "steps": 12},
+    {"remasking": "entropy", "steps": 15},
+    {"remasking": "margin", "steps": 9},
+    {"commit": "threshold", "cfg_scale": 0.5},
+    {"commit": "threshold=0.6", "eos": "last"},
+    {"commit": "factor", "stop_at_eos": True},
+    {"commit": "frechet", "append": True},
+    {"commit": "entropy", "eos": "never"},
+    {"commit": "entropy=0.5", "cache": "prefix", "stop_at_eos": True},
+    {"commit": "factor=2", "cache": "prefix", "refresh": 3},
+    {"commit": "frechet=0.1", "cache": "dual", "refresh": 2, "append": True},
+]
+
+
+@pytest.fixture(scope="module")
+def samples_in_jax(tmp_path_factory) -> Path:
+    """What the sampler of this package makes of REQUESTS, step by step: a directory with the
+    settings and, under "rows" and "request N", arrays [steps, rows, generated columns].
+
+    The head of the fixture is multiplied by 8: its own distributions are so flat that no rule
+    would ever be sure.
+    """
+    model = llada_jax.load(PUBLISHED)
+    params = {**model.params, "lm_head": 8 * model.params["lm_head"]}
+    shared = {"gen_length": 24, "block_length": 8}
+    ids = {"mask_id": model.tokenizer.mask_id, "pad_id": model.tokenizer.pad_id}
+
+    def steps_of(settings: dict) -> np.ndarray:
+        seen = []
+        generate_tokens(
+            model.model.logits_fn,
+            params,
+            PROMPTS,
+            cache_fns=model.model.cache_fns,
+            on_step=lambda rows, state: seen.append(jax.device_get(state.canvas_BT)),
+            **ids,
+            **shared,
+            **settings,
+        )
+        return np.stack(seen)[:, :, -shared["gen_length"] :]
+
+    first = steps_of({})[-1]
+    # Two tokens that are generated early and late, so that the rows end at different blocks.
+    ends = [int(first[0, 3]), int(first[1, 10])]
+    found = {}
+    for number, settings in enumerate(REQUESTS):
+        ours = {"stop_at_eos": False, **settings, "eos_id": ends}
+        found[f"request {number}"] = steps_of(ours)
+    directory = tmp_path_factory.mktemp("samples_in_jax")
+    np.savez(directory / "steps.npz", **found)
+    facts = {"prompts": PROMPTS, "requests": [shared | one for one in REQUESTS], "ends": ends}
+    (directory / "requests.json").write_text(json.dumps(facts))
+    return directory
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("version", VERSIONS)
-def test_the_files_of_an_export_work_where_transformers_is(version, tmp_path):
+def test_the_files_of_an_export_work_where_transformers_is(
+    version, samples_in_jax, monkeypatch, tmp_path
+):
+    monkeypatch.setenv("SAMPLES_IN_JAX", str(samples_in_jax))
     files = [FOLDER / f"{name}.py" for name in CHECKS]
     scratch = f"--basetemp={tmp_path / 'checks'}"
     output = run_python(version, RUN, FOLDER, *files, scratch, home=tmp_path, timeout=600)

@@ -27,8 +27,8 @@ CORRUPTION = faults_of(
     ),
     (
         "one key for all rows",
-        "return (offset + row_B.astype(jnp.float32) / num_rows) % 1.0",
-        "return (offset + 0 * row_B.astype(jnp.float32) / num_rows) % 1.0",
+        "t_B = (offset + row_B.astype(jnp.float32) / num_rows) % 1.0",
+        "t_B = (offset + 0 * row_B.astype(jnp.float32) / num_rows) % 1.0",
     ),
     (
         "k rounded down",

@@ -8,6 +8,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+import scipy.stats
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -15,7 +16,12 @@ from llada_jax.masks import CAUSAL
 from llada_jax.models.model import make_model
 from llada_jax.models.transformer import Architecture, TokenScores
 from llada_jax.objectives.autoregressive import autoregressive_loss
-from llada_jax.objectives.corruption import corrupt, corrupt_exactly_k, sample_t
+from llada_jax.objectives.corruption import (
+    bell_density,
+    corrupt,
+    corrupt_exactly_k,
+    sample_t,
+)
 from llada_jax.objectives.masked_diffusion import masked_diffusion_loss
 from llada_jax.rng import key_for
 
@@ -79,8 +85,11 @@ def table_model(params, noisy_BT, targets_BT, where_BT, segment_ids_BT, position
     return TokenScores(jnp.where(where_BT, nll, 0.0), where_BT)
 
 
-@pytest.mark.parametrize("masking", ["bernoulli", "exact_count"])
-def test_the_estimate_is_the_exact_bound_found_by_enumerating_all_masks(masking):
+@pytest.mark.parametrize(
+    ("masking", "t_sampling"),
+    [("bernoulli", "stratified"), ("exact_count", "stratified"), ("exact_count", "bell")],
+)
+def test_the_estimate_is_the_exact_bound_found_by_enumerating_all_masks(masking, t_sampling):
     T, V = 4, 3
     tokens = np.array([2, 0, 1, 1])
     table = jax.random.normal(jax.random.key(0), (997, T, V))
@@ -99,7 +108,12 @@ def test_the_estimate_is_the_exact_bound_found_by_enumerating_all_masks(masking)
     batch = batch_of(np.tile(tokens, (B, 1)))
     loss_sum, count, _ = jax.jit(
         functools.partial(
-            masked_diffusion_loss, table_model, num_rows=B, mask_id=MASK, masking=masking
+            masked_diffusion_loss,
+            table_model,
+            num_rows=B,
+            mask_id=MASK,
+            masking=masking,
+            t_sampling=t_sampling,
         )
     )(table, batch, KEY, jnp.arange(B))
     assert float(loss_sum) / B == pytest.approx(
@@ -157,8 +171,52 @@ def test_stratified_t_covers_every_stratum_once_and_is_uniform():
     )  # each row alone is U(0, 1)
 
 
+@pytest.mark.parametrize("width", [0.05, 0.2, 0.3, 10.0])
+def test_times_of_a_bell_are_evenly_spread_quantiles_of_the_cut_normal(width):
+    B = 1000
+    bell = scipy.stats.truncnorm(-0.5 / width, 0.5 / width, loc=0.5, scale=width)
+    t_B = sample_t(KEY, jnp.arange(B), num_rows=B, t_sampling="bell", bell_width=width)
+    t_B = np.sort(np.asarray(t_B, np.float64))
+    assert t_B[0] >= 0
+    assert t_B[-1] < 1
+    below_B = bell.cdf(t_B)  # one in each of B strata, all at the same place of theirs
+    np.testing.assert_allclose(np.diff(below_B), 1 / B, rtol=5e-3)
+    assert 0 <= below_B[0] < 1 / B + 1e-6
+    np.testing.assert_allclose(bell_density(jnp.float32(t_B), width), bell.pdf(t_B), rtol=2e-4)
+
+
+@pytest.mark.parametrize("t_sampling", ["stratified", "iid", "bell"])
+def test_of_two_complementary_rows_every_token_is_masked_once_and_the_logged_bound_stays(
+    t_sampling,
+):
+    B, T = 20_000, 12
+    tokens_BT = np.repeat(np.random.default_rng(0).integers(0, 8, (B // 2, T)), 2, axis=0)
+    batch = batch_of(tokens_BT, lengths=np.repeat(1 + np.arange(B // 2) % T, 2))
+    seen = []
+
+    def spy(params, noisy_BT, targets_BT, where_BT, *rest):
+        seen.append((noisy_BT, where_BT))
+        # costs as many nats as the row has masks, so that the weights of both rows matter
+        nll_BT = jnp.where(where_BT, where_BT.sum(axis=1, keepdims=True).astype(jnp.float32), 0.0)
+        return TokenScores(nll_BT, where_BT)
+
+    settings_ = dict(mask_id=MASK, weight="none", complementary=True, t_sampling=t_sampling)
+    _, _, metrics = masked_diffusion_loss(
+        spy, {}, batch, KEY, jnp.arange(B), num_rows=B, eps=1e-6, **settings_
+    )
+    ((noisy_BT, is_masked_BT),) = seen
+    np.testing.assert_array_equal(is_masked_BT[::2] ^ is_masked_BT[1::2], batch["is_maskable"][::2])
+    assert not (is_masked_BT[::2] & is_masked_BT[1::2]).any()
+    np.testing.assert_array_equal(noisy_BT, np.where(is_masked_BT, MASK, tokens_BT))
+    # sum over k ~ U{1..L} of k * k * L / k, for rows of 1 to T tokens
+    lengths = 1 + np.arange(B // 2) % T
+    expected = np.mean(lengths * (lengths + 1) / 2) / np.mean(lengths)
+    nats, tokens = metrics["nelbo"]
+    assert float(nats / tokens) == pytest.approx(expected, rel=0.02)
+
+
 @pytest.mark.parametrize("masking", ["bernoulli", "exact_count"])
-@pytest.mark.parametrize("t_sampling", ["stratified", "iid"])
+@pytest.mark.parametrize("t_sampling", ["stratified", "iid", "bell"])
 def test_a_row_is_corrupted_alike_alone_and_within_its_batch(masking, t_sampling):
     B, T = 8, 16
     batch = batch_of(np.arange(B * T).reshape(B, T) % 7)

@@ -1,10 +1,12 @@
 """Devices that are not there."""
 
+import importlib.metadata
+
 import pytest
 
 from llada_jax.cluster import hardware
 from llada_jax.errors import UserError
-from llada_jax.planning.absent_devices import load_libtpu, stand_in_mesh
+from llada_jax.planning.absent_devices import load_compiler, stand_in_mesh
 
 
 def test_a_stand_in_mesh_has_the_devices_of_all_slices_and_their_platform():
@@ -20,4 +22,18 @@ def test_a_missing_libtpu_is_answered_by_the_line_that_installs_it(monkeypatch):
     with pytest.raises(
         UserError, match=r"needs libtpu, which is not installed: pip install 'llada_jax\[tpu\]'"
     ):
-        load_libtpu({})
+        load_compiler(hardware.machines_named("v5p-128"), {})
+
+
+def test_a_missing_compiler_for_gpus_is_answered_by_the_line_that_installs_it(monkeypatch):
+    def version(package):
+        if package == "nvidia-cudnn-cu13":
+            raise importlib.metadata.PackageNotFoundError(package)
+        return "0"
+
+    monkeypatch.setattr("importlib.metadata.version", version)
+    sentence = (
+        r"needs nvidia-cudnn-cu13, which is not installed: pip install 'llada_jax\[plan-gpu\]'"
+    )
+    with pytest.raises(UserError, match=sentence):
+        load_compiler(hardware.machines_named("8xh100"), {})

@@ -295,7 +295,7 @@ def test_every_make_target_that_is_named_exists(document):
 @every_document
 def test_every_extra_that_is_named_exists(document):
     setup = (ROOT / "setup.py").read_text()
-    for extras in re.findall(r"pip install [^\n]*?\[([a-z,]+)\]", document.read_text()):
+    for extras in re.findall(r"pip install [^\n]*?\[([a-z,-]+)\]", document.read_text()):
         for name in extras.split(","):
             assert re.search(rf'"{name}": ', setup), f"{document.name} installs [{name}]"
 

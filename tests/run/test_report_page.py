@@ -3,7 +3,8 @@
 import re
 import xml.etree.ElementTree as ET
 
-from llada_jax.run.report_page import curves_of, report_page
+from llada_jax.run.report_page import curves_of, frontier_of, report_page
+from llada_jax.schemas import Frontier
 
 LINES = [
     {"step": 10, "train": {"loss": 3.0, "bits_per_byte": 2.0, "nll_t0": 1.0, "nll_t9": 4.0}},
@@ -48,3 +49,29 @@ def test_points_lie_where_their_values_are():
 
 def test_a_model_that_was_not_trained_here_has_no_curves():
     assert "no metrics.jsonl" in report_page("a", [], {})
+
+
+def test_a_frontier_is_drawn_by_rule_and_listed_with_its_baselines():
+    measures = {"bits_per_byte": 2.5, "repetition": 0.0, "unigram_distance": 0.25}
+    costs = [("schedule", 1.0), ("schedule", 0.25), ("factor", 0.5)]
+    rows = [
+        {
+            "family": family,
+            "name": f"{family} at {passes}",
+            "passes_per_token": passes,
+            "columns_per_token": 64 * passes,
+            "is_no_worse": passes > 0.25,
+            **measures,
+            "bits_per_byte": 3 - passes,
+        }
+        for family, passes in costs
+    ]
+    frontier = Frontier.model_validate({"baselines": {"real text": measures}, "rows": rows})
+    curves = frontier_of(frontier)["Bits per byte by the control against passes per token"]
+    assert curves == [("schedule", [(0.25, 2.75), (1.0, 2.0)]), ("factor", [(0.5, 2.5)])]
+    page = report_page("a", [], {}, frontier)
+    ET.fromstring(page.removeprefix("<!doctype html>").replace('<meta charset="utf-8">', ""))
+    assert "<title>schedule, passes per token 0.25: 2.75</title>" in page
+    listed = [re.findall("<td>([^<]*)</td>", row) for row in page.split("<tr>")[1:]]
+    assert listed[1] == ["real text", "", "", "2.500", "0.000", "0.250", ""]
+    assert listed[3] == ["schedule at 0.25", "0.250", "16.000", "2.750", "0.000", "0.250", "no"]

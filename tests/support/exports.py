@@ -85,6 +85,12 @@ def export(workdir, output, *more) -> Path:
     return Path(output)
 
 
+def contents_of(directory: Path) -> dict[str, bytes]:
+    """Returns all files of a directory, those in folders too, by their paths in it."""
+    files = [file for file in directory.rglob("*") if file.is_file()]
+    return {str(file.relative_to(directory)): file.read_bytes() for file in files}
+
+
 def read_back(directory, a: Architecture) -> dict:
     """Returns our parameters of an export, on one device."""
     mesh = one_device_mesh()
@@ -116,5 +122,5 @@ class FakeHub:
         self._note("create_repo", *args, **kwargs)
 
     def upload_folder(self, *, folder_path, **kwargs):
-        files = sorted(path.name for path in Path(folder_path).iterdir())
+        files = sorted(contents_of(Path(folder_path)))
         self._note("upload_folder", folder_path=folder_path, files=files, **kwargs)

@@ -7,7 +7,7 @@ from llada_jax.cluster import hardware
 from llada_jax.config import load_config
 from llada_jax.verbs import plan
 from support.paths import ROOT
-from support.required import libtpu_environment
+from support.required import compiler_environment
 
 LLADA_8B = str(ROOT / "configs/llada_8b.py")
 VOCAB_SIZE = 126_464
@@ -23,14 +23,17 @@ def estimated(topology: str = "v5p-128", *overrides: str, slices: int = 1) -> di
     return plan.estimate(config, hardware.machines_named(topology), slices, VOCAB_SIZE)
 
 
-def compile_in_a_process(directory, *words: str, level: str) -> subprocess.CompletedProcess:
-    """Returns the finished `llada-jax plan --compile --json`, in a process that loads libtpu.
+def compile_in_a_process(
+    directory, *words: str, level: str = "UNKNOWN", platform: str = "tpu"
+) -> subprocess.CompletedProcess:
+    """Returns the finished `llada-jax plan --compile --json`, in a process that loads the compiler.
 
     Args:
+        platform: "tpu" or "gpu".
         level: of XLA's effort (JAX_OPTIMIZATION_LEVEL); "UNKNOWN" is that of a run.
     """
     environment = {
-        **libtpu_environment(),
+        **compiler_environment(platform),
         "JAX_PLATFORMS": "cpu",
         "JAX_OPTIMIZATION_LEVEL": level,
     }

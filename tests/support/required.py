@@ -17,8 +17,14 @@ from typing import NoReturn
 
 import pytest
 
-# in a directory next to the other packages, where JAX does not take it for a TPU of this machine
-LIBTPU = Path(sys.prefix) / "libtpu"
+# in directories next to the other packages, where JAX does not take them for devices that are here
+LIBTPU, CUDA = Path(sys.prefix) / "libtpu", Path(sys.prefix) / "cuda"
+# what the extra plan-gpu brings
+CUDA_PACKAGES = (
+    "jax-cuda13-plugin==0.10.2",
+    "jax-cuda13-pjrt==0.10.2",
+    "nvidia-cudnn-cu13==9.12.*",
+)
 
 
 def must_be_there() -> bool:
@@ -58,13 +64,20 @@ def program(name: str, *, package: str) -> str:
     return found or absent(f"{name} is not installed: pip install {package}")
 
 
-def libtpu_environment() -> dict[str, str]:
-    """Returns an environment in which the TPU's compiler is importable."""
-    environment = {**os.environ, "PYTHONPATH": f"{LIBTPU}:{os.environ.get('PYTHONPATH', '')}"}
+def compiler_environment(platform: str) -> dict[str, str]:
+    """Returns an environment in which the compiler for absent devices is importable.
+
+    Args:
+        platform: "tpu" or "gpu".
+    """
+    if platform == "tpu":
+        directory, modules, packages = LIBTPU, "libtpu", ("libtpu==0.0.42.*",)
+    else:
+        directory, modules, packages = CUDA, "jax_cuda13_plugin, nvidia.cudnn", CUDA_PACKAGES
+    environment = {**os.environ, "PYTHONPATH": f"{directory}:{os.environ.get('PYTHONPATH', '')}"}
     environment.pop("XLA_FLAGS", None)  # tests/conftest.py sets some for the compiler of CPUs
-    there = [sys.executable, "-c", "import libtpu"]
+    there = [sys.executable, "-c", f"import {modules}"]
     if subprocess.run(there, env=environment, capture_output=True, check=False).returncode:
-        absent(
-            f"libtpu is not installed: pip install --no-deps --target {LIBTPU} 'libtpu==0.0.42.*'"
-        )
+        words = " ".join(f"'{package}'" for package in packages)
+        absent(f"{modules} is not installed: pip install --no-deps --target {directory} {words}")
     return environment

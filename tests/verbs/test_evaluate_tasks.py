@@ -1,6 +1,7 @@
 """The evaluate verb: held-out bounds with their parts, and files of questions."""
 
 import json
+from types import SimpleNamespace
 
 import pytest
 from support.exports import LLADA, write_checkpoint
@@ -8,7 +9,8 @@ from support.hf_directories import random_params
 
 from llada_jax.__main__ import main
 from llada_jax.config import default_config
-from llada_jax.verbs.evaluate import report, report_tasks
+from llada_jax.errors import UserError
+from llada_jax.verbs.evaluate import report, report_tasks, write_report
 
 
 @pytest.fixture(scope="module")
@@ -96,3 +98,22 @@ def test_the_report_is_a_page_with_the_result(random_checkpoint, small_dataset, 
     found = json.loads(said(capfd, *words, "--json"))
     page = (report / "report.html").read_text()
     assert f"<td>bits_per_byte</td><td>{found['bits_per_byte']:.5g}</td>" in page
+
+
+def test_a_frontier_that_lies_where_the_report_goes_is_shown_and_checked(tmp_path):
+    args = SimpleNamespace(checkpoint=str(tmp_path / "run"), report=str(tmp_path))
+    measures = {"bits_per_byte": 2.5, "repetition": 0.0, "unigram_distance": 0.25}
+    cost = {"passes_per_token": 0.5, "columns_per_token": 32}
+    row = {"family": "factor", "name": "factor=1", "is_no_worse": True, **cost, **measures}
+    file = tmp_path / "frontier.json"
+    file.write_text(json.dumps({"baselines": {"real text": measures}, "rows": [row]}))
+    write_report(args, {})
+    page = (tmp_path / "report.html").read_text()
+    assert "<h2>Speed and quality of the sampler</h2>" in page
+    assert "<td>factor=1</td><td>0.500</td><td>32.000</td>" in page
+    file.write_text(json.dumps({"baselines": {}, "rows": [row | {"passes_per_token": "few"}]}))
+    with pytest.raises(UserError, match=r"frontier.json: rows\[0\].passes_per_token"):
+        write_report(args, {})
+    file.unlink()
+    write_report(args, {})
+    assert "Speed and quality" not in (tmp_path / "report.html").read_text()

@@ -14,6 +14,7 @@ from support.exports import (
     LLADA,
     FakeHub,
     assert_same_params,
+    contents_of,
     export,
     read_back,
     write_checkpoint,
@@ -26,6 +27,10 @@ from llada_jax.data.tokenizer import load_tokenizer
 from llada_jax.hf import read, write
 from llada_jax.hf.config_json import hf_config
 from llada_jax.hf.convert import tensors
+
+
+def sizes_of(directory: Path) -> dict[str, int]:
+    return {name: len(content) for name, content in contents_of(directory).items()}
 
 
 @pytest.mark.slow
@@ -130,7 +135,8 @@ def test_json_is_one_object_with_the_files(random_checkpoint, tmp_path, capfd):
     told = json.loads(capfd.readouterr().out)
     assert told["layout"] == "llada"
     assert told["step"] == 7
-    assert told["files"] == {file.name: file.stat().st_size for file in out.iterdir()}
+    assert told["files"] == sizes_of(out)
+    assert "custom_generate/generate.py" in told["files"]
 
 
 @pytest.mark.slow
@@ -145,7 +151,10 @@ def test_a_published_checkpoint_comes_back_with_every_tensor_and_key(published, 
     for name in ("config.json", "model.safetensors"):
         (source / name).write_bytes((published / name).read_bytes())
     write_tokenizer(
-        source, *(f"<|special-{i}|>" for i in range(255)), chat_template="{{ messages }}"
+        source,
+        "<|eot_id|>",
+        *(f"<|special-{i}|>" for i in range(254)),
+        chat_template="{{ messages }}",
     )
     assert main(["import", "--from", str(source), "--output", str(tmp_path / "run")]) == 0
     out = export(tmp_path / "run", tmp_path / "out", "--dtype", "float32")
@@ -155,6 +164,8 @@ def test_a_published_checkpoint_comes_back_with_every_tensor_and_key(published, 
         np.testing.assert_array_equal(after[name], array)
     config, ours = (json.loads((d / "config.json").read_text()) for d in (source, out))
     assert {key: ours[key] for key in config} == config
+    # where the sampler of the export ends a text too
+    assert ours["eot_token_id"] == load_tokenizer(out).id_of("<|eot_id|>")
     for name in ("tokenizer.json", "tokenizer_config.json"):
         assert (out / name).read_bytes() == (source / name).read_bytes()
 
@@ -176,6 +187,6 @@ def test_a_dry_run_writes_and_uploads_nothing(random_checkpoint, tmp_path, capfd
         if line.startswith("  ")
     }
     listed.pop("README.md")  # names the repository
-    assert listed == {
-        file.name: file.stat().st_size for file in real.iterdir() if file.name != "README.md"
-    }
+    written = sizes_of(real)
+    written.pop("README.md")
+    assert listed == written

@@ -9,6 +9,7 @@ from support.exports import (
     LLADA,
     FakeHub,
     assert_same_params,
+    contents_of,
     export,
     read_back,
     write_checkpoint,
@@ -146,7 +147,8 @@ def test_the_hub_gets_the_whole_directory_in_a_private_repository(
     )
     uploaded = calls[2][2]
     assert uploaded["repo_id"] == "me/model"
-    assert uploaded["files"] == sorted(file.name for file in out.iterdir())
+    assert uploaded["files"] == sorted(contents_of(out))
+    assert "custom_generate/generate.py" in uploaded["files"]
     assert 'from_pretrained("me/model"' in (out / "README.md").read_text()
     assert "uploaded to me/model" in capfd.readouterr().out
 

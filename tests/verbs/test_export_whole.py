@@ -6,7 +6,7 @@ import subprocess
 import sys
 
 import pytest
-from support.exports import LLADA, assert_same_params, export, read_back
+from support.exports import LLADA, assert_same_params, contents_of, export, read_back
 from support.hf_directories import random_params
 from support.paths import LAUNCH
 
@@ -45,6 +45,7 @@ def test_a_killed_export_leaves_no_export_and_the_same_command_writes_a_whole_on
     assert (tmp_path / "out.partial" / "model.safetensors").exists()
     with pytest.raises(UserError, match="no config.json|config.json cannot be read"):
         read.read_config(tmp_path / "out.partial")  # nobody takes it for a checkpoint
+    (tmp_path / "out.partial" / "custom_generate").mkdir()  # one that was killed later has it
     assert_same_params(
         read_back(export(random_checkpoint, tmp_path / "out", "--dtype", "float32"), LLADA),
         random_params(LLADA),
@@ -73,9 +74,9 @@ def test_an_export_is_replaced_only_by_force_and_then_whole(
     random_checkpoint, tmp_path, refused_export
 ):
     out = export(random_checkpoint, tmp_path / "out", "--shard-size", "20KB")
-    before = {file.name: file.read_bytes() for file in out.iterdir()}
+    before = contents_of(out)
     assert "--force to replace it" in refused_export("--checkpoint", random_checkpoint, output=out)
-    assert {file.name: file.read_bytes() for file in out.iterdir()} == before
+    assert contents_of(out) == before
     export(random_checkpoint, out, "--force", "--ema", "--dtype", "float32")
     assert sorted(file.name for file in out.glob("*.safetensors*")) == ["model.safetensors"]
     assert_same_params(read_back(out, LLADA), random_params(LLADA, seed=1))
@@ -129,11 +130,11 @@ def test_a_full_disk_keeps_the_export_that_was_to_be_replaced(
 ):
     disk = mount("size=300k")
     out = export(random_checkpoint, disk / "out")
-    before = {file.name: file.read_bytes() for file in out.iterdir()}
+    before = contents_of(out)
     assert "No space left" in refused_export(
         "--checkpoint", random_checkpoint, "--force", "--dtype", "float32", output=out
     )
-    assert {file.name: file.read_bytes() for file in out.iterdir()} == before
+    assert contents_of(out) == before
 
 
 def test_a_read_only_output_is_one_sentence(random_checkpoint, tmp_path, mount, refused_export):
@@ -189,9 +190,7 @@ def test_several_processes_write_what_one_writes(random_checkpoint, tmp_path):
     assert done.returncode == 0, done.stderr
     # gloo, which joins processes, talks on stdout
     assert json.loads(done.stdout.splitlines()[-1])["parameters"] > 0
-    ours, theirs = (
-        {f.name: f.read_bytes() for f in d.iterdir()} for d in (alone, tmp_path / "together")
-    )
+    ours, theirs = (contents_of(directory) for directory in (alone, tmp_path / "together"))
     ours["README.md"], theirs["README.md"] = b"", b""  # they are called alone and together
     assert ours == theirs
     # one that cannot write tells the others, and nothing is left

@@ -63,7 +63,6 @@ def test_the_output_in_the_docs_is_the_one_of_the_command(capsys):
         ),
         (["--topology", "v5p-128", "--config.mesh.fsdp=63"], "needs 63 devices, and there are 64"),
         (["--topology", "v5p-128", "--config.data.batch_size=65"], "=65 cannot be split 64 ways"),
-        (["--topology", "8xh100", "--compile"], "--compile is for TPUs"),
         (
             ["--topology", "v5p-128", "--flags", "v5"],
             "Unknown preset of compiler flags 'v5'. Did you mean 'v5p'?",

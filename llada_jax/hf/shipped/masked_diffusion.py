@@ -1,5 +1,5 @@
-"""What the masked diffusion language models of this directory share: parts of the network, the
-loss, the sampler.
+"""What the masked diffusion language models of this directory share: parts of the network and the
+loss; the sampler is in diffusion_sampler.py.
 
 Needs PyTorch and transformers (4.49 to 5.x) only. Names carry shapes: B rows, T positions, S
 positions attended to, D width, N query heads, H width of a head, V vocabulary. The method is that
@@ -9,7 +9,7 @@ of LLaDA (arXiv 2502.09992).
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from transformers import PreTrainedModel
+from transformers import GenerationMixin, PreTrainedModel
 from transformers.modeling_outputs import CausalLMOutput
 
 EPS = 1e-3  # floor of the masking probability, which bounds the weight 1/p
@@ -91,15 +91,25 @@ def rotate(x_BNTH: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
 
 
 def attend(
-    q_BTD: Tensor, k_BSD: Tensor, v_BSD: Tensor, *, head_dim: int, rotary, is_seen
+    q_BTD: Tensor,
+    k_BTD: Tensor,
+    v_BTD: Tensor,
+    *,
+    head_dim: int,
+    rotary,
+    is_seen,
+    cache=None,
 ) -> Tensor:
     """Bidirectional attention of rotated heads; fewer key/value heads than query heads are shared
-    by groups of them.
+    by groups of them. A cache (diffusion_sampler.KeysValues) adds those of columns that are not
+    computed.
     """
     q_BNTH, k_BNSH, v_BNSH = (
-        x.unflatten(-1, (-1, head_dim)).transpose(1, 2) for x in (q_BTD, k_BSD, v_BSD)
+        x.unflatten(-1, (-1, head_dim)).transpose(1, 2) for x in (q_BTD, k_BTD, v_BTD)
     )
     q_BNTH, k_BNSH = rotate(q_BNTH, *rotary), rotate(k_BNSH, *rotary)
+    if cache is not None:
+        k_BNSH, v_BNSH = cache.joined(k_BNSH, v_BNSH)
     group = q_BNTH.shape[1] // k_BNSH.shape[1]
     if group > 1:
         k_BNSH, v_BNSH = (
@@ -146,64 +156,7 @@ def masked_diffusion_loss(
     return (nll / p_B1.expand_as(is_masked_BT)[is_masked_BT]).sum() / count
 
 
-def low_confidence(logits_BTV: Tensor, choices_BT: Tensor, generator) -> Tensor:
-    """The probability of the chosen token: the least certain positions stay masked (LLaDA,
-    algorithm 5).
-    """
-    return logits_BTV.softmax(-1).gather(-1, choices_BT[..., None])[..., 0]
-
-
-def random_order(logits_BTV: Tensor, choices_BT: Tensor, generator) -> Tensor:
-    """A uniform draw: positions are revealed in random order (LLaDA, algorithm 4)."""
-    return torch.rand(choices_BT.shape, generator=generator, device=choices_BT.device)
-
-
-REMASKING = {"low_confidence": low_confidence, "random": random_order}
-
-
-def pick_tokens(logits_BTV: Tensor, temperature: float, generator) -> Tensor:
-    """Draws from softmax(logits / temperature) by the Gumbel-max trick; the most likely token at
-    temperature 0.
-
-    Float64, because the tail of a float32 draw is too short for a large vocabulary (arXiv
-    2409.02908).
-    """
-    if temperature > 0:
-        noise_BTV = (
-            torch.empty_like(logits_BTV, dtype=torch.float64)
-            .exponential_(generator=generator)
-            .log()
-        )
-        logits_BTV = logits_BTV - temperature * noise_BTV
-    return logits_BTV.argmax(-1)
-
-
-def check_request(gen_length, block_length, steps, remasking, temperature, cfg_scale) -> None:
-    """Raises ValueError unless the blocks tile the generation and the steps divide evenly among the
-    blocks.
-    """
-    if min(gen_length, block_length, steps) < 1:
-        raise ValueError(
-            f"gen_length={gen_length}, block_length={block_length} and steps={steps} must be at "
-            "least 1."
-        )
-    if gen_length % block_length:
-        raise ValueError(f"block_length={block_length} must divide gen_length={gen_length}.")
-    num_blocks = gen_length // block_length
-    if steps % num_blocks or steps > gen_length:
-        raise ValueError(
-            f"steps={steps} must be a multiple of the number of blocks, gen_length/block_length = "
-            f"{num_blocks}, and at most gen_length={gen_length}."
-        )
-    if remasking not in REMASKING:
-        raise ValueError(f"remasking={remasking!r} is unknown; use one of {', '.join(REMASKING)}.")
-    if not (0 <= temperature < float("inf") and 0 <= cfg_scale < float("inf")):
-        raise ValueError(
-            f"temperature={temperature} and cfg_scale={cfg_scale} must be finite and not negative."
-        )
-
-
-class MaskedDiffusionLM(PreTrainedModel):
+class MaskedDiffusionLM(PreTrainedModel, GenerationMixin):
     """A bidirectional Transformer that predicts the tokens under the masks.
 
     A subclass builds the modules under its own names and returns them from `transformer_parts`. Its
@@ -273,6 +226,8 @@ class MaskedDiffusionLM(PreTrainedModel):
         *,
         num_items_in_batch=None,
         generator=None,
+        columns=None,
+        cache=None,
         past_key_values=None,
         use_cache=None,
         output_attentions=None,
@@ -296,6 +251,9 @@ class MaskedDiffusionLM(PreTrainedModel):
                 input.
             num_items_in_batch: the count to divide by; that of this batch unless given.
             generator: makes t and the masks reproducible.
+            columns: a slice of the positions whose logits are returned; all unless given.
+            cache: of the sampler, one KeysValues per layer. attention_mask then covers all columns
+                of the canvas, and the other arguments those that are computed.
         """
         if (input_ids is None) == (inputs_embeds is None):
             raise ValueError("Give exactly one of input_ids and inputs_embeds.")
@@ -306,7 +264,7 @@ class MaskedDiffusionLM(PreTrainedModel):
         if past_key_values is not None or use_cache:
             raise ValueError(
                 "past_key_values and use_cache=True do not exist here: every position sees every "
-                "other."
+                "other; generate_diffusion has a cache of its own."
             )
         if output_attentions:
             raise ValueError(
@@ -323,8 +281,8 @@ class MaskedDiffusionLM(PreTrainedModel):
             )
         x_BTD = self.get_input_embeddings()(input_ids) if inputs_embeds is None else inputs_embeds
         kept = [] if output_hidden_states else None
-        x_BTD = self._run_layers(x_BTD, is_real_BT, position_ids, kept)
-        logits_BTV = self._logits(x_BTD, is_real_BT)
+        x_BTD = self._run_layers(x_BTD, is_real_BT, position_ids, kept, cache)
+        logits_BTV = self._logits(x_BTD, is_real_BT, columns)
         loss = None
         if labels is not None:
             count = (
@@ -350,7 +308,9 @@ class MaskedDiffusionLM(PreTrainedModel):
         is_real_BT = attention_mask != 0
         return None if is_real_BT.all() else is_real_BT
 
-    def _run_layers(self, x_BTD: Tensor, is_real_BT, positions_BT, kept: list | None) -> Tensor:
+    def _run_layers(
+        self, x_BTD: Tensor, is_real_BT, positions_BT, kept: list | None, cache: list | None
+    ) -> Tensor:
         """Returns the normed output of the last layer; appends the input of every layer and the
         result to `kept`.
         """
@@ -364,127 +324,42 @@ class MaskedDiffusionLM(PreTrainedModel):
         # a row of padding alone sees all of itself: older PyTorch has NaN for nothing seen
         if is_real_BT is not None:
             is_seen = (is_real_BT | ~is_real_BT.any(1, keepdim=True))[:, None, None, :]
-        for layer in layers:
+        for number, layer in enumerate(layers):
             if kept is not None:
                 kept.append(x_BTD)
             if self.gradient_checkpointing and self.training:
                 x_BTD = self._gradient_checkpointing_func(layer.__call__, x_BTD, rotary, is_seen)
             else:
-                x_BTD = layer(x_BTD, rotary, is_seen)
+                x_BTD = layer(x_BTD, rotary, is_seen, None if cache is None else cache[number])
         x_BTD = final_norm(x_BTD)
         if kept is not None:
             kept.append(x_BTD)
         return x_BTD
 
-    def _logits(self, x_BTD: Tensor, is_real_BT: Tensor | None) -> Tensor:
+    def _logits(
+        self, x_BTD: Tensor, is_real_BT: Tensor | None, columns: slice | None = None
+    ) -> Tensor:
+        x_BTD = x_BTD if columns is None else x_BTD[:, columns]
         head = self.get_output_embeddings()
         return head(x_BTD) if isinstance(head, nn.Linear) else F.linear(x_BTD, head.weight)
-
-    @torch.no_grad()
-    def generate_diffusion(
-        self,
-        input_ids: Tensor,
-        attention_mask: Tensor | None = None,
-        *,
-        gen_length: int = 128,
-        block_length: int | None = None,
-        steps: int | None = None,
-        temperature: float = 0.0,
-        remasking: str = "low_confidence",
-        cfg_scale: float = 0.0,
-        stop_at_eos: bool = False,
-        generator: torch.Generator | None = None,
-    ) -> Tensor:
-        """The reverse process: `gen_length` masks behind each prompt become tokens, block after
-        block.
-
-        What was revealed is never revised, and the mask token is never chosen.
-
-        Args:
-            input_ids: [B, P] prompts; shorter ones are padded, best on the left.
-            attention_mask: [B, P], zero at padding.
-            gen_length: number of tokens to generate.
-            block_length: blocks are finished from left to right; gen_length unless given (pure
-                diffusion).
-            steps: forward passes in total; one per token unless given.
-            temperature: 0 takes the most likely token, 1 samples the distribution of the model.
-            remasking: which proposals a step keeps: "low_confidence" (the surest) or "random".
-            cfg_scale: strength w of classifier-free guidance, un + (w + 1) (l - un), where `un`
-                sees the prompt masked; 0 switches it off, anything else runs on twice the batch.
-            stop_at_eos: a finished block that contains EOS ends its row: EOS fills the rest. Off,
-                as published, exactly gen_length tokens are generated.
-            generator: makes temperature > 0 and "random" reproducible; on the device of the model.
-
-        Returns:
-            [B, P + gen_length]: prompts and generations.
-
-        Raises:
-            ValueError: block_length does not divide gen_length, the number of blocks does not
-                divide steps, an unknown remasking, a negative temperature or cfg_scale.
-        """
-        block_length = gen_length if block_length is None else block_length
-        steps = gen_length if steps is None else steps
-        check_request(gen_length, block_length, steps, remasking, temperature, cfg_scale)
-        B, P = input_ids.shape
-        mask_id, eos_id = self.config.mask_token_id, self.config.eos_token_id
-        steps_per_block = steps * block_length // gen_length
-
-        canvas_BT = F.pad(input_ids, (0, gen_length), value=mask_id)
-        is_real_BT = torch.ones_like(input_ids) if attention_mask is None else attention_mask
-        is_real_BT = F.pad((is_real_BT != 0).long(), (0, gen_length), value=1)
-        # a row computes what it computes without padding
-        positions_BT = (is_real_BT.cumsum(1) - 1).clamp(min=0)
-
-        def logits_of(canvas_BT):
-            repeats = len(canvas_BT) // B
-            return self(
-                canvas_BT,
-                attention_mask=is_real_BT.repeat(repeats, 1),
-                position_ids=positions_BT.repeat(repeats, 1),
-            ).logits
-
-        for start in range(P, P + gen_length, block_length):
-            block = slice(start, start + block_length)
-            for steps_left in range(steps_per_block, 0, -1):
-                # 1. the canvas through the network; only the current block is read
-                if cfg_scale > 0:
-                    unprompted_BT = canvas_BT.clone()
-                    unprompted_BT[:, :P] = mask_id
-                    both = logits_of(torch.cat([canvas_BT, unprompted_BT]))[:, block].float()
-                    logits_BTV, unprompted_BTV = both.chunk(2)
-                    logits_BTV = unprompted_BTV + (cfg_scale + 1) * (logits_BTV - unprompted_BTV)
-                else:
-                    logits_BTV = logits_of(canvas_BT)[:, block].float()
-                # 2. a proposal for every hidden position, and the confidence in it
-                is_hidden_BT = canvas_BT[:, block] == mask_id
-                choosable_BTV = logits_BTV.clone()
-                choosable_BTV[..., mask_id] = -torch.inf
-                choices_BT = pick_tokens(choosable_BTV, temperature, generator)
-                confidence_BT = REMASKING[remasking](logits_BTV, choices_BT, generator)
-                confidence_BT = confidence_BT.masked_fill(~is_hidden_BT, -torch.inf)
-                # 3. reveal the most confident: an equal share in every step that is left, rounded
-                # up
-                count_B1 = -(-is_hidden_BT.sum(1, keepdim=True) // steps_left)
-                rank_BT = confidence_BT.argsort(dim=1, descending=True, stable=True).argsort(dim=1)
-                is_revealed_BT = is_hidden_BT & (rank_BT < count_B1)
-                canvas_BT[:, block] = torch.where(is_revealed_BT, choices_BT, canvas_BT[:, block])
-            if stop_at_eos:
-                generated_BT = canvas_BT[:, P:]
-                is_after_BT = (generated_BT == eos_id).cumsum(1) > 0
-                canvas_BT[:, P:] = generated_BT.masked_fill(is_after_BT, eos_id)
-                if not (canvas_BT[:, P:] == mask_id).any():
-                    break
-        return canvas_BT
 
     @classmethod
     def can_generate(cls) -> bool:
         return False
 
-    def generate(self, *args, **kwargs):
+    def generate(self, inputs=None, *args, custom_generate=None, **kwargs):
+        """Runs the sampler for custom_generate=DIRECTORY, as transformers 5 does; nothing else is
+        autoregressive here.
+        """
+        if isinstance(custom_generate, str) and hasattr(GenerationMixin, "load_custom_generate"):
+            return GenerationMixin.generate(
+                self, inputs, *args, custom_generate=custom_generate, **kwargs
+            )
         raise NotImplementedError(
             f"{type(self).__name__} does not write from left to right; call "
             "model.generate_diffusion(input_ids, attention_mask, gen_length=..., steps=...) in "
-            "place of generate()."
+            "place of generate(), or, in transformers 5, name this model's directory as "
+            "custom_generate with trust_remote_code=True."
         )
 
     prepare_inputs_for_generation = generate  # peft looks it up in every causal language model

@@ -1,10 +1,13 @@
-"""iLLaDA in PyTorch, under Llama's tensor names. The loss and the sampler: masked_diffusion.py."""
+"""iLLaDA in PyTorch, under Llama's tensor names. The loss is in masked_diffusion.py and the sampler
+in diffusion_sampler.py.
+"""
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from .configuration_illada import ILLaDAConfig
+from .diffusion_sampler import DiffusionSampler
 from .masked_diffusion import MaskedDiffusionLM, RMSNorm, attend, residual_linear
 
 
@@ -28,16 +31,15 @@ class ILLaDAAttention(nn.Module):
             self.q_norm = RMSNorm(q_width if is_full else config.head_dim, config.rms_norm_eps)
             self.k_norm = RMSNorm(kv_width if is_full else config.head_dim, config.rms_norm_eps)
 
-    def forward(self, x_BTD: Tensor, rotary, is_seen) -> Tensor:
+    def forward(self, x_BTD: Tensor, rotary, is_seen, cache=None) -> Tensor:
         q_BTD, k_BSD, v_BSD = self.q_proj(x_BTD), self.k_proj(x_BTD), self.v_proj(x_BTD)
         if self.qk_norm == "full":
             q_BTD, k_BSD = self.q_norm(q_BTD), self.k_norm(k_BSD)
         if self.qk_norm == "per_head":
             q_BTD = self.q_norm(q_BTD.unflatten(-1, (-1, self.head_dim))).flatten(2)
             k_BSD = self.k_norm(k_BSD.unflatten(-1, (-1, self.head_dim))).flatten(2)
-        return self.o_proj(
-            attend(q_BTD, k_BSD, v_BSD, head_dim=self.head_dim, rotary=rotary, is_seen=is_seen)
-        )
+        known = {"rotary": rotary, "is_seen": is_seen, "cache": cache}
+        return self.o_proj(attend(q_BTD, k_BSD, v_BSD, head_dim=self.head_dim, **known))
 
 
 class ILLaDAMLP(nn.Module):
@@ -64,8 +66,8 @@ class ILLaDALayer(nn.Module):
         self.post_attention_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
         self.mlp = ILLaDAMLP(config, layer_number)
 
-    def forward(self, x_BTD: Tensor, rotary, is_seen) -> Tensor:
-        x_BTD = x_BTD + self.self_attn(self.input_layernorm(x_BTD), rotary, is_seen)
+    def forward(self, x_BTD: Tensor, rotary, is_seen, cache=None) -> Tensor:
+        x_BTD = x_BTD + self.self_attn(self.input_layernorm(x_BTD), rotary, is_seen, cache)
         return x_BTD + self.mlp(self.post_attention_layernorm(x_BTD))
 
 
@@ -81,8 +83,8 @@ class ILLaDAModel(nn.Module):
         self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
 
 
-class ILLaDAModelLM(MaskedDiffusionLM):
-    """iLLaDA: see MaskedDiffusionLM.forward for the loss and MaskedDiffusionLM.generate_diffusion
+class ILLaDAModelLM(DiffusionSampler, MaskedDiffusionLM):
+    """iLLaDA: see MaskedDiffusionLM.forward for the loss and DiffusionSampler.generate_diffusion
     for sampling.
     """
 
@@ -116,7 +118,9 @@ class ILLaDAModelLM(MaskedDiffusionLM):
         else:
             self.lm_head = module
 
-    def _logits(self, x_BTD: Tensor, is_real_BT: Tensor | None) -> Tensor:
+    def _logits(
+        self, x_BTD: Tensor, is_real_BT: Tensor | None, columns: slice | None = None
+    ) -> Tensor:
         if self.config.output_shift:
             before_BTD = torch.cat([x_BTD[:, :1], x_BTD[:, :-1]], dim=1)
             # the first real token keeps its own hidden state, wherever the row begins
@@ -124,4 +128,4 @@ class ILLaDAModelLM(MaskedDiffusionLM):
                 is_before_real_BT = torch.cat([is_real_BT[:, :1], is_real_BT[:, :-1]], dim=1)
                 before_BTD = torch.where(is_before_real_BT[..., None], before_BTD, x_BTD)
             x_BTD = before_BTD
-        return super()._logits(x_BTD, is_real_BT)
+        return super()._logits(x_BTD, is_real_BT, columns)

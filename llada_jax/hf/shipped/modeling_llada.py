@@ -1,11 +1,12 @@
-"""LLaDA in PyTorch, under the tensor names of the published checkpoints. The loss and the sampler
-are in masked_diffusion.py.
+"""LLaDA in PyTorch, under the tensor names of the published checkpoints. The loss is in
+masked_diffusion.py and the sampler in diffusion_sampler.py.
 """
 
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from .configuration_llada import LLaDAConfig
+from .diffusion_sampler import DiffusionSampler
 from .masked_diffusion import MaskedDiffusionLM, RMSNorm, attend, residual_linear
 
 
@@ -36,7 +37,7 @@ class LLaDABlock(nn.Module):
         self.up_proj = nn.Linear(width, hidden, bias=False)
         self.ff_out = residual_linear(hidden, width, layer_number)
 
-    def forward(self, x_BTD: Tensor, rotary, is_seen) -> Tensor:
+    def forward(self, x_BTD: Tensor, rotary, is_seen, cache=None) -> Tensor:
         y_BTD = self.attn_norm(x_BTD)
         q, k, v = (
             self.q_norm(self.q_proj(y_BTD)),
@@ -44,7 +45,7 @@ class LLaDABlock(nn.Module):
             self.v_proj(y_BTD),
         )
         x_BTD = x_BTD + self.attn_out(
-            attend(q, k, v, head_dim=self.head_dim, rotary=rotary, is_seen=is_seen)
+            attend(q, k, v, head_dim=self.head_dim, rotary=rotary, is_seen=is_seen, cache=cache)
         )
         y_BTD = self.ff_norm(x_BTD)
         return x_BTD + self.ff_out(F.silu(self.ff_proj(y_BTD)) * self.up_proj(y_BTD))
@@ -67,8 +68,8 @@ class LLaDAModel(nn.Module):
         self.transformer = nn.ModuleDict(parts)
 
 
-class LLaDAModelLM(MaskedDiffusionLM):
-    """LLaDA: see MaskedDiffusionLM.forward for the loss and MaskedDiffusionLM.generate_diffusion
+class LLaDAModelLM(DiffusionSampler, MaskedDiffusionLM):
+    """LLaDA: see MaskedDiffusionLM.forward for the loss and DiffusionSampler.generate_diffusion
     for sampling.
     """
 

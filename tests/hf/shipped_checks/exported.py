@@ -18,7 +18,12 @@ HERE = Path(__file__).parent
 PUBLISHED = HERE.parents[1] / "fixtures" / "llada_official_tiny"
 SHIPPED = HERE.parents[2] / "llada_jax" / "hf" / "shipped"
 FILES = {
-    layout: (f"configuration_{layout}.py", f"modeling_{layout}.py", "masked_diffusion.py")
+    layout: (
+        f"configuration_{layout}.py",
+        f"modeling_{layout}.py",
+        "masked_diffusion.py",
+        "diffusion_sampler.py",
+    )
     for layout in ("llada", "illada")
 }
 FACTS = json.loads((PUBLISHED / "expected.json").read_text())
@@ -88,6 +93,8 @@ def export_directory(directory: Path, layout: str, config: dict) -> Path:
     for file in FILES[layout]:
         shutil.copyfile(SHIPPED / file, directory / file)
     module, stem = f"modeling_{layout}", {"llada": "LLaDA", "illada": "ILLaDA"}[layout]
+    (directory / "custom_generate").mkdir()
+    shutil.copyfile(SHIPPED / "generate.py", directory / "custom_generate" / "generate.py")
     auto_map = {"AutoConfig": f"configuration_{layout}.{stem}Config"}
     auto_map |= dict.fromkeys(("AutoModel", "AutoModelForCausalLM"), f"{module}.{stem}ModelLM")
     (directory / "config.json").write_text(json.dumps({**config, "auto_map": auto_map}))
@@ -131,8 +138,6 @@ def make(tmp_path_factory):
     return make
 
 
-def shared(model):
-    """The module masked_diffusion that came with the model."""
-    return sys.modules[
-        next(c.__module__ for c in type(model).__mro__ if c.__name__ == "MaskedDiffusionLM")
-    ]
+def shared(model, name: str = "MaskedDiffusionLM"):
+    """The module that came with the model and holds a class of this name."""
+    return sys.modules[next(c.__module__ for c in type(model).__mro__ if c.__name__ == name)]

@@ -23,20 +23,24 @@ def test_published_samples_are_reproduced_exactly(model, name, left, right):
 
 
 def scripted(model, script):
-    """Lets `script` change the logits (in place, [B, T, V]) of every forward pass; returns the list
-    of canvases seen.
+    """Lets `script` change the logits (in place, [B, T, V] of the whole canvas, of which only the
+    current block is read) of every forward pass; returns the list of canvases seen.
     """
     seen = []
 
     def before(module, arguments, keywords):
         seen.append(arguments[0].clone())
 
-    def after(module, arguments, output):
-        script(output.logits)
+    def after(module, arguments, keywords, output):
+        B, T = arguments[0].shape
+        whole = torch.zeros(B, T, output.logits.shape[-1])
+        whole[:, keywords["columns"]] = output.logits
+        script(whole)
+        output.logits = whole[:, keywords["columns"]]
         return output
 
     model.register_forward_pre_hook(before, with_kwargs=True)
-    model.register_forward_hook(after)
+    model.register_forward_hook(after, with_kwargs=True)
     return seen
 
 
@@ -155,6 +159,15 @@ def test_a_seed_decides_the_sample_and_random_order_is_uniform(make):
             {"gen_length": 16, "cfg_scale": math.nan},
             "cfg_scale=nan must be finite and not negative",
         ),
+        ({"commit": "confidence"}, "commit='confidence' is unknown; use one of schedule, thresh"),
+        ({"commit": "schedule=3"}, "commit='schedule=3' is unknown"),
+        ({"commit": "threshold=high"}, "amount of threshold must be a number between 0 and 1;"),
+        ({"commit": "frechet=1.5"}, "between 0 and 1; the usual one is frechet=0.25"),
+        ({"commit": "factor", "remasking": "margin"}, "remasking=margin names another order"),
+        ({"eos": "first"}, "eos='first' is unknown; use one of free, never, last"),
+        ({"cache": "suffix"}, "cache='suffix' is unknown; use one of none, prefix, dual"),
+        ({"refresh": 2}, "refresh=2 with cache=none must not be negative and needs cache='prefix'"),
+        ({"refresh": -1, "cache": "dual"}, "refresh=-1 with cache=dual must not be negative"),
     ],
 )
 def test_impossible_requests_to_the_sampler_are_refused(model, arguments, sentence):

@@ -1,0 +1,91 @@
+"""What XLA makes of the shipped configs for GPUs that are not there."""
+
+import json
+
+import pytest
+from support.paths import ROOT
+from support.plans import GIB, MATRICES, VOCAB_SIZE, compile_in_a_process
+
+from llada_jax.planning.check import bytes_by_purpose
+
+# {topology: (config, further words, layers, bounds of the peak in GiB)}
+PROGRAMS = {
+    "1xh100": ("llada_160m", ("--vocab-size", "50000"), 12, (28, 38)),
+    "8xh100": ("llada_1b", (), 22, (42, 56)),
+    "64xh100": ("llada_8b", ("--config.data.batch_size=256",), 32, (11.5, 14.5)),
+}
+# of llada_1b: attention, feed-forward and head
+MATRICES_1B = 22 * (2048 * 64 * 2 * (32 + 4) + 3 * 2048 * 5634) + 2048 * VOCAB_SIZE
+
+
+@pytest.fixture(scope="module")
+def report_of(tmp_path_factory):
+    """Returns report_of(topology) -> the JSON of `plan --compile`; each is compiled once."""
+    reports = {}
+
+    def report_of(topology: str) -> dict:
+        if topology not in reports:
+            name, more, _, _ = PROGRAMS[topology]
+            words = ("--config", str(ROOT / f"configs/{name}.py"), "--topology", topology, *more)
+            directory = tmp_path_factory.mktemp("plan")
+            done = compile_in_a_process(directory, *words, platform="gpu")
+            assert done.returncode == 0, done.stderr
+            reports[topology] = json.loads(done.stdout)
+        return reports[topology]
+
+    return report_of
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("topology", PROGRAMS)
+def test_a_config_fits_in_the_memory_that_was_measured(report_of, topology):
+    report = report_of(topology)
+    least, most = PROGRAMS[topology][-1]
+    peak = report["compiled"]["peak_bytes"]
+    assert least * GIB < peak < most * GIB < report["usable_bytes"]
+    # the estimate that `plan` makes without --compile
+    assert report["memory"]["peak"] == pytest.approx(peak, rel=0.25)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("topology", PROGRAMS)
+def test_attention_runs_once_forward_and_once_backward(report_of, topology):
+    report, layers = report_of(topology), PROGRAMS[topology][2]
+    calls = layers * report["microbatches"]
+    assert report["compiled"]["kernels"] == {
+        "__cudnn$fmhaSoftmax": calls,
+        "__cudnn$fmhaSoftmaxBackward": calls,
+    }
+
+
+@pytest.mark.slow
+def test_one_gpu_exchanges_nothing(report_of):
+    assert report_of("1xh100")["compiled"]["collectives"] == []
+
+
+@pytest.mark.slow
+def test_weights_are_gathered_twice_and_gradients_scattered_once(report_of):
+    for topology, matrices in (("64xh100", MATRICES), ("8xh100", MATRICES_1B)):
+        report = report_of(topology)
+        found = report["compiled"]["collectives"]
+        once = 2 * matrices * report["microbatches"]
+        # the embedding is exchanged besides, by the 1B model as a whole and in float32
+        narrow = [c for c in found if c["dtype"] == "bf16"]
+        totals = bytes_by_purpose(narrow)
+        assert 0.9 * 2 * once < totals["gather"] < 1.15 * 2 * once
+        everything = bytes_by_purpose(found)
+        assert 0.9 * once < everything["scatter"] < 1.8 * once
+        assert {c["axes"] for c in found} == {"fsdp"}
+
+
+@pytest.mark.slow
+def test_the_8b_program_passes_every_check_and_waits_for_its_gradients(report_of):
+    compiled = report_of("64xh100")["compiled"]
+    assert [check for check in compiled["checks"] if not check["ok"]] == []
+    assert all(c["is_asynchronous"] for c in compiled["collectives"])
+    # without flags the scatter of a layer's gradients has nothing between start and done
+    layers = [
+        c for c in compiled["collectives"] if c["kind"] == "reduce-scatter" and c["dtype"] == "bf16"
+    ]
+    assert sum(c["total_bytes"] for c in layers) > 12 * GIB
+    assert not any(c["is_overlapped"] for c in layers)
