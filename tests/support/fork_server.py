@@ -48,6 +48,7 @@ class Server:
             text = json.dumps(request).encode()
             header = len(text).to_bytes(4, "big")
             ends = array.array("i", [out_end, err_end])
+            self.connection.settimeout(None)
             self.connection.sendmsg([header], [(socket.SOL_SOCKET, socket.SCM_RIGHTS, ends)])
             self.connection.sendall(text)
             os.close(out_end)
@@ -144,6 +145,16 @@ def _path_of_modules() -> str:
 
 # ---- in the server
 
+STARTED_WITH = dict(os.environ)
+# Variables that a run reads when it starts, and not JAX when it is imported.
+READ_LATE = {
+    "JAX_NUM_CPU_DEVICES",
+    "JAX_COORDINATOR_ADDRESS",
+    "JAX_NUM_PROCESSES",
+    "JAX_PROCESS_ID",
+    "XLA_FLAGS",
+}
+
 
 def serve(connection: socket.socket) -> None:
     """Forks a child for every request until the tests close the connection."""
@@ -202,6 +213,13 @@ def run(request: dict, out: int, err: int) -> int:
         os.dup2(end, number)
         os.close(end)
     os.chdir(request["folder"])
+    before, after = STARTED_WITH, request["environment"]
+    changed = {
+        name
+        for name in before.keys() | after.keys()
+        if name.startswith(("JAX_", "XLA_")) and before.get(name) != after.get(name)
+    }
+    assert changed <= READ_LATE, f"read when JAX was imported: {changed - READ_LATE}"
     os.environ.clear()
     os.environ.update(request["environment"])
     import jax
