@@ -42,7 +42,7 @@ from llada_jax.data.build import (
     write_json,
     writing_to,
 )
-from llada_jax.data.chat_template import Chat, read_template, template_of, tokenizer_template
+from llada_jax.data.chat_template import Chat, read_template, template_of
 from llada_jax.data.dialogue_units import SCORED, ChatSettings, dialogue_texts, dialogues_json
 from llada_jax.data.duplicates import count_duplicates, without_duplicates
 from llada_jax.data.inputs import Input, find_inputs, printable
@@ -171,7 +171,7 @@ def prepare(
             made = _make_tokenizer_once(
                 output, source, lambda: make(make_tokenizer(texts(chars=SAMPLE_CHARS)))
             )
-            chat = dataclasses.replace(chat, template=tokenizer_template(made))
+            chat = dataclasses.replace(chat, template=made.chat_template or "")
             sample = [text for text in texts(chars=CHECK_CHARS) if text.strip()]
         else:
             made = _make_tokenizer_once(

@@ -22,6 +22,8 @@ class TwoHosts:
 
     def __init__(self):
         self.names = [f"llada{os.getpid()}n{number}" for number in range(2)]
+
+    def set_up(self) -> None:
         for name in self.names:
             sh("ip", "netns", "add", name)
         first, second = self.names
@@ -108,5 +110,8 @@ def two_hosts() -> Iterator[TwoHosts]:
     if tried.returncode:
         absent(f"no network namespaces here: {tried.stderr.strip()}")
     two = TwoHosts()
-    yield two
-    two.remove()
+    try:
+        two.set_up()
+        yield two
+    finally:
+        two.remove()
