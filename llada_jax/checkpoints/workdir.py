@@ -288,8 +288,8 @@ class Checkpoints:
         return array.astype(np.float32, copy=False)
 
     def open_array(self, step: int, path: str, shape: tuple[int, ...]) -> tensorstore.TensorStore:
-        """Returns one array of a step, of which nothing is read yet: float32, but for the matrices of
-        some frozen networks.
+        """Returns one array of a step, of which nothing is read yet; it is float32, but for the
+        matrices of some frozen networks.
 
         Opened in Orbax's files with tensorstore, and not by Orbax: it would hold all chunks of an
         array at once next to the array itself, and would wait at each call for the other
