@@ -90,7 +90,7 @@ def check(command: list[str], place: Place) -> str:
         if path := getattr(args, flag, None):
             check_path(f"--{flag} ", path, place, is_written=flag in WRITTEN_FLAGS)
     if getattr(args, "data", None):
-        check_records("--data ", args.data, place)
+        check_path("--data ", args.data, place, is_written=False)
     lines = [check_config(config, place) for config in configs_of(args, overrides, place)]
     return ": ".join([f"llada-jax {verb} can run there", *dict.fromkeys(filter(None, lines[:1]))])
 
@@ -140,28 +140,15 @@ def check_path(what: str, path: str, place: Place, *, is_written: bool) -> None:
     mount = next((m for m in place.mounts if f"{path}/".startswith(f"{m.rstrip('/')}/")), None)
     if mount is None and not (place.has_own_disks and path.startswith("/")):
         form = "BUCKET:/data" if is_written else "BUCKET:/data:ro"
-        # records are read from a disk alone
-        url = "" if "data" in what else "write gs://BUCKET/DIR, or "
         raise UserError(
-            f"{what}{path} is not on a disk that the hosts share: {url}mount a bucket with "
-            f"--gcs-fuse {form} and write {what}/data/DIR."
+            f"{what}{path} is not on a disk that the hosts share: write gs://BUCKET/DIR, or mount "
+            f"a bucket with --gcs-fuse {form} and write {what}/data/DIR."
         )
     if mount is not None and is_written and not place.mounts[mount]:
         raise UserError(
             f"{what}{path} is written to, and {mount} is mounted to be read only; leave out the "
             ":ro of --gcs-fuse, or write to gs://BUCKET/DIR."
         )
-
-
-def check_records(what: str, directory: str, place: Place) -> None:
-    """Raises UserError when the hosts cannot read the records in a directory."""
-    if is_remote(directory):
-        bucket, _, rest = directory.partition("://")[2].partition("/")
-        raise UserError(
-            f"{what}{directory}: records are read from a mounted disk; pass --gcs-fuse "
-            f"{bucket}:/data:ro to the launcher and write {what}/data/{rest or 'DIR'}."
-        )
-    check_path(what, directory, place, is_written=False)
 
 
 def configs_of(args, overrides: list[str], place: Place) -> Iterator:
@@ -226,7 +213,7 @@ def check_data(config, place: Place) -> int:
     """
     sources = parse_sources(config.data.path)
     for directory, _ in sources:
-        check_records("config.data.path=", directory, place)
+        check_path("config.data.path=", directory, place, is_written=False)
     if not place.shares_disks:
         return 0
     from llada_jax.data.loader import describe

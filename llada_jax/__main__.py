@@ -26,6 +26,7 @@ VERBS = {
         "workdir -> the same run at an earlier step, without the data that followed",
     ),
     "sample": ("sample", "workdir + prompt -> text"),
+    "chat": ("chat", "workdir + your messages -> a conversation"),
     "evaluate": ("evaluate", "workdir + records -> held-out likelihood bound"),
     "export": ("export", "workdir -> Hugging Face directory"),
     "import": ("import_hf", "Hugging Face directory -> workdir"),

@@ -4,8 +4,8 @@ on.
     0   The command is done.
     2   The input cannot be used; stderr has one sentence and no traceback.
     3   The numbers went wrong.
-    42  The command stopped without having failed, because it was asked to or because another
-        process is gone: start it again.
+    42  The command stopped without having failed, because it was asked to, because another process
+        is gone, or because a bucket does not answer: start it again.
 
     130, 143  Ctrl-C or SIGTERM came before there was anything to save.
 
@@ -41,6 +41,14 @@ class Preempted(RuntimeError):
 
 class LostPeer(RuntimeError):
     """Another process of the run is gone or stuck: starting all of them again continues from the
+    last checkpoint.
+    """
+
+    exit_status = 42
+
+
+class Unreachable(RuntimeError):
+    """A bucket has not answered for a long time: starting the same command again continues from the
     last checkpoint.
     """
 

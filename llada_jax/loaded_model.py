@@ -14,7 +14,8 @@ from llada_jax.arguments import checked
 from llada_jax.checkpoints.record import RunRecord
 from llada_jax.data.tokenizer import Tokenizer
 from llada_jax.errors import UserError
-from llada_jax.evaluation.conditional import Question, Score, log_likelihoods
+from llada_jax.evaluation.answer_rows import Question
+from llada_jax.evaluation.conditional import Score, log_likelihoods
 from llada_jax.evaluation.rolling import TextBound, bounds_of_texts
 from llada_jax.models.model import Model
 from llada_jax.request_checks import (
@@ -456,10 +457,11 @@ class Pretrained:
 
         Args:
             pairs: (prompt, answer), each a text or a list of token ids; or
-                llada_jax.evaluation.conditional.Question, which may also hold what comes after.
+                llada_jax.evaluation.answer_rows.Question, which may also hold what comes after.
             mc_samples: sets of masked tokens drawn for an answer. An answer that has no more of
                 them, such as one of 7 tokens for 128, is scored without drawing.
-            estimator: "exact_count" or "uniform_time", see llada_jax.evaluation.conditional.
+            estimator: "exact_count", "uniform_time", or "confidence_order", which is not a bound;
+                see llada_jax.evaluation.conditional.
             cfg_scale: strength of guidance towards the prompt; 0 switches it off.
             seed: of the noise. batch_size: rows in one pass.
 

@@ -7,7 +7,8 @@ import numpy as np
 
 from llada_jax.checkpoints.record import RunRecord
 from llada_jax.errors import UserError
-from llada_jax.evaluation.conditional import Question, encode_pair
+from llada_jax.evaluation.answer_rows import Question
+from llada_jax.evaluation.conditional import encode_pair
 
 
 def check_ids(num_rows: int, *ids: Any) -> None:

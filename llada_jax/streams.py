@@ -89,6 +89,11 @@ class Result:
             ) from error
 
 
+def warn(message: str) -> None:
+    """Prints a message for the user on stderr, next to the result on stdout."""
+    print(f"llada-jax: {message}", file=sys.stderr)
+
+
 def lead_nowhere(descriptor: int) -> None:
     """Makes a descriptor swallow whatever is written to it."""
     nowhere = os.open(os.devnull, os.O_WRONLY)
@@ -108,9 +113,9 @@ def open_missing() -> None:
         except OSError:
             # the lowest free number is taken, which is this one
             os.open(os.devnull, os.O_RDWR)
-    for name in ("stdout", "stderr"):
+    for name, mode in (("stdin", "r"), ("stdout", "w"), ("stderr", "w")):
         if getattr(sys, name) is None:
-            setattr(sys, name, open(os.devnull, "w"))  # noqa: SIM115 (for the process' life)
+            setattr(sys, name, open(os.devnull, mode))  # noqa: SIM115 (for the process' life)
 
 
 def reader_of_stdout_is_gone() -> bool:

@@ -8,7 +8,7 @@ from support.hf_directories import random_params
 
 import llada_jax
 from llada_jax.errors import UserError
-from llada_jax.evaluation.conditional import Question
+from llada_jax.evaluation.answer_rows import Question
 
 
 @pytest.fixture(scope="module")

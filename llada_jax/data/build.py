@@ -1,8 +1,8 @@
-"""Turns units of raw text into shards of packed records, each unit on its own and restartable.
+"""Turns units of raw text into packed records, each unit on its own and restartable.
 
-A unit is a few input files that one process reads, tokenizes and packs. It is finished when its
-receipt is written, which happens after its shards have reached the disk; the receipts add up to
-dataset.json.
+A unit is a few input files that one process reads, tokenizes and packs into one file per split. It
+is finished when its receipt is written, which happens after these files have reached the disk; the
+receipts add up to dataset.json, and the files become shards (llada_jax.data.assembly).
 """
 
 import contextlib
@@ -21,8 +21,9 @@ import numpy as np
 
 from llada_jax.data.inputs import Input, printable
 from llada_jax.data.packing import is_heldout, pack
-from llada_jax.data.records import FORMAT, encode_record, write_shard
+from llada_jax.data.records import FORMAT, encode_record
 from llada_jax.data.round_trip import num_encoded_bytes
+from llada_jax.data.shards import SUFFIX, write_shard
 from llada_jax.data.text import Cut, is_seekable, read_documents
 from llada_jax.data.tokenizer import Tokenizer
 from llada_jax.errors import UserError
@@ -33,15 +34,18 @@ COUNTS = ("num_records", "num_tokens", "num_bytes", "num_documents", "num_paddin
 # Documents that a lossy tokenizer cannot give back, and their bytes that no token stands for.
 LOSSES = ("num_lossy_documents", "num_lost_bytes")
 # Small files share a unit until it has this many bytes: ten thousand small files must not give ten
-# thousand shards with one padded row each, while at a few MB/s a unit still takes well under a
-# minute, all that an interruption can cost.
+# thousand padded rows, while at a few MB/s a unit still takes well under a minute, all that an
+# interruption can cost.
 UNIT_BYTES = 64_000_000
 # Documents are tokenized in batches of about this many characters: the libraries' fixed costs
 # vanish in it.
 BATCH_CHARS = 1_000_000
-# The folder below the output directory with one receipt per finished unit, and with the notes that
-# a later run compares.
+# The folder below the output directory with one receipt per finished unit, its records until they
+# are in a shard, and the notes that a later run compares.
 RECEIPTS = "receipts"
+# In the fingerprints of data sets since version 0.1, whose records were the same in another store,
+# so that a run goes on with the same data when the text was prepared again.
+_FINGERPRINTED = 1
 # Held by the command and shared with its workers, which may outlive it for a moment.
 LOCK = f"{RECEIPTS}/lock"
 
@@ -75,11 +79,11 @@ def read_json(path: Path):
 
 @dataclass(frozen=True)
 class Unit:
-    """Inputs that one process turns into one shard per split."""
+    """Inputs that one process turns into the records of both splits."""
 
     index: int
     inputs: tuple[Input, ...]
-    fingerprint: str  # of everything that decides what the shards hold
+    fingerprint: str  # of everything that decides what the records hold
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -125,7 +129,7 @@ def units_of(inputs: list[Input], job: Job, tokenizer_fingerprint: str) -> list[
     """Groups consecutive inputs into units of up to UNIT_BYTES; a larger input stands alone.
 
     The groups depend on the files alone and not on the number of workers, so that the same text
-    gives the same shards on any machine.
+    gives the same records on any machine.
     """
     groups, size = [], 0
     for file in inputs:
@@ -137,7 +141,6 @@ def units_of(inputs: list[Input], job: Job, tokenizer_fingerprint: str) -> list[
     cut = [job.cut.documents, job.cut.text_field, job.cut.document_start]
     cut += [job.cut.form] if job.cut.form else []
     settings = [FORMAT, tokenizer_fingerprint, job.sequence_length, job.heldout, cut]
-    # Named only where it decides something, so that units of earlier versions stay finished.
     settings += ["lossy"] if job.is_lossy else []
     settings += ["without duplicates"] if job.drops_duplicates else []
     settings += [job.chat.to_json()] if job.chat else []
@@ -152,8 +155,9 @@ def size_of(units: list[Unit]) -> int:
     return sum(file.size for unit in units for file in unit.inputs)
 
 
-def _shard_name(split: str, unit: Unit) -> str:
-    return f"{split}-{unit.index:05d}.arrayrecord"
+def records_path(output: Path, unit: Unit, split: str) -> Path:
+    """Where a unit leaves its records of a split; there is no file when it has none."""
+    return output / RECEIPTS / f"unit-{unit.index:05d}.{split}{SUFFIX}"
 
 
 def receipt_path(output: Path, unit: Unit) -> Path:
@@ -171,34 +175,27 @@ def duplicates_path(output: Path, unit: Unit) -> Path:
 
 
 def is_done(output: Path, unit: Unit) -> bool:
-    """Whether the receipt belongs to this very unit and its shards are as long as it says."""
+    """Whether the receipt belongs to this very unit. Where its records are by now is the question
+    of llada_jax.data.assembly.
+    """
     path = receipt_path(output, unit)
-    if not path.exists():
-        return False
-    receipt = read_json(path)
-    shards = [split["shard"] for split in receipt["splits"].values() if split["shard"]]
-    return receipt["fingerprint"] == unit.fingerprint and all(
-        (output / s["file"]).exists()
-        and (output / s["file"]).stat().st_size == s["num_bytes_on_disk"]
-        for s in shards
-    )
+    return path.exists() and read_json(path)["fingerprint"] == unit.fingerprint
 
 
 def remove_leftovers(output: Path, units: list[Unit]) -> None:
-    """Removes half-written files, and the shards and receipts of units that no longer exist."""
-    keep = {_shard_name(split, unit) for split in SPLITS for unit in units}
+    """Removes half-written files, and what units have left that no longer exist."""
+    keep = {records_path(output, unit, split).name for split in SPLITS for unit in units}
     for place_of in (receipt_path, hashes_path, duplicates_path):
         keep |= {place_of(output, unit).name for unit in units}
-    for pattern in ("*.arrayrecord*", f"{RECEIPTS}/unit-*"):
-        for path in output.glob(pattern):
-            if path.name not in keep:
-                path.unlink()
+    for path in output.glob(f"{RECEIPTS}/unit-*"):
+        if path.name not in keep:
+            path.unlink()
 
 
 def write_unit(
     unit: Unit, job: Job, tokenizer: Tokenizer, on_progress: Callable[..., None]
 ) -> None:
-    """Writes the shards of a unit and then its receipt."""
+    """Writes the records of a unit and then its receipt."""
     if job.only_hashes:
         return write_hashes(unit, job, on_progress)
     counts = {split: dict.fromkeys(COUNTS, 0) for split in SPLITS}
@@ -244,9 +241,9 @@ def write_unit(
             yield np.fromfile(spool, dtype=np.int32, count=length[0])
 
     with writing_to(job.output):
-        # A shard is written in one go, so the held-out documents wait on the disk until the
-        # training shard is finished. Reading the inputs a second time instead would decompress and
-        # tokenize them twice. An unnamed file, so that a kill leaves nothing behind.
+        # A file of records is written in one go, so the held-out documents wait on the disk until
+        # the training records are finished. Reading the inputs a second time instead would
+        # decompress and tokenize them twice. An unnamed file, so that a kill leaves nothing behind.
         with tempfile.TemporaryFile(dir=job.output) as spool:
             documents = {"train": training_documents(spool), "heldout": heldout_documents(spool)}
             rows = {
@@ -257,7 +254,7 @@ def write_unit(
                 )
                 for split in SPLITS
             }
-            splits = write_shards(unit, job, rows, tokenizer, counts)
+            splits = write_records(unit, job, rows, tokenizer, counts)
         files.write_whole(hashes_path(job.output, unit), b"".join(hashes))
         told = {"num_empty_documents": num_empty, **(lossy if job.is_lossy else {})}
         write_receipt(unit, job, splits, told)
@@ -295,24 +292,24 @@ def _batches(unit: Unit, job: Job, on_progress: Callable[..., None]) -> Iterator
     yield batch
 
 
-def write_shards(
+def write_records(
     unit: Unit,
     job: Job,
     rows: Mapping[str, Iterator[tuple[np.ndarray, ...]]],
     tokenizer: Tokenizer,
     counts: dict[str, dict],
 ) -> dict[str, dict]:
-    """Writes the shards of both splits, one after the other, and returns their parts of the
+    """Writes the records of both splits, one after the other, and returns their parts of the
     receipt.
 
     Args:
-        rows, counts: by split; see _write_shard. The rows of "heldout" are read when those of
+        rows, counts: by split; see _write_split. The rows of "heldout" are read when those of
             "train" have been, and the counts when a split is finished.
     """
     splits = {}
     for split in SPLITS:
-        shard = _write_shard(split, unit, job, rows[split], tokenizer, counts[split])
-        splits[split] = {**counts[split], **shard}
+        digest = _write_split(split, unit, job, rows[split], tokenizer, counts[split])
+        splits[split] = {**counts[split], "digest": digest}
     return splits
 
 
@@ -320,7 +317,7 @@ def write_receipt(unit: Unit, job: Job, splits: dict[str, dict], told: dict) -> 
     """Writes the receipt, with which a unit is finished.
 
     Args:
-        splits: of write_shards. told: what else is known of the unit.
+        splits: of write_records. told: what else is known of the unit.
     """
     receipt = {
         "fingerprint": unit.fingerprint,
@@ -331,16 +328,16 @@ def write_receipt(unit: Unit, job: Job, splits: dict[str, dict], told: dict) -> 
     write_json(receipt_path(job.output, unit), receipt)
 
 
-def _write_shard(
+def _write_split(
     split: str,
     unit: Unit,
     job: Job,
     rows: Iterator[tuple[np.ndarray, ...]],
     tokenizer: Tokenizer,
     counts: dict,
-) -> dict:
-    """Writes rows into a shard, counts them in `counts`, and returns its part of the receipt.
-    Without rows there is no shard.
+) -> str | None:
+    """Writes rows into a file, counts them in `counts`, and returns the digest of the records.
+    Without rows there is no file, and None is returned.
 
     Args:
         rows: (tokens, starts), and of dialogues is_answer; see records.encode_record.
@@ -364,23 +361,20 @@ def _write_shard(
             yield record
         assert num_tokens == counts["num_tokens"], (num_tokens, counts)
 
-    path = job.output / _shard_name(split, unit)
+    path = records_path(job.output, unit, split)
     stream = records()
     first = next(stream, None)
     if first is None:
         path.unlink(missing_ok=True)
-        return {"shard": None, "digest": None}
-    num_records = write_shard(path, itertools.chain([first], stream))
-    shard = {
-        "file": path.name,
-        "num_records": num_records,
-        "num_bytes_on_disk": path.stat().st_size,
-    }
-    return {"shard": shard, "digest": digest.hexdigest()}
+        return None
+    write_shard(path, itertools.chain([first], stream))
+    return digest.hexdigest()
 
 
-def dataset_json(receipts: list[dict], source: dict, tokenizer: Tokenizer) -> dict:
-    """Returns the content of dataset.json: the receipts added up.
+def dataset_json(
+    receipts: list[dict], shards: Mapping[str, list[dict]], source: dict, tokenizer: Tokenizer
+) -> dict:
+    """Returns the content of dataset.json: the receipts added up. shards: by split.
 
     The fingerprint covers what the records hold and therefore not where the text came from: the
     same text in another folder is the same data set.
@@ -389,7 +383,7 @@ def dataset_json(receipts: list[dict], source: dict, tokenizer: Tokenizer) -> di
     for name in SPLITS:
         parts = [receipt["splits"][name] for receipt in receipts]
         splits[name] = {count: sum(part[count] for part in parts) for count in COUNTS}
-        splits[name]["shards"] = [part["shard"] for part in parts if part["shard"]]
+        splits[name]["shards"] = shards[name]
     digests = {name: [receipt["splits"][name]["digest"] for receipt in receipts] for name in SPLITS}
     losses = {name: sum(receipt.get(name, 0) for receipt in receipts) for name in LOSSES}
     names = ("kind", "fingerprint", "vocab_size", "mask_id", "eos_id", "bos_id", "pad_id")
@@ -397,7 +391,7 @@ def dataset_json(receipts: list[dict], source: dict, tokenizer: Tokenizer) -> di
         "format": FORMAT,
         "sequence_length": source["sequence_length"],
         "fingerprint": fingerprint(
-            [FORMAT, source["sequence_length"], tokenizer.fingerprint, digests]
+            [_FINGERPRINTED, source["sequence_length"], tokenizer.fingerprint, digests]
         ),
         "tokenizer": {name: getattr(tokenizer, name) for name in names},
         "splits": splits,

@@ -4,6 +4,7 @@ A template is Jinja source, as transformers keeps it with a tokenizer. It comes 
 strangers, and is rendered in jinja2's sandbox, in which it cannot reach Python.
 """
 
+import itertools
 import json
 import os
 import re
@@ -14,7 +15,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from llada_jax.data.dialogues import Malformed
-from llada_jax.data.tokenizer import CHAT_TEMPLATE, Tokenizer
+from llada_jax.data.tokenizer import Tokenizer
 from llada_jax.errors import UserError, require
 
 # For tokenizers without a template of their own: plain text that any vocabulary can spell. Every
@@ -52,7 +53,7 @@ def template_of(tokenizer: Tokenizer, setting: str = "") -> str:
         return DEFAULT
     if setting:
         return read_template(setting)
-    if own := tokenizer_template(tokenizer):
+    if own := tokenizer.chat_template:
         return own
     raise UserError(
         "The tokenizer has no chat template; give one with --chat template=FILE, or write "
@@ -69,20 +70,6 @@ def read_template(path: str) -> str:
             f"--chat template={path} cannot be read ({error}); give a file with Jinja source, or "
             "the word default."
         ) from error
-
-
-def tokenizer_template(tokenizer: Tokenizer) -> str:
-    """Returns the template that is kept with a tokenizer; "" when there is none."""
-    files = tokenizer.files
-    if CHAT_TEMPLATE in files:
-        return files[CHAT_TEMPLATE].decode()
-    for name in ("chat_template.json", "tokenizer_config.json"):
-        found = json.loads(files.get(name, b"{}")).get("chat_template") or ""
-        if isinstance(found, list):  # several templates by name
-            found = next((t["template"] for t in found if t.get("name") == "default"), "")
-        if found:
-            return found
-    return ""
 
 
 class Chat:
@@ -103,8 +90,7 @@ class Chat:
             self._template = environment.from_string(source)
         except jinja2.TemplateError as error:
             raise UserError(
-                f"The chat template is not valid Jinja ({error}); fix it, or give another with "
-                "--chat template=FILE."
+                f"The chat template is not valid Jinja ({error}); fix it, or give another one."
             ) from error
         self._tokenizer, self._errors = tokenizer, (jinja2.TemplateError, TypeError, ValueError)
         self._markers = tokenizer.markers
@@ -136,8 +122,21 @@ class Chat:
             raise Malformed(f"the template fails ({str(error).splitlines()[0][:80]})") from error
 
     def prompt_ids(self, messages: list[dict], *, tools: Any = None) -> list[int]:
-        """Returns the tokens after which the answer to `messages` is written."""
-        return self._ids(self.render(messages, tools=tools, add_generation_prompt=True)).tolist()
+        """Returns the tokens after which the answer to `messages` is written.
+
+        Earlier answers are tokenized apart, as in `document`, where the template writes what comes
+        before them as it does alone.
+
+        Raises:
+            Malformed: the template refuses the messages.
+        """
+        whole = self.render(messages, tools=tools, add_generation_prompt=True)
+        cuts = [0]
+        for number, message in enumerate(messages):
+            if message["role"] == "assistant":
+                cuts += self._place_of(number, messages, whole, tools=tools) or ()
+        parts = [whole[start:stop] for start, stop in itertools.pairwise([*cuts, len(whole)])]
+        return np.concatenate([self._ids(part) for part in parts]).tolist()
 
     def document(
         self, messages: list[dict], *, tools: Any = None, only_last: bool = False
@@ -158,13 +157,13 @@ class Chat:
             is_last = number == len(messages) - 1
             if message["role"] != "assistant" or (only_last and not is_last):
                 continue
-            before = self.render(messages[:number], tools=tools, add_generation_prompt=True)
-            after = self.render(messages[: number + 1], tools=tools)
-            if not (whole.startswith(after) and after.startswith(before)):
+            place = self._place_of(number, messages, whole, tools=tools)
+            if place is None:
                 raise Malformed(
                     "the template does not write the beginning of a dialogue as it does alone, "
                     "which --chat turns=each allows"
                 )
+            before, after = whole[: place[0]], whole[: place[1]]
             # Such as the template of LLaDA-8B-Base, which reads no add_generation_prompt.
             common = os.path.commonprefix([before[::-1], after[::-1]])[::-1]
             if "assistant" in common and after == self.render(
@@ -183,6 +182,18 @@ class Chat:
                 [np.full(len(a), is_answer) for a, (_, is_answer) in zip(arrays, pieces)]
             ),
         )
+
+    def _place_of(
+        self, number: int, messages: list[dict], whole: str, *, tools: Any
+    ) -> tuple[int, int] | None:
+        """Returns where in the text of a dialogue one of its answers begins and ends; None when the
+        template writes the beginning of the dialogue otherwise if more follows.
+        """
+        before = self.render(messages[:number], tools=tools, add_generation_prompt=True)
+        after = self.render(messages[: number + 1], tools=tools)
+        if whole.startswith(after) and after.startswith(before):
+            return len(before), len(after)
+        return None
 
     def _protected(self, value: Any) -> Any:
         """Breaks the special tokens that a message spells out."""

@@ -1,4 +1,4 @@
-"""Turns units of dialogues into shards of records that say which tokens are of answers.
+"""Turns units of dialogues into records that say which tokens are of answers.
 
 The counterpart of build.write_unit. A document never continues in another row, so that an answer is
 always read after the whole of its prompt. The two dialogues of a pair are neighbours in one row, so
@@ -8,7 +8,7 @@ that whatever splits a batch by rows keeps them together.
 import dataclasses
 import tempfile
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 
 import numpy as np
 
@@ -18,13 +18,14 @@ from llada_jax.data.build import (
     Job,
     Unit,
     write_receipt,
-    write_shards,
+    write_records,
     writing_to,
 )
 from llada_jax.data.chat_template import Chat, Document
 from llada_jax.data.dialogues import KINDS, Malformed, identity_of, parse_record, text_of
 from llada_jax.data.inputs import Input, printable
 from llada_jax.data.packing import is_heldout
+from llada_jax.data.records import Dialogues
 from llada_jax.data.text import read_records
 from llada_jax.data.tokenizer import Tokenizer
 from llada_jax.errors import UserError
@@ -85,7 +86,7 @@ class ChatSettings:
 def write_dialogues(
     unit: Unit, job: Job, tokenizer: Tokenizer, on_progress: Callable[..., None]
 ) -> None:
-    """Writes the shards of a unit and then its receipt."""
+    """Writes the records of a unit and then its receipt."""
     settings = job.chat
     assert settings is not None
     chat = Chat(settings.template, tokenizer)
@@ -192,7 +193,7 @@ def write_dialogues(
                 split: pack_whole(streams[split], job.sequence_length, open_rows=open_rows)
                 for split in SPLITS
             }
-            splits = write_shards(unit, job, rows, tokenizer, counts)
+            splits = write_records(unit, job, rows, tokenizer, counts)
         write_receipt(unit, job, splits, {"num_empty_documents": 0, "dialogues": told})
 
 
@@ -266,8 +267,10 @@ def _row(documents: list[Document]) -> tuple[np.ndarray, np.ndarray, np.ndarray]
     return tokens, np.concatenate(starts), is_answer
 
 
-def dialogues_json(receipts: list[dict], settings: ChatSettings) -> dict:
-    """Returns the part "dialogues" of dataset.json."""
+def dialogues_json(receipts: Sequence[dict], settings: ChatSettings | Dialogues) -> dict:
+    """Returns the part "dialogues" of dataset.json, from those of receipts or of other data
+    sets.
+    """
     told = [receipt["dialogues"] for receipt in receipts]
     malformed: Counter = sum((Counter(part["malformed"]) for part in told), Counter())
     return {

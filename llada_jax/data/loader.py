@@ -24,13 +24,14 @@ import numpy as np
 
 from llada_jax.data.batch import FIELDS, PAIR_FIELDS, Field
 from llada_jax.data.dialogue_rows import BucketCut, EosPadded, draw_answers, split_in_two
-from llada_jax.data.records import DatasetInfo, Records, read_dataset
+from llada_jax.data.records import DatasetInfo, Records, check_shards, read_dataset
 from llada_jax.errors import UserError
 
 # Of the answers of held-out dialogues that are scored: the same ones in every evaluation.
 _HELDOUT_ANSWERS = 0
 
-Source = tuple[str, float]  # (directory of a dataset, its weight in the mixture)
+# (a dataset, or its directory, whose description is then read; its weight in the mixture)
+Source = tuple[str | DatasetInfo, float]
 Batch = dict[str, np.ndarray]
 
 _SHUFFLE, _LENGTH, _ANSWER, _SPLIT = 0, 1, 2, 3  # What a random stream is for; see _stream.
@@ -62,7 +63,7 @@ def train_batches(
     of a dataset is seen twice before all are seen once.
 
     Args:
-        sources: (directory, weight) of each dataset.
+        sources: (dataset or its directory, weight) of each.
         batch_size: B, the global batch in sequences; one larger than the dataset repeats it within
             a batch.
         sequence_length: T; must be that of the records.
@@ -87,7 +88,7 @@ def train_batches(
         length_buckets: of rows of one dialogue or pair each: ascending lengths below T, of which a
             batch is cut to the shortest that holds all of its B rows, whoever reads them.
         num_threads: threads that read ahead; 0 reads in the caller's thread.
-        prefetch: batches that are kept ready, R * T * 13 bytes each.
+        prefetch: batches that are kept ready, R * T * 13 bytes each, and at least num_threads.
 
     Returns an iterator of {"tokens", "segment_ids", "positions": int32[R,T], "is_maskable":
     bool[R,T]}, R = len(rows), and of pairs also "is_chosen". Padding has token 0, segment 0 and is
@@ -152,7 +153,7 @@ def train_batches(
 
 
 def heldout_batches(
-    directory: str,
+    dataset: str | DatasetInfo,
     *,
     batch_size: int,
     sequence_length: int,
@@ -177,7 +178,7 @@ def heldout_batches(
             same in every call. None takes the first ones, which may all be of one source, because
             `prepare` writes the texts in the order in which it was given them.
     """
-    (info,) = _open([(directory, 1.0)], sequence_length=sequence_length, split=split)
+    (info,) = _open([(dataset, 1.0)], sequence_length=sequence_length, split=split)
     rows = _check_rows(rows, batch_size=batch_size)
     records = Records(info, split=split)
     num_rows = batch_size * (max_batches or 0)
@@ -187,18 +188,17 @@ def heldout_batches(
     _check_dialogues([info], attend_across_documents=attend_across_documents)
     fields = fields_of(info)
     source = _Padded(records, fields, multiple=batch_size, sequence_length=sequence_length)
-    dataset = _with_drawn_answers(grain.MapDataset.source(source), info, seed=_HELDOUT_ANSWERS)
-    dataset = dataset.map(_row_for(attend_across_documents))
-    dataset = _HostRows(dataset, batch_size=batch_size, rows=rows, start_step=0).batch(len(rows))
-    return islice(_iterate(dataset, num_threads=num_threads, prefetch=prefetch), max_batches)
+    scored = _with_drawn_answers(grain.MapDataset.source(source), info, seed=_HELDOUT_ANSWERS)
+    scored = scored.map(_row_for(attend_across_documents))
+    batches = _HostRows(scored, batch_size=batch_size, rows=rows, start_step=0).batch(len(rows))
+    return islice(_iterate(batches, num_threads=num_threads, prefetch=prefetch), max_batches)
 
 
 @dataclass(frozen=True, kw_only=True)
 class SourceSummary:
     """What a run prints about one dataset of its mixture."""
 
-    directory: str
-    fingerprint: str
+    info: DatasetInfo
     share: float  # of the rows that training reads, between 0 and 1
     num_records: int  # in the train split, as are the next two
     num_tokens: int
@@ -206,19 +206,32 @@ class SourceSummary:
     bytes_per_token: dict[str, float]  # by split: bits/byte = nats/token / ln 2 / bytes_per_token
     fields: Mapping[str, Field]  # of its batches
 
+    @property
+    def directory(self) -> str:
+        """Where the dataset is."""
+        return self.info.directory
+
+    @property
+    def fingerprint(self) -> str:
+        """Of all its records."""
+        return self.info.fingerprint
+
     def num_epochs(self, num_rows: float) -> float:
         """Returns how often `num_rows` rows of the mixture go through this dataset."""
         return num_rows * self.share / self.num_records
 
 
 def describe(sources: Sequence[Source], *, sequence_length: int) -> tuple[SourceSummary, ...]:
-    """Returns a summary of each dataset, after the same checks as `train_batches`."""
+    """Returns a summary of each dataset, after the same checks as `train_batches` and a look at the
+    sizes of all shards, which a run takes once.
+    """
     infos = _open(sources, sequence_length=sequence_length)
+    for info in infos:
+        check_shards(info)
     total_weight = sum(weight for _, weight in sources)
     return tuple(
         SourceSummary(
-            directory=info.directory,
-            fingerprint=info.fingerprint,
+            info=info,
             share=weight / total_weight,
             num_records=info.splits["train"].num_records,
             num_tokens=info.splits["train"].num_tokens,
@@ -321,8 +334,9 @@ def _open(
             "No dataset is given: name at least one directory that llada-jax prepare wrote."
         )
     infos = []
-    for directory, weight in sources:
-        info = read_dataset(directory)
+    for dataset, weight in sources:
+        info = dataset if isinstance(dataset, DatasetInfo) else read_dataset(dataset)
+        directory = info.directory
         if not 0 < weight < float("inf"):
             raise UserError(
                 f"{directory} has weight {weight}: give a positive number, or leave the dataset "
@@ -485,7 +499,10 @@ def _iterate(dataset: grain.MapDataset, *, num_threads: int, prefetch: int) -> I
     """Yields the elements; threads read ahead, and end with the iteration."""
     iterator = iter(
         dataset.to_iter_dataset(
-            grain.ReadOptions(num_threads=num_threads, prefetch_buffer_size=prefetch)
+            # a thread without a place for its batch in the buffer would have nothing to do
+            grain.ReadOptions(
+                num_threads=num_threads, prefetch_buffer_size=max(prefetch, num_threads)
+            )
         )
     )
     try:

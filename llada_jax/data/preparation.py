@@ -1,9 +1,10 @@
 """The recipe from raw text to a data set: a tokenizer, packed records, dataset.json.
 
 The inputs are grouped into units (llada_jax.data.build). A unit is read, tokenized and packed by
-one process into its own shards and is finished when its receipt is written; dataset.json comes
-last. So the result depends neither on the number of processes nor on how often they were
-interrupted, and running the same preparation again continues after the last finished unit.
+one process and is finished when its receipt is written. Then the units are joined into shards
+(llada_jax.data.assembly), and dataset.json comes last. So the result depends neither on the number
+of processes nor on how often they were interrupted, and running the same preparation again
+continues after the last finished unit.
 """
 
 import contextlib
@@ -17,6 +18,13 @@ import time
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 
+from llada_jax.data.assembly import (
+    join_units,
+    lost_units,
+    plan_shards,
+    shards_json,
+    unfinished,
+)
 from llada_jax.data.build import (
     LOCK,
     RECEIPTS,
@@ -34,13 +42,15 @@ from llada_jax.data.build import (
     write_json,
     writing_to,
 )
-from llada_jax.data.chat_template import Chat, read_template, template_of, tokenizer_template
+from llada_jax.data.chat_template import Chat, read_template, template_of
 from llada_jax.data.dialogue_units import SCORED, ChatSettings, dialogue_texts, dialogues_json
 from llada_jax.data.duplicates import count_duplicates, without_duplicates
 from llada_jax.data.inputs import Input, find_inputs, printable
 from llada_jax.data.packing import is_heldout
-from llada_jax.data.records import DIALOGUE_FORMAT, JSON_NAME, PAIR_FORMAT, write_dataset_json
+from llada_jax.data.parts import INPUTS, part_folder
+from llada_jax.data.records import FORMAT, JSON_NAME, record_size, write_dataset_json
 from llada_jax.data.round_trip import describe_loss, is_lossless
+from llada_jax.data.shards import stored_size
 from llada_jax.data.text import Cut, check_cut, read_documents
 from llada_jax.data.tokenizer import Tokenizer, load_tokenizer
 from llada_jax.data.tokenizer_training import train_sentencepiece
@@ -50,6 +60,7 @@ from llada_jax.progress import reported_every
 from llada_jax.ranges import RANGES, SIZE, check_number
 from llada_jax.storage import files
 from llada_jax.storage.locks import try_lock
+from llada_jax.storage.remote import is_remote
 from llada_jax.units import format_seconds
 
 # A tokenizer is trained on at most this many characters: unigram training takes about 25 bytes of
@@ -93,6 +104,7 @@ def prepare(
     add_mask_token: bool = False,
     drop_duplicates: bool = False,
     chat: ChatSettings | None = None,
+    part: tuple[int, int] | None = None,
 ) -> dict:
     """Writes the data set directory `output` and returns the content of its dataset.json.
 
@@ -110,6 +122,8 @@ def prepare(
         drop_duplicates: whether a document that is a copy of an earlier one is left out.
         chat: how the records of the inputs become dialogues; its template is what
             chat_template.template_of takes. None: the inputs are text.
+        part: (I, N): writes part I of N below `output`, for parts.join_parts, and needs a tokenizer
+            that is not trained.
 
     Raises:
         UserError: the input is unusable, the settings differ from those that the directory was
@@ -119,6 +133,14 @@ def prepare(
     _check_numbers(sequence_length=sequence_length, heldout=heldout, workers=workers)
     make_tokenizer, tokenizer_name = _parse_tokenizer(tokenizer, add_mask_token=add_mask_token)
     _check_words(tokenizer, cut)
+    if part is not None:
+        if tokenizer.startswith(("spm:", "spm-bpe:")):
+            raise UserError(
+                f"--tokenizer {tokenizer}: each part would train another one; train it once, for "
+                "example by preparing a sample of the text, and give every part that folder, "
+                "--tokenizer DIR/tokenizer."
+            )
+        output = part_folder(output, *part)
     inputs = find_inputs(patterns, cut.form, on_note=_say)
     check_cut(inputs, cut)
     source = {
@@ -134,12 +156,10 @@ def prepare(
         **({"format": cut.form} if cut.form else {}),
         **({"drop_duplicates": True} if drop_duplicates else {}),
         **({"chat": _chat_source(chat)} if chat else {}),
+        **({INPUTS: [fingerprint(i.identity)[:16] for i in inputs]} if part else {}),
     }
     output = _begin_output(output)
     with _lock(output):
-        # a dialogue is read as a whole record, from the beginning of its file on
-        is_in_parts = chat is None and was_begun_in_parts(output)
-        source |= {"in_parts": True} if is_in_parts else {}
         # 2. What an earlier run has done, which must have been the same preparation.
         _refuse_other_settings(output, source)
         # 3. The tokenizer: made once, if need be by training it on a sample of the training text.
@@ -151,14 +171,14 @@ def prepare(
             made = _make_tokenizer_once(
                 output, source, lambda: make(make_tokenizer(texts(chars=SAMPLE_CHARS)))
             )
-            chat = dataclasses.replace(chat, template=tokenizer_template(made))
+            chat = dataclasses.replace(chat, template=made.chat_template or "")
             sample = [text for text in texts(chars=CHECK_CHARS) if text.strip()]
         else:
             made = _make_tokenizer_once(
                 output, source, lambda: make_tokenizer(sample_texts(inputs, cut, heldout=heldout))
             )
             sample = texts_to_check(inputs, cut)
-        # 4. The shards of the units that have no receipt yet.
+        # 4. The units that have no receipt yet, or whose records are lost.
         job = Job(
             output=output,
             sequence_length=sequence_length,
@@ -168,27 +188,38 @@ def prepare(
             drops_duplicates=drop_duplicates,
             chat=chat,
         )
-        parts = in_parts(inputs, cut) if is_in_parts else inputs
+        # a dialogue is read as a whole record, from the beginning of its file on
+        parts = inputs if chat else in_parts(inputs, cut)
         units = units_of(parts, job, made.fingerprint)
         remove_leftovers(output, units)
         if drop_duplicates:
             hash_all = functools.partial(run_units, workers=workers, num_bytes_done=0)
             units = without_duplicates(units, job, hash_all)
         pending = [unit for unit in units if not is_done(output, unit)]
-        if pending:
-            if job.is_lossy:
-                _say_what_is_lost(sample, made)
-            run_units(
-                pending, job, workers=workers, num_bytes_done=size_of(units) - size_of(pending)
+        if pending and job.is_lossy:
+            _say_what_is_lost(sample, made)
+        run = functools.partial(run_units, job=job, workers=workers)
+        run(pending, num_bytes_done=size_of(units) - size_of(pending))
+        receipts = [read_json(receipt_path(output, unit)) for unit in units]
+        size = stored_size(
+            record_size(
+                sequence_length=sequence_length,
+                vocab_size=made.vocab_size,
+                with_answers=chat is not None,
             )
-        elif (output / JSON_NAME).exists():
+        )
+        planned = plan_shards(units, receipts, stored_size=size)
+        missing = unfinished(output, planned)
+        if not pending and not missing and (output / JSON_NAME).exists():
             print(f"{output} is complete; nothing to do.", file=sys.stderr)
             return json.loads((output / JSON_NAME).read_text())
+        lost = lost_units(output, missing, stored_size=size)
+        run(lost, num_bytes_done=size_of(units) - size_of(lost))
+        join_units(output, planned)
         # 5. dataset.json, which shows readers that everything is there.
-        receipts = [read_json(receipt_path(output, unit)) for unit in units]
         copies = None if chat else count_duplicates(output, units)
         source |= {} if copies is None else {"num_duplicate_documents": copies}
-        content = dataset_json(receipts, source, made)
+        content = dataset_json(receipts, shards_json(planned), source, made)
         if chat:
             content = _of_dialogues(content, receipts, chat)
         check_splits(content, heldout=heldout)
@@ -284,11 +315,12 @@ def _of_dialogues(content: dict, receipts: list[dict], chat: ChatSettings) -> di
             f"malformed (the first: {told['first_malformed'] or 'none'}) and "
             f"{told['num_too_long']} dialogues are too long; docs/finetuning.md lists the forms."
         )
-    form = PAIR_FORMAT if chat.records == "pairs" else DIALOGUE_FORMAT
+    # the number that the form had in the fingerprints of version 0.1
+    form = 3 if chat.records == "pairs" else 2
     read_as = [content["fingerprint"], form, chat.turns, chat.rows]
     return {
         **content,
-        "format": form,
+        "format": FORMAT,
         "fingerprint": fingerprint(read_as),
         "dialogues": told,
     }
@@ -342,15 +374,16 @@ def _say_what_is_lost(sample: list[str], tokenizer: Tokenizer) -> None:
 
 def _begin_output(output) -> Path:
     """Creates the directory; raises UserError when it holds anything that prepare did not begin."""
-    if "://" in str(output):
+    if is_remote(output):
         raise UserError(
-            f"--output {output} must be a local or mounted directory, since ArrayRecord files are "
-            "written in place; copy the finished directory to where it is needed."
+            f"--output {output} must be a local or mounted directory, because an interrupted "
+            "prepare continues in it; copy the finished directory to the bucket, from which train "
+            "reads it."
         )
     if printable(str(output)) != str(output):
         raise UserError(
-            f"--output {printable(str(output))} is not valid UTF-8, which ArrayRecord files cannot "
-            "be written below; give another name."
+            f"--output {printable(str(output))} is not valid UTF-8, and a run could not record the "
+            "name of its data; give another name."
         )
     output = Path(output)
     with writing_to(output):
@@ -362,7 +395,17 @@ def _begin_output(output) -> Path:
                 "prepare; give a new directory."
             )
         (output / RECEIPTS).mkdir(exist_ok=True)
+    _refuse_older_version(output)
     return output
+
+
+def _refuse_older_version(output: Path) -> None:
+    """Raises UserError for a directory that version 0.1 has begun or finished."""
+    if any(output.glob("*.arrayrecord")):
+        raise UserError(
+            f"{output} was written by version 0.1 of llada_jax; train still reads it where it is "
+            "complete, and prepare needs another --output, or a directory that was deleted."
+        )
 
 
 @contextlib.contextmanager
@@ -385,17 +428,6 @@ def _lock(output: Path):
         # the lock stays until the last of them is gone.
         try_lock(file, fcntl.LOCK_SH)
         yield
-
-
-def was_begun_in_parts(output: Path) -> bool:
-    """Whether large files are split in this directory: not where an older version has begun it,
-    whose shards hold whole files.
-    """
-    for file in (output / JSON_NAME, output / RECEIPTS / "settings.json"):
-        if file.exists():
-            before = read_json(file)
-            return "in_parts" in before.get("source", before)
-    return True
 
 
 def _refuse_other_settings(output: Path, source: dict) -> None:

@@ -1,46 +1,34 @@
-"""Packed records: fixed-length rows of token ids in ArrayRecord shards, and the dataset.json that
-describes them.
+"""Packed records: fixed-length rows of token ids, and the dataset.json that describes them.
 
 A record of a dataset with `sequence_length` T is, in little endian,
     uint32                        num_tokens n, 1 <= n <= T
     uint16[T] or uint32[T]        token ids, uint16 when vocab_size <= 65,536; zero from n on
     uint8[ceil(T/8)]              bit i (least significant first) is 1 where token i begins a
     document
-    uint8[ceil(T/8)]              of dialogues alone: bit i is 1 where token i is of an answer
+    uint8[ceil(T/8)]              of dialogues alone, whose maskable tokens are those of answers:
+    bit i is 1 where token i is maskable
 so every record of a dataset has the same number of bytes: 4 + 2 * 4096 + 512 = 8,708 at T = 4096
-with uint16. Riegeli, the format below ArrayRecord, hashes every record, so a flipped bit is found
-when the record is read.
+with uint16. llada_jax.data.shards stores them, each with a checksum.
 """
 
-import errno
 import json
 import os
-import re
-from bisect import bisect_right
-from collections.abc import Iterable
 from dataclasses import dataclass
-from itertools import accumulate
 from typing import Any
 
 import numpy as np
-from array_record.python import array_record_module
-from array_record.python.array_record_data_source import ArrayRecordDataSource
 from etils import epath
 
-from llada_jax.errors import UserError, look_up
+from llada_jax.data.array_records import PREPARE_AGAIN, ArrayRecords
+from llada_jax.data.shards import Shard, StoredRecords, check_sizes, remedy, stored_size
+from llada_jax.errors import UserError, look_up, reason
 from llada_jax.storage import files
+from llada_jax.storage.remote import is_remote, path_of
 
-FORMAT = 1
-# Its records say which tokens are of answers, and dataset.json has the part "dialogues". A version
-# of the package that knows FORMAT alone would train on the prompts, and must refuse it.
-DIALOGUE_FORMAT = 2
-# Their documents are pairs of a chosen and a rejected answer: a version that knows DIALOGUE_FORMAT
-# alone would train on the rejected ones too.
-PAIR_FORMAT = 3
+FORMAT = 4
+# Version 0.1 has written these, in ArrayRecord files: text, dialogues, and pairs of answers.
+_ARRAY_RECORD_FORMATS = (1, 2, 3)
 JSON_NAME = "dataset.json"
-_WRITE_REMEDY = (
-    "check that the folder exists, can be written to and has free space, then run prepare again"
-)
 
 
 def token_dtype(vocab_size: int) -> np.dtype:
@@ -161,49 +149,6 @@ def decode_record(
     return row
 
 
-def write_shard(path, records: Iterable[bytes]) -> int:
-    """Writes the records as one ArrayRecord file and returns their number.
-
-    A shard that exists is whole and has reached the disk. Raises UserError when the disk refuses,
-    and leaves no partial file, whatever is raised.
-    """
-    num_records = 0
-    with files.writing(path, remedy=_WRITE_REMEDY), files.whole_file(path) as partial:
-        # group_size:1 makes every record its own chunk, so that a shuffled read decodes one record
-        # and none of its neighbours.
-        writer = array_record_module.ArrayRecordWriter(os.fspath(partial), "group_size:1")
-        try:
-            for record in records:
-                writer.write(record)
-                num_records += 1
-                # The writer keeps a failure to itself until it is closed; without this question a
-                # full disk would be noticed only after all of the text has been tokenized.
-                if not writer.ok():
-                    break
-        finally:
-            _close(writer, path)
-    return num_records
-
-
-def _close(writer, path) -> None:
-    """Closes the writer; the error that it kept until now becomes a UserError."""
-    try:
-        writer.close()
-    except RuntimeError as error:
-        raise UserError(
-            f"{path} cannot be written ({str(error).splitlines()[0]}); {_WRITE_REMEDY}."
-        ) from error
-
-
-@dataclass(frozen=True, kw_only=True)
-class Shard:
-    """One ArrayRecord file of a split."""
-
-    path: str
-    num_records: int
-    num_bytes_on_disk: int
-
-
 @dataclass(frozen=True, kw_only=True)
 class Split:
     """The counts of one split. num_tokens counts the text and one EOS per document; num_bytes is
@@ -242,7 +187,10 @@ class Dialogues:
 
 @dataclass(frozen=True, kw_only=True)
 class DatasetInfo:
-    """What dataset.json says, checked against the files next to it."""
+    """What dataset.json says.
+
+    is_array_record: whether version 0.1 has written the records.
+    """
 
     directory: str
     sequence_length: int
@@ -250,6 +198,16 @@ class DatasetInfo:
     tokenizer: dict
     splits: dict[str, Split]
     dialogues: Dialogues | None = None
+    is_array_record: bool = False
+
+    @property
+    def record_size(self) -> int:
+        """The bytes of a record, without its checksum."""
+        return record_size(
+            sequence_length=self.sequence_length,
+            vocab_size=self.vocab_size,
+            with_answers=self.dialogues is not None,
+        )
 
     @property
     def vocab_size(self) -> int:
@@ -269,39 +227,56 @@ def write_dataset_json(directory, content: dict) -> None:
 
 
 def read_dataset(directory) -> DatasetInfo:
-    """Reads DIR/dataset.json and checks that every shard lies next to it and has the recorded size.
+    """Reads DIR/dataset.json, local, gs:// or s3://, and no other file.
 
-    Raises UserError when prepare has not written the directory, has written it in another version
-    of the format, or when a shard is missing or damaged.
+    Raises UserError when prepare has not written the directory, or has written it in another
+    version of the format.
     """
-    directory = epath.Path(directory)
-    if "://" in str(directory):
+    directory = path_of(directory)
+    return parse_dataset(directory, read_json_of(directory))
+
+
+def parse_dataset(directory: epath.Path, content: dict) -> DatasetInfo:
+    """Returns what the dataset.json of a directory says, whose content is given; raises UserError
+    when prepare has not written it.
+    """
+    is_array_record = content["format"] in _ARRAY_RECORD_FORMATS
+    if is_array_record and is_remote(directory):
         raise UserError(
-            f"{directory} is not on a mounted disk: ArrayRecord reads local paths, so copy or "
-            "mount it first."
+            f"{directory} was prepared by version 0.1, whose records are read from a disk alone: "
+            f"copy it to a disk or mount it, or {PREPARE_AGAIN}."
         )
-    content = _read_json(directory)
     try:
+        sequence_length = _count(content, "sequence_length", least=2)
+        tokenizer = {
+            **content["tokenizer"],
+            "vocab_size": _count(content["tokenizer"], "vocab_size", least=1),
+        }
+        told = content.get("dialogues")
+        record_bytes = record_size(
+            sequence_length=sequence_length,
+            vocab_size=tokenizer["vocab_size"],
+            with_answers=told is not None,
+        )
         info = DatasetInfo(
             directory=os.fspath(directory),
-            sequence_length=_count(content, "sequence_length", least=2),
+            sequence_length=sequence_length,
             fingerprint=str(content["fingerprint"]),
-            tokenizer={
-                **content["tokenizer"],
-                "vocab_size": _count(content["tokenizer"], "vocab_size", least=1),
-            },
+            tokenizer=tokenizer,
             splits={
-                name: _parse_split(directory, split) for name, split in content["splits"].items()
+                name: _parse_split(split, None if is_array_record else stored_size(record_bytes))
+                for name, split in content["splits"].items()
             },
             dialogues=(
-                Dialogues(
-                    turns=content["dialogues"]["turns"],
-                    rows=content["dialogues"]["rows"],
-                    records=content["dialogues"].get("records", "dialogues"),
+                None
+                if told is None
+                else Dialogues(
+                    turns=told["turns"],
+                    rows=told["rows"],
+                    records=told.get("records", "dialogues"),
                 )
-                if content["format"] in (DIALOGUE_FORMAT, PAIR_FORMAT)
-                else None
             ),
+            is_array_record=is_array_record,
         )
         info.tokenizer["fingerprint"]  # Compared across the datasets of a mixture.
         for name in ("mask_id", "eos_id", "bos_id", "pad_id"):
@@ -312,25 +287,36 @@ def read_dataset(directory) -> DatasetInfo:
             f"{directory / JSON_NAME} is damaged or was not written by llada-jax prepare "
             f"({type(error).__name__}: {error}): run prepare again into an empty directory."
         ) from error
-    for split in info.splits.values():
-        for shard in split.shards:
-            _check_shard(shard)
     return info
 
 
-def _read_json(directory) -> dict:
-    """Returns the parsed dataset.json once it is known to be one of this format."""
+def check_shards(info: DatasetInfo) -> None:
+    """Raises UserError when a shard is missing or its size is not the one that was written.
+
+    For the start of a run. A shard that is damaged later, or whose bytes are, is named when a
+    record of it is read.
+    """
+    what_to_do = PREPARE_AGAIN if info.is_array_record else remedy(info.directory)
+    for split in info.splits.values():
+        check_sizes(info.directory, split.shards, what_to_do=what_to_do)
+
+
+def read_json_of(directory: epath.Path) -> dict:
+    """Returns the content of DIR/dataset.json once it is known to be one of these formats.
+
+    Raises UserError, which was caused by an OSError when the file is not there.
+    """
     path = directory / JSON_NAME
     try:
         content = json.loads(path.read_text())
     except (FileNotFoundError, NotADirectoryError) as error:
         raise UserError(
             f"{directory} holds no {JSON_NAME}: give the --output directory of a finished "
-            "llada-jax prepare."
+            "llada-jax prepare (parts are finished with prepare --join)."
         ) from error
     except OSError as error:
         raise UserError(
-            f"{path} cannot be read ({error.strerror}): check its permissions."
+            f"{path} cannot be read ({reason(error)}): check its permissions."
         ) from error
     except ValueError as error:
         raise UserError(
@@ -341,21 +327,28 @@ def _read_json(directory) -> dict:
             f"{path} was not written by llada-jax prepare, because it names no format: give the "
             "directory of a dataset."
         )
-    if content["format"] not in (FORMAT, DIALOGUE_FORMAT, PAIR_FORMAT):
+    if content["format"] not in (*_ARRAY_RECORD_FORMATS, FORMAT):
         raise UserError(
-            f"{path} has format {content['format']!r}, but this version reads the formats {FORMAT} "
-            f"to {PAIR_FORMAT}: prepare the text again."
+            f"{path} has format {content['format']!r}, but this version reads the formats 1 to "
+            f"{FORMAT}: prepare the text again."
         )
     return content
 
 
-def _parse_split(directory, content: dict) -> Split:
-    """Builds a Split; raises KeyError, TypeError or ValueError when the content is not one."""
+def _parse_split(content: dict, record_bytes: int | None) -> Split:
+    """Builds a Split; raises KeyError, TypeError or ValueError when the content is not one.
+
+    record_bytes: that each record takes in its shard; None: dataset.json has the sizes of shards.
+    """
     shards = tuple(
         Shard(
-            path=os.fspath(directory / shard["file"]),
-            num_records=_count(shard, "num_records"),
-            num_bytes_on_disk=_count(shard, "num_bytes_on_disk"),
+            file=shard["file"],
+            num_records=(num_records := _count(shard, "num_records")),
+            num_bytes=(
+                _count(shard, "num_bytes_on_disk")
+                if record_bytes is None
+                else num_records * record_bytes
+            ),
         )
         for shard in content["shards"]
     )
@@ -382,26 +375,6 @@ def _count(content: dict, name: str, *, least: int = 0, default: int | None = No
     return value
 
 
-def _check_shard(shard: Shard) -> None:
-    """Raises UserError when a shard is missing or is not as long as when it was written."""
-    try:
-        size = epath.Path(shard.path).stat().length
-    except OSError as error:
-        reason = (
-            "is missing"
-            if error.errno in (errno.ENOENT, None)
-            else f"cannot be read ({error.strerror})"
-        )
-        raise UserError(
-            f"Shard {shard.path} {reason}: run prepare again, which writes only what is missing."
-        ) from error
-    if size != shard.num_bytes_on_disk:
-        raise UserError(
-            f"Shard {shard.path} has {size} bytes instead of the {shard.num_bytes_on_disk} that "
-            "were written: delete it and run prepare again, which writes only what is missing."
-        )
-
-
 class Records:
     """The decoded records of one split, in the order of its shards, as a random-access source for
     grain.
@@ -411,52 +384,34 @@ class Records:
     """
 
     def __init__(self, info: DatasetInfo, *, split: str):
-        self._shards = [shard for shard in info.split(split).shards if shard.num_records]
-        self._ends = list(accumulate(shard.num_records for shard in self._shards))
+        shards = info.split(split).shards
         self._sizes: dict[str, Any] = {
             "sequence_length": info.sequence_length,
             "vocab_size": info.vocab_size,
             "with_answers": info.dialogues is not None,
         }
         self._are_pairs = info.dialogues is not None and info.dialogues.are_pairs
-        # "path[0:n]" passes on the count from dataset.json, so that thousands of shards need not be
-        # opened at the start of a run.
-        self._source = (
-            ArrayRecordDataSource([f"{s.path}[0:{s.num_records}]" for s in self._shards])
-            if self._shards
-            else ()
+        self._stored = (
+            ArrayRecords(info.directory, shards)
+            if info.is_array_record
+            else StoredRecords(info.directory, shards, record_size=info.record_size)
         )
+        self._num_shards = len(shards)
 
     def __len__(self) -> int:
-        return len(self._source)
+        return len(self._stored)
 
     def __repr__(self) -> str:
-        return f"Records({len(self)} records in {len(self._shards)} shards)"
+        return f"Records({len(self)} records in {self._num_shards} shards)"
 
     def __getitem__(self, index: int) -> dict[str, np.ndarray]:
         if not 0 <= index < len(self):
             raise IndexError(f"record {index} of {len(self)}")
+        data = self._stored[index]
         try:
-            row = decode_record(self._source[index], **self._sizes)
-        except (RuntimeError, ValueError, IndexError, OSError) as error:
-            raise UserError(self._explain(index, str(error).splitlines()[0])) from error
+            row = decode_record(data, **self._sizes)
+        except UserError as error:
+            raise self._stored.damaged(index, str(error)) from error
         if self._are_pairs:
             row["is_chosen"] = row["segment_ids"] % 2 == 1
         return row
-
-    def _explain(self, index: int, reason: str) -> str:
-        """Returns the error for a record that cannot be read: which one, why, and what to do."""
-        number = bisect_right(self._ends, index)
-        shard = self._shards[number]
-        record = f"Record {index - (self._ends[number] - shard.num_records)} of shard {shard.path}"
-        # When a system call fails ("open() failed: Too many open files"), nothing is known about
-        # the shard, and the advice to delete it could cost hours.
-        if re.search(r"\w\(\) failed", reason):
-            return (
-                f"{record} cannot be read ({reason}): "
-                "check the disk, the permissions and the limit of open files."
-            )
-        return (
-            f"{record} is damaged ({reason}): "
-            "delete the shard and run prepare again, which writes only what is missing."
-        )

@@ -168,12 +168,16 @@ class Tokenizer:
     @property
     def chat_template(self) -> str | None:
         """The Jinja template of conversations that came with the tokenizer, if one did."""
-        if CHAT_TEMPLATE in self.files:
-            return self.files[CHAT_TEMPLATE].decode()
-        template = json.loads(self.files.get("tokenizer_config.json", b"{}")).get("chat_template")
-        if isinstance(template, list):  # several by name, of which one is for conversations
-            template = {one["name"]: one["template"] for one in template}.get("default")
-        return template
+        files = self.files
+        if CHAT_TEMPLATE in files:
+            return files[CHAT_TEMPLATE].decode()
+        for name in ("chat_template.json", "tokenizer_config.json"):
+            found = json.loads(files.get(name, b"{}")).get("chat_template")
+            if isinstance(found, list):  # several by name, of which one is for conversations
+                found = {one["name"]: one["template"] for one in found}.get("default")
+            if found:
+                return found
+        return None
 
     @property
     def markers(self) -> dict[str, int]:

@@ -29,6 +29,8 @@ class _Stopped(Exception):
 
 def run_units(units: list[Unit], job: Job, *, workers: int, num_bytes_done: int) -> None:
     """Writes the units, in this process when one is enough."""
+    if not units:
+        return
     total = num_bytes_done + size_of(units)
     workers = min(workers, len(units))
     # Not fork, which would copy locks that a library's thread holds at that moment.

@@ -24,7 +24,8 @@ import jax
 import numpy as np
 
 from llada_jax.errors import UserError, look_up, require
-from llada_jax.evaluation.conditional import Question, Score, encode_pair, log_likelihoods
+from llada_jax.evaluation.answer_rows import Question
+from llada_jax.evaluation.conditional import Score, encode_pair, log_likelihoods
 from llada_jax.evaluation.rolling import windows
 from llada_jax.samplers.denoise import DenoiseStep
 from llada_jax.samplers.text import cut_at_end, decode_after, generate_tokens

@@ -8,7 +8,8 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from llada_jax.errors import UserError
-from llada_jax.evaluation.conditional import Question, log_likelihoods
+from llada_jax.evaluation.answer_rows import Question
+from llada_jax.evaluation.conditional import log_likelihoods
 from llada_jax.units import bits_per_byte
 
 
@@ -74,6 +75,11 @@ def bounds_of_texts(
     Raises:
         UserError: a text is empty, or a setting is out of range.
     """
+    if settings.get("estimator") == "confidence_order":
+        raise UserError(
+            "estimator='confidence_order' is not a bound, and a text is scored by one; use "
+            "exact_count or uniform_time."
+        )
     context = length // 2 if context is None else context
     encoded = [tokenizer.encode(text) for text in texts]
     for number, tokens in enumerate(encoded):

@@ -7,6 +7,7 @@ from jax.sharding import NamedSharding
 
 from llada_jax.cluster import sharding
 from llada_jax.data.loader import heldout_batches
+from llada_jax.data.records import DatasetInfo
 from llada_jax.evaluation import likelihood
 from llada_jax.objectives.objective import Objective
 from llada_jax.units import bits_per_byte
@@ -29,7 +30,7 @@ class SplitBound(NamedTuple):
 
 
 def placed_batches(
-    directory: str,
+    dataset: str | DatasetInfo,
     *,
     batch_size: int,
     sequence_length: int,
@@ -45,7 +46,7 @@ def placed_batches(
     """
     rows = sharding.local_rows(batch_sharding, (batch_size, sequence_length))
     for batch in heldout_batches(
-        directory, batch_size=batch_size, sequence_length=sequence_length, rows=rows, **settings
+        dataset, batch_size=batch_size, sequence_length=sequence_length, rows=rows, **settings
     ):
         on_batch()
         yield sharding.place_batch(batch, rows, batch_size, batch_sharding)
@@ -54,7 +55,7 @@ def placed_batches(
 def bound_of_split(
     model,
     params,
-    directory: str,
+    dataset: str | DatasetInfo,
     *,
     split: str,
     objective: Objective,
@@ -76,7 +77,7 @@ def bound_of_split(
 
     Args:
         model: llada_jax.models.model.Model. params: its parameters, on the mesh.
-        directory: the dataset.
+        dataset: it, or its directory.
         objective: its bound is computed; the same object in every call, so that the compiled
             program is found again.
         frozen: the frozen parameters of the state, if the bound reads any.
@@ -94,7 +95,7 @@ def bound_of_split(
         UserError: the dataset cannot be read, or a record is damaged.
     """
     batches = placed_batches(
-        directory,
+        dataset,
         split=split,
         batch_size=batch_size,
         sequence_length=sequence_length,

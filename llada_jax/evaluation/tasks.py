@@ -12,14 +12,8 @@ import numpy as np
 
 from llada_jax.data.text import Cut, read_documents
 from llada_jax.errors import UserError
-from llada_jax.evaluation.conditional import (
-    Question,
-    Score,
-    bucket,
-    encode_pair,
-    lay_out,
-    log_likelihoods,
-)
+from llada_jax.evaluation.answer_rows import Question, bucket, lay_out
+from llada_jax.evaluation.conditional import Score, encode_pair, log_likelihoods
 from llada_jax.masks import Mask
 from llada_jax.rng import key_for
 from llada_jax.samplers import denoise

@@ -57,7 +57,7 @@ def evaluate_heldout(
         bound = bound_of_split(
             model,
             params,
-            summary.directory,
+            summary.info,
             split="heldout",
             objective=objective,
             bytes_per_token=summary.bytes_per_token["heldout"],

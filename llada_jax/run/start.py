@@ -25,7 +25,6 @@ from llada_jax.checkpoints.record import RunRecord, reads_ema, write_run
 from llada_jax.checkpoints.workdir import Checkpoints, find_checkpoint
 from llada_jax.data.batch import Field
 from llada_jax.data.loader import Source, SourceSummary, describe
-from llada_jax.data.records import read_dataset
 from llada_jax.data.tokenizer import SPECIAL_IDS, Tokenizer, load_same
 from llada_jax.errors import UserError
 from llada_jax.models.model import abstract_parameters
@@ -77,10 +76,13 @@ def open_data(sources: Sequence[Source], *, sequence_length: int) -> RunData:
     """Reads the description of each dataset; raises UserError when they cannot be trained on."""
     summaries = describe(sources, sequence_length=sequence_length)
     # the first dataset speaks for all: describe() refuses a mixture of several tokenizers
-    directory, _ = sources[0]
-    written_with = read_dataset(directory).tokenizer["fingerprint"]
-    tokenizer = load_same(epath.Path(directory) / "tokenizer", written_with, of="the records")
-    return RunData(sources, summaries, tokenizer)
+    first = summaries[0].info
+    tokenizer = load_same(
+        epath.Path(first.directory) / "tokenizer", first.tokenizer["fingerprint"], of="the records"
+    )
+    # what dataset.json says is read once, and holds for the whole run
+    opened = [(s.info, weight) for s, (_, weight) in zip(summaries, sources, strict=True)]
+    return RunData(opened, summaries, tokenizer)
 
 
 class OpenWorkdir(NamedTuple):

@@ -205,6 +205,22 @@ def infill_tokens(
     return filled, num_steps_B
 
 
+def without_denoising(settings: dict[str, Any]) -> dict[str, Any]:
+    """Returns the settings that `continue_tokens` takes too.
+
+    Raises:
+        UserError: one that is about denoising differs from its default.
+    """
+    for name, default in DENOISING.items():
+        value = settings.get(name, default)
+        if value != default:
+            raise UserError(
+                f"{name}={value} is about denoising, and this model predicts one token after the "
+                "other; leave it out."
+            )
+    return {name: value for name, value in settings.items() if name not in DENOISING}
+
+
 def cut_at_end(tokens: Sequence[int], end_ids: Sequence[int]) -> list[int]:
     """Returns the tokens before the first that ends a text."""
     tokens = [int(token) for token in tokens]
@@ -277,13 +293,7 @@ def continue_text(
             `generate_text` that are about denoising are refused unless they have their defaults.
         The others: see `generate_text`.
     """
-    for name, default in DENOISING.items():
-        value = settings.pop(name, default)
-        if value != default:
-            raise UserError(
-                f"{name}={value} is about denoising, and this model predicts one token after the "
-                "other; leave it out."
-            )
+    settings = without_denoising(settings)
     prompt_ids = [tokenizer.encode(prompt) for prompt in prompts]
     tokens_BT, num_steps_B = continue_tokens(
         cache_fns,

@@ -172,6 +172,35 @@ def _replaced(path: epath.Path) -> epath.Path:
     return path.with_name(f"{path.name}.replaced")
 
 
+def sizes_in(folder) -> dict[str, int]:
+    """Returns {name: bytes} of the files of a folder, {} where there is no folder; local, gs:// or
+    s3://. A bucket is asked once for a thousand files.
+
+    Raises:
+        OSError: the disk or bucket refuses.
+    """
+    if is_remote(folder):
+        from fsspec.core import url_to_fs
+
+        filesystem, path = url_to_fs(os.fspath(folder))
+        try:
+            listed = filesystem.ls(path, detail=True)
+        except FileNotFoundError:
+            return {}
+        except Exception as error:  # the clients share no class of errors for what can go wrong
+            raise OSError(str(error)) from error
+        return {
+            entry["name"].rsplit("/", 1)[1]: entry["size"]
+            for entry in listed
+            if entry["type"] == "file"
+        }
+    try:
+        with os.scandir(folder) as entries:
+            return {entry.name: entry.stat().st_size for entry in entries if entry.is_file()}
+    except (FileNotFoundError, NotADirectoryError):
+        return {}
+
+
 def sync(path) -> None:
     """Waits until a local file, or the names in a directory, are on the disk.
 

@@ -55,12 +55,13 @@ class Parser(argparse.ArgumentParser):
         # One argparse flag per knob would fill screens, and would need the config to be loaded.
         self.add_argument(f"{KNOB}KEY", metavar="VALUE", dest="_", help=knob)
 
-    def add_ema_flag(self) -> None:
+    def add_ema_flag(self, *, is_listed: bool = True) -> None:
         """Adds --ema and --no-ema; args.ema is None where neither is given."""
+        text = "the moving average of the weights, if kept"
         self.add_argument(
             "--ema",
             action=argparse.BooleanOptionalAction,
-            help="the moving average of the weights, if kept",
+            help=text if is_listed else argparse.SUPPRESS,
         )
 
     def add_placement_flags(self) -> None:

@@ -2,20 +2,38 @@
 again after an interruption continues.
 """
 
+import argparse
+import functools
 import json
 import os
+import sys
 
 from llada_jax.data.build import COUNTS
 from llada_jax.data.dialogue_units import CHAT_CHOICES, ChatSettings
+from llada_jax.data.parts import join_parts, parse_part
 from llada_jax.data.preparation import prepare
 from llada_jax.data.text import Cut
 from llada_jax.errors import UserError
 from llada_jax.verbs.command_line import Parser
 
+# Unless parts are joined.
+_REQUIRED = ("--input", "--output", "--sequence-length", "--tokenizer")
+
 
 def main(argv: list[str]) -> None:
     """Runs the verb."""
-    args = make_parser().parse_args(argv)
+    parser = make_parser()
+    args = parser.parse_args(argv)
+    given = {flag: getattr(args, flag[2:].replace("-", "_")) for flag in (*_REQUIRED, "--part")}
+    if args.join is not None:
+        if others := [flag for flag, value in given.items() if value is not None]:
+            raise UserError(
+                f"--join takes what the parts were prepared with from them; leave {others[0]} out."
+            )
+        return report(args.join, join_parts(args.join), as_json=args.json)
+    if absent := [flag for flag in _REQUIRED if given[flag] is None]:
+        parser.error(f"the following arguments are required: {', '.join(absent)}")
+    part = None if args.part is None else parse_part(args.part)
     cut = Cut(
         documents=args.documents,
         text_field=args.text_field,
@@ -40,11 +58,21 @@ def main(argv: list[str]) -> None:
         add_mask_token=args.add_mask_token,
         drop_duplicates=args.drop_duplicates,
         chat=None if args.chat is None else chat_settings(args.chat),
+        part=part,
     )
+    report(args.output, content, as_json=args.json)
+    if part:
+        print(
+            f"prepare: part {part[0]} of {part[1]} is finished; when all of them are, run "
+            f"llada-jax prepare --join {args.output}",
+            file=sys.stderr,
+        )
+
+
+def report(output: str, content: dict, *, as_json: bool) -> None:
+    """Prints what was written: dataset.json, or a summary of it."""
     print(
-        json.dumps(content, indent=2, ensure_ascii=False)
-        if args.json
-        else summary(args.output, content)
+        json.dumps(content, indent=2, ensure_ascii=False) if as_json else summary(output, content)
     )
 
 
@@ -60,19 +88,21 @@ def make_parser() -> Parser:
         "llada-jax prepare --input PATH... --output DIR --sequence-length T --tokenizer SPEC "
         "[flags]"
     )
+    # wide enough for --input in one line, so that the help fits a screen
+    parser.formatter_class = functools.partial(
+        argparse.RawDescriptionHelpFormatter, max_help_position=28
+    )
     add = parser.add_argument
     add(
         "--input",
         nargs="+",
-        required=True,
         metavar="PATH",
         help="files, globs, directories or URLs",
     )
-    add("--output", required=True, metavar="DIR", help="local directory of the data set")
-    add("--sequence-length", type=int, required=True, metavar="T", help="tokens per record")
+    add("--output", metavar="DIR", help="local directory of the data set")
+    add("--sequence-length", type=int, metavar="T", help="tokens per record")
     add(
         "--tokenizer",
-        required=True,
         metavar="SPEC",
         help="spm:8000 or spm-bpe:8000 (trained), bytes, or a PATH",
     )
@@ -121,6 +151,8 @@ def make_parser() -> Parser:
         metavar="K=V",
         help="dialogues or pairs; records, template, turns, ...: docs/finetuning.md",
     )
+    add("--part", metavar="I/N", help="write part I (from 0) of N, each with inputs of its own")
+    add("--join", metavar="DIR", help="make one data set of the parts in DIR, also gs:// or s3://")
     add("--json", action="store_true", help="print dataset.json instead of the summary")
     return parser
 

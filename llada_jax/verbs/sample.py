@@ -11,29 +11,29 @@ from functools import partial
 
 import jax
 
+from llada_jax import sampling_flags
 from llada_jax.checkpoints.orbax_patches import drop_echoes
 from llada_jax.errors import UserError
 from llada_jax.pretrained import load
 from llada_jax.ranges import SIZE, check_number
 from llada_jax.request_checks import check_can_infill
-from llada_jax.samplers.commit import SCHEDULE
-from llada_jax.samplers.revise import NONE, WINO, parse_revise
-from llada_jax.samplers.settings import (
-    check_options,
-    check_request,
-    check_schedule,
-    check_strengths,
-)
+from llada_jax.samplers.replay import Recording
+from llada_jax.samplers.settings import check_request
 from llada_jax.samplers.show import make_show
 from llada_jax.samplers.text import Completion, continue_text, generate_text, infill_text
+from llada_jax.sampling_flags import (
+    add_checkpoint_flag,
+    add_sampling_flags,
+    check_unicode,
+    functions_of,
+    more_flags,
+    read_schedule,
+)
+from llada_jax.storage import files, remote
+from llada_jax.streams import warn
 from llada_jax.verbs.command_line import Parser, placement
 
-# One line each would not fit a screen; docs/sampling.md explains them.
-MORE_FLAGS = """more flags, explained in docs/sampling.md:
-  --infill TEXT...  --append  --lookahead N  --num-samples N  --best-of N  --batch-size N  --top-k N
-  --remasking NAME  --commit NAME[=X]  --revise NAME[=X]  --cache NAME  --refresh N  --cfg-scale X
-  --top-p X  --eos NAME  --ignore-eos  --suppress ID...  --mesh AXES  --dtype NAME  --tokenizer PATH
-"""
+UTF8_REMEDY = "set the terminal to UTF-8 or use --prompt-file"
 
 
 def make_parser() -> Parser:
@@ -43,71 +43,40 @@ def make_parser() -> Parser:
         'llada-jax sample --checkpoint runs/tiny/run --prompt "It is a truth" --show',
     )
     parser.usage = "llada-jax sample --checkpoint CKPT [flags]"
-    parser.epilog = f"{MORE_FLAGS}\n{parser.epilog}"
-    add = parser.add_argument
-    add(
-        "--checkpoint",
-        required=True,
-        metavar="CKPT",
-        help="WORKDIR, WORKDIR@STEP or Hugging Face directory",
+    own = (
+        "--infill TEXT...",
+        "--html FILE",
+        "--num-samples N",
+        "--best-of N",
+        "--batch-size N",
+        "--ignore-eos",
     )
+    parser.epilog = f"{more_flags(*own)}\n\n{parser.epilog}"
+    add_checkpoint_flag(parser)
+    add = parser.add_argument
     add("--prompt", nargs="+", metavar="P", help="one or more prompts")
     add(
         "--prompt-file",
         metavar="FILE",
         help="file with one prompt per line; - is stdin",
     )
-    add(
-        "--gen-length",
-        type=int,
-        default=64,
-        metavar="N",
-        help="tokens to generate after each prompt (default 64)",
+    add_sampling_flags(
+        parser,
+        gen_length_help="tokens to generate after each prompt (default 64)",
+        block_length_help="tokens denoised together (default: all of them)",
     )
-    add(
-        "--block-length",
-        type=int,
-        metavar="N",
-        help="tokens denoised together (default: all of them)",
-    )
-    add(
-        "--steps",
-        type=int,
-        metavar="N",
-        help="passes through the model (default: one per token)",
-    )
-    add(
-        "--temperature",
-        type=float,
-        default=0.0,
-        metavar="X",
-        help="0 (default): most likely; 1: the model's odds",
-    )
-    add("--seed", type=int, default=0, metavar="N", help="same seed, same texts (default 0)")
-    parser.add_ema_flag()
+    parser.add_ema_flag(is_listed=False)
     add("--show", action="store_true", help="show the masks turning into text, on stderr")
     add("--json", action="store_true", help="one JSON object on stdout")
 
-    # Listed in MORE_FLAGS.
+    # Listed in the epilog.
     hidden = partial(add, help=argparse.SUPPRESS)
-    hidden("--tokenizer", default="", metavar="PATH")
     hidden("--infill", nargs="+", metavar="TEXT")
-    hidden("--append", action="store_true")
-    hidden("--lookahead", type=int, metavar="N")
+    hidden("--html", metavar="FILE")
     hidden("--num-samples", type=int, default=1, metavar="N")
     hidden("--best-of", type=int, default=1, metavar="N")
     hidden("--batch-size", type=int, default=16, metavar="N")
-    hidden("--remasking", default="low_confidence", metavar="NAME")
-    hidden("--commit", default=SCHEDULE, metavar="NAME[=X]")
-    hidden("--revise", default=NONE, metavar="NAME[=X]")
-    hidden("--cfg-scale", type=float, default=0.0, metavar="X")
-    hidden("--top-k", type=int, default=0, metavar="N")
-    hidden("--top-p", type=float, default=1.0, metavar="X")
-    hidden("--eos", default="free", metavar="NAME")
     hidden("--ignore-eos", action="store_true")
-    hidden("--suppress", nargs="+", type=int, default=[], metavar="ID")
-    hidden("--cache", default="none", metavar="NAME")
-    hidden("--refresh", type=int, default=0, metavar="N")
     parser.add_placement_flags()
     return parser
 
@@ -117,7 +86,8 @@ def read_prompts(prompts: list[str] | None, path: str | None) -> list[str]:
     if prompts is not None and path is not None:
         raise UserError("--prompt and --prompt-file are both given; keep one.")
     if path is None:
-        return _check_unicode(prompts or [""], "--prompt")
+        check_unicode(prompts or [], "--prompt", remedy=UTF8_REMEDY)
+        return prompts or [""]
     try:
         if path == "-":
             data = sys.stdin.buffer.read()
@@ -144,22 +114,6 @@ def read_prompts(prompts: list[str] | None, path: str | None) -> list[str]:
             "to generate from nothing."
         )
     return lines
-
-
-def _check_unicode(prompts: list[str], flag: str) -> list[str]:
-    for prompt in prompts:
-        try:
-            prompt.encode("utf-8")
-        except UnicodeEncodeError as error:
-            # Python puts lone surrogates in place of bytes that it cannot decode.
-            raise UserError(
-                f"{flag} {prompt!a} is not UTF-8; set the terminal to UTF-8 or use --prompt-file."
-            ) from error
-    return prompts
-
-
-def warn(message: str) -> None:
-    print(f"llada-jax: {message}", file=sys.stderr)
 
 
 def warn_of_surprises(args, pretrained, prompts: list[str]) -> None:
@@ -207,57 +161,20 @@ def print_json(args, step: int, settings: dict, completions: list[Completion]) -
 
 
 def read_settings(args) -> dict:
-    """Returns the settings that were asked for; what is not about them keeps its default.
+    """Returns the settings of the sampler, checked together with the numbers of texts.
 
     Raises:
         UserError: one is out of range, or two exclude each other.
     """
     check_number("--num-samples ", args.num_samples, SIZE)
     check_number("--best-of ", args.best_of, SIZE)
-    check_strengths(temperature=args.temperature, cfg_scale=args.cfg_scale)
+    settings = sampling_flags.read_settings(args)
     if args.best_of > 1 and args.temperature == 0 and args.remasking != "random":
         raise UserError(
             f"--best-of {args.best_of} at --temperature 0 chooses from {args.best_of} times the "
             "same text; set --temperature 0.7, or leave it out."
         )
-    settings = {
-        "temperature": args.temperature,
-        "cfg_scale": args.cfg_scale,
-        "remasking": args.remasking,
-        "seed": args.seed,
-        "batch_size": args.batch_size,
-    }
-    # In the record of the samples only where they were asked for.
-    options = {
-        "commit": args.commit,
-        "revise": args.revise,
-        "top_k": args.top_k,
-        "top_p": args.top_p,
-        "eos": args.eos,
-        "suppress": args.suppress,
-        "append": args.append,
-        "lookahead": args.lookahead,
-        "cache": args.cache,
-        "refresh": args.refresh,
-    }
-    unset = vars(make_parser().parse_args(["--checkpoint", "-"]))
-    check_options(
-        remasking=args.remasking,
-        temperature=args.temperature,
-        **options,
-    )
-    return settings | {name: value for name, value in options.items() if value != unset[name]}
-
-
-def read_schedule(args) -> dict:
-    """Returns how many tokens are generated, in which blocks and steps, for denoising."""
-    schedule = {
-        "gen_length": args.gen_length,
-        "block_length": args.gen_length if args.block_length is None else args.block_length,
-        "steps": args.gen_length if args.steps is None else args.steps,
-    }
-    check_schedule(**schedule, temperature=args.temperature, cfg_scale=args.cfg_scale)
-    return schedule
+    return {**settings, "batch_size": args.batch_size}
 
 
 def check_infill(args) -> None:
@@ -273,15 +190,10 @@ def check_infill(args) -> None:
         ("--ignore-eos", args.ignore_eos),
         ("--best-of", args.best_of > 1),
         ("--show", args.show),
+        ("--html", args.html),
     ):
         if value:
             raise UserError(f"{flag} is about texts that go on, and --infill fills gaps; keep one.")
-
-
-def shadow_of(args, pretrained) -> dict:
-    """Returns the argument that --revise wino needs."""
-    is_needed = parse_revise(args.revise).name == WINO
-    return {"shadow_fn": pretrained.model.shadow_fn} if is_needed else {}
 
 
 def infill(args, pretrained, settings: dict, texts: list[str]) -> list[Completion]:
@@ -291,7 +203,7 @@ def infill(args, pretrained, settings: dict, texts: list[str]) -> list[Completio
         pretrained.tokenizer,
         texts,
         **settings,
-        **shadow_of(args, pretrained),
+        **functions_of(pretrained, **settings),
     )
 
 
@@ -301,10 +213,11 @@ def continue_or_denoise(
     """Returns the texts; `settings` becomes what was used of them."""
     settings["stop_at_eos"] = not args.ignore_eos
     if pretrained.record.mask.causal:
-        if args.show:
+        if args.show or args.html:
+            flag = "--show" if args.show else "--html"
             raise UserError(
                 f"{args.checkpoint} was trained with objective.name="
-                f"{pretrained.record.objective!r} and denoises nothing that --show could show; "
+                f"{pretrained.record.objective!r} and denoises nothing that {flag} could show; "
                 "leave it out."
             )
         asked = settings | {"block_length": args.block_length, "steps": args.steps}
@@ -318,6 +231,7 @@ def continue_or_denoise(
         )
     settings |= schedule
     listening: dict = {}
+    listeners: list = []
     show = nullcontext()
     if args.show:
         # Where stdout is the same terminal, the picture is removed at the end: the texts are
@@ -329,19 +243,35 @@ def continue_or_denoise(
             stream=sys.stderr,
             transient=sys.stdout.isatty(),
         )
-        listening["on_step"] = show.on_step
-    if args.cache != "none":
-        listening["cache_fns"] = pretrained.model.cache_fns
+        listeners.append(show.on_step)
+    if args.html:
+        recording = Recording(pretrained.tokenizer, prompts, gen_length=args.gen_length)
+        listeners.append(recording.on_step)
+        listening["with_confidence"] = True
+    if listeners:
+        listening["on_step"] = lambda rows, state: [hear(rows, state) for hear in listeners]
     with show:
-        return generate_text(
+        completions = generate_text(
             pretrained.logits_fn,
             pretrained.params,
             pretrained.tokenizer,
             prompts,
             **settings,
             **listening,
-            **shadow_of(args, pretrained),
+            **functions_of(pretrained, **settings),
         )
+    if args.html and jax.process_index() == 0:
+        with files.writing(f"--html {args.html}", remedy="name another file"):
+            files.write_whole(args.html, recording.page(args.checkpoint))
+    return completions
+
+
+def check_html(path: str) -> None:
+    """Raises UserError for a page that could not be written, before minutes are spent on it."""
+    file = remote.path_of(path)
+    if file.is_dir() or not file.parent.is_dir() and not remote.is_remote(path):
+        reason = "is a folder" if file.is_dir() else "is in a folder that does not exist"
+        raise UserError(f"--html {path} {reason}; name a file, such as sample.html.")
 
 
 def main(argv: list[str]) -> None:
@@ -350,9 +280,12 @@ def main(argv: list[str]) -> None:
     # minutes where it is large.
     args = make_parser().parse_args(argv)
     settings = read_settings(args)
+    if args.html:
+        check_html(args.html)
     if args.infill:
         check_infill(args)
-        prompts = _check_unicode(args.infill, "--infill")
+        check_unicode(args.infill, "--infill", remedy=UTF8_REMEDY)
+        prompts = args.infill
     else:
         schedule = read_schedule(args)
         prompts = read_prompts(args.prompt, args.prompt_file)

@@ -63,7 +63,7 @@ def test_unusable_arguments_are_refused_before_the_first_batch(small, tmp_path):
 @pytest.mark.parametrize("num_threads", [0, 4])
 def test_a_damaged_record_is_a_user_error_that_names_the_shard(tmp_path, num_threads):
     directory = write_counting_dataset(tmp_path / "damaged", first_token=1)
-    for name in ("train-00001.arrayrecord", "heldout-00001.arrayrecord"):
+    for name in ("train-00001.records", "heldout-00001.records"):
         shard = Path(directory, name)
         data = bytearray(shard.read_bytes())
         # The stored row of 8 little-endian ids of 4 bytes that begins with the first id of this
@@ -80,8 +80,8 @@ def test_a_damaged_record_is_a_user_error_that_names_the_shard(tmp_path, num_thr
         "prefetch": num_threads,
     }
     for iterator, name in (
-        (train_batches([(directory, 1.0)], seed=0, **kwargs), "train-00001.arrayrecord"),
-        (heldout_batches(directory, **kwargs), "heldout-00001.arrayrecord"),
+        (train_batches([(directory, 1.0)], seed=0, **kwargs), "train-00001.records"),
+        (heldout_batches(directory, **kwargs), "heldout-00001.records"),
     ):
         message = error_of(list, itertools.islice(iterator, 10))
         assert f"Record 0 of shard {directory}/{name}" in message

@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 from support.corpora import T, refusal, stream, tree, write_corpus
 from support.errors import error_of
 
-from llada_jax.data import build
+from llada_jax.data import assembly, build
 from llada_jax.data.build import in_parts
 from llada_jax.data.inputs import Input
 from llada_jax.data.preparation import prepare
@@ -82,6 +82,7 @@ def test_files_that_have_no_lines_or_are_compressed_stay_whole(tmp_path, monkeyp
 def test_a_large_file_gives_the_same_bytes_from_any_number_of_workers(tmp_path, monkeypatch):
     texts = write_corpus(tmp_path / "corpus", num_files=1, num_documents=600)
     monkeypatch.setattr(build, "UNIT_BYTES", 20_000)
+    monkeypatch.setattr(assembly, "SHARD_BYTES", 1)  # a shard for each unit
     args = {"sequence_length": T, "tokenizer": "bytes", "heldout": 0.2}
     alone = prepare([str(tmp_path / "corpus")], tmp_path / "alone", **args, workers=1)
     assert len(alone["splits"]["train"]["shards"]) >= 4
@@ -96,28 +97,6 @@ def test_a_large_file_gives_the_same_bytes_from_any_number_of_workers(tmp_path, 
     assert sum(split["num_documents"] for split in alone["splits"].values()) == sum(
         map(bool, texts)
     )
-
-
-@pytest.mark.parametrize("is_complete", [True, False])
-def test_a_directory_that_an_older_version_began_keeps_its_shards(
-    tmp_path, monkeypatch, is_complete
-):
-    write_corpus(tmp_path / "corpus", num_files=1, num_documents=60)
-    out, args = tmp_path / "out", {"sequence_length": T, "tokenizer": "bytes", "heldout": 0.2}
-    before = prepare([str(tmp_path / "corpus")], out, **args)
-    # as version 0.1.0 has left it, which knew no parts and no hashes
-    for file in (out / "dataset.json", out / "receipts" / "settings.json"):
-        content = json.loads(file.read_text())
-        for name in ("in_parts", "num_duplicate_documents"):
-            content.get("source", content).pop(name, None)
-        file.write_text(json.dumps(content))
-    (out / "receipts" / "unit-00000.hashes").unlink()
-    if not is_complete:
-        (out / "dataset.json").unlink()
-    monkeypatch.setattr(build, "UNIT_BYTES", 1000)
-    after = prepare([str(tmp_path / "corpus")], out, **args)
-    assert after["fingerprint"] == before["fingerprint"]
-    assert len(after["splits"]["train"]["shards"]) == 1
 
 
 def test_a_defect_in_a_part_leaves_the_other_parts_finished(tmp_path, monkeypatch):

@@ -149,7 +149,7 @@ def test_a_thousand_small_files_become_one_shard(tmp_path):
         [str(tmp_path / "corpus")], tmp_path / "out", sequence_length=T, tokenizer="bytes"
     )
     assert [shard["file"] for shard in content["splits"]["train"]["shards"]] == [
-        "train-00000.arrayrecord"
+        "train-00000.records"
     ]
     assert content["splits"]["train"]["num_padding"] < T
     assert sum(split["num_documents"] for split in content["splits"].values()) == 1000

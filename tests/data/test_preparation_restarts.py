@@ -23,7 +23,8 @@ def small_units(monkeypatch):
 
 
 @pytest.mark.slow
-def test_the_result_does_not_depend_on_the_number_of_processes(tmp_path, small_units):
+def test_the_result_does_not_depend_on_the_number_of_processes(tmp_path, small_units, monkeypatch):
+    monkeypatch.setattr("llada_jax.data.assembly.SHARD_BYTES", 1)  # a shard for each unit
     write_corpus(tmp_path / "corpus", num_files=5, num_documents=30)
     for workers in (1, 2, 3):
         prepare(
@@ -108,7 +109,7 @@ def test_a_killed_run_continues_to_the_bytes_of_an_undisturbed_one(tmp_path, wor
     assert len(kept) < 12
     assert not (output / "dataset.json").exists()
 
-    (output / "train-00099.arrayrecord.partial").write_bytes(b"half")
+    (output / "train-00099.records.partial").write_bytes(b"half")
     result = subprocess.run(
         command(tmp_path / "corpus", output, "--workers", workers),
         check=True,
@@ -128,17 +129,18 @@ def test_a_killed_run_continues_to_the_bytes_of_an_undisturbed_one(tmp_path, wor
     )
 
 
-def test_a_lost_shard_is_written_again_and_no_other(tmp_path, small_units):
+def test_a_lost_shard_is_written_again_and_no_other(tmp_path, small_units, monkeypatch):
+    monkeypatch.setattr("llada_jax.data.assembly.SHARD_BYTES", 1)  # a shard for each unit
     write_corpus(tmp_path / "corpus", num_files=3, num_documents=30)
     args = ([str(tmp_path / "corpus")], tmp_path / "out")
     prepare(*args, sequence_length=T, tokenizer="spm:320")
     before = tree(tmp_path / "out")
-    other = (tmp_path / "out" / "train-00000.arrayrecord").stat().st_mtime_ns
-    (tmp_path / "out" / "train-00001.arrayrecord").unlink()
-    (tmp_path / "out" / "train-00002.arrayrecord").write_bytes(b"cut short")
+    other = (tmp_path / "out" / "train-00000.records").stat().st_mtime_ns
+    (tmp_path / "out" / "train-00001.records").unlink()
+    (tmp_path / "out" / "train-00002.records").write_bytes(b"cut short")
     prepare(*args, sequence_length=T, tokenizer="spm:320")
     assert tree(tmp_path / "out") == before
-    assert (tmp_path / "out" / "train-00000.arrayrecord").stat().st_mtime_ns == other
+    assert (tmp_path / "out" / "train-00000.records").stat().st_mtime_ns == other
 
 
 def test_a_file_fixed_after_an_error_is_redone_and_the_finished_units_are_kept(
@@ -185,7 +187,8 @@ def test_units_that_no_longer_exist_leave_no_shard_behind(tmp_path, small_units)
         (tmp_path / "corpus" / name).unlink()
     content = prepare([str(tmp_path / "corpus")], tmp_path / "out", **args)
     shards = {shard["file"] for split in content["splits"].values() for shard in split["shards"]}
-    assert {path.name for path in (tmp_path / "out").glob("*.arrayrecord")} == shards
+    assert {path.name for path in (tmp_path / "out").glob("*.records")} == shards
+    assert not list((tmp_path / "out").rglob("unit-*.records"))
 
 
 @pytest.mark.slow

@@ -10,7 +10,8 @@ from support.networks import perturbed, variant
 
 from llada_jax.data.tokenizer import load_tokenizer
 from llada_jax.errors import UserError
-from llada_jax.evaluation.conditional import Question, log_likelihoods
+from llada_jax.evaluation.answer_rows import Question
+from llada_jax.evaluation.conditional import log_likelihoods
 from llada_jax.evaluation.rolling import bounds_of_texts, windows
 from llada_jax.masks import BIDIRECTIONAL, CAUSAL
 from llada_jax.models.model import make_model
@@ -105,3 +106,8 @@ def test_an_empty_text_is_refused():
         bounds_of_texts(
             None, {}, ["a", ""], tokenizer=BYTES, length=8, mask=BIDIRECTIONAL, num_samples=2
         )
+
+
+def test_a_score_that_is_not_a_bound_is_refused():
+    with pytest.raises(UserError, match="confidence_order' is not a bound"):
+        bounds_of_texts(None, {}, ["a"], tokenizer=BYTES, length=8, estimator="confidence_order")

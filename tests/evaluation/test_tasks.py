@@ -9,7 +9,7 @@ import pytest
 
 from llada_jax.data.tokenizer import load_tokenizer
 from llada_jax.errors import UserError
-from llada_jax.evaluation.conditional import Question
+from llada_jax.evaluation.answer_rows import Question
 from llada_jax.evaluation.tasks import answer, items_of, read_tasks, written
 from llada_jax.masks import BIDIRECTIONAL, CAUSAL
 

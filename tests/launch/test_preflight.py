@@ -56,8 +56,8 @@ def test_a_run_that_is_estimated_not_to_fit_is_said_to_be_so_and_not_refused():
         ([*GOOD, "--config.mesh.tensor=5"], "divide the devices"),
         ([*GOOD, "--config.data.batch_size=100"], "cannot be split 64 ways"),
         ([*TRAIN, "--workdir", "gs://b/run"], "pass --config.data.path=DIR"),
-        ([*GOOD, "--config.data.path=gs://b/corpus"], "--gcs-fuse b:/data:ro"),
-        ([*GOOD, "--config.data.path=gs://b/corpus"], "write config.data.path=/data/corpus"),
+        ([*GOOD, "--config.data.path=s3://b/corpus"], "needs the extra 's3'"),
+        ([*GOOD, "--config.data.path=az://b/corpus"], "kind of URL"),
         ([*GOOD, "--config.data.path=/database"], "config.data.path=/database is not on a disk"),
         ([*GOOD, "--config.data.path=/data/a=1,x/b=2"], "config.data.path=x/b is not on a disk"),
         ([*GOOD, "--config.checkpoint.init_from=w"], "config.checkpoint.init_from=w is not on"),
@@ -73,8 +73,8 @@ def test_a_run_that_is_estimated_not_to_fit_is_said_to_be_so_and_not_refused():
             "--checkpoint run is not on a disk",
         ),
         (
-            ["llada-jax", "evaluate", "--checkpoint", "/runs/a", "--data", "gs://b/corpus"],
-            "write --data /data/corpus",
+            ["llada-jax", "evaluate", "--checkpoint", "/runs/a", "--data", "s3://b/corpus"],
+            "--data s3://b/corpus needs the extra 's3'",
         ),
         (
             ["llada-jax", "evaluate", "--checkpoint", "/runs/a", "--tasks", "gsm8k"],

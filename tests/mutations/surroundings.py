@@ -55,6 +55,45 @@ DATA = [
             "name: split.num_scored_tokens / split.num_scored_bytes",
         ),
     ),
+    *faults_of(
+        "llada_jax/data/shards.py",
+        "tests/data/test_shards.py tests/data/test_records.py",
+        (
+            "the checksum of a record is not compared",
+            "elif zlib.crc32(record) != int",
+            "elif zlib.crc32(record) == -int",
+        ),
+        (
+            "records lie as if they had no checksum",
+            "number * size, size)",
+            "number * self._record_size, size)",
+        ),
+    ),
+    *faults_of(
+        "llada_jax/data/assembly.py",
+        "tests/data/test_assembly.py tests/data/test_preparation_restarts.py",
+        (
+            "a shard that was cut short counts as finished",
+            " or _size(output / shard.file) != shard.num_bytes",
+            "",
+        ),
+        (
+            "the note of an older shard stays while it is replaced",
+            "            _note(output, shard, key=None)\n",
+            "            _note(output, shard, key=shard.key)\n",
+        ),
+    ),
+    *faults_of(
+        "llada_jax/data/parts.py",
+        "tests/data/test_joined_parts.py",
+        (
+            "sums of the first part alone",
+            "for part in parts) for count",
+            "for part in parts[:1]) for count",
+        ),
+        ("the same inputs in two parts", "!= number:", "== -1:"),
+        ("parts of several lengths", "if of(info) != of(infos[0]):", "if of(info) is None:"),
+    ),
 ]
 
 HARDWARE = faults_of(

@@ -10,6 +10,7 @@ from support.datasets import SEQUENCE_LENGTH, write_dataset
 
 from llada_jax.cluster.sharding import batch_sharding, one_device_mesh
 from llada_jax.data.loader import SourceSummary
+from llada_jax.data.records import read_dataset
 from llada_jax.models.transformer import TokenScores
 from llada_jax.objectives.masked_diffusion import masked_diffusion
 from llada_jax.run.heldout import Unfinished, evaluate_heldout
@@ -25,7 +26,7 @@ def summaries_of(directory, shares) -> list[SourceSummary]:
         (directory / name).mkdir()
         write_dataset(directory / name, {"heldout": np.full(20 * SEQUENCE_LENGTH, token, np.int32)})
         known = {
-            "directory": str(directory / name),
+            "info": read_dataset(directory / name),
             "share": share,
             "bytes_per_token": {"train": train, "heldout": heldout},
         }

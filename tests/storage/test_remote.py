@@ -1,5 +1,5 @@
-"""Workdirs in object stores, on emulators that listen on loopback: a run there is the run on a
-disk, kills included.
+"""Workdirs and records in object stores, on emulators that listen on loopback: a run there is the
+run on a disk, kills included.
 """
 
 import json
@@ -7,7 +7,6 @@ import os
 import socket
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import jax
@@ -15,16 +14,17 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from etils import epath
+from support.buckets import EMULATORS, emulated
 from support.records import small_record
 from support.required import library
-from support.runs import assert_same_run, free_port
+from support.runs import assert_same_run
 
 from llada_jax.checkpoints.workdir import Checkpoints, find_checkpoint
 from llada_jax.data.preparation import prepare
-from llada_jax.data.records import read_dataset
 from llada_jax.errors import UserError
 from llada_jax.storage import remote
 from llada_jax.storage.arrays import s3_spec
+from llada_jax.storage.remote import upload
 from llada_jax.training.state import TrainState
 
 
@@ -47,77 +47,11 @@ def test_a_bucket_that_does_not_answer_is_named_within_seconds(tmp_path):
     assert line.startswith("waiting     3 s for gs://bucket to answer")
 
 
-EMULATORS = {
-    "s3": (
-        "moto",
-        "s3fs",
-        lambda port: [sys.executable, "-m", "moto.server", "-H", "127.0.0.1", "-p", str(port)],
-    ),
-    "gs": (
-        "gcp_storage_emulator",
-        "gcsfs",
-        lambda port: [
-            sys.executable,
-            "-c",
-            "from gcp_storage_emulator.__main__ import main; main()",
-            "start",
-            "--host=127.0.0.1",
-            f"--port={port}",
-            "--in-memory",
-            "--default-bucket=bucket",
-        ],
-    ),
-}
-
-
-def environment_of(scheme: str, port: int) -> dict[str, str]:
-    """What a user of such an emulator, or of a store of his own, puts into the environment."""
-    url = f"http://127.0.0.1:{port}"
-    return {
-        "s3": {
-            "AWS_ENDPOINT_URL": url,
-            "AWS_ACCESS_KEY_ID": "test",
-            "AWS_SECRET_ACCESS_KEY": "test",
-            "AWS_REGION": "us-east-1",
-            "AWS_DEFAULT_REGION": "us-east-1",
-        },
-        "gs": {
-            "STORAGE_EMULATOR_HOST": url,
-            "TENSORSTORE_GCS_HTTP_URL": url,
-            "GOOGLE_AUTH_TOKEN_FOR_TESTING": "test",
-            "GCSFS_EXPERIMENTAL_ZB_HNS_SUPPORT": "false",
-        },
-    }[scheme]
-
-
 @pytest.fixture(scope="module", params=list(EMULATORS))
 def bucket(request, tmp_path_factory) -> str:
-    """The URL of an empty bucket; while it is there, the environment leads every client, of any
-    process, to it.
-    """
-    server, client, command = EMULATORS[request.param]
-    library(server)
-    library(client)
-    port = free_port()
-    log = tmp_path_factory.mktemp("emulator") / "log"
-    with pytest.MonkeyPatch.context() as patch, open(log, "wb") as file:
-        process = subprocess.Popen(command(port), stdout=file, stderr=file)
-        for name, value in environment_of(request.param, port).items():
-            patch.setenv(name, value)
-        try:
-            deadline = time.monotonic() + 60
-            while socket.socket().connect_ex(("127.0.0.1", port)):
-                assert process.poll() is None, log.read_text()
-                assert time.monotonic() < deadline
-                time.sleep(0.1)
-            if request.param == "s3":
-                import s3fs
-
-                s3fs.S3FileSystem(skip_instance_cache=True).mkdir("bucket")
-            yield f"{request.param}://bucket"
-        finally:
-            process.kill()
-            process.wait()
+    """The URL of an empty bucket."""
+    with emulated(request.param, tmp_path_factory.mktemp("emulator") / "log") as url:
+        yield url
 
 
 RUN = small_record()
@@ -209,11 +143,6 @@ def test_a_workdir_without_checkpoints_is_told(bucket):
         find_checkpoint(f"{bucket}/nothing")
 
 
-def test_a_dataset_in_a_bucket_is_refused_with_the_remedy(bucket):
-    with pytest.raises(UserError, match="copy or mount it"):
-        read_dataset(f"{bucket}/data")
-
-
 def test_a_corpus_in_a_bucket_becomes_the_dataset_of_the_same_files_on_a_disk(bucket, tmp_path):
     corpus = tmp_path / "corpus"
     corpus.mkdir()
@@ -242,6 +171,8 @@ def test_a_run_in_a_bucket_that_is_killed_and_resumed_is_the_run_on_a_disk(bucke
     on_disk, workdir = runs.directory / "on-disk", f"{bucket}/run"
     if not on_disk.exists():
         runs.train(on_disk, *words)
+    upload(runs.dataset, f"{bucket}/data")
+    words += [f"data.path={bucket}/data"]
     process = runs.start(workdir, *words)
     log = ""
     while "step 10/12" not in log:  # the save of step 9 has waited for the one of step 6

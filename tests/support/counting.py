@@ -6,7 +6,8 @@ from pathlib import Path
 import numpy as np
 
 from llada_jax.data.loader import train_batches
-from llada_jax.data.records import encode_record, write_dataset_json, write_shard
+from llada_jax.data.records import FORMAT, encode_record, write_dataset_json
+from llada_jax.data.shards import write_shard
 
 T, V = 8, 200_000
 
@@ -31,15 +32,9 @@ def write_counting_dataset(
                 starts = [t % 5 == 0 for t in tokens]
                 records.append(encode_record(tokens, starts, sequence_length=T, vocab_size=V))
                 num_tokens += len(tokens)
-            path = directory / f"{split}-{i:05d}.arrayrecord"
+            path = directory / f"{split}-{i:05d}.records"
             write_shard(path, records)
-            shards.append(
-                {
-                    "file": path.name,
-                    "num_records": num_records,
-                    "num_bytes_on_disk": path.stat().st_size,
-                }
-            )
+            shards.append({"file": path.name, "num_records": num_records})
         splits[split] = {
             "num_records": sum(num_records_by_shard),
             "num_tokens": num_tokens,
@@ -50,7 +45,7 @@ def write_counting_dataset(
         }
     tokenizer = {"kind": "bytes", "fingerprint": fingerprint, "vocab_size": V}
     content = {
-        "format": 1,
+        "format": FORMAT,
         "sequence_length": T,
         "fingerprint": "f00d",
         "tokenizer": tokenizer,

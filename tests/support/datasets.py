@@ -1,14 +1,14 @@
 """Small data sets of byte tokens, written the way `prepare` writes them."""
 
 import json
-import os
 from pathlib import Path
 
 import numpy as np
 
 from llada_jax.data.dialogue_units import ChatSettings
 from llada_jax.data.preparation import prepare
-from llada_jax.data.records import encode_record, write_dataset_json, write_shard
+from llada_jax.data.records import FORMAT, encode_record, write_dataset_json
+from llada_jax.data.shards import write_shard
 from llada_jax.data.tokenizer import load_tokenizer
 
 SEQUENCE_LENGTH = 32
@@ -30,7 +30,7 @@ def write_dataset(
     for name, stream in tokens.items():
         rows = [stream[i : i + sequence_length] for i in range(0, len(stream), sequence_length)]
         is_start = [np.isin(np.arange(len(row)), starts) for row in rows]
-        file = f"{name}-00000.arrayrecord"
+        file = f"{name}-00000.records"
         write_shard(
             directory / file,
             (
@@ -40,14 +40,13 @@ def write_dataset(
                 for row, start in zip(rows, is_start)
             ),
         )
-        size = os.path.getsize(directory / file)
         splits[name] = {
             "num_records": len(rows),
             "num_tokens": len(stream),
             "num_bytes": len(stream),
             "num_documents": len(rows) * (len(starts) - 1) + 1,
             "num_padding": len(rows) * sequence_length - len(stream),
-            "shards": [{"file": file, "num_records": len(rows), "num_bytes_on_disk": size}],
+            "shards": [{"file": file, "num_records": len(rows)}],
         }
     ids = {name: getattr(tokenizer, name) for name in ("mask_id", "eos_id", "bos_id", "pad_id")}
     described = {
@@ -57,7 +56,7 @@ def write_dataset(
         **ids,
     }
     content = {
-        "format": 1,
+        "format": FORMAT,
         "sequence_length": sequence_length,
         "fingerprint": "0" * 32,
         "tokenizer": described,

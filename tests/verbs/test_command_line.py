@@ -21,13 +21,16 @@ LINES, COLUMNS = 24, 100
 FLAGS = {
     "prepare": """--input --output --sequence-length --tokenizer --text-field --documents
         --document-start --heldout --workers --add-mask-token --json --format --chat
-        --drop-duplicates""",
+        --drop-duplicates --part --join""",
     "train": "--config --workdir --config.KEY",
     "rollback": "--workdir --to --skip",
     "sample": """--checkpoint --prompt --prompt-file --gen-length --block-length --steps
         --temperature --seed --ema --show --json --infill --append --num-samples --best-of
         --batch-size --remasking --commit --cfg-scale --top-k --top-p --eos --ignore-eos --suppress
-        --cache --refresh --revise --lookahead --mesh --dtype --tokenizer""",
+        --cache --refresh --revise --lookahead --mesh --dtype --tokenizer --html""",
+    "chat": """--checkpoint --system --gen-length --block-length --steps --temperature --seed --ema
+        --append --remasking --commit --cfg-scale --top-k --top-p --eos --suppress --cache --refresh
+        --revise --lookahead --mesh --dtype --tokenizer""",
     "evaluate": """--checkpoint --data --split --mc-samples --batch-size --seed --baselines --ema
         --json --tasks --ask --cfg-scale --breakdown --preset --harness --report --tokenizer --mesh
         --dtype""",
@@ -45,6 +48,7 @@ REQUIRED = {
     "train": ["--config", "x.py", "--workdir", "y"],
     "rollback": ["--workdir", "x", "--to", "1"],
     "sample": ["--checkpoint", "x"],
+    "chat": ["--checkpoint", "x"],
     "evaluate": ["--checkpoint", "x"],
     "import": ["--from", "x", "--output", "y"],
     "export": ["--checkpoint", "x", "--output", "y"],
@@ -122,7 +126,7 @@ def test_an_unknown_verb_names_the_one_that_was_meant(says):
         says("preprare", "--help") == "llada-jax: Unknown verb 'preprare'. Did you mean 'prepare'?"
     )
     assert says("--workdir", "x").startswith(
-        "llada-jax: Unknown verb '--workdir'. Known: evaluate, "
+        "llada-jax: Unknown verb '--workdir'. Known: chat, evaluate, "
     )
 
 

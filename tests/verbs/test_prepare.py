@@ -72,7 +72,7 @@ def test_the_commands_of_the_data_documentation_run(tmp_path):
         r"^```\n(.*?)^```", (root / "docs" / "data.md").read_text(), flags=re.DOTALL | re.MULTILINE
     )
     commands = [block for block in blocks if block.startswith(("llada-jax", "mkdir", "python"))]
-    assert len(commands) == 4
+    assert len(commands) == 5
     (tmp_path / "llada_jax").symlink_to(root / "llada_jax")
     shims = (
         f'llada-jax() {{ "{sys.executable}" -m llada_jax "$@"; }}\n'
@@ -83,6 +83,7 @@ def test_the_commands_of_the_data_documentation_run(tmp_path):
     assert result.returncode == 0, result.stderr
     assert "runs/austen: 270 documents, 4,025,035 bytes" in result.stdout
     assert "By Jane Austen" in result.stdout
+    assert (tmp_path / "runs/try/parts/dataset.json").exists()
 
 
 def test_a_complete_data_set_says_so_and_is_left_alone(tmp_path, capsys):

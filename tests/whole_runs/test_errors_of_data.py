@@ -36,11 +36,11 @@ def half_a_manifest(data: Path):
 
 
 def no_shard(data: Path):
-    (data / "train-00000.arrayrecord").unlink()
+    (data / "train-00000.records").unlink()
 
 
 def truncated_shard(data: Path):
-    truncate(data / "train-00000.arrayrecord")
+    truncate(data / "train-00000.records")
 
 
 def no_tokenizer(data: Path):
@@ -64,13 +64,13 @@ DATASETS = {
     other_json: ["holds no dataset.json", "prepare"],
     foreign_dataset: ["dataset.json", "not written by llada-jax prepare"],
     foreign_list: ["dataset.json", "not written by llada-jax prepare"],
-    foreign_format: ["format 7", "reads the formats 1 to 3", "prepare the text again"],
+    foreign_format: ["format 7", "reads the formats 1 to 4", "prepare the text again"],
     half_a_manifest: ["dataset.json", "not valid JSON", "prepare again"],
-    no_shard: ["train-00000.arrayrecord", "is missing", "run prepare again"],
+    no_shard: ["train-00000.records", "is missing", "run prepare again"],
     truncated_shard: [
-        "train-00000.arrayrecord",
+        "train-00000.records",
         "bytes instead of",
-        "delete it and run prepare again",
+        "delete the shard and run prepare again",
     ],
     no_tokenizer: ["no tokenizer at", "tokenizer"],
     damaged_tokenizer: ["tokenizer", "is damaged", "prepare the data again"],
@@ -109,9 +109,9 @@ def test_datasets_that_do_not_fit_the_config_are_refused(home, tmp_path, refused
 @pytest.mark.slow
 def test_a_corrupted_record_stops_training_and_keeps_the_run(home, tmp_path, refused):
     data, run = copy(home / "data", tmp_path / "data"), copy(home / "run", tmp_path / "run")
-    flip(data / "train-00000.arrayrecord", every=64)
+    flip(data / "train-00000.records", every=64)
     argv = train_argv(home, run, f"data.path={data}", "num_steps=8")
-    says = ["Record ", "train-00000.arrayrecord", "is damaged", "run prepare again"]
+    says = ["Record ", "train-00000.records", "is damaged", "run prepare again"]
     refused(argv, says=says, keeps=[data, run / "checkpoints"], is_late=True)
 
 
@@ -119,12 +119,12 @@ def test_a_corrupted_held_out_record_stops_the_evaluation_and_keeps_the_run(
     home, tmp_path, refused
 ):
     data, run = copy(home / "data", tmp_path / "data"), copy(home / "run", tmp_path / "run")
-    flip(data / "heldout-00000.arrayrecord", every=64)
+    flip(data / "heldout-00000.records", every=64)
     # without its last evaluation, which is then due again
     lines = (run / "metrics.jsonl").read_text().splitlines(keepends=True)
     (run / "metrics.jsonl").write_text("".join(line for line in lines if '"final' not in line))
     argv = train_argv(home, run, f"data.path={data}")
-    says = ["Record ", "heldout-00000.arrayrecord", "is damaged"]
+    says = ["Record ", "heldout-00000.records", "is damaged"]
     refused(argv, says=says, keeps=[data, run / "checkpoints"], is_late=True)
 
 
@@ -196,7 +196,7 @@ def test_an_unusable_jsonl_or_gzip_is_refused(tmp_path, refused):
 def test_preparing_into_a_directory_of_something_else_keeps_it(home, tmp_path, refused):
     photos = tmp_path / "photos"
     photos.mkdir()
-    (photos / "train-00000.arrayrecord").write_text("not ours")
+    (photos / "train-00000.records").write_text("not ours")
     refused(
         prepare_argv(home / "text.txt", photos),
         says=["not empty", "give a new directory"],
