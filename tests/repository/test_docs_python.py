@@ -44,7 +44,7 @@ def defined_in(tree: ast.Module) -> set[str]:
 @pytest.mark.slow
 @every_document
 def test_python_uses_names_that_exist(document):
-    """Names are defined in the block or an earlier one; imports, members, knobs and parts of a model
+    """Names are defined in the block or before it; imports, members, knobs and parts of a model
     exist.
     """
     from llada_jax.pretrained import Pretrained
