@@ -32,7 +32,8 @@ def project(
         is_split: the positions are sharded although the mesh does not split the sequence.
     """
     mesh = jax.sharding.get_abstract_mesh()
-    is_narrow = gradient_dtype in (None, x.dtype)
+    # a kernel that is stored in the dtype of x could not have another gradient
+    is_narrow = gradient_dtype in (None, x.dtype) or kernel.dtype == x.dtype
     product = _product if is_narrow else _product_with_float32_gradient
     kernel = kernel.astype(x.dtype) if is_narrow else kernel
     if is_split or not _merges_rows(mesh):
