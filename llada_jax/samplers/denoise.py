@@ -51,6 +51,9 @@ class DenoiseStep(NamedTuple):
     block: int  # 1 ... num_blocks
     num_blocks: int
     num_steps_B: jax.Array  # int32: the passes that each row needed so far
+    # float32, where it was asked for: the probability that each token had when it was revealed; NaN
+    # for what was never proposed, such as the EOS that fills up a row
+    confidence_BT: jax.Array | None = None
 
 
 def denoise(
@@ -86,6 +89,7 @@ def denoise(
     num_ids: int | None = None,
     blocks: range | None = None,
     each_step: bool = True,
+    with_confidence: bool = False,
 ) -> Iterator[DenoiseStep]:
     """Runs the reverse process and yields after every step, or after every block.
 
@@ -136,6 +140,7 @@ def denoise(
             counts from 0.
         blocks: those to denoise, when the ones before are finished; None: all.
         each_step: False yields after every block: the host is not asked in between.
+        with_confidence: whether the states have `confidence_BT`, which costs a softmax more.
 
     Raises:
         UserError: the schedule does not divide evenly, an option is out of range or unknown, or an
@@ -209,6 +214,7 @@ def denoise(
         num_steps_B=np.zeros(len(canvas_BT), np.int32),
         num_drafted_B=np.zeros(len(canvas_BT), np.int32),
         cache=(),
+        confidence_BT=np.full(np.shape(canvas_BT), np.nan, np.float32) if with_confidence else (),
     )
     state = State(**empty)
     sharding = sharding_beside(network)
@@ -230,6 +236,7 @@ def denoise(
         is_filtered=top_k > 0 or top_p < 1,
         is_guided=cfg_scale > 0,
         window=0,
+        with_confidence=with_confidence,
         sharding=mesh_sharding,
     )
     max_steps = 1 if each_step else steps
@@ -255,7 +262,14 @@ def denoise(
         step += int(num_done)
         if num_done:
             yield DenoiseStep(
-                state.canvas_BT, is_new_BT, step, steps, now + 1, num_blocks, state.num_steps_B
+                state.canvas_BT,
+                is_new_BT,
+                step,
+                steps,
+                now + 1,
+                num_blocks,
+                state.num_steps_B,
+                state.confidence_BT if with_confidence else None,
             )
         if is_over_B.all() or block >= blocks.stop:
             return

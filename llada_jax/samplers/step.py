@@ -45,6 +45,7 @@ class Plan(NamedTuple):
     is_filtered: bool
     is_guided: bool
     window: int  # columns that a pass with a cache computes; 0: there is no cache
+    with_confidence: bool  # whether the probabilities of revealed tokens are handed out
     sharding: jax.sharding.Sharding | None
 
 
@@ -81,6 +82,7 @@ class State(NamedTuple):
     num_steps_B: jax.Array
     num_drafted_B: jax.Array  # int32: tokens that the last step of this block has kept
     cache: Any  # () without one
+    confidence_BT: Any  # float32, what tokens were revealed with; () unless the plan asks for it
 
 
 def _is_among(tokens_BT: Array, ids_n: Array) -> Array:
@@ -318,12 +320,23 @@ def denoise_block(
         tokens_BT, num_drafted_B = _next_tokens(
             plan, fixed, state, current, logits_BTV, shadow_BTV, choices_BT, remasking_keys_B
         )
+        confidence_BT = state.confidence_BT
+        if plan.with_confidence:
+            probability_BT = low_confidence(logits_BTV, choices_BT, remasking_keys_B)
+            is_revealed_BT = is_hidden_BT & (tokens_BT != fixed.mask_id)
+            confidence_BT = jax.lax.dynamic_update_slice_in_dim(
+                confidence_BT,
+                jnp.where(is_revealed_BT, probability_BT, in_block(confidence_BT)),
+                start,
+                axis=1,
+            )
         state = State(
             jax.lax.dynamic_update_slice_in_dim(state.canvas_BT, tokens_BT, start, axis=1),
             state.step_in_block + 1,
             state.num_steps_B + jnp.any(is_hidden_BT, axis=1),
             num_drafted_B,
             cache,
+            confidence_BT,
         )
         return state, num_done + 1
 
@@ -339,6 +352,10 @@ def denoise_block(
     ended_BT = _fill_after_eos(state.canvas_BT, is_generated_BT, fixed)
     canvas_BT = jnp.where(is_done, ended_BT, state.canvas_BT)
     is_left_BT = is_generated_BT & (canvas_BT == fixed.mask_id)
+    confidence_BT = state.confidence_BT
+    if plan.with_confidence:  # what is filled in was never proposed
+        is_filled_BT = canvas_BT != state.canvas_BT
+        confidence_BT = jnp.where(is_filled_BT, jnp.nan, confidence_BT)
     result = (
         State(
             canvas_BT,
@@ -347,6 +364,7 @@ def denoise_block(
             jnp.where(is_done, 0, state.num_drafted_B),
             # Whatever comes next fills it again.
             state.cache,
+            confidence_BT,
         ),
         is_masked_before_BT & ~is_left_BT,
         block + is_done,

@@ -17,6 +17,7 @@ from llada_jax.errors import UserError
 from llada_jax.pretrained import load
 from llada_jax.ranges import SIZE, check_number
 from llada_jax.request_checks import check_can_infill
+from llada_jax.samplers.replay import Recording
 from llada_jax.samplers.settings import check_request
 from llada_jax.samplers.show import make_show
 from llada_jax.samplers.text import Completion, continue_text, generate_text, infill_text
@@ -28,6 +29,7 @@ from llada_jax.sampling_flags import (
     more_flags,
     read_schedule,
 )
+from llada_jax.storage import files, remote
 from llada_jax.streams import warn
 from llada_jax.verbs.command_line import Parser, placement
 
@@ -41,7 +43,14 @@ def make_parser() -> Parser:
         'llada-jax sample --checkpoint runs/tiny/run --prompt "It is a truth" --show',
     )
     parser.usage = "llada-jax sample --checkpoint CKPT [flags]"
-    own = ("--infill TEXT...", "--num-samples N", "--best-of N", "--batch-size N", "--ignore-eos")
+    own = (
+        "--infill TEXT...",
+        "--html FILE",
+        "--num-samples N",
+        "--best-of N",
+        "--batch-size N",
+        "--ignore-eos",
+    )
     parser.epilog = f"{more_flags(*own)}\n\n{parser.epilog}"
     add_checkpoint_flag(parser)
     add = parser.add_argument
@@ -63,6 +72,7 @@ def make_parser() -> Parser:
     # Listed in the epilog.
     hidden = partial(add, help=argparse.SUPPRESS)
     hidden("--infill", nargs="+", metavar="TEXT")
+    hidden("--html", metavar="FILE")
     hidden("--num-samples", type=int, default=1, metavar="N")
     hidden("--best-of", type=int, default=1, metavar="N")
     hidden("--batch-size", type=int, default=16, metavar="N")
@@ -180,6 +190,7 @@ def check_infill(args) -> None:
         ("--ignore-eos", args.ignore_eos),
         ("--best-of", args.best_of > 1),
         ("--show", args.show),
+        ("--html", args.html),
     ):
         if value:
             raise UserError(f"{flag} is about texts that go on, and --infill fills gaps; keep one.")
@@ -202,10 +213,11 @@ def continue_or_denoise(
     """Returns the texts; `settings` becomes what was used of them."""
     settings["stop_at_eos"] = not args.ignore_eos
     if pretrained.record.mask.causal:
-        if args.show:
+        if args.show or args.html:
+            flag = "--show" if args.show else "--html"
             raise UserError(
                 f"{args.checkpoint} was trained with objective.name="
-                f"{pretrained.record.objective!r} and denoises nothing that --show could show; "
+                f"{pretrained.record.objective!r} and denoises nothing that {flag} could show; "
                 "leave it out."
             )
         asked = settings | {"block_length": args.block_length, "steps": args.steps}
@@ -219,6 +231,7 @@ def continue_or_denoise(
         )
     settings |= schedule
     listening: dict = {}
+    listeners: list = []
     show = nullcontext()
     if args.show:
         # Where stdout is the same terminal, the picture is removed at the end: the texts are
@@ -230,9 +243,15 @@ def continue_or_denoise(
             stream=sys.stderr,
             transient=sys.stdout.isatty(),
         )
-        listening["on_step"] = show.on_step
+        listeners.append(show.on_step)
+    if args.html:
+        recording = Recording(pretrained.tokenizer, prompts, gen_length=args.gen_length)
+        listeners.append(recording.on_step)
+        listening["with_confidence"] = True
+    if listeners:
+        listening["on_step"] = lambda rows, state: [hear(rows, state) for hear in listeners]
     with show:
-        return generate_text(
+        completions = generate_text(
             pretrained.logits_fn,
             pretrained.params,
             pretrained.tokenizer,
@@ -241,6 +260,18 @@ def continue_or_denoise(
             **listening,
             **functions_of(pretrained, **settings),
         )
+    if args.html and jax.process_index() == 0:
+        with files.writing(f"--html {args.html}", remedy="name another file"):
+            files.write_whole(args.html, recording.page(args.checkpoint))
+    return completions
+
+
+def check_html(path: str) -> None:
+    """Raises UserError for a page that could not be written, before minutes are spent on it."""
+    file = remote.path_of(path)
+    if file.is_dir() or not file.parent.is_dir() and not remote.is_remote(path):
+        reason = "is a folder" if file.is_dir() else "is in a folder that does not exist"
+        raise UserError(f"--html {path} {reason}; name a file, such as sample.html.")
 
 
 def main(argv: list[str]) -> None:
@@ -249,6 +280,8 @@ def main(argv: list[str]) -> None:
     # minutes where it is large.
     args = make_parser().parse_args(argv)
     settings = read_settings(args)
+    if args.html:
+        check_html(args.html)
     if args.infill:
         check_infill(args)
         check_unicode(args.infill, "--infill", remedy=UTF8_REMEDY)

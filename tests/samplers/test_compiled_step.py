@@ -118,11 +118,14 @@ def test_every_mesh_samples_the_same_and_compiles_one_step(count_compilations):
         assert num_compilations == 1, sizes
 
 
-def traced_step(model, *, rows, width, block_length, is_guided, is_stochastic):
+def traced_step(
+    model, *, rows, width, block_length, is_guided, is_stochastic, with_confidence=False
+):
     """Returns the step of the sampler for canvases of a shape, traced but not compiled."""
     ids_BT = jax.ShapeDtypeStruct((rows, width), jnp.int32)
     ids_B = jax.ShapeDtypeStruct((rows,), jnp.int32)
     no_ids = jax.ShapeDtypeStruct((0,), jnp.int32)
+    kept_BT = jax.ShapeDtypeStruct((rows, width), jnp.float32)
     number, fraction = jax.ShapeDtypeStruct((), jnp.int32), jax.ShapeDtypeStruct((), jnp.float32)
     fixed = sampler.Fixed(
         is_fixed_BT=jax.ShapeDtypeStruct((rows, width), bool),
@@ -157,11 +160,12 @@ def traced_step(model, *, rows, width, block_length, is_guided, is_stochastic):
         is_filtered=False,
         is_guided=is_guided,
         window=0,
+        with_confidence=with_confidence,
         sharding=None,
     )
     return sampler.denoise_block.trace(
         Network(jax.tree_util.Partial(model.logits_fn, model.abstract), None, None),
-        sampler.State(ids_BT, number, ids_B, ids_B, ()),
+        sampler.State(ids_BT, number, ids_B, ids_B, (), kept_BT if with_confidence else ()),
         number,
         number,
         jax.eval_shape(lambda: jax.random.key(0)),

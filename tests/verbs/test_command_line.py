@@ -21,13 +21,13 @@ LINES, COLUMNS = 24, 100
 FLAGS = {
     "prepare": """--input --output --sequence-length --tokenizer --text-field --documents
         --document-start --heldout --workers --add-mask-token --json --format --chat
-        --drop-duplicates""",
+        --drop-duplicates --part --join""",
     "train": "--config --workdir --config.KEY",
     "rollback": "--workdir --to --skip",
     "sample": """--checkpoint --prompt --prompt-file --gen-length --block-length --steps
         --temperature --seed --ema --show --json --infill --append --num-samples --best-of
         --batch-size --remasking --commit --cfg-scale --top-k --top-p --eos --ignore-eos --suppress
-        --cache --refresh --revise --lookahead --mesh --dtype --tokenizer""",
+        --cache --refresh --revise --lookahead --mesh --dtype --tokenizer --html""",
     "chat": """--checkpoint --system --gen-length --block-length --steps --temperature --seed --ema
         --append --remasking --commit --cfg-scale --top-k --top-p --eos --suppress --cache --refresh
         --revise --lookahead --mesh --dtype --tokenizer""",

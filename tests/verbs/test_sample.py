@@ -167,6 +167,7 @@ def test_prompts_come_from_a_file_or_stdin(run, tmp_path, monkeypatch):
         (["--infill", "a[MASK:0]"], "has no token to fill in"),
         (["--infill", "a[MASK]", "--prompt", "b"], "--prompt is about texts that go on"),
         (["--infill", "a[MASK]", "--append"], "--append is about texts that go on"),
+        (["--infill", "a[MASK]", "--html", "page.html"], "--html is about texts that go on"),
     ],
 )
 def test_mistakes_exit_2_with_one_line(run, argv, sentence):
@@ -215,6 +216,7 @@ def test_an_autoregressive_model_writes_token_by_token(run):
         (["--commit", "threshold"], "commit=threshold is about denoising"),
         (["--revise", "wino"], "revise=wino is about denoising"),
         (["--show"], "denoises nothing that --show could show"),
+        (["--html", "page.html"], "denoises nothing that --html could show"),
         (["--infill", "a[MASK]"], "cannot fill in a gap"),
     ],
 )
@@ -281,6 +283,26 @@ def test_a_log_shows_the_denoising_in_a_handful_of_lines(run):
     assert masks == [28, 24, 20, 16, 12, 8, 4, 0]
     assert lines[0].startswith("step  4/32  12% | it is a")
     assert lines[-1] == "step 32/32 100% | " + out.strip("\n")
+
+
+def test_a_page_is_written_next_to_the_texts(run, tmp_path):
+    words = ["--prompt", "it is ", "it", "--gen-length", "8", "--json"]
+    plain = run(*words)
+    status, out, err = run(*words, "--show", "--html", str(tmp_path / "sample.html"))
+    assert (status, out) == plain[:2]
+    assert "step 8/8" in err
+    page = (tmp_path / "sample.html").read_text()
+    assert "runs/fake" in page
+    assert page.count('"prompt": "it') == 2
+    assert page.count('"step": 8') == 2
+
+
+def test_a_page_that_cannot_be_written_is_refused_before_the_model_is_loaded(run, tmp_path):
+    for path, reason in ((tmp_path, "is a folder"), (tmp_path / "a" / "b.html", "does not exist")):
+        status, _, err = run("--html", str(path))
+        assert status == 2
+        assert reason in err
+        assert err.count("\n") == 1
 
 
 def test_reading_prompts_refuses_two_sources():
