@@ -80,8 +80,9 @@ def default_config() -> ConfigDict:
     config.model.dtype = AUTO
     # xla | splash (TPU) | cudnn | triton (GPU); auto: from the mesh's platform
     config.model.attention = AUTO
-    # what is recomputed in the backward pass: none | dots | attention | full
-    config.model.remat = "none"
+    # what is recomputed in the backward pass; auto: as little as fits the devices, never none
+    # none | dots | attention | full
+    config.model.remat = AUTO
     # peak memory of the logits, in positions per row
     config.model.nll_chunk = 1024
 
@@ -123,6 +124,8 @@ def default_config() -> ConfigDict:
     config.lora.alpha = 16.0  # the product of an adapter is multiplied with alpha / rank
     # regex that is found in the names of the adapted matrices, such as blocks/q and blocks/ff_up
     config.lora.targets = "blocks/[^f]"
+    # how the matrices of the frozen network are kept: float32 | bfloat16
+    config.lora.frozen_dtype = "float32"
 
     config.optimizer = ConfigDict()
     # adamw | lion | muon

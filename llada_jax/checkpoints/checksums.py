@@ -50,21 +50,21 @@ def _sums(tree, *, scheme: int):
     return jax.tree.map(checksum, tree)
 
 
-def checksum_of_float32(array: np.ndarray, *, scheme: int = SCHEME, first: int = 0) -> int:
-    """Returns the same checksum of one float32 array in the memory of this host.
+def checksum_of_array(array: np.ndarray, *, scheme: int = SCHEME, first: int = 0) -> int:
+    """Returns the same checksum of one float32 or bfloat16 array in the memory of this host.
 
     Args:
         first: the array is a part of a larger one, from this index of the first of at least two
             dims on. The checksum of the whole is the sum of those of its parts, modulo 2**32.
     """
-    rows = array.view(np.uint32).reshape(-1, array.shape[-1] if array.ndim else 1)
+    rows = array.view(f"uint{8 * array.itemsize}").reshape(-1, array.shape[-1] if array.ndim else 1)
     # the indices of the last dim, and of all others together
     lead = _position_hash(array.shape[:-1], np, first)
     lead = np.broadcast_to(lead, array.shape[:-1]).reshape(-1, 1)
     last = _index_hash(max(array.ndim - 1, 0), rows.shape[1], np)
     total, step = 0, max(1, BLOCK // max(rows.shape[1], 1))
     for start in range(0, len(rows), step):
-        block = rows[start : start + step]
+        block = rows[start : start + step].astype(np.uint32, copy=False)
         if scheme != 1:
             position = lead[start : start + step] + last if array.ndim else lead
             block = _scrambled(block ^ position)

@@ -7,7 +7,7 @@ import numpy as np
 import tensorstore
 from jax.experimental import multihost_utils
 
-from llada_jax.checkpoints.checksums import checksum_of_float32
+from llada_jax.checkpoints.checksums import checksum_of_array
 from llada_jax.checkpoints.workdir import Checkpoints
 from llada_jax.models.adapters import adapter_dims, with_adapter
 from llada_jax.storage.arrays import read_chunks
@@ -74,8 +74,8 @@ class LayerReader:
             layers = ()
             first, layers = self._held[path] = self._read_chunk(path, shape, layer)
         array = layers[layer - first]
-        self._sums[path] += checksum_of_float32(array[None], scheme=self._scheme, first=layer)
-        return array
+        self._sums[path] += checksum_of_array(array[None], scheme=self._scheme, first=layer)
+        return array.astype(np.float32, copy=False)
 
     def _read_chunk(self, path: str, shape: tuple[int, ...], layer: int) -> tuple[int, np.ndarray]:
         """Returns (first, layers): the layer and those that share its chunks on the disk, which

@@ -31,12 +31,12 @@ from jax.experimental import multihost_utils
 from jax.sharding import NamedSharding, PartitionSpec
 from orbax.checkpoint import v1 as ocp
 
-from llada_jax.checkpoints.checksums import SCHEME, checksum_of_float32, checksums, path_text
+from llada_jax.checkpoints.checksums import SCHEME, checksum_of_array, checksums, path_text
 from llada_jax.checkpoints.orbax_patches import teach_orbax_s3
 from llada_jax.checkpoints.record import RunRecord
 from llada_jax.cluster import distributed
 from llada_jax.errors import LostPeer, UserError, one_line
-from llada_jax.models.adapters import adapter_shapes, merged
+from llada_jax.models.adapters import abstract_stored, adapter_shapes, merged
 from llada_jax.paths import split_step
 from llada_jax.storage import remote
 from llada_jax.storage.arrays import kvstore_of, read_chunks
@@ -245,11 +245,13 @@ class Checkpoints:
         adapters = jax.tree.map(
             lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=everywhere), shapes
         )
-        loaded = self._load(step, {name: adapters, "frozen": abstract_params})
+        frozen = abstract_stored(abstract_params, lora)
+        loaded = self._load(step, {name: adapters, "frozen": frozen})
         return jax.jit(
             lambda network, adapters: merged(network, adapters, lora),
             out_shardings=jax.tree.map(lambda leaf: leaf.sharding, abstract_params),
-            donate_argnums=0,
+            # buffers of another dtype would not do for the result
+            donate_argnums=0 if lora.frozen_dtype == "float32" else (),
         )(loaded["frozen"], loaded[name])
 
     def check_parameters(self, step: int, paths: set[str], *, ema: bool) -> None:
@@ -275,18 +277,19 @@ class Checkpoints:
                 )
 
     def read_array(self, step: int, path: str, shape: tuple[int, ...]) -> np.ndarray:
-        """Returns one float32 array of a step in the memory of this host, checked against its
+        """Returns one array of a step in the memory of this host, as float32, checked against its
         checksum; see open_array.
         """
         store = self.open_array(step, path, shape)
         with self.reading(step):
             array = read_chunks(store)
         scheme = self.record(step).checksum_scheme
-        self.check_sums(step, {path: checksum_of_float32(array, scheme=scheme)})
-        return array
+        self.check_sums(step, {path: checksum_of_array(array, scheme=scheme)})
+        return array.astype(np.float32, copy=False)
 
     def open_array(self, step: int, path: str, shape: tuple[int, ...]) -> tensorstore.TensorStore:
-        """Returns one float32 array of a step, of which nothing is read yet.
+        """Returns one array of a step, of which nothing is read yet; it is float32, but for the
+        matrices of some frozen networks.
 
         Opened in Orbax's files with tensorstore, and not by Orbax: it would hold all chunks of an
         array at once next to the array itself, and would wait at each call for the other
@@ -308,10 +311,10 @@ class Checkpoints:
         with self.reading(step):
             store = tensorstore.open({"driver": "zarr3", "kvstore": kvstore}, open=True).result()
         dtype = store.dtype.numpy_dtype
-        if store.shape != tuple(shape) or dtype != np.float32:
-            raise self._damaged(
-                step, f"{path} is {dtype}{list(store.shape)} and not float32{list(shape)}"
-            )
+        expected = self.record(step).lora.dtype_of(key) if item == "frozen" else np.dtype("float32")
+        if store.shape != tuple(shape) or dtype != expected:
+            found = f"{dtype}{list(store.shape)}"
+            raise self._damaged(step, f"{path} is {found} and not {expected}{list(shape)}")
         return store
 
     @contextlib.contextmanager

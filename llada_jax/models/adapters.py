@@ -32,16 +32,22 @@ class Lora(NamedTuple):
     """Which adapters a network has; rank 0: none.
 
     alpha: A B is multiplied with alpha / rank. targets: a regular expression that is found in the
-    names of the matrices that have one, such as "blocks/q".
+    names of the matrices that have one, such as "blocks/q". frozen_dtype: in which the matrices of
+    the frozen network are kept; its norms and biases are float32.
     """
 
     rank: int = 0
     alpha: float = 16.0
     targets: str = "blocks/[^f]"
+    frozen_dtype: str = "float32"
 
     @property
     def scale(self) -> float:
         return self.alpha / self.rank
+
+    def dtype_of(self, path: str) -> Any:
+        """Returns the dtype of a parameter of the frozen network, such as "blocks/q"."""
+        return jnp.dtype("float32" if re.search("norm|bias", path) else self.frozen_dtype)
 
     @property
     def paths(self) -> list[str]:
@@ -99,8 +105,30 @@ def joined(network: dict, adapters: dict, lora: Lora) -> dict:
     return {**network, "adapters": factors}
 
 
+def stored(network: dict, lora: Lora) -> dict:
+    """Returns the network as it is kept while adapters are trained."""
+    if lora.frozen_dtype == "float32":
+        return network
+
+    def cast(path: Any, leaf: Array) -> Array:
+        return leaf.astype(lora.dtype_of(jax.tree_util.keystr(path, simple=True, separator="/")))
+
+    return jax.tree_util.tree_map_with_path(cast, network)
+
+
+def abstract_stored(abstract: dict, lora: Lora) -> dict:
+    """Returns `stored` of ShapeDtypeStructs with shardings."""
+
+    def cast(path: Any, leaf: jax.ShapeDtypeStruct) -> jax.ShapeDtypeStruct:
+        dtype = lora.dtype_of(jax.tree_util.keystr(path, simple=True, separator="/"))
+        return jax.ShapeDtypeStruct(leaf.shape, dtype, sharding=leaf.sharding)
+
+    return jax.tree_util.tree_map_with_path(cast, abstract)
+
+
 def merged(network: dict, adapters: dict, lora: Lora) -> dict:
-    """Returns the network with its adapters added."""
+    """Returns the network with its adapters added, in float32."""
+    network = jax.tree.map(lambda leaf: leaf.astype(jnp.float32), network)
     blocks = dict(network["blocks"])
     for name, pair in adapters["blocks"].items():
         blocks[name] = with_adapter(blocks[name], pair["a"], pair["b"], lora)

@@ -6,6 +6,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 from jax import Array
+from jax.sharding import AbstractMesh
 
 
 def project(
@@ -20,9 +21,10 @@ def project(
     """Contracts the last `num_in` dims of x with the first of the kernel, in the dtype of x;
     accumulates in `out_dtype`.
 
-    As one matrix product over all B * T rows: the gradient of a kernel then contracts one dim and
-    not two, for which XLA on CPUs has no fast path (2 to 5 times slower). Where the positions are
-    sharded too, B and T cannot be merged.
+    On CPUs as one matrix product over all B * T rows: the gradient of a kernel then contracts one
+    dim and not two, for which XLA has no fast path there (2 to 5 times slower). Where the positions
+    are sharded too, B and T cannot be merged. Other devices take the dims as they are: merged heads
+    have another layout there than split ones, and every layer would copy from one to the other.
 
     Args:
         gradient_dtype: in which a device leaves its part of the kernel's gradient, and so the dtype
@@ -30,14 +32,22 @@ def project(
         is_split: the positions are sharded although the mesh does not split the sequence.
     """
     mesh = jax.sharding.get_abstract_mesh()
-    is_narrow = gradient_dtype in (None, x.dtype)
+    # a kernel that is stored in the dtype of x could not have another gradient
+    is_narrow = gradient_dtype in (None, x.dtype) or kernel.dtype == x.dtype
     product = _product if is_narrow else _product_with_float32_gradient
     kernel = kernel.astype(x.dtype) if is_narrow else kernel
-    if is_split or (not mesh.empty and mesh.shape["sequence"] > 1):
+    if is_split or not _merges_rows(mesh):
         return product(x, kernel, num_in, out_dtype)
     rows, outs = x.shape[: x.ndim - num_in], kernel.shape[num_in:]
     flat_x, flat_kernel = x.reshape(math.prod(rows), -1), kernel.reshape(-1, math.prod(outs))
     return product(flat_x, flat_kernel, 1, out_dtype).reshape(*rows, *outs)
+
+
+def _merges_rows(mesh: AbstractMesh) -> bool:
+    """Whether products are done over all rows and positions at once."""
+    if mesh.empty or mesh.abstract_device is None:
+        return jax.default_backend() == "cpu"
+    return mesh.shape["sequence"] == 1 and mesh.abstract_device.platform == "cpu"
 
 
 def _product(x: Array, kernel: Array, num_in: int, out_dtype: Any) -> Array:

@@ -21,7 +21,7 @@ from llada_jax.units import format_bytes
 _UNIT = {"K": 2**10, "M": 2**20, "G": 2**30, "T": 2**40}
 
 # How much more than the estimate is still ok. Weights and gradients: the compiler gathers a matrix
-# once more where two products want it in two layouts (14% more with LLaDA-8B on v5p-128). Between
+# once more where two products want it in two layouts (14% more if attention's are). Between
 # slices the embedding's gradient travels too, and the head's in float32.
 _GATHER_MARGIN = 1.3
 _BETWEEN_SLICES_MARGIN = 2.5

@@ -6,40 +6,52 @@ which is what makes `search` possible; `check` asks the compiler, which takes mi
 """
 
 import math
-from typing import NamedTuple
-
-import jax
-import jax.numpy as jnp
 
 from llada_jax.cluster import sharding
 from llada_jax.cluster.hardware import Slice
 from llada_jax.models.flops import flops_per_token
 from llada_jax.models.transformer import num_matmul_parameters, num_parameters
+from llada_jax.training.memory import Workload, memory_of, split_of_batch
 from llada_jax.training.step import Recipe
 
-# What fraction of the peak the executed FLOPs reach, recomputation included. Published dense models
-# of 7B to 70B reach 40 to 70% of the peak in model FLOPs, with up to a third recomputed on top
-# (MaxText's README and tpu-recipes).
-EFFICIENCY = {"slow": 0.45, "fast": 0.75}
+# What fraction of the peak the executed FLOPs are taken to reach, recomputation included. Published
+# runs of dense models of 7B to 70B reach these model FLOPs, with up to a third recomputed on top:
+# v5p 54 to 72% and v6e 46% (MaxText's README and tpu-recipes), H100 39% (torchtitan, 8B) and H200
+# 51% (MaxText, 70B). For the other chips nothing of the kind was found.
+EFFICIENCIES = {
+    "v5p": {"slow": 0.45, "fast": 0.75},
+    "v6e": {"slow": 0.40, "fast": 0.65},
+    "h100": {"slow": 0.35, "fast": 0.60},
+    "h200": {"slow": 0.35, "fast": 0.65},
+}
+_UNPUBLISHED = {"slow": 0.35, "fast": 0.65}
+
+# To keep everything costs memory traffic: with remat none a step took 1.16 times that of dots
+# (docs/benchmarks.md; on a CPU, nothing is published for accelerators).
+_POLICY_FACTORS = {"none": 0.86}
+
+# Of the rate of links and network what the collectives of GPUs reach in the slow case; NCCL's own
+# tests show 70 to 90%.
+_SLOW_SHARE_OF_LINKS = 0.7
+
+# Gbit/s of each GPU's adapter to the network between hosts: that of the usual H100 and H200 hosts.
+NETWORK_GBPS = 400.0
 
 
-class Workload(NamedTuple):
-    """What the estimate reads of a config and does not find in the recipe.
-
-    batch_size: B, rows of the global batch. sequence_length: T. num_microbatches: the parts into
-    which each batch is split (gradient accumulation). remat: the policy of the layers, see
-    config.model.remat. nll_chunk: positions of a row whose logits exist at one time.
-    """
-
-    batch_size: int
-    sequence_length: int
-    num_microbatches: int
-    remat: str
-    nll_chunk: int
+def efficiency_of(machines: Slice, remat: str) -> dict[str, float]:
+    """Returns the share of the peak that the executed FLOPs reach, {"slow", "fast"}."""
+    found = EFFICIENCIES.get(machines.accelerator.name, _UNPUBLISHED)
+    return {case: share * _POLICY_FACTORS.get(remat, 1.0) for case, share in found.items()}
 
 
 def estimate_run(
-    recipe: Recipe, workload: Workload, shape: dict[str, int], machines: Slice, num_slices: int
+    recipe: Recipe,
+    workload: Workload,
+    shape: dict[str, int],
+    machines: Slice,
+    num_slices: int,
+    *,
+    network_gbps: float = NETWORK_GBPS,
 ) -> dict:
     """Returns the estimate of a run as nested dicts of plain values, ready for JSON.
 
@@ -50,6 +62,7 @@ def estimate_run(
             `search` makes one and estimates hundreds of meshes from it.
         shape: {mesh axis: size} to estimate for.
         machines: one slice; num_slices: how many of them the data centre network joins.
+        network_gbps: Gbit/s of each GPU to other hosts; what joins TPUs is in the table of chips.
     """
     a, chip = recipe.architecture, machines.accelerator
     B, T, A = workload.batch_size, workload.sequence_length, workload.num_microbatches
@@ -60,14 +73,16 @@ def estimate_run(
     flops = recipe.objective.passes * flops_per_token(
         num_matmul, a.num_layers, a.num_heads * a.head_dim, T, causal=is_causal
     )
-    # of one device in one microbatch
-    rows = B // A // (shape["data"] * shape["fsdp"] * shape["expert"])
-    tokens = rows * T // shape["sequence"]
-    memory = memory_of(recipe, workload, shape, rows=rows, tokens=tokens)
+    rows, tokens = split_of_batch(workload, shape)
+    memory = memory_of(recipe, workload, shape)
     traffic = traffic_of(recipe, workload, shape, tokens=tokens, num_slices=num_slices)
     tokens_per_device = B * T / num_devices
     executed_flops = tokens_per_device * (flops + recomputed_flops(recipe, workload))
-    seconds = step_seconds(executed_flops, traffic, machines, num_slices)
+    efficiency = efficiency_of(machines, workload.remat)
+    network = network_gbps * 1e9 / 8
+    seconds = step_seconds(
+        executed_flops, traffic, shape, machines, num_slices, efficiency=efficiency, network=network
+    )
     peak_flops, num_steps = chip.peak_flops_per_device, recipe.num_steps
     num_chips = machines.num_chips * num_slices
     return {
@@ -103,7 +118,9 @@ def estimate_run(
         "executed_flops": executed_flops,
         "memory": memory,
         "traffic": traffic,
-        "network_counted": is_network_known(machines),
+        "efficiency": efficiency,
+        # of GPUs on several hosts; else it plays no part
+        "network_gbps": network_gbps if _crosses_hosts(machines, num_slices) else None,
         "intensity": intensity_of(
             recipe,
             machines,
@@ -111,6 +128,7 @@ def estimate_run(
             num_slices,
             tokens=tokens,
             tokens_per_slice=B * T // A // num_slices,
+            network=network,
         ),
         "seconds_per_step": seconds,
         # Model FLOPs utilisation does not count what is recomputed, as in the PaLM paper: a policy
@@ -123,83 +141,6 @@ def estimate_run(
             recipe.batch_sharding.mesh,  # type: ignore[arg-type]
         ),
     }
-
-
-# ---- memory
-
-
-def memory_of(
-    recipe: Recipe, workload: Workload, shape: dict[str, int], *, rows: int, tokens: int
-) -> dict:
-    """Returns bytes of one device: the state (exact), and estimates of what a step adds to it.
-
-    Counted in elements per token and layer, with the letters of llada_jax; N, K and F stand for the
-    share of one device, that is N H, K H and F divided by the tensor axis. S: scores of one token
-    (N T; 0 where a kernel never holds them).
-
-    Saved by the forward pass, by remat policy:
-        full:       D                               the layer's input
-        attention:  D + N                           and the output of attention
-        dots:       3 D + 2 N + 2 K + 2 F           and the outputs of all products
-        none:       5 D + 3 N + 3 K + 4 F + 3 S     and norms, rotary embeddings, activations
-    At work in the backward pass of one layer, at the same time as all that was saved:
-        4 D + 3 N + 2 K + 4 F + 3 S, and the layer's weights twice (gathered, and their gradient,
-        each in its own dtype).
-    At work in the head, before any layer: logits of one piece of the vocabulary's product and their
-        gradient, float32, and the head's input and its gradient.
-    The larger of the last two counts, because they never exist together.
-
-    Args:
-        rows, tokens: of one device in one microbatch.
-    """
-    a, itemsize = recipe.architecture, recipe.dtype.itemsize
-    D, t = a.d_model, shape["tensor"]
-    N, K, F = a.num_heads * a.head_dim / t, a.num_kv_heads * a.head_dim / t, a.d_ff / t
-    # Only the reference attention holds the scores of all pairs of positions.
-    S = a.num_heads / t * workload.sequence_length if recipe.attention == "xla" else 0
-    saved = {
-        "full": D,
-        "attention": D + N,
-        "dots": 3 * D + (2 * N + 2 * K) + 2 * F,
-        "none": 5 * D + (3 * N + 3 * K) + 4 * F + 3 * S,
-    }[workload.remat]
-    # Gradients are float32, as the parameters are. With several microbatches a second copy holds
-    # the sum while the next part is computed, and so it is with several passes.
-    gradients = sharded_bytes(recipe.abstract.params, shape)
-    gradients *= 1 + (workload.num_microbatches > 1) + (recipe.objective.trained_passes > 1)
-    layer_weights = (num_matmul_parameters(a) - D * a.vocab_size) / a.num_layers / t
-    layer_weights *= itemsize + recipe.gradient_dtype.itemsize
-    num_pieces = -(-workload.sequence_length // workload.nll_chunk)
-    layer = tokens * itemsize * (4 * D + 3 * N + 2 * K + 4 * F + 3 * S) + layer_weights
-    head = tokens * (2 * 4 * a.vocab_size / t / num_pieces + 2 * 4 * D)
-    sizes = {
-        "state": sharded_bytes(recipe.abstract, shape),
-        "gradients": gradients,
-        "saved_activations": int(tokens * a.num_layers * saved * itemsize),
-        "working": int(max(layer, head)),
-    }
-    # a part of the state, shown by itself
-    frozen = sharded_bytes(recipe.abstract.frozen, shape)
-    return {**sizes, "peak": sum(sizes.values()), "frozen": frozen}
-
-
-def sharded_bytes(tree, shape: dict[str, int]) -> int:
-    """Returns the bytes that one device holds of a tree of arrays on a mesh of another shape.
-
-    Args:
-        tree: arrays or jax.ShapeDtypeStructs with NamedShardings, of which only the axes' names are
-            read.
-        shape: {mesh axis: size}.
-    """
-    total = 0
-    for leaf in jax.tree.leaves(tree):
-        sizes = list(leaf.shape)
-        for dim, axes in enumerate(leaf.sharding.spec):
-            for axis in (axes,) if isinstance(axes, str) else axes or ():
-                # Rounded up: XLA pads the last shard to the size of the others.
-                sizes[dim] = -(-sizes[dim] // shape[axis])
-        total += math.prod(sizes) * jnp.dtype(leaf.dtype).itemsize
-    return total
 
 
 # ---- FLOPs and traffic
@@ -281,52 +222,85 @@ def traffic_of(
 # ---- time
 
 
-def bandwidth(machines: Slice) -> dict[str, float]:
-    """Returns the bytes per second that a device sends over ICI or NVLink.
+def _crosses_hosts(machines: Slice, num_slices: int) -> bool:
+    """Whether GPUs talk over a network whose rate no table knows."""
+    return machines.accelerator.platform == "gpu" and machines.num_hosts * num_slices > 1
 
-    fast: on all its links. slow: on those of one axis of the torus, which is what a collective gets
-    that the compiler could not spread over the axes.
+
+def bandwidth(
+    machines: Slice, shape: dict[str, int], axis: str, *, network: float
+) -> dict[str, float]:
+    """Returns the byte/s at which an array is gathered or scattered over a mesh axis.
+
+    TPUs. fast: on all links of a device. slow: on those of one axis of the torus, which is what a
+    collective gets that the compiler could not spread over the axes.
+
+    GPUs. Within a host, NVLink. Where an axis leaves the host, each of its devices in a host brings
+    in its share of the array over its own network adapter, and NVLink hands it on, so that the
+    slower of the two counts. slow: 70% of that.
+
+    Args:
+        shape: {mesh axis: size}; the last axes are those of neighbouring devices.
+        network: byte/s of one GPU to other hosts.
     """
     chip = machines.accelerator
     # The table counts both directions; what is sent has only one.
     whole = chip.link_bandwidth / 2 / chip.devices_per_chip
-    return {"fast": whole, "slow": whole / len(machines.topology)}
+    if chip.platform == "tpu":
+        return {"fast": whole, "slow": whole / len(machines.topology)}
+    axes = list(shape)
+    stride = math.prod(shape[other] for other in axes[axes.index(axis) + 1 :])
+    together = max(1, machines.chips_per_host // stride)  # devices of a group that share a host
+    rate = whole if together >= shape[axis] else min(whole, together * network)
+    return {"fast": rate, "slow": _SLOW_SHARE_OF_LINKS * rate}
 
 
-def is_network_known(machines: Slice) -> bool:
-    """Whether the table has the bandwidth of all that connects the devices.
-
-    It has none for the network between hosts of GPUs, which differs from cluster to cluster.
-    """
-    return machines.accelerator.platform == "tpu" or machines.num_hosts == 1
+def between_slices(machines: Slice, *, network: float) -> float:
+    """Returns the byte/s of a device to other slices."""
+    chip = machines.accelerator
+    return chip.dcn_bandwidth / chip.devices_per_chip if chip.platform == "tpu" else network
 
 
 def step_seconds(
-    executed_flops: float, traffic: dict, machines: Slice, num_slices: int
+    executed_flops: float,
+    traffic: dict,
+    shape: dict[str, int],
+    machines: Slice,
+    num_slices: int,
+    *,
+    efficiency: dict[str, float],
+    network: float,
 ) -> dict[str, float]:
     """Returns the time of a step under a fast and a slow set of assumptions.
 
-    fast: EFFICIENCY["fast"] of the peak; all communication is hidden behind computing unless it
-    takes longer, and uses all links. A gather or scatter of V bytes takes V / bandwidth, an
-    all-reduce twice that. slow: EFFICIENCY["slow"], nothing hidden, the links of one axis, and
-    gathers and scatters done as all-reduces, as libtpu does over whole slices. One number between
-    the two would claim more than shapes can show.
+    fast: all communication is hidden behind computing unless it takes longer. A gather or scatter
+    of V bytes takes V / bandwidth, an all-reduce twice that. slow: nothing is hidden, and TPUs do
+    gathers and scatters as all-reduces, as libtpu does over whole slices. One number between the
+    two would claim more than shapes can show.
 
-    Between hosts of GPUs communication is not counted: their network is not known, and a guess
-    would be taken for a figure.
+    Args:
+        efficiency, network: see `efficiency_of` and `bandwidth`.
     """
-    chip, links, seconds = machines.accelerator, bandwidth(machines), {}
-    for case, efficiency in EFFICIENCY.items():
-        once = traffic["gather"] + traffic["scatter"] + traffic["sequence"]
-        twice = traffic["data"] + traffic["tensor"]
-        exchanged = (once * (2 if case == "slow" else 1) + 2 * twice) / links[case]
+    # (purpose, its axis, whether each byte goes around twice)
+    purposes = (
+        ("gather", "fsdp", False),
+        ("scatter", "fsdp", False),
+        ("sequence", "sequence", False),
+        ("data", "data", True),
+        ("tensor", "tensor", True),
+    )
+    chip, seconds = machines.accelerator, {}
+    for case in ("slow", "fast"):
+        exchanged = 0.0
+        for purpose, axis, is_reduced in purposes:
+            is_double = is_reduced or (case == "slow" and chip.platform == "tpu")
+            rate = bandwidth(machines, shape, axis, network=network)[case]
+            exchanged += (2 if is_double else 1) * traffic[purpose] / rate
         if num_slices > 1:
             # A ring of slices: each gradient goes around once to be summed and once to be known.
             sent = 2 * (num_slices - 1) / num_slices * traffic["dcn"]
-            exchanged += sent / (chip.dcn_bandwidth / chip.devices_per_chip)
-        if not is_network_known(machines):
-            exchanged = 0.0
-        computed = executed_flops / (efficiency * chip.peak_flops_per_device)
+            exchanged += sent / between_slices(machines, network=network)
+        computed = executed_flops / (efficiency[case] * chip.peak_flops_per_device)
         seconds[case] = max(computed, exchanged) if case == "fast" else computed + exchanged
     return seconds
 
@@ -339,6 +313,7 @@ def intensity_of(
     *,
     tokens: int,
     tokens_per_slice: int,
+    network: float,
 ) -> dict:
     """Returns how many tokens there are, and how many are needed to hide the gathers of weights.
 
@@ -347,7 +322,7 @@ def intensity_of(
     device (the "How to Scale Your Model" book, chapter on training). With several slices, 2 * 2 P
     bytes of gradient go over the data centre network against 6 P tokens of FLOPs on a slice.
     """
-    chip, links = machines.accelerator, bandwidth(machines)
+    chip, links = machines.accelerator, bandwidth(machines, shape, "fsdp", network=network)
     peak = chip.peak_flops_per_device
     # against those of bfloat16
     gathered, reduced = recipe.dtype.itemsize / 2, recipe.gradient_dtype.itemsize / 2
@@ -359,5 +334,7 @@ def intensity_of(
     }
     if num_slices > 1:
         limits["tokens_per_slice"] = tokens_per_slice
-        limits["needed_between_slices"] = reduced * chip.peak_flops / chip.dcn_bandwidth
+        limits["needed_between_slices"] = (
+            reduced * chip.peak_flops_per_device / between_slices(machines, network=network)
+        )
     return limits

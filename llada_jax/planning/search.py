@@ -5,7 +5,8 @@ import math
 
 from llada_jax.cluster.hardware import Slice
 from llada_jax.errors import UserError
-from llada_jax.planning.estimate import Workload, estimate_run
+from llada_jax.planning.estimate import NETWORK_GBPS, estimate_run
+from llada_jax.training.memory import Workload
 from llada_jax.training.step import Recipe
 
 # From the most memory to the most recomputation.
@@ -19,7 +20,13 @@ USABLE_SHARE = 0.95
 
 
 def find_choices(
-    recipe: Recipe, workload: Workload, shape: dict[str, int], machines: Slice, num_slices: int
+    recipe: Recipe,
+    workload: Workload,
+    shape: dict[str, int],
+    machines: Slice,
+    num_slices: int,
+    *,
+    network_gbps: float = NETWORK_GBPS,
 ) -> list[dict]:
     """Returns the choices that fit and that no other choice beats in both time and memory.
 
@@ -31,7 +38,7 @@ def find_choices(
     have to be trusted.
 
     Args:
-        recipe, workload, shape: of the run as configured, see `estimate_run`.
+        recipe, workload, shape, network_gbps: of the run as configured, see `estimate_run`.
 
     Raises:
         UserError: nothing is estimated to fit.
@@ -47,7 +54,9 @@ def find_choices(
             if not is_divisible(recipe, workload.batch_size, num_microbatches, mesh):
                 continue
             changed = workload._replace(remat=remat, num_microbatches=num_microbatches)
-            found = estimate_run(recipe, changed, mesh, machines, num_slices)
+            found = estimate_run(
+                recipe, changed, mesh, machines, num_slices, network_gbps=network_gbps
+            )
             peak = found["memory"]["peak"]
             if peak < USABLE_SHARE * found["usable_bytes"]:
                 fitting.append(

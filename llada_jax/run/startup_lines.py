@@ -21,7 +21,6 @@ def startup_lines(
     batch_size: int,
     sequence_length: int,
     num_microbatches: int,
-    remat: str,
 ) -> list[str]:
     """Returns the run in numbers, each with the arithmetic behind it, so that a wrong knob is seen
     before the hours it would cost.
@@ -30,7 +29,6 @@ def startup_lines(
         origin: where the first state comes from.
         batch_size, sequence_length: B and T of the global batch.
         num_microbatches: the parts in which a step goes through the batch.
-        remat: config.model.remat.
     """
     a, abstract, num_steps = recipe.architecture, recipe.abstract, recipe.num_steps
     B, T = batch_size, sequence_length
@@ -69,8 +67,8 @@ def startup_lines(
         f"mesh        {' x '.join(axes) or 'one device'} ({mesh.size} x {device.device_kind}, "
         f"{jax.process_count()} process{'es' if jax.process_count() > 1 else ''})",
         f"memory      {format_bytes(state_bytes)} per device for parameters and optimizer state",
-        f"compute     {jnp.dtype(recipe.dtype).name}, attention {recipe.attention}, remat {remat}, "
-        f"{peak_words}",
+        f"compute     {jnp.dtype(recipe.dtype).name}, attention {recipe.attention}, remat "
+        f"{recipe.remat}, {peak_words}",
     ]
     for s in summaries:
         lines.append(

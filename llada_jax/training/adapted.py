@@ -9,7 +9,7 @@ import jax.numpy as jnp
 from jax import Array
 
 from llada_jax.errors import UserError
-from llada_jax.models.adapters import Lora, joined, make_adapters, merged
+from llada_jax.models.adapters import Lora, joined, make_adapters, merged, stored
 from llada_jax.objectives.objective import Objective
 
 
@@ -39,7 +39,7 @@ def adapted(objective: Objective, lora: Lora) -> Objective:
         return adapted_function
 
     def split(network: dict, key: Array) -> tuple[dict, dict]:
-        return make_adapters(network, key, lora), network
+        return make_adapters(network, key, lora), stored(network, lora)
 
     loss = over_adapters(objective.loss)
     is_one = objective.bound is objective.loss

@@ -6,6 +6,7 @@ parts, make_train_step is the step itself, compile_step makes a program of it.
 
 import functools
 from collections.abc import Callable
+from types import SimpleNamespace
 from typing import Any, NamedTuple
 
 import jax
@@ -14,7 +15,7 @@ import optax
 from jax import Array
 from jax.sharding import Mesh, NamedSharding
 
-from llada_jax.cluster import sharding
+from llada_jax.cluster import hardware, sharding
 from llada_jax.cluster.sharding import constrain
 from llada_jax.data.batch import PAIR_FIELDS, check_fields
 from llada_jax.errors import UserError
@@ -26,8 +27,10 @@ from llada_jax.objectives.named import make_objective
 from llada_jax.objectives.objective import Objective
 from llada_jax.rng import key_for
 from llada_jax.training.adapted import adapted
+from llada_jax.training.memory import Workload, choose_remat
 from llada_jax.training.optim import by_path, make_optimizer, make_schedule
 from llada_jax.training.state import STEP_METRICS, TrainState, abstract_metrics, abstract_state
+from llada_jax.validation import AUTO
 
 
 class Recipe(NamedTuple):
@@ -38,6 +41,7 @@ class Recipe(NamedTuple):
     dtype: jnp.dtype  # of the matrix products
     gradient_dtype: jnp.dtype  # in which gradients of matrices are added up over devices
     attention: str  # a key of llada_jax.models.attention.IMPLEMENTATIONS
+    remat: str  # what the backward pass keeps of a layer: "none" or a key of REMAT_POLICIES
     model: Model
     objective: Objective
     optimizer: optax.GradientTransformation
@@ -87,15 +91,17 @@ def make_recipe(config: Any, tokenizer: Any, mesh: Mesh, *, provided: Any = None
                 f"config.data.length_buckets: the attention kernel {attention!r}, which suits "
                 f"{T} tokens, does not take {length}; choose multiples of 128."
             )
-    model = make_model(
+    make = functools.partial(
+        make_model,
         architecture,
         dtype=dtype,
         gradient_dtype=gradient_dtype,
         attention=attention,
-        remat=config.model.remat,
         nll_chunk=config.model.nll_chunk,
         mask=objective.mask,
     )
+    # The state is the same whatever is kept, and what fits next to it depends on its size.
+    model = make(remat="full" if config.model.remat == AUTO else config.model.remat)
     # 2. The optimizer, and the state that it advances.
     num_steps = config.num_steps or max(1, config.num_tokens // (B * T))
     schedule = make_schedule(**config.schedule, num_steps=num_steps, tokens_per_step=B * T)
@@ -114,6 +120,17 @@ def make_recipe(config: Any, tokenizer: Any, mesh: Mesh, *, provided: Any = None
         )
     for group in ("weight_decay_multipliers", "learning_rate_multipliers"):
         by_path(abstract.params, config.optimizer[group], what=f"config.optimizer.{group}")
+    known = SimpleNamespace(
+        architecture=architecture,
+        abstract=abstract,
+        objective=objective,
+        attention=attention,
+        dtype=dtype,
+        gradient_dtype=gradient_dtype,
+    )
+    remat = resolved_remat(config, known, mesh)
+    if config.model.remat == AUTO:
+        model = make(remat=remat)
     # 3. The step.
     train_step = make_train_step(
         objective,
@@ -132,6 +149,7 @@ def make_recipe(config: Any, tokenizer: Any, mesh: Mesh, *, provided: Any = None
         dtype,
         gradient_dtype,
         attention,
+        remat,
         model,
         objective,
         optimizer,
@@ -199,6 +217,30 @@ def check_mesh(config: Any, a: Architecture, mesh: Mesh) -> None:
             "config.model.d_ff": ("mlp", a.d_ff),
             "config.model.vocab_size": ("vocab", a.vocab_size),
         },
+    )
+
+
+def resolved_remat(config: Any, parts: Any, mesh: Mesh) -> str:
+    """Returns config.model.remat, or what "auto" stands for on the devices of the mesh.
+
+    Args:
+        parts: a Recipe, or what llada_jax.training.memory.memory_of reads of one.
+    """
+    if config.model.remat != AUTO:
+        return config.model.remat
+    chip = hardware.accelerator_of(mesh.devices.flat[0])
+    usable = chip.usable_bytes_per_device if chip else None
+    return choose_remat(parts, workload_of(config), dict(mesh.shape), usable)
+
+
+def workload_of(config: Any) -> Workload:
+    """Returns what the estimates of memory and time read of a config."""
+    return Workload(
+        batch_size=config.data.batch_size,
+        sequence_length=config.data.sequence_length,
+        num_microbatches=config.optimizer.gradient_accumulation,
+        remat=config.model.remat,
+        nll_chunk=config.model.nll_chunk,
     )
 
 

@@ -6,12 +6,13 @@ instead: it builds the very train step that `llada-jax train` would run.
 """
 
 import sys
+from typing import Any, NamedTuple
 
 import jax
 
 from llada_jax.cluster import hardware, sharding
 from llada_jax.cluster.compiler_flags import flags_named
-from llada_jax.cluster.hardware import Slice
+from llada_jax.cluster.hardware import ACCELERATORS, Slice
 from llada_jax.config import default_config, load_config
 from llada_jax.errors import UserError
 from llada_jax.models.attention import choose
@@ -22,12 +23,13 @@ from llada_jax.planning.absent_devices import (
     stand_in_tokenizer,
 )
 from llada_jax.planning.check import check_program, compile_report
-from llada_jax.planning.estimate import EFFICIENCY, Workload, estimate_run
+from llada_jax.planning.estimate import NETWORK_GBPS, estimate_run
 from llada_jax.planning.search import REMATS, find_choices
 from llada_jax.ranges import RANGES, Range, check_number
-from llada_jax.training.step import Recipe, make_recipe
+from llada_jax.training.memory import Workload
+from llada_jax.training.step import Recipe, make_recipe, resolved_remat, workload_of
 from llada_jax.units import format_bytes, format_count, format_seconds
-from llada_jax.validation import validate
+from llada_jax.validation import AUTO, validate
 from llada_jax.verbs.command_line import Parser, json_text
 
 
@@ -70,6 +72,16 @@ def make_parser() -> Parser:
         metavar="PRESET",
         help="preset of compiler flags for --compile, as in v5p",
     )
+    parser.add_argument(
+        "--network-gbps",
+        type=float,
+        default=NETWORK_GBPS,
+        metavar="N",
+        help="Gbit/s of each GPU to other hosts (default: 400)",
+    )
+    parser.add_argument(
+        "--price", type=float, default=0.0, metavar="X", help="of one chip-hour, for the cost"
+    )
     parser.add_argument("--json", action="store_true", help="print one JSON object on stdout")
     return parser
 
@@ -79,6 +91,8 @@ def main(argv: list[str]) -> None:
     config = load_config(args.config, overrides)
     machines = hardware.machines_named(args.topology)
     check_number("--slices ", args.slices, Range(1))
+    check_number("--network-gbps ", args.network_gbps, Range(1e-3, 1e6))
+    check_number("--price ", args.price, Range(0, 1e6))
     check_number("--vocab-size ", args.vocab_size, RANGES["model.vocab_size"])
     if not config.model.vocab_size and not args.vocab_size:
         raise UserError(
@@ -93,18 +107,24 @@ def main(argv: list[str]) -> None:
     # Everything here runs on the CPU, even where a TPU is attached: a plan must not take its chips.
     jax.config.update("jax_platforms", "cpu")
 
-    report = estimate(config, machines, args.slices, vocab_size)
+    asked = Asked(config, machines, args.slices, vocab_size, args.network_gbps)
+    report = estimate(asked)
+    if args.price:
+        report["price"] = args.price
+        report["cost"] = {case: args.price * h for case, h in report["chip_hours"].items()}
     if args.search:
-        report["search"] = search(config, machines, args.slices, vocab_size)
-        if args.compile:
-            for choice in report["search"][:3]:
-                print(f"compiling {describe_choice(choice)}", file=sys.stderr)
-                changed = with_choice(config, choice)
-                choice["compiled"] = compile_and_check(changed, machines, args.slices, vocab_size)
+        report["search"] = search(asked)
+    if report["memory"]["peak"] > report["usable_bytes"]:
+        report["fit"] = knobs_that_fit(asked)
+    if args.search and args.compile:
+        for choice in report["search"][:3]:
+            print(f"compiling {describe_choice(choice)}", file=sys.stderr)
+            changed = asked._replace(config=with_choice(config, choice))
+            choice["compiled"] = compile_and_check(changed)
     elif args.compile:
         num_devices = machines.num_devices * args.slices
         print(f"compiling the train step for {num_devices} devices", file=sys.stderr)
-        report["compiled"] = compile_and_check(config, machines, args.slices, vocab_size)
+        report["compiled"] = compile_and_check(asked)
     print(json_text(report) if args.json else "\n".join(describe(report)))
     if not report.get("compiled", {}).get("fits", True):
         raise UserError(does_not_fit(report))
@@ -113,21 +133,21 @@ def main(argv: list[str]) -> None:
 # ---- from the config to the arguments of llada_jax.planning
 
 
+class Asked(NamedTuple):
+    """What a plan is asked about: a config on some machines, see `main`."""
+
+    config: Any
+    machines: Slice
+    num_slices: int
+    vocab_size: int
+    network_gbps: float = NETWORK_GBPS
+
+
 def check_vocabulary(config, vocab_size: int) -> None:
     """Raises UserError for a model that no machine holds once the vocabulary is known."""
     known = config.copy_and_resolve_references()
     known.model.vocab_size = vocab_size
     validate(known, default_config())
-
-
-def workload_of(config) -> Workload:
-    return Workload(
-        batch_size=config.data.batch_size,
-        sequence_length=config.data.sequence_length,
-        num_microbatches=config.optimizer.gradient_accumulation,
-        remat=config.model.remat,
-        nll_chunk=config.model.nll_chunk,
-    )
 
 
 def recipe_of_shapes(config, mesh, vocab_size: int) -> Recipe:
@@ -138,6 +158,8 @@ def recipe_of_shapes(config, mesh, vocab_size: int) -> Recipe:
     """
     traced = config.copy_and_resolve_references()
     traced.model.attention = "xla"
+    if traced.model.remat == AUTO:  # chosen below, for the kernel of the run
+        traced.model.remat = "full"
     recipe = make_recipe(traced, stand_in_tokenizer(vocab_size), mesh)
     attention = choose(
         config.model.attention,
@@ -148,21 +170,43 @@ def recipe_of_shapes(config, mesh, vocab_size: int) -> Recipe:
         head_dim=recipe.architecture.head_dim,
         dtype=recipe.dtype,
     )
-    return recipe._replace(attention=attention)
+    recipe = recipe._replace(attention=attention)
+    return recipe._replace(remat=resolved_remat(config, recipe, mesh))
 
 
-def estimate(config, machines: Slice, num_slices: int, vocab_size: int) -> dict:
-    """Returns the estimate of a config; raises UserError if it does not fit the machines."""
-    mesh = stand_in_mesh(config.mesh, machines, num_slices)
-    recipe = recipe_of_shapes(config, mesh, vocab_size)
-    return estimate_run(recipe, workload_of(config), dict(mesh.shape), machines, num_slices)
+def _of_shapes(asked: Asked) -> tuple[Recipe, Workload, dict[str, int], Slice, int]:
+    """Returns the arguments of `estimate_run` and of `find_choices`, for stand-ins."""
+    config = asked.config
+    mesh = stand_in_mesh(config.mesh, asked.machines, asked.num_slices)
+    recipe = recipe_of_shapes(config, mesh, asked.vocab_size)
+    workload = workload_of(config)._replace(remat=recipe.remat)
+    return recipe, workload, dict(mesh.shape), asked.machines, asked.num_slices
 
 
-def search(config, machines: Slice, num_slices: int, vocab_size: int) -> list[dict]:
+def estimate(asked: Asked) -> dict:
+    """Returns the estimate of a config; raises UserError if the machines cannot split it."""
+    return estimate_run(*_of_shapes(asked), network_gbps=asked.network_gbps)
+
+
+def search(asked: Asked) -> list[dict]:
     """Returns llada_jax.planning.search.find_choices of a config."""
-    mesh = stand_in_mesh(config.mesh, machines, num_slices)
-    recipe = recipe_of_shapes(config, mesh, vocab_size)
-    return find_choices(recipe, workload_of(config), dict(mesh.shape), machines, num_slices)
+    return find_choices(*_of_shapes(asked), network_gbps=asked.network_gbps)
+
+
+def knobs_that_fit(asked: Asked) -> list[str]:
+    """Returns the flags of the fastest choice that is estimated to fit; [] where there is none."""
+    try:
+        choice = search(asked)[0]
+    except UserError:
+        return []
+    config, mesh = asked.config, dict(choice["mesh"])
+    shape = stand_in_mesh(config.mesh, asked.machines, asked.num_slices).shape
+    flags = [f"mesh.{axis}={size}" for axis, size in mesh.items() if size != shape[axis]]
+    if choice["remat"] != config.model.remat:
+        flags.append(f"model.remat={choice['remat']}")
+    if choice["microbatches"] != config.optimizer.gradient_accumulation:
+        flags.append(f"optimizer.gradient_accumulation={choice['microbatches']}")
+    return [f"--config.{flag}" for flag in flags]
 
 
 def with_choice(config, choice: dict):
@@ -174,15 +218,17 @@ def with_choice(config, choice: dict):
     return changed
 
 
-def compile_and_check(config, machines: Slice, num_slices: int, vocab_size: int) -> dict:
+def compile_and_check(asked: Asked) -> dict:
     """Returns llada_jax.planning.check.compile_report of a config, with "checks" where it fits."""
+    config, machines, num_slices = asked.config, asked.machines, asked.num_slices
     mesh = absent_mesh(config.mesh, machines, num_slices)
-    recipe = make_recipe(config, stand_in_tokenizer(vocab_size), mesh)
+    recipe = make_recipe(config, stand_in_tokenizer(asked.vocab_size), mesh)
     shape = (config.data.batch_size, config.data.sequence_length)
     report = compile_report(recipe, mesh, machines, shape=shape)
     if report["fits"]:
         # Of this recipe and not of one for stand-ins: its attention is the one that was compiled.
-        meant = estimate_run(recipe, workload_of(config), dict(mesh.shape), machines, num_slices)
+        workload = workload_of(config)._replace(remat=recipe.remat)
+        meant = estimate_run(recipe, workload, dict(mesh.shape), machines, num_slices)
         report["checks"] = check_program(report, meant)
     return report
 
@@ -261,6 +307,7 @@ def _describe_needs(p: dict) -> list[str]:
         f"activations, {sizes['working']} at work (estimates)",
         f"            {sizes['peak']} of {format_bytes(p['usable_bytes'])} per device at the peak"
         + (" (estimate)" if fits else ": estimated not to fit"),
+        *_describe_fit(p),
         f"traffic     {exchanged or 'none'} per step",
         f"intensity   {limits['tokens_per_device']:,} tokens per device; computing hides the "
         f"gathers above {limits['needed_on_all_links']:,.0f} (all links) to "
@@ -274,21 +321,39 @@ def _describe_needs(p: dict) -> list[str]:
     return lines
 
 
+def _describe_fit(p: dict) -> list[str]:
+    """Returns what to change where the estimate does not fit."""
+    if "fit" not in p:
+        return []
+    if not p["fit"]:
+        return ["            no other mesh, remat policy or microbatches fit these machines"]
+    return [f"            the fastest that fits: {' '.join(p['fit'])}"]
+
+
 def _describe_time(p: dict) -> list[str]:
     """Returns the lines about time and cost, each a range with its assumptions."""
     seconds, mfu, days, chip_hours = p["seconds_per_step"], p["mfu"], p["days"], p["chip_hours"]
+    efficiency = p["efficiency"]
+    if p["network_gbps"]:
+        links = f"70% of the links and of {p['network_gbps']:g} Gbit/s per GPU between hosts"
+    elif ACCELERATORS[p["accelerator"]].platform == "gpu":
+        links = "70% of the links"
+    else:
+        links = "one axis of links, gathers done as all-reduces"
     lines = [
         f"time        {format_seconds(seconds['fast'])} to {format_seconds(seconds['slow'])} per "
         f"step: {100 * mfu['slow']:.0f} to {100 * mfu['fast']:.0f}% MFU. "
-        f"Fast: {EFFICIENCY['fast']:.0%} of the peak with recomputation, communication hidden;",
-        f"            slow: {EFFICIENCY['slow']:.0%}, nothing hidden, one axis of links, gathers "
-        "done as all-reduces",
+        f"Fast: {efficiency['fast']:.0%} of the peak with recomputation, communication hidden;",
+        f"            slow: {efficiency['slow']:.0%}, nothing hidden, {links}",
         f"run         {p['num_steps']:,} steps = {format_count(p['num_tokens'])} tokens: "
         f"{days['fast']:,.1f} to {days['slow']:,.1f} days, {format_count(chip_hours['fast'])} to "
         f"{format_count(chip_hours['slow'])} chip-hours",
     ]
-    if not p["network_counted"]:
-        lines.append("            the network between GPU hosts is not known and not in the time")
+    if "cost" in p:
+        lines.append(
+            f"cost        {p['cost']['fast']:,.0f} to {p['cost']['slow']:,.0f} at {p['price']:g} "
+            "per chip-hour"
+        )
     return lines
 
 

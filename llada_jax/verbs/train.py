@@ -15,7 +15,7 @@ from ml_collections import ConfigDict
 
 from llada_jax.arguments import checked
 from llada_jax.checkpoints.orbax_patches import drop_echoes
-from llada_jax.checkpoints.record import run_record
+from llada_jax.checkpoints.record import FILE, read_run, run_record
 from llada_jax.cluster import distributed, hardware, sharding
 from llada_jax.cluster.stop_request import StopRequest
 from llada_jax.config import (
@@ -51,6 +51,7 @@ from llada_jax.run.start import (
 )
 from llada_jax.run.startup_lines import compilation_line, flops_of_token, startup_lines
 from llada_jax.samplers.settings import check_schedule
+from llada_jax.storage import remote
 from llada_jax.training.state import TrainState
 from llada_jax.training.step import Recipe, compile_step, make_recipe
 from llada_jax.units import bits_per_byte
@@ -191,7 +192,10 @@ def open_run(
     )
 
     # 3. Model, objective and optimizer, none of them with numbers yet.
+    if config.model.remat == AUTO:
+        config.model.remat = recorded_remat(workdir)
     recipe = make_recipe(config, data.tokenizer, mesh, provided=data.fields)
+    config.model.remat = recipe.remat  # as run.json is to say it
     if config.samples.every_steps:  # now, and not after hours of training
         check_schedule(**{name: config.samples[name] for name in SAMPLE_KNOBS}, cfg_scale=0.0)
 
@@ -229,6 +233,16 @@ def open_run(
     return OpenRun(data, recipe, opened), state
 
 
+def recorded_remat(workdir: str) -> str:
+    """Returns what the run in a workdir keeps for its backward pass, AUTO where there is no run.
+
+    A run goes on as it began, on other devices and under other defaults too.
+    """
+    if not (remote.path_of(workdir) / FILE).exists():
+        return AUTO
+    return read_run(workdir).config.get("model", {}).get("remat", AUTO)
+
+
 def train_on(
     mesh,
     config,
@@ -259,7 +273,6 @@ def train_on(
         batch_size=B,
         sequence_length=T,
         num_microbatches=config.optimizer.gradient_accumulation,
-        remat=config.model.remat,
     ):
         progress.say(line)
     for line in opened.what_changed(log_every_steps=config.log.every_steps):

@@ -146,13 +146,23 @@ def test_weights_are_gathered_twice_and_gradients_reduced_once_a_step(report_of,
         check["what"]: check["words"] for check in report["compiled"]["checks"] if not check["ok"]
     } == {}
     totals = bytes_by_purpose(report["compiled"]["collectives"])
-    assert 2 * 2 * MATRICES * 0.95 < totals["gather"] < 2 * 2 * MATRICES * 1.3
+    # with full effort nothing is gathered a third time
+    most_gathered = 1.02 if name == "v5p-128" else 1.3
+    assert 2 * 2 * MATRICES * 0.95 < totals["gather"] < 2 * 2 * MATRICES * most_gathered
     # In multiples of the bfloat16 embedding, what is reduced on top of the matrices. At O0 the
     # gradient of the embedding stays float32, as it is summed; between replicas it is reduced once
     # more, and the head's is float32 there.
     more = {"v5p-128": 0, "v6e-256": 1, "2 x v5e-256": 3}[name]
     most = 2 * MATRICES + more * 2 * VOCAB_SIZE * 4096
     assert 2 * MATRICES * 0.95 < totals["scatter"] + totals["reduce"] < 1.05 * most
+
+
+@pytest.mark.slow
+def test_a_layer_copies_next_to_nothing_to_another_layout(report_of):
+    """One copy a layer, of its input; with merged dims there were 21, 77.6 GiB a step together."""
+    copies = report_of("v5p-128")["compiled"]["layout_copies"]
+    assert copies["times"] < 5 * 32
+    assert copies["total_bytes"] < 8 * GIB
 
 
 @pytest.mark.slow

@@ -7,7 +7,7 @@ from support.paths import CONFIGS, ROOT
 
 from llada_jax.cluster.hardware import machines_named
 from llada_jax.config import load_config
-from llada_jax.verbs.plan import estimate
+from llada_jax.verbs.plan import Asked, estimate
 
 PAGE = (ROOT / "docs" / "continue-8b.md").read_text()
 ROWS = re.findall(
@@ -27,7 +27,7 @@ def test_a_row_is_what_plan_says(row):
     peak, usable, fast, slow = map(float, numbers)
     asked = ["num_tokens=1e10", "data.batch_size=256", *knobs.split()]
     config = load_config(str(CONFIGS / "llada_8b.py"), asked)
-    report = estimate(config, machines_named(name), 1, config.model.vocab_size)
+    report = estimate(Asked(config, machines_named(name), 1, config.model.vocab_size))
     assert report["memory"]["peak"] / 2**30 == pytest.approx(peak, abs=0.06)
     assert report["usable_bytes"] / 2**30 == pytest.approx(usable, abs=0.06)
     assert report["days"]["fast"] == pytest.approx(fast, abs=0.06)

@@ -20,7 +20,8 @@ GIB = 2**30
 def estimated(topology: str = "v5p-128", *overrides: str, slices: int = 1) -> dict:
     """Returns the estimate of LLaDA-8B with some knobs changed."""
     config = load_config(LLADA_8B, list(overrides))
-    return plan.estimate(config, hardware.machines_named(topology), slices, VOCAB_SIZE)
+    machines = hardware.machines_named(topology)
+    return plan.estimate(plan.Asked(config, machines, slices, VOCAB_SIZE))
 
 
 def compile_in_a_process(

@@ -4,14 +4,14 @@ import json
 import os
 import signal
 import socket
-import subprocess
-import sys
 import time
 from pathlib import Path
 
 import jax
 import numpy as np
 from orbax.checkpoint import v1 as ocp
+
+from support.fork_server import SERVER, Process
 
 SMALL_RUN = """
 from llada_jax.config import default_config
@@ -62,23 +62,19 @@ class Runs:
         num_devices: int = 1,
         environment: dict | None = None,
         config: Path | None = None,
-    ) -> subprocess.Popen:
+    ) -> Process:
         """Starts one process with `num_devices` CPU devices."""
         words = [f"--config.{knob}" for knob in (f"data.path={self.dataset}", *overrides)]
-        command = [
-            sys.executable,
-            "-m",
-            "llada_jax",
-            "train",
-            "--config",
-            str(config or self.directory / "small.py"),
-        ]
-        return subprocess.Popen(
-            [*command, "--workdir", str(workdir), *words],
-            env={**os.environ, "JAX_NUM_CPU_DEVICES": str(num_devices), **(environment or {})},
-            stdout=subprocess.PIPE,
-            stderr=subprocess.PIPE,
-            text=True,
+        return SERVER.start(
+            [
+                "train",
+                "--config",
+                str(config or self.directory / "small.py"),
+                "--workdir",
+                str(workdir),
+                *words,
+            ],
+            {**os.environ, "JAX_NUM_CPU_DEVICES": str(num_devices), **(environment or {})},
         )
 
     def train(

@@ -11,6 +11,7 @@ from support.errors import error_of
 from llada_jax.models.adapters import Lora, adapter_shapes, joined, merged
 from llada_jax.models.model import make_model
 from llada_jax.models.transformer import Architecture
+from llada_jax.objectives.masked_diffusion import masked_diffusion
 from llada_jax.objectives.sft import sft
 from llada_jax.objectives.vrpo import vrpo
 from llada_jax.training.adapted import adapted
@@ -95,6 +96,39 @@ def test_under_adapters_the_reference_is_the_network_without_them():
     params, frozen = over.split_parameters(network, key)
     assert jax.tree.structure(params) == jax.tree.structure(adapters)
     assert frozen is network
+
+
+def test_a_frozen_network_in_bfloat16_is_that_of_its_rounded_matrices():
+    key = jax.random.key(0)
+    lora = LORA._replace(frozen_dtype="bfloat16")
+    network = jax.jit(MODEL.init)(key)
+    over = adapted(masked_diffusion(mask_id=9), lora)
+    params, frozen = over.split_parameters(network, key)
+    dtypes = {
+        jax.tree_util.keystr(path, simple=True, separator="/"): leaf.dtype
+        for path, leaf in jax.tree_util.tree_leaves_with_path(frozen)
+    }
+    for name, dtype in dtypes.items():
+        assert dtype == ("float32" if "norm" in name or "bias" in name else "bfloat16"), name
+    rounded = jax.tree.map(lambda leaf: leaf.astype(jnp.float32), frozen)
+    assert any((a != b).any() for a, b in zip(*map(jax.tree.leaves, (rounded, network))))
+    whole = over.network(params, frozen)
+    assert {leaf.dtype for leaf in jax.tree.leaves(whole)} == {jnp.dtype("float32")}
+    rng = np.random.default_rng(0)
+    batch = {
+        "tokens": rng.integers(0, 8, (4, 8)).astype(np.int32),
+        "segment_ids": np.ones((4, 8), np.int32),
+        "positions": np.tile(np.arange(8, dtype=np.int32), (4, 1)),
+        "is_maskable": np.ones((4, 8), bool),
+    }
+
+    def loss(params, frozen):
+        return over.loss(
+            MODEL.nll_fn, params, batch, key, jnp.arange(4), frozen=frozen, num_rows=4, step=0
+        )[0]
+
+    ours, theirs = (jax.value_and_grad(loss)(params, f) for f in (frozen, rounded))
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-6), ours, theirs)
 
 
 def test_an_objective_that_freezes_something_itself_is_refused():

@@ -31,8 +31,9 @@ def recipe_on(mesh) -> Recipe:
     abstract = abstract_state(model, optimizer, mesh, metrics=metrics, keep_ema=True)
     placed = batch_sharding(mesh)
     f32 = jnp.dtype(jnp.float32)
+    kept = "none"
     return Recipe(
-        ARCHITECTURE, 1, f32, f32, "xla", model, objective, optimizer, abstract, step, placed
+        ARCHITECTURE, 1, f32, f32, "xla", kept, model, objective, optimizer, abstract, step, placed
     )
 
 

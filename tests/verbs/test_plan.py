@@ -77,9 +77,27 @@ def test_mistakes_end_with_one_sentence(words, sentence, capsys):
     assert len(err.splitlines()) == 1
 
 
-def test_an_unknown_network_is_said_to_be_missing_from_the_time():
-    assert any("not in the time" in line for line in plan.describe(estimated("64xh100")))
-    assert not any("not in the time" in line for line in plan.describe(estimated("8xh100")))
+def test_the_network_and_the_price_are_said(capsys):
+    words = ["plan", "--config", LLADA_8B, "--topology", "64xh100", "--price", "2.5"]
+    assert main([*words, "--network-gbps", "200"]) == 0
+    out = capsys.readouterr().out
+    assert "70% of the links and of 200 Gbit/s per GPU between hosts" in out
+    assert main([*words, "--json"]) == 0
+    report = json.loads(capsys.readouterr().out)
+    for case, hours in report["chip_hours"].items():
+        assert report["cost"][case] == pytest.approx(2.5 * hours)
+    assert "of the links" in "\n".join(plan.describe(estimated("8xh100")))
+    assert "one axis of links" in "\n".join(plan.describe(estimated()))
+
+
+def test_a_config_that_does_not_fit_is_answered_with_the_fastest_that_does(capsys):
+    words = ["plan", "--config", LLADA_8B, "--topology", "v5p-128", "--config.model.remat=none"]
+    assert main(words) == 0
+    out = capsys.readouterr().out
+    assert "estimated not to fit" in out
+    assert re.search(r"the fastest that fits: (--config\.\S+=\S+ ?)+\n", out)
+    assert main([*words[:-1], "--config.data.batch_size=256"]) == 0
+    assert "the fastest that fits" not in capsys.readouterr().out
 
 
 TOO_LARGE = """

@@ -15,7 +15,7 @@ from support.paths import ROOT
 from support.runs import losses, metric_lines, saved_arrays
 
 from llada_jax.__main__ import main
-from llada_jax.verbs.train import compilation_cache
+from llada_jax.verbs.train import compilation_cache, recorded_remat
 
 CONFIGS = sorted((ROOT / "configs").glob("*.py"))
 SMALL = {
@@ -200,6 +200,17 @@ def small_run(runs):
     workdir = runs.directory / "small"
     runs.train(workdir)
     return workdir
+
+
+@pytest.mark.slow
+def test_run_json_names_what_auto_stands_for_and_a_continued_run_keeps_it(small_run, tmp_path):
+    assert recorded_remat(str(tmp_path)) == "auto"
+    assert recorded_remat(str(small_run)) == "dots"
+    # as a run that began under another default has it
+    content = json.loads((small_run / "run.json").read_text())
+    content["config"]["model"]["remat"] = "none"
+    (tmp_path / "run.json").write_text(json.dumps(content))
+    assert recorded_remat(str(tmp_path)) == "none"
 
 
 @pytest.mark.slow

@@ -3,6 +3,7 @@
 import json
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 from safetensors.numpy import load_file
@@ -89,6 +90,43 @@ def test_load_evaluate_and_export_see_the_merged_network(base, tuned, dialogues,
     jax.tree.map(
         lambda ours, theirs: np.testing.assert_allclose(ours, theirs, rtol=1e-5, atol=1e-6),
         exported,
+        jax.tree.map(np.asarray, model.params),
+    )
+
+
+@pytest.mark.slow
+def test_a_network_that_is_frozen_in_bfloat16_is_resumed_loaded_and_exported(
+    runs, base, dialogues, tmp_path
+):
+    workdir = runs.directory / "adapters-bfloat16"
+    words = (
+        *WORDS,
+        "samples.every_steps=0",
+        "lora.frozen_dtype=bfloat16",
+        f"data.path={dialogues('packed')}",
+        f"checkpoint.init_from={base}",
+    )
+    runs.train(workdir, *words, "num_steps=4")
+    runs.train(workdir, *words, "num_steps=6")
+    before, after = arrays_of(base, 10), arrays_of(workdir, 6)
+    model = llada_jax.load(str(workdir))
+    for path, leaf in jax.tree_util.tree_leaves_with_path(model.params):
+        name = jax.tree_util.keystr(path, simple=True, separator="/")
+        frozen, expected = after[f"frozen/{name}"], before[f"params/{name}"]
+        if "norm" not in name:
+            expected = expected.astype(jnp.bfloat16)
+        np.testing.assert_array_equal(frozen, expected)
+        expected = expected.astype(np.float64)
+        if f"params/{name}/a" in after:
+            a, b = (after[f"params/{name}/{part}"].astype(np.float64) for part in "ab")
+            expected = expected + (16.0 / 4 * (a @ b)).reshape(expected.shape)
+        assert leaf.dtype == np.float32
+        np.testing.assert_allclose(leaf, expected, rtol=1e-5, atol=1e-6)
+    words = ["--output", str(tmp_path / "out"), "--dtype", "float32"]
+    assert main(["export", "--checkpoint", str(workdir), *words]) == 0
+    jax.tree.map(
+        lambda ours, theirs: np.testing.assert_allclose(ours, theirs, rtol=1e-6, atol=1e-7),
+        read_back(tmp_path / "out", model.record.architecture),
         jax.tree.map(np.asarray, model.params),
     )
 

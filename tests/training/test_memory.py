@@ -1,0 +1,64 @@
+"""The remat policy that "auto" stands for, on machines that are not there."""
+
+import pytest
+from support.plans import estimated
+
+from llada_jax.cluster.sharding import one_device_mesh
+from llada_jax.config import default_config
+from llada_jax.planning.absent_devices import stand_in_tokenizer
+from llada_jax.training.memory import AUTO_REMATS, AUTO_SHARE
+from llada_jax.training.step import make_recipe
+
+AUTO = "model.remat=auto"
+
+
+@pytest.mark.parametrize(
+    ("topology", "rows", "remat"),
+    [
+        ("v5p-128", 256, "dots"),
+        ("v5p-128", 1280, "attention"),
+        ("64xh100", 1280, "attention"),
+        ("64xh100", 2560, "full"),
+        ("v5litepod-256", 1024, "attention"),
+        ("v5litepod-256", 2048, "full"),
+    ],
+)
+def test_the_less_memory_the_less_is_kept(topology, rows, remat):
+    assert estimated(topology, AUTO, f"data.batch_size={rows}")["remat"] == remat
+
+
+@pytest.mark.parametrize("topology", ["v5p-128", "v6e-256", "64xh100", "64xh200", "64xb200"])
+def test_auto_is_the_first_policy_of_which_the_estimate_fits(topology):
+    rows = "data.batch_size=1280"
+    chosen = estimated(topology, AUTO, rows)
+    peaks = {}
+    for name in AUTO_REMATS:
+        p = estimated(topology, f"model.remat={name}", rows)
+        peaks[name] = p["memory"]["peak"] / p["usable_bytes"]
+        if name == chosen["remat"]:
+            assert p["memory"] == chosen["memory"]
+    fits = [name for name in AUTO_REMATS if peaks[name] < AUTO_SHARE]
+    assert chosen["remat"] == (fits[0] if fits else "full")
+
+
+def test_a_cpu_keeps_the_products():
+    config = default_config()
+    config.data.batch_size, config.data.sequence_length = 8, 64
+    config.model.num_layers, config.model.d_model = 1, 32
+    config.model.num_heads = config.model.num_kv_heads = 2
+    config.model.head_dim, config.model.d_ff = 16, 64
+    config.num_steps = 10
+    recipe = make_recipe(config, stand_in_tokenizer(512), one_device_mesh())
+    assert recipe.remat == "dots"
+
+
+def test_the_choice_is_made_for_the_kernel_of_the_run():
+    """The reference holds the scores of all positions, so that less of the rest can be kept."""
+    words = ("data.batch_size=320", AUTO)
+    assert estimated("v5p-128", *words)["remat"] == "dots"
+    assert estimated("v5p-128", *words, "model.attention=xla")["remat"] != "dots"
+
+
+def test_microbatches_and_the_mesh_are_counted():
+    rows = "data.batch_size=1280"
+    assert estimated("v5p-128", AUTO, rows, "optimizer.gradient_accumulation=5")["remat"] == "dots"
