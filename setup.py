@@ -84,7 +84,7 @@ setup(
     extras_require={
         "tpu": ["jax[tpu]>=0.10.2,<0.13"],
         "cuda": ["jax[cuda13]>=0.10.2,<0.13"],
-        # compiles for GPUs where there is none: a fifth of what running on them takes
+        # compiles for GPUs where there is none, without most of what running on them takes
         "plan-gpu": ["jax[cuda13-local]>=0.10.2,<0.13", "nvidia-cudnn-cu13>=9.12,<10"],
         "data": DATA,
         "gs": GS,
