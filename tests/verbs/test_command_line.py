@@ -38,6 +38,7 @@ FLAGS = {
     "export": """--checkpoint --output --dtype --shard-size --ema --layout --chat-template --force
         --verify --push-to-hub --dry-run --license --adapters --json --tokenizer""",
     "plan": """--config --topology --slices --vocab-size --compile --search --flags --json
+        --network-gbps --price
         --config.KEY""",
     "sweep": """--config --workdir --list --index --run --optuna --table --fit --parallel --plot
         --dry-run --json --config.KEY""",
