@@ -73,6 +73,7 @@ class ModelConfig(Schema):
     output_shift: bool | None = None
     layer_types: list[str] | None = None
     mask_token_id: Id | None = None
+    eot_token_id: Id | None = None
     eos_token_id: Id | Annotated[list[Id], Field(min_length=1)] | None = None
     bos_token_id: OptionalId | None = None
     pad_token_id: OptionalId | None = None

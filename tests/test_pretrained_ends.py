@@ -83,6 +83,36 @@ def test_no_gap_is_filled_with_what_ends_a_text(model):
     assert len(filled.encode(errors="replace")) >= 24
 
 
+def ends_after_a_round_trip(directory, tmp_path) -> tuple[int, ...]:
+    """Returns what ends a text for the export of an imported directory."""
+    run, out = tmp_path / "run", tmp_path / "out"
+    assert main(["import", "--from", str(directory), "--output", str(run)]) == 0
+    assert main(["export", "--checkpoint", str(run), "--output", str(out)]) == 0
+    generation = json.loads((out / "generation_config.json").read_text())
+    assert generation["eos_token_id"] == [EOS, END_OF_TURN]
+    assert llada_jax.load(str(run)).tokenizer.end_ids == (EOS, END_OF_TURN)
+    return llada_jax.load(str(out)).tokenizer.end_ids
+
+
+def test_export_keeps_the_end_of_a_turn(directory, tmp_path):
+    assert ends_after_a_round_trip(directory, tmp_path) == (EOS, END_OF_TURN)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("has_tokenizer", [True, False])
+def test_an_end_of_turn_that_no_usual_name_says_is_that_of_the_config(
+    directory, tmp_path, has_tokenizer
+):
+    other = tmp_path / "hf"
+    other.mkdir()
+    config = json.loads((directory / "config.json").read_text())
+    (other / "config.json").write_text(json.dumps({**config, "eot_token_id": END_OF_TURN}))
+    write_weights(other, "llada", SMALL, random_params(SMALL))
+    if has_tokenizer:
+        write_tokenizer(other, "<|mdm_mask|>", "<|my_turn_is_over|>")
+    assert ends_after_a_round_trip(other, tmp_path) == (EOS, END_OF_TURN)
+
+
 def test_import_keeps_the_end_of_a_turn(directory, tmp_path):
     words = ["--from", str(directory), "--output", str(tmp_path / "run")]
     assert main(["import", *words]) == 0

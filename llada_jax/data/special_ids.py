@@ -83,7 +83,7 @@ def stated_in_model_config(folder, *, num_ids: int) -> dict[str, int]:
 def stated_ids(hf_config: dict, *, num_ids: int, file) -> dict[str, int]:
     """Returns {"mask": 126336, ...} as far as a config.json states ids below `num_ids`."""
     config = check(hf_config, ModelConfig, file=file)
-    ids = {what: getattr(config, f"{what}_token_id") for what in SPECIAL_NAMES}
+    ids = {what: getattr(config, f"{what}_token_id") for what in (*SPECIAL_NAMES, "eot")}
     # Of several end-of-text ids, the first is the one that ended the texts in training.
     ids = {what: i[0] if isinstance(i, list) else i for what, i in ids.items()}
     return {what: i for what, i in ids.items() if i is not None and 0 <= i < num_ids}

@@ -79,7 +79,8 @@ class Tokenizer:
         self.bos_id = special_ids.get("bos", self.eos_id)
         self.pad_id = special_ids.get("pad", self.eos_id)
         turns = [i for i in map(codec.id_of, END_OF_TURN) if i is not None]
-        self.eot_id = special_ids.get("eot", turns[0] if turns else None)
+        self._named_eot_id = turns[0] if turns else None
+        self.eot_id = special_ids.get("eot", self._named_eot_id)
         self._codec = codec
         self._is_special_V = np.zeros(self.vocab_size, dtype=bool)
         self._is_special_V[[self.mask_id, self.eos_id, self.bos_id, self.pad_id]] = True
@@ -224,7 +225,7 @@ class Tokenizer:
 
     def _meta(self) -> bytes:
         ids = self.special_ids
-        if self.kind != "none":
+        if self.eot_id == self._named_eot_id:
             # found again by its name; written down it would change the fingerprint
             ids.pop("eot", None)
         return (json.dumps({"kind": self.kind, "special_ids": ids}, indent=2) + "\n").encode()

@@ -17,6 +17,8 @@ from llada_jax.evaluation.conditional import Score, encode_pair, log_likelihoods
 from llada_jax.masks import Mask
 from llada_jax.rng import key_for
 from llada_jax.samplers import denoise
+from llada_jax.samplers.autoregressive import continue_tokens
+from llada_jax.samplers.text import cut_at_end, decode_after, generate_tokens
 
 DIRECTIONS = ("forwards", "backwards", "infill")
 KEYS = ("prompt", "answer", "choices", "prompt_choices", "backwards")
@@ -181,6 +183,69 @@ def written(
     return [found[number] for number in range(len(questions))]
 
 
+def written_to_the_end(
+    model: Any,
+    params: dict,
+    questions: Sequence[Question],
+    *,
+    tokenizer: Any,
+    mask: Mask,
+    gen_length: int,
+    batch_size: int = 32,
+) -> list[str]:
+    """Returns the text that a model writes behind each prompt, up to EOS or the end of a turn and
+    at most `gen_length` tokens, at temperature 0.
+
+    Nothing follows these questions: what stands behind an answer would give its length away.
+    """
+    prompts = [list(question.before) for question in questions]
+    request: dict[str, Any] = dict(
+        mask_id=tokenizer.mask_id,
+        pad_id=tokenizer.pad_id,
+        eos_id=tokenizer.end_ids,
+        num_ids=tokenizer.vocab_size,
+        gen_length=gen_length,
+        batch_size=batch_size,
+    )
+    if mask.causal:
+        tokens_BT, _ = continue_tokens(
+            model.cache_fns, params, prompts, bos_id=tokenizer.bos_id, **request
+        )
+    else:
+        tokens_BT, _ = generate_tokens(model.logits_fn, params, prompts, **request)
+    return [
+        decode_after(tokenizer, prompt, cut_at_end(tokens, tokenizer.end_ids))
+        for prompt, tokens in zip(prompts, tokens_BT, strict=True)
+    ]
+
+
+def _matches(
+    model: Any,
+    params: dict,
+    questions: Sequence[Question],
+    scores: Sequence[Score],
+    *,
+    tokenizer: Any,
+    mask: Mask,
+    gen_length: int | None,
+    batch_size: int,
+) -> list[bool]:
+    """Returns which answers the model writes exactly; see `answer`."""
+    many: dict[str, Any] = dict(tokenizer=tokenizer, batch_size=batch_size)
+    if gen_length is not None and not any(question.after for question in questions):
+        texts = written_to_the_end(
+            model, params, questions, mask=mask, gen_length=gen_length, **many
+        )
+        return [
+            text == decode_after(tokenizer, question.before, question.answer)
+            for text, question in zip(texts, questions, strict=True)
+        ]
+    if mask.causal:
+        return [bool(score.is_most_likely) for score in scores]
+    tokens = written(model, params, questions, **many)
+    return [found == question.answer for found, question in zip(tokens, questions, strict=True)]
+
+
 def _share(is_right: Sequence[bool]) -> tuple[float, float]:
     if not is_right:
         return math.nan, math.nan
@@ -195,6 +260,7 @@ def answer(
     *,
     tokenizer: Any,
     mask: Mask,
+    gen_length: int | None = None,
     batch_size: int = 32,
     **settings: Any,
 ) -> Result:
@@ -202,6 +268,9 @@ def answer(
 
     An autoregressive model matches exactly where each token of the answer is its most likely next
     one, which is greedy decoding.
+    With `gen_length` no model is given the length of an answer: it writes up to so many tokens, and
+    what stands before EOS or the end of a turn must be the answer. An answer in front of a given
+    text has its length all the same.
 
     Args:
         model, params: see llada_jax.models.model.Model.
@@ -215,11 +284,16 @@ def answer(
         model, params, flat, mask=mask, ids=tokenizer, batch_size=batch_size, **settings
     )
     right, others = scores[: len(items)], iter(scores[len(items) :])
-    if mask.causal:
-        is_match = [bool(score.is_most_likely) for score in right]
-    else:
-        texts = written(model, params, questions, tokenizer=tokenizer, batch_size=batch_size)
-        is_match = [text == question.answer for text, question in zip(texts, questions)]
+    is_match = _matches(
+        model,
+        params,
+        questions,
+        right,
+        tokenizer=tokenizer,
+        mask=mask,
+        gen_length=gen_length,
+        batch_size=batch_size,
+    )
     is_first, chances = [], []
     for item in items:
         ranked: list[Score] = [next(others) for _ in item.choices]

@@ -99,10 +99,10 @@ def other_files(shards: list[Shard], hf_config: dict, layout: str) -> dict[str, 
     several shards, PyTorch code.
     """
     keys = ("bos_token_id", "eos_token_id", "pad_token_id", "transformers_version")
-    objects = {
-        "config.json": hf_config,
-        "generation_config.json": {key: hf_config[key] for key in keys},
-    }
+    generation = {key: hf_config[key] for key in keys}
+    if "eot_token_id" in hf_config:  # as published instruct models name all that ends a text
+        generation["eos_token_id"] = [hf_config["eos_token_id"], hf_config["eot_token_id"]]
+    objects = {"config.json": hf_config, "generation_config.json": generation}
     contents = {
         name: (json.dumps(content, indent=2) + "\n").encode() for name, content in objects.items()
     }

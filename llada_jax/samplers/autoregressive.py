@@ -20,7 +20,7 @@ from jax.sharding import NamedSharding
 from llada_jax.rng import key_for, keys_for_rows
 from llada_jax.samplers.canvas import make_canvas
 from llada_jax.samplers.choice import pick_tokens, without_ids
-from llada_jax.samplers.network import CacheFns, checked, sharding_beside
+from llada_jax.samplers.network import CacheFns, checked, place_everywhere, sharding_beside
 from llada_jax.samplers.settings import check_options, check_request, check_schedule
 
 
@@ -185,7 +185,7 @@ def continue_tokens(
             row_B=np.arange(first, first + batch_size, dtype=np.int32),
         )
         fixed = _Fixed(**rows_of_batch, **numbers)
-        arguments = jax.device_put((shifted_BT, key_for("sampling", seed), fixed), sharding)
+        arguments = place_everywhere((shifted_BT, key_for("sampling", seed), fixed), sharding)
         with jax.set_mesh(mesh) if mesh else nullcontext():  # type: ignore[arg-type]
             generated = _continue_rows(
                 bound,

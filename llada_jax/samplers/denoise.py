@@ -34,7 +34,13 @@ from jax.sharding import NamedSharding
 
 from llada_jax.errors import UserError
 from llada_jax.samplers.commit import CRITERIA, SCHEDULE, parse_commit
-from llada_jax.samplers.network import CacheFns, Network, as_partial, sharding_beside
+from llada_jax.samplers.network import (
+    CacheFns,
+    Network,
+    as_partial,
+    place_everywhere,
+    sharding_beside,
+)
 from llada_jax.samplers.remasking import commit_rule
 from llada_jax.samplers.revise import NONE, WINO, parse_revise
 from llada_jax.samplers.settings import check_options, check_schedule
@@ -219,7 +225,7 @@ def denoise(
     state = State(**empty)
     sharding = sharding_beside(network)
     blocks = range(num_blocks) if blocks is None else blocks
-    state, number, key, fixed = jax.device_put(
+    state, number, key, fixed = place_everywhere(
         (state, np.int32(blocks.start), key, Fixed(**host)), sharding
     )
     mesh_sharding = sharding if isinstance(sharding, NamedSharding) else None

@@ -19,6 +19,7 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax import Array
 from jax.sharding import NamedSharding, PartitionSpec
 
@@ -90,6 +91,22 @@ def sharding_beside(network: Any) -> jax.sharding.Sharding | None:
         if isinstance(sharding, NamedSharding):
             return NamedSharding(sharding.mesh, PartitionSpec())
     return shardings[0] if shardings else None
+
+
+def place_everywhere(tree: Any, sharding: jax.sharding.Sharding | None) -> Any:
+    """Returns a tree of numpy arrays and random keys on the devices of a sharding, which may be
+    those of several processes, all of which have the same tree.
+
+    jax.device_put takes random keys to the devices of its own process only.
+    """
+
+    def place(leaf: Any) -> Any:
+        if not jax.dtypes.issubdtype(leaf.dtype, jax.dtypes.prng_key):
+            return jax.device_put(leaf, sharding)
+        data = jax.device_put(np.asarray(jax.random.key_data(leaf)), sharding)
+        return jax.random.wrap_key_data(data, impl=jax.random.key_impl(leaf))
+
+    return jax.tree.map(place, tree)
 
 
 def as_partial(function: Callable) -> jax.tree_util.Partial:

@@ -37,7 +37,8 @@ from llada_jax.verbs.command_line import Parser, json_text, placement
 
 # One line each would not fit a screen; docs/evaluation.md explains them.
 MORE_FLAGS = """more flags, explained in docs/evaluation.md:
-  --preset NAME  --harness KEY=VALUE  --breakdown  --tokenizer PATH  --mesh AXES  --dtype NAME
+  --gen-length N  --preset NAME  --harness KEY=VALUE  --breakdown  --ema  --tokenizer PATH
+  --mesh AXES  --dtype NAME
 """
 
 
@@ -86,7 +87,7 @@ def make_parser() -> Parser:
     parser.add_argument(
         "--baselines", action="store_true", help="also score unigram and xz -9 on the same text"
     )
-    parser.add_ema_flag()
+    parser.add_ema_flag(is_listed=False)
     parser.add_argument(
         "--report", metavar="DIR", help="also write DIR/report.html with the curves of the run"
     )
@@ -94,6 +95,7 @@ def make_parser() -> Parser:
 
     # Listed in MORE_FLAGS.
     hidden = partial(parser.add_argument, help=argparse.SUPPRESS)
+    hidden("--gen-length", type=int, metavar="N")
     hidden("--preset", metavar="NAME")
     hidden("--harness", action="append", default=[], metavar="KEY=VALUE")
     hidden("--breakdown", action="store_true")
@@ -109,7 +111,7 @@ def main(argv: list[str]) -> None:
     if is_harness(args):
         result, lines = evaluate_harness(args), report_harness
     elif args.tasks:
-        asked = {"ask": args.ask, "cfg_scale": args.cfg_scale}
+        asked = {"ask": args.ask, "cfg_scale": args.cfg_scale, "gen_length": args.gen_length}
         result = evaluate_tasks(args.checkpoint, args.tasks[0], **asked, **shared(args))
         lines = report_tasks
     else:
@@ -162,11 +164,13 @@ def check(args) -> None:
         "baselines": ("--data",),
         "breakdown": ("--data",),
         "ask": ("--tasks FILE.jsonl",),
+        "gen_length": ("--tasks FILE.jsonl",),
         "harness": ("harness",),
         "cfg_scale": ("--tasks FILE.jsonl", "harness"),
     }
+    unset = vars(make_parser().parse_args(["--checkpoint", "-"]))
     for flag, kinds in fits.items():
-        if getattr(args, flag) and kind not in kinds:
+        if getattr(args, flag) != unset[flag] and kind not in kinds:
             raise UserError(
                 f"--{flag.replace('_', '-')} does not fit this evaluation; it is for "
                 f"{' and '.join(kinds)}."
@@ -303,6 +307,7 @@ def evaluate_tasks(
     *,
     ask: Sequence[str] | None = None,
     mc_samples: int = 128,
+    gen_length: int | None = None,
     cfg_scale: float = 0.0,
     batch_size: int = 64,
     seed: int = 0,
@@ -320,6 +325,8 @@ def evaluate_tasks(
         tasks: a .jsonl file of questions, see docs/evaluation.md.
         ask: of "forwards", "backwards" and "infill"; None: all that fit.
         mc_samples: corruptions drawn for each answer.
+        gen_length: the most tokens of a written answer, which ends at EOS or the end of a turn;
+            None gives the model the length of each answer.
         cfg_scale: strength of guidance towards the prompt; 0 switches it off.
         batch_size: rows at a time. seed: of the corruptions.
         ema, tokenizer, dtype, mesh, keep_float32: see llada_jax.load.
@@ -328,6 +335,8 @@ def evaluate_tasks(
         UserError: the file, the checkpoint and the settings do not fit together.
     """
     check_sizes(mc_samples=mc_samples, batch_size=batch_size)
+    if gen_length is not None:
+        check_number("gen_length=", gen_length, SIZE)
     for direction in ask or ():
         look_up(dict.fromkeys(DIRECTIONS), direction, "direction of a question")
     file = user_path(tasks)
@@ -354,6 +363,8 @@ def evaluate_tasks(
         "mc_samples": mc_samples,
         "cfg_scale": cfg_scale,
     }
+    if gen_length is not None:
+        result["gen_length"] = gen_length
     for direction in ask or DIRECTIONS:
         if direction == "infill" and is_causal:
             continue
@@ -368,6 +379,7 @@ def evaluate_tasks(
             items,
             tokenizer=model.tokenizer,
             mask=model.record.mask,
+            gen_length=gen_length,
             num_samples=mc_samples,
             cfg_scale=cfg_scale,
             seed=seed,

@@ -17,6 +17,7 @@ from llada_jax.errors import UserError
 from llada_jax.pretrained import load
 from llada_jax.ranges import SIZE, check_number
 from llada_jax.request_checks import check_can_infill
+from llada_jax.samplers.batches import ignore_step
 from llada_jax.samplers.replay import Recording
 from llada_jax.samplers.settings import check_request
 from llada_jax.samplers.show import make_show
@@ -243,14 +244,15 @@ def continue_or_denoise(
             stream=sys.stderr,
             transient=sys.stdout.isatty(),
         )
-        listeners.append(show.on_step)
+        # The steps are the same in all processes, and only the first shows them.
+        listeners.append(show.on_step if jax.process_index() == 0 else ignore_step)
     if args.html:
         recording = Recording(pretrained.tokenizer, prompts, gen_length=args.gen_length)
         listeners.append(recording.on_step)
         listening["with_confidence"] = True
     if listeners:
         listening["on_step"] = lambda rows, state: [hear(rows, state) for hear in listeners]
-    with show:
+    with show if jax.process_index() == 0 else nullcontext():
         completions = generate_text(
             pretrained.logits_fn,
             pretrained.params,

@@ -105,6 +105,61 @@ def test_what_surrounds_an_answer_is_left_alone_and_each_question_is_answered_al
     assert written(Reciter, {}, questions[:1], tokenizer=BYTES) == expected[:1]
 
 
+class Ending(Reciter):
+    """Ends its text, as a model does that has learned where answers end."""
+
+    @classmethod
+    def hidden_fn(cls, params, tokens_BT, segment_ids_BT, positions_BT):
+        ids = jnp.asarray([*cls.text, BYTES.eos_id])
+        return ids[jnp.minimum(positions_BT, len(cls.text))][..., None]
+
+
+class EndingTurns(Ending):
+    """Ends a turn with another token than EOS, and goes on."""
+
+    end_of_turn = 0
+
+    @classmethod
+    def hidden_fn(cls, params, tokens_BT, segment_ids_BT, positions_BT):
+        ids = jnp.asarray([*cls.text, cls.end_of_turn, ord("x")])
+        return ids[jnp.minimum(positions_BT, len(cls.text) + 1)][..., None]
+
+
+SHORTER = {"prompt": "Ada", "answer": " is"}
+
+
+@pytest.mark.parametrize(
+    ("model", "gen_length", "exact_match"),
+    [
+        (Ending, None, 1.0),  # the length is given, and both answers are the beginning of the text
+        (Ending, 16, 0.5),  # not given, the model ends the longer one by itself
+        (EndingTurns, 16, 0.5),
+        (Reciter, 16, 0.0),  # which never ends
+        (Ending, 4, 0.0),  # there is no room for the right one
+    ],
+)
+def test_an_answer_of_no_given_length_ends_at_end_of_text_or_of_a_turn(
+    model, gen_length, exact_match
+):
+    tokenizer = load_tokenizer("bytes")
+    if model is EndingTurns:
+        tokenizer.eot_id = model.end_of_turn
+    found = answer(
+        model,
+        {},
+        items_of([ADA, SHORTER], "forwards", tokenizer),
+        tokenizer=tokenizer,
+        mask=BIDIRECTIONAL,
+        num_samples=2,
+        gen_length=gen_length,
+    )
+    assert found.exact_match == exact_match
+
+
+def test_an_answer_in_front_of_a_given_text_keeps_its_length():
+    assert asked([ADA], "infill", gen_length=8).exact_match == 1.0
+
+
 # ---- the file
 
 

@@ -49,4 +49,14 @@ def test_the_citation_has_what_its_format_requires():
 
 def test_installed_packages_say_that_they_are_typed():
     assert "py.typed" in setup_arguments()["package_data"]["llada_jax"]
+
+
+def test_every_file_that_the_package_reads_is_installed_with_it():
+    package = ROOT / "llada_jax"
+    patterns = setup_arguments()["package_data"]["llada_jax"]
+    installed = {path for pattern in patterns for path in package.glob(pattern)}
+    others = {
+        path for path in package.rglob("*") if path.is_file() and path.suffix not in (".py", ".pyc")
+    }
+    assert others == installed
     assert (ROOT / "llada_jax" / "py.typed").is_file()

@@ -33,11 +33,12 @@ FLAGS = {
         --revise --lookahead --mesh --dtype --tokenizer""",
     "evaluate": """--checkpoint --data --split --mc-samples --batch-size --seed --baselines --ema
         --json --tasks --ask --cfg-scale --breakdown --preset --harness --report --tokenizer --mesh
-        --dtype""",
+        --dtype --gen-length""",
     "import": "--from --output --mesh --mask-token --causal --json --tokenizer",
     "export": """--checkpoint --output --dtype --shard-size --ema --layout --chat-template --force
         --verify --push-to-hub --dry-run --license --adapters --json --tokenizer""",
     "plan": """--config --topology --slices --vocab-size --compile --search --flags --json
+        --network-gbps --price
         --config.KEY""",
     "sweep": """--config --workdir --list --index --run --optuna --table --fit --parallel --plot
         --dry-run --json --config.KEY""",

@@ -49,8 +49,11 @@ def test_questions_are_answered_in_each_direction_that_fits(
     text = report_tasks(found)
     assert "forwards   exact match 0.000" in text
     assert "(chance 0.500)" in text
+    words = (*words, "--gen-length", "4")
     causal = json.loads(said(capfd, "--checkpoint", causal_checkpoint, *words, "--json"))
     assert "infill" not in causal
+    assert causal["gen_length"] == 4
+    assert "gen_length" not in found
     assert causal["forwards"]["mc_standard_error"] == 0
 
 
@@ -61,6 +64,9 @@ def test_questions_are_answered_in_each_direction_that_fits(
         (("--data", "d", "--tasks", "t.jsonl"), "takes --data DIR, or"),
         (("--tasks", "a.jsonl", "--tasks", "b.jsonl"), "takes one .jsonl file"),
         (("--data", "d", "--ask", "infill"), "it is for --tasks FILE.jsonl"),
+        (("--data", "d", "--gen-length", "8"), "it is for --tasks FILE.jsonl"),
+        (("--data", "d", "--gen-length", "0"), "it is for --tasks FILE.jsonl"),
+        (("--tasks", "t.jsonl", "--gen-length", "0"), "gen_length=0 must be at least 1"),
         (("--tasks", "t.jsonl", "--baselines"), "it is for --data"),
         (("--tasks", "t.jsonl", "--harness", "limit=3"), "it is for harness"),
         (("--preset", "llada-8b-base", "--mc-samples", "2"), "decides on --mc-samples"),

@@ -1,11 +1,14 @@
 """`sample` and `evaluate` over a mesh and in bfloat16: what they say on one device."""
 
 import json
+import os
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from support.fork_server import SERVER
+from support.runs import free_port
 
 import llada_jax
 from llada_jax.__main__ import main
@@ -46,6 +49,52 @@ def test_samples_over_a_mesh_are_those_of_one_device(random_checkpoint, said, mo
     words = ["sample", "--checkpoint", random_checkpoint, *SAMPLE, *more]
     alone, together = said(*words), said(*words, *MESH)
     assert [s["tokens"] for s in together["samples"]] == [s["tokens"] for s in alone["samples"]]
+
+
+def by_two_processes(*words) -> dict:
+    """Returns the object that the first of two processes prints with --json."""
+    team = {
+        "JAX_COORDINATOR_ADDRESS": f"localhost:{free_port()}",
+        "JAX_NUM_PROCESSES": "2",
+        "JAX_NUM_CPU_DEVICES": "4",
+    }
+    processes = [
+        SERVER.start(
+            [*map(str, words), *MESH, "--json"],
+            {**os.environ, **team, "JAX_PROCESS_ID": str(number)},
+        )
+        for number in range(2)
+    ]
+    outputs = [process.communicate(timeout=300) for process in processes]
+    assert [process.returncode for process in processes] == [0, 0], outputs
+    # the library of the collectives on CPUs writes to stdout too
+    results = [[line for line in out.splitlines() if line.startswith("{")] for out, _ in outputs]
+    assert results[1] == []
+    return json.loads(results[0][0])
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    "more",
+    [["--temperature", "0.8", "--show"], ["--cache", "dual", "--refresh", "1", "--append"]],
+)
+def test_samples_of_two_processes_are_those_of_one(random_checkpoint, said, more):
+    words = ["sample", "--checkpoint", random_checkpoint, *SAMPLE, *more]
+    alone, together = said(*words), by_two_processes(*words)
+    assert [s["tokens"] for s in together["samples"]] == [s["tokens"] for s in alone["samples"]]
+
+
+@pytest.mark.slow
+def test_scores_of_two_processes_are_those_of_one(random_checkpoint, records, said, tmp_path):
+    (tmp_path / "tasks.jsonl").write_text('{"prompt": "line 4", "answer": " of the text"}\n')
+    of_data, of_tasks = ["--data", records], ["--tasks", tmp_path / "tasks.jsonl"]
+    for more in ([*of_data, "--batch-size", "8"], [*of_tasks, "--mc-samples", "8"]):
+        words = ["evaluate", "--checkpoint", random_checkpoint, *more]
+        alone, together = said(*words), by_two_processes(*words)
+        assert together.keys() == alone.keys()
+        numbers = [key for key, value in alone.items() if isinstance(value, float)]
+        for key in numbers:
+            assert together[key] == pytest.approx(alone[key], rel=1e-4, abs=1e-5), key
 
 
 @pytest.mark.slow
