@@ -108,7 +108,7 @@ def get_config():
     config.data.batch_size, config.data.sequence_length = 8192, 256
     config.model.vocab_size, config.model.num_layers, config.model.d_model = 512, 2, 512
     config.model.num_heads = config.model.num_kv_heads = 4
-    config.model.attention = "xla"
+    config.model.attention, config.model.remat = "xla", "none"
     config.model.head_dim, config.model.d_ff = 128, 2048
     return config
 """
