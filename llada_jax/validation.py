@@ -110,7 +110,7 @@ def validate(config: ConfigDict, defaults: ConfigDict) -> None:
     check_sizes(values)
     check_read(config, defaults)
     check_tables(config)
-    check_contradictions(config)
+    check_contradictions(config, defaults)
 
 
 def check_choices(config: ConfigDict) -> None:
@@ -140,7 +140,7 @@ def check_read(config: ConfigDict, defaults: ConfigDict) -> None:
             )
 
 
-def check_contradictions(config: ConfigDict) -> None:
+def check_contradictions(config: ConfigDict, defaults: ConfigDict) -> None:
     """Raises UserError for knobs that are possible one by one and not together."""
     if (config.num_steps > 0) == (config.num_tokens > 0):
         raise UserError(
@@ -175,7 +175,8 @@ def check_contradictions(config: ConfigDict) -> None:
             "config.objective.t_sampling='bell' is for masked_diffusion, and "
             f"config.objective.name={objective.name!r}; choose stratified or iid."
         )
-    if objective.bell_width != 0.2 and objective.t_sampling != "bell":
+    is_bell_changed = objective.bell_width != defaults.objective.bell_width
+    if is_bell_changed and objective.t_sampling != "bell":
         raise UserError(
             f"config.objective.bell_width={objective.bell_width} changes nothing, because "
             f"config.objective.t_sampling={objective.t_sampling!r}; set that to bell."

@@ -39,7 +39,7 @@ from llada_jax.evaluation.answer_rows import (
     run,
 )
 from llada_jax.masks import Mask
-from llada_jax.ranges import DRAWS, SEED, SIZE, check_number
+from llada_jax.ranges import DRAWS, SIZE, check_number
 
 
 class Score(NamedTuple):
@@ -190,7 +190,6 @@ def log_likelihoods(
     if not 0 <= seed < 2**32:
         raise UserError(f"seed={seed} must lie between 0 and 2**32 - 1.")
     check_number("batch_size=", batch_size, SIZE)
-    check_number("seed=", seed, SEED)
     is_ordered = estimator == "confidence_order" and not mask.causal
     by_widths = defaultdict(list)
     for number, question in enumerate(questions):

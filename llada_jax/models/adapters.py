@@ -109,21 +109,23 @@ def stored(network: dict, lora: Lora) -> dict:
     """Returns the network as it is kept while adapters are trained."""
     if lora.frozen_dtype == "float32":
         return network
-
-    def cast(path: Any, leaf: Array) -> Array:
-        return leaf.astype(lora.dtype_of(jax.tree_util.keystr(path, simple=True, separator="/")))
-
-    return jax.tree_util.tree_map_with_path(cast, network)
+    return jax.tree.map(lambda leaf, dtype: leaf.astype(dtype), network, _dtypes(network, lora))
 
 
 def abstract_stored(abstract: dict, lora: Lora) -> dict:
     """Returns `stored` of ShapeDtypeStructs with shardings."""
+    return jax.tree.map(
+        lambda leaf, dtype: jax.ShapeDtypeStruct(leaf.shape, dtype, sharding=leaf.sharding),
+        abstract,
+        _dtypes(abstract, lora),
+    )
 
-    def cast(path: Any, leaf: jax.ShapeDtypeStruct) -> jax.ShapeDtypeStruct:
-        dtype = lora.dtype_of(jax.tree_util.keystr(path, simple=True, separator="/"))
-        return jax.ShapeDtypeStruct(leaf.shape, dtype, sharding=leaf.sharding)
 
-    return jax.tree_util.tree_map_with_path(cast, abstract)
+def _dtypes(network: dict, lora: Lora) -> dict:
+    return jax.tree_util.tree_map_with_path(
+        lambda path, _: lora.dtype_of(jax.tree_util.keystr(path, simple=True, separator="/")),
+        network,
+    )
 
 
 def merged(network: dict, adapters: dict, lora: Lora) -> dict:

@@ -100,13 +100,19 @@ def place_everywhere(tree: Any, sharding: jax.sharding.Sharding | None) -> Any:
     jax.device_put takes random keys to the devices of its own process only.
     """
 
-    def place(leaf: Any) -> Any:
-        if not jax.dtypes.issubdtype(leaf.dtype, jax.dtypes.prng_key):
-            return jax.device_put(leaf, sharding)
-        data = jax.device_put(np.asarray(jax.random.key_data(leaf)), sharding)
-        return jax.random.wrap_key_data(data, impl=jax.random.key_impl(leaf))
+    def is_key(leaf: Any) -> bool:
+        return jax.dtypes.issubdtype(leaf.dtype, jax.dtypes.prng_key)
 
-    return jax.tree.map(place, tree)
+    def unwrapped(leaf: Any) -> Any:
+        return np.asarray(jax.random.key_data(leaf)) if is_key(leaf) else leaf
+
+    def wrapped_like(leaf: Any, data: Array) -> Array:
+        return (
+            jax.random.wrap_key_data(data, impl=jax.random.key_impl(leaf)) if is_key(leaf) else data
+        )
+
+    placed = jax.device_put(jax.tree.map(unwrapped, tree), sharding)  # all at once
+    return jax.tree.map(wrapped_like, tree, placed)
 
 
 def as_partial(function: Callable) -> jax.tree_util.Partial:
