@@ -86,7 +86,7 @@ def measure(width: int, num_devices: int, scratch: Path) -> dict[str, float]:
         env={**environment, "JAX_NUM_CPU_DEVICES": str(num_devices)},
     )
     began = time.perf_counter()
-    words = ["--checkpoint", workdir, "--output", out, "--shard-size", "100MB"]
+    words = ["--checkpoint", str(workdir), "--output", str(out), "--shard-size", "100MB"]
     done = subprocess.run(
         [sys.executable, "-c", EXPORT, *words],
         check=True,

@@ -49,7 +49,7 @@ def write_dataset(directory: Path, *, num_shards: int, records_per_shard: int) -
         (directory / name).write_bytes(content)
     num_records = num_shards * records_per_shard
     counts = {"num_tokens": num_records * T, "num_bytes": num_records * T, "num_padding": 0}
-    train = {"num_records": num_records, "num_documents": num_records, **counts}
+    train: dict[str, object] = {"num_records": num_records, "num_documents": num_records, **counts}
     train["shards"] = [{"file": name, "num_records": records_per_shard} for name in names]
     tokenizer = {"kind": "bytes", "fingerprint": "beef", "vocab_size": V}
     described = {"format": FORMAT, "sequence_length": T, "fingerprint": "f00d", "source": {}}
@@ -85,8 +85,8 @@ async def serve(folder: Path, port: int, latency_s: float) -> None:
         with open(file, "rb") as opened:
             opened.seek(first)
             data = opened.read(last - first + 1)
-        more = f"X-Goog-Generation: 1\r\nContent-Range: bytes {first}-{last}/{size}\r\n"
-        return ("206 Partial Content" if asked else "200 OK"), data, more
+        range_headers = f"X-Goog-Generation: 1\r\nContent-Range: bytes {first}-{last}/{size}\r\n"
+        return ("206 Partial Content" if asked else "200 OK"), data, range_headers
 
     def described(name: str, file: Path) -> dict:
         size = str(file.stat().st_size)

@@ -31,6 +31,7 @@ import os
 import platform
 import statistics
 import time
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -49,7 +50,7 @@ SIZES = {
     "160m": (32768, 12, 768, 12, 2048),
 }
 TORCH, PLAIN = "PyTorch, published loop", "plain loop"
-MODES = {
+MODES: dict[str, dict[str, Any]] = {
     TORCH: {},
     PLAIN: {"on_step": lambda rows, state: None},
     "one loop per block": {},
@@ -145,7 +146,8 @@ class Arrays(dict):
 
 def no_logits(params, tokens_BT, segment_ids_BT, positions_BT, start, length):
     """A network that costs next to nothing."""
-    return jnp.broadcast_to(params, (tokens_BT.shape[0], length, params.shape[0]))
+    scores_V = params["scores"]
+    return jnp.broadcast_to(scores_V, (tokens_BT.shape[0], length, scores_V.shape[0]))
 
 
 def main() -> None:
@@ -166,7 +168,7 @@ def main() -> None:
     architecture, model, params, ids = found
     rng = np.random.default_rng(0)
     prompts = rng.integers(1, ids["num_ids"] // 2, (args.batch_size, args.prompt_length)).tolist()
-    request = {
+    request: dict[str, Any] = {
         "gen_length": args.gen_length,
         "block_length": args.block_length,
         "batch_size": args.batch_size,
@@ -196,10 +198,10 @@ def main() -> None:
     def host_seconds(mode: str) -> float:
         """Returns the processor's seconds of a pass that computes no network."""
         start = time.process_time()
-        scores_V = jnp.arange(8.0)
-        small = {"mask_id": 7, "pad_id": 0}
+        params = {"scores": jnp.arange(8.0)}
+        small: dict[str, Any] = {"mask_id": 7, "pad_id": 0}
         small_prompts = np.ones_like(prompts).tolist()
-        generate_tokens(no_logits, scores_V, small_prompts, **request, **small, **MODES[mode])
+        generate_tokens(no_logits, params, small_prompts, **request, **small, **MODES[mode])
         return (time.process_time() - start) / args.gen_length
 
     results = {mode: sample(mode) for mode in args.modes}

@@ -29,6 +29,7 @@ import sys
 import tempfile
 import time
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -155,7 +156,8 @@ class JaxSide:
         """Saves the parameters to `path` and returns the loss of the fixed corrupted batch."""
         flat = self.jax.tree_util.tree_leaves_with_path(self.state.params)
         names = [self.jax.tree_util.keystr(key, simple=True, separator="/") for key, _ in flat]
-        np.savez(path, **dict(zip(names, (np.asarray(leaf) for _, leaf in flat))))
+        arrays: dict[str, Any] = {name: np.asarray(leaf) for name, (_, leaf) in zip(names, flat)}
+        np.savez(path, **arrays)
         noisy_BT = np.where(self.is_masked_BT, self.size["vocab_size"] - 1, self.tokens_BT)
         nll_fn = self.jax.jit(self.model.nll_fn)
         scores = nll_fn(
@@ -394,6 +396,8 @@ class Worker:
 
     def ask(self, request: str, argument):
         """Returns (answer, seconds, seconds of processor time over all cores)."""
+        assert self.process.stdin
+        assert self.process.stdout
         self.process.stdin.write(json.dumps([request, argument]) + "\n")
         self.process.stdin.flush()
         line = self.process.stdout.readline()

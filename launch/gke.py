@@ -18,6 +18,7 @@ import argparse
 import subprocess
 import sys
 from dataclasses import dataclass
+from typing import Any
 
 import yaml
 from cloud import (
@@ -159,7 +160,9 @@ def environment(name: str, hosts: Hosts, extra: dict[str, str]) -> list[dict]:
             # All of them. When this is set, JAX does not look for a Kubernetes library to find out.
             "JAX_LOCAL_DEVICE_IDS": ",".join(str(chip) for chip in range(hosts.chips)),
         }
-    variables = [{"name": key, "value": literal(value)} for key, value in (given | extra).items()]
+    variables: list[dict[str, Any]] = [
+        {"name": key, "value": literal(value)} for key, value in (given | extra).items()
+    ]
     if not hosts.is_tpu and hosts.hosts_per_group > 1:
         rank = "metadata.annotations['batch.kubernetes.io/job-completion-index']"
         variables.append({"name": "JAX_PROCESS_ID", "valueFrom": {"fieldRef": {"fieldPath": rank}}})
@@ -223,7 +226,7 @@ def jobset(*, name: str, hosts: Hosts, template: dict, max_restarts: int, queue:
     check_name(
         name, longest=f"{name}-{JOB}-{hosts.num_groups - 1}-{hosts.hosts_per_group - 1}-abcde"
     )
-    metadata = {"name": name}
+    metadata: dict[str, Any] = {"name": name}
     if queue:
         metadata["labels"] = {"kueue.x-k8s.io/queue-name": queue}
     # A slice of several hosts is a node pool, and all pods of one slice must run in the same pool.

@@ -9,6 +9,7 @@ import ast
 import hashlib
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 from cloud import Bucket, check_mount_points
 from preflight import config_of
@@ -41,8 +42,8 @@ def mounts_of(buckets: list[Bucket], ramdisk: str, config_map: str = "") -> Moun
     """
     # Without its own volume, /dev/shm holds 64 MB: too little for NCCL and for workers that share
     # arrays.
-    volumes = [{"name": "dshm", "emptyDir": {"medium": "Memory"}}]
-    mounts = [{"name": "dshm", "mountPath": "/dev/shm"}]
+    volumes: list[dict[str, Any]] = [{"name": "dshm", "emptyDir": {"medium": "Memory"}}]
+    mounts: list[dict[str, Any]] = [{"name": "dshm", "mountPath": "/dev/shm"}]
     for number, bucket in enumerate(buckets):
         # The pods use the host's network, where the driver looks for the service account only if
         # asked to.

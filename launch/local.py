@@ -199,10 +199,8 @@ def main(argv: list[str]) -> int:
         # nohup makes a program ignore SIGHUP, and then it must stay ignored.
         if signal.getsignal(number) != signal.SIG_IGN:
             signal.signal(number, pass_on)
-    for number, env in enumerate(envs):
-        processes.append(
-            start(command, env, args.logs / f"process-{number}.log", is_shown=number == 0)
-        )
+    for rank, env in enumerate(envs):
+        processes.append(start(command, env, args.logs / f"process-{rank}.log", is_shown=rank == 0))
     status = wait(processes, args.grace)
     for thread in set(threading.enumerate()) - {threading.main_thread()}:
         # Wait for the last lines, but not for ever: a program that a process left running may still

@@ -192,11 +192,12 @@ def check_config(config, place: Place) -> str:
     import jax
 
     from llada_jax.units import format_bytes
-    from llada_jax.verbs.plan import describe_mesh, estimate
+    from llada_jax.verbs.plan import Asked, describe_mesh, estimate
 
     # Where the launcher runs, chips are not to be touched: another run may have them.
     jax.config.update("jax_platforms", "cpu")
-    report = estimate(config, place.machines, place.num_slices, vocab_size or STAND_IN_VOCAB_SIZE)
+    vocab = vocab_size or STAND_IN_VOCAB_SIZE
+    report = estimate(Asked(config, place.machines, place.num_slices, vocab))
     mesh = f"mesh {describe_mesh(report['mesh'])} on {place.num_slices} x {place.machines.name}"
     if not vocab_size:
         return mesh

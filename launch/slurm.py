@@ -359,7 +359,8 @@ def main(argv: list[str]) -> int:
     script = render(args, command)
     if not args.unchecked:
         # the runs of an array differ in this word alone
-        index = re.match(r"\d*", args.array or "").group() or "0"
+        digits = re.match(r"\d+", args.array or "")
+        index = digits[0] if digits else "0"
         try:
             first = [word.replace(INDEX, index) for word in command]
             found = preflight.check(first, place_of(args))

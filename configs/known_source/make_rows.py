@@ -73,4 +73,4 @@ def main(directory: str, num_rows: int = NUM_ROWS) -> None:
 
 
 if __name__ == "__main__":
-    main(*sys.argv[1:])
+    main(sys.argv[1], *map(int, sys.argv[2:]))
