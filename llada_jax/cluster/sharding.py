@@ -11,7 +11,7 @@ import re
 import jax
 import numpy as np
 from jax.experimental import mesh_utils
-from jax.sharding import AxisType, Mesh, NamedSharding
+from jax.sharding import AbstractMesh, AxisType, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from llada_jax.errors import UserError, did_you_mean
@@ -35,6 +35,8 @@ RULES = {
     "act_heads": "tensor",
     "act_mlp": "tensor",
     "act_head_position": ("sequence", "tensor"),
+    # the two together: one place for each device
+    "act_device": ("data", "fsdp", "expert", "sequence", "tensor"),
 }
 
 
@@ -155,7 +157,7 @@ def constrain(x: jax.Array, *names: str | None) -> jax.Array:
     return jax.lax.with_sharding_constraint(x, spec(names))
 
 
-def axis_size(mesh: Mesh, logical: str) -> int:
+def axis_size(mesh: Mesh | AbstractMesh, logical: str) -> int:
     """Returns the number of ways in which a mesh splits a logical axis."""
     rule = RULES[logical]
     axes = rule if isinstance(rule, tuple) else (rule,) if rule else ()

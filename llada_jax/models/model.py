@@ -15,7 +15,8 @@ from jax.sharding import Mesh, NamedSharding
 from llada_jax.cluster.sharding import check_divisible, spec
 from llada_jax.models.cache import KeysValues, hidden_with_cache
 from llada_jax.models.shadow import hidden_with_shadow
-from llada_jax.models.transformer import Architecture, TokenScores, Transformer
+from llada_jax.models.token_scores import TokenScores
+from llada_jax.models.transformer import Architecture, Transformer
 
 
 # eq=False: hashed by identity, because its methods are static arguments of jitted functions.
@@ -190,7 +191,7 @@ def compute_dtype(name: str, platform: str) -> jnp.dtype:
 
 def make_model(architecture: Architecture, **kwargs: Any) -> Model:
     """Returns the model of an Architecture; kwargs go to Transformer (dtype, attention, mask,
-    remat, nll_chunk).
+    remat, nll_chunk, capacity).
     """
 
     def build(key: Array) -> Transformer:

@@ -14,7 +14,8 @@ are float32, matrix products in `dtype`.
 import dataclasses
 import functools
 import math
-from typing import Any, NamedTuple
+from collections.abc import Callable
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -22,12 +23,13 @@ from flax import nnx
 from jax import Array
 from jax.ad_checkpoint import checkpoint_name
 
-from llada_jax.cluster.sharding import RULES, constrain
+from llada_jax.cluster.sharding import constrain
 from llada_jax.errors import UserError
 from llada_jax.masks import BIDIRECTIONAL, Mask
 from llada_jax.models.attention import attend
 from llada_jax.models.products import project
 from llada_jax.models.recomputation import REMAT_POLICIES
+from llada_jax.models.token_scores import TokenScores, token_scores
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -82,13 +84,6 @@ def _is_scaling(*numbers: float) -> bool:
         return False
     _, low, high, original = numbers
     return low < high and original == round(original)
-
-
-class TokenScores(NamedTuple):
-    """How well a network predicts the targets of a batch; zero and False outside of `where`."""
-
-    nll_BT: Array  # float32: -log p(target) in nats
-    is_correct_BT: Array  # bool: no token scores higher than the target
 
 
 def parameter(
@@ -318,6 +313,9 @@ class Transformer(nnx.Module):
         mask: what a position may see within its segment; an objective names it.
         remat: "none" or a key of REMAT_POLICIES.
         nll_chunk: peak memory of the logits in `token_nll`, in positions per row.
+        capacity: (rows, length) -> of how many positions `token_nll` computes logits at first, of a
+            device's rows of so many positions each; those of the others follow where more carry
+            loss. None: of all.
     """
 
     def __init__(
@@ -331,9 +329,11 @@ class Transformer(nnx.Module):
         mask: Mask = BIDIRECTIONAL,
         remat: str = "none",
         nll_chunk: int = 1024,
+        capacity: Callable[[int, int], int] | None = None,
     ) -> None:
         self.a, self.dtype, self.attention, self.mask = a, dtype, attention, mask
         self.remat, self.nll_chunk, self.gradient_dtype = remat, nll_chunk, gradient_dtype
+        self.capacity = capacity
         embed_key, blocks_key, head_key = jax.random.split(key, 3)
         V, D = a.vocab_size, a.d_model
         self.embed = parameter(embed_key, (V, D), ("vocab", "embed"), D**-0.5)
@@ -407,66 +407,17 @@ class Transformer(nnx.Module):
     ) -> TokenScores:
         """Returns -log p(target) at the positions `where_BT`, zero elsewhere, without ever holding
         [B, T, V].
-
-        The vocabulary is cut into n pieces, so many that [B, T, V/n] is no more than the logits of
-        `nll_chunk` positions per row; the logits of a piece are computed again in the backward
-        pass. Pieces of the vocabulary and not chunks of the row, because the gradient of a piece of
-        the head is then complete when its turn is over: it is reduced over the devices once per
-        step, in pieces, and neither the whole kernel nor its whole gradient is ever on one device.
-        Pieces are strided (token i * n + j is in piece j), so that a sharded V stays where it is.
-        The tensor axis splits positions here, or the gradient of every position would be reduced
-        once per piece.
         """
-        x_BTD = self.hidden(noisy_BT, segment_ids_BT, positions_BT)
-        x_BTD = constrain(x_BTD, "act_batch", "act_head_position", "act_embed")
-        kernel_DV, V = self.head_kernel(), self.a.vocab_size
-        mesh = jax.sharding.get_abstract_mesh()
-        ways = 1 if mesh.empty else mesh.shape[RULES["vocab"]]
-        num_pieces = min(-(-targets_BT.shape[1] // self.nll_chunk), max(1, V // ways))
-
-        def score(x_BTD: Array, kernel_DC: Array, token_C: Array) -> Any:
-            """Returns three arrays [B, T] for one piece of the vocabulary: logsumexp, logit of the
-            target (0 when it is in another piece), and largest logit.
-            """
-            with jax.named_scope("head"):
-                logits_BTC = project(
-                    x_BTD.astype(self.dtype),
-                    kernel_DC,
-                    out_dtype=jnp.float32,
-                    gradient_dtype=self.gradient_dtype,
-                    is_split=ways > 1,
-                )
-                logits_BTC = jnp.where(token_C < V, logits_BTC, jnp.finfo(jnp.float32).min)
-                logits_BTC = constrain(logits_BTC, "act_batch", "act_head_position", None)
-                is_target_BTC = token_C == targets_BT[..., None]
-                target_logit_BT = jnp.sum(jnp.where(is_target_BTC, logits_BTC, 0.0), axis=-1)
-                best_BT = jax.lax.stop_gradient(logits_BTC).max(axis=-1)
-                return jax.nn.logsumexp(logits_BTC, axis=-1), target_logit_BT, best_BT
-
-        if num_pieces == 1:
-            normalizer_BT, target_logit_BT, best_BT = score(x_BTD, kernel_DV, jnp.arange(V))
-        else:
-            # Tokens that do not exist, so that the pieces are alike.
-            padding = -V % (num_pieces * ways)
-            # in the dtype that the gradient is to have
-            padded_DV = jnp.pad(
-                kernel_DV.astype(self.gradient_dtype or self.dtype), ((0, 0), (0, padding))
-            )
-
-            def pieces(array: Array) -> Array:
-                return jnp.moveaxis(array.reshape(*array.shape[:-1], -1, num_pieces), -1, 0)
-
-            # float32, because its gradient then is too, which is a sum over the pieces.
-            x_BTD = x_BTD.astype(jnp.float32)
-            piece = jax.checkpoint(score, prevent_cse=False)
-            normalizers_nBT, target_logits_nBT, bests_nBT = jax.lax.map(
-                lambda kernel_and_tokens: piece(x_BTD, *kernel_and_tokens),
-                (pieces(padded_DV), pieces(jnp.arange(V + padding))),
-            )
-            normalizer_BT = jax.nn.logsumexp(normalizers_nBT, axis=0)
-            target_logit_BT, best_BT = target_logits_nBT.sum(axis=0), bests_nBT.max(axis=0)
-        nll_BT = jnp.where(where_BT, normalizer_BT - target_logit_BT, 0.0)
-        return TokenScores(nll_BT, (target_logit_BT >= best_BT) & where_BT)
+        return token_scores(
+            self.hidden(noisy_BT, segment_ids_BT, positions_BT),
+            targets_BT,
+            where_BT,
+            self.head_kernel(),
+            dtype=self.dtype,
+            gradient_dtype=self.gradient_dtype,
+            nll_chunk=self.nll_chunk,
+            capacity=self.capacity,
+        )
 
 
 def num_matmul_parameters(a: Architecture) -> int:

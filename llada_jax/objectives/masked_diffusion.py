@@ -15,6 +15,7 @@ from llada_jax.objectives.corruption import (
     corrupt,
     corrupt_exactly_k,
     rank_of_real_rows,
+    room_for_masks,
     sample_t,
     sums_by_t,
 )
@@ -56,6 +57,8 @@ def masked_diffusion(
         bound_name="nelbo",
         mask=BIDIRECTIONAL,
         copies=2 if complementary else 1,
+        # independent times may all be late ones, but not those of complementary rows
+        capacity=room_for_masks if complementary or t_sampling != "iid" else None,
     )
 
 

@@ -10,7 +10,12 @@ import jax.numpy as jnp
 from jax import Array
 
 from llada_jax.masks import BIDIRECTIONAL
-from llada_jax.objectives.corruption import sums_by_t, sums_of_documents
+from llada_jax.objectives.corruption import (
+    mirrored_strata,
+    room_for_masks,
+    sums_by_t,
+    sums_of_documents,
+)
 from llada_jax.objectives.masked_diffusion import masked_diffusion_loss
 from llada_jax.objectives.objective import Objective
 from llada_jax.rng import keys_for_rows
@@ -52,12 +57,17 @@ def sft(
     bound = functools.partial(
         masked_diffusion_loss, mask_id=mask_id, masking="exact_count", is_whole_batch=True
     )
+    share = 0.5 if complementary else (eps + max_mask_ratio) / 2
+    # independent times may all be late ones, but not those of complementary rows
+    is_even = complementary or t_sampling != "iid"
+    capacity = functools.partial(room_for_masks, share=share) if is_even else None
     return Objective(
         loss=loss,
         bound=bound,
         bound_name="nelbo",
         mask=BIDIRECTIONAL,
         copies=2 if complementary else 1,
+        capacity=capacity,
     )
 
 
@@ -201,14 +211,13 @@ def times_of_documents(
 ) -> Array:
     """Returns the time of each token's document, float32 [B, T] in [0, 1).
 
-    stratified: the s-th documents of all rows take (u_s + r / num_rows) mod 1 with one u_s per
-    step. iid: every document draws its own U(0, 1).
+    stratified: the s-th documents of all rows take the times of `mirrored_strata`, with one offset
+    per step and s. iid: every document draws its own U(0, 1).
     """
     num_segments = segment_ids_BT.shape[1] + 1
     if t_sampling == "stratified":
         offset_S = jax.random.uniform(key, (num_segments,))
-        place_B = row_B.astype(jnp.float32) / num_rows
-        return (offset_S[segment_ids_BT] + place_B[:, None]) % 1.0
+        return mirrored_strata(offset_S[segment_ids_BT], row_B[:, None], num_rows=num_rows)
     assert t_sampling == "iid", t_sampling
     return draw_documents(key, segment_ids_BT, row_B)
 

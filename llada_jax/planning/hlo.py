@@ -9,6 +9,8 @@ import math
 import re
 from typing import NamedTuple
 
+from llada_jax.models.token_scores import SELDOM
+
 # Operations that change the layout or the element type of an array and not what it holds.
 CONVERSIONS = ("bitcast", "copy", "convert")
 
@@ -116,7 +118,10 @@ def executions(computations: Computations) -> dict[str, int]:
                 called = attribute(instruction, "to_apply") or attribute(instruction, "calls")
                 visit(called, count)
             elif instruction.opcode == "conditional":
-                # Which branch is taken depends on values, so all of them are counted.
+                # Which branch is taken depends on values, so all of them are counted, except where
+                # the name says that a step hardly ever does more than nothing.
+                if re.search(rf'op_name="[^"]*\b{SELDOM}\b', instruction.rest):
+                    continue
                 listed = re.search(r"branch_computations=\{([^}]*)\}", instruction.rest)
                 named = re.findall(r"(?:true|false)_computation=%?([\w.\-]+)", instruction.rest)
                 for branch in re.findall(r"[\w.\-]+", listed.group(1)) if listed else named:

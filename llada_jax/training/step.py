@@ -99,6 +99,7 @@ def make_recipe(config: Any, tokenizer: Any, mesh: Mesh, *, provided: Any = None
         attention=attention,
         nll_chunk=config.model.nll_chunk,
         mask=objective.mask,
+        capacity=objective.capacity,
     )
     # The state is the same whatever is kept, and what fits next to it depends on its size.
     model = make(remat="full" if config.model.remat == AUTO else config.model.remat)
@@ -372,18 +373,22 @@ def warmed_up_decay(ema_decay: float, step: Array) -> Array:
 
 
 def split_microbatches(batch: dict, num_microbatches: int) -> dict:
-    """Returns the batch with a leading dim of microbatches: microbatch i takes the rows r with r
-    mod A == i.
+    """Returns the batch with a leading dim of microbatches: microbatch i takes the rows 2 p and 2 p
+    + 1 with p mod A == i, or, where a device has an odd number of rows in a microbatch, the rows r
+    with r mod A == i.
 
     Strided, so that every device keeps the rows that it has. Contiguous parts would lie on a few
-    devices each, and all rows would have to move before each part.
+    devices each, and all rows would have to move before each part. By twos, because the times of
+    two such rows mirror each other (llada_jax.objectives.corruption.mirrored_strata).
     """
+    mesh = jax.sharding.get_abstract_mesh()
+    ways = 1 if mesh.empty else sharding.axis_size(mesh, "act_batch")
 
     def split(array: Array) -> Array:
-        strided = array.reshape(
-            array.shape[0] // num_microbatches, num_microbatches, *array.shape[1:]
-        )
-        return jnp.moveaxis(strided, 1, 0)
+        num_rows = array.shape[0] // num_microbatches
+        width = 2 if num_rows % (2 * ways) == 0 else 1
+        strided = array.reshape(num_rows // width, num_microbatches, width, *array.shape[1:])
+        return jnp.moveaxis(strided, 1, 0).reshape(num_microbatches, num_rows, *array.shape[1:])
 
     return jax.tree.map(split, batch)
 

@@ -27,8 +27,13 @@ CORRUPTION = faults_of(
     ),
     (
         "one key for all rows",
-        "t_B = (offset + row_B.astype(jnp.float32) / num_rows) % 1.0",
-        "t_B = (offset + 0 * row_B.astype(jnp.float32) / num_rows) % 1.0",
+        "t_B = (offset + (row_B // 2).astype(jnp.float32) / num_pairs) % 1.0",
+        "t_B = (offset + 0 * row_B.astype(jnp.float32) / num_pairs) % 1.0",
+    ),
+    (
+        "times of two rows that do not mirror each other",
+        "jnp.where(row_B % 2 == 0, t_B,",
+        "jnp.where(row_B % 2 < 2, t_B,",
     ),
     (
         "k rounded down",

@@ -42,12 +42,6 @@ TRANSFORMER = faults_of(
         "tests/models/test_precision.py",
     ),
     (
-        "logits of the loss in bfloat16",
-        "                    out_dtype=jnp.float32,\n                    gradient_dtype",
-        "                    gradient_dtype",
-        "tests/models/test_precision.py",
-    ),
-    (
         "embedding cast before the gather",
         "return table_VD[tokens_BT].astype(dtype)",
         "return table_VD.astype(dtype)[tokens_BT]",
@@ -102,24 +96,6 @@ TRANSFORMER = faults_of(
         "tests/models/test_transformer.py::test_recomputation_changes_memory_but_not_the_gradient",
     ),
     (
-        "tokens that do not exist enter the normaliser",
-        "jnp.where(token_C < V, logits_BTC, jnp.finfo(jnp.float32).min)",
-        "jnp.where(token_C <= V + 999, logits_BTC, jnp.finfo(jnp.float32).min)",
-        "tests/models/test_token_nll.py",
-    ),
-    (
-        "nll outside of the masks",
-        "nll_BT = jnp.where(where_BT, normalizer_BT - target_logit_BT, 0.0)",
-        "nll_BT = normalizer_BT - target_logit_BT",
-        "tests/models/test_token_nll.py",
-    ),
-    (
-        "accuracy counts what was not masked",
-        "(target_logit_BT >= best_BT) & where_BT)",
-        "target_logit_BT >= best_BT)",
-        "tests/models/test_token_nll.py",
-    ),
-    (
         "norms counted once per model",
         "norms = a.d_model * (2 * a.num_layers + 1)",
         "norms = a.d_model * (2 * a.num_layers)",
@@ -136,6 +112,47 @@ TRANSFORMER = faults_of(
         'jax.nn.silu(gate_BTF) * up_BTF, "act_batch", "act_position", "act_mlp"',
         'jax.nn.silu(gate_BTF) * up_BTF, "act_batch", "act_position", None',
         "tests/training/test_resources.py tests/models/test_activations.py",
+    ),
+)
+
+TOKEN_SCORES = faults_of(
+    "llada_jax/models/token_scores.py",
+    "tests/models/test_token_nll.py tests/models/test_token_scores.py",
+    (
+        "logits of the loss in bfloat16",
+        "                out_dtype=jnp.float32,\n                gradient_dtype",
+        "                gradient_dtype",
+        "tests/models/test_precision.py",
+    ),
+    (
+        "tokens that do not exist enter the normaliser",
+        "jnp.where(token_C < V, logits_RCV, jnp.finfo(jnp.float32).min)",
+        "jnp.where(token_C <= V + 999, logits_RCV, jnp.finfo(jnp.float32).min)",
+    ),
+    (
+        "nll outside of the masks",
+        "TokenScores(jnp.where(where_BT, scores.nll_BT, 0.0), ",
+        "TokenScores(scores.nll_BT, ",
+    ),
+    (
+        "accuracy counts what was not masked",
+        "scores.is_correct_BT & where_BT)",
+        "scores.is_correct_BT)",
+    ),
+    (
+        "one masked position too many is dropped",
+        "axis=1) > room)",
+        "axis=1) > room + 1)",
+    ),
+    (
+        "one device with too many masks is not enough",
+        "is_over = jnp.any(",
+        "is_over = jnp.all(",
+    ),
+    (
+        "the gradient of a position that was not picked is that of another",
+        "*[1] * (taken.ndim - 2)), taken, 0)",
+        "*[1] * (taken.ndim - 2)), taken, taken)",
     ),
 )
 
@@ -195,4 +212,4 @@ SHARDING = faults_of(
     ("parameters not split over fsdp", '"embed": "fsdp"', '"embed": None'),
 )
 
-FAULTS: list[Fault] = [*TRANSFORMER, *MODEL, *MASKS, *FLOPS, *SHARDING]
+FAULTS: list[Fault] = [*TRANSFORMER, *TOKEN_SCORES, *MODEL, *MASKS, *FLOPS, *SHARDING]

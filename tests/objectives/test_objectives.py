@@ -20,6 +20,7 @@ from llada_jax.objectives.corruption import (
     bell_density,
     corrupt,
     corrupt_exactly_k,
+    room_for_masks,
     sample_t,
 )
 from llada_jax.objectives.masked_diffusion import masked_diffusion_loss
@@ -171,6 +172,33 @@ def test_stratified_t_covers_every_stratum_once_and_is_uniform():
     )  # each row alone is U(0, 1)
 
 
+@pytest.mark.parametrize("t_sampling", ["stratified", "bell"])
+def test_the_times_of_two_neighbouring_rows_mirror_each_other(t_sampling):
+    t_B = np.asarray(sample_t(KEY, jnp.arange(7), num_rows=7, t_sampling=t_sampling), np.float64)
+    np.testing.assert_allclose(t_B[1::2], 1 - t_B[:6:2], atol=1e-6)
+    assert len(set(t_B)) == 7
+
+
+@pytest.mark.parametrize("rows", [1, 2, 3, 8])
+def test_there_is_room_for_the_masks_of_any_device_in_nearly_every_step(rows):
+    B, T = 96, 512
+    tokens_BT = jnp.zeros((B, T), jnp.int32)
+
+    def num_masked(step):
+        t_key, mask_key = jax.random.split(jax.random.key(step))
+        t_B = sample_t(t_key, jnp.arange(B), num_rows=B, t_sampling="stratified")
+        is_masked_BT = corrupt(
+            mask_key, tokens_BT, t_B, tokens_BT == 0, jnp.arange(B), mask_id=MASK, eps=1e-3
+        )[1]
+        return is_masked_BT.reshape(B // rows, -1).sum(axis=1)
+
+    most = jax.jit(jax.lax.map, static_argnums=0)(num_masked, jnp.arange(50)).max()
+    room = room_for_masks(rows, T)
+    assert most <= room
+    # the rows without a mirror image, and little more
+    assert room <= T * ((rows + 1) // 2) + 4 * math.sqrt(rows * T / 4) + 128
+
+
 @pytest.mark.parametrize("width", [0.05, 0.2, 0.3, 10.0])
 def test_times_of_a_bell_are_evenly_spread_quantiles_of_the_cut_normal(width):
     B = 1000
@@ -179,9 +207,10 @@ def test_times_of_a_bell_are_evenly_spread_quantiles_of_the_cut_normal(width):
     t_B = np.sort(np.asarray(t_B, np.float64))
     assert t_B[0] >= 0
     assert t_B[-1] < 1
-    below_B = bell.cdf(t_B)  # one in each of B strata, all at the same place of theirs
-    np.testing.assert_allclose(np.diff(below_B), 1 / B, rtol=5e-3)
-    assert 0 <= below_B[0] < 1 / B + 1e-6
+    below_B = bell.cdf(t_B)
+    # one in each of B strata, and in every second one at the same place
+    np.testing.assert_allclose(below_B[2:] - below_B[:-2], 2 / B, rtol=5e-3)
+    assert 0 <= below_B[0] < 1 / B + 1e-6 < below_B[1] + 2e-6
     np.testing.assert_allclose(bell_density(jnp.float32(t_B), width), bell.pdf(t_B), rtol=2e-4)
 
 

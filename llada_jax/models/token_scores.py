@@ -1,0 +1,279 @@
+"""How well hidden vectors predict tokens: the head and the cross-entropy, without ever holding the
+logits of all positions, and without those of positions that carry no loss.
+"""
+
+import functools
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax import Array
+
+from llada_jax.cluster.sharding import axis_size, constrain, spec
+from llada_jax.models.products import project
+
+# Logical axes of the two leading dims of hidden vectors: rows and positions of the batch, or
+# devices and the positions of one device.
+ROWS = ("act_batch", "act_head_position")
+DEVICES = ("act_device", None)
+# The scope of the condition under which the other positions are scored too.
+SELDOM = "seldom"
+
+
+class TokenScores(NamedTuple):
+    """How well a network predicts the targets of a batch; zero and False outside of `where`."""
+
+    nll_BT: Array  # float32: -log p(target) in nats
+    is_correct_BT: Array  # bool: no token scores higher than the target
+
+
+def token_scores(
+    x_BTD: Array,
+    targets_BT: Array,
+    where_BT: Array,
+    kernel_DV: Array,
+    *,
+    dtype: Any,
+    gradient_dtype: Any,
+    nll_chunk: int,
+    capacity: Callable[[int, int], int] | None,
+) -> TokenScores:
+    """Returns the scores of the targets at the positions `where_BT`.
+
+    With a `capacity`, every device moves the positions that count to the front and scores so many
+    of its own; the others are scored only when a device has more that count. What is computed is
+    the same in either case, and no position leaves its device: the one thing that devices must
+    agree on is whether anybody has more, because they go through the rest together.
+
+    Args:
+        x_BTD: hidden vectors.
+        kernel_DV: float32 [D, V], what they are multiplied by.
+        dtype, gradient_dtype, nll_chunk, capacity: see llada_jax.models.transformer.Transformer.
+    """
+    x_BTD = constrain(x_BTD, *ROWS, "act_embed")
+    B, T = targets_BT.shape
+    batch_ways, position_ways = (_ways(name) for name in ROWS)
+    local = B // batch_ways, T // position_ways
+    num_local = local[0] * local[1]
+    score = functools.partial(_score, dtype=dtype, gradient_dtype=gradient_dtype)
+    # Where the mesh does not divide a batch, XLA pads it, and shard_map refuses it.
+    is_even = num_local * batch_ways * position_ways == B * T
+    room = capacity(*local) if capacity and is_even else num_local
+    if room >= num_local:
+        num_pieces = -(-T // nll_chunk)
+        return _where(where_BT, score(x_BTD, kernel_DV, targets_BT, num_pieces, names=ROWS))
+
+    x_GPD, targets_GP, where_GP = (_by_device(array) for array in (x_BTD, targets_BT, where_BT))
+    order_GP = _locally(lambda where: jnp.argsort(~where, axis=1, stable=True))(where_GP)
+    rank_GP = _locally(lambda order: jnp.argsort(order, axis=1))(order_GP)
+
+    def part(
+        first: int,
+        x_GPD: Array,
+        kernel_DV: Array,
+        targets_GP: Array,
+        index_GC: Array,
+        inverse: Array,
+    ) -> TokenScores:
+        """Returns the scores of the positions `index_GC`, which are `first` and following."""
+        return score(
+            pick(x_GPD, index_GC, inverse - first),
+            kernel_DV,
+            pick(targets_GP, index_GC, inverse - first),
+            num_pieces=-(-T * index_GC.shape[1] // (nll_chunk * num_local)),
+            names=DEVICES,
+        )
+
+    scores = part(0, x_GPD, kernel_DV, targets_GP, order_GP[:, :room], rank_GP)
+    rest = _seldom(
+        functools.partial(part, room),
+        jnp.any(jnp.sum(where_GP, axis=1) > room),
+        x_GPD,
+        kernel_DV,
+        (targets_GP, order_GP[:, room:], rank_GP),
+    )
+
+    def back(first_GC: Array, rest_GC: Array) -> Array:
+        in_order_GP = jnp.concatenate([first_GC, rest_GC], axis=1)
+        return _by_row(pick(in_order_GP, rank_GP, order_GP), local)
+
+    return _where(where_BT, jax.tree.map(back, scores, rest))
+
+
+def _where(where_BT: Array, scores: TokenScores) -> TokenScores:
+    return TokenScores(jnp.where(where_BT, scores.nll_BT, 0.0), scores.is_correct_BT & where_BT)
+
+
+def _score(
+    x_RCD: Array,
+    kernel_DV: Array,
+    targets_RC: Array,
+    num_pieces: int,
+    *,
+    names: tuple[str, str | None],
+    dtype: Any,
+    gradient_dtype: Any,
+) -> TokenScores:
+    """Returns the scores of all positions of an array [R, C], of the logical axes `names`.
+
+    The vocabulary is cut into n pieces, so many that the logits of a piece are no more than the
+    whole logits of `nll_chunk` positions per row; they are computed again in the backward pass.
+    Pieces of the vocabulary and not chunks of the positions, because the gradient of a piece of the
+    head is then complete when its turn is over: it is reduced over the devices once per step, in
+    pieces, and neither the whole kernel nor its whole gradient is ever on one device. Pieces are
+    strided (token i * n + j is in piece j), so that a sharded V stays where it is. The tensor axis
+    splits positions here, or the gradient of every position would be reduced once per piece.
+    """
+    V, ways = kernel_DV.shape[1], _ways("vocab")
+    num_pieces = min(num_pieces, max(1, V // ways))
+
+    def score(x_RCD: Array, kernel_DC: Array, token_C: Array) -> Any:
+        """Returns three arrays [R, C] for one piece of the vocabulary: logsumexp, logit of the
+        target (0 when it is in another piece), and largest logit.
+        """
+        with jax.named_scope("head"):
+            logits_RCV = project(
+                x_RCD.astype(dtype),
+                kernel_DC,
+                out_dtype=jnp.float32,
+                gradient_dtype=gradient_dtype,
+                is_split=ways > 1 and names == ROWS,
+            )
+            logits_RCV = jnp.where(token_C < V, logits_RCV, jnp.finfo(jnp.float32).min)
+            logits_RCV = constrain(logits_RCV, *names, None)
+            is_target_RCV = token_C == targets_RC[..., None]
+            target_logit_RC = jnp.sum(jnp.where(is_target_RCV, logits_RCV, 0.0), axis=-1)
+            best_RC = jax.lax.stop_gradient(logits_RCV).max(axis=-1)
+            return jax.nn.logsumexp(logits_RCV, axis=-1), target_logit_RC, best_RC
+
+    if num_pieces == 1:
+        normalizer_RC, target_logit_RC, best_RC = score(x_RCD, kernel_DV, jnp.arange(V))
+    else:
+        # Tokens that do not exist, so that the pieces are alike.
+        padding = -V % (num_pieces * ways)
+        # in the dtype that the gradient is to have
+        padded_DV = jnp.pad(kernel_DV.astype(gradient_dtype or dtype), ((0, 0), (0, padding)))
+
+        def pieces(array: Array) -> Array:
+            return jnp.moveaxis(array.reshape(*array.shape[:-1], -1, num_pieces), -1, 0)
+
+        # float32, because its gradient then is too, which is a sum over the pieces.
+        x_RCD = x_RCD.astype(jnp.float32)
+        piece = jax.checkpoint(score, prevent_cse=False)
+        normalizers_nRC, target_logits_nRC, bests_nRC = jax.lax.map(
+            lambda kernel_and_tokens: piece(x_RCD, *kernel_and_tokens),
+            (pieces(padded_DV), pieces(jnp.arange(V + padding))),
+        )
+        normalizer_RC = jax.nn.logsumexp(normalizers_nRC, axis=0)
+        target_logit_RC, best_RC = target_logits_nRC.sum(axis=0), bests_nRC.max(axis=0)
+    return TokenScores(normalizer_RC - target_logit_RC, target_logit_RC >= best_RC)
+
+
+def _seldom(
+    function: Callable, is_needed: Array, x_GPD: Array, kernel_DV: Array, others: tuple
+) -> TokenScores:
+    """Returns function(x_GPD, kernel_DV, *others) where it is needed, zeros elsewhere.
+
+    What the function saves for its gradient would be a result of the condition: a copy of x and of
+    the kernel, made of zeros in nearly every step. The gradient therefore begins from the arguments
+    again.
+    """
+
+    # by this name the reader of compiled programs knows what a step does not do
+    def if_needed(is_needed: Array, compute: Callable) -> Any:
+        zeros = jax.tree.map(
+            lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), jax.eval_shape(compute)
+        )
+        with jax.named_scope(SELDOM):
+            return jax.lax.cond(is_needed, compute, lambda: zeros)
+
+    @jax.custom_vjp
+    def run(is_needed: Array, x_GPD: Array, kernel_DV: Array, others: tuple) -> TokenScores:
+        return if_needed(is_needed, lambda: function(x_GPD, kernel_DV, *others))
+
+    def forward(*arguments: Any) -> tuple[TokenScores, tuple]:
+        return run(*arguments), arguments
+
+    def backward(arguments: tuple, gradient: TokenScores) -> tuple:
+        is_needed, x_GPD, kernel_DV, others = arguments
+
+        def compute() -> tuple[Array, Array]:
+            nll_of = lambda x, kernel: function(x, kernel, *others).nll_BT  # noqa: E731
+            return jax.vjp(nll_of, x_GPD, kernel_DV)[1](gradient.nll_BT)
+
+        return None, *if_needed(is_needed, compute), None
+
+    run.defvjp(forward, backward)
+    return run(is_needed, x_GPD, kernel_DV, others)
+
+
+# ---- positions of one device
+
+
+def _ways(name: str) -> int:
+    """Returns into how many parts the mesh splits a logical axis."""
+    mesh = jax.sharding.get_abstract_mesh()
+    return 1 if mesh.empty else axis_size(mesh, name)
+
+
+def _locally(function: Callable, in_names: tuple = DEVICES, out_names: tuple = DEVICES) -> Callable:
+    """Returns the function of arrays with two leading dims as each device applies it to its own
+    part: where it sorts or gathers, the partitioner would not see that nothing leaves the device.
+    """
+    if jax.sharding.get_abstract_mesh().empty:
+        return function
+    return jax.shard_map(
+        function, in_specs=spec(in_names), out_specs=spec(out_names), check_vma=False
+    )
+
+
+def _by_device(array_BT: Array) -> Array:
+    """Returns the positions of each device in one row: [B, T, ...] as [devices, B T / devices,
+    ...].
+    """
+    flat = _locally(lambda part: part.reshape(1, -1, *part.shape[2:]), ROWS, DEVICES)
+    return flat(array_BT)
+
+
+def _by_row(array_GP: Array, local: tuple[int, int]) -> Array:
+    """Undoes _by_device; `local` are the rows and positions of one device."""
+    return _locally(lambda part: part.reshape(local), DEVICES, ROWS)(array_GP)
+
+
+@jax.custom_vjp
+def pick(array: Array, index_GC: Array, inverse_GP: Array) -> Array:
+    """Returns array[g, index[g, c]], [G, C, ...] of [G, P, ...], each device by itself.
+
+    Args:
+        index_GC: each of its places at most once in a row.
+        inverse_GP: where in `index_GC` each place stands; outside of 0 ... C - 1 where nowhere. The
+            gradient is gathered by it, because accelerators scatter much more slowly.
+    """
+    del inverse_GP
+    return _locally(_take)(array, index_GC)
+
+
+def _take(array: Array, index_GC: Array) -> Array:
+    index = index_GC.reshape(*index_GC.shape, *[1] * (array.ndim - 2))
+    return jnp.take_along_axis(array, index, axis=1)
+
+
+def _pick_forward(
+    array: Array, index_GC: Array, inverse_GP: Array
+) -> tuple[Array, tuple[Array, Array]]:
+    return pick(array, index_GC, inverse_GP), (index_GC, inverse_GP)
+
+
+def _pick_backward(saved: tuple[Array, Array], gradient: Array) -> tuple[Array, None, None]:
+    index_GC, inverse_GP = saved
+    is_picked_GP = (inverse_GP >= 0) & (inverse_GP < index_GC.shape[1])
+
+    def take(gradient: Array, inverse_GP: Array, is_picked_GP: Array) -> Array:
+        taken = _take(gradient, jnp.where(is_picked_GP, inverse_GP, 0))
+        return jnp.where(is_picked_GP.reshape(*inverse_GP.shape, *[1] * (taken.ndim - 2)), taken, 0)
+
+    return _locally(take)(gradient, inverse_GP, is_picked_GP), None, None
+
+
+pick.defvjp(_pick_forward, _pick_backward)
