@@ -16,7 +16,9 @@ def flops_per_token(
     over all matrices, which include the head but not the embedding, which is only looked up. Scores
     and weighted values are two products of T x d in each of the L layers: 2 * 2 d T forward and
     twice that backward, 12 L d T in all. A masked diffusion model attends to all T positions, which
-    is the full count. Recomputation is not counted, so that this over the peak is model FLOP
+    is the full count. So is that of the head, although masked diffusion multiplies little more than
+    half of the positions by it (llada_jax.models.token_scores): what is left out shows as a higher
+    utilisation, and figures stay comparable with those of other code. Recomputation is not counted, so that this over the peak is model FLOP
     utilisation (PaLM, arXiv 2204.02311, appendix B).
 
     Args:

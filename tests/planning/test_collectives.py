@@ -279,8 +279,8 @@ a = Architecture(
 results = []
 for sizes in (dict(fsdp=8), dict(data=2, fsdp=2, tensor=2)):
     mesh = sharding.make_mesh(sizes)
-    for nll_chunk in (64, 8):
-        model = make_model(a, nll_chunk=nll_chunk)
+    for nll_chunk, capacity in ((64, None), (8, None), (64, lambda rows, length: rows * 5)):
+        model = make_model(a, nll_chunk=nll_chunk, capacity=capacity)
         shardings = parameter_shardings(model, mesh)
         shaped = lambda l, s: jax.ShapeDtypeStruct(l.shape, l.dtype, sharding=s)
         params = jax.tree.map(shaped, model.abstract, shardings)
@@ -296,7 +296,9 @@ print(json.dumps(results))
 
 @pytest.mark.slow
 def test_the_gradient_of_the_head_is_reduced_once_per_step_in_however_many_pieces():
-    """Compiled by XLA for eight CPU devices, with the head in one piece and in eight."""
+    """Compiled by XLA for eight CPU devices: with the head in one piece, in eight, and in one that
+    scores some positions first.
+    """
     done = subprocess.run(
         [sys.executable, "-c", COMPILE],
         capture_output=True,
@@ -310,7 +312,9 @@ def test_the_gradient_of_the_head_is_reduced_once_per_step_in_however_many_piece
     def total(found, *kinds):
         return sum(c["num_bytes"] * c["times"] for c in found if c["kind"].startswith(kinds))
 
-    for (sizes, _, whole), (_, nll_chunk, pieces) in zip(results[::2], results[1::2]):
+    for (sizes, _, whole), (_, nll_chunk, pieces), (*_, some) in zip(
+        results[::3], results[1::3], results[2::3], strict=True
+    ):
         kernel = 64 * 1030 * 4 // sizes.get("tensor", 1)
         assert nll_chunk == 8
         assert kernel < total(whole, "all-reduce", "reduce-scatter")
@@ -322,3 +326,6 @@ def test_the_gradient_of_the_head_is_reduced_once_per_step_in_however_many_piece
         # The kernel once more, for the backward pass, over one axis after the other.
         again = 2 * 64 * 1030 * 4
         assert total(pieces, "all-gather") < total(whole, "all-gather") + again, sizes
+        # No position leaves its device. What is new is one bit: whether some device has more.
+        assert {c["kind"] for c in some} <= {c["kind"] for c in whole}
+        assert abs(total(some, "") - total(whole, "")) < 100, sizes
