@@ -81,7 +81,9 @@ def token_scores(
             pick(x_GPD, index_GC, inverse - first),
             kernel_DV,
             pick(targets_GP, index_GC, inverse - first),
-            num_pieces=-(-T * index_GC.shape[1] // (nll_chunk * num_local)),
+            # Up to a sixteenth more, or half of the positions and a little would take as many
+            # pieces as all of them where these take two.
+            num_pieces=-(-16 * T * index_GC.shape[1] // (17 * nll_chunk * num_local)),
             names=DEVICES,
         )
 
