@@ -1,6 +1,8 @@
 """Compiled programs that outlive the process, for every process of a run."""
 
 import warnings
+from collections.abc import Sequence
+from typing import Any
 
 import jax
 
@@ -20,16 +22,23 @@ def write_from_every_process() -> None:
     compiler._cache_write = _write
 
 
-def _write(key, seconds, module_name, backend, executable, host_callbacks) -> None:
+def _write(
+    cache_key: str,
+    compile_time_secs: float,
+    module_name: str,
+    backend: Any,
+    executable: Any,
+    host_callbacks: Sequence[Any],
+) -> None:
     """What JAX does in process 0, by the same rules."""
     from jax._src import compilation_cache
 
     minimum = jax.config.jax_persistent_cache_min_compile_time_secs  # type: ignore[attr-defined]
-    if host_callbacks or seconds < minimum:
+    if host_callbacks or compile_time_secs < minimum:
         return
     try:
         compilation_cache.put_executable_and_time(
-            key, module_name, executable, backend, int(seconds)
+            cache_key, module_name, executable, backend, int(compile_time_secs)
         )
     except Exception as error:  # like in JAX: a cache that cannot be written never ends a run
         warnings.warn(

@@ -1,11 +1,13 @@
 """Programs that every process of a run finds compiled when it starts again."""
 
+import contextlib
 import json
 import os
 import subprocess
 import sys
 
 import pytest
+from support.buckets import emulated
 from support.runs import free_port
 
 PROGRAM = """
@@ -49,10 +51,17 @@ def start(directory, *, num_processes: int) -> list[dict]:
 
 
 @pytest.mark.slow
-def test_every_process_writes_its_programs_and_finds_them_at_the_next_start(tmp_path):
-    first = start(tmp_path, num_processes=2)
+@pytest.mark.parametrize("place", ["disk", "gs"])
+def test_every_process_writes_its_programs_and_finds_them_at_the_next_start(place, tmp_path):
+    with contextlib.ExitStack() as until_end:
+        bucket = place != "disk" and until_end.enter_context(emulated(place, tmp_path / "log"))
+        check_two_starts(f"{bucket}/cache" if bucket else tmp_path)
+
+
+def check_two_starts(directory) -> None:
+    first = start(directory, num_processes=2)
     assert [found["hits"] for found in first] == [0, 0]
     assert [found["misses"] for found in first] == [1, 1]
-    second = start(tmp_path, num_processes=2)
+    second = start(directory, num_processes=2)
     assert [found["hits"] for found in second] == [1, 1]
     assert [found["misses"] for found in second] == [0, 0]

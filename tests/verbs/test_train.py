@@ -17,6 +17,7 @@ from support.runs import losses, metric_lines, saved_arrays
 
 from llada_jax.__main__ import main
 from llada_jax.config import load_config
+from llada_jax.errors import UserError
 from llada_jax.verbs.train import compilation_cache, recorded_remat
 
 SMALL = {
@@ -78,6 +79,8 @@ def test_the_compilation_cache_is_where_config_or_environment_say_and_else_in_th
         ):
             jax.config.update("jax_compilation_cache_dir", said)
             assert compilation_cache(setting) == expected
+        with pytest.raises(UserError, match="ftp"):
+            compilation_cache("ftp://bucket/cache")
     finally:
         jax.config.update("jax_compilation_cache_dir", known)
 
