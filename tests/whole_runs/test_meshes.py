@@ -42,21 +42,21 @@ def straight(runs):
     return curve
 
 
+# Name -> devices of a process, processes, overrides.
+LAYOUTS = {
+    "data-fsdp-tensor": (8, 1, ["mesh.data=2", "mesh.fsdp=2", "mesh.tensor=2"]),
+    "sequence-expert": (8, 1, ["mesh.sequence=4", "mesh.fsdp=1", "mesh.expert=2"]),
+    "two-processes": (4, 2, ["mesh.data=4", "mesh.fsdp=1", "mesh.tensor=2"]),
+    "accumulation-fsdp": (8, 1, ["optimizer.gradient_accumulation=2"]),
+    "one-device-otherwise": (1, 1, OTHERWISE),
+}
+
+
 @pytest.mark.slow
-@pytest.mark.parametrize(
-    ("name", "num_devices", "num_processes", "overrides"),
-    [
-        ("data-fsdp-tensor", 8, 1, ["mesh.data=2", "mesh.fsdp=2", "mesh.tensor=2"]),
-        ("sequence-expert", 8, 1, ["mesh.sequence=4", "mesh.fsdp=1", "mesh.expert=2"]),
-        ("two-processes-data-tensor", 4, 2, ["mesh.data=4", "mesh.fsdp=1", "mesh.tensor=2"]),
-        ("accumulation-fsdp", 8, 1, ["optimizer.gradient_accumulation=2"]),
-        ("one-device-otherwise", 1, 1, OTHERWISE),
-    ],
-)
-def test_loss_curve_does_not_depend_on_how_it_is_computed(
-    runs, straight, name, num_devices, num_processes, overrides
-):
+@pytest.mark.parametrize("name", LAYOUTS)
+def test_loss_curve_does_not_depend_on_how_it_is_computed(runs, straight, name):
     workdir = runs.directory / name
+    num_devices, num_processes, overrides = LAYOUTS[name]
     runs.train(
         workdir, *CURVE_ALONE, *overrides, num_devices=num_devices, num_processes=num_processes
     )
