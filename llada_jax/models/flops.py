@@ -16,10 +16,10 @@ def flops_per_token(
     over all matrices, which include the head but not the embedding, which is only looked up. Scores
     and weighted values are two products of T x d in each of the L layers: 2 * 2 d T forward and
     twice that backward, 12 L d T in all. A masked diffusion model attends to all T positions, which
-    is the full count. So is that of the head, although masked diffusion multiplies little more than
-    half of the positions by it (llada_jax.models.token_scores): what is left out shows as a higher
-    utilisation, and figures stay comparable with those of other code. Recomputation is not counted, so that this over the peak is model FLOP
-    utilisation (PaLM, arXiv 2204.02311, appendix B).
+    is the full count. The head is counted at every position too, although masked diffusion computes
+    logits of little more than half of them (llada_jax.models.token_scores): what it leaves out
+    shows as a higher utilisation. Recomputation is not counted, so that this over the peak is model
+    FLOP utilisation (PaLM, arXiv 2204.02311, appendix B).
 
     Args:
         num_matmul_params: N, see llada_jax.models.transformer.num_matmul_parameters.
