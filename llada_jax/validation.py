@@ -25,7 +25,7 @@ CHOICES = {
     "model.attention": (AUTO, "xla", "splash", "cudnn", "triton"),
     "model.remat": (AUTO, "none", "dots", "attention", "full"),
     "objective.name": ("masked_diffusion", "sft", "vrpo", "autoregressive"),
-    "objective.t_sampling": ("stratified", "iid", "bell"),
+    "objective.t_sampling": ("stratified", "mirrored", "iid", "bell"),
     "objective.masking": ("bernoulli", "exact_count"),
     "objective.weight": ("1/p", "none"),
     "objective.masked": ("answers", "documents"),
@@ -174,6 +174,11 @@ def check_contradictions(config: ConfigDict, defaults: ConfigDict) -> None:
         raise UserError(
             "config.objective.t_sampling='bell' is for masked_diffusion, and "
             f"config.objective.name={objective.name!r}; choose stratified or iid."
+        )
+    if objective.t_sampling == "mirrored" and objective.name == "vrpo":
+        raise UserError(
+            "config.objective.t_sampling='mirrored' is for masked_diffusion and sft, and "
+            "config.objective.name='vrpo' draws the times of an answer; choose stratified or iid."
         )
     is_bell_changed = objective.bell_width != defaults.objective.bell_width
     if is_bell_changed and objective.t_sampling != "bell":

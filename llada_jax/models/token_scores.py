@@ -37,7 +37,7 @@ def token_scores(
     dtype: Any,
     gradient_dtype: Any,
     nll_chunk: int,
-    capacity: Callable[[int, int], int] | None,
+    capacity: Callable[[int, int, int], int] | None,
 ) -> TokenScores:
     """Returns the scores of the targets at the positions `where_BT`.
 
@@ -59,7 +59,7 @@ def token_scores(
     score = functools.partial(_score, dtype=dtype, gradient_dtype=gradient_dtype)
     # Where the mesh does not divide a batch, XLA pads it, and shard_map refuses it.
     is_even = num_local * batch_ways * position_ways == B * T
-    room = capacity(*local) if capacity and is_even else num_local
+    room = capacity(*local, batch_ways) if capacity and is_even else num_local
     if room >= num_local:
         num_pieces = -(-T // nll_chunk)
         return _where(where_BT, score(x_BTD, kernel_DV, targets_BT, num_pieces, names=ROWS))

@@ -313,9 +313,9 @@ class Transformer(nnx.Module):
         mask: what a position may see within its segment; an objective names it.
         remat: "none" or a key of REMAT_POLICIES.
         nll_chunk: peak memory of the logits in `token_nll`, in positions per row.
-        capacity: (rows, length) -> of how many positions `token_nll` computes logits at first, of a
-            device's rows of so many positions each; those of the others follow where more carry
-            loss. None: of all.
+        capacity: (rows, length, ways) -> of how many positions `token_nll` computes logits at
+            first, on each of the `ways` devices that share the rows; those of the others follow
+            where more carry loss. None: of all.
     """
 
     def __init__(
@@ -329,7 +329,7 @@ class Transformer(nnx.Module):
         mask: Mask = BIDIRECTIONAL,
         remat: str = "none",
         nll_chunk: int = 1024,
-        capacity: Callable[[int, int], int] | None = None,
+        capacity: Callable[[int, int, int], int] | None = None,
     ) -> None:
         self.a, self.dtype, self.attention, self.mask = a, dtype, attention, mask
         self.remat, self.nll_chunk, self.gradient_dtype = remat, nll_chunk, gradient_dtype

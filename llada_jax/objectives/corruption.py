@@ -5,7 +5,9 @@ Everything is drawn from one key per row, so that a row's corruption depends on 
 global number.
 """
 
+import functools
 import math
+from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
@@ -28,24 +30,29 @@ def sample_t(
     """Returns diffusion times t_B, float32 in [0, 1), for rows `row_B` of a global batch of
     `num_rows`.
 
-    stratified: see `mirrored_strata`. iid: every row draws its own U(0, 1). bell: stratified times
-    of the density `bell_density`, most of which lie around 1/2 (arXiv 2605.13026).
+    stratified: row r takes (u + r / num_rows) mod 1 with one u per step, so that a batch covers
+    [0, 1) evenly and the variance of the loss falls (MD4, arXiv 2406.04329, section 4.3: antithetic
+    sampling over the batch). mirrored: also evenly, see `mirrored_strata`. iid: every row draws its
+    own U(0, 1). bell: mirrored times of the density `bell_density`, most of which lie around 1/2
+    (arXiv 2605.13026).
     """
-    if t_sampling in ("stratified", "bell"):
-        t_B = mirrored_strata(jax.random.uniform(key), row_B, num_rows=num_rows)
-        return t_B if t_sampling == "stratified" else _quantile_of_bell(t_B, bell_width)
-    assert t_sampling == "iid", t_sampling
-    return jax.vmap(jax.random.uniform)(keys_for_rows(key, row_B))
+    if t_sampling == "iid":
+        return jax.vmap(jax.random.uniform)(keys_for_rows(key, row_B))
+    offset = jax.random.uniform(key)
+    if t_sampling == "stratified":
+        return (offset + row_B.astype(jnp.float32) / num_rows) % 1.0
+    assert t_sampling in ("mirrored", "bell"), t_sampling
+    t_B = mirrored_strata(offset, row_B, num_rows=num_rows)
+    return t_B if t_sampling == "mirrored" else _quantile_of_bell(t_B, bell_width)
 
 
 def mirrored_strata(offset: Array, row_B: Array, *, num_rows: Array | int) -> Array:
     """Returns times that cover [0, 1) evenly over the rows of a batch: one in each of `num_rows`
     parts of equal length, if their number is even.
 
-    Row 2 i takes t = (offset + i / pairs) mod 1 and row 2 i + 1 takes 1 - t. That lowers the
-    variance of the loss (MD4, arXiv 2406.04329, section 4.3: antithetic sampling over the batch),
-    and half of the tokens of any two such rows are masked, so that every device of a mesh has as
-    many masked tokens as the others in every step.
+    Row 2 i takes t = (offset + i / pairs) mod 1 and row 2 i + 1 takes 1 - t. Half of the tokens of
+    any two such rows are masked, so that every device of a mesh has as many masked tokens as the
+    others, in every step. Stratified by row, the rows of a device have a narrow window of times.
 
     Args:
         offset: from U(0, 1), one for all rows; a scalar, or of a shape that row_B broadcasts to.
@@ -56,20 +63,37 @@ def mirrored_strata(offset: Array, row_B: Array, *, num_rows: Array | int) -> Ar
     return jnp.where(row_B % 2 == 0, t_B, jnp.minimum(1.0 - t_B, 1.0 - 2.0**-24))
 
 
-def room_for_masks(rows: int, length: int, *, share: float = 0.5) -> int:
-    """Returns how many tokens are masked in consecutive rows with the times of `mirrored_strata`,
-    but for rare draws: what Objective.capacity is.
-
-    Of two mirrored rows, `share` of the tokens. A row without its mirror image may be masked as a
-    whole. To that come 4 standard deviations of independent masks, rounded up to what fills the
-    tiles of a matrix unit.
+def capacity_for(
+    t_sampling: str, *, share: float = 0.5, complementary: bool = False
+) -> Callable[[int, int, int], int] | None:
+    """Returns the Objective.capacity of masks with these times.
 
     Args:
-        rows, length: of one device.
         share: the mean probability of a mask.
+        complementary: whether a token is masked in one of the rows 2 i and 2 i + 1 each.
     """
-    pairs, alone = divmod(rows, 2)
-    tokens = (2 * share * pairs + alone) * length + 4 * math.sqrt(rows * length / 4)
+    if complementary:
+        return functools.partial(room_for_masks, share=0.5, is_mirrored=True)
+    if t_sampling == "iid":  # all of them may be late
+        return None
+    return functools.partial(room_for_masks, share=share, is_mirrored=t_sampling != "stratified")
+
+
+def room_for_masks(rows: int, length: int, ways: int, *, share: float, is_mirrored: bool) -> int:
+    """Returns how many tokens of consecutive rows are masked, but for rare draws.
+
+    Of all rows of a batch, and of two mirrored ones, `share` of the tokens. Besides, as many as a
+    row has where their number is odd; and where they are not mirrored, as a microbatch takes every
+    A-th pair, whose times may all lie late in their part of [0, 1). To that come 4 standard
+    deviations of independent masks, rounded up to what fills the tiles of a matrix unit.
+
+    Args:
+        rows, length, ways: see Objective.capacity.
+    """
+    if ways > 1 and not is_mirrored:
+        return rows * length
+    more = rows % 2 if is_mirrored else min(rows, 2)
+    tokens = (share * (rows - more) + more) * length + 4 * math.sqrt(rows * length / 4)
     return -(-math.ceil(tokens) // 128) * 128
 
 

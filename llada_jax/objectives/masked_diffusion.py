@@ -12,10 +12,10 @@ from jax import Array
 from llada_jax.masks import BIDIRECTIONAL
 from llada_jax.objectives.corruption import (
     bell_density,
+    capacity_for,
     corrupt,
     corrupt_exactly_k,
     rank_of_real_rows,
-    room_for_masks,
     sample_t,
     sums_by_t,
 )
@@ -57,8 +57,7 @@ def masked_diffusion(
         bound_name="nelbo",
         mask=BIDIRECTIONAL,
         copies=2 if complementary else 1,
-        # independent times may all be late ones, but not those of complementary rows
-        capacity=room_for_masks if complementary or t_sampling != "iid" else None,
+        capacity=capacity_for(t_sampling, complementary=complementary),
     )
 
 
@@ -88,7 +87,7 @@ def masked_diffusion_loss(
         nll_fn, params, batch, key, row_B, num_rows: see Objective in objective.py.
         mask_id: the token that stands for "masked".
         eps: floor of the masking probability, p = (1 - eps) t + eps (Bernoulli masking only).
-        t_sampling: "stratified", "iid" or "bell". A bell visits the extremes of t less often, which
+        t_sampling: "stratified", "mirrored", "iid" or "bell". A bell visits the extremes of t less often, which
             the weight makes up for: it is divided by the density, so that the bound stays one.
         bell_width: standard deviation of the bell.
         masking: "bernoulli", or "exact_count" with weight L/k.

@@ -60,9 +60,9 @@ class Objective:
         heldout: further metrics of `bound` that held-out evaluations of a run report.
         copies: how many consecutive rows of a training batch hold one record, as in row 2 i and row
             2 i + 1; batch_size counts them all.
-        capacity: (rows, length) -> how many tokens of so many consecutive rows of a training batch
-            are in `where_BT`, but for rare draws: logits of the other positions are left out, see
-            llada_jax.models.token_scores. None: that may be all.
+        capacity: (rows, length, ways) -> how many tokens of so many consecutive rows, one of `ways`
+            parts of a training batch, are in `where_BT`, but for rare draws: logits of the other
+            positions are left out, see llada_jax.models.token_scores. None: that may be all.
         trained_passes, other_passes: how often `loss` calls nll_fn for gradients and without, for
             the arithmetic of time and memory.
     """
@@ -78,7 +78,7 @@ class Objective:
     heldout: tuple[str, ...] = ()
     copies: int = 1
     trained_passes: int = 1
-    capacity: Callable[[int, int], int] | None = None
+    capacity: Callable[[int, int, int], int] | None = None
     other_passes: int = 0
 
     @property

@@ -11,8 +11,8 @@ from jax import Array
 
 from llada_jax.masks import BIDIRECTIONAL
 from llada_jax.objectives.corruption import (
+    capacity_for,
     mirrored_strata,
-    room_for_masks,
     sums_by_t,
     sums_of_documents,
 )
@@ -57,17 +57,14 @@ def sft(
     bound = functools.partial(
         masked_diffusion_loss, mask_id=mask_id, masking="exact_count", is_whole_batch=True
     )
-    share = 0.5 if complementary else (eps + max_mask_ratio) / 2
-    # independent times may all be late ones, but not those of complementary rows
-    is_even = complementary or t_sampling != "iid"
-    capacity = functools.partial(room_for_masks, share=share) if is_even else None
+    share = (eps + max_mask_ratio) / 2
     return Objective(
         loss=loss,
         bound=bound,
         bound_name="nelbo",
         mask=BIDIRECTIONAL,
         copies=2 if complementary else 1,
-        capacity=capacity,
+        capacity=capacity_for(t_sampling, share=share, complementary=complementary),
     )
 
 
@@ -101,7 +98,7 @@ def sft_loss(
         mask_id: the token that stands for "masked".
         eps, max_mask_ratio: bounds on the masking probability, p = eps + (max_mask_ratio - eps) t.
             The logged `nelbo` is a bound only while they are near 0 and 1.
-        t_sampling: "stratified" over the rows of the global batch, or "iid".
+        t_sampling: "stratified" over the rows of the global batch, "mirrored", or "iid".
         weight: "1/p", or "none", which trains on the plain nll of masked tokens.
         masked: "answers", or "documents": prompts are masked and scored too (iLLaDA, arXiv
             2606.25331).
@@ -211,13 +208,16 @@ def times_of_documents(
 ) -> Array:
     """Returns the time of each token's document, float32 [B, T] in [0, 1).
 
-    stratified: the s-th documents of all rows take the times of `mirrored_strata`, with one offset
-    per step and s. iid: every document draws its own U(0, 1).
+    stratified: the s-th documents of all rows take (u_s + r / num_rows) mod 1 with one u_s per
+    step. mirrored: they take the times of `mirrored_strata`, with one offset u_s. iid: every document draws its own U(0, 1).
     """
     num_segments = segment_ids_BT.shape[1] + 1
-    if t_sampling == "stratified":
-        offset_S = jax.random.uniform(key, (num_segments,))
-        return mirrored_strata(offset_S[segment_ids_BT], row_B[:, None], num_rows=num_rows)
+    if t_sampling in ("stratified", "mirrored"):
+        offset_BT = jax.random.uniform(key, (num_segments,))[segment_ids_BT]
+        if t_sampling == "mirrored":
+            return mirrored_strata(offset_BT, row_B[:, None], num_rows=num_rows)
+        place_B = row_B.astype(jnp.float32) / num_rows
+        return (offset_BT + place_B[:, None]) % 1.0
     assert t_sampling == "iid", t_sampling
     return draw_documents(key, segment_ids_BT, row_B)
 

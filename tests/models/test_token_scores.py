@@ -54,8 +54,8 @@ def test_scores_and_gradients_are_those_of_all_positions_however_many_count(
     targets_BT, weight_BT = rng.integers(0, V, (B, T)), np.float32(rng.random((B, T)))
     asked = []
 
-    def capacity(rows, length):
-        asked.append((rows, length))
+    def capacity(rows, length, ways):
+        asked.append((rows, length, ways))
         return ROOM
 
     def loss(x_BTD, kernel_DV, where_BT):
@@ -90,7 +90,7 @@ def test_scores_and_gradients_are_those_of_all_positions_however_many_count(
             np.testing.assert_array_equal(
                 scores.is_correct_BT, (best_BT == targets_BT) & where_BT, err_msg=what
             )
-    assert set(asked) == {(num_rows, num_columns)}
+    assert set(asked) == {(num_rows, num_columns, B // num_rows)}
 
 
 def products_of_every_step(jaxpr):
@@ -131,6 +131,6 @@ def test_logits_of_the_other_positions_are_computed_only_where_there_is_no_room(
         return [product.outvars[0].aval.size // V for product in products_of_every_step(jaxpr)]
 
     assert positions_multiplied(None) == [B * T]
-    assert positions_multiplied(lambda rows, length: B * T) == [B * T]
+    assert positions_multiplied(lambda rows, length, ways: B * T) == [B * T]
     # what the rest takes is inside of the condition
-    assert positions_multiplied(lambda rows, length: 70) == [70]
+    assert positions_multiplied(lambda rows, length, ways: 70) == [70]

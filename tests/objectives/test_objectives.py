@@ -18,9 +18,9 @@ from llada_jax.models.transformer import Architecture, TokenScores
 from llada_jax.objectives.autoregressive import autoregressive_loss
 from llada_jax.objectives.corruption import (
     bell_density,
+    capacity_for,
     corrupt,
     corrupt_exactly_k,
-    room_for_masks,
     sample_t,
 )
 from llada_jax.objectives.masked_diffusion import masked_diffusion_loss
@@ -156,15 +156,16 @@ def test_exact_count_masks_exactly_k_maskable_tokens(lengths, t):
         assert w == pytest.approx(length / k if length else 0.0)
 
 
-def test_stratified_t_covers_every_stratum_once_and_is_uniform():
+@pytest.mark.parametrize("t_sampling", ["stratified", "mirrored"])
+def test_stratified_t_covers_every_stratum_once_and_is_uniform(t_sampling):
     B = 64
     for step in range(20):
         t_B = np.asarray(
-            sample_t(key_for("t", 0, step), jnp.arange(B), num_rows=B, t_sampling="stratified")
+            sample_t(key_for("t", 0, step), jnp.arange(B), num_rows=B, t_sampling=t_sampling)
         )
         assert sorted(np.floor(t_B * B).astype(int).clip(0, B - 1)) == list(range(B))
     draws = [
-        sample_t(key_for("t", 1, step), jnp.arange(4), num_rows=4, t_sampling="stratified")
+        sample_t(key_for("t", 1, step), jnp.arange(4), num_rows=4, t_sampling=t_sampling)
         for step in range(300)
     ]
     assert np.mean(np.asarray(draws)[:, 0]) == pytest.approx(
@@ -172,31 +173,39 @@ def test_stratified_t_covers_every_stratum_once_and_is_uniform():
     )  # each row alone is U(0, 1)
 
 
-@pytest.mark.parametrize("t_sampling", ["stratified", "bell"])
+@pytest.mark.parametrize("t_sampling", ["mirrored", "bell"])
 def test_the_times_of_two_neighbouring_rows_mirror_each_other(t_sampling):
     t_B = np.asarray(sample_t(KEY, jnp.arange(7), num_rows=7, t_sampling=t_sampling), np.float64)
     np.testing.assert_allclose(t_B[1::2], 1 - t_B[:6:2], atol=1e-6)
     assert len(set(t_B)) == 7
 
 
-@pytest.mark.parametrize("rows", [1, 2, 3, 8])
-def test_there_is_room_for_the_masks_of_any_device_in_nearly_every_step(rows):
+@pytest.mark.parametrize(
+    ("t_sampling", "rows"), [*(("mirrored", rows) for rows in (1, 2, 3, 8)), ("stratified", 96)]
+)
+def test_there_is_room_for_the_masks_of_any_device_in_nearly_every_step(t_sampling, rows):
     B, T = 96, 512
     tokens_BT = jnp.zeros((B, T), jnp.int32)
 
     def num_masked(step):
         t_key, mask_key = jax.random.split(jax.random.key(step))
-        t_B = sample_t(t_key, jnp.arange(B), num_rows=B, t_sampling="stratified")
+        t_B = sample_t(t_key, jnp.arange(B), num_rows=B, t_sampling=t_sampling)
         is_masked_BT = corrupt(
             mask_key, tokens_BT, t_B, tokens_BT == 0, jnp.arange(B), mask_id=MASK, eps=1e-3
         )[1]
         return is_masked_BT.reshape(B // rows, -1).sum(axis=1)
 
     most = jax.jit(jax.lax.map, static_argnums=0)(num_masked, jnp.arange(50)).max()
-    room = room_for_masks(rows, T)
+    room = capacity_for(t_sampling)(rows, T, B // rows)
     assert most <= room
-    # the rows without a mirror image, and little more
-    assert room <= T * ((rows + 1) // 2) + 4 * math.sqrt(rows * T / 4) + 128
+    # half of the rows, one that has no other half, and little more
+    assert room <= T * (rows / 2 + 1) + 4 * math.sqrt(rows * T / 4) + 128
+
+
+def test_all_of_a_device_may_be_masked_where_its_rows_have_a_window_of_times_or_independent_ones():
+    assert capacity_for("stratified")(4, 512, 2) == 4 * 512
+    assert capacity_for("iid") is None
+    assert capacity_for("iid", complementary=True)(4, 512, 2) < 0.6 * 4 * 512
 
 
 @pytest.mark.parametrize("width", [0.05, 0.2, 0.3, 10.0])

@@ -279,7 +279,7 @@ a = Architecture(
 results = []
 for sizes in (dict(fsdp=8), dict(data=2, fsdp=2, tensor=2)):
     mesh = sharding.make_mesh(sizes)
-    for nll_chunk, capacity in ((64, None), (8, None), (64, lambda rows, length: rows * 5)):
+    for nll_chunk, capacity in ((64, None), (8, None), (64, lambda rows, length, ways: rows * 5)):
         model = make_model(a, nll_chunk=nll_chunk, capacity=capacity)
         shardings = parameter_shardings(model, mesh)
         shaped = lambda l, s: jax.ShapeDtypeStruct(l.shape, l.dtype, sharding=s)
