@@ -96,7 +96,6 @@ class JaxSide:
         architecture = Architecture(
             **sizes, num_kv_heads=size["num_heads"], rope_theta=THETA, norm_eps=NORM_EPS
         )
-        self.model = make_model(architecture, remat=variant.partition("remat=")[2] or "none")
         schedule = optim.make_schedule(
             name="constant",
             learning_rate=LEARNING_RATE,
@@ -120,6 +119,11 @@ class JaxSide:
             clip_norm=CLIP,
         )
         objective = masked_diffusion(mask_id=size["vocab_size"] - 1, eps=P_MIN)
+        self.model = make_model(
+            architecture,
+            remat=variant.partition("remat=")[2] or "none",
+            capacity=objective.capacity,
+        )
         B, T = size["batch_size"], size["sequence_length"]
         jax.set_mesh(sharding.one_device_mesh())
         metrics = abstract_metrics(objective, self.model.abstract, num_rows=B, sequence_length=T)

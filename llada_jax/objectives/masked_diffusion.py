@@ -87,8 +87,9 @@ def masked_diffusion_loss(
         nll_fn, params, batch, key, row_B, num_rows: see Objective in objective.py.
         mask_id: the token that stands for "masked".
         eps: floor of the masking probability, p = (1 - eps) t + eps (Bernoulli masking only).
-        t_sampling: "stratified", "mirrored", "iid" or "bell". A bell visits the extremes of t less often, which
-            the weight makes up for: it is divided by the density, so that the bound stays one.
+        t_sampling: "stratified", "mirrored", "iid" or "bell". A bell visits the extremes of t less
+            often, which the weight makes up for: it is divided by the density, so that the bound
+            stays one.
         bell_width: standard deviation of the bell.
         masking: "bernoulli", or "exact_count" with weight L/k.
         weight: "1/p" for the bound; "none" trains on the plain sum of nll over masked tokens, while

@@ -209,7 +209,8 @@ def times_of_documents(
     """Returns the time of each token's document, float32 [B, T] in [0, 1).
 
     stratified: the s-th documents of all rows take (u_s + r / num_rows) mod 1 with one u_s per
-    step. mirrored: they take the times of `mirrored_strata`, with one offset u_s. iid: every document draws its own U(0, 1).
+    step. mirrored: they take the times of `mirrored_strata`, with one offset u_s. iid: every
+    document draws its own U(0, 1).
     """
     num_segments = segment_ids_BT.shape[1] + 1
     if t_sampling in ("stratified", "mirrored"):
