@@ -192,7 +192,7 @@ SHARDING = faults_of(
         '"act_batch": ("data",)',
     ),
     ("heads replicated", '"act_heads": "tensor"', '"act_heads": None'),
-    ("parameters not split over fsdp", '"embed": "fsdp"', '"embed": None'),
+    ("parameters not split", '"embed": ("fsdp", "sequence")', '"embed": None'),
 )
 
 FAULTS: list[Fault] = [*TRANSFORMER, *MODEL, *MASKS, *FLOPS, *SHARDING]
