@@ -195,4 +195,11 @@ SHARDING = faults_of(
     ("parameters not split", '"embed": ("fsdp", "sequence")', '"embed": None'),
 )
 
-FAULTS: list[Fault] = [*TRANSFORMER, *MODEL, *MASKS, *FLOPS, *SHARDING]
+SPLIT_ROWS = faults_of(
+    "llada_jax/models/split_rows.py",
+    "tests/models/test_split_rows.py",
+    ("every device attends from the first columns", "start=columns_T[0])", "start=0)"),
+    ("rows are brought together the dearer way", "return min(", "return max("),
+)
+
+FAULTS: list[Fault] = [*TRANSFORMER, *MODEL, *MASKS, *FLOPS, *SHARDING, *SPLIT_ROWS]
