@@ -448,12 +448,12 @@ def attend(
         name = IN_PIECES if is_reference else implementation
         kernel = functools.partial(_kernel(name), mask=mask)
         tensor = 1 if is_reference else mesh.shape[RULES["act_heads"]]
-        heads = {
+        per_device = {
             "num_heads": q_BTNH.shape[2] // tensor,
             "num_kv_heads": k_BSKH.shape[2] // tensor,
         }
-        check_exchange(name, mask, **heads, num_parts=num_parts)
-        if exchange_for(name, mask, **heads, num_parts=num_parts) == "heads":
+        check_exchange(name, mask, **per_device, num_parts=num_parts)
+        if exchange_for(name, mask, **per_device, num_parts=num_parts) == "heads":
             return attend_with_exchanged_heads(kernel, *arrays)
         return attend_to_gathered_keys(kernel, *arrays, is_reference=is_reference)
     kernel = functools.partial(_kernel(implementation), mask=mask)
