@@ -229,7 +229,7 @@ def traffic_of(
         heads = exchanged_heads(
             exchange_of(recipe, shape), a.num_heads // t, a.num_kv_heads // t, shape["sequence"]
         )
-        # Also "dots" does not keep what was exchanged, which is no product's output.
+        # Also "dots" exchanges again, because it keeps outputs of products alone.
         passes = forward + (1 if workload.remat == "none" else 2) * backward
         traffic["sequence"] = int(A * activations * a.head_dim * heads * passes)
     return traffic

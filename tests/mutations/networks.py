@@ -49,8 +49,8 @@ TRANSFORMER = faults_of(
     ),
     (
         "embedding cast before the gather",
-        "return table_VD[tokens_BT].astype(dtype)",
-        "return table_VD.astype(dtype)[tokens_BT]",
+        "x_BTD = table_VD[tokens_BT].astype(dtype)",
+        "x_BTD = table_VD.astype(dtype)[tokens_BT]",
         "tests/models/test_precision.py",
     ),
     (
