@@ -146,8 +146,8 @@ TOKEN_SCORES = faults_of(
     ),
     (
         "one device with too many masks is not enough",
-        "is_over = jnp.any(",
-        "is_over = jnp.all(",
+        "jnp.any(jnp.sum(where_GP",
+        "jnp.all(jnp.sum(where_GP",
     ),
     (
         "the gradient of a position that was not picked is that of another",
