@@ -93,8 +93,8 @@ def default_config() -> ConfigDict:
     config.objective.name = "masked_diffusion"
     config.objective.arguments = ()  # of an objective of your own
     config.objective.eps = 1e-3  # p = (1 - eps) t + eps
-    # stratified over the global batch | mirrored (stratified, and 1 - t in every second row) |
-    # iid (as published) | bell (mirrored, more around 1/2)
+    # How t covers the batch; a mirrored t has 1 - t next to it, a bell is mirrored around 1/2.
+    # stratified by row | mirrored in pairs of rows | iid (as published) | bell
     config.objective.t_sampling = "stratified"
     config.objective.bell_width = 0.2  # standard deviation of t (bell)
     # bernoulli | exact_count (k of L tokens, weight L/k)
