@@ -93,7 +93,7 @@ def default_config() -> ConfigDict:
     config.objective.name = "masked_diffusion"
     config.objective.arguments = ()  # of an objective of your own
     config.objective.eps = 1e-3  # p = (1 - eps) t + eps
-    # How t covers the batch; a mirrored t has 1 - t next to it, a bell is mirrored around 1/2.
+    # With mirrored and bell, every second row takes 1 - t of the row before it.
     # stratified by row | mirrored in pairs of rows | iid (as published) | bell
     config.objective.t_sampling = "stratified"
     config.objective.bell_width = 0.2  # standard deviation of t (bell)
