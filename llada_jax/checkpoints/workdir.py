@@ -262,6 +262,8 @@ class Checkpoints:
             paths: of the network's parameters, such as "blocks/q".
         """
         record = self.record(step)
+        if record.lora.rank:
+            paths = paths | {f"scales/{path}" for path in record.lora.int8_paths}
         # under adapters, which are what is trained, the network itself is frozen
         item = "frozen" if record.lora.rank else "ema" if ema else "params"
         saved = set((record.checksums or {}).get(item, {}))
@@ -289,7 +291,7 @@ class Checkpoints:
 
     def open_array(self, step: int, path: str, shape: tuple[int, ...]) -> tensorstore.TensorStore:
         """Returns one array of a step, of which nothing is read yet; it is float32, but for the
-        matrices of some frozen networks.
+        matrices of some frozen networks (Lora.dtype_of).
 
         Opened in Orbax's files with tensorstore, and not by Orbax: it would hold all chunks of an
         array at once next to the array itself, and would wait at each call for the other
