@@ -46,8 +46,8 @@ def project_int8(x: Array, numbers: Array, scale: Array, num_in: int = 1) -> Arr
     (llada_jax.models.int8), in the dtype of x.
 
     bfloat16 holds whole numbers up to 256 exactly, so the numbers are multiplied as they are and
-    the product is scaled: a scaled matrix would be rounded, and would be one more array of its size.
-    The matrix has no gradient.
+    the product is scaled: a scaled matrix would be rounded, and would be one more array of its
+    size. The matrix has no gradient.
 
     Args:
         scale: float32, its dims of inputs have size 1.

@@ -38,7 +38,8 @@ def test_no_weight_moves_by_more_than_half_of_its_scale(num_in):
     inputs = tuple(range(1, 1 + num_in))
     largest = np.abs(numbers).max(axis=inputs)
     assert (largest[0, ..., 1] == 0).all()
-    assert (np.delete(largest[0], 1, axis=-1) == 127).all() and (largest[1] == 127).all()
+    assert (np.delete(largest[0], 1, axis=-1) == 127).all()
+    assert (largest[1] == 127).all()
     assert np.isfinite(scale).all()
     # both signs alike
     np.testing.assert_array_equal(quantised(jnp.asarray(-matrix), num_in)[0], -numbers)
@@ -69,17 +70,12 @@ def test_a_product_and_its_gradient_are_within_the_error_of_the_weights(num_in, 
     error = np.abs(y - y64)
     assert (error <= bound * 1.001).all()
     assert error.max() > bound.max() / 100  # it is not the float32 matrix that is multiplied
-    np.testing.assert_allclose(
-        y, np.tensordot(x64, np.float64(dequantised(numbers, scale)[0]), num_in), rtol=1e-4, atol=1e-5
-    )
+    multiplied = np.float64(dequantised(numbers, scale)[0])
+    np.testing.assert_allclose(y, np.tensordot(x64, multiplied, num_in), rtol=1e-4, atol=1e-5)
     # the gradient goes through the matrix that was multiplied
     grad = np.random.default_rng(3).normal(size=y.shape).astype(np.float32)
     outs = tuple(range(num_in, matrix64.ndim))
-    expected = np.tensordot(
-        np.float64(grad),
-        np.float64(dequantised(numbers, scale)[0]),
-        (tuple(range(-len(outs), 0)), outs),
-    )
+    expected = np.tensordot(np.float64(grad), multiplied, (tuple(range(-len(outs), 0)), outs))
     (found,) = jax.vjp(product, x)[1](jnp.asarray(grad))
     np.testing.assert_allclose(found, expected, rtol=1e-4, atol=1e-5)
 
