@@ -36,7 +36,14 @@ from llada_jax.checkpoints.orbax_patches import teach_orbax_s3
 from llada_jax.checkpoints.record import RunRecord
 from llada_jax.cluster import distributed
 from llada_jax.errors import LostPeer, UserError, one_line
-from llada_jax.models.adapters import abstract_stored, adapter_shapes, merged
+from llada_jax.models.adapters import (
+    NUM_INPUT_DIMS,
+    Lora,
+    abstract_stored,
+    adapter_shapes,
+    merged,
+    round_in_place,
+)
 from llada_jax.paths import split_step
 from llada_jax.storage import remote
 from llada_jax.storage.arrays import kvstore_of, read_chunks
@@ -228,10 +235,22 @@ class Checkpoints:
         del loaded, optional
         return _copy_leaf_by_leaf(state)
 
-    def restore_params(self, step: int, abstract_params: dict, *, ema: bool) -> dict:
+    def restore_params(
+        self, step: int, abstract_params: dict, *, ema: bool, lora: Lora | None = None
+    ) -> dict:
         """Returns only the network's parameters, or their moving average, of a step, with the
         adapters added where the run trained some; UserError when they cannot be read.
+
+        Args:
+            lora: of a run that will freeze them: the matrices of the layers are rounded as it keeps
+                them, one by one.
         """
+        params = self._restore_params(step, abstract_params, ema=ema)
+        for path in NUM_INPUT_DIMS if lora else ():
+            round_in_place(params, path, lora)
+        return params
+
+    def _restore_params(self, step: int, abstract_params: dict, *, ema: bool) -> dict:
         name = "ema" if ema else "params"
         leaves = jax.tree_util.tree_leaves_with_path(abstract_params)
         self.check_parameters(step, {path_text(path) for path, _ in leaves}, ema=ema)

@@ -121,17 +121,39 @@ def joined(network: dict, adapters: dict, lora: Lora) -> dict:
 def stored(network: dict, lora: Lora) -> dict:
     """Returns the network as it is kept while adapters are trained: where matrices are int8, with
     "scales" next to its parameters, {"blocks": {"q": [L, 1, N, H], ...}}.
+
+    Args:
+        network: float32, but for matrices that `round_in_place` has rounded before.
     """
     if lora.frozen_dtype == "float32":
         return network
-    blocks, scales = dict(network["blocks"]), {}
+    blocks = dict(network["blocks"])
+    scales = dict(network.get("scales", {"blocks": {}})["blocks"])
     for path in lora.int8_paths:
         name = path.split("/")[1]
-        blocks[name], scales[name] = quantised(blocks[name], NUM_INPUT_DIMS[path])
-    kept = jax.tree_util.tree_map_with_path(
-        lambda path, leaf: leaf.astype(lora.dtype_of(_text(path))), {**network, "blocks": blocks}
+        if name not in scales:
+            blocks[name], scales[name] = quantised(blocks[name], NUM_INPUT_DIMS[path])
+    kept = {**network, "blocks": blocks} | ({"scales": {"blocks": scales}} if scales else {})
+    return jax.tree_util.tree_map_with_path(
+        lambda path, leaf: leaf.astype(lora.dtype_of(_text(path))), kept
     )
-    return {**kept, "scales": {"blocks": scales}} if scales else kept
+
+
+def round_in_place(network: dict, path: str, lora: Lora) -> None:
+    """Replaces one parameter, if it is a matrix of the layers, by what `stored` makes of it: a
+    network that is read one parameter after the other then never exists in float32.
+    """
+    if path not in NUM_INPUT_DIMS or lora.frozen_dtype == "float32":
+        return
+    blocks, name = network["blocks"], path.split("/")[1]
+    if path in lora.int8_paths:
+        round_matrix = jax.jit(quantised, static_argnums=1)
+        scales = network.setdefault("scales", {"blocks": {}})["blocks"]
+        blocks[name], scales[name] = round_matrix(blocks[name], NUM_INPUT_DIMS[path])
+    else:
+        blocks[name] = blocks[name].astype(lora.dtype_of(path))
+    # dispatch is asynchronous, and the next would be read before this one is let go
+    blocks[name].block_until_ready()
 
 
 def abstract_stored(abstract: dict, lora: Lora) -> dict:

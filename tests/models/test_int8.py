@@ -5,11 +5,14 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from support.jaxprs import equations
+from support.paths import PUBLISHED
 
+from llada_jax.checkpoints.huggingface import HuggingFace
 from llada_jax.cluster import hardware
+from llada_jax.cluster.sharding import one_device_mesh
 from llada_jax.models.adapters import NUM_INPUT_DIMS, Lora, adapter_shapes, joined, stored
 from llada_jax.models.int8 import dequantised, quantised, scale_shape
-from llada_jax.models.model import make_model
+from llada_jax.models.model import abstract_parameters, make_model
 from llada_jax.models.products import project_int8
 from llada_jax.models.transformer import Architecture
 from llada_jax.planning.absent_devices import stand_in_mesh
@@ -121,6 +124,17 @@ def test_no_step_holds_the_layers_in_another_dtype(remat):
     assert copies(lora._replace(frozen_dtype="int8")) == 0
     # as a float32 network has them where nothing is computed again
     assert (copies(lora) > 0) == (remat == "none")
+
+
+@pytest.mark.parametrize("dtype", ["int8", "bfloat16"])
+def test_weights_that_are_rounded_as_they_are_read_are_those_of_the_whole_network(dtype):
+    lora = Lora(rank=2, frozen_dtype=dtype)
+    found = HuggingFace(PUBLISHED, causal=False)
+    abstract = abstract_parameters(make_model(found.architecture), one_device_mesh())
+    whole, rounded = (found.restore_params(0, abstract, lora=given) for given in (None, lora))
+    assert {rounded["blocks"][path.split("/")[1]].dtype.name for path in NUM_INPUT_DIMS} == {dtype}
+    expected, kept = (jax.jit(stored, static_argnums=1)(net, lora) for net in (whole, rounded))
+    jax.tree.map(np.testing.assert_array_equal, kept, expected)
 
 
 def test_all_matrices_of_the_layers_are_int8_and_no_others():
