@@ -1,4 +1,4 @@
-"""lm-evaluation-harness in several processes of one run: all of them are asked for the same, and one
+"""lm-evaluation-harness in several processes of one run: all are asked for the same, and the first
 writes.
 """
 

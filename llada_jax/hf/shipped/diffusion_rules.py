@@ -222,9 +222,13 @@ def parse_revise(text: str) -> tuple[str, float]:
 
 def loop_limits(steps: int) -> tuple[int, int]:
     """Returns the first step of a block that is in ReMDM's loop, and the first behind it."""
-    # in float32, as llada_jax computes them
-    begin, end = (int(torch.tensor(share) * steps) for share in (LOOP_BEGINS, LOOP_ENDS))
+    begin, end = (int(share_of(steps, share)) for share in (LOOP_BEGINS, LOOP_ENDS))
     return begin, end
+
+
+def share_of(number: int, share: float) -> Tensor:
+    """Returns a share of a number in float32, in which llada_jax rounds it too."""
+    return torch.tensor(share, dtype=torch.float32) * number
 
 
 def loop_count(hidden_B1: Tensor, num_tokens: int, step: int, steps: int) -> Tensor:
@@ -239,7 +243,7 @@ def loop_count(hidden_B1: Tensor, num_tokens: int, step: int, steps: int) -> Ten
         return -(-hidden_B1 // (steps - step))
     if step >= begin:
         return torch.zeros_like(hidden_B1)
-    num_held = round((1 - LOOP_REVEALED) * num_tokens)
+    num_held = int(share_of(num_tokens, 1 - LOOP_REVEALED).round())
     return -(-(hidden_B1 - num_held).clamp(min=0) // (begin - step))
 
 
@@ -281,7 +285,7 @@ def taken_back_by_chance(
 
 def most_drafted(num_hidden_B1: Tensor) -> Tensor:
     """Returns the most tokens that a step of WINO keeps, [B, 1]."""
-    return (DRAFT_SHARE * num_hidden_B1).floor().long().clamp(LEAST_DRAFT, MOST_DRAFT)
+    return (DRAFT_SHARE * num_hidden_B1.float()).floor().long().clamp(LEAST_DRAFT, MOST_DRAFT)
 
 
 def taken_back_by_shadow(
@@ -302,7 +306,5 @@ def taken_back_by_shadow(
             fewer than the latter are taken back, so that every block ends.
         is_last: whether the schedule has no further step.
     """
-    most_B1 = torch.where(num_drafted_B1 > 1, num_drafted_before_B1 - 1, 0 * num_drafted_B1)
-    return lowest(
-        probability_BT, is_kept_BT & (probability_BT < amount), 0 * most_B1 if is_last else most_B1
-    )
+    most_B1 = (num_drafted_before_B1 - 1).masked_fill((num_drafted_B1 <= 1) | is_last, 0)
+    return lowest(probability_BT, is_kept_BT & (probability_BT < amount), most_B1)
