@@ -246,8 +246,9 @@ class Checkpoints:
                 them, one by one.
         """
         params = self._restore_params(step, abstract_params, ema=ema)
-        for path in NUM_INPUT_DIMS if lora else ():
-            round_in_place(params, path, lora)
+        if lora is not None:
+            for path in NUM_INPUT_DIMS:
+                round_in_place(params, path, lora)
         return params
 
     def _restore_params(self, step: int, abstract_params: dict, *, ema: bool) -> dict:
