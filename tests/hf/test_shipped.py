@@ -48,7 +48,7 @@ REQUESTS = [
     {"commit": "factor=2", "cache": "prefix", "refresh": 3},
     {"commit": "frechet=0.1", "cache": "dual", "refresh": 2, "append": True},
     {"commit": "threshold=0.2", "revise": "wino", "cfg_scale": 0.5},
-    {"commit": "threshold=0.1", "revise": "wino=0.6", "append": True, "stop_at_eos": True},
+    {"commit": "threshold=0.1", "revise": "wino=0.6", "append": True},
     {"revise": "remdm-cap=0.3"},
     {"revise": "remdm-rescale=0.6", "commit": "factor"},
     {"revise": "remdm-loop=0.5", "eos": "last"},
