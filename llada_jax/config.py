@@ -218,7 +218,7 @@ def default_config() -> ConfigDict:
     config.log.tracker = "none"
     config.log.profile_at_step = 0  # first step of a profiler window; 0: none
     config.log.profile_num_steps = 5
-    # directory; auto: JAX_COMPILATION_CACHE_DIR, else ~/.cache/llada_jax; "": none
+    # directory or URL; auto: JAX_COMPILATION_CACHE_DIR, else ~/.cache/llada_jax; "": none
     config.log.compilation_cache = AUTO
     config.lock()
     return config

@@ -22,6 +22,7 @@ from pathlib import Path
 
 import jax
 
+from llada_jax.cluster.compilation_cache import write_from_every_process
 from llada_jax.errors import LostPeer, UserError
 
 # Seconds between two lines about who is missing at the start.
@@ -111,6 +112,7 @@ def initialize(*, initialization_timeout_s: int = 300, heartbeat_timeout_s: int 
         raise LostPeer(
             f"The processes could not meet at {where} ({_first_line(error)}); {remedy}."
         ) from error
+    write_from_every_process()
     _on_abort(
         lambda: (
             "The runtime has ended this process, most likely because another one is gone (its "
@@ -142,8 +144,8 @@ def meet(name: str, *, timeout_s: int) -> None:
     """Waits until every process has called it with this name, for at most `timeout_s` (0: a day).
 
     Call it before a first collective. There gloo waits only 30 s for the other processes, and one
-    that still compiles takes longer: only process 0 writes to the compilation cache, so that the
-    others may have to compile what it finds there.
+    that still compiles takes longer: the others may have found their programs in the compilation
+    cache.
     """
     if jax.process_count() > 1:
         # The barriers of the public API are collectives themselves.

@@ -542,7 +542,11 @@ def compile_together(recipe: Recipe, shape: tuple[int, int], clock, progress, ti
 
 
 def compilation_cache(setting: str) -> str | None:
-    """Returns the directory that config.log.compilation_cache means; None: nothing is kept."""
+    """Returns the directory that config.log.compilation_cache means; None: nothing is kept.
+
+    Raises:
+        UserError: it is a URL of a kind that is unknown, or of a bucket that does not answer.
+    """
     if setting == AUTO:
-        return jax.config.jax_compilation_cache_dir or str(Path.home() / ".cache/llada_jax")  # type: ignore[attr-defined]
-    return setting or None
+        setting = jax.config.jax_compilation_cache_dir or str(Path.home() / ".cache/llada_jax")  # type: ignore[attr-defined]
+    return os.fspath(remote.path_of(setting)) if setting else None

@@ -7,6 +7,7 @@ folder, output and exit status, and are killed for real.
 """
 
 import array
+import gc
 import io
 import json
 import os
@@ -232,4 +233,6 @@ def run(request: dict, out: int, err: int) -> int:
 if __name__ == "__main__":
     from support.forked_runs import main
 
+    gc.collect()
+    gc.freeze()
     serve(socket.socket(fileno=int(sys.argv[1])))

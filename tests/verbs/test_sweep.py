@@ -121,7 +121,7 @@ def test_a_real_sweep_is_stopped_continues_and_has_the_table_of_its_metrics(
     """SIGTERM in the second run: exit 42; the same command then trains only what was missing, and
     the numbers are train's.
     """
-    base = SMALL_RUN.replace("num_steps = 20", "num_steps = 200").replace(
+    base = SMALL_RUN.replace("num_steps = 20", "num_steps = 100").replace(
         "every_steps = 10", "every_steps = 50"
     )
     write_config("for rate in (1e-2, 1e-4): add({'schedule.learning_rate': rate})", base=base)
@@ -135,7 +135,7 @@ def test_a_real_sweep_is_stopped_continues_and_has_the_table_of_its_metrics(
     assert "1 of 2 runs left" in error_of(process, status=42)
     listed = json.loads(call_sweep("--list", "--json", *start_sweep.words)[0])["runs"]
     assert [run["state"] for run in listed] == ["complete", "partial"]
-    assert 3 <= (stopped := listed[1]["step"]) < 200
+    assert 3 <= (stopped := listed[1]["step"]) < 100
     untouched = {path: path.stat().st_mtime_ns for path in (tmp_path / "runs" / "000").rglob("*")}
 
     assert "1 of 2 runs are to be done" in error_of(start_sweep("--run", "local"), status=0)
@@ -143,16 +143,16 @@ def test_a_real_sweep_is_stopped_continues_and_has_the_table_of_its_metrics(
         path: path.stat().st_mtime_ns for path in (tmp_path / "runs" / "000").rglob("*")
     }
     log = (tmp_path / "runs" / "001" / "train.log").read_text()
-    assert f"step {stopped} of 200 is saved" in log
-    assert f"step {stopped + 1}/200" in log
+    assert f"step {stopped} of 100 is saved" in log
+    assert f"step {stopped + 1}/100" in log
 
     table = json.loads(call_sweep("--table", "--json", *start_sweep.words)[0])
-    assert [run["index"] for run in table["runs"]] == [0, 1]  # 1e-4 has learnt less in 200 steps
+    assert [run["index"] for run in table["runs"]] == [0, 1]  # 1e-4 has learnt less in 100 steps
     for run in table["runs"]:
         lines = metric_lines(run["workdir"])
-        assert [line["step"] for line in lines if "train" in line] == list(range(1, 201))
+        assert [line["step"] for line in lines if "train" in line] == list(range(1, 101))
         assert run["bits_per_byte"] == lines[-1]["final"]["bits_per_byte"]
-        assert run["tokens"] == 200 * 16 * 32
+        assert run["tokens"] == 100 * 16 * 32
         trained = json.loads((Path(run["workdir"]) / "run.json").read_text())["config"]
         assert trained["schedule"]["learning_rate"] == run["knobs"]["schedule.learning_rate"]
     (effect,) = table["effects"]

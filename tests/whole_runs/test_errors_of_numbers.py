@@ -26,11 +26,10 @@ def exploding(home: Path, tmp_path: Path, rate: str) -> list[str]:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("rate", ["1e25", "1e39"])
 def test_not_a_number_exits_3_with_the_interval_and_a_last_good_step_that_is_good(
-    rate, home, tmp_path, refused
+    home, tmp_path, refused
 ):
-    argv = exploding(home, tmp_path, rate)
+    argv = exploding(home, tmp_path, "1e25")
     says = ["lower the rates in config.schedule.stages", "start the same command again"]
     sentence = refused(argv, status=3, says=says, is_late=True)
     first, last, good = map(
@@ -54,7 +53,7 @@ def test_not_a_number_exits_3_with_the_interval_and_a_last_good_step_that_is_goo
 @pytest.mark.slow
 def test_not_a_number_before_the_first_save_says_that_there_is_none(home, tmp_path, refused):
     argv = train_argv(
-        home, tmp_path / "run", "schedule.learning_rate=1e25", "checkpoint.every_steps=4"
+        home, tmp_path / "run", "schedule.learning_rate=1e39", "checkpoint.every_steps=4"
     )
     says = ["steps 1 to 2", "no checkpoint was saved yet", "config.schedule.learning_rate"]
     refused(argv, status=3, says=says, is_late=True)

@@ -10,12 +10,12 @@ import pytest
 from support.runs import assert_same_run, last_logged_step
 from support.two_hosts import two_hosts
 
-NUM_STEPS = 80
+NUM_STEPS = 45
 HEARTBEAT_S = 10
 SETTINGS = (
     f"num_steps={NUM_STEPS}",
     "schedule.name=cosine",
-    "checkpoint.every_steps=5",
+    "checkpoint.every_steps=3",
     "evaluation.every_steps=0",
     "log.tensorboard=False",
     f"distributed.heartbeat_timeout_s={HEARTBEAT_S}",
@@ -39,7 +39,7 @@ def test_a_run_that_loses_its_link_and_each_of_its_hosts_is_the_undisturbed_run(
         before = last_logged_step(workdir)
         processes = hosts.start(runs, workdir, *knobs)
         deadline = time.monotonic() + 300
-        while last_logged_step(workdir) < before + 10:
+        while last_logged_step(workdir) < before + 5:
             assert all(process.poll() is None for process in processes), hosts.logs(workdir)
             assert time.monotonic() < deadline
             time.sleep(0.02)

@@ -86,7 +86,7 @@ def test_kills_in_the_middle_of_asynchronous_saves(runs, straight):
     words = [*WORDS, "checkpoint.every_steps=1"]
     checkpoints = workdir / "checkpoints"
     num_half_written = 0
-    for target in (3, 9, 17, 28):
+    for target in (3, 17):
         process = runs.start(workdir, *words)
         kill_when(process, lambda target=target: last_logged_step(workdir) >= target)
         steps = [path for path in checkpoints.iterdir() if path.is_dir()]
@@ -95,27 +95,6 @@ def test_kills_in_the_middle_of_asynchronous_saves(runs, straight):
     assert "start       step" in log
     assert num_half_written > 0
     assert_same_run(workdir, straight, step=NUM_STEPS)
-
-
-@pytest.mark.slow
-def test_resuming_on_another_mesh_and_another_number_of_processes_continues_the_curve(
-    runs, straight
-):
-    workdir = runs.directory / "moved"
-    words = [*WORDS, "evaluation.every_steps=0"]
-    settings = [
-        (10, dict(num_devices=1), []),
-        (20, dict(num_devices=8), ["mesh.data=2", "mesh.fsdp=2", "mesh.tensor=2"]),
-    ]
-    for step, devices, mesh in settings:
-        process = runs.start(workdir, *words, *mesh, **devices)
-        kill_when(process, lambda step=step: is_committed(workdir, step))
-    log = runs.train(workdir, *words, num_devices=4, num_processes=2)
-    assert "start       step" in log
-    np.testing.assert_allclose(losses(workdir), losses(straight), rtol=1e-5)
-    expected = saved_arrays(straight, NUM_STEPS)
-    for name, array in saved_arrays(workdir, NUM_STEPS).items():
-        np.testing.assert_allclose(array, expected[name], rtol=1e-2, atol=1e-4, err_msg=name)
 
 
 @pytest.mark.slow

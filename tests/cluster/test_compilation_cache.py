@@ -1,0 +1,67 @@
+"""Programs that every process of a run finds compiled when it starts again."""
+
+import contextlib
+import json
+import os
+import subprocess
+import sys
+
+import pytest
+from support.buckets import emulated
+from support.runs import free_port
+
+PROGRAM = """
+import json
+import jax
+from jax.sharding import NamedSharding, PartitionSpec
+from llada_jax.cluster import distributed
+
+found = {"hits": 0, "misses": 0}
+def count(event, **more):
+    name = event.rpartition("cache_")[2]
+    found[name] = found.get(name, 0) + 1
+jax.monitoring.register_event_listener(count)
+distributed.initialize()
+halves = NamedSharding(jax.make_mesh((2,), ("data",)), PartitionSpec("data"))
+jax.block_until_ready(jax.jit(lambda: jax.numpy.arange(8.0), out_shardings=halves)())
+print(json.dumps(found))
+"""
+
+
+def start(directory, *, num_processes: int) -> list[dict]:
+    """Returns the number of programs that each process found, and that it wrote."""
+    team = {
+        "JAX_COORDINATOR_ADDRESS": f"localhost:{free_port()}",
+        "JAX_NUM_PROCESSES": str(num_processes),
+        "JAX_NUM_CPU_DEVICES": "1",
+        "JAX_COMPILATION_CACHE_DIR": str(directory),
+        "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
+    }
+    processes = [
+        subprocess.Popen(
+            [sys.executable, "-c", PROGRAM],
+            env={**os.environ, **team, "JAX_PROCESS_ID": str(number)},
+            stdout=subprocess.PIPE,
+            text=True,
+        )
+        for number in range(num_processes)
+    ]
+    outputs = [process.communicate(timeout=300)[0] for process in processes]
+    return [json.loads(output.splitlines()[-1]) for output in outputs]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("place", ["disk", "gs"])
+def test_every_process_writes_its_programs_and_finds_them_at_the_next_start(place, tmp_path):
+    with contextlib.ExitStack() as until_end:
+        bucket = place != "disk" and until_end.enter_context(emulated(place, tmp_path / "log"))
+        check_two_starts(f"{bucket}/cache" if bucket else tmp_path)
+
+
+def check_two_starts(directory) -> None:
+    first = start(directory, num_processes=2)
+    assert [found["hits"] for found in first] == [0, 0]
+    assert [found["misses"] for found in first] == [1, 1]
+    second = start(directory, num_processes=2)
+    assert [found["hits"] for found in second] == [1, 1]
+    assert [found["misses"] for found in second] == [0, 0]
