@@ -22,7 +22,8 @@ AXES = ("data", "fsdp", "sequence", "tensor", "expert")
 # axes of activations begin with act_.
 RULES = {
     "layers": None,
-    "embed": "fsdp",
+    # The devices that share a row share the parameters too, or each of them would hold them all.
+    "embed": ("fsdp", "sequence"),
     "vocab": "tensor",
     "heads": "tensor",
     "kv_heads": "tensor",
@@ -35,6 +36,9 @@ RULES = {
     "act_heads": "tensor",
     "act_mlp": "tensor",
     "act_head_position": ("sequence", "tensor"),
+    # of rows that are looked up in the embedding, half way from its sharding to that of activations
+    "act_whole_batch": ("data", "expert"),
+    "act_part_of_embed": "fsdp",
 }
 
 
@@ -123,11 +127,16 @@ def make_mesh(sizes: dict[str, int], devices=None) -> Mesh:
     num_slices = len({getattr(d, "slice_index", 0) for d in devices}) if is_tpu else 1
     shape = mesh_shape(sizes, len(devices), num_slices=num_slices)
     types = (AxisType.Auto,) * len(AXES)
-    if num_slices == 1:
-        return jax.make_mesh(shape, AXES, axis_types=types, devices=devices)
     data, *others = shape
     within, across = (data // num_slices, *others), (num_slices, *[1] * len(others))
-    grid = mesh_utils.create_hybrid_device_mesh(within, across, devices)
+    # An axis of 8 devices takes one and a half of the axes of a torus of 4 x 4 x 4. jax.make_mesh
+    # refuses that, so it is not used.
+    if num_slices == 1:
+        grid = mesh_utils.create_device_mesh(within, devices, allow_split_physical_axes=True)
+    else:
+        grid = mesh_utils.create_hybrid_device_mesh(
+            within, across, devices, allow_split_physical_axes=True
+        )
     return Mesh(grid, AXES, axis_types=types)
 
 
@@ -239,7 +248,7 @@ def replicated_by_accident(tree, mesh: Mesh, *, num_elements: int = 1 << 20) -> 
         tree: arrays or jax.ShapeDtypeStructs with shardings.
         num_elements: the size from which an array is large.
     """
-    if mesh.shape["fsdp"] * mesh.shape["tensor"] == 1:
+    if axis_size(mesh, "embed") * axis_size(mesh, "vocab") == 1:
         return []
     leaves = jax.tree_util.tree_leaves_with_path(tree)
     return [

@@ -7,6 +7,7 @@ cannot express. Outputs at padding (segment 0) mean nothing and differ between t
 """
 
 import functools
+import math
 from collections.abc import Callable
 from typing import Any
 
@@ -14,10 +15,17 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import Array
+from jax.sharding import AxisType
 
 from llada_jax.cluster.sharding import RULES, spec
 from llada_jax.errors import UserError
 from llada_jax.masks import BIDIRECTIONAL, Mask, may_attend
+from llada_jax.models.split_rows import (
+    attend_to_gathered_keys,
+    attend_with_exchanged_heads,
+    check_exchange,
+    exchange_for,
+)
 
 # What `attend` calls attend_in_pieces. No choice of a config: it is not for training.
 IN_PIECES = "xla in pieces"
@@ -44,12 +52,9 @@ def xla_attention(
     index_S = jnp.arange(k_BSKH.shape[1])
     if segment_ids_BT is None:
         segment_ids_BT = jnp.zeros((1, len(index_S)), jnp.int32)
-    query_segment_BT, index_T = segment_ids_BT, index_S
-    if start is not None:
-        query_segment_BT, index_T = (
-            jax.lax.dynamic_slice_in_dim(array, start, q_BTNH.shape[1], axis=-1)
-            for array in (segment_ids_BT, index_S)
-        )
+    query_segment_BT, index_T = (
+        _own_columns(array, start, q_BTNH.shape[1]) for array in (segment_ids_BT, index_S)
+    )
     allowed_BTS = may_attend(
         mask,
         query_segment=query_segment_BT[:, :, None],
@@ -96,11 +101,16 @@ def attend_in_pieces(
     queries at a time that a device holds no more than `most_scores` scores.
 
     LLaDA-8B would have 64 GiB of them for 32 rows of 4,096 tokens. The queries are halved until the
-    scores fit, or until their number is odd. Not for training: its backward pass keeps all scores.
+    scores fit, or until their number is odd. A backward pass computes the scores of a piece again.
     """
     B, T, N, _ = q_BTNH.shape
     mesh = jax.sharding.get_abstract_mesh()
-    num_devices = 1 if mesh.empty else mesh.size
+    # Inside shard_map the shapes are those of one device along the axes that it splits.
+    num_devices = math.prod(
+        size
+        for size, kind in zip(mesh.axis_sizes, mesh.axis_types, strict=True)
+        if kind != AxisType.Manual
+    )
     num_pieces, num_scores = 1, B * N * T * k_BSKH.shape[1] // num_devices
     while num_scores // num_pieces > most_scores and T % (2 * num_pieces) == 0:
         num_pieces *= 2
@@ -108,6 +118,7 @@ def attend_in_pieces(
         return xla_attention(q_BTNH, k_BSKH, v_BSKH, segment_ids_BT, mask=mask, start=start)
     length = T // num_pieces
 
+    @functools.partial(jax.checkpoint, prevent_cse=False)
     def piece(number: Array) -> Array:
         q_BPNH = jax.lax.dynamic_slice_in_dim(q_BTNH, number * length, length, axis=1)
         first = number * length + (0 if start is None else start)
@@ -118,8 +129,11 @@ def attend_in_pieces(
 
 
 @functools.cache
-def splash_head_mask(mask: Mask, T: int) -> Any:
-    """Returns the splash attention mask of one head, [T, T]; segments are handed to the kernel.
+def splash_head_mask(mask: Mask, T: int, S: int) -> Any:
+    """Returns the splash attention mask of one head, [T, S]; segments are handed to the kernel.
+
+    T is S but for a bidirectional mask, under which it does not matter which columns the queries
+    are those of.
 
     FullMask and CausalMask cost nothing in the kernel: it skips no tile or half of them, and
     computes the diagonal. Blocks become a lazy mask, of which splash reads one tile at a time: it
@@ -132,17 +146,17 @@ def splash_head_mask(mask: Mask, T: int) -> Any:
     from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_mask as splash
 
     if mask.causal:
-        return splash.CausalMask((T, T))
+        return splash.CausalMask((T, S))
     if not mask.has_blocks:
-        return splash.FullMask((T, T))
+        return splash.FullMask((T, S))
 
     class LazyMask(splash.Mask):
         """`may_attend` within one segment, for the rows and columns that are asked for."""
 
-        shape = (T, T)
+        shape = (T, S)
 
         def __getitem__(self, slices: tuple[slice, slice]) -> np.ndarray:
-            rows, columns = (np.arange(T)[part] for part in slices)
+            rows, columns = (np.arange(S)[part] for part in slices)
             return may_attend(
                 mask,
                 query_segment=np.zeros((len(rows), 1), np.int32),
@@ -154,6 +168,26 @@ def splash_head_mask(mask: Mask, T: int) -> Any:
     return LazyMask()
 
 
+def _splash_tile(length: int) -> int:
+    """Returns the side of splash's tiles; raises UserError where none divides the length."""
+    for tile in (512, 256, 128):
+        if length % tile == 0:
+            return tile
+    raise UserError(
+        f"Splash attention needs a sequence length that is a multiple of 128, not {length}; set "
+        "config.model.attention to auto or xla."
+    )
+
+
+def _own_columns(array: Array, start: Array | int | None, length: int) -> Array:
+    """Returns the columns start ... start + length - 1, the last dim of `array`; all where start is
+    None.
+    """
+    if start is None:
+        return array
+    return jax.lax.dynamic_slice_in_dim(array, start, length, axis=-1)
+
+
 def splash_attention(
     q_BTNH: Array,
     k_BSKH: Array,
@@ -161,30 +195,29 @@ def splash_attention(
     segment_ids_BT: Array | None,
     *,
     mask: Mask,
+    start: Array | int | None = None,
     interpret: bool = False,
 ) -> Array:
     """TPU splash attention (jax.experimental.pallas.ops.tpu.splash_attention): every Mask, with
     packing and padding as segment ids.
+
+    start: see `xla_attention`; for bidirectional masks alone.
     """
     from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_kernel as kernels
     from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_mask as masks
 
     _, T, N, H = q_BTNH.shape
-    tile = next((tile for tile in (512, 256, 128) if T % tile == 0), None)
-    if tile is None:
-        raise UserError(
-            f"Splash attention needs a sequence length that is a multiple of 128, not {T}; set "
-            "config.model.attention to auto or xla."
-        )
+    S = k_BSKH.shape[1]
+    q_tile, kv_tile = _splash_tile(T), _splash_tile(S)
     tiles = kernels.BlockSizes(
-        block_q=tile,
-        block_kv=tile,
-        block_kv_compute=tile,
-        block_q_dkv=tile,
-        block_kv_dkv=tile,
-        block_kv_dkv_compute=tile,
-        block_q_dq=tile,
-        block_kv_dq=tile,
+        block_q=q_tile,
+        block_kv=kv_tile,
+        block_kv_compute=kv_tile,
+        block_q_dkv=q_tile,
+        block_kv_dkv=kv_tile,
+        block_kv_dkv_compute=kv_tile,
+        block_q_dq=q_tile,
+        block_kv_dq=kv_tile,
     )
     # Grouped heads: one call of the multi-query kernel for each key/value head and its queries,
     # so that keys and values are never repeated in memory.
@@ -192,7 +225,7 @@ def splash_attention(
     make = kernels.make_splash_mqa if is_grouped else kernels.make_splash_mha
     num_masks = N // k_BSKH.shape[2] if is_grouped else N
     kernel = make(
-        mask=masks.MultiHeadMask([splash_head_mask(mask, T)] * num_masks),
+        mask=masks.MultiHeadMask([splash_head_mask(mask, T, S)] * num_masks),
         block_sizes=tiles,
         head_shards=1,
         q_seq_shards=1,
@@ -202,8 +235,10 @@ def splash_attention(
         residual_checkpoint_name="attention",
     )
 
-    def one_row(q_NTH: Array, k_KSH: Array, v_KSH: Array, segments: Array | None) -> Array:
-        ids = None if segments is None else kernels.SegmentIds(q=segments, kv=segments)
+    def one_row(q_NTH: Array, k_KSH: Array, v_KSH: Array, segments_S: Array | None) -> Array:
+        ids = None
+        if segments_S is not None:
+            ids = kernels.SegmentIds(q=_own_columns(segments_S, start, T), kv=segments_S)
         if not is_grouped:
             return kernel(q_NTH, k_KSH, v_KSH, segment_ids=ids)
         q_KGTH = q_NTH.reshape(k_KSH.shape[0], -1, T, H)
@@ -221,7 +256,13 @@ def splash_attention(
 
 
 def cudnn_attention(
-    q_BTNH: Array, k_BSKH: Array, v_BSKH: Array, segment_ids_BT: Array | None, *, mask: Mask
+    q_BTNH: Array,
+    k_BSKH: Array,
+    v_BSKH: Array,
+    segment_ids_BT: Array | None,
+    *,
+    mask: Mask,
+    start: Array | int | None = None,
 ) -> Array:
     """cuDNN flash attention for rows of one document, padded on the right: it sees only segments 0
     and 1.
@@ -234,23 +275,35 @@ def cudnn_attention(
     there in memory may be NaN. Inputs and output are therefore 0 at padding: the gradient of that
     choice is 0 there too, whatever the kernel has left, and without it a NaN at one position of
     padding would be in the gradient of every matrix.
+
+    start: see `xla_attention`; for bidirectional masks alone.
     """
     check_expressible("cudnn", mask)
-    lengths = None
+    query_lengths = key_lengths = None
     if segment_ids_BT is not None:
-        is_real_BT11 = (segment_ids_BT > 0)[:, :, None, None]
-        lengths = (segment_ids_BT > 0).sum(axis=1).astype(jnp.int32)
-        q_BTNH, k_BSKH, v_BSKH = (jnp.where(is_real_BT11, x, 0) for x in (q_BTNH, k_BSKH, v_BSKH))
+        is_real_BS = segment_ids_BT > 0
+        is_real_BT = _own_columns(is_real_BS, start, q_BTNH.shape[1])
+        query_lengths, key_lengths = (
+            is_real.sum(axis=1).astype(jnp.int32) for is_real in (is_real_BT, is_real_BS)
+        )
+        if start is not None:
+            # These columns may all be padding of a row that is not. One query of zeros then, whose
+            # gradients are zeros: cuDNN would leave those of the keys unwritten.
+            query_lengths = jnp.maximum(query_lengths, 1)
+        q_BTNH = jnp.where(is_real_BT[:, :, None, None], q_BTNH, 0)
+        k_BSKH, v_BSKH = (jnp.where(is_real_BS[:, :, None, None], x, 0) for x in (k_BSKH, v_BSKH))
     out_BTNH = jax.nn.dot_product_attention(
         q_BTNH,
         k_BSKH,
         v_BSKH,
         is_causal=mask.causal,
-        query_seq_lengths=lengths,
-        key_value_seq_lengths=lengths,
+        query_seq_lengths=query_lengths,
+        key_value_seq_lengths=key_lengths,
         implementation="cudnn",
     )
-    return out_BTNH if segment_ids_BT is None else jnp.where(is_real_BT11, out_BTNH, 0)
+    if segment_ids_BT is None:
+        return out_BTNH
+    return jnp.where(is_real_BT[:, :, None, None], out_BTNH, 0)
 
 
 def triton_attention(
@@ -368,10 +421,11 @@ def attend(
     implementation: str,
     mask: Mask,
 ) -> Array:
-    """Attention by the named implementation, with rows and heads split over the mesh.
+    """Attention by the named implementation, with rows, heads and positions split over the mesh.
 
-    XLA splits the reference itself. It cannot look into a kernel, which would then run on every
-    device with all rows: kernels run inside shard_map, each device on its own rows and heads.
+    XLA splits rows and heads of the reference itself. It cannot look into a kernel, which would
+    then run on every device with all rows: kernels run inside shard_map, each device on its own
+    rows and heads. Where the mesh splits positions, see llada_jax.models.split_rows.
 
     Args:
         q_BTNH, k_BSKH, v_BSKH: [B, T, N, H] and [B, T, K, H] twice; K divides N.
@@ -383,22 +437,35 @@ def attend(
         [B, T, N, H] in the dtype of q.
 
     Raises:
-        UserError: the kernel cannot express the mask, or the mesh splits its rows.
+        UserError: the kernel cannot express the mask, or the mesh splits its rows and the kernel
+            cannot attend to them.
     """
-    if implementation == IN_PIECES:
-        return attend_in_pieces(q_BTNH, k_BSKH, v_BSKH, segment_ids_BT, mask=mask)
-    kernel = functools.partial(IMPLEMENTATIONS[implementation], mask=mask)
-    mesh = jax.sharding.get_abstract_mesh()
-    if implementation == "xla" or mesh.empty:
-        return kernel(q_BTNH, k_BSKH, v_BSKH, segment_ids_BT)
-    if mesh.shape[RULES["act_position"]] > 1:
-        raise UserError(
-            f"The attention kernel {implementation!r} needs whole rows; set config.mesh.sequence=1 "
-            "or config.model.attention=xla."
-        )
+    arrays = (q_BTNH, k_BSKH, v_BSKH, segment_ids_BT)
+    mesh, is_reference = jax.sharding.get_abstract_mesh(), implementation in ("xla", IN_PIECES)
+    num_parts = 1 if mesh.empty else mesh.shape[RULES["act_position"]]
+    # The rows of a sampler may have any length; XLA then splits the program as it can.
+    if num_parts > 1 and not (is_reference and q_BTNH.shape[1] % num_parts):
+        name = IN_PIECES if is_reference else implementation
+        kernel = functools.partial(_kernel(name), mask=mask)
+        tensor = 1 if is_reference else mesh.shape[RULES["act_heads"]]
+        per_device = {
+            "num_heads": q_BTNH.shape[2] // tensor,
+            "num_kv_heads": k_BSKH.shape[2] // tensor,
+        }
+        check_exchange(name, mask, **per_device, num_parts=num_parts)
+        if exchange_for(name, mask, **per_device, num_parts=num_parts) == "heads":
+            return attend_with_exchanged_heads(kernel, *arrays)
+        return attend_to_gathered_keys(kernel, *arrays, is_reference=is_reference)
+    kernel = functools.partial(_kernel(implementation), mask=mask)
+    if is_reference or mesh.empty:
+        return kernel(*arrays)
     heads = spec(("act_batch", None, "act_heads", None))
     segments = None if segment_ids_BT is None else spec(("act_batch", None))
     sharded = jax.shard_map(
         kernel, in_specs=(heads, heads, heads, segments), out_specs=heads, check_vma=False
     )
-    return sharded(q_BTNH, k_BSKH, v_BSKH, segment_ids_BT)
+    return sharded(*arrays)
+
+
+def _kernel(implementation: str) -> Callable[..., Array]:
+    return attend_in_pieces if implementation == IN_PIECES else IMPLEMENTATIONS[implementation]

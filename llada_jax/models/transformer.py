@@ -134,8 +134,15 @@ def embed(table_VD: Array, tokens_BT: Array, dtype: Any) -> Array:
     Gathered first and cast then, so that the gradient is scattered into a float32 table. In masked
     diffusion half of all tokens meet in the row of the mask: a bfloat16 sum stops growing once it
     is 256 times as large as what is added, and at 16,384 tokens that row lost half of its gradient.
+
+    Where the width is split over two axes, they are exchanged for rows and positions one after the
+    other: at once XLA would first put the whole array on every device.
     """
-    return table_VD[tokens_BT].astype(dtype)
+    x_BTD = table_VD[tokens_BT].astype(dtype)
+    mesh = jax.sharding.get_abstract_mesh()
+    if mesh.empty or mesh.shape[RULES["act_position"]] == 1:
+        return x_BTD
+    return constrain(x_BTD, "act_whole_batch", "act_position", "act_part_of_embed")
 
 
 def rotary_frequencies(head_dim: int, theta: float, scaling: tuple[float, ...] = ()) -> Array:

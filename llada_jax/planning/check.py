@@ -150,6 +150,16 @@ def check_program(report: dict, estimate: dict) -> list[dict]:
             moved["reduce"] < _GATHER_MARGIN * meant["data"] + 1.5 * meant["tensor"],
             against(moved["reduce"], meant["data"]),
         )
+    if meant["sequence"]:
+        # Matrices are gathered over fsdp and sequence together, and nothing tells them apart from
+        # rows where fsdp is 1.
+        is_shared = estimate["mesh"]["fsdp"] == 1
+        expected = meant["sequence"] + (meant["gather"] + meant["scatter"] if is_shared else 0)
+        check(
+            "rows exchanged",
+            moved["sequence"] < _GATHER_MARGIN * expected,
+            against(moved["sequence"], expected),
+        )
     if meant["dcn"]:
         sent, expected = format_bytes(moved["between"]), format_bytes(meant["dcn"])
         check(
@@ -186,13 +196,16 @@ def _check_attention(kernels: dict[str, int], attention: str) -> tuple[bool, str
 def bytes_by_purpose(collectives: list[dict]) -> dict[str, int]:
     """Returns the bytes per step that are moved for each purpose.
 
-    Purposes: gather, scatter, reduce; reshard (exchanged between layouts: everything else that
-    stays within a slice); between (whatever crosses from one slice to another).
+    Purposes: sequence (over that axis alone); gather, scatter, reduce; reshard (exchanged between
+    layouts: everything else that stays within a slice); between (whatever crosses from one slice to
+    another).
     """
     purposes = {"all-gather": "gather", "reduce-scatter": "scatter", "all-reduce": "reduce"}
-    totals = dict.fromkeys(("gather", "scatter", "reduce", "reshard", "between"), 0)
+    names = ("sequence", "gather", "scatter", "reduce", "reshard", "between")
+    totals = dict.fromkeys(names, 0)
     for c in collectives:
         kind = c["kind"].partition(" ")[0]  # "all-gather (as all-reduce)"
-        purpose = "between" if c["spans_slices"] else purposes.get(kind, "reshard")
+        purpose = "sequence" if c["axes"] == "sequence" else purposes.get(kind, "reshard")
+        purpose = "between" if c["spans_slices"] else purpose
         totals[purpose] += c["total_bytes"]
     return totals

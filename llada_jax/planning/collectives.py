@@ -137,7 +137,8 @@ def collectives(
 def _collectives_in(name: str, program: Program, devices_per_slice: int, shape: dict[str, int]):
     """Yields the Collectives of one computation and of its fusions, with `times` 0."""
     computations = program.computations
-    # The fusions among which one overlapped collective is spread share its channel.
+    # The fusions among which one overlapped collective is spread share its channel. So do all
+    # collectives that a shard_map has asked for, each of which is an instruction of the body.
     channels = set()
     fusions = [attribute(i, "calls") for i in computations[name] if i.opcode == "fusion"]
     spread = collections.defaultdict(list)
@@ -155,7 +156,7 @@ def _collectives_in(name: str, program: Program, devices_per_slice: int, shape: 
             kind, channel = instruction.opcode.removesuffix("-start"), _channel(instruction)
             if kind == "send" and "_xla_megascale_transfer_type" in instruction.rest:
                 yield _between_slices(instruction, _overlap(instruction, place, program))
-            if kind not in _KINDS or channel in channels:
+            if kind not in _KINDS or (place != name and channel in channels):
                 continue
             if channel:
                 channels.add(channel)

@@ -10,8 +10,15 @@ import math
 from llada_jax.cluster import sharding
 from llada_jax.cluster.hardware import Slice
 from llada_jax.models.flops import flops_per_token
+from llada_jax.models.split_rows import exchanged_heads
 from llada_jax.models.transformer import num_matmul_parameters, num_parameters
-from llada_jax.training.memory import Workload, memory_of, split_of_batch
+from llada_jax.training.memory import (
+    Workload,
+    exchange_of,
+    memory_of,
+    parameter_ways,
+    split_of_batch,
+)
 from llada_jax.training.step import Recipe
 
 # What fraction of the peak the executed FLOPs are taken to reach, recomputation included. Published
@@ -33,6 +40,9 @@ _POLICY_FACTORS = {"none": 0.86}
 # Of the rate of links and network what the collectives of GPUs reach in the slow case; NCCL's own
 # tests show 70 to 90%.
 _SLOW_SHARE_OF_LINKS = 0.7
+
+# The mesh axes over which matrices are gathered, see llada_jax.cluster.sharding.RULES.
+_OF_PARAMETERS = ("fsdp", "sequence")
 
 # Gbit/s of each GPU's adapter to the network between hosts: that of the usual H100 and H200 hosts.
 NETWORK_GBPS = 400.0
@@ -178,10 +188,12 @@ def traffic_of(
     """Returns bytes of whole arrays in whose exchange one device takes part per step, by purpose.
 
     gather: every weight matrix once per microbatch and pass, forward or backward, in the compute
-    dtype, over fsdp. scatter: its gradient once per backward pass, in the gradient dtype, over
-    fsdp. data: the gradient's shard once per microbatch, over data within a slice; dcn: between
-    slices. tensor: activations, twice per forward pass, twice per backward pass and once more when
-    a layer is recomputed. sequence: keys and values, forward, backward and recomputed.
+    dtype, over fsdp and sequence. scatter: its gradient once per backward pass, in the gradient
+    dtype, over the same. data: the gradient's shard once per microbatch, over data within a slice;
+    dcn: between slices. tensor: activations, twice per forward pass, twice per backward pass and
+    once more when a layer is recomputed. sequence: what attention brings together of a row,
+    forward, backward and recomputed: keys and values of the whole row, or queries, keys, values and
+    outputs of a device (llada_jax.models.split_rows).
 
     Whole arrays, and not what a link carries: a ring of n devices carries (n - 1) / n of that,
     which is nearly all of it on the meshes in question, and the compiler's programs are counted
@@ -198,24 +210,28 @@ def traffic_of(
     forward = backward * (2 if backward > 1 else 1) + recipe.objective.other_passes
     is_repeated = workload.remat in ("attention", "full")
     # The expert axis splits the batch as well, so its devices hold replicas of the weights.
-    replicas, sequence = shape["data"] * shape["expert"], shape["sequence"]
+    replicas, ways = shape["data"] * shape["expert"], parameter_ways(shape)
     activations = tokens * a.num_layers * itemsize
-    keys_and_values = 2 * a.num_kv_heads * a.head_dim / shape["tensor"]
     traffic = dict.fromkeys(("gather", "scatter", "data", "dcn", "tensor", "sequence"), 0)
-    if shape["fsdp"] > 1:
+    if ways > 1:
         traffic["gather"] = int((forward + backward) * A * matrices)
         traffic["scatter"] = int(backward * A * gradients)
-    # What fsdp has scattered is all that is left to reduce.
+    # What has been scattered is all that is left to reduce.
     if replicas > num_slices:
-        traffic["data"] = int(A * gradients / shape["fsdp"])
+        traffic["data"] = int(A * gradients / ways)
     if num_slices > 1:
-        traffic["dcn"] = int(A * gradients / shape["fsdp"])
+        traffic["dcn"] = int(A * gradients / ways)
     if shape["tensor"] > 1:
         passes = 2 * forward + (3 if is_repeated else 2) * backward
         traffic["tensor"] = int(A * activations * a.d_model * passes)
-    if sequence > 1:
-        passes = forward + (2 if is_repeated else 1) * backward
-        traffic["sequence"] = int(A * activations * sequence * keys_and_values * passes)
+    if shape["sequence"] > 1:
+        t = shape["tensor"]
+        heads = exchanged_heads(
+            exchange_of(recipe, shape), a.num_heads // t, a.num_kv_heads // t, shape["sequence"]
+        )
+        # Also "dots" exchanges again, because it keeps outputs of products alone.
+        passes = forward + (1 if workload.remat == "none" else 2) * backward
+        traffic["sequence"] = int(A * activations * a.head_dim * heads * passes)
     return traffic
 
 
@@ -228,9 +244,9 @@ def _crosses_hosts(machines: Slice, num_slices: int) -> bool:
 
 
 def bandwidth(
-    machines: Slice, shape: dict[str, int], axis: str, *, network: float
+    machines: Slice, shape: dict[str, int], *axes: str, network: float
 ) -> dict[str, float]:
-    """Returns the byte/s at which an array is gathered or scattered over a mesh axis.
+    """Returns the byte/s at which an array is gathered or scattered over neighbouring mesh axes.
 
     TPUs. fast: on all links of a device. slow: on those of one axis of the torus, which is what a
     collective gets that the compiler could not spread over the axes.
@@ -248,10 +264,10 @@ def bandwidth(
     whole = chip.link_bandwidth / 2 / chip.devices_per_chip
     if chip.platform == "tpu":
         return {"fast": whole, "slow": whole / len(machines.topology)}
-    axes = list(shape)
-    stride = math.prod(shape[other] for other in axes[axes.index(axis) + 1 :])
+    names, size = list(shape), math.prod(shape[axis] for axis in axes)
+    stride = math.prod(shape[other] for other in names[names.index(axes[-1]) + 1 :])
     together = max(1, machines.chips_per_host // stride)  # devices of a group that share a host
-    rate = whole if together >= shape[axis] else min(whole, together * network)
+    rate = whole if together >= size else min(whole, together * network)
     return {"fast": rate, "slow": _SLOW_SHARE_OF_LINKS * rate}
 
 
@@ -281,20 +297,20 @@ def step_seconds(
     Args:
         efficiency, network: see `efficiency_of` and `bandwidth`.
     """
-    # (purpose, its axis, whether each byte goes around twice)
+    # (purpose, its axes, whether each byte goes around twice)
     purposes = (
-        ("gather", "fsdp", False),
-        ("scatter", "fsdp", False),
-        ("sequence", "sequence", False),
-        ("data", "data", True),
-        ("tensor", "tensor", True),
+        ("gather", _OF_PARAMETERS, False),
+        ("scatter", _OF_PARAMETERS, False),
+        ("sequence", ("sequence",), False),
+        ("data", ("data",), True),
+        ("tensor", ("tensor",), True),
     )
     chip, seconds = machines.accelerator, {}
     for case in ("slow", "fast"):
         exchanged = 0.0
-        for purpose, axis, is_reduced in purposes:
+        for purpose, axes, is_reduced in purposes:
             is_double = is_reduced or (case == "slow" and chip.platform == "tpu")
-            rate = bandwidth(machines, shape, axis, network=network)[case]
+            rate = bandwidth(machines, shape, *axes, network=network)[case]
             exchanged += (2 if is_double else 1) * traffic[purpose] / rate
         if num_slices > 1:
             # A ring of slices: each gradient goes around once to be summed and once to be known.
@@ -322,7 +338,8 @@ def intensity_of(
     device (the "How to Scale Your Model" book, chapter on training). With several slices, 2 * 2 P
     bytes of gradient go over the data centre network against 6 P tokens of FLOPs on a slice.
     """
-    chip, links = machines.accelerator, bandwidth(machines, shape, "fsdp", network=network)
+    chip = machines.accelerator
+    links = bandwidth(machines, shape, *_OF_PARAMETERS, network=network)
     peak = chip.peak_flops_per_device
     # against those of bfloat16
     gathered, reduced = recipe.dtype.itemsize / 2, recipe.gradient_dtype.itemsize / 2

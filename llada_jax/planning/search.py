@@ -6,7 +6,7 @@ import math
 from llada_jax.cluster.hardware import Slice
 from llada_jax.errors import UserError
 from llada_jax.planning.estimate import NETWORK_GBPS, estimate_run
-from llada_jax.training.memory import Workload
+from llada_jax.training.memory import Workload, exchange_of, parameter_ways
 from llada_jax.training.step import Recipe
 
 # From the most memory to the most recomputation.
@@ -95,13 +95,15 @@ def _not_dominated(choices: list[dict]) -> list[dict]:
 def is_divisible(
     recipe: Recipe, batch_size: int, num_microbatches: int, mesh: dict[str, int]
 ) -> bool:
-    """Whether batch, width, heads and vocabulary can be split over a mesh.
+    """Whether batch, width, heads, vocabulary and rows can be split over a mesh.
 
     True also means that every device has at least one row in each microbatch.
     """
     a, rows_split = recipe.architecture, mesh["data"] * mesh["fsdp"] * mesh["expert"]
-    splits = [(batch_size, num_microbatches * rows_split), (a.d_model, mesh["fsdp"])]
+    splits = [(batch_size, num_microbatches * rows_split), (a.d_model, parameter_ways(mesh))]
     splits += [
         (size, mesh["tensor"]) for size in (a.num_heads, a.num_kv_heads, a.d_ff, a.vocab_size)
     ]
-    return all(size % ways == 0 for size, ways in splits)
+    if any(size % ways for size, ways in splits):
+        return False
+    return mesh["sequence"] == 1 or bool(exchange_of(recipe, mesh))

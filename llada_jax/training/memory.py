@@ -10,6 +10,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
+from llada_jax.models.split_rows import exchange_for
 from llada_jax.models.transformer import num_matmul_parameters
 
 # The policies among which "auto" chooses, from the fastest to the one that takes the least memory.
@@ -50,7 +51,8 @@ def memory_of(parts: Any, workload: Workload, shape: dict[str, int]) -> dict:
         none:       5 D + 3 N + 3 K + 4 F + 3 S     and norms, rotary embeddings, activations
     At work in the backward pass of one layer, at the same time as all that was saved:
         4 D + 3 N + 2 K + 4 F + 3 S, and the layer's weights twice (gathered, and their gradient,
-        each in its own dtype).
+        each in its own dtype). Where devices gather keys and values (llada_jax.models.split_rows),
+        4 K times the devices that share a row: both and their gradients.
     At work in the head, before any layer: logits of one piece of the vocabulary's product and their
         gradient, float32, and the head's input and its gradient.
     The larger of the last two counts, because they never exist together.
@@ -80,6 +82,8 @@ def memory_of(parts: Any, workload: Workload, shape: dict[str, int]) -> dict:
     layer_weights *= itemsize + parts.gradient_dtype.itemsize
     num_pieces = -(-workload.sequence_length // workload.nll_chunk)
     layer = tokens * itemsize * (4 * D + 3 * N + 2 * K + 4 * F + 3 * S) + layer_weights
+    if shape["sequence"] > 1 and exchange_of(parts, shape) == "keys":
+        layer += tokens * itemsize * 4 * K * shape["sequence"]
     head = tokens * (2 * 4 * a.vocab_size / t / num_pieces + 2 * 4 * D)
     sizes = {
         "state": sharded_bytes(parts.abstract, shape),
@@ -109,6 +113,28 @@ def sharded_bytes(tree: Any, shape: dict[str, int]) -> int:
                 sizes[dim] = -(-sizes[dim] // shape[axis])
         total += math.prod(sizes) * jnp.dtype(leaf.dtype).itemsize
     return total
+
+
+def parameter_ways(shape: dict[str, int]) -> int:
+    """Returns over how many devices a matrix is split before the tensor axis splits it."""
+    return shape["fsdp"] * shape["sequence"]
+
+
+def exchange_of(parts: Any, shape: dict[str, int]) -> str:
+    """Returns how the devices that share a row attend to it, see
+    llada_jax.models.split_rows.exchange_for.
+
+    Args:
+        parts, shape: see `memory_of`.
+    """
+    a = parts.architecture
+    return exchange_for(
+        parts.attention,
+        parts.objective.mask,
+        num_heads=a.num_heads // shape["tensor"],
+        num_kv_heads=a.num_kv_heads // shape["tensor"],
+        num_parts=shape["sequence"],
+    )
 
 
 def split_of_batch(workload: Workload, shape: dict[str, int]) -> tuple[int, int]:

@@ -19,9 +19,11 @@ from llada_jax.cluster import hardware, sharding
 from llada_jax.cluster.sharding import constrain
 from llada_jax.data.batch import PAIR_FIELDS, check_fields
 from llada_jax.errors import UserError
+from llada_jax.masks import Mask
 from llada_jax.models.adapters import Lora
 from llada_jax.models.attention import choose
 from llada_jax.models.model import Model, compute_dtype, make_model
+from llada_jax.models.split_rows import check_exchange
 from llada_jax.models.transformer import Architecture
 from llada_jax.objectives.named import make_objective
 from llada_jax.objectives.objective import Objective
@@ -84,13 +86,15 @@ def make_recipe(config: Any, tokenizer: Any, mesh: Mesh, *, provided: Any = None
         head_dim=architecture.head_dim,
         dtype=dtype,
     )
-    attention = choose_for(sequence_length=T)
+    num_parts = sharding.axis_size(mesh, "act_position")
+    attention = choose_for(sequence_length=T // num_parts)
     for length in config.data.length_buckets:
-        if choose_for(sequence_length=length) != attention:
+        if choose_for(sequence_length=length // num_parts) != attention:
             raise UserError(
                 f"config.data.length_buckets: the attention kernel {attention!r}, which suits "
-                f"{T} tokens, does not take {length}; choose multiples of 128."
+                f"{T} tokens, does not take {length}; choose multiples of {128 * num_parts}."
             )
+    check_rows(architecture, attention, objective.mask, mesh)
     make = functools.partial(
         make_model,
         architecture,
@@ -218,6 +222,18 @@ def check_mesh(config: Any, a: Architecture, mesh: Mesh) -> None:
             "config.model.vocab_size": ("vocab", a.vocab_size),
         },
     )
+
+
+def check_rows(a: Architecture, attention: str, mask: Mask, mesh: Mesh) -> None:
+    """Raises UserError when the kernel cannot attend to rows that the mesh splits."""
+    if (num_parts := sharding.axis_size(mesh, "act_position")) > 1:
+        check_exchange(
+            attention,
+            mask,
+            num_heads=a.num_heads // sharding.axis_size(mesh, "heads"),
+            num_kv_heads=a.num_kv_heads // sharding.axis_size(mesh, "kv_heads"),
+            num_parts=num_parts,
+        )
 
 
 def resolved_remat(config: Any, parts: Any, mesh: Mesh) -> str:

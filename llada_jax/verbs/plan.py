@@ -27,7 +27,13 @@ from llada_jax.planning.estimate import NETWORK_GBPS, estimate_run
 from llada_jax.planning.search import REMATS, find_choices
 from llada_jax.ranges import RANGES, Range, check_number
 from llada_jax.training.memory import Workload
-from llada_jax.training.step import Recipe, make_recipe, resolved_remat, workload_of
+from llada_jax.training.step import (
+    Recipe,
+    check_rows,
+    make_recipe,
+    resolved_remat,
+    workload_of,
+)
 from llada_jax.units import format_bytes, format_count, format_seconds
 from llada_jax.validation import AUTO, validate
 from llada_jax.verbs.command_line import Parser, json_text
@@ -166,10 +172,11 @@ def recipe_of_shapes(config, mesh, vocab_size: int) -> Recipe:
         platform=sharding.platform(mesh),
         packed=not config.data.attend_across_documents,
         mask=recipe.objective.mask,
-        sequence_length=config.data.sequence_length,
+        sequence_length=config.data.sequence_length // sharding.axis_size(mesh, "act_position"),
         head_dim=recipe.architecture.head_dim,
         dtype=recipe.dtype,
     )
+    check_rows(recipe.architecture, attention, recipe.objective.mask, mesh)
     recipe = recipe._replace(attention=attention)
     return recipe._replace(remat=resolved_remat(config, recipe, mesh))
 

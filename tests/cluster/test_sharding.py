@@ -67,6 +67,15 @@ def test_slices_are_joined_along_data():
     assert slices == [{0}, {1}]
 
 
+@pytest.mark.parametrize("sizes", [{"fsdp": 8, "sequence": 8}, {"fsdp": 32, "tensor": 2}])
+def test_an_axis_may_take_a_part_of_an_axis_of_the_torus(sizes):
+    """4 x 4 x 4 chips, as in v5p-128."""
+    devices = [Chip(i, 0, i // 4, (i % 4, i // 4 % 4, i // 16)) for i in range(64)]
+    mesh = sharding.make_mesh(sizes, devices)
+    assert dict(mesh.shape) == ALL_ONE | sizes
+    assert len(set(mesh.devices.flat)) == 64
+
+
 def test_a_size_that_cannot_be_split_names_the_knob_and_the_multiple():
     mesh = sharding.make_mesh({"fsdp": 4, "tensor": 2})
     sharding.check_divisible(mesh, {"config.model.d_ff": ("mlp", 6)})

@@ -195,7 +195,7 @@ def test_a_score_is_the_same_on_a_mesh():
     questions = random_questions(5)
     settings = {"mask": BIDIRECTIONAL, "ids": SMALL_IDS, "num_samples": 12}
     expected = log_likelihoods(model, params, questions, **settings)
-    mesh = make_mesh({"fsdp": 4, "tensor": 2}, jax.devices()[:8])
+    mesh = make_mesh({"fsdp": 2, "sequence": 2, "tensor": 2}, jax.devices()[:8])
     found = log_likelihoods(model, params, questions, mesh=mesh, batch_size=3, **settings)
     np.testing.assert_allclose([s[:2] for s in found], [s[:2] for s in expected], rtol=2e-5)
 

@@ -158,7 +158,7 @@ def test_kernels_follow_may_attend(kernel, segments, mask, num_heads):
 )
 def test_the_tiles_of_a_splash_mask_are_those_of_may_attend(mask, rows):
     tile_of = [slice(number * 128, (number + 1) * 128) for number in rows]
-    tile = splash_head_mask(mask, T)[tile_of[0], tile_of[1]]
+    tile = splash_head_mask(mask, T, T)[tile_of[0], tile_of[1]]
     np.testing.assert_array_equal(tile, allowed(mask, None)[0][tile_of[0], tile_of[1]])
 
 
@@ -167,10 +167,12 @@ def test_a_splash_mask_of_blocks_skips_hidden_tiles_and_stores_equal_tiles_once(
     from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_mask_info as info
 
     def tiles(mask):
-        heads = masks.MultiHeadMask([splash_head_mask(mask, 4096)] * 8)
+        heads = masks.MultiHeadMask([splash_head_mask(mask, 4096, 4096)] * 8)
         return info.process_mask(heads, (512, 512))[0]
 
-    assert splash_head_mask(BLOCKS, 4096) is splash_head_mask(Mask(block_length=32), 4096)
+    assert splash_head_mask(BLOCKS, 4096, 4096) is splash_head_mask(
+        Mask(block_length=32), 4096, 4096
+    )
     seen = tiles(BLOCKS)
     assert seen.partial_mask_blocks.shape == (1, 512, 512), "the diagonal, the same in all rows"
     # 0 hidden, 1 partial, 2 visible; tiles that lie behind the diagonal are not visited

@@ -49,8 +49,8 @@ TRANSFORMER = faults_of(
     ),
     (
         "embedding cast before the gather",
-        "return table_VD[tokens_BT].astype(dtype)",
-        "return table_VD.astype(dtype)[tokens_BT]",
+        "x_BTD = table_VD[tokens_BT].astype(dtype)",
+        "x_BTD = table_VD.astype(dtype)[tokens_BT]",
         "tests/models/test_precision.py",
     ),
     (
@@ -192,7 +192,14 @@ SHARDING = faults_of(
         '"act_batch": ("data",)',
     ),
     ("heads replicated", '"act_heads": "tensor"', '"act_heads": None'),
-    ("parameters not split over fsdp", '"embed": "fsdp"', '"embed": None'),
+    ("parameters not split", '"embed": ("fsdp", "sequence")', '"embed": None'),
 )
 
-FAULTS: list[Fault] = [*TRANSFORMER, *MODEL, *MASKS, *FLOPS, *SHARDING]
+SPLIT_ROWS = faults_of(
+    "llada_jax/models/split_rows.py",
+    "tests/models/test_split_rows.py",
+    ("every device attends from the first columns", "start=columns_T[0])", "start=0)"),
+    ("rows are brought together the dearer way", "return min(", "return max("),
+)
+
+FAULTS: list[Fault] = [*TRANSFORMER, *MODEL, *MASKS, *FLOPS, *SHARDING, *SPLIT_ROWS]

@@ -23,14 +23,18 @@ MEANT = {
     "gradient_dtype": "bfloat16",
     "attention": "splash",
     "replicated": [],
+    "mesh": {"fsdp": 8, "sequence": 1},
 }
 
 
 def failed(*collectives: tuple, kernels=("splash_mha_fwd",), **meant) -> set[str]:
-    """Returns what a program with these collectives (kind, bytes, dtype, spans slices) fails."""
-    names = ("kind", "total_bytes", "dtype", "spans_slices")
+    """Returns what a program with these collectives fails; axes is fsdp where it is left out.
+
+    Each is (kind, bytes, dtype, whether it spans slices, axes).
+    """
+    names = ("kind", "total_bytes", "dtype", "spans_slices", "axes")
     report = {
-        "collectives": [dict(zip(names, one)) for one in collectives],
+        "collectives": [{"axes": "fsdp"} | dict(zip(names, one)) for one in collectives],
         "kernels": dict.fromkeys(kernels, 32),
     }
     results = check_program(report, {**MEANT, **meant})
@@ -85,6 +89,18 @@ def test_gradients_of_replicas_and_between_slices_have_their_own_checks():
     assert failed(reduced, sent, traffic=traffic) == set()
     assert failed(reduced, reduced, sent, traffic=traffic) == {"gradients reduced"}
     assert failed(reduced, sent, sent, sent, traffic=traffic) == {"between slices"}
+
+
+def test_what_the_devices_of_a_row_exchange_has_its_own_check():
+    traffic = {**MEANT["traffic"], "sequence": 100}
+    exchanged = ("all-to-all", 120, "bf16", False, "sequence")
+    assert failed(*AS_MEANT, exchanged, traffic=traffic) == set()
+    assert failed(*AS_MEANT, exchanged, exchanged, traffic=traffic) == {"rows exchanged"}
+    # with fsdp=1 the matrices travel over the same axis
+    moved = [(*one, "sequence") for one in AS_MEANT]
+    alone = {"fsdp": 1, "sequence": 8}
+    assert failed(*moved, exchanged, traffic=traffic, mesh=alone) == set()
+    assert failed(*moved, *moved, exchanged, traffic=traffic, mesh=alone) == {"rows exchanged"}
 
 
 # ---- compiled for slices that are not here

@@ -247,6 +247,12 @@ def test_a_collective_is_overlapped_where_a_product_stands_between_its_start_and
     }
 
 
+def test_collectives_of_one_channel_count_each():
+    """As all of those are that a shard_map asks for."""
+    shared = ASYNCHRONOUS.replace("channel_id=3", "channel_id=2")
+    assert len(collectives(shared)) == len(collectives(ASYNCHRONOUS)) == 4
+
+
 def test_a_collective_hides_behind_a_kernel_too():
     kernel_first = ASYNCHRONOUS.replace("%scattered =", "%later =").replace(
         "  %waited =",

@@ -10,6 +10,7 @@ from support.plans import LLADA_8B, MATRICES, PARAMETERS, VOCAB_SIZE, estimated
 
 from llada_jax.cluster import hardware
 from llada_jax.config import load_config
+from llada_jax.errors import UserError
 from llada_jax.models.model import make_model
 from llada_jax.models.transformer import Architecture
 from llada_jax.planning.absent_devices import stand_in_mesh
@@ -105,6 +106,37 @@ def test_traffic_is_what_the_axes_exchange():
     assert both["traffic"]["tensor"] == 5 * 32 * (40 * 4096) * 4096 * 2
     pods = estimated("v5e-256", "mesh.data=2", "data.batch_size=512", slices=2)
     assert (pods["traffic"]["data"], pods["traffic"]["dcn"]) == (0, 2 * MATRICES // 256)
+
+
+@pytest.mark.parametrize(
+    ("words", "heads"),
+    [
+        # queries, keys, values and outputs of the tokens of a device
+        (("mesh.sequence=8",), 4 * 32),
+        (("mesh.sequence=8", "mesh.tensor=2"), 4 * 16),
+        # keys and values of four devices
+        (("mesh.sequence=4", "model.num_kv_heads=4"), 2 * 4 * 4),
+    ],
+)
+def test_devices_that_share_a_row_exchange_keys_or_heads(words, heads):
+    p, whole = estimated("v5p-128", *words), estimated()
+    tokens = 5_242_880 // (64 // p["mesh"]["tensor"])
+    assert p["tokens_per_device"] == tokens
+    # forward, recomputed and backward
+    assert p["traffic"]["sequence"] == 3 * 32 * tokens * heads * 128 * 2
+    once = estimated("v5p-128", *words, "model.remat=none")
+    assert once["traffic"]["sequence"] == 2 * 32 * tokens * heads * 128 * 2
+    if p["mesh"]["tensor"] == 1:
+        # matrices are split over all devices, as without the axis
+        for name in ("gather", "scatter", "data"):
+            same = p["matmul_parameters"] / whole["matmul_parameters"]
+            assert p["traffic"][name] == pytest.approx(same * whole["traffic"][name])
+
+
+def test_rows_that_no_kernel_can_attend_to_in_so_many_parts_are_refused():
+    words = ("mesh.sequence=8", "model.num_kv_heads=4", "data.attend_across_documents=False")
+    with pytest.raises(UserError, match="'triton' needs whole rows here, and 4 key/value heads"):
+        estimated("64xh100", *words)
 
 
 def test_gradients_summed_in_float32_double_their_traffic_and_no_other():

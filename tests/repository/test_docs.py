@@ -265,7 +265,14 @@ def test_readme_lists_every_config():
 
 @pytest.mark.parametrize(
     ("name", "vocab_size"),
-    [("debug", 320), ("tiny", 4096), ("llada_160m", 50_048), ("llada_1b", 0), ("llada_8b", 0)],
+    [
+        ("debug", 320),
+        ("tiny", 4096),
+        ("llada_160m", 50_048),
+        ("llada_1b", 0),
+        ("llada_8b", 0),
+        ("llada_8b_128k", 0),
+    ],
 )
 def test_readme_gives_the_size_of_every_config(name, vocab_size):
     config = load_config(str(ROOT / "configs" / f"{name}.py"))

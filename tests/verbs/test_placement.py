@@ -16,7 +16,7 @@ from llada_jax.cluster.sharding import make_mesh
 from llada_jax.models.model import in_compute_dtype
 
 # Eight devices: rows and parameters split four ways, heads two ways.
-MESH = ["--mesh", "fsdp=4,tensor=2"]
+MESH = ["--mesh", "fsdp=2,sequence=2,tensor=2"]
 SAMPLE = ["--prompt", "it is", "a", "--gen-length", "16", "--block-length", "8", "--steps", "4"]
 
 
