@@ -36,15 +36,16 @@ def start(checkpoint, home, **more: str) -> subprocess.Popen:
         [python_with("lm_eval", environment="harness"), str(CHECKS), str(checkpoint), str(home)],
         env=environment,
         stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
+        stderr=(home / "log").open("w"),
         text=True,
     )
 
 
 def result_of(process: subprocess.Popen) -> dict:
     """Returns what the checks print."""
-    out, err = process.communicate(timeout=600)
-    assert process.returncode == 0, err[-3000:]
+    out, _ = process.communicate(timeout=600)
+    log = (Path(process.args[-1]) / "log").read_text()
+    assert process.returncode == 0, log[-3000:]
     return json.loads(out.splitlines()[-1])
 
 
