@@ -125,7 +125,7 @@ def default_config() -> ConfigDict:
     config.lora.alpha = 16.0  # the product of an adapter is multiplied with alpha / rank
     # regex that is found in the names of the adapted matrices, such as blocks/q and blocks/ff_up
     config.lora.targets = "blocks/[^f]"
-    # how the matrices of the frozen network are kept: float32 | bfloat16
+    # how the matrices of the frozen network are kept: float32 | bfloat16 | int8 (of its layers)
     config.lora.frozen_dtype = "float32"
 
     config.optimizer = ConfigDict()

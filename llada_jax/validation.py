@@ -30,7 +30,7 @@ CHOICES = {
     "objective.weight": ("1/p", "none"),
     "objective.masked": ("answers", "documents"),
     "objective.mean_over": ("answers", "tokens"),
-    "lora.frozen_dtype": ("float32", "bfloat16"),
+    "lora.frozen_dtype": ("float32", "bfloat16", "int8"),
     "optimizer.name": ("adamw", "lion", "muon"),
     "optimizer.gradient_dtype": ("compute", "float32"),
     "schedule.name": ("llada", "wsd", "cosine", "constant"),

@@ -51,7 +51,8 @@ def _sums(tree, *, scheme: int):
 
 
 def checksum_of_array(array: np.ndarray, *, scheme: int = SCHEME, first: int = 0) -> int:
-    """Returns the same checksum of one float32 or bfloat16 array in the memory of this host.
+    """Returns the same checksum of one array in the memory of this host, of any dtype up to 32
+    bits.
 
     Args:
         first: the array is a part of a larger one, from this index of the first of at least two

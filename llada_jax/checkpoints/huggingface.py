@@ -1,6 +1,7 @@
 """A Hugging Face directory seen as a checkpoint: its architecture, tokenizer and weights."""
 
 import dataclasses
+import functools
 import os
 from pathlib import Path
 
@@ -20,6 +21,7 @@ from llada_jax.data.tokenizer import (
 from llada_jax.errors import UserError
 from llada_jax.hf import read
 from llada_jax.hf.config_json import WRITTEN, unpadded_vocabulary
+from llada_jax.models.adapters import Lora, round_in_place
 from llada_jax.paths import user_path
 
 
@@ -97,11 +99,18 @@ class HuggingFace:
             source={"from": str(self.directory), "layout": self.layout, "config": self.hf_config},
         )
 
-    def restore_params(self, step: int, abstract_params: dict, *, ema: bool = False) -> dict:
+    def restore_params(
+        self, step: int, abstract_params: dict, *, ema: bool = False, lora: Lora | None = None
+    ) -> dict:
         """Returns the parameters in the given shardings; UserError when they cannot be read. `ema`
         is for runs alone.
+
+        Args:
+            lora: of a run that will freeze them: the matrices of the layers are rounded as it keeps
+                them, one by one as they are read.
         """
-        params = read.read_params(self.directory, abstract_params)
+        round_one = functools.partial(round_in_place, lora=lora or Lora())
+        params = read.read_params(self.directory, abstract_params, then=round_one)
         row_V = np.arange(self.architecture.vocab_size)
         is_new_V = row_V >= self._stored.vocab_size
         is_new_V |= self.is_new_mask & (row_V == self.tokenizer.mask_id)

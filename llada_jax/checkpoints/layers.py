@@ -9,7 +9,8 @@ from jax.experimental import multihost_utils
 
 from llada_jax.checkpoints.checksums import checksum_of_array
 from llada_jax.checkpoints.workdir import Checkpoints
-from llada_jax.models.adapters import adapter_dims, with_adapter
+from llada_jax.models.adapters import NUM_INPUT_DIMS, adapter_dims, with_adapter
+from llada_jax.models.int8 import dequantised, scale_shape
 from llada_jax.storage.arrays import read_chunks
 
 
@@ -56,6 +57,9 @@ class LayerReader:
         if not self._lora.rank:
             return self._read(f"{self._trained}/{path}", shape, layer)
         matrix = self._read(f"frozen/{path}", shape, layer)
+        if path in self._lora.int8_paths:
+            of_scale = scale_shape(shape, NUM_INPUT_DIMS[path])
+            matrix = dequantised(matrix, self._read(f"frozen/scales/{path}", of_scale, layer))
         if path not in self._lora.paths:
             return matrix
         a, b = (

@@ -36,7 +36,14 @@ from llada_jax.checkpoints.orbax_patches import teach_orbax_s3
 from llada_jax.checkpoints.record import RunRecord
 from llada_jax.cluster import distributed
 from llada_jax.errors import LostPeer, UserError, one_line
-from llada_jax.models.adapters import abstract_stored, adapter_shapes, merged
+from llada_jax.models.adapters import (
+    NUM_INPUT_DIMS,
+    Lora,
+    abstract_stored,
+    adapter_shapes,
+    merged,
+    round_in_place,
+)
 from llada_jax.paths import split_step
 from llada_jax.storage import remote
 from llada_jax.storage.arrays import kvstore_of, read_chunks
@@ -228,10 +235,23 @@ class Checkpoints:
         del loaded, optional
         return _copy_leaf_by_leaf(state)
 
-    def restore_params(self, step: int, abstract_params: dict, *, ema: bool) -> dict:
+    def restore_params(
+        self, step: int, abstract_params: dict, *, ema: bool, lora: Lora | None = None
+    ) -> dict:
         """Returns only the network's parameters, or their moving average, of a step, with the
         adapters added where the run trained some; UserError when they cannot be read.
+
+        Args:
+            lora: of a run that will freeze them: the matrices of the layers are rounded as it keeps
+                them, one by one.
         """
+        params = self._restore_params(step, abstract_params, ema=ema)
+        if lora is not None:
+            for path in NUM_INPUT_DIMS:
+                round_in_place(params, path, lora)
+        return params
+
+    def _restore_params(self, step: int, abstract_params: dict, *, ema: bool) -> dict:
         name = "ema" if ema else "params"
         leaves = jax.tree_util.tree_leaves_with_path(abstract_params)
         self.check_parameters(step, {path_text(path) for path, _ in leaves}, ema=ema)
@@ -262,6 +282,8 @@ class Checkpoints:
             paths: of the network's parameters, such as "blocks/q".
         """
         record = self.record(step)
+        if record.lora.rank:
+            paths = paths | {f"scales/{path}" for path in record.lora.int8_paths}
         # under adapters, which are what is trained, the network itself is frozen
         item = "frozen" if record.lora.rank else "ema" if ema else "params"
         saved = set((record.checksums or {}).get(item, {}))
@@ -289,7 +311,7 @@ class Checkpoints:
 
     def open_array(self, step: int, path: str, shape: tuple[int, ...]) -> tensorstore.TensorStore:
         """Returns one array of a step, of which nothing is read yet; it is float32, but for the
-        matrices of some frozen networks.
+        matrices of some frozen networks (Lora.dtype_of).
 
         Opened in Orbax's files with tensorstore, and not by Orbax: it would hold all chunks of an
         array at once next to the array itself, and would wait at each call for the other

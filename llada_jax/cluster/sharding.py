@@ -199,6 +199,14 @@ def leading_dims(sharding: NamedSharding, num_dims: int) -> NamedSharding:
     return NamedSharding(sharding.mesh, P(*sharding.spec[:num_dims]))
 
 
+def reduced(sharding: NamedSharding, shape: tuple[int, ...]) -> NamedSharding:
+    """Returns the sharding of an array of this shape, some of whose dims are those of another
+    array reduced to 1.
+    """
+    axes = (None if size == 1 else axis for size, axis in zip(shape, sharding.spec))
+    return NamedSharding(sharding.mesh, P(*axes))
+
+
 def local_rows(sharding: NamedSharding, shape: tuple[int, int]) -> list[int]:
     """Returns the global rows of a [B, T] array that the devices of this process hold, in order."""
     rows = set()

@@ -26,6 +26,7 @@ import numpy as np
 from llada_jax.errors import UserError, look_up, require
 from llada_jax.evaluation.answer_rows import Question
 from llada_jax.evaluation.conditional import Score, encode_pair, log_likelihoods
+from llada_jax.evaluation.harness_hosts import cache_of_first, check_asked_alike
 from llada_jax.evaluation.rolling import windows
 from llada_jax.samplers.denoise import DenoiseStep
 from llada_jax.samplers.text import cut_at_end, decode_after, generate_tokens
@@ -42,7 +43,11 @@ class HarnessModel:
     """Answers the requests of the harness with a loaded model.
 
     It registers as a subclass of lm_eval.api.model.LM and does not inherit from it, so that this
-    module can be imported without the harness. Each process of a run answers all requests.
+    module can be imported without the harness.
+
+    The processes of a run answer each request together, its rows split over the mesh of the model,
+    and all of them have every result. To the harness each is therefore the only one: a rank would
+    give every process other requests, and none would come to the collectives of another's.
 
     Args:
         pretrained: what llada_jax.load returns.
@@ -135,7 +140,12 @@ class HarnessModel:
         return question._replace(before=question.before[max(0, len(question.before) - room) :])
 
     def _in_parts(self, method: str, requests: Sequence[Any], answer_part):
-        """Answers requests part by part, so that the cache of the harness has what is done."""
+        """Answers requests part by part, so that the cache of the harness has what is done.
+
+        Raises:
+            UserError: the processes of the run are asked for different things.
+        """
+        check_asked_alike(method, [request.args for request in requests])
         results = []
         for first in range(0, len(requests), CACHED_TOGETHER):
             part = requests[first : first + CACHED_TOGETHER]
@@ -379,18 +389,19 @@ def run(
     """
     lm_eval = require("lm_eval", extra="eval")
     manager = require("lm_eval.tasks", extra="eval").TaskManager(include_path=include_path)
-    results = lm_eval.simple_evaluate(
-        model,
-        tasks=list(tasks),
-        task_manager=manager,
-        log_samples=True,
-        num_fewshot=num_fewshot,
-        limit=limit,
-        use_cache=use_cache,
-        apply_chat_template=apply_chat_template,
-        system_instruction=system_instruction,
-        bootstrap_iters=bootstrap_iters,
-    )
+    with cache_of_first(use_cache) as cache:
+        results = lm_eval.simple_evaluate(
+            model,
+            tasks=list(tasks),
+            task_manager=manager,
+            log_samples=True,
+            num_fewshot=num_fewshot,
+            limit=limit,
+            use_cache=cache,
+            apply_chat_template=apply_chat_template,
+            system_instruction=system_instruction,
+            bootstrap_iters=bootstrap_iters,
+        )
     loaded = manager.load(copy.deepcopy(list(tasks)))["tasks"]
     for name, samples in results["samples"].items():
         task = loaded[name]

@@ -6,6 +6,7 @@ download that was cut short is the most common fault, and should not cost minute
 """
 
 import dataclasses
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -199,7 +200,9 @@ def _some(names: list[str], most: int = 4) -> str:
 # ---- reading it
 
 
-def read_params(directory, abstract: dict) -> dict:
+def read_params(
+    directory, abstract: dict, *, then: Callable[[dict, str], None] = lambda params, path: None
+) -> dict:
     """Returns the parameters of a checkpoint, float32, the layers stacked, each in the shards of
     its device.
 
@@ -209,6 +212,8 @@ def read_params(directory, abstract: dict) -> dict:
     Args:
         abstract: nested dict of ShapeDtypeStructs with shardings, as of llada_jax.training.state. A
             vocabulary longer than the file's is filled up with zeros, see `fill_rows`.
+        then: called with what has been read so far and the path of the last parameter, such as
+            "blocks/q", which it may replace before the next one is read.
 
     Raises:
         UserError: the directory is damaged, is not the network that its config.json describes, or
@@ -233,6 +238,7 @@ def read_params(directory, abstract: dict) -> dict:
         *group, name = path.split("/")
         leaf = abstract["blocks"][name] if group else abstract[name]
         (params["blocks"] if group else params)[name] = _read_parameter(of_path, stored, leaf)
+        then(params, path)
     return params
 
 

@@ -25,7 +25,7 @@ from llada_jax.hf.read import INDEX, SINGLE
 from llada_jax.storage import files
 
 # PyTorch code that both layouts need.
-SHARED = ("masked_diffusion.py", "diffusion_sampler.py")
+SHARED = ("masked_diffusion.py", "diffusion_sampler.py", "diffusion_rules.py")
 DTYPES = {"bfloat16": ("BF16", np.dtype(jnp.bfloat16)), "float32": ("F32", np.dtype(np.float32))}
 
 

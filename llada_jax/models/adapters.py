@@ -13,7 +13,9 @@ import jax
 import jax.numpy as jnp
 from jax import Array
 
+from llada_jax.cluster.sharding import reduced
 from llada_jax.errors import UserError
+from llada_jax.models.int8 import dequantised, quantised
 
 # The matrices that can have adapters, and how many of their dims are inputs; the stacked layers
 # come before these.
@@ -33,7 +35,8 @@ class Lora(NamedTuple):
 
     alpha: A B is multiplied with alpha / rank. targets: a regular expression that is found in the
     names of the matrices that have one, such as "blocks/q". frozen_dtype: in which the matrices of
-    the frozen network are kept; its norms and biases are float32.
+    the frozen network are kept; its norms and biases are float32. "int8" is for the matrices of the
+    layers alone: those of embedding and head are bfloat16 then.
     """
 
     rank: int = 0
@@ -46,8 +49,18 @@ class Lora(NamedTuple):
         return self.alpha / self.rank
 
     def dtype_of(self, path: str) -> Any:
-        """Returns the dtype of a parameter of the frozen network, such as "blocks/q"."""
-        return jnp.dtype("float32" if re.search("norm|bias", path) else self.frozen_dtype)
+        """Returns the dtype of an array of the frozen network, such as "blocks/q" or
+        "scales/blocks/q".
+        """
+        if re.search("norm|bias|scales/", path):
+            return jnp.dtype("float32")
+        is_whole = self.frozen_dtype != "int8" or path in self.int8_paths
+        return jnp.dtype(self.frozen_dtype if is_whole else "bfloat16")
+
+    @property
+    def int8_paths(self) -> tuple[str, ...]:
+        """The matrices of the frozen network that are kept in int8."""
+        return tuple(NUM_INPUT_DIMS) if self.frozen_dtype == "int8" else ()
 
     @property
     def paths(self) -> list[str]:
@@ -106,32 +119,71 @@ def joined(network: dict, adapters: dict, lora: Lora) -> dict:
 
 
 def stored(network: dict, lora: Lora) -> dict:
-    """Returns the network as it is kept while adapters are trained."""
+    """Returns the network as it is kept while adapters are trained: where matrices are int8, with
+    "scales" next to its parameters, {"blocks": {"q": [L, 1, N, H], ...}}.
+
+    Args:
+        network: float32, but for matrices that `round_in_place` has rounded before.
+    """
     if lora.frozen_dtype == "float32":
         return network
-    return jax.tree.map(lambda leaf, dtype: leaf.astype(dtype), network, _dtypes(network, lora))
+    blocks = dict(network["blocks"])
+    scales = dict(network.get("scales", {"blocks": {}})["blocks"])
+    for path in lora.int8_paths:
+        name = path.split("/")[1]
+        if name not in scales:
+            blocks[name], scales[name] = quantised(blocks[name], NUM_INPUT_DIMS[path])
+    kept = {**network, "blocks": blocks} | ({"scales": {"blocks": scales}} if scales else {})
+    return jax.tree_util.tree_map_with_path(
+        lambda path, leaf: leaf.astype(lora.dtype_of(_text(path))), kept
+    )
+
+
+def round_in_place(network: dict, path: str, lora: Lora) -> None:
+    """Replaces one parameter, if it is a matrix of the layers, by what `stored` makes of it: a
+    network that is read one parameter after the other then never exists in float32.
+    """
+    if path not in NUM_INPUT_DIMS or lora.frozen_dtype == "float32":
+        return
+    blocks, name = network["blocks"], path.split("/")[1]
+    if path in lora.int8_paths:
+        round_matrix = jax.jit(quantised, static_argnums=1)
+        scales = network.setdefault("scales", {"blocks": {}})["blocks"]
+        blocks[name], scales[name] = round_matrix(blocks[name], NUM_INPUT_DIMS[path])
+    else:
+        blocks[name] = blocks[name].astype(lora.dtype_of(path))
+    # dispatch is asynchronous, and the next would be read before this one is let go
+    blocks[name].block_until_ready()
 
 
 def abstract_stored(abstract: dict, lora: Lora) -> dict:
-    """Returns `stored` of ShapeDtypeStructs with shardings."""
-    return jax.tree.map(
-        lambda leaf, dtype: jax.ShapeDtypeStruct(leaf.shape, dtype, sharding=leaf.sharding),
-        abstract,
-        _dtypes(abstract, lora),
-    )
+    """Returns `stored` of ShapeDtypeStructs with shardings; scales are sharded like the outputs of
+    their matrices.
+    """
+    sharding_of = {
+        _text(path): leaf.sharding for path, leaf in jax.tree_util.tree_leaves_with_path(abstract)
+    }
+
+    def place(path: Any, leaf: Any) -> Any:
+        sharding = reduced(sharding_of[_text(path).removeprefix("scales/")], leaf.shape)
+        return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding)
+
+    shapes = jax.eval_shape(lambda network: stored(network, lora), abstract)
+    return jax.tree_util.tree_map_with_path(place, shapes)
 
 
-def _dtypes(network: dict, lora: Lora) -> dict:
-    return jax.tree_util.tree_map_with_path(
-        lambda path, _: lora.dtype_of(jax.tree_util.keystr(path, simple=True, separator="/")),
-        network,
-    )
+def _text(path: Any) -> str:
+    return jax.tree_util.keystr(path, simple=True, separator="/")
 
 
 def merged(network: dict, adapters: dict, lora: Lora) -> dict:
-    """Returns the network with its adapters added, in float32."""
+    """Returns the network that is kept as `stored` with its adapters added, in float32."""
+    network = dict(network)
+    scales = network.pop("scales", {"blocks": {}})["blocks"]
     network = jax.tree.map(lambda leaf: leaf.astype(jnp.float32), network)
     blocks = dict(network["blocks"])
+    for name, scale in scales.items():
+        blocks[name] = dequantised(blocks[name], scale)
     for name, pair in adapters["blocks"].items():
         blocks[name] = with_adapter(blocks[name], pair["a"], pair["b"], lora)
     return {**network, "blocks": blocks}

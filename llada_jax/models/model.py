@@ -39,15 +39,18 @@ class Model:
     def bind(self, params: dict) -> Transformer:
         """Returns the module that computes with `params`; call it inside jax.jit.
 
-        `params["adapters"]`, if there are some, are those of llada_jax.models.adapters.joined.
+        `params["adapters"]` and `params["scales"]`, if there are some, are those of `joined` and of
+        `stored` in llada_jax.models.adapters.
         """
         params = dict(params)
-        adapters = params.pop("adapters", {})
+        extras = params.pop("adapters", {})
+        scales = params.pop("scales", {"blocks": {}})["blocks"]
+        extras = {**extras, **{f"{name}_scale": array for name, array in scales.items()}}
         # A copy, because replacing works in place and `variables` belongs to all calls.
         variables = jax.tree.map(lambda leaf: leaf, self.variables)
         nnx.replace_by_pure_dict(variables, params)
         module = nnx.merge(self.graphdef, variables)
-        for name, array in adapters.items():
+        for name, array in extras.items():
             setattr(module.blocks, name, nnx.Param(array))
         return module
 

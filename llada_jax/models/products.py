@@ -1,6 +1,8 @@
 """The matrix products of the network, and the dtype in which devices add up their gradients."""
 
+import functools
 import math
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -31,20 +33,41 @@ def project(
             in which the parts are added up over devices: float32, or None for the dtype of x.
         is_split: the positions are sharded although the mesh does not split the sequence.
     """
-    mesh = jax.sharding.get_abstract_mesh()
     # a kernel that is stored in the dtype of x could not have another gradient
     is_narrow = gradient_dtype in (None, x.dtype) or kernel.dtype == x.dtype
     product = _product if is_narrow else _product_with_float32_gradient
     kernel = kernel.astype(x.dtype) if is_narrow else kernel
-    if is_split or not _merges_rows(mesh):
-        return product(x, kernel, num_in, out_dtype)
+    product = functools.partial(product, out_dtype=out_dtype)
+    return product(x, kernel, num_in) if is_split else _over_rows(product, x, kernel, num_in)
+
+
+def project_int8(x: Array, numbers: Array, scale: Array, num_in: int = 1) -> Array:
+    """Contracts the last `num_in` dims of x with the first of a matrix that is kept in int8
+    (llada_jax.models.int8), in the dtype of x.
+
+    bfloat16 holds whole numbers up to 256 exactly, so the numbers are multiplied as they are and
+    the product is scaled: a scaled matrix would be rounded, and would be one more array of its
+    size. The matrix has no gradient.
+
+    Args:
+        scale: float32, its dims of inputs have size 1.
+    """
+    y = _over_rows(_int8_product, x, numbers, num_in)
+    return (y.astype(jnp.float32) * scale.reshape(numbers.shape[num_in:])).astype(x.dtype)
+
+
+def _over_rows(product: Callable, x: Array, kernel: Array, num_in: int) -> Array:
+    """Returns product(x, kernel, num_in), done over all rows and positions at once where that is
+    faster.
+    """
+    if not _merges_rows(jax.sharding.get_abstract_mesh()):
+        return product(x, kernel, num_in)
     rows, outs = x.shape[: x.ndim - num_in], kernel.shape[num_in:]
     flat_x, flat_kernel = x.reshape(math.prod(rows), -1), kernel.reshape(-1, math.prod(outs))
-    return product(flat_x, flat_kernel, 1, out_dtype).reshape(*rows, *outs)
+    return product(flat_x, flat_kernel, 1).reshape(*rows, *outs)
 
 
 def _merges_rows(mesh: AbstractMesh) -> bool:
-    """Whether products are done over all rows and positions at once."""
     if mesh.empty or mesh.abstract_device is None:
         return jax.default_backend() == "cpu"
     return mesh.shape["sequence"] == 1 and mesh.abstract_device.platform == "cpu"
@@ -78,3 +101,23 @@ def _backward(
 
 
 _product_with_float32_gradient.defvjp(_forward, _backward)
+
+
+# A rule of our own here too: the backward pass reads the kernel as int8. Without recomputation
+# each layer would otherwise leave it a copy in the dtype of x, which is the whole network again.
+@functools.partial(jax.custom_vjp, nondiff_argnums=(2,))
+def _int8_product(x: Array, numbers: Array, num_in: int) -> Array:
+    return _product(x, numbers, num_in, None)
+
+
+def _int8_forward(x: Array, numbers: Array, num_in: int) -> tuple[Array, Array]:
+    return _int8_product(x, numbers, num_in), numbers
+
+
+def _int8_backward(num_in: int, numbers: Array, grad: Array) -> tuple[Array, None]:
+    outs = numbers.ndim - num_in
+    axes = (tuple(range(-outs, 0)), tuple(range(num_in, numbers.ndim)))
+    return jnp.tensordot(grad, numbers.astype(grad.dtype), axes), None
+
+
+_int8_product.defvjp(_int8_forward, _int8_backward)

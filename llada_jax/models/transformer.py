@@ -27,7 +27,7 @@ from llada_jax.cluster.sharding import RULES, constrain
 from llada_jax.errors import UserError
 from llada_jax.masks import BIDIRECTIONAL, Mask
 from llada_jax.models.attention import attend
-from llada_jax.models.products import project
+from llada_jax.models.products import project, project_int8
 from llada_jax.models.recomputation import REMAT_POLICIES
 from llada_jax.models.token_scores import TokenScores, token_scores
 
@@ -256,12 +256,16 @@ class Block(nnx.Module):
     def times(self, name: str, x: Array, num_in: int = 1) -> Array:
         """Returns x times one of the matrices, whose first `num_in` dims are inputs.
 
+        A matrix in int8 has a scale next to it.
         A matrix with an adapter is never added up: x A B costs little next to x W, while W + A B
         and its gradient would each take the memory of W.
         """
         product = functools.partial(project, gradient_dtype=self.gradient_dtype)
         kernel = getattr(self, name)[...]
-        y = product(x, kernel, num_in)
+        if hasattr(self, f"{name}_scale"):
+            y = project_int8(x, kernel, getattr(self, f"{name}_scale")[...], num_in)
+        else:
+            y = product(x, kernel, num_in)
         if not hasattr(self, f"{name}_a"):
             return y
         a, b = getattr(self, f"{name}_a")[...], getattr(self, f"{name}_b")[...]

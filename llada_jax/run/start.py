@@ -364,7 +364,10 @@ def first_state(
             theirs, run, other.directory, tokenizers=(tokenizer_of(other, theirs), tokenizer)
         )
         params = other.restore_params(
-            step, abstract_params, ema=reads_ema(theirs, init_from_ema, init_from)
+            step,
+            abstract_params,
+            ema=reads_ema(theirs, init_from_ema, init_from),
+            lora=run.lora if run.lora.rank else None,
         )
         # create() passes them through jit, which makes buffers that the train step may take over
         # (see Checkpoints.restore)

@@ -9,7 +9,7 @@ import jax.numpy as jnp
 from jax import Array
 
 from llada_jax.errors import UserError
-from llada_jax.models.adapters import Lora, joined, make_adapters, merged, stored
+from llada_jax.models.adapters import Lora, joined, make_adapters, stored
 from llada_jax.objectives.objective import Objective
 
 
@@ -48,5 +48,6 @@ def adapted(objective: Objective, lora: Lora) -> Objective:
         loss=loss,
         bound=loss if is_one else over_adapters(objective.bound),
         split_parameters=split,
-        network=lambda params, frozen: merged(frozen, params, lora),
+        # not added up, as samples during training would then hold a second network, in float32
+        network=lambda params, frozen: joined(frozen, params, lora),
     )

@@ -13,6 +13,7 @@ import optax
 from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
+from llada_jax.cluster.sharding import reduced
 from llada_jax.errors import UserError
 from llada_jax.models.model import Model, parameter_shardings
 from llada_jax.objectives.contract import check_objective
@@ -120,9 +121,9 @@ def abstract_state(
     """Returns the TrainState as ShapeDtypeStructs with shardings: what is created, restored and
     compiled against.
 
-    A leaf that belongs to a parameter of the network (same trailing path, same shape) is sharded
-    like it, whether it is trained, frozen, an average or a moment of the optimizer; everything else
-    is a scalar or small, and replicated.
+    A leaf that belongs to a parameter of the network (same trailing path, same shape, or 1 in some
+    of its dims, as scales have) is sharded like it, whether it is trained, frozen, an average or a
+    moment of the optimizer; everything else is a scalar or small, and replicated.
 
     Args:
         split: Objective.split_parameters.
@@ -142,6 +143,9 @@ def abstract_state(
             shape, sharding = sharding_of.get(name, (None, None))
             if shape == leaf.shape:
                 return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding)
+            if shape and _is_reduced(leaf.shape, shape):
+                sharding = reduced(sharding, leaf.shape)
+                return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding)
             name = name.partition("/")[2]
         return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=replicated)
 
@@ -155,6 +159,11 @@ def abstract_state(
         frozen=frozen,
     )
     return jax.tree_util.tree_map_with_path(place, state)
+
+
+def _is_reduced(shape: tuple[int, ...], whole: tuple[int, ...]) -> bool:
+    """Whether each dim is that of a whole array, or 1."""
+    return len(shape) == len(whole) and all(n in (1, m) for n, m in zip(shape, whole))
 
 
 def create_state(

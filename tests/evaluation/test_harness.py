@@ -9,6 +9,7 @@ import pytest
 from support.exports import LLADA, write_checkpoint
 from support.hf_directories import random_params
 from support.required import python_with
+from support.runs import free_port
 
 import llada_jax
 
@@ -20,26 +21,37 @@ def checkpoint(tmp_path_factory):
     return write_checkpoint(tmp_path_factory.mktemp("harness") / "run", LLADA, random_params(LLADA))
 
 
-@pytest.fixture(scope="module")
-def found(checkpoint, tmp_path_factory) -> dict:
-    home = tmp_path_factory.mktemp("tasks")
-    root = Path(llada_jax.__file__).parent.parent
+def start(checkpoint, home, **more: str) -> subprocess.Popen:
+    """Starts the checks in a folder of their own."""
+    home.mkdir()
     environment = {
         **os.environ,
-        "PYTHONPATH": str(root),
+        "PYTHONPATH": str(Path(llada_jax.__file__).parent.parent),
         "HF_HOME": str(home / "hf"),
         "HF_DATASETS_OFFLINE": "1",
         "HF_HUB_OFFLINE": "1",
+        **more,
     }
-    done = subprocess.run(
+    return subprocess.Popen(
         [python_with("lm_eval", environment="harness"), str(CHECKS), str(checkpoint), str(home)],
         env=environment,
-        capture_output=True,
+        stdout=subprocess.PIPE,
+        stderr=(home / "log").open("w"),
         text=True,
-        check=False,
     )
-    assert done.returncode == 0, done.stderr[-3000:]
-    return json.loads(done.stdout.splitlines()[-1])
+
+
+def result_of(process: subprocess.Popen) -> dict:
+    """Returns what the checks print."""
+    out, _ = process.communicate(timeout=600)
+    log = (Path(process.args[-1]) / "log").read_text()
+    assert process.returncode == 0, log[-3000:]
+    return json.loads(out.splitlines()[-1])
+
+
+@pytest.fixture(scope="module")
+def found(checkpoint, tmp_path_factory) -> dict:
+    return result_of(start(checkpoint, tmp_path_factory.mktemp("tasks") / "home"))
 
 
 @pytest.mark.slow  # it imports datasets, and loads two more copies of JAX's programs
@@ -82,3 +94,29 @@ def test_texts_are_written_up_to_the_stop_string(found, checkpoint):
 def test_chats_are_written_with_the_template_and_interrupted_evaluations_continue(found):
     assert found["prompt_of_chat"] == "[user] Ada\n"
     assert found["again"]
+
+
+@pytest.mark.slow
+def test_two_processes_find_what_one_finds_and_only_the_first_writes(found, checkpoint, tmp_path):
+    team = {
+        "JAX_COORDINATOR_ADDRESS": f"localhost:{free_port()}",
+        "JAX_NUM_PROCESSES": "2",
+        "JAX_NUM_CPU_DEVICES": "2",
+    }
+    homes = [tmp_path / "first", tmp_path / "second"]
+    processes = [
+        start(checkpoint, home, **team, JAX_PROCESS_ID=str(number))
+        for number, home in enumerate(homes)
+    ]
+    for together in map(result_of, processes):
+        # the second time every answer came from the cache
+        assert together["again"]
+        assert together["written"] == found["written"]
+        assert together["rolled"] == pytest.approx(found["rolled"], rel=1e-4)
+        for (*question, value), (*same, expected) in zip(together["answers"], found["answers"]):
+            assert question == same
+            assert value == pytest.approx(expected, rel=1e-4)
+    assert [sorted(path.name for path in home.glob("cache*")) for home in homes] == [
+        ["cache_rank0.db"],
+        [],
+    ]

@@ -7,12 +7,15 @@ import re
 from pathlib import Path
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 from support.paths import PUBLISHED
 from support.transformers_versions import VERSIONS, run_python
 
 import llada_jax
+from llada_jax.rng import key_for, keys_for_rows
+from llada_jax.samplers.choice import keep_likely
 from llada_jax.samplers.text import generate_tokens
 
 FOLDER = Path(__file__).parent / "shipped_checks"
@@ -29,8 +32,9 @@ sys.exit(pytest.main([*quiet, "-p", "exported", *words]))
 
 
 PROMPTS = [[7, 301, 12, 44, 9], [250, 33]]
-# Every commit rule, order, cache and treatment of the end of a text once: greedy, so that both
-# samplers must reveal the same tokens in the same steps.
+# Every commit rule, order, cache, rule that revises and treatment of the end of a text once:
+# greedy, so that both samplers must reveal the same tokens in the same steps. What ReMDM draws is
+# handed over.
 REQUESTS = [
     {"commit": "schedule", "steps": 12},
     {"remasking": "entropy", "steps": 15},
@@ -43,13 +47,34 @@ REQUESTS = [
     {"commit": "entropy=0.5", "cache": "prefix", "stop_at_eos": True},
     {"commit": "factor=2", "cache": "prefix", "refresh": 3},
     {"commit": "frechet=0.1", "cache": "dual", "refresh": 2, "append": True},
+    {"commit": "threshold=0.2", "revise": "wino", "cfg_scale": 0.5},
+    {"commit": "threshold=0.1", "revise": "wino=0.6", "append": True},
+    {"revise": "remdm-cap=0.3"},
+    {"revise": "remdm-rescale=0.6", "commit": "factor"},
+    {"revise": "remdm-loop=0.5", "eos": "last"},
 ]
+# (top_k, top_p) of what may be drawn
+LIKELY = [(5, 1.0), (0, 0.7), (20, 0.5), (1, 1.0), (0, 1e-9), (1000, 1.0)]
+SEED = 3
+
+
+@jax.jit
+def draws_of_remdm(step: int) -> jax.Array:
+    """Returns the uniform numbers that a step of the schedule draws, [rows, positions of a block]:
+    they follow from the seed, the step and the row.
+    """
+    key, rows = key_for("sampling", SEED), jnp.arange(len(PROMPTS))
+    keys_B = keys_for_rows(jax.random.fold_in(key, step), rows)
+    of_rule_B = jax.vmap(jax.random.split)(keys_B)[:, 1]
+    own_B = jax.vmap(jax.random.fold_in, in_axes=(0, None))(of_rule_B, 1)
+    return jax.vmap(lambda key: jax.random.uniform(key, (8,)))(own_B)
 
 
 @pytest.fixture(scope="module")
 def samples_in_jax(tmp_path_factory) -> Path:
     """What the sampler of this package makes of REQUESTS, step by step: a directory with the
-    settings and, under "rows" and "request N", arrays [steps, rows, generated columns].
+    settings and, under "request N", arrays [steps, rows, generated columns], under "draws N" the
+    numbers that ReMDM drew, and under "logits" and "likely N" what may be drawn of a distribution.
 
     The head of the fixture is multiplied by 8: its own distributions are so flat that no rule
     would ever be sure.
@@ -59,30 +84,50 @@ def samples_in_jax(tmp_path_factory) -> Path:
     shared = {"gen_length": 24, "block_length": 8}
     ids = {"mask_id": model.tokenizer.mask_id, "pad_id": model.tokenizer.pad_id}
 
-    def steps_of(settings: dict) -> np.ndarray:
-        seen = []
+    def steps_of(settings: dict) -> tuple[np.ndarray, np.ndarray]:
+        """Returns the states after every pass, and what ReMDM draws in it."""
+        seen, blocks = [], []
+
+        def on_step(rows, state):
+            seen.append(jax.device_get(state.canvas_BT))
+            blocks.append(state.block - 1)
+
         generate_tokens(
             model.model.logits_fn,
             params,
             PROMPTS,
             cache_fns=model.model.cache_fns,
-            on_step=lambda rows, state: seen.append(jax.device_get(state.canvas_BT)),
+            shadow_fn=model.model.shadow_fn,
+            on_step=on_step,
+            seed=SEED,
             **ids,
             **shared,
             **settings,
         )
-        return np.stack(seen)[:, :, -shared["gen_length"] :]
+        steps = settings.get("steps", shared["gen_length"]) // 3
+        draws = [
+            draws_of_remdm(block * steps + number - blocks.index(block))
+            for number, block in enumerate(blocks)
+        ]
+        return np.stack(seen)[:, :, -shared["gen_length"] :], np.stack(draws)
 
-    first = steps_of({})[-1]
+    first = steps_of({})[0][-1]
     # Two tokens that are generated early and late, so that the rows end at different blocks.
     ends = [int(first[0, 3]), int(first[1, 10])]
     found = {}
     for number, settings in enumerate(REQUESTS):
         ours = {"stop_at_eos": False, **settings, "eos_id": ends}
-        found[f"request {number}"] = steps_of(ours)
+        found[f"request {number}"], found[f"draws {number}"] = steps_of(ours)
+    # with ties, which whole numbers have
+    logits = np.random.default_rng(0).integers(-6, 6, (2, 3, 50)).astype(np.float32) / 2
+    for number, (top_k, top_p) in enumerate(LIKELY):
+        kept = keep_likely(jnp.asarray(logits), top_k=jnp.int32(top_k), top_p=jnp.float32(top_p))
+        found[f"likely {number}"] = np.asarray(kept) > -np.inf
+    found["logits"] = logits
     directory = tmp_path_factory.mktemp("samples_in_jax")
     np.savez(directory / "steps.npz", **found)
-    facts = {"prompts": PROMPTS, "requests": [shared | one for one in REQUESTS], "ends": ends}
+    requests = [shared | one for one in REQUESTS]
+    facts = {"prompts": PROMPTS, "requests": requests, "ends": ends, "likely": LIKELY}
     (directory / "requests.json").write_text(json.dumps(facts))
     return directory
 

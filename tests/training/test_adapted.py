@@ -61,11 +61,13 @@ def test_loss_bound_and_gradient_are_those_of_the_merged_network():
         assert jax.tree.structure(results[0][1]) == jax.tree.structure(adapters)
         # a sum of products in another order
         jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-4), *results)
-    jax.tree.map(
-        np.testing.assert_array_equal,
-        over.network(adapters, network),
-        merged(network, adapters, LORA),
+    # and so are the samples of a run
+    tokens, segments, positions = (batch[name] for name in ("tokens", "segment_ids", "positions"))
+    ours, theirs = (
+        jax.jit(MODEL.logits_fn)(params, tokens, segments, positions)
+        for params in (over.network(adapters, network), merged(network, adapters, LORA))
     )
+    np.testing.assert_allclose(ours, theirs, rtol=1e-4, atol=1e-4)
 
 
 def test_under_adapters_the_reference_is_the_network_without_them():
@@ -98,22 +100,22 @@ def test_under_adapters_the_reference_is_the_network_without_them():
     assert frozen is network
 
 
-def test_a_frozen_network_in_bfloat16_is_that_of_its_rounded_matrices():
+@pytest.mark.parametrize("dtype", ["bfloat16", "int8"])
+def test_a_frozen_network_in_few_bits_is_that_of_its_rounded_matrices(dtype):
     key = jax.random.key(0)
-    lora = LORA._replace(frozen_dtype="bfloat16")
+    lora = LORA._replace(frozen_dtype=dtype)
     network = jax.jit(MODEL.init)(key)
     over = adapted(masked_diffusion(mask_id=9), lora)
     params, frozen = over.split_parameters(network, key)
-    dtypes = {
-        jax.tree_util.keystr(path, simple=True, separator="/"): leaf.dtype
-        for path, leaf in jax.tree_util.tree_leaves_with_path(frozen)
-    }
-    for name, dtype in dtypes.items():
-        assert dtype == ("float32" if "norm" in name or "bias" in name else "bfloat16"), name
-    rounded = jax.tree.map(lambda leaf: leaf.astype(jnp.float32), frozen)
+    for path, leaf in jax.tree_util.tree_leaves_with_path(frozen):
+        name = jax.tree_util.keystr(path, simple=True, separator="/")
+        in_full = "norm" in name or "bias" in name or "scales" in name
+        is_int8 = dtype == "int8" and name.startswith("blocks/")
+        assert leaf.dtype == ("float32" if in_full else "int8" if is_int8 else "bfloat16"), name
+    # fresh adapters add nothing
+    rounded = merged(frozen, params, lora)
     assert any((a != b).any() for a, b in zip(*map(jax.tree.leaves, (rounded, network))))
-    whole = over.network(params, frozen)
-    assert {leaf.dtype for leaf in jax.tree.leaves(whole)} == {jnp.dtype("float32")}
+    assert {leaf.dtype for leaf in jax.tree.leaves(rounded)} == {jnp.dtype("float32")}
     rng = np.random.default_rng(0)
     batch = {
         "tokens": rng.integers(0, 8, (4, 8)).astype(np.int32),
@@ -127,8 +129,13 @@ def test_a_frozen_network_in_bfloat16_is_that_of_its_rounded_matrices():
             MODEL.nll_fn, params, batch, key, jnp.arange(4), frozen=frozen, num_rows=4, step=0
         )[0]
 
-    ours, theirs = (jax.value_and_grad(loss)(params, f) for f in (frozen, rounded))
-    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-6), ours, theirs)
+    ours, theirs = (jax.jit(jax.value_and_grad(loss))(params, f) for f in (frozen, rounded))
+    # an int8 matrix is scaled after its product and not before
+    jax.tree.map(
+        lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-5, atol=2e-6 * np.abs(b).max()),
+        ours,
+        theirs,
+    )
 
 
 def test_an_objective_that_freezes_something_itself_is_refused():

@@ -94,26 +94,52 @@ def test_load_evaluate_and_export_see_the_merged_network(base, tuned, dialogues,
     )
 
 
-@pytest.mark.slow
-def test_a_network_that_is_frozen_in_bfloat16_is_resumed_loaded_and_exported(
-    runs, base, dialogues, tmp_path
-):
-    workdir = runs.directory / "adapters-bfloat16"
-    words = (
+def in_few_bits(runs, base, dialogues, dtype: str) -> tuple[str, ...]:
+    """Returns the knobs of a run whose frozen network is kept in `dtype`."""
+    return (
         *WORDS,
         "samples.every_steps=0",
-        "lora.frozen_dtype=bfloat16",
+        f"lora.frozen_dtype={dtype}",
         f"data.path={dialogues('packed')}",
         f"checkpoint.init_from={base}",
+        "num_steps=6",
     )
-    runs.train(workdir, *words, "num_steps=4")
-    runs.train(workdir, *words, "num_steps=6")
+
+
+@pytest.fixture(scope="module")
+def resumed(runs, base, dialogues):
+    """Returns resumed(dtype) -> the workdir of such a run, which was started twice."""
+    found = {}
+
+    def resumed(dtype: str):
+        if dtype not in found:
+            workdir = found[dtype] = runs.directory / f"adapters-{dtype}"
+            words = in_few_bits(runs, base, dialogues, dtype)
+            runs.train(workdir, *words, "num_steps=4")
+            runs.train(workdir, *words)
+        return found[dtype]
+
+    return resumed
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("dtype", ["bfloat16", "int8"])
+def test_a_network_that_is_frozen_in_few_bits_is_loaded_and_exported(
+    resumed, base, tmp_path, dtype
+):
+    workdir = resumed(dtype)
     before, after = arrays_of(base, 10), arrays_of(workdir, 6)
     model = llada_jax.load(str(workdir))
     for path, leaf in jax.tree_util.tree_leaves_with_path(model.params):
         name = jax.tree_util.keystr(path, simple=True, separator="/")
         frozen, expected = after[f"frozen/{name}"], before[f"params/{name}"]
-        if "norm" not in name:
+        if f"frozen/scales/{name}" in after:
+            assert frozen.dtype == np.int8
+            scale = after[f"frozen/scales/{name}"]
+            frozen = frozen * scale
+            assert (np.abs(np.float64(frozen) - expected) <= scale / 2 * (1 + 1e-4)).all()
+            expected = frozen
+        elif "norm" not in name:
             expected = expected.astype(jnp.bfloat16)
         np.testing.assert_array_equal(frozen, expected)
         expected = expected.astype(np.float64)
@@ -129,6 +155,31 @@ def test_a_network_that_is_frozen_in_bfloat16_is_resumed_loaded_and_exported(
         read_back(tmp_path / "out", model.record.architecture),
         jax.tree.map(np.asarray, model.params),
     )
+
+
+@pytest.mark.slow
+def test_an_int8_run_has_the_loss_of_bfloat16_and_resumes_and_moves_as_any_other(
+    runs, resumed, base, dialogues
+):
+    workdir = resumed("int8")
+    curve, of_bfloat16 = losses(workdir), losses(resumed("bfloat16"))
+    assert np.abs(curve - of_bfloat16).max() < 0.01
+    assert (curve != of_bfloat16).any()
+    words = in_few_bits(runs, base, dialogues, "int8")
+    straight, on_mesh = runs.directory / "int8-straight", runs.directory / "int8-mesh"
+    runs.train(straight, *words)
+    here, in_one_go = arrays_of(workdir, 6), arrays_of(straight, 6)
+    assert here.keys() == in_one_go.keys()
+    for name, array in here.items():
+        np.testing.assert_array_equal(array, in_one_go[name], err_msg=name)
+    np.testing.assert_array_equal(curve, losses(straight))
+    # the base is the same to the bit on a mesh, and what is trained on it to rounding
+    runs.train(on_mesh, *words, "mesh.fsdp=2", "mesh.tensor=2", num_devices=4)
+    np.testing.assert_allclose(losses(on_mesh), curve, rtol=1e-5)
+    there = arrays_of(on_mesh, 6)
+    for name in here:
+        if name.startswith("frozen/"):
+            np.testing.assert_array_equal(here[name], there[name])
 
 
 @pytest.mark.slow

@@ -1,143 +1,35 @@
 """The sampler of the masked diffusion language models of this directory: masks become tokens, some
-in every pass of the network, block after block.
+in every pass of the network, block after block. Its rules are in diffusion_rules.py.
 
 Needs PyTorch only. Names carry shapes: B rows, T positions of the block, V vocabulary. No row sees
-another. The method is that of LLaDA (arXiv 2502.09992, algorithms 4 and 5); the sources of the
-other rules stand next to them.
+another. The method is that of LLaDA (arXiv 2502.09992, algorithms 4 and 5).
 """
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-# ---- which tokens come first: a confidence for every position, the greatest first
-
-
-def low_confidence(logits_BTV: Tensor, choices_BT: Tensor, generator) -> Tensor:
-    """The probability of the chosen token: the least certain positions stay masked (LLaDA,
-    algorithm 5).
-    """
-    return logits_BTV.softmax(-1).gather(-1, choices_BT[..., None])[..., 0]
-
-
-def random_order(logits_BTV: Tensor, choices_BT: Tensor, generator) -> Tensor:
-    """A uniform draw: positions are revealed in random order (LLaDA, algorithm 4)."""
-    return torch.rand(choices_BT.shape, generator=generator, device=choices_BT.device)
-
-
-def entropies(logits_BTV: Tensor) -> Tensor:
-    """Returns the entropy of softmax(logits) in nats; logits may be -inf."""
-    return torch.special.entr(logits_BTV.softmax(-1)).sum(-1)
-
-
-def low_entropy(logits_BTV: Tensor, choices_BT: Tensor, generator) -> Tensor:
-    """Positions where few tokens are possible come first."""
-    return -entropies(logits_BTV)
-
-
-def margin(logits_BTV: Tensor, choices_BT: Tensor, generator) -> Tensor:
-    """The probability of the most likely token less that of the second (arXiv 2502.06768)."""
-    first_BT, second_BT = logits_BTV.softmax(-1).topk(2).values.unbind(-1)
-    return first_BT - second_BT
-
-
-REMASKING = {
-    "low_confidence": low_confidence,
-    "random": random_order,
-    "entropy": low_entropy,
-    "margin": margin,
-}
-
-# ---- how many tokens a pass keeps. Rules see the hidden positions sorted, the surest first: c are
-# the probabilities of the proposals, h the entropies in nats. They return, for n = 1, 2, ... in a
-# row, whether the first n may be kept.
-
-
-def threshold(c_BT: Tensor, h_BT: Tensor, amount: float) -> Tensor:
-    """c(n) > amount (Fast-dLLM, arXiv 2505.22618)."""
-    return c_BT > amount
-
-
-def factor(c_BT: Tensor, h_BT: Tensor, amount: float) -> Tensor:
-    """(n + 1)(1 - c(n)) < amount (Fast-dLLM)."""
-    n_T = torch.arange(1, c_BT.shape[1] + 1, device=c_BT.device)
-    return (n_T + 1) * (1 - c_BT) < amount
-
-
-def frechet(c_BT: Tensor, h_BT: Tensor, amount: float) -> Tensor:
-    """max(0, c(1) + ... + c(n) - (n - 1)) - (1 - c(n)) > amount (arXiv 2606.02955), from sums of
-    doubts: those of probabilities would round them away.
-    """
-    doubt_BT = 1 - c_BT
-    return (1 - doubt_BT.cumsum(1)).clamp(min=0) - doubt_BT > amount
-
-
-def entropy(c_BT: Tensor, h_BT: Tensor, amount: float) -> Tensor:
-    """The entropies of the first n, without the largest of them, sum to no more than the amount
-    (arXiv 2505.24857).
-    """
-    return F.pad(h_BT[:, :-1], (1, 0)).cumsum(1) <= amount
-
-
-SCHEDULE = "schedule"
-# name -> what it asks, its usual amount, and the greatest that there can be
-COMMIT = {
-    "threshold": (threshold, 0.9, 1.0),
-    "factor": (factor, 1.0, 1e6),
-    "frechet": (frechet, 0.25, 1.0),
-    "entropy": (entropy, 0.1, 1e6),
-}
-EOS = ("free", "never", "last")
-CACHES = ("none", "prefix", "dual")
-
-
-def parse_commit(text: str) -> tuple[str, float]:
-    """Returns the rule that NAME or NAME=AMOUNT names, and its amount; ValueError for others."""
-    name, equals, amount = text.partition("=")
-    if text == SCHEDULE:
-        return SCHEDULE, 0.0
-    if name not in COMMIT:
-        names = ", ".join([SCHEDULE, *COMMIT])
-        raise ValueError(f"commit={text!r} is unknown; use one of {names}, as NAME or NAME=AMOUNT.")
-    _, default, greatest = COMMIT[name]
-    try:
-        number = float(amount) if equals else default
-    except ValueError:
-        number = float("nan")
-    if not 0 <= number <= greatest:
-        raise ValueError(
-            f"commit={text!r}: the amount of {name} must be a number between 0 and {greatest:g}; "
-            f"the usual one is {name}={default:g}."
-        )
-    return name, number
-
-
-def count_sure(
-    name: str, amount: float, c_BT: Tensor, h_BT: Tensor, is_hidden_BT: Tensor
-) -> Tensor:
-    """Returns how many tokens a rule keeps in each row, [B, 1]; 0 where none is sure."""
-    c_BT = c_BT.masked_fill(~is_hidden_BT, -torch.inf).sort(1, descending=True).values
-    h_BT = h_BT.masked_fill(~is_hidden_BT, torch.inf).sort(1).values
-    n_T = torch.arange(1, c_BT.shape[1] + 1, device=c_BT.device)
-    holds_BT = COMMIT[name][0](c_BT, h_BT, amount) & (n_T <= is_hidden_BT.sum(1, keepdim=True))
-    return (n_T * holds_BT).amax(1, keepdim=True)
-
-
-def pick_tokens(logits_BTV: Tensor, temperature: float, generator) -> Tensor:
-    """Draws from softmax(logits / temperature) by the Gumbel-max trick; the most likely token at
-    temperature 0.
-
-    Float64, because the tail of a float32 draw is too short for a large vocabulary (arXiv
-    2409.02908).
-    """
-    if temperature > 0:
-        noise_BTV = (
-            torch.empty_like(logits_BTV, dtype=torch.float64)
-            .exponential_(generator=generator)
-            .log()
-        )
-        logits_BTV = logits_BTV - temperature * noise_BTV
-    return logits_BTV.argmax(-1)
+from .diffusion_rules import (
+    CACHES,
+    EOS,
+    LOOP,
+    NONE,
+    REMASKING,
+    SCHEDULE,
+    WINO,
+    count_sure,
+    entropies,
+    is_among,
+    loop_count,
+    low_confidence,
+    most_drafted,
+    parse_commit,
+    parse_revise,
+    pick_tokens,
+    ranks,
+    taken_back_by_chance,
+    taken_back_by_shadow,
+)
 
 
 class KeysValues:
@@ -164,7 +56,19 @@ class KeysValues:
 
 
 def check_request(
-    gen_length, block_length, steps, temperature, cfg_scale, remasking, commit, eos, cache, refresh
+    gen_length,
+    block_length,
+    steps,
+    temperature,
+    top_k,
+    top_p,
+    cfg_scale,
+    remasking,
+    commit,
+    revise,
+    eos,
+    cache,
+    refresh,
 ) -> None:
     """Raises ValueError unless the blocks tile the generation, the steps divide evenly among the
     blocks, and all options are known and go together.
@@ -186,6 +90,16 @@ def check_request(
         raise ValueError(
             f"temperature={temperature} and cfg_scale={cfg_scale} must be finite and not negative."
         )
+    if top_k < 0 or not 0 < top_p <= 1:
+        raise ValueError(
+            f"top_k={top_k} must not be negative, and top_p={top_p} must be greater than 0 and at "
+            "most 1; 0 and 1 keep every token."
+        )
+    if temperature == 0 and (top_k or top_p < 1):
+        raise ValueError(
+            f"top_k={top_k} and top_p={top_p} restrict what is drawn, and temperature=0 draws "
+            "nothing; set a temperature, or leave them out."
+        )
     options = (("remasking", remasking, REMASKING), ("eos", eos, EOS), ("cache", cache, CACHES))
     for name, value, known in options:
         if value not in known:
@@ -194,6 +108,17 @@ def check_request(
         raise ValueError(
             f"commit={commit} keeps the surest tokens, and remasking={remasking} names another "
             f"order; leave remasking out, or use commit={SCHEDULE}."
+        )
+    reviser = parse_revise(revise)[0]
+    if reviser == LOOP and parse_commit(commit)[0] != SCHEDULE:
+        raise ValueError(
+            f"revise={revise} has a schedule of its own, and commit={commit} goes ahead of it; "
+            "leave one of them out, or use revise='remdm-cap'."
+        )
+    if reviser == WINO and cache != "none":
+        raise ValueError(
+            f"revise={revise} reads the block and its shadow in one pass over the whole canvas, "
+            f"without a cache; leave cache={cache} out, or use another rule that revises."
         )
     if refresh < 0 or (refresh and cache == "none"):
         raise ValueError(
@@ -215,8 +140,11 @@ class DiffusionSampler:
         block_length: int | None = None,
         steps: int | None = None,
         temperature: float = 0.0,
+        top_k: int = 0,
+        top_p: float = 1.0,
         remasking: str = "low_confidence",
         commit: str = SCHEDULE,
+        revise: str = NONE,
         cfg_scale: float = 0.0,
         append: bool = False,
         eos: str = "free",
@@ -229,7 +157,7 @@ class DiffusionSampler:
         """The reverse process: `gen_length` masks behind each prompt become tokens, block after
         block.
 
-        What was revealed is never revised, and the mask token is never chosen.
+        What was revealed stays unless `revise` takes it back, and the mask token is never chosen.
 
         Args:
             input_ids: [B, P] prompts; shorter ones are padded, best on the left.
@@ -239,11 +167,17 @@ class DiffusionSampler:
                 diffusion).
             steps: forward passes in total, the most that there can be; one per token unless given.
             temperature: 0 takes the most likely token, 1 samples the distribution of the model.
+            top_k, top_p: draw among the `top_k` most likely tokens alone, and among the most likely
+                ones that have a probability of `top_p` together; 0 and 1 keep every token.
             remasking: which proposals the schedule keeps: "low_confidence" (the surest), "random",
                 "entropy" or "margin".
             commit: how many proposals a pass keeps: "schedule" (an equal share), or at least that
                 and as many as "threshold", "factor", "frechet" or "entropy" finds sure; with an
                 amount as in "threshold=0.9".
+            revise: which tokens of the current block are masked again: "none", "remdm-cap",
+                "remdm-rescale" or "remdm-loop" (at random, so that later steps reconsider them), or
+                "wino" (what the network doubts once it is masked; with a commit rule); with an
+                amount as in "remdm-cap=0.01".
             cfg_scale: strength w of classifier-free guidance, un + (w + 1) (l - un), where `un`
                 sees the prompt masked; 0 switches it off, anything else runs on twice the batch.
             append: the network does not see the blocks behind the current one.
@@ -275,19 +209,24 @@ class DiffusionSampler:
             block_length,
             steps,
             temperature,
+            top_k,
+            top_p,
             cfg_scale,
             remasking,
             commit,
+            revise,
             eos,
             cache,
             refresh,
         )
-        if cache != "none" and getattr(self.config, "output_shift", False):
+        rule, amount = parse_commit(commit)
+        reviser, revise_amount = parse_revise(revise)
+        if getattr(self.config, "output_shift", False) and (cache != "none" or reviser == WINO):
             raise ValueError(
                 "This network scores a token at the position before it (output_shift), for which "
-                "there is no cache; use cache='none'."
+                "there is neither a cache nor a shadow of a block; use cache='none', and another "
+                "rule than revise='wino'."
             )
-        rule, amount = parse_commit(commit)
         B, P = input_ids.shape
         T = P + gen_length
         mask_id = self.config.mask_token_id
@@ -304,23 +243,35 @@ class DiffusionSampler:
 
         def block_logits(start: int, seen: int, kept: list[KeysValues] | None) -> Tensor:
             """Returns the logits of the current block: from the canvas, or with what is kept from
-            a window of it alone.
+            a window of it alone. For WINO those of its shadow follow.
             """
-            tokens_BT = canvas_BT[:, :seen]
+            tokens_BT, is_there_BT, place_BT = (
+                array[:, :seen] for array in (canvas_BT, is_real_BT, positions_BT)
+            )
+            columns = start + torch.arange(block_length, device=canvas_BT.device)
+            shadow = None
+            if reviser == WINO:
+                shadow = columns
+                tokens_BT = F.pad(tokens_BT, (0, block_length), value=mask_id)
+                is_there_BT = F.pad(is_there_BT, (0, block_length), value=1)
+                place_BT = torch.cat([place_BT, place_BT[:, columns]], dim=1)
+                columns = torch.cat([columns, columns - start + seen])
             if cfg_scale > 0:
                 unprompted_BT = tokens_BT.clone()
                 unprompted_BT[:, :P] = mask_id
                 tokens_BT = torch.cat([tokens_BT, unprompted_BT])
-            first, stop = 0, seen
+            window = slice(None)
             if kept is not None and kept[0].kept is not None:
-                first, stop = start, seen if cache == "prefix" else start + block_length
+                window = slice(start, seen if cache == "prefix" else start + block_length)
+                columns = columns - start
             repeats = len(tokens_BT) // B
             logits_BTV = self(
-                tokens_BT[:, first:stop],
-                attention_mask=is_real_BT[:, :seen].repeat(repeats, 1),
-                position_ids=positions_BT[:, first:stop].repeat(repeats, 1),
-                columns=slice(start - first, start - first + block_length),
+                tokens_BT[:, window],
+                attention_mask=is_there_BT.repeat(repeats, 1),
+                position_ids=place_BT[:, window].repeat(repeats, 1),
+                columns=columns,
                 cache=kept,
+                shadow=shadow,
             ).logits.float()
             if cfg_scale > 0:
                 logits_BTV, unprompted_BTV = logits_BTV.chunk(2)
@@ -331,20 +282,21 @@ class DiffusionSampler:
 
         for start in range(P, T, block_length):
             block = slice(start, start + block_length)
-            kept = None
+            kept, num_drafted_B1 = None, torch.zeros_like(input_ids[:, :1])
             for step in range(steps_per_block):
                 is_hidden_BT = canvas_BT[:, block] == mask_id
                 # the schedule has tokens left for every step: do not wait for the device to say so
-                if rule != SCHEDULE and not is_hidden_BT.any():
+                if (rule, reviser) != (SCHEDULE, NONE) and not is_hidden_BT.any():
                     break
                 # 1. the network; only the current block is read
                 if cache != "none" and (step % refresh == 0 if refresh else step == 0):
                     kept = [KeysValues(start) for _ in range(self.config.num_hidden_layers)]
                 logits_BTV = block_logits(start, block.stop if append else T, kept)
+                logits_BTV, shadow_BTV = logits_BTV[:, :block_length], logits_BTV[:, block_length:]
                 # 2. a proposal for every hidden position, and the confidence in it
                 choosable_BTV = logits_BTV.clone()
                 choosable_BTV[..., mask_id] = -torch.inf
-                choices_BT = pick_tokens(choosable_BTV, temperature, generator)
+                choices_BT = pick_tokens(choosable_BTV, temperature, generator, top_k, top_p)
                 order = "entropy" if rule == "entropy" else remasking
                 order_BT = REMASKING[order](logits_BTV, choices_BT, generator)
                 is_last_BT = torch.zeros_like(is_hidden_BT)
@@ -354,18 +306,46 @@ class DiffusionSampler:
                 order_BT = order_BT.masked_fill(~is_hidden_BT, -torch.inf)
                 # 3. how many are revealed: an equal share in every step that is left, rounded up,
                 # or more where the rule is sure of more
-                count_B1 = -(-is_hidden_BT.sum(1, keepdim=True) // (steps_per_block - step))
+                hidden_B1 = is_hidden_BT.sum(1, keepdim=True)
+                count_B1 = -(-hidden_B1 // (steps_per_block - step))
+                if reviser == LOOP:
+                    count_B1 = loop_count(hidden_B1, block_length, step, steps_per_block)
                 if rule != SCHEDULE:
                     c_BT = low_confidence(logits_BTV, choices_BT, generator)
                     h_BT = entropies(logits_BTV) if rule == "entropy" else torch.zeros_like(c_BT)
                     sure_B1 = count_sure(rule, amount, c_BT, h_BT, is_hidden_BT & ~is_last_BT)
+                    if reviser == WINO:
+                        sure_B1 = torch.minimum(sure_B1, most_drafted(hidden_B1))
                     count_B1 = torch.maximum(count_B1, sure_B1)
-                rank_BT = order_BT.argsort(dim=1, descending=True, stable=True).argsort(dim=1)
-                is_revealed_BT = is_hidden_BT & (rank_BT < count_B1)
+                # 4. which of the others are masked again
+                is_taken_back_BT = torch.zeros_like(is_hidden_BT)
+                if reviser == WINO:
+                    is_taken_back_BT = taken_back_by_shadow(
+                        revise_amount,
+                        ~is_hidden_BT,
+                        low_confidence(shadow_BTV, canvas_BT[:, block], generator),
+                        count_B1,
+                        num_drafted_B1,
+                        is_last=step == steps_per_block - 1,
+                    )
+                    num_drafted_B1 = count_B1
+                elif reviser != NONE:
+                    is_taken_back_BT = taken_back_by_chance(
+                        reviser,
+                        revise_amount,
+                        ~is_hidden_BT,
+                        hidden_B1 - count_B1,
+                        generator,
+                        step=step,
+                        steps=steps_per_block,
+                    )
+                    count_B1 = count_B1 + is_taken_back_BT.sum(1, keepdim=True)
+                is_revealed_BT = is_hidden_BT & (ranks(order_BT, descending=True) < count_B1)
                 if hasattr(streamer, "put_draft"):
                     draft_BT = torch.where(is_hidden_BT, choices_BT, canvas_BT[:, block])
                     streamer.put_draft(draft_BT.cpu())
-                canvas_BT[:, block] = torch.where(is_revealed_BT, choices_BT, canvas_BT[:, block])
+                tokens_BT = torch.where(is_revealed_BT, choices_BT, canvas_BT[:, block])
+                canvas_BT[:, block] = tokens_BT.masked_fill(is_taken_back_BT, mask_id)
             if stop_at_eos:
                 generated_BT = canvas_BT[:, P:]
                 is_end_BT = is_among(generated_BT, end_ids)
@@ -385,7 +365,3 @@ def end_ids_of(config) -> list[int]:
     ids = [config.eos_token_id, getattr(config, "eot_token_id", None)]
     ids = ids[0] + ids[1:] if isinstance(ids[0], list) else ids
     return [i for i in ids if i is not None]
-
-
-def is_among(tokens_BT: Tensor, ids: list[int]) -> Tensor:
-    return torch.isin(tokens_BT, torch.tensor(ids, device=tokens_BT.device))

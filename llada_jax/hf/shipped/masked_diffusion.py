@@ -156,6 +156,17 @@ def masked_diffusion_loss(
     return (nll / p_B1.expand_as(is_masked_BT)[is_masked_BT]).sum() / count
 
 
+def sees_shadow(x_BTD: Tensor, shadow: Tensor) -> Tensor:
+    """Returns whether each position may attend to each other one, bool [T, T], where the last ones
+    are a shadow of the columns with the numbers `shadow` (WINO, arXiv 2507.18578).
+    """
+    T, device = x_BTD.shape[1], x_BTD.device
+    is_shadow_T = torch.arange(T, device=device) >= T - len(shadow)
+    sees_TT = is_shadow_T[:, None] | ~is_shadow_T
+    sees_TT[torch.arange(T - len(shadow), T, device=device), shadow.to(device)] = False
+    return sees_TT
+
+
 class MaskedDiffusionLM(PreTrainedModel, GenerationMixin):
     """A bidirectional Transformer that predicts the tokens under the masks.
 
@@ -228,6 +239,7 @@ class MaskedDiffusionLM(PreTrainedModel, GenerationMixin):
         generator=None,
         columns=None,
         cache=None,
+        shadow=None,
         past_key_values=None,
         use_cache=None,
         output_attentions=None,
@@ -251,9 +263,13 @@ class MaskedDiffusionLM(PreTrainedModel, GenerationMixin):
                 input.
             num_items_in_batch: the count to divide by; that of this batch unless given.
             generator: makes t and the masks reproducible.
-            columns: a slice of the positions whose logits are returned; all unless given.
+            columns: a slice or the numbers of the positions whose logits are returned; all unless
+                given.
             cache: of the sampler, one KeysValues per layer. attention_mask then covers all columns
                 of the canvas, and the other arguments those that are computed.
+            shadow: of the sampler, the numbers of the columns of which the last positions are the
+                shadow: they see what the columns themselves see, but for the column in their own
+                place, and each other; nothing else sees them.
         """
         if (input_ids is None) == (inputs_embeds is None):
             raise ValueError("Give exactly one of input_ids and inputs_embeds.")
@@ -281,7 +297,7 @@ class MaskedDiffusionLM(PreTrainedModel, GenerationMixin):
             )
         x_BTD = self.get_input_embeddings()(input_ids) if inputs_embeds is None else inputs_embeds
         kept = [] if output_hidden_states else None
-        x_BTD = self._run_layers(x_BTD, is_real_BT, position_ids, kept, cache)
+        x_BTD = self._run_layers(x_BTD, is_real_BT, position_ids, kept, cache, shadow)
         logits_BTV = self._logits(x_BTD, is_real_BT, columns)
         loss = None
         if labels is not None:
@@ -309,7 +325,7 @@ class MaskedDiffusionLM(PreTrainedModel, GenerationMixin):
         return None if is_real_BT.all() else is_real_BT
 
     def _run_layers(
-        self, x_BTD: Tensor, is_real_BT, positions_BT, kept: list | None, cache: list | None
+        self, x_BTD: Tensor, is_real_BT, positions_BT, kept: list | None, cache, shadow
     ) -> Tensor:
         """Returns the normed output of the last layer; appends the input of every layer and the
         result to `kept`.
@@ -324,6 +340,8 @@ class MaskedDiffusionLM(PreTrainedModel, GenerationMixin):
         # a row of padding alone sees all of itself: older PyTorch has NaN for nothing seen
         if is_real_BT is not None:
             is_seen = (is_real_BT | ~is_real_BT.any(1, keepdim=True))[:, None, None, :]
+        if shadow is not None:
+            is_seen = sees_shadow(x_BTD, shadow) & (True if is_seen is None else is_seen)
         for number, layer in enumerate(layers):
             if kept is not None:
                 kept.append(x_BTD)

@@ -7,6 +7,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from .configuration_illada import ILLaDAConfig
+
+# for transformers 4, which fetches what this file imports, and not what those files import
+from .diffusion_rules import REMASKING  # noqa: F401
 from .diffusion_sampler import DiffusionSampler
 from .masked_diffusion import MaskedDiffusionLM, RMSNorm, attend, residual_linear
 

@@ -1,13 +1,18 @@
 """Runs lm-evaluation-harness on local tasks with a checkpoint; prints what the test compares.
 
 python local_tasks.py CHECKPOINT DIRECTORY
+
+As one of several processes of a run (JAX_NUM_PROCESSES), on a mesh of the devices of all.
 """
 
 import json
+import os
 import sys
 from pathlib import Path
 
 import llada_jax
+from llada_jax.cluster import distributed
+from llada_jax.cluster.sharding import make_mesh
 from llada_jax.evaluation.harness import HarnessModel, run
 
 CHECKPOINT, HOME = sys.argv[1], Path(sys.argv[2])
@@ -58,7 +63,11 @@ WRITTEN = task(
     metric_list=[mean("exact_match")],
 )
 
-pretrained = llada_jax.load(CHECKPOINT)
+mesh = None
+if "JAX_NUM_PROCESSES" in os.environ:
+    distributed.initialize()
+    mesh = make_mesh({"fsdp": 2, "tensor": 2})
+pretrained = llada_jax.load(CHECKPOINT, mesh=mesh)
 model = HarnessModel(pretrained, mc_samples=4, batch_size=4, block_length=4, seed=3)
 found = run(model, [RANKED, ROLLED, WRITTEN], bootstrap_iters=0)
 

@@ -23,6 +23,7 @@ FILES = {
         f"modeling_{layout}.py",
         "masked_diffusion.py",
         "diffusion_sampler.py",
+        "diffusion_rules.py",
     )
     for layout in ("llada", "illada")
 }

@@ -34,6 +34,8 @@ def states_of(model, input_ids, attention_mask=None, **settings):
         """What goes in is the canvas, or a part of it: a window, or no later blocks."""
         cache, tokens = keywords["cache"], arguments[0][:B]
         first = 0 if cache is None or cache[0].kept is None else cache[0].start
+        if keywords["shadow"] is not None:
+            tokens = tokens[:, : -len(keywords["shadow"])]
         canvas[:, first : first + tokens.shape[1]] = tokens
         states.append(canvas[:, P:].clone())
 
@@ -54,13 +56,43 @@ def sharp(directory):
 
 
 @pytest.mark.parametrize("number", range(len(WANTED["requests"])))
-def test_both_samplers_reveal_the_same_tokens_in_the_same_steps(sharp, number):
+def test_both_samplers_reveal_the_same_tokens_in_the_same_steps(sharp, number, monkeypatch):
     request, wanted = WANTED["requests"][number], STEPS[f"request {number}"]
+    if "remdm" in request.get("revise", ""):  # the draws are those of the package
+        draws = iter(torch.from_numpy(STEPS[f"draws {number}"]))
+        rules = shared(sharp, "DiffusionSampler").taken_back_by_chance.__globals__
+        monkeypatch.setitem(rules, "uniform", lambda like_BT, generator: next(draws))
     states = states_of(sharp, *left_padded(WANTED["prompts"]), **request)
     np.testing.assert_array_equal(states.numpy(), wanted)
     # or nothing but the schedule would have been compared
     if "commit" in request and request["commit"] != "schedule":
         assert 3 <= len(states) < request["gen_length"]
+    mask_id = sharp.config.mask_token_id
+    was_taken_back = ((states[:-1] != mask_id) & (states[1:] == mask_id)).any()
+    assert was_taken_back == ("revise" in request)
+
+
+def test_the_likely_tokens_are_those_of_the_package(sharp):
+    keep_likely = shared(sharp, "DiffusionSampler").pick_tokens.__globals__["keep_likely"]
+    for number, (top_k, top_p) in enumerate(WANTED["likely"]):
+        kept = keep_likely(torch.from_numpy(STEPS["logits"]), top_k, top_p)
+        np.testing.assert_array_equal(kept.numpy() > -np.inf, STEPS[f"likely {number}"])
+
+
+def test_draws_are_restricted_to_the_likely_tokens(sharp):
+    prompts = torch.tensor([[7, 301, 12]]).expand(400, 3)
+    request = {"gen_length": 1, "temperature": 3.0, "generator": seeded(0)}
+    logits = sharp(F.pad(prompts[:1], (0, 1), value=sharp.config.mask_token_id)).logits[0, -1]
+    logits[sharp.config.mask_token_id] = -torch.inf
+    likely = set(logits.topk(5).indices.tolist())
+    assert set(sharp.generate_diffusion(prompts, top_k=5, **request)[:, -1].tolist()) == likely
+    order = (logits / 3).softmax(-1).sort(descending=True)
+    nucleus = order.indices[: int((order.values.cumsum(0) < 0.2).sum()) + 1].tolist()
+    drawn = set(sharp.generate_diffusion(prompts, top_p=0.2, **request)[:, -1].tolist())
+    assert drawn <= set(nucleus)
+    assert len(drawn) > 1
+    free = set(sharp.generate_diffusion(prompts, **request)[:, -1].tolist())
+    assert not free <= set(nucleus) | likely
 
 
 def test_each_rule_reveals_at_least_one_token_per_row_and_step(sharp):
@@ -72,11 +104,13 @@ def test_each_rule_reveals_at_least_one_token_per_row_and_step(sharp):
         assert (hidden[:-1] - hidden[1:]).clamp(max=1).eq(hidden[:-1].clamp(max=1)).all()
 
 
-@pytest.mark.parametrize("commit", ["threshold=0.6", "factor", "frechet", "entropy"])
+@pytest.mark.parametrize("commit", ["threshold=0.6", "factor", "frechet", "entropy", "wino"])
 def test_any_row_alone_is_the_same_row_in_a_batch(sharp, commit):
     prompts = expected("gen_prompt").long()[:, :5]
     prompts = torch.cat([prompts, prompts.flip(1)])
     request = {"gen_length": 16, "block_length": 8, "commit": commit, "stop_at_eos": True}
+    if commit == "wino":
+        request |= {"commit": "threshold=0.3", "revise": "wino"}
     together = sharp.generate_diffusion(prompts, **request)
     for row, prompt in zip(together, prompts):
         assert torch.equal(sharp.generate_diffusion(prompt[None], **request)[0], row)
@@ -124,6 +158,8 @@ def test_a_shifted_network_refuses_a_cache_and_reads_shifted_columns(make):
     made = make("illada, full QK-norm, biases, shift")
     with pytest.raises(ValueError, match="output_shift.*use cache='none'"):
         made.generate_diffusion(torch.tensor([[1, 2]]), gen_length=4, cache="prefix")
+    with pytest.raises(ValueError, match="another rule than revise='wino'"):
+        made.generate_diffusion(torch.tensor([[1, 2]]), gen_length=4, revise="wino")
     tokens = torch.randint(38, (2, 12), generator=seeded(0))
     part = made(tokens, columns=slice(4, 7)).logits
     torch.testing.assert_close(part, made(tokens).logits[:, 4:7], atol=1e-6, rtol=0)
