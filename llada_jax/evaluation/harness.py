@@ -388,7 +388,11 @@ def run(
         The others: see lm_eval.simple_evaluate.
     """
     lm_eval = require("lm_eval", extra="eval")
-    manager = require("lm_eval.tasks", extra="eval").TaskManager(include_path=include_path)
+    # The harness reads thousands of files, for half a minute, to know the tasks that it comes with.
+    has_names = any(isinstance(task, str) for task in tasks)
+    manager = require("lm_eval.tasks", extra="eval").TaskManager(
+        include_path=include_path, include_defaults=has_names
+    )
     with cache_of_first(use_cache) as cache:
         results = lm_eval.simple_evaluate(
             model,

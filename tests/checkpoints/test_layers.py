@@ -49,6 +49,7 @@ def read_all(reader, params) -> None:
         np.testing.assert_array_equal(found, params[name])
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("sizes", [{"fsdp": 1}, {"fsdp": 4, "tensor": 2}])
 def test_a_layer_is_read_without_any_other(sizes, tmp_path, monkeypatch, sizes_read):
     monkeypatch.setattr("llada_jax.checkpoints.workdir.CHUNK_BYTES", CHUNK_BYTES)

@@ -266,6 +266,7 @@ def test_a_start_on_one_host_of_a_tpu_vm_slice_is_refused_before_anything_waits(
     )
 
 
+@pytest.mark.slow
 def test_a_host_of_a_tpu_vm_slice_finds_its_place(on_a_tpu_vm):
     environment, code = on_a_tpu_vm
     done = run_python(

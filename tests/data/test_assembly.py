@@ -75,6 +75,7 @@ def killed_at(moment: int, patch: pytest.MonkeyPatch) -> None:
     patch.setattr(assembly, "_remove_parts", counted(assembly._remove_parts))
 
 
+@pytest.mark.slow
 def test_a_kill_at_any_moment_of_the_joining_is_made_up_for(tmp_path, monkeypatch):
     write_corpus(tmp_path / "corpus", num_files=4, num_documents=30)
     corpus = [str(tmp_path / "corpus")]

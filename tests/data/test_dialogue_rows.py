@@ -67,6 +67,7 @@ def documents(batch):
             yield tuple(batch[name][row][here] for name in ("tokens", "is_maskable", "positions"))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("rows", ["packed", "padded"])
 def test_each_epoch_draws_one_answer_of_a_dialogue_and_leaves_out_what_follows(directory, rows):
     drawn = collections.Counter()
@@ -165,6 +166,7 @@ def test_each_record_comes_in_as_many_rows_as_the_objective_asks_for(directory):
     assert "multiple of 3" in error_of(batches, directory("padded"), copies=3)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("changes", [{}, {"eos_padding": 2}, {"copies": 2}])
 def test_batches_are_cut_to_the_shortest_bucket_that_holds_the_rows_of_all_hosts(
     directory, changes

@@ -238,6 +238,7 @@ def test_without_attention_across_documents_each_has_its_segment_and_positions(s
                 assert (segments[i], positions[i]) == (segment, position)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("weights", [(1.0, 3.0), (0.7, 0.3), (5.0, 5.0), (0.02, 0.98)])
 def test_a_mixture_keeps_its_weights_and_the_epochs_of_its_datasets(small, large, weights):
     sources = [(small, weights[0]), (large, weights[1])]

@@ -164,6 +164,7 @@ def test_a_file_fixed_after_an_error_is_redone_and_the_finished_units_are_kept(
     assert (tmp_path / "out" / "receipts" / "unit-00000.json").stat().st_mtime_ns == kept
 
 
+@pytest.mark.slow
 def test_an_error_in_a_worker_ends_the_command_with_its_sentence(tmp_path, small_units):
     write_corpus(tmp_path / "corpus", num_files=4, num_documents=30)
     (tmp_path / "corpus" / "part-002.jsonl").write_text('{"body": 1}')

@@ -88,6 +88,7 @@ def rows(draw):
     return sequence_length, vocab_size, tokens, starts
 
 
+@pytest.mark.slow
 @given(rows())
 @settings(max_examples=300)
 def test_a_decoded_record_is_the_encoded_row_and_padding(row):

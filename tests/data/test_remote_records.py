@@ -27,6 +27,7 @@ def places(request, tmp_path_factory) -> tuple[str, str]:
         yield local, f"{url}/some/set"
 
 
+@pytest.mark.slow
 def test_batches_and_summaries_are_those_of_the_disk(places):
     local, remote = places
     settings = {"batch_size": 4, "sequence_length": T, "seed": 3, "random_length_probability": 0.5}

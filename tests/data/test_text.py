@@ -142,6 +142,7 @@ def lines() -> bytes:
     return b"".join(b'{"text": "%s"}\n' % digits[i : i + 320] for i in range(0, len(digits), 320))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("name", "cut"), [("a.txt", AS_LINES), ("a.txt.zst", AS_LINES), ("a.jsonl.gz", AS_FILES)]
 )

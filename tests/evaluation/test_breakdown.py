@@ -57,6 +57,7 @@ def test_each_part_of_the_row_has_its_own_mean_within_its_error(name):
         assert np.all(errors > 0)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", OBJECTIVES)
 def test_the_parts_weighted_by_their_tokens_add_up_to_the_bound(name):
     bound = likelihood.bound(

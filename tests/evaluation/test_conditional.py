@@ -220,6 +220,7 @@ def test_padding_changes_nothing():
     assert score.log_likelihood == pytest.approx(total, rel=1e-5)
 
 
+@pytest.mark.slow
 def test_guidance_combines_the_logits_with_and_without_what_surrounds_the_answer():
     model, params = network()
     before, target, after, w = (5, 6), 8, (10,), 0.5
@@ -241,6 +242,7 @@ def test_guidance_combines_the_logits_with_and_without_what_surrounds_the_answer
     assert score.log_likelihood == pytest.approx(expected, rel=1e-5, abs=1e-5)
 
 
+@pytest.mark.slow
 def test_an_autoregressive_score_is_the_chain_rule():
     model, params = network(CAUSAL)
     tokens = np.array([5, 6, 7, 8, 9], np.int32)

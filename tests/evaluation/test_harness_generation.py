@@ -47,6 +47,7 @@ def make(pretrained, monkeypatch):
 PROMPTS = ["it is", "a", "truth that is longer", "in", "of it"]
 
 
+@pytest.mark.slow
 def test_texts_end_at_a_stop_string_or_at_the_end_of_a_turn(make, pretrained):
     asked = {"max_gen_toks": 16, "do_sample": True, "temperature": 1.0}
     model = make(batch_size=2, block_length=4, steps=8)

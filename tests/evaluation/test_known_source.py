@@ -121,6 +121,7 @@ def test_a_line_is_a_chain_and_its_copy(tmp_path):
     assert entropy["nats_per_token"] == entropy["nats_per_row"] / (2 * half)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["masked_diffusion", "autoregressive"])
 def test_the_true_conditionals_score_the_entropy_within_the_standard_error(name):
     rng = np.random.default_rng(3)

@@ -66,6 +66,7 @@ def asked(rows, direction, *, mask=BIDIRECTIONAL, **settings):
     return answer(Reciter, {}, items, tokenizer=BYTES, mask=mask, num_samples=8, **settings)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("mask", [BIDIRECTIONAL, CAUSAL])
 def test_what_the_model_knows_is_matched_and_ranked_first(mask):
     found = asked([ADA, BOB], "forwards", mask=mask)
@@ -128,6 +129,7 @@ class EndingTurns(Ending):
 SHORTER = {"prompt": "Ada", "answer": " is"}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("model", "gen_length", "exact_match"),
     [

@@ -60,6 +60,7 @@ def test_nasty_texts_and_lookalikes_have_the_same_ids_and_come_back(kind, ours, 
         assert theirs[kind].decode(ids) == ours[kind].decode(ids) == text
 
 
+@pytest.mark.slow
 @KINDS
 @given(text=st.text() | st.text(alphabet="ab \n\u2581=<mask>/s0x41\r\t\x00é", max_size=400))
 @settings(max_examples=400)

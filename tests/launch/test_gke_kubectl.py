@@ -193,6 +193,7 @@ def launch(*words: str) -> subprocess.CompletedProcess:
     )
 
 
+@pytest.mark.slow
 def test_kubectl_sends_the_manifest_shows_the_logs_of_all_hosts_and_deletes(api):
     flags = ["--image", "image:1", "--unchecked", "--topology", "v5p-16"]
     done = launch(*flags, "--", *COMMAND)

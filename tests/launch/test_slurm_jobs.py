@@ -181,6 +181,7 @@ def test_before_its_time_limit_a_run_saves_and_is_requeued(runs, submit, tmp_pat
     assert 10 <= last_logged_step(workdir) <= int(step)
 
 
+@pytest.mark.slow
 def test_a_run_that_fails_with_a_mistake_of_the_user_is_not_restarted(runs, submit, tmp_path):
     job = submit(
         "--nodes", 2, "--unchecked", command=training(runs, tmp_path / "run", "num_stepz=3")

@@ -155,6 +155,7 @@ def test_words_and_variables_reach_the_command_as_they_are(tmp_path, word):
     assert ascii([word, word, "end"]) in in_a_fake_job(dry_run(*words), tmp_path)
 
 
+@pytest.mark.slow
 def test_a_job_whose_starts_save_no_new_step_is_requeued_only_twice(tmp_path):
     run, logs = tmp_path / "a run", tmp_path / "logs"
     (run / "checkpoints").mkdir(parents=True)

@@ -61,6 +61,7 @@ def installed_versions(cloud, *, nodes=("run",)) -> set[str]:
     return {(home / "llada_jax.lock").read_text() for home in homes}
 
 
+@pytest.mark.slow
 def test_all_hosts_get_the_versions_that_the_first_one_has_resolved(tmp_path):
     cloud = Cloud(tmp_path, num_workers=1)
     cloud.plan("states", ["ACTIVE"])
@@ -77,6 +78,7 @@ def test_all_hosts_get_the_versions_that_the_first_one_has_resolved(tmp_path):
     assert installed_versions(cloud, nodes=("run-0", "run-1")) == {lock}
 
 
+@pytest.mark.slow
 def test_a_slice_that_replaces_another_gets_the_same_versions(cloud):
     cloud.plan("states", ["ACTIVE", "SUSPENDED", "SUSPENDED", "PROVISIONING", "ACTIVE"])
     cloud.outcomes(["255", "42", "42", "42"], ["0"] * 4)
@@ -149,6 +151,7 @@ def test_42_starts_the_same_command_again(cloud):
     assert cloud.count("create") == 0
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("state", ["SUSPENDED", "FAILED"])
 def test_a_lost_slice_is_deleted_and_created_again_and_the_run_is_repeated(cloud, state):
     # The first state is seen before the run, the others while the slice is brought up again.
@@ -161,6 +164,7 @@ def test_a_lost_slice_is_deleted_and_created_again_and_the_run_is_repeated(cloud
     assert [cloud.starts(worker) for worker in range(4)] == [2] * 4
 
 
+@pytest.mark.slow
 def test_a_crash_while_the_slice_is_being_taken_away_restarts_the_run(cloud):
     cloud.plan("states", ["ACTIVE", "SUSPENDING", "SUSPENDED", "ACTIVE"])
     cloud.outcomes(["1"] * 4, ["0"] * 4)
@@ -183,6 +187,7 @@ def test_a_resource_that_fails_again_and_again_is_given_up(cloud):
     assert [cloud.count(verb) for verb in ("create", "delete")] == [3, 3]
 
 
+@pytest.mark.slow
 def test_a_worker_that_cannot_be_reached_restarts_all_workers(cloud):
     cloud.plan("states", ["ACTIVE"])
     cloud.outcomes(["42", "42", "0", "42"], ["0"] * 4)
@@ -206,6 +211,7 @@ def test_the_number_of_restarts_is_limited(cloud):
 # ---- ends
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("status", [1, 2, 3])
 def test_a_failure_that_would_recur_ends_the_run_with_its_status(cloud, status):
     cloud.plan("states", ["ACTIVE"])
@@ -224,6 +230,7 @@ def test_a_failure_ends_the_other_workers_after_the_grace_period(cloud):
     assert time.monotonic() - began < 60
 
 
+@pytest.mark.slow
 def test_the_next_start_kills_processes_that_an_earlier_start_left(cloud):
     cloud.plan("states", ["ACTIVE"])
     cloud.outcomes(["hang", "42", "42", "42"], ["0"] * 4)
@@ -248,6 +255,7 @@ def test_processes_that_hold_the_chips_are_killed(cloud):
     assert "kill -KILL 4321 77" in sudo
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
 def test_a_stop_request_lets_every_worker_save_and_does_not_restart(cloud, number):
     cloud.plan("states", ["ACTIVE"])
@@ -277,6 +285,7 @@ def test_a_stop_request_during_the_wait_leaves_the_resource_in_the_queue(cloud):
 # ---- errors of gcloud
 
 
+@pytest.mark.slow
 def test_commands_that_fail_with_transient_errors_are_tried_again(cloud):
     cloud.plan("states", ["!UNAVAILABLE: try later", "", "!HTTPError 503: backend", "ACTIVE"])
     cloud.plan(

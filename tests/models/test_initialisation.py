@@ -47,6 +47,7 @@ def test_initialisation_has_the_published_standard_deviations():
         assert (params["blocks"][name] == 1).all()
 
 
+@pytest.mark.slow
 def test_biases_start_at_zero_and_are_not_decayed():
     model = make_model(variant(attention_bias="qkvo", qk_norm="per_head"))
     params = jax.jit(model.init)(jax.random.key(0))

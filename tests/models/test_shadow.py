@@ -45,6 +45,7 @@ def test_the_shadow_sees_all_but_its_own_token_and_is_seen_by_nothing_else(mask)
         assert sees_BSS[row, query, key] == expected, (row, query, key)
 
 
+@pytest.mark.slow
 def test_the_row_is_as_it_is_without_a_shadow():
     model, params = network(2)
     expected_BTV = model.logits_fn(params, *rows(), start=START, length=LENGTH)
@@ -52,6 +53,7 @@ def test_the_row_is_as_it_is_without_a_shadow():
     np.testing.assert_allclose(logits_BTV, expected_BTV, atol=2e-5)
 
 
+@pytest.mark.slow
 def test_the_shadow_of_one_layer_is_a_row_that_holds_it_in_place_of_the_token():
     """Keys of one layer depend on their own token alone, so that a longer row, in which the token
     in question is padding and the masks of the shadow stand at the end, says the same.

@@ -11,6 +11,7 @@ from support.networks import SMALL, perturbed, random_inputs, variant
 from llada_jax.models.model import make_model
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("nll_chunk", [1, 2, 3, 5, 12, 1024])
 def test_chunked_nll_and_its_gradient_equal_the_log_softmax_of_the_logits(nll_chunk):
     model = make_model(SMALL, nll_chunk=nll_chunk)

@@ -91,6 +91,7 @@ def reference_logits(
     return np.array(logits)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("mask", [BIDIRECTIONAL, CAUSAL, Mask(block_length=4)])
 @pytest.mark.parametrize(
     "changes",

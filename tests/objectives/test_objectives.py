@@ -49,6 +49,7 @@ def uniform_model(params, noisy_BT, targets_BT, where_BT, segment_ids_BT, positi
     return TokenScores(jnp.where(where_BT, jnp.log(params), 0.0), where_BT)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("masking", ["bernoulli", "exact_count"])
 @pytest.mark.parametrize("t_sampling", ["stratified", "iid"])
 def test_a_uniform_model_scores_log_V(masking, t_sampling):
@@ -86,6 +87,7 @@ def table_model(params, noisy_BT, targets_BT, where_BT, segment_ids_BT, position
     return TokenScores(jnp.where(where_BT, nll, 0.0), where_BT)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("masking", "t_sampling"),
     [("bernoulli", "stratified"), ("exact_count", "stratified"), ("exact_count", "bell")],
@@ -223,6 +225,7 @@ def test_times_of_a_bell_are_evenly_spread_quantiles_of_the_cut_normal(width):
     np.testing.assert_allclose(bell_density(jnp.float32(t_B), width), bell.pdf(t_B), rtol=2e-4)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("t_sampling", ["stratified", "iid", "bell"])
 def test_of_two_complementary_rows_every_token_is_masked_once_and_the_logged_bound_stays(
     t_sampling,
@@ -253,6 +256,7 @@ def test_of_two_complementary_rows_every_token_is_masked_once_and_the_logged_bou
     assert float(nats / tokens) == pytest.approx(expected, rel=0.02)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("masking", ["bernoulli", "exact_count"])
 @pytest.mark.parametrize("t_sampling", ["stratified", "iid", "bell"])
 def test_a_row_is_corrupted_alike_alone_and_within_its_batch(masking, t_sampling):
@@ -321,6 +325,7 @@ def test_padding_never_enters_loss_or_gradient():
     jax.tree.map(np.testing.assert_array_equal, results[0][1], results[1][1])
 
 
+@pytest.mark.slow
 def test_the_autoregressive_control_is_the_chain_rule():
     a = Architecture(
         vocab_size=11, num_layers=2, d_model=16, num_heads=2, num_kv_heads=2, head_dim=8, d_ff=16

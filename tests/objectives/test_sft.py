@@ -61,6 +61,7 @@ BATCH = batch_of(
 )
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("settings", "loss", "count"),
     [
@@ -136,6 +137,7 @@ def test_times_are_uniform_and_each_document_of_a_row_has_its_own():
         assert abs(correlation) < 0.5  # of 50 pairs, 3.5 standard errors
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("t_sampling", ["stratified", "iid"])
 @pytest.mark.parametrize("mean_over", ["answers", "tokens"])
 def test_a_row_is_corrupted_alike_in_any_microbatch(t_sampling, mean_over):
@@ -209,6 +211,7 @@ def spied_loss(batch, num_rows, **settings):
     return result, seen
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("t_sampling", ["stratified", "iid"])
 def test_complementary_rows_mask_every_token_of_an_answer_once(t_sampling):
     rng = np.random.default_rng(0)
@@ -231,6 +234,7 @@ def test_complementary_rows_mask_every_token_of_an_answer_once(t_sampling):
     assert "copies=2" in repr(sft(mask_id=MASK, complementary=True))
 
 
+@pytest.mark.slow
 def test_complementary_rows_do_not_depend_on_microbatches():
     rows = [packed([([1, 1], [2, 3, 4])], sequence_length=8) for _ in range(8)]
     batch = batch_of(*rows)
@@ -245,6 +249,7 @@ def test_complementary_rows_do_not_depend_on_microbatches():
     jax.tree.map(functools.partial(np.testing.assert_allclose, rtol=1e-5), added, whole)
 
 
+@pytest.mark.slow
 def test_a_dropped_prompt_is_hidden_whole_and_never_scored():
     rows = [packed([([1, 1, 1], [2, 3]), ([4, 4], [5])], sequence_length=10) for _ in range(500)]
     batch = batch_of(*rows)

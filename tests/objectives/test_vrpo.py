@@ -48,6 +48,7 @@ def table_model(params, noisy_BT, targets_BT, where_BT, segment_ids_BT, position
     return TokenScores(jnp.where(where_BT, params[targets_BT], 0.0), where_BT)
 
 
+@pytest.mark.slow
 def test_the_loss_is_the_one_computed_by_hand():
     batch = batch_of(
         row_of(([1, 1], [2, 3], [4]), ([1], [6], [1, 1, 1]), sequence_length=13),
@@ -89,6 +90,7 @@ def unigram_model(params, noisy_BT, targets_BT, where_BT, segment_ids_BT, positi
     return TokenScores(jnp.where(where_BT, nll_BT, 0.0), where_BT)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("masking", ["bernoulli", "exact_count"])
 @pytest.mark.parametrize("shared_draws", [True, False])
 def test_loss_and_gradient_are_those_of_float64(masking, shared_draws):
@@ -165,6 +167,7 @@ def test_loss_and_gradient_are_those_of_float64(masking, shared_draws):
     np.testing.assert_allclose(gradient, slopes, rtol=1e-4, atol=1e-5)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("t_sampling", ["stratified", "iid"])
 @pytest.mark.parametrize("masking", ["bernoulli", "exact_count"])
 def test_an_estimate_has_the_expectation_of_the_bound(t_sampling, masking):
@@ -241,6 +244,7 @@ def variance_of_score(num_times, masks_per_time, shared_draws):
     return float(np.var(score_BS[:, 1] - score_BS[:, 2]))
 
 
+@pytest.mark.slow
 def test_the_variance_of_the_score_falls_as_published():
     """The kurtosis of the scores is below 6, so that the relative standard error of a variance is
     below sqrt(5 / 6000) = 2.9%, and that of a ratio below 4.1%. Each bound is four of these errors
@@ -255,6 +259,7 @@ def test_the_variance_of_the_score_falls_as_published():
     assert variance_of_score(1, 1, True) / best == pytest.approx(4, rel=0.2)
 
 
+@pytest.mark.slow
 def test_a_row_is_scored_alike_in_any_microbatch():
     rng = np.random.default_rng(0)
     rows = [
@@ -273,6 +278,7 @@ def test_a_row_is_scored_alike_in_any_microbatch():
     jax.tree.map(functools.partial(np.testing.assert_allclose, rtol=1e-5), added, whole)
 
 
+@pytest.mark.slow
 def test_held_out_pairs_have_margins_where_there_is_a_reference():
     batch = batch_of(row_of(([1, 1], [2, 3], [4]), sequence_length=8))
     objective = vrpo(mask_id=MASK, beta=1.0)
@@ -308,6 +314,7 @@ def test_every_answer_has_its_own_times(t_sampling):
         assert (strata == np.arange(4).reshape(4, 1, 1)).mean() > 0.999
 
 
+@pytest.mark.slow
 def test_an_exact_count_is_that_of_each_document():
     rng = np.random.default_rng(0)
     rows = [

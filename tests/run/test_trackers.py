@@ -105,6 +105,7 @@ def test_a_tracker_that_is_not_installed_names_its_extra(monkeypatch, tmp_path):
         Tracker("trackio", workdir=str(tmp_path), config={})
 
 
+@pytest.mark.slow
 def test_wandb_itself_keeps_a_run_offline(monkeypatch, tmp_path):
     wandb = library("wandb")
     for name, value in {"MODE": "offline", "DIR": str(tmp_path), "SILENT": "true"}.items():

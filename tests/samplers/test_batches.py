@@ -35,6 +35,7 @@ def test_rows_of_one_width_stand_together_in_their_order():
     assert by_length(lengths, range(8)) == [2, 0, 4, 5, 7, 1, 3, 6]
 
 
+@pytest.mark.slow
 def test_results_are_in_the_given_order_whatever_the_batches_are():
     request = {"temperature": 1.0, "seed": 4}
     expected_BT, expected_B = sample(PROMPTS, batch_size=1, **request)
@@ -50,6 +51,7 @@ def test_each_width_is_compiled_once():
     assert sorted(network.shapes) == [(4, 40), (4, 72)]
 
 
+@pytest.mark.slow
 def test_gaps_are_filled_in_texts_of_all_lengths():
     texts = [[1] * 40, [2, 3], [4] * 35, [5]]
     is_given = [[i % 2 == 0 for i in range(len(text))] for text in texts]
@@ -95,6 +97,7 @@ def passes_of(batch_size, prompts, **settings):
     return *found, sum(computed)
 
 
+@pytest.mark.slow
 def test_rows_that_have_ended_make_room_for_others():
     """Prompts of one token: the text ends at the position that it names, 1 to 12."""
     prompts = [[1 + (5 * i) % 12] for i in range(16)]
@@ -124,6 +127,7 @@ def reads_far(params, tokens_BT, segment_ids_BT, positions_BT):
     return jax.nn.one_hot((segment_ids_BT > 0).sum(axis=1)[:, None] + 0 * positions_BT, 64)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("settings", "seen"),
     [
@@ -153,6 +157,7 @@ def test_the_network_sees_so_many_masks_behind_the_block(settings, seen):
     assert min(widths) == (24 if seen[0] == 26 else 8 if seen[0] == 6 else 16)
 
 
+@pytest.mark.slow
 def test_a_lookahead_that_sees_everything_changes_nothing():
     expected_BT, _ = sample(PROMPTS[:2], temperature=1.0)
     tokens_BT, _ = sample(PROMPTS[:2], temperature=1.0, lookahead=4)

@@ -26,6 +26,7 @@ def test_neither_the_mask_nor_an_id_without_a_token_is_picked_however_likely(is_
     assert set(np.unique(picked_BT)) == ({0, 1, 2, 4, 5} if is_stochastic else {0})
 
 
+@pytest.mark.slow
 @settings(max_examples=60, deadline=None, derandomize=True)
 @given(seed=st.integers(0, 10**6), top_k=st.integers(0, 9), top_p=st.floats(0.01, 1.0))
 def test_the_likely_tokens_are_those_of_plain_numpy(seed, top_k, top_p):

@@ -82,6 +82,7 @@ def test_low_confidence_reveals_the_leftmost_of_equals():
     assert first_revealed("low_confidence", num_rows=5).tolist() == [5] + [0] * 15
 
 
+@pytest.mark.slow
 def test_confidence_ignores_the_temperature():
     """Token 0 is certain in place 2 only, so place 2 comes first however hot the choice of tokens
     is.

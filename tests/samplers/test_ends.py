@@ -84,6 +84,7 @@ def test_an_end_of_turn_still_ends_a_row_where_the_end_of_text_is_off():
     assert tokens_BT[0].tolist() == [4, 3, SECOND_END, EOS, EOS, EOS]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("temperature", [0.0, 1.0])
 @pytest.mark.parametrize("block_length", [2, 6])
 def test_rows_end_where_the_reference_ends_them_at_the_first_of_two_ends(block_length, temperature):

@@ -126,6 +126,7 @@ DAMAGES = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("file", "damage"), sorted(DAMAGES, key=str), ids=lambda x: getattr(x, "__name__", x)
 )
