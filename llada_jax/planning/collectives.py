@@ -137,8 +137,8 @@ def collectives(
 def _collectives_in(name: str, program: Program, devices_per_slice: int, shape: dict[str, int]):
     """Yields the Collectives of one computation and of its fusions, with `times` 0."""
     computations = program.computations
-    # The fusions among which one overlapped collective is spread share its channel. So do all
-    # collectives that a shard_map has asked for, each of which is an instruction of the body.
+    # The instructions among which one collective is spread share its channel. So do all collectives
+    # that a shard_map has asked for, each of which counts.
     channels = set()
     fusions = [attribute(i, "calls") for i in computations[name] if i.opcode == "fusion"]
     spread = collections.defaultdict(list)
@@ -156,7 +156,10 @@ def _collectives_in(name: str, program: Program, devices_per_slice: int, shape: 
             kind, channel = instruction.opcode.removesuffix("-start"), _channel(instruction)
             if kind == "send" and "_xla_megascale_transfer_type" in instruction.rest:
                 yield _between_slices(instruction, _overlap(instruction, place, program))
-            if kind not in _KINDS or (place != name and channel in channels):
+            where = re.search(r'op_name="([^"]*)"', instruction.rest)
+            is_asked_for = where is not None and "shard_map" in where.group(1)
+            is_part = channel in channels and not (is_asked_for and place == name)
+            if kind not in _KINDS or is_part:
                 continue
             if channel:
                 channels.add(channel)
@@ -171,7 +174,6 @@ def _collectives_in(name: str, program: Program, devices_per_slice: int, shape: 
             if len(spread[channel]) > 1:
                 is_asynchronous = True
                 is_overlapped = any(fusion in program.with_products for fusion in spread[channel])
-            where = re.search(r'op_name="([^"]*)"', instruction.rest)
             for num_bytes, dtype, index in _payloads(instruction, kind, group_size):
                 yield Collective(
                     kind=_achieved_kind(

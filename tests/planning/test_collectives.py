@@ -247,10 +247,12 @@ def test_a_collective_is_overlapped_where_a_product_stands_between_its_start_and
     }
 
 
-def test_collectives_of_one_channel_count_each():
-    """As all of those are that a shard_map asks for."""
-    shared = ASYNCHRONOUS.replace("channel_id=3", "channel_id=2")
-    assert len(collectives(shared)) == len(collectives(ASYNCHRONOUS)) == 4
+def test_of_the_collectives_of_one_channel_each_counts_that_a_shard_map_has_asked_for():
+    """The others are parts of one, among which the compiler has spread it."""
+    parts = ASYNCHRONOUS.replace("channel_id=3", "channel_id=2")
+    name = 'metadata={op_name="jit(step)/shard_map/all_to_all"}'
+    asked_for = ASYNCHRONOUS.replace("channel_id=3", f"channel_id=2, {name}")
+    assert [len(collectives(text)) for text in (ASYNCHRONOUS, asked_for, parts)] == [4, 4, 3]
 
 
 def test_a_collective_hides_behind_a_kernel_too():
