@@ -28,7 +28,7 @@ def _write(
     module_name: str,
     backend: Any,
     executable: Any,
-    host_callbacks: Sequence[Any],
+    host_callbacks: Sequence[Any] = (),  # jax 0.12 has none
 ) -> None:
     """What JAX does in process 0, by the same rules."""
     from jax._src import compilation_cache
