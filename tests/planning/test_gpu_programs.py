@@ -10,7 +10,7 @@ from llada_jax.planning.check import bytes_by_purpose
 
 # {topology: (config, further words, layers, bounds of the peak in GiB)}
 PROGRAMS = {
-    "1xh100": ("llada_160m", ("--vocab-size", "50000"), 12, (28, 38)),
+    "1xh100": ("llada_160m", ("--vocab-size", "50000"), 12, (23, 29)),
     "8xh100": ("llada_1b", (), 22, (42, 56)),
     "64xh100": ("llada_8b", ("--config.data.batch_size=256",), 32, (11.5, 14.5)),
     "32xh100": ("llada_8b_128k", ("--config.data.sequence_length=65536",), 32, (46, 54)),

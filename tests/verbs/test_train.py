@@ -26,6 +26,7 @@ SMALL = {
     "data.batch_size": 8,
     "optimizer.gradient_accumulation": 2,
     "data.sequence_length": SEQUENCE_LENGTH,
+    "mesh.sequence": 1,
     "model.vocab_size": 0,
     "model.num_layers": 2,
     "model.d_model": 32,
@@ -365,15 +366,15 @@ def test_several_processes_sample_while_they_train_what_one_samples(runs):
     # many steps: when all of them were dispatched at once, they hung
     lengths = [f"samples.{name}=48" for name in ("gen_length", "steps", "block_length")]
     knobs = (
-        "num_steps=2",
+        "num_steps=6",
         "schedule.name=cosine",
-        "samples.every_steps=2",
+        "samples.every_steps=6",
         "log.tensorboard=true",
         *lengths,
     )
     alone, together = runs.directory / "samples-of-one", runs.directory / "samples-of-two"
     runs.train(alone, *knobs)
-    runs.train(together, *knobs, num_devices=2, num_processes=2)
+    runs.train(together, *knobs, num_devices=4, num_processes=2)
     texts = sampled_texts(alone)
     assert len(texts) == 1
     assert len(texts[0]) > 4
