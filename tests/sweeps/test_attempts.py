@@ -77,8 +77,8 @@ def test_sigterm_reaches_the_runs_and_the_same_command_continues_them(
 def test_parallel_runs_are_never_more_than_asked_for(
     write_config, call_sweep, tmp_path, fake_train, monkeypatch
 ):
-    # two seconds each, so that three are under way even where starting one takes long
-    write_config("for seed in range(1, 6): add(seed=seed, num_steps=200)")
+    # four seconds each, so that three are under way even where starting one takes long
+    write_config("for seed in range(1, 6): add(seed=seed, num_steps=400)")
     counts = []
     started = Attempts.start
 
