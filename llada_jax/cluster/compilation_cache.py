@@ -8,14 +8,14 @@ import jax
 
 
 def write_from_every_process() -> None:
-    """Lets the processes after the first write to the compilation cache too.
+    """Lets the processes after the first write to the compilation cache too, on CPUs.
 
-    JAX lets process 0 write alone, because it expects all processes to look for the same entries.
-    On CPUs they do not: the key of an entry contains the devices of the process, and without an
-    entry of its own every other process compiles again at each start. Where the keys are the
-    same, the entry is there already, or one of the writers of equal entries is last.
+    JAX lets process 0 write alone, because all processes look for the same entries, and many
+    writers of one file would be in each other's way. On CPUs the key of an entry contains the
+    devices of the process, and without an entry of its own every other process would compile again
+    at each start.
     """
-    if jax.process_index() == 0:
+    if jax.process_index() == 0 or jax.default_backend() != "cpu":
         return
     from jax._src import compiler
 

@@ -156,7 +156,7 @@ def size_of(units: list[Unit]) -> int:
 
 
 def records_path(output: Path, unit: Unit, split: str) -> Path:
-    """Where a unit leaves its records of a split; there is no file when it has none."""
+    """Where a unit leaves its records of a split, if it has any."""
     return output / RECEIPTS / f"unit-{unit.index:05d}.{split}{SUFFIX}"
 
 
@@ -337,7 +337,7 @@ def _write_split(
     counts: dict,
 ) -> str | None:
     """Writes rows into a file, counts them in `counts`, and returns the digest of the records.
-    Without rows there is no file, and None is returned.
+    Without rows it writes nothing and returns None.
 
     Args:
         rows: (tokens, starts), and of dialogues is_answer; see records.encode_record.

@@ -23,10 +23,11 @@ from typing import Any
 import jax
 import numpy as np
 
+from llada_jax.cluster.agreement import check_same_everywhere
 from llada_jax.errors import UserError, look_up, require
 from llada_jax.evaluation.answer_rows import Question
 from llada_jax.evaluation.conditional import Score, encode_pair, log_likelihoods
-from llada_jax.evaluation.harness_hosts import cache_of_first, check_asked_alike
+from llada_jax.evaluation.harness_hosts import cache_of_first
 from llada_jax.evaluation.rolling import windows
 from llada_jax.samplers.denoise import DenoiseStep
 from llada_jax.samplers.text import cut_at_end, decode_after, generate_tokens
@@ -145,7 +146,9 @@ class HarnessModel:
         Raises:
             UserError: the processes of the run are asked for different things.
         """
-        check_asked_alike(method, [request.args for request in requests])
+        # Processes that are asked for different things would wait for each other for ever.
+        asked = repr([request.args for request in requests])
+        check_same_everywhere({f"what the harness asks for ({method})": asked})
         results = []
         for first in range(0, len(requests), CACHED_TOGETHER):
             part = requests[first : first + CACHED_TOGETHER]

@@ -5,8 +5,7 @@ writes.
 import contextlib
 import pickle
 import tempfile
-import zlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -14,27 +13,10 @@ import jax
 import numpy as np
 from jax.experimental import multihost_utils
 
-from llada_jax.errors import UserError, require
+from llada_jax.errors import require
 
 # What the harness adds to the name of a cache; a HarnessModel has rank 0 in every process.
 CACHE_SUFFIX = "_rank0.db"
-
-
-def check_asked_alike(method: str, arguments: Sequence[Any]) -> None:
-    """Raises UserError, in all processes of the run, when they are asked for different things: they
-    would wait for each other for ever.
-    """
-    if jax.process_count() == 1:
-        return
-    asked = np.array([len(arguments), zlib.crc32(repr(arguments).encode())], np.uint32)
-    of_all = multihost_utils.process_allgather(asked)
-    for number, theirs in enumerate(of_all):
-        if (theirs != of_all[0]).any():
-            raise UserError(
-                f"The harness asks process 0 for {of_all[0][0]} answers ({method}), and process "
-                f"{number} for {theirs[0]} others; give all hosts the same tasks, data and "
-                "settings."
-            )
 
 
 @contextlib.contextmanager

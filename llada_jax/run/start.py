@@ -23,13 +23,13 @@ from llada_jax.checkpoints.host_copies import LocalCheckpoints
 from llada_jax.checkpoints.huggingface import find_weights, tokenizer_of
 from llada_jax.checkpoints.record import RunRecord, reads_ema, write_run
 from llada_jax.checkpoints.workdir import Checkpoints, find_checkpoint
+from llada_jax.cluster.agreement import check_same_everywhere
 from llada_jax.data.batch import Field
 from llada_jax.data.loader import Source, SourceSummary, describe
 from llada_jax.data.tokenizer import SPECIAL_IDS, Tokenizer, load_same
 from llada_jax.errors import UserError
 from llada_jax.models.model import abstract_parameters
 from llada_jax.paths import check_savable
-from llada_jax.run.agreement import check_same_everywhere
 from llada_jax.run.metrics_file import MetricsWriter
 from llada_jax.run.rollbacks import Rollbacks, as_rollbacks, read_rollbacks
 from llada_jax.run.trackers import Tracker

@@ -17,6 +17,7 @@ from llada_jax.arguments import checked
 from llada_jax.checkpoints.orbax_patches import drop_echoes
 from llada_jax.checkpoints.record import FILE, read_run, run_record
 from llada_jax.cluster import distributed, hardware, sharding
+from llada_jax.cluster.agreement import check_same_everywhere, on_first_process, versions
 from llada_jax.cluster.stop_request import StopRequest
 from llada_jax.config import (
     AUTO,
@@ -31,7 +32,6 @@ from llada_jax.errors import LostPeer, Preempted, UserError
 from llada_jax.models.model import Model, make_model
 from llada_jax.parts import provenance
 from llada_jax.paths import user_path
-from llada_jax.run.agreement import check_same_everywhere, on_first_process, versions
 from llada_jax.run.clock import Clock, speed_metrics
 from llada_jax.run.goodput import Ledger
 from llada_jax.run.heldout import AskedToStop, HeldoutEvaluations, bound_line

@@ -111,6 +111,7 @@ def test_two_processes_find_what_one_finds_and_only_the_first_writes(found, chec
     for together in map(result_of, processes):
         # the second time every answer came from the cache
         assert together["again"]
+        assert "what the harness asks for (loglikelihood) is" in together["refused"]
         assert together["written"] == found["written"]
         assert together["rolled"] == pytest.approx(found["rolled"], rel=1e-4)
         for (*question, value), (*same, expected) in zip(together["answers"], found["answers"]):

@@ -105,19 +105,31 @@ EOS = ("free", "never", "last")
 CACHES = ("none", "prefix", "dual")
 
 
+def parse_rule(
+    argument: str, text: str, usual: dict[str, float], *, otherwise: str
+) -> tuple[str, float]:
+    """Returns the rule that NAME or NAME=AMOUNT names, and its amount: the usual one unless given,
+    NaN for what is not a number. ValueError for a name that is neither in `usual` nor `otherwise`.
+    """
+    name, equals, amount = text.partition("=")
+    if name not in usual:
+        names = ", ".join([otherwise, *usual])
+        raise ValueError(
+            f"{argument}={text!r} is unknown; use one of {names}, as NAME or NAME=AMOUNT."
+        )
+    try:
+        return name, float(amount) if equals else usual[name]
+    except ValueError:
+        return name, float("nan")
+
+
 def parse_commit(text: str) -> tuple[str, float]:
     """Returns the rule that NAME or NAME=AMOUNT names, and its amount; ValueError for others."""
-    name, equals, amount = text.partition("=")
     if text == SCHEDULE:
         return SCHEDULE, 0.0
-    if name not in COMMIT:
-        names = ", ".join([SCHEDULE, *COMMIT])
-        raise ValueError(f"commit={text!r} is unknown; use one of {names}, as NAME or NAME=AMOUNT.")
+    usual = {name: default for name, (_, default, _) in COMMIT.items()}
+    name, number = parse_rule("commit", text, usual, otherwise=SCHEDULE)
     _, default, greatest = COMMIT[name]
-    try:
-        number = float(amount) if equals else default
-    except ValueError:
-        number = float("nan")
     if not 0 <= number <= greatest:
         raise ValueError(
             f"commit={text!r}: the amount of {name} must be a number between 0 and {greatest:g}; "
@@ -201,17 +213,11 @@ DRAFT_SHARE, LEAST_DRAFT, MOST_DRAFT = 0.7, 5, 20
 
 def parse_revise(text: str) -> tuple[str, float]:
     """Returns the rule that NAME or NAME=AMOUNT names, and its amount; ValueError for others."""
-    name, equals, amount = text.partition("=")
     if text == NONE:
         return NONE, 0.0
-    if name not in REVISE:
-        names = ", ".join([NONE, *REVISE])
-        raise ValueError(f"revise={text!r} is unknown; use one of {names}, as NAME or NAME=AMOUNT.")
+    usual = {name: default for name, (default, _) in REVISE.items()}
+    name, number = parse_rule("revise", text, usual, otherwise=NONE)
     default, meaning = REVISE[name]
-    try:
-        number = float(amount) if equals else default
-    except ValueError:
-        number = float("nan")
     if not 0 <= number <= 1:
         raise ValueError(
             f"revise={text!r}: the amount of {name} is {meaning}, between 0 and 1; the usual one "

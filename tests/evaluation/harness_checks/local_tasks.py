@@ -10,9 +10,13 @@ import os
 import sys
 from pathlib import Path
 
+import jax
+from lm_eval.api.instance import Instance
+
 import llada_jax
 from llada_jax.cluster import distributed
 from llada_jax.cluster.sharding import make_mesh
+from llada_jax.errors import UserError
 from llada_jax.evaluation.harness import HarnessModel, run
 
 CHECKPOINT, HOME = sys.argv[1], Path(sys.argv[2])
@@ -90,6 +94,14 @@ first = run(cached, [RANKED], use_cache=cache, bootstrap_iters=0)
 cached._scores = None  # whatever is asked again fails
 again = run(cached, [RANKED], use_cache=cache, bootstrap_iters=0)
 
+refused = ""
+if mesh is not None:
+    own = Instance("loglikelihood", {}, ("Ada", f" {jax.process_index()}"), 0)
+    try:
+        model.loglikelihood([own])
+    except UserError as error:
+        refused = str(error)
+
 print(
     json.dumps(
         {
@@ -101,6 +113,7 @@ print(
                 for sample in found["samples"]["written"]
             ],
             "prompt_of_chat": chatted["samples"]["ranked"][0]["arguments"][0][0],
+            "refused": refused,
             "again": first["results"]["ranked"]["acc,none"]
             == again["results"]["ranked"]["acc,none"],
         },

@@ -10,7 +10,7 @@ import pytest
 from support.runs import SMALL_RUN, free_port
 
 from llada_jax.__main__ import main
-from llada_jax.run import agreement
+from llada_jax.cluster import agreement
 
 
 def test_what_differs_is_named_with_its_values_and_processes():
