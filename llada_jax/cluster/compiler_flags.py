@@ -39,6 +39,7 @@ _GPU = (
 # a launcher sets them before `llada-jax` starts; a knob of the config would come too late.
 FLAGS = {
     "v5e": {"LIBTPU_INIT_ARGS": _OVERLAP_GATHER},
+    # The program of LLaDA-8B on v5p-128 is the same without it (docs/log.md).
     "v5p": {
         "LIBTPU_INIT_ARGS": (
             f"{_OVERLAP_GATHER} --xla_tpu_megacore_fusion_allow_ags=false "
@@ -69,7 +70,10 @@ FLAGS = {
             "--xla_tpu_sdc_replicate_llo=true --xla_tpu_sdc_check_repeat_count=5"
         )
     },
+    # LLaDA-8B on 64 H100 hides its gathers and scatters with these flags (docs/benchmarks.md).
     "gpu": {"XLA_FLAGS": _GPU, "XLA_PYTHON_CLIENT_MEM_FRACTION": "0.9"},
+    # The same flags, and one hardware queue, so that the order of the launches is that of the
+    # schedule.
     "hopper": {
         "XLA_FLAGS": _GPU,
         "XLA_PYTHON_CLIENT_MEM_FRACTION": "0.9",

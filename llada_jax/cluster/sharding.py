@@ -34,6 +34,7 @@ RULES = {
     "act_position": "sequence",
     "act_embed": None,
     "act_heads": "tensor",
+    "act_kv_heads": "tensor",
     "act_mlp": "tensor",
     "act_head_position": ("sequence", "tensor"),
     # the two together: one place for each device

@@ -130,12 +130,13 @@ def embed(table_VD: Array, tokens_BT: Array, dtype: Any) -> Array:
     diffusion half of all tokens meet in the row of the mask: a bfloat16 sum stops growing once it
     is 256 times as large as what is added, and at 16,384 tokens that row lost half of its gradient.
 
-    Where the width is split over two axes, they are exchanged for rows and positions one after the
-    other: at once XLA would first put the whole array on every device.
+    Where the width is split over two axes, or the vocabulary over another, the axes are exchanged
+    for rows and positions one after the other: at once XLA would first put the whole array on every
+    device.
     """
     x_BTD = table_VD[tokens_BT].astype(dtype)
     mesh = jax.sharding.get_abstract_mesh()
-    if mesh.empty or mesh.shape[RULES["act_position"]] == 1:
+    if mesh.empty or mesh.shape[RULES["act_position"]] * mesh.shape[RULES["vocab"]] == 1:
         return x_BTD
     return constrain(x_BTD, "act_whole_batch", "act_position", "act_part_of_embed")
 
@@ -164,7 +165,8 @@ def rotary_angles(
     angle = positions_BT[..., None].astype(jnp.float32) * rotary_frequencies(
         head_dim, theta, scaling
     )
-    return jnp.cos(angle), jnp.sin(angle)
+    names = ("act_batch", "act_position", None)
+    return constrain(jnp.cos(angle), *names), constrain(jnp.sin(angle), *names)
 
 
 def rotate(x_BTNH: Array, cos: Array, sin: Array) -> Array:
@@ -272,11 +274,20 @@ class Block(nnx.Module):
         low = product(x, a.reshape(*kernel.shape[:num_in], -1), num_in)
         return y + product(low, b.reshape(-1, *kernel.shape[num_in:]))
 
+    def normed(self, x_BTD: Array, scale_D: Array, *, a: Architecture) -> Array:
+        """Returns what the products of half a layer read, whole on every device of the axis
+        `tensor`. Said of the norm and not only of x, so that the gradients of these products are
+        added up once, and after the sum over the devices of that axis.
+        """
+        return constrain(
+            rms_norm(x_BTD, scale_D, a.norm_eps), "act_batch", "act_position", "act_embed"
+        )
+
     def queries_keys_values(
         self, x_BTD: Array, cos: Array, sin: Array, *, a: Architecture
     ) -> tuple[Array, Array, Array]:
         """Returns q [B, T, N, H], k and v [B, T, K, H], normed and rotated where they are to be."""
-        y_BTD = rms_norm(x_BTD, self.attn_norm[...], a.norm_eps)
+        y_BTD = self.normed(x_BTD, self.attn_norm[...], a=a)
         q_BTNH = self.times("q", y_BTD)
         k_BSKH = self.times("k", y_BTD)
         v_BSKH = self.times("v", y_BTD)
@@ -288,8 +299,9 @@ class Block(nnx.Module):
             num_dims = 2 if a.qk_norm == "full" else 1
             q_BTNH = rms_norm(q_BTNH, self.q_norm[...], a.norm_eps, num_dims)
             k_BSKH = rms_norm(k_BSKH, self.k_norm[...], a.norm_eps, num_dims)
+        names = ("act_batch", "act_position", "act_kv_heads", None)
         q_BTNH = constrain(rotate(q_BTNH, cos, sin), "act_batch", "act_position", "act_heads", None)
-        return q_BTNH, rotate(k_BSKH, cos, sin), v_BSKH
+        return q_BTNH, constrain(rotate(k_BSKH, cos, sin), *names), constrain(v_BSKH, *names)
 
     def add_attention(self, x_BTD: Array, out_BTNH: Array, *, a: Architecture) -> Array:
         x_BTD = x_BTD + self.times("attn_out", out_BTNH, 2)
@@ -299,12 +311,11 @@ class Block(nnx.Module):
 
     def add_feed_forward(self, x_BTD: Array, *, a: Architecture) -> Array:
         with jax.named_scope("feed_forward"):
-            y_BTD = rms_norm(x_BTD, self.ff_norm[...], a.norm_eps)
-            gate_BTF = self.times("ff_gate", y_BTD)
-            up_BTF = self.times("ff_up", y_BTD)
-            h_BTF = constrain(
-                jax.nn.silu(gate_BTF) * up_BTF, "act_batch", "act_position", "act_mlp"
-            )
+            y_BTD = self.normed(x_BTD, self.ff_norm[...], a=a)
+            names = ("act_batch", "act_position", "act_mlp")
+            gate_BTF = constrain(self.times("ff_gate", y_BTD), *names)
+            up_BTF = constrain(self.times("ff_up", y_BTD), *names)
+            h_BTF = constrain(jax.nn.silu(gate_BTF) * up_BTF, *names)
             x_BTD = x_BTD + self.times("ff_out", h_BTF)
             return constrain(x_BTD, "act_batch", "act_position", "act_embed")
 

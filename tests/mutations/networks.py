@@ -13,7 +13,7 @@ TRANSFORMER = faults_of(
     ),
     (
         "cos and sin in bfloat16",
-        "return jnp.cos(angle), jnp.sin(angle)",
+        "return constrain(jnp.cos(angle), *names), constrain(jnp.sin(angle), *names)",
         "return tuple(f(angle.astype(jnp.bfloat16)) for f in (jnp.cos, jnp.sin))",
         "tests/models/test_precision.py",
     ),
@@ -60,13 +60,13 @@ TRANSFORMER = faults_of(
     ),
     (
         "no rotation of keys",
-        "return q_BTNH, rotate(k_BSKH, cos, sin), v_BSKH",
-        "return q_BTNH, k_BSKH, v_BSKH",
+        "constrain(rotate(k_BSKH, cos, sin), *names)",
+        "constrain(k_BSKH, *names)",
     ),
     (
         "feed-forward norm taken from attention",
-        "y_BTD = rms_norm(x_BTD, self.ff_norm[...], a.norm_eps)",
-        "y_BTD = rms_norm(x_BTD, self.attn_norm[...], a.norm_eps)",
+        "y_BTD = self.normed(x_BTD, self.ff_norm[...], a=a)",
+        "y_BTD = self.normed(x_BTD, self.attn_norm[...], a=a)",
     ),
     (
         "gate and up exchanged",
@@ -109,8 +109,8 @@ TRANSFORMER = faults_of(
     ),
     (
         "activation rule lost in the feed-forward part",
-        'jax.nn.silu(gate_BTF) * up_BTF, "act_batch", "act_position", "act_mlp"',
-        'jax.nn.silu(gate_BTF) * up_BTF, "act_batch", "act_position", None',
+        'names = ("act_batch", "act_position", "act_mlp")',
+        'names = ("act_batch", "act_position", None)',
         "tests/training/test_resources.py tests/models/test_activations.py",
     ),
 )
