@@ -11,6 +11,7 @@ import datetime
 import json
 import platform
 import subprocess
+import zlib
 from pathlib import Path
 from typing import Any, Self
 
@@ -27,6 +28,8 @@ from llada_jax.models.transformer import Architecture
 from llada_jax.storage import files, remote
 
 FILE = "run.json"
+# The key of its checksum in a record that is kept next to arrays; see `sealed`.
+SEAL = "record_checksum"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -197,7 +200,8 @@ class RunRecord:
             remedy: what the user can do when it is not a record, without a full stop.
 
         Raises:
-            UserError: a field is missing or of the wrong type.
+            UserError: a field is missing or of the wrong type, or the content does not match the
+                checksum that `sealed` has added.
         """
         remedy = remedy or "it is damaged, or not written by llada_jax; use another checkpoint"
         try:
@@ -209,6 +213,11 @@ class RunRecord:
     def _parsed(cls, content) -> Self:
         if not isinstance(content, dict):
             raise _WrongField(f"holds a {type(content).__name__} where an object is expected")
+        if SEAL in content:
+            # Not kept: the record of another step would carry it on.
+            content = dict(content)
+            if content.pop(SEAL) != _checksum(content):
+                raise _WrongField("does not match its saved checksum")
         config = _field(content, "config", dict)
         # What every reader asks for. The other knobs are looked up by those who need them, so that
         # a checkpoint of an older version without them loads.
@@ -261,6 +270,22 @@ class RunRecord:
             **values,
             unknown={key: value for key, value in content.items() if key not in known},
         )
+
+
+def sealed(record: RunRecord) -> dict:
+    """Returns the JSON of a record with a checksum of all of it.
+
+    For records that are kept next to arrays, which are read as the record says: a flipped bit may
+    leave valid JSON in which, say, rope_theta is ten times as large. No array is read as
+    WORKDIR/run.json says, which has none; nor have the records of older versions.
+    """
+    content = record.to_json()
+    return {**content, SEAL: _checksum(content)}
+
+
+def _checksum(content: dict) -> int:
+    """Returns the CRC-32 of JSON values, whatever the order of their keys."""
+    return zlib.crc32(json.dumps(content, sort_keys=True).encode())
 
 
 class _WrongField(ValueError):

@@ -10,7 +10,7 @@ import pytest
 from support.paths import ROOT
 from support.records import small_record
 
-from llada_jax.checkpoints.record import RunRecord, read_run, run_record, write_run
+from llada_jax.checkpoints.record import SEAL, RunRecord, read_run, run_record, sealed, write_run
 from llada_jax.config import default_config
 from llada_jax.data.tokenizer import load_tokenizer
 from llada_jax.errors import UserError
@@ -71,6 +71,18 @@ def test_a_run_that_starts_now_writes_the_keys_that_older_versions_read():
     assert content["config"]["model"]["rope_scaling"] == []  # as JSON has it, not a tuple
     at_step = record.at(4, 1024)
     assert list(at_step.to_json()) + ["checksums"] == list(old("checkpoint.json"))
+
+
+def test_a_sealed_record_is_read_in_any_order_of_its_keys_and_not_with_another_value():
+    record = small_record(step=4, chat_template="{{ é }}", unknown={"adapters": {"rank": 8}})
+    content = sealed(record)
+    found = parsed(json.loads(json.dumps(dict(reversed(content.items())))))
+    assert found == record
+    # a record of another step is sealed anew, and does not carry the old checksum on
+    assert SEAL not in found.at(5, 1280).to_json()
+    content["architecture"]["rope_theta"] = 100000.0
+    with pytest.raises(UserError, match="^run.json does not match its saved checksum; "):
+        parsed(content)
 
 
 def test_checksums_of_a_scheme_that_this_version_does_not_know_are_refused():
