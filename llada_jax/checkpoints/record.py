@@ -18,7 +18,7 @@ from typing import Any, Self
 import jax
 from etils import epath
 
-from llada_jax import __version__
+from llada_jax import __version__, schemas
 from llada_jax.checkpoints.checksums import SCHEMES
 from llada_jax.data.tokenizer import SPECIAL_IDS, Tokenizer
 from llada_jax.errors import UserError
@@ -223,6 +223,10 @@ class RunRecord:
         # a checkpoint of an older version without them loads.
         _field(content, "config.objective.name", str)
         _field(content, "config.optimizer.ema_decay", (int, float))
+        if "lora" in config:
+            lora = _field(content, "config.lora", dict)
+            if fault := schemas.fault_of(lora, schemas.RecordedLora):
+                raise _WrongField(f"has a config.lora that {fault}")
         optional = {
             "versions": (dict, {}),
             "commit": (str, ""),
@@ -325,17 +329,12 @@ def _architecture(content: dict) -> Architecture:
             f"has architecture.{unknown[0]}, which llada_jax {__version__} does not know: a newer "
             "version has written it"
         )
-    required = [f.name for f in dataclasses.fields(Architecture) if _is_required(f)]
-    for name in required:
-        _field(content, name, (int, float), "has an architecture that")
+    if fault := schemas.fault_of(content, schemas.RecordedArchitecture):
+        raise _WrongField(f"has an architecture that {fault}")
     try:
         return Architecture(**content)
-    except (TypeError, UserError) as error:
+    except UserError as error:
         raise _WrongField(f"has an architecture that is not possible ({error})") from error
-
-
-def _is_required(field: dataclasses.Field) -> bool:
-    return field.default is dataclasses.MISSING and field.default_factory is dataclasses.MISSING
 
 
 def _mask(content: dict) -> Mask:
@@ -346,6 +345,8 @@ def _mask(content: dict) -> Mask:
             f"has mask.{unknown[0]}, which llada_jax {__version__} does not know: a newer version "
             "has written it"
         )
+    if fault := schemas.fault_of(content, schemas.RecordedMask):
+        raise _WrongField(f"has a mask that {fault}")
     return Mask(**content)
 
 

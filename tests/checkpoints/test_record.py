@@ -4,6 +4,7 @@ file is named.
 
 import dataclasses
 import json
+import math
 import os
 
 import pytest
@@ -166,7 +167,20 @@ def with_value(path: str, value):
         (with_value("config", []), r"has config=\[\], which must be an object"),
         (with_value("step", "four"), 'has step="four", which must be a whole number'),
         (with_value("step", True), "has step=true, which must be a whole number"),
-        (with_value("architecture.d_model", "wide"), 'd_model="wide", which must be a whole'),
+        (with_value("architecture.d_model", "wide"), "d_model='wide', which must be a whole"),
+        (with_value("architecture.rope_theta", "x"), "rope_theta='x', which must be a number"),
+        (with_value("architecture.rope_theta", 0), "rope_theta=0, which must be greater than 0"),
+        (with_value("architecture.rope_theta", math.inf), "rope_theta=inf, which must be a finite"),
+        (with_value("architecture.norm_eps", None), "norm_eps=None, which must be a number"),
+        (with_value("architecture.norm_eps", 1.5), "norm_eps=1.5, which must be less than or"),
+        (with_value("architecture.num_heads", -1), "num_heads=-1, which must be greater than or"),
+        (with_value("architecture.num_layers", True), "num_layers=True, which must be a whole"),
+        (with_value("architecture.d_ff", 2**30), "d_ff=1073741824, which must be less than or"),
+        (with_value("architecture.qk_norm", "some"), "qk_norm='some', which must be 'none', 'full"),
+        (with_value("architecture.tie_embeddings", 1), "tie_embeddings=1, which must be true or"),
+        (with_value("mask", {"causal": "no"}), "mask that has causal='no', which must be true or"),
+        (with_value("mask", {"block_length": -4}), "mask that has block_length=-4, which must be"),
+        (with_value("config.lora", {"rank": "8"}), "config.lora that has rank='8', which must be"),
         (
             with_value("architecture.num_experts", 8),
             "has architecture.num_experts, which llada_jax",
