@@ -135,7 +135,8 @@ def _knob(name: str):
     """The range of a knob of the config, for a value that was once that knob."""
     allowed = RANGES[name]
     least, most = ("gt" if allowed.above else "ge"), ("lt" if allowed.below else "le")
-    return Field(**{least: allowed.least, most: allowed.most})
+    bounds: dict[str, Any] = {least: allowed.least, most: allowed.most}
+    return Field(**bounds)
 
 
 class RecordedArchitecture(Schema):
