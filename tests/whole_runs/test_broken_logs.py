@@ -51,8 +51,8 @@ def test_two_processes_whose_logs_are_gone_save_one_step_together(runs, tmp_path
         for process in processes:
             process.stdout.close()
             process.stderr.close()
-        for process in processes:
-            process.send_signal(signal.SIGINT)
+        # one is asked to stop, and the other hears of it
+        processes[1].send_signal(signal.SIGTERM)
         assert [process.wait(timeout=300) for process in processes] == [42, 42]
     finally:
         for process in processes:
