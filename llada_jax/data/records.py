@@ -14,6 +14,7 @@ with uint16. llada_jax.data.shards stores them, each with a checksum.
 import json
 import os
 from dataclasses import dataclass
+from itertools import chain
 from typing import Any
 
 import numpy as np
@@ -237,7 +238,7 @@ def read_dataset(directory) -> DatasetInfo:
 
 
 def parse_dataset(directory: epath.Path, content: dict) -> DatasetInfo:
-    """Returns what the dataset.json of a directory says, whose content is given; raises UserError
+    """Returns the DatasetInfo in the given content of a directory's dataset.json; raises UserError
     when prepare has not written it.
     """
     is_array_record = content["format"] in _ARRAY_RECORD_FORMATS
@@ -297,8 +298,9 @@ def check_shards(info: DatasetInfo) -> None:
     record of it is read.
     """
     what_to_do = PREPARE_AGAIN if info.is_array_record else remedy(info.directory)
-    for split in info.splits.values():
-        check_sizes(info.directory, split.shards, what_to_do=what_to_do)
+    # All splits at once, because they are in the same folders, and each folder is listed once.
+    shards = chain.from_iterable(split.shards for split in info.splits.values())
+    check_sizes(info.directory, shards, what_to_do=what_to_do)
 
 
 def read_json_of(directory: epath.Path) -> dict:
@@ -338,7 +340,8 @@ def read_json_of(directory: epath.Path) -> dict:
 def _parse_split(content: dict, record_bytes: int | None) -> Split:
     """Builds a Split; raises KeyError, TypeError or ValueError when the content is not one.
 
-    record_bytes: that each record takes in its shard; None: dataset.json has the sizes of shards.
+    record_bytes: how many bytes each record takes in its shard; None: dataset.json has the sizes of
+    shards.
     """
     shards = tuple(
         Shard(

@@ -13,6 +13,7 @@ from support.paths import ROOT
 from support.records import small_record
 from support.runs import SMALL_RUN, metric_lines
 from support.sweeps import RATES, error_of
+from support.tensorboard import board_of
 
 from llada_jax.models.transformer import Architecture
 from llada_jax.sweeps.scaling_law import FinishedRun, fit_surface
@@ -99,7 +100,9 @@ def test_fit_of_a_sweep_reads_sizes_and_tokens_from_the_runs(
     out, _ = call_sweep("--fit")
     assert "N_opt = " in out
     assert "C^0.500" in out
-    assert "these runs do not determine this law" in out  # the parabolas are no sum of two powers
+    assert (
+        "these runs do not determine this law" in out
+    )  # the parabolas are not a sum of two powers
 
 
 def test_a_fit_without_enough_runs_is_refused_in_one_sentence(write_config, call_sweep):
@@ -133,6 +136,7 @@ def test_a_real_sweep_is_stopped_continues_and_has_the_table_of_its_metrics(
     base = SMALL_RUN.replace("num_steps = 20", "num_steps = 100").replace(
         "every_steps = 10", "every_steps = 50"
     )
+    base = base.replace("log.tensorboard = False", "log.tensorboard = True")
     write_config("for rate in (1e-2, 1e-4): add({'schedule.learning_rate': rate})", base=base)
     process = start_sweep("--run", "local")
     second = tmp_path / "runs" / "001" / "metrics.jsonl"
@@ -164,6 +168,10 @@ def test_a_real_sweep_is_stopped_continues_and_has_the_table_of_its_metrics(
         assert run["tokens"] == 100 * 16 * 32
         trained = json.loads((Path(run["workdir"]) / "run.json").read_text())["config"]
         assert trained["schedule"]["learning_rate"] == run["knobs"]["schedule.learning_rate"]
+        board = board_of(Path(run["workdir"]))
+        assert board.PluginTagToContent("hparams")
+        (shown,) = board.Scalars("hparam/bits_per_byte")
+        assert shown.value == pytest.approx(run["bits_per_byte"], rel=1e-6)
     (effect,) = table["effects"]
     assert effect["spread"] == pytest.approx(
         table["runs"][1]["bits_per_byte"] - table["runs"][0]["bits_per_byte"]
