@@ -79,7 +79,7 @@ def test_a_sealed_record_is_read_in_any_order_of_its_keys_and_not_with_another_v
     content = sealed(record)
     found = parsed(json.loads(json.dumps(dict(reversed(content.items())))))
     assert found == record
-    # a record of another step is sealed anew, and does not carry the old checksum on
+    # a record of another step has a checksum of its own, and does not carry the old checksum on
     assert SEAL not in found.at(5, 1280).to_json()
     content["architecture"]["rope_theta"] = 100000.0
     with pytest.raises(UserError, match="^run.json does not match its saved checksum; "):

@@ -51,8 +51,8 @@ def gradient_of(model):
 
 
 def as_multiplied(params):
-    """Returns float32 parameters with the values that a bfloat16 network multiplies with, which
-    rounds embedding and matrices, and neither norms nor biases.
+    """Returns float32 parameters with the values that a bfloat16 network multiplies by: it rounds
+    embedding and matrices, and neither norms nor biases.
     """
     return jax.tree_util.tree_map_with_path(
         lambda path, leaf: (
