@@ -13,21 +13,19 @@ The harness finds no plug-ins, so the model object is passed to `lm_eval.simple_
 `run` does that and adds the errors of the Monte Carlo.
 """
 
-import contextlib
-import copy
-import math
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import jax
 import numpy as np
 
 from llada_jax.cluster.agreement import check_same_everywhere
-from llada_jax.errors import UserError, look_up, require
+from llada_jax.errors import UserError, require
 from llada_jax.evaluation.answer_rows import Question
 from llada_jax.evaluation.conditional import Score, encode_pair, log_likelihoods
 from llada_jax.evaluation.harness_hosts import cache_of_first
+from llada_jax.evaluation.harness_tasks import load_tasks, monte_carlo_errors
 from llada_jax.evaluation.rolling import windows
 from llada_jax.samplers.denoise import DenoiseStep
 from llada_jax.samplers.text import cut_at_end, decode_after, generate_tokens
@@ -35,9 +33,6 @@ from llada_jax.samplers.text import cut_at_end, decode_after, generate_tokens
 # Requests after which results are written to the cache of the harness, from which an interrupted
 # evaluation continues.
 CACHED_TOGETHER = 256
-
-# How often the scores are perturbed for the error of the Monte Carlo.
-NUM_PERTURBATIONS = 64
 
 
 class HarnessModel:
@@ -331,39 +326,6 @@ def _generation(settings: dict) -> tuple[tuple[str, ...], int, float]:
     )
 
 
-# ---- a whole evaluation
-
-# What may be written KEY=VALUE, and how a value is read.
-SETTINGS: dict[str, Callable] = {
-    "num_fewshot": int,
-    "limit": float,
-    "include_path": str,
-    "use_cache": str,
-    "apply_chat_template": lambda value: value.lower() in ("1", "true", "yes"),
-    "system_instruction": str,
-    "bootstrap_iters": int,
-}
-
-
-def read_settings(words: Sequence[str]) -> dict[str, Any]:
-    """Returns the settings of `run` that KEY=VALUE words name.
-
-    Raises:
-        UserError: a word is not a pair, or its value is not a number where one is needed.
-    """
-    settings = {}
-    for word in words:
-        key, equals, value = word.partition("=")
-        if not equals:
-            raise UserError(f"--harness {word!r} has no value; write {word}=VALUE.")
-        read = look_up(SETTINGS, key, "setting of the harness")
-        try:
-            settings[key] = read(value)
-        except ValueError:
-            raise UserError(f"--harness {key}={value!r} must be a number.") from None
-    return settings
-
-
 def run(
     model: HarnessModel,
     tasks: Sequence[Any],
@@ -375,6 +337,7 @@ def run(
     apply_chat_template: bool = False,
     system_instruction: str | None = None,
     bootstrap_iters: int = 100_000,
+    confirm_run_unsafe_code: bool = False,
 ) -> dict[str, Any]:
     """Returns what lm_eval.simple_evaluate returns, with `METRIC_mc_stderr,FILTER` next to each
     `METRIC_stderr,FILTER` of tasks that read likelihoods.
@@ -386,20 +349,23 @@ def run(
     for metrics that compare answers.
 
     Args:
-        tasks: names, or configs of tasks as dicts.
-        include_path: a folder with YAML files of tasks.
+        tasks, include_path, confirm_run_unsafe_code: see
+            llada_jax.evaluation.harness_tasks.load_tasks.
         The others: see lm_eval.simple_evaluate.
+
+    Raises:
+        UserError: a task cannot be loaded, or runs code without confirmation.
     """
     lm_eval = require("lm_eval", extra="eval")
-    # The harness reads thousands of files, for half a minute, to know the tasks that it comes with.
-    has_names = any(isinstance(task, str) for task in tasks)
-    manager = require("lm_eval.tasks", extra="eval").TaskManager(
-        include_path=include_path, include_defaults=has_names
+    loaded = load_tasks(
+        tasks, include_path=include_path, confirm_run_unsafe_code=confirm_run_unsafe_code
     )
+    roots = [root for objects in loaded for root in objects]
+    manager = require("lm_eval.tasks", extra="eval").TaskManager(include_defaults=False)
     with cache_of_first(use_cache) as cache:
         results = lm_eval.simple_evaluate(
             model,
-            tasks=list(tasks),
+            tasks=roots,
             task_manager=manager,
             log_samples=True,
             num_fewshot=num_fewshot,
@@ -408,40 +374,14 @@ def run(
             apply_chat_template=apply_chat_template,
             system_instruction=system_instruction,
             bootstrap_iters=bootstrap_iters,
+            confirm_run_unsafe_code=confirm_run_unsafe_code,
         )
-    loaded = manager.load(copy.deepcopy(list(tasks)))["tasks"]
+    by_name = manager.load(roots)["tasks"]
     for name, samples in results["samples"].items():
-        task = loaded[name]
+        task = by_name[name]
         if task.OUTPUT_TYPE == "generate_until":
             continue
         errors = monte_carlo_errors(task, samples, model.standard_errors)
         for (metric, filtered), error in errors.items():
             results["results"][name][f"{metric}_mc_stderr,{filtered}"] = error
     return results
-
-
-def monte_carlo_errors(task: Any, samples: Sequence[dict], standard_errors: dict) -> dict:
-    """Returns {(metric, filter): the error that the Monte Carlo adds to it}; see `run`."""
-    rng = np.random.default_rng(0)
-    found: dict[tuple[str, str], list[float]] = {}
-    aggregation = task.aggregation()
-    for _ in range(NUM_PERTURBATIONS):
-        items: dict[tuple[str, str], list] = {}
-        for sample in samples:
-            perturbed = []
-            for arguments, response in zip(
-                sample["arguments"], sample["filtered_resps"], strict=True
-            ):
-                # not a number where the score came from the harness's cache, which has no errors
-                shift = standard_errors.get(arguments, math.nan) * rng.normal()
-                if isinstance(response, (tuple, list)):
-                    perturbed.append((response[0] + shift, *response[1:]))
-                else:
-                    perturbed.append(response + shift)
-            with contextlib.redirect_stdout(None):
-                metrics = task.process_results(sample["doc"], perturbed)
-            for metric, item in metrics.items():
-                items.setdefault((metric, sample["filter"]), []).append(item)
-        for key, values in items.items():
-            found.setdefault(key, []).append(float(aggregation[key[0]](values)))
-    return {key: float(np.std(values)) for key, values in found.items()}

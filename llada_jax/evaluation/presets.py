@@ -42,7 +42,7 @@ _BASE = {
     "piqa": Setting(0, score=73.6),
     "gpqa_main_n_shot": Setting(5, score=25.2),
     "bbh": Setting(None, gen_length=1024, score=49.7),
-    "gsm8k": Setting(None, gen_length=1024, score=70.3),
+    "gsm8k": Setting(4, gen_length=1024, score=70.3),
     "minerva_math": Setting(None, gen_length=1024, score=31.4),
     "humaneval": Setting(None, gen_length=1024, score=35.4),
     "mbpp": Setting(None, gen_length=1024, score=40.0),

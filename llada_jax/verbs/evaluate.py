@@ -3,8 +3,8 @@ a network, and its answers to questions.
 """
 
 import argparse
-import math
 import os
+import sys
 from collections.abc import Sequence
 from functools import partial
 from typing import Any
@@ -23,7 +23,14 @@ from llada_jax.errors import UserError, look_up
 from llada_jax.evaluation import harness
 from llada_jax.evaluation.baselines import unigram_bits_per_byte, xz_bits_per_byte
 from llada_jax.evaluation.breakdown import breakdown_of_split
+from llada_jax.evaluation.harness_tasks import load_tasks, read_settings
 from llada_jax.evaluation.presets import as_arguments, preset
+from llada_jax.evaluation.reports import (
+    harness_lines,
+    report_harness,
+    report_split,
+    report_tasks,
+)
 from llada_jax.evaluation.splits import bound_of_split
 from llada_jax.evaluation.tasks import DIRECTIONS, answer, items_of, read_tasks
 from llada_jax.objectives.named import make_objective
@@ -117,7 +124,7 @@ def main(argv: list[str]) -> None:
     else:
         asked = {"split": args.split, "baselines": args.baselines, "breakdown": args.breakdown}
         result = evaluate(args.checkpoint, args.data, **asked, **shared(args))
-        lines = report
+        lines = report_split
     # All processes of a run have the result.
     if jax.process_index() > 0:
         return
@@ -391,12 +398,19 @@ def evaluate_tasks(
 
 
 def evaluate_harness(args) -> dict:
-    """Returns the metrics of tasks of lm-evaluation-harness, with the error of the Monte Carlo."""
-    settings = harness.read_settings(args.harness)
+    """Returns the metrics of tasks of lm-evaluation-harness, with the error of the Monte Carlo.
+
+    The lines of a task go to stderr as soon as it is done, so that an evaluation of many hours that
+    ends early has not been for nothing.
+    """
+    settings = read_settings(args.harness)
     source, published = preset(args.preset) if args.preset else ("", {})
     for task in args.tasks or ():
         if args.preset:
             look_up(published, task, f"task of the preset {args.preset}")
+    names = list(dict.fromkeys(args.tasks or published))
+    about_loading = ("include_path", "confirm_run_unsafe_code")
+    loaded = load_tasks(names, **{key: settings[key] for key in about_loading if key in settings})
     model = pretrained.load(
         args.checkpoint,
         ema=args.ema,
@@ -411,92 +425,18 @@ def evaluate_harness(args) -> dict:
         "source": source,
         "tasks": {},
     }
-    for task in args.tasks or published:
+    for task in names:
         mine = {"mc_samples": args.mc_samples, "cfg_scale": args.cfg_scale}
         asked: dict = {}
         if args.preset:
             mine, asked = as_arguments(published[task])
         subject = harness.HarnessModel(model, batch_size=args.batch_size, seed=args.seed, **mine)
-        found = harness.run(subject, [task], **{**asked, **settings})
-        result["tasks"][task] = {**mine, **asked, "results": found["results"]}
+        # the requests of a task, which it keeps, are gone with it
+        found = harness.run(subject, loaded.pop(0), **{**asked, **settings})
+        answered = {**mine, **asked, "results": found["results"]}
         if args.preset:
-            result["tasks"][task]["published_percent"] = published[task].score
+            answered["published_percent"] = published[task].score
+        result["tasks"][task] = answered
+        if jax.process_index() == 0:
+            print("\n".join(harness_lines(task, answered)), file=sys.stderr)
     return result
-
-
-def report_harness(result: dict) -> str:
-    """Returns one line per metric: its value, the error of the sample, that of the Monte Carlo."""
-    lines = [f"lm-evaluation-harness, model at step {result['step']}"]
-    for answered in result["tasks"].values():
-        for task, metrics in answered["results"].items():
-            for key, value in metrics.items():
-                metric, _, filtered = key.partition(",")
-                if not filtered or metric.endswith("stderr") or not isinstance(value, float):
-                    continue
-                line = f"  {task}  {metric}  {value:.4f}"
-                for name, what in (("stderr", "sample"), ("mc_stderr", "Monte Carlo")):
-                    error = metrics.get(f"{metric}_{name},{filtered}")
-                    if isinstance(error, float):
-                        line += f"  +- {error:.4f} ({what})"
-                lines.append(line)
-    return "\n".join(lines)
-
-
-def report_tasks(result: dict) -> str:
-    """Returns one line per direction."""
-    lines = [f"{result['tasks']}, answered by the model at step {result['step']}"]
-    for direction in DIRECTIONS:
-        if direction not in result:
-            continue
-        found = result[direction]
-        line = (
-            f"  {direction:<9}  exact match {found['exact_match']:.3f} +- "
-            f"{found['exact_match_standard_error']:.3f} of {found['num_questions']}"
-        )
-        if found["num_ranked"]:
-            line += (
-                f", ranked first {found['ranking_accuracy']:.3f} +- "
-                f"{found['ranking_standard_error']:.3f} of {found['num_ranked']} (chance "
-                f"{found['ranking_chance']:.3f})"
-            )
-        line += (
-            f", {found['log_likelihood']:.2f} +- {found['standard_error']:.2f} nats per answer "
-            f"(Monte Carlo {found['mc_standard_error']:.2f})"
-        )
-        lines.append(line)
-    return "\n".join(lines)
-
-
-def report(result: dict) -> str:
-    """Returns the result as aligned lines."""
-    kind = "exactly" if "nll_nats_per_token" in result else "an upper bound"
-    lines = [
-        f"bits per byte of the {result['split']} text ({result['num_tokens']:,} tokens), lower is "
-        "better",
-        f"  {result['bits_per_byte']:.3f} +- {result['bits_per_byte_standard_error']:.3f}  this "
-        f"model at step {result['step']}, {kind}",
-    ]
-    named = {
-        "unigram_bits_per_byte": "token frequencies of the training text",
-        "xz_bits_per_byte": "xz -9 on this text alone",
-        "xz_after_train_bits_per_byte": "xz -9 after reading the training text",
-    }
-    lines += [
-        f"  {result[key]:.3f}           {meaning}"
-        for key, meaning in named.items()
-        if key in result
-    ]
-    parts = {
-        "by_position": "nats per token, by position in the row",
-        "by_time": "nats per masked token, by diffusion time",
-    }
-    for key, meaning in parts.items():
-        shares = result.get(key, {"mean": []})["mean"]
-        for number, nats in enumerate(shares):
-            if number == 0:
-                lines.append(meaning)
-            if math.isfinite(nats):
-                first, last = number / len(shares), (number + 1) / len(shares)
-                error = result[key]["standard_error"][number]
-                lines.append(f"  {first:.3f} to {last:.3f}  {nats:.3f} +- {error:.3f}")
-    return "\n".join(lines)

@@ -10,7 +10,9 @@ from support.hf_directories import random_params
 from llada_jax.__main__ import main
 from llada_jax.config import default_config
 from llada_jax.errors import UserError
-from llada_jax.verbs.evaluate import report, report_tasks, write_report
+from llada_jax.evaluation.reports import report_split, report_tasks
+from llada_jax.verbs import evaluate
+from llada_jax.verbs.evaluate import write_report
 
 
 @pytest.fixture(scope="module")
@@ -94,7 +96,7 @@ def test_the_parts_of_the_bound_are_reported(random_checkpoint, small_dataset, c
     found = json.loads(said(capfd, *words, "--json"))
     assert len(found["by_position"]["mean"]) == 8
     assert len(found["by_time"]["standard_error"]) == 10
-    text = report(found)
+    text = report_split(found)
     assert "nats per token, by position in the row\n  0.000 to 0.125  " in text
 
 
@@ -104,6 +106,28 @@ def test_the_report_is_a_page_with_the_result(random_checkpoint, small_dataset, 
     found = json.loads(said(capfd, *words, "--json"))
     page = (report / "report.html").read_text()
     assert f"<td>bits_per_byte</td><td>{found['bits_per_byte']:.5g}</td>" in page
+
+
+@pytest.fixture
+def harness(monkeypatch):
+    """Puts stand-ins in the place of the model and of the harness, whose task "broken" fails."""
+
+    def run(subject, tasks, **asked):
+        if tasks == ["broken"]:
+            raise UserError("the device is gone.")
+        return {"results": {tasks[0]: {"acc,none": 0.5, "acc_stderr,none": 0.25}}}
+
+    monkeypatch.setattr(evaluate, "load_tasks", lambda names, **_: [[name] for name in names])
+    monkeypatch.setattr(evaluate.pretrained, "load", lambda *_, **__: SimpleNamespace(step=7))
+    stand_in = SimpleNamespace(HarnessModel=lambda model, **_: model, run=run)
+    monkeypatch.setattr(evaluate, "harness", stand_in)
+
+
+def test_what_is_done_is_said_before_a_later_task_of_the_harness_fails(harness, capfd):
+    words = ("--checkpoint", "c", "--tasks", "first", "--tasks", "broken", "--json")
+    err = said(capfd, *words, status=2)
+    assert "  first  acc  0.5000  +- 0.2500 (sample)\n" in err
+    assert "the device is gone" in err
 
 
 def test_a_frontier_that_lies_where_the_report_goes_is_shown_and_checked(tmp_path):

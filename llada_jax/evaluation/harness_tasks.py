@@ -1,0 +1,125 @@
+"""Tasks of lm-evaluation-harness: how they are loaded and asked, and the error that the Monte Carlo
+adds to their metrics.
+"""
+
+import contextlib
+import copy
+import math
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import numpy as np
+
+from llada_jax.errors import UserError, look_up, reason, require
+
+# How often the scores are perturbed for the error of the Monte Carlo.
+NUM_PERTURBATIONS = 64
+
+
+def is_yes(word: str) -> bool:
+    """Whether the value of a KEY=VALUE switches something on."""
+    return word.lower() in ("1", "true", "yes")
+
+
+# What may be written KEY=VALUE, and how a value is read.
+SETTINGS: dict[str, Callable] = {
+    "num_fewshot": int,
+    "limit": float,
+    "include_path": str,
+    "use_cache": str,
+    "apply_chat_template": is_yes,
+    "system_instruction": str,
+    "bootstrap_iters": int,
+    "confirm_run_unsafe_code": is_yes,
+}
+
+
+def read_settings(words: Sequence[str]) -> dict[str, Any]:
+    """Returns the settings of `run` that KEY=VALUE words name.
+
+    Raises:
+        UserError: a word is not a pair, or its value is not a number where one is needed.
+    """
+    settings = {}
+    for word in words:
+        key, equals, value = word.partition("=")
+        if not equals:
+            raise UserError(f"--harness {word!r} has no value; write {word}=VALUE.")
+        read = look_up(SETTINGS, key, "setting of the harness")
+        try:
+            settings[key] = read(value)
+        except ValueError:
+            raise UserError(f"--harness {key}={value!r} must be a number.") from None
+    return settings
+
+
+def load_tasks(
+    tasks: Sequence[Any], *, include_path: str | None = None, confirm_run_unsafe_code: bool = False
+) -> list[list[Any]]:
+    """Returns for each of `tasks` the harness's own objects, with their data, which `run` takes as
+    tasks: a task, a group of tasks, or all tasks of a tag.
+
+    A task of another library may lack its data or a package, or may run code that the model wrote.
+    All of that is found here, so that it need not end an evaluation that has taken hours.
+
+    Args:
+        tasks: names, configs of tasks as dicts, or what this function has returned.
+        include_path: a folder with YAML files of tasks.
+        confirm_run_unsafe_code: accept tasks that run what the model wrote.
+
+    Raises:
+        UserError: a task cannot be loaded, or runs code without confirmation.
+    """
+    # The harness reads thousands of files, for half a minute, to know the tasks that it comes with.
+    has_names = any(isinstance(task, str) for task in tasks)
+    manager = require("lm_eval.tasks", extra="eval").TaskManager(
+        include_path=include_path, include_defaults=has_names
+    )
+    found = []
+    for task in tasks:
+        name = task.get("task") if isinstance(task, dict) else task
+        try:
+            # loading changes a config
+            loaded = manager.load([copy.deepcopy(task) if isinstance(task, dict) else task])
+        except Exception as error:  # tasks come with code of their own, which raises what it likes
+            raise UserError(
+                f"The task {name} of lm-evaluation-harness cannot be loaded ({reason(error)}); "
+                "fix that, or leave the task out."
+            ) from error
+        for part, one in loaded["tasks"].items():
+            if getattr(one, "UNSAFE_CODE", False) and not confirm_run_unsafe_code:
+                raise UserError(
+                    f"The task {part} runs code on this machine that the model has written; add "
+                    "--harness confirm_run_unsafe_code=true to accept that, or leave the task out."
+                )
+        inner = {child for children in loaded["group_map"].values() for child in children}
+        outer = [group for group in loaded["groups"].values() if group.name not in inner]
+        found.append(outer or list(loaded["tasks"].values()))
+    return found
+
+
+def monte_carlo_errors(task: Any, samples: Sequence[dict], standard_errors: dict) -> dict:
+    """Returns {(metric, filter): the error that the Monte Carlo adds to it}; see `run`."""
+    rng = np.random.default_rng(0)
+    found: dict[tuple[str, str], list[float]] = {}
+    aggregation = task.aggregation()
+    for _ in range(NUM_PERTURBATIONS):
+        items: dict[tuple[str, str], list] = {}
+        for sample in samples:
+            perturbed = []
+            for arguments, response in zip(
+                sample["arguments"], sample["filtered_resps"], strict=True
+            ):
+                # not a number where the score came from the harness's cache, which has no errors
+                shift = standard_errors.get(arguments, math.nan) * rng.normal()
+                if isinstance(response, (tuple, list)):
+                    perturbed.append((response[0] + shift, *response[1:]))
+                else:
+                    perturbed.append(response + shift)
+            with contextlib.redirect_stdout(None):
+                metrics = task.process_results(sample["doc"], perturbed)
+            for metric, item in metrics.items():
+                items.setdefault((metric, sample["filter"]), []).append(item)
+        for key, values in items.items():
+            found.setdefault(key, []).append(float(aggregation[key[0]](values)))
+    return {key: float(np.std(values)) for key, values in found.items()}
