@@ -1,5 +1,6 @@
-"""The curves of a run on one page, which any browser shows without TensorBoard or a network; and
-the frontier of its sampler, where one was measured (benchmarks/frontier.py).
+"""The curves of a run and the texts that it sampled on one page, which any browser shows without
+TensorBoard or a network; and the frontier of its sampler, where one was measured
+(benchmarks/frontier.py).
 """
 
 import html
@@ -25,7 +26,9 @@ svg { background: #fafafa; }
 svg text { font-size: 11px; fill: #555; }
 polyline { fill: none; stroke-width: 1.6; }
 circle { fill-opacity: 0; } circle:hover { fill-opacity: 1; }
-table { border-collapse: collapse; } td, th { padding: .2em 1em .2em 0; text-align: left; }
+table { border-collapse: collapse; }
+td, th { padding: .2em 1em .2em 0; text-align: left; vertical-align: top; }
+.samples td { white-space: pre-wrap; }
 .key { display: inline-block; width: 1.4em; margin: 0 .3em .2em .8em; border-top: .25em; }
 """
 
@@ -181,11 +184,24 @@ def _rows(result: dict[str, Any], prefix: str = "") -> list[str]:
     return rows
 
 
+def _samples(samples: Sequence[dict]) -> str:
+    """Returns the part of the page with the texts of a run, by step."""
+    if not samples:
+        return ""
+    rows = "".join(
+        f"<tr><td>{sample['step']}</td><td><b>{html.escape(sample['prompt'])}</b>"
+        f"{html.escape(sample['text'])}</td></tr>"
+        for sample in samples
+    )
+    return f'<h2>Samples</h2><table class="samples">{rows}</table>'
+
+
 def report_page(
     title: str,
     lines: Sequence[dict],
     result: dict[str, Any],
     frontier: Frontier | None = None,
+    samples: Sequence[dict] = (),
 ) -> str:
     """Returns the page: the curves of metrics.jsonl, and the result of an evaluation as a table.
 
@@ -194,6 +210,7 @@ def report_page(
         lines: of metrics.jsonl; [] for a model that was not trained here.
         result: what `evaluate --json` prints.
         frontier: of the sampler; None where it was not measured.
+        samples: of samples.jsonl, what the run has sampled while it trained.
     """
     figures = "".join(_figure(name, curves) for name, curves in curves_of(lines).items())
     missing = "" if figures else "<p>There is no metrics.jsonl next to this checkpoint.</p>"
@@ -201,6 +218,6 @@ def report_page(
         f'<!doctype html><html lang="en"><head><meta charset="utf-8"><title>{html.escape(title)}'
         f"</title><style>{STYLE}</style></head><body><h1>{html.escape(title)}</h1>"
         f"<h2>Evaluation</h2><table>{''.join(_rows(result))}</table>"
-        f"<h2>Curves</h2>{missing}{figures}"
+        f"<h2>Curves</h2>{missing}{figures}{_samples(samples)}"
         f"{'' if frontier is None else _frontier(frontier)}</body></html>\n"
     )

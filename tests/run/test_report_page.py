@@ -53,6 +53,20 @@ def test_a_model_that_was_not_trained_here_has_no_curves():
     assert "no metrics.jsonl" in report_page("a", [], {})
 
 
+def test_the_samples_of_a_run_are_listed_by_step_as_they_are():
+    samples = [
+        {"step": 10, "prompt": "", "text": "<b>&\n  x"},
+        {"step": 20, "prompt": "Once", "text": " upon"},
+    ]
+    page = report_page("a", [], {}, samples=samples)
+    document = ET.fromstring(
+        page.removeprefix("<!doctype html>").replace('<meta charset="utf-8">', "")
+    )
+    rows = ["".join(row.itertext()) for row in document.iter("tr")]
+    assert rows == ["10<b>&\n  x", "20Once upon"]
+    assert "Samples" not in report_page("a", [], {})
+
+
 def frontier_with(costs: list[tuple[str, float]]) -> Frontier:
     """Returns a frontier of rules at so many passes per token, each pass over 64 columns, whose
     text is the better the more passes it took.
