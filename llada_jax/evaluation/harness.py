@@ -14,7 +14,7 @@ The harness finds no plug-ins, so the model object is passed to `lm_eval.simple_
 """
 
 import re
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
@@ -25,10 +25,23 @@ from llada_jax.errors import UserError, require
 from llada_jax.evaluation.answer_rows import Question
 from llada_jax.evaluation.conditional import Score, encode_pair, log_likelihoods
 from llada_jax.evaluation.harness_hosts import cache_of_first
-from llada_jax.evaluation.harness_tasks import load_tasks, monte_carlo_errors
-from llada_jax.evaluation.rolling import windows
+from llada_jax.evaluation.harness_tasks import (
+    check_estimator,
+    check_sampling,
+    load_tasks,
+    monte_carlo_errors,
+)
+from llada_jax.evaluation.rolling import check_can_bound, windows
+from llada_jax.samplers.autoregressive import continue_tokens
+from llada_jax.samplers.commit import SCHEDULE
 from llada_jax.samplers.denoise import DenoiseStep
-from llada_jax.samplers.text import cut_at_end, decode_after, generate_tokens
+from llada_jax.samplers.revise import NONE
+from llada_jax.samplers.text import (
+    cut_at_end,
+    decode_after,
+    generate_tokens,
+    without_denoising,
+)
 
 # Requests after which results are written to the cache of the harness, from which an interrupted
 # evaluation continues.
@@ -51,9 +64,14 @@ class HarnessModel:
         batch_size: rows in one pass.
         gen_length, block_length, steps: of generated texts; None: as many tokens as the task asks
             for (its max_gen_toks, 256 if it says nothing), in one block, one token per step.
-        remasking, temperature: see llada_jax.samplers.denoise; a task's own temperature is used
-            where it samples.
+        remasking, commit, revise, append, lookahead, eos, suppress, cache, refresh, top_k, top_p:
+            of generated texts, see llada_jax.loaded_model.Pretrained.generate. The temperature is
+            that of a task that samples, and 0 otherwise.
         chat_template: Jinja source; None takes that of the checkpoint.
+
+    Raises:
+        UserError: a setting is unknown or out of range, or is about denoising, and the model is
+            autoregressive.
     """
 
     def __init__(
@@ -69,6 +87,16 @@ class HarnessModel:
         block_length: int | None = None,
         steps: int | None = None,
         remasking: str = "low_confidence",
+        commit: str = SCHEDULE,
+        revise: str = NONE,
+        append: bool = False,
+        lookahead: int | None = None,
+        eos: str = "free",
+        suppress: Sequence[int] = (),
+        cache: str = "none",
+        refresh: int = 0,
+        top_k: int = 0,
+        top_p: float = 1.0,
         chat_template: str | None = None,
     ):
         api = require("lm_eval.api.model", extra="eval")
@@ -81,9 +109,28 @@ class HarnessModel:
         self.scoring: dict[str, Any] = dict(
             num_samples=mc_samples, estimator=estimator, cfg_scale=cfg_scale, seed=seed
         )
+        self.estimator = estimator
         self.batch_size, self.seed = batch_size, seed
-        self.gen_length, self.block_length, self.steps = gen_length, block_length, steps
-        self.remasking, self.cfg_scale = remasking, cfg_scale
+        self.gen_length = gen_length
+        self.sampling: dict[str, Any] = dict(
+            block_length=block_length,
+            steps=steps,
+            remasking=remasking,
+            commit=commit,
+            revise=revise,
+            append=append,
+            lookahead=lookahead,
+            eos=eos,
+            suppress=suppress,
+            cache=cache,
+            refresh=refresh,
+            top_k=top_k,
+            top_p=top_p,
+            cfg_scale=cfg_scale,
+        )
+        check_sampling(**self.sampling)
+        if self.mask.causal:
+            self.sampling = without_denoising(self.sampling)
         found = pretrained.record.chat_template
         self.template = found if chat_template is None else chat_template
         self.writes_chats = False
@@ -178,6 +225,7 @@ class HarnessModel:
         """
 
         def answer_part(arguments):
+            check_can_bound(self.estimator)
             cut = [
                 windows(self.encode(text), length=self.longest, context=self.longest // 2)
                 for (text,) in arguments
@@ -199,14 +247,9 @@ class HarnessModel:
     def generate_until(self, requests):
         """Returns the text after each prompt, up to the first of the task's stop strings.
 
-        A batch ends as soon as each of its texts has one, EOS or the end of a turn in a finished
-        block.
+        A batch of masked diffusion ends as soon as each of its texts has one, EOS or the end of a
+        turn in a finished block. An autoregressive model writes token by token.
         """
-        if self.mask.causal:
-            raise UserError(
-                "generate_until denoises, and this model is autoregressive; use tasks that rank "
-                "answers."
-            )
         return self._in_parts("generate_until", requests, self._generate_part)
 
     def _generate_part(self, arguments):
@@ -238,7 +281,44 @@ class HarnessModel:
             )
         ids = [self.encode(prompt) for prompt in prompts]
         ids = [row[max(0, len(row) - room) :] for row in ids]
-        block_length = self.block_length or gen_length
+        request: dict[str, Any] = dict(
+            mask_id=self.tokenizer.mask_id,
+            pad_id=self.tokenizer.pad_id,
+            eos_id=self.tokenizer.end_ids,
+            num_ids=self.tokenizer.vocab_size,
+            gen_length=gen_length,
+            temperature=temperature,
+            seed=self.seed,
+            batch_size=self.batch_size,
+            **self.sampling,
+        )
+        model, params = self.pretrained.model, self.pretrained.params
+        if self.mask.causal:
+            tokens_BT, _ = continue_tokens(
+                model.cache_fns, params, ids, bos_id=self.tokenizer.bos_id, **request
+            )
+        else:
+            tokens_BT, _ = generate_tokens(
+                model.logits_fn,
+                params,
+                ids,
+                cache_fns=model.cache_fns,
+                shadow_fn=model.shadow_fn,
+                is_enough=self._have_ended(ids, until, gen_length=gen_length),
+                **request,
+            )
+        return [
+            self._until(before, tokens, until)[0]
+            for before, tokens in zip(ids, tokens_BT.tolist(), strict=True)
+        ]
+
+    def _have_ended(
+        self, ids: Sequence[Sequence[int]], until: Sequence[str], *, gen_length: int
+    ) -> Callable[[range, DenoiseStep], bool]:
+        """Returns a function that says whether each text of a batch has an end in the blocks that
+        are finished.
+        """
+        block_length = self.sampling["block_length"] or gen_length
 
         def have_ended(rows: range, state: DenoiseStep) -> bool:
             finished_BT = jax.device_get(state.canvas_BT)[: len(rows), -gen_length:]
@@ -248,28 +328,7 @@ class HarnessModel:
                 for row, tokens in zip(rows, finished_BT, strict=True)
             )
 
-        tokens_BT, _ = generate_tokens(
-            self.pretrained.logits_fn,
-            self.pretrained.params,
-            ids,
-            mask_id=self.tokenizer.mask_id,
-            pad_id=self.tokenizer.pad_id,
-            gen_length=gen_length,
-            block_length=block_length,
-            steps=self.steps or gen_length,
-            remasking=self.remasking,
-            temperature=temperature,
-            cfg_scale=self.cfg_scale,
-            eos_id=self.tokenizer.end_ids,
-            num_ids=self.tokenizer.vocab_size,
-            seed=self.seed,
-            batch_size=self.batch_size,
-            is_enough=have_ended,
-        )
-        return [
-            self._until(before, tokens, until)[0]
-            for before, tokens in zip(ids, tokens_BT.tolist(), strict=True)
-        ]
+        return have_ended
 
     def _until(
         self, before: Sequence[int], tokens: Sequence[int], until: Sequence[str]
@@ -361,6 +420,7 @@ def run(
         tasks, include_path=include_path, confirm_run_unsafe_code=confirm_run_unsafe_code
     )
     roots = [root for objects in loaded for root in objects]
+    check_estimator(roots, model.estimator)
     manager = require("lm_eval.tasks", extra="eval").TaskManager(include_defaults=False)
     with cache_of_first(use_cache) as cache:
         results = lm_eval.simple_evaluate(

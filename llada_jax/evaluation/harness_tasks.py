@@ -11,9 +11,15 @@ from typing import Any
 import numpy as np
 
 from llada_jax.errors import UserError, look_up, reason, require
+from llada_jax.evaluation.rolling import check_can_bound
+from llada_jax.ranges import SIZE, check_number
+from llada_jax.samplers.settings import check_options, check_strengths
 
 # How often the scores are perturbed for the error of the Monte Carlo.
 NUM_PERTURBATIONS = 64
+
+
+# ---- settings
 
 
 def is_yes(word: str) -> bool:
@@ -21,8 +27,8 @@ def is_yes(word: str) -> bool:
     return word.lower() in ("1", "true", "yes")
 
 
-# What may be written KEY=VALUE, and how a value is read.
-SETTINGS: dict[str, Callable] = {
+# What may be written KEY=VALUE, and how a value is read: for `run`, and for HarnessModel.
+OF_RUN: dict[str, Callable] = {
     "num_fewshot": int,
     "limit": float,
     "include_path": str,
@@ -32,25 +38,72 @@ SETTINGS: dict[str, Callable] = {
     "bootstrap_iters": int,
     "confirm_run_unsafe_code": is_yes,
 }
+OF_MODEL: dict[str, Callable] = {
+    "gen_length": int,
+    "block_length": int,
+    "steps": int,
+    "remasking": str,
+    "commit": str,
+    "revise": str,
+    "append": is_yes,
+    "lookahead": int,
+    "eos": str,
+    "cache": str,
+    "refresh": int,
+}
 
 
-def read_settings(words: Sequence[str]) -> dict[str, Any]:
-    """Returns the settings of `run` that KEY=VALUE words name.
+def read_settings(words: Sequence[str]) -> tuple[dict[str, Any], dict[str, Any]]:
+    """Returns the settings of `run` and of HarnessModel that KEY=VALUE words name.
 
     Raises:
-        UserError: a word is not a pair, or its value is not a number where one is needed.
+        UserError: a word is not a pair, its value is not a number where one is needed, or the
+            settings of the sampler do not fit together.
     """
     settings = {}
     for word in words:
         key, equals, value = word.partition("=")
         if not equals:
             raise UserError(f"--harness {word!r} has no value; write {word}=VALUE.")
-        read = look_up(SETTINGS, key, "setting of the harness")
+        read = look_up({**OF_RUN, **OF_MODEL}, key, "setting of the harness")
         try:
             settings[key] = read(value)
         except ValueError:
             raise UserError(f"--harness {key}={value!r} must be a number.") from None
-    return settings
+    of_model = {key: value for key, value in settings.items() if key in OF_MODEL}
+    check_sampling(**of_model)
+    return {key: value for key, value in settings.items() if key in OF_RUN}, of_model
+
+
+def check_sampling(
+    *,
+    gen_length: int | None = None,
+    block_length: int | None = None,
+    steps: int | None = None,
+    cfg_scale: float = 0.0,
+    top_k: int = 0,
+    top_p: float = 1.0,
+    **options: Any,
+) -> None:
+    """Raises UserError for settings of generated texts that are unknown, out of range or do not fit
+    together.
+
+    How blocks and steps divide the text, and what top_k and top_p are good for, is known only with
+    a task, which has a length and a temperature of its own.
+    """
+    for name, size in (
+        ("gen_length", gen_length),
+        ("block_length", block_length),
+        ("steps", steps),
+    ):
+        if size is not None:
+            check_number(f"{name}=", size, SIZE)
+    check_strengths(cfg_scale=cfg_scale)
+    # top_k and top_p need a temperature, which is the task's
+    check_options(temperature=1.0, top_k=top_k, top_p=top_p, **options)
+
+
+# ---- tasks
 
 
 def load_tasks(
@@ -96,6 +149,18 @@ def load_tasks(
         outer = [group for group in loaded["groups"].values() if group.name not in inner]
         found.append(outer or list(loaded["tasks"].values()))
     return found
+
+
+def check_estimator(tasks: Sequence[Any], estimator: str) -> None:
+    """Raises UserError for a task that bounds whole texts with an estimator that is not a bound.
+
+    Args:
+        tasks: objects of the harness, see `load_tasks`.
+    """
+    for task in tasks:
+        for one in task.get_all_tasks() if hasattr(task, "get_all_tasks") else (task,):
+            if one.OUTPUT_TYPE == "loglikelihood_rolling":
+                check_can_bound(estimator, f"the task {one.task_name} asks for bounds of texts")
 
 
 def monte_carlo_errors(task: Any, samples: Sequence[dict], standard_errors: dict) -> dict:

@@ -29,6 +29,8 @@ def harness_lines(name: str, answered: dict) -> list[str]:
                 if isinstance(error, float):
                     line += f"  +- {error:.4f} ({what})"
             lines.append(line)
+    if answered.get("estimator") == "confidence_order":
+        lines.append(f"  {name}  confidence_order, which is not a bound")
     if "published_percent" in answered:
         lines.append(f"  {name}  published  {answered['published_percent'] / 100:.4f}")
     return lines
@@ -37,6 +39,7 @@ def harness_lines(name: str, answered: dict) -> list[str]:
 def report_tasks(result: dict) -> str:
     """Returns one line per direction."""
     lines = [f"{result['tasks']}, answered by the model at step {result['step']}"]
+    is_bound = result["estimator"] != "confidence_order"
     for direction in DIRECTIONS:
         if direction not in result:
             continue
@@ -51,9 +54,10 @@ def report_tasks(result: dict) -> str:
                 f"{found['ranking_standard_error']:.3f} of {found['num_ranked']} (chance "
                 f"{found['ranking_chance']:.3f})"
             )
+        noise = f"Monte Carlo {found['mc_standard_error']:.2f}"
         line += (
             f", {found['log_likelihood']:.2f} +- {found['standard_error']:.2f} nats per answer "
-            f"(Monte Carlo {found['mc_standard_error']:.2f})"
+            f"({noise if is_bound else 'not a bound'})"
         )
         lines.append(line)
     return "\n".join(lines)
@@ -91,4 +95,11 @@ def report_split(result: dict) -> str:
                 first, last = number / len(shares), (number + 1) / len(shares)
                 error = result[key]["standard_error"][number]
                 lines.append(f"  {first:.3f} to {last:.3f}  {nats:.3f} +- {error:.3f}")
+    for number, (name, one) in enumerate(result.get("speed", {}).items()):
+        if number == 0:
+            lines.append("sampling speed, once it is compiled")
+        lines.append(
+            f"  {name}  {one['tokens_per_s']:.1f} tokens/s, {one['passes_per_token']:.3f} passes "
+            f"per token, {one['seconds']:.2f} s"
+        )
     return "\n".join(lines)

@@ -119,6 +119,7 @@ def test_tasks_that_cannot_be_asked_are_refused_before_the_first_is(found):
     for name, message in (
         ("unsafe", "The task unsafe runs code on this machine that the model has written; add"),
         ("unknown", "The task rankled of lm-evaluation-harness cannot be loaded ("),
+        ("unbounded", "is not a bound, and the task rolled asks for bounds of texts"),
     ):
         assert said[name]["status"] == 2
         assert message in said[name]["err"]

@@ -127,7 +127,7 @@ def verbs() -> dict:
     folder.mkdir()
     groups = [{"group": "inner", "task": ["ranked"]}, {"group": "outer", "task": ["inner"]}]
     unsafe = {**WRITTEN, "task": "unsafe", "unsafe_code": True}
-    for config in (RANKED, unsafe, *groups):
+    for config in (RANKED, ROLLED, unsafe, *groups):
         name = config.get("group", config["task"])
         (folder / f"{name}.yaml").write_text(yaml.safe_dump(config))
     # without the tasks that the harness comes with, which take half a minute to read
@@ -142,6 +142,7 @@ def verbs() -> dict:
         "preset": said("--preset", "local", "--tasks", "ranked", *few),
         "unsafe": said("--preset", "local"),
         "unknown": said("--tasks", "rankled"),
+        "unbounded": said("--tasks", "rolled", "--estimator", "confidence_order"),
         "confirmed": said("--tasks", "unsafe", *confirmed, "--json"),
     }
 
