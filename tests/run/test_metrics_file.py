@@ -222,7 +222,7 @@ def test_a_full_disk_is_one_sentence_with_the_remedy(tmp_path, monkeypatch):
         def write(self, text):
             raise OSError(errno.ENOSPC, "No space left on device")
 
-    monkeypatch.setattr(writer, "_file", FullFile())
+    monkeypatch.setattr(writer._metrics, "_file", FullFile())
     says = rf"{tmp_path} cannot be written \(No space left.*free some space"
     with pytest.raises(UserError, match=says) as error:
         writer.write(1, {"train": {"loss": 1.0}})
