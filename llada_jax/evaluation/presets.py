@@ -132,11 +132,13 @@ def preset(name: str) -> tuple[str, dict[str, Setting]]:
 
 def as_arguments(setting: Setting) -> tuple[dict[str, Any], dict[str, Any]]:
     """Returns the arguments of llada_jax.evaluation.harness.HarnessModel and of `run`."""
+    model: dict[str, Any] = {"cfg_scale": setting.cfg_scale}
     if setting.gen_length is None:
-        model = {"mc_samples": setting.mc_samples, "cfg_scale": setting.cfg_scale}
+        model["mc_samples"] = setting.mc_samples
     else:
-        model = {"gen_length": setting.gen_length, "cfg_scale": setting.cfg_scale}
-        model |= {"block_length": setting.block_length or setting.gen_length, "eos": setting.eos}
+        block_length = setting.block_length or setting.gen_length
+        model |= {"gen_length": setting.gen_length, "block_length": block_length}
+        model["eos"] = setting.eos
     asked: dict[str, Any] = {}
     if setting.num_fewshot is not None:
         asked["num_fewshot"] = setting.num_fewshot
