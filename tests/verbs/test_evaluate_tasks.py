@@ -139,7 +139,7 @@ def test_the_report_is_a_page_with_the_result(random_checkpoint, small_dataset, 
 
 @pytest.fixture
 def harness(monkeypatch):
-    """Puts stand-ins in the place of the model and of the harness, whose task "broken" fails.
+    """Puts stand-ins where the model and the harness are, whose task "broken" fails.
 
     Returns what they are asked: settings of the model and of the task, in turn.
     """
