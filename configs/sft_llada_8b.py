@@ -1,7 +1,7 @@
 """Supervised fine-tuning of LLaDA-8B with the published recipe (arXiv 2502.09992, appendix B).
 
-    llada-jax prepare --chat rows=padded --input instructions.jsonl --output data/chat \\
-        --sequence-length 4096 --tokenizer checkpoints/LLaDA-8B-Base
+    llada-jax prepare --chat template=llada rows=padded --input instructions.jsonl \\
+        --output data/chat --sequence-length 4096 --tokenizer checkpoints/LLaDA-8B-Base
     llada-jax train --config configs/sft_llada_8b.py --workdir gs://BUCKET/runs/sft \\
         --config.data.path=data/chat --config.checkpoint.init_from=checkpoints/LLaDA-8B-Base
 

@@ -1,8 +1,8 @@
 """Fine-tuning of LLaDA-8B on packed dialogues, of which prompts are masked too and no end of text
 is padded (the recipe of iLLaDA, arXiv 2606.25331).
 
-    llada-jax prepare --chat turns=all --input instructions.jsonl --output data/chat \\
-        --sequence-length 4096 --tokenizer checkpoints/LLaDA-8B-Base
+    llada-jax prepare --chat template=llada turns=all --input instructions.jsonl \\
+        --output data/chat --sequence-length 4096 --tokenizer checkpoints/LLaDA-8B-Base
     llada-jax train --config configs/sft_packed.py --workdir gs://BUCKET/runs/sft_packed \\
         --config.data.path=data/chat --config.checkpoint.init_from=checkpoints/LLaDA-8B-Base
 

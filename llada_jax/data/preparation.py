@@ -42,7 +42,7 @@ from llada_jax.data.build import (
     write_json,
     writing_to,
 )
-from llada_jax.data.chat_template import Chat, read_template, template_of
+from llada_jax.data.chat_template import TEMPLATES, Chat, read_template, template_of
 from llada_jax.data.dialogue_units import SCORED, ChatSettings, dialogue_texts, dialogues_json
 from llada_jax.data.duplicates import count_duplicates, without_duplicates
 from llada_jax.data.inputs import Input, find_inputs, printable
@@ -292,7 +292,7 @@ def _parse_tokenizer(
 def _chat_source(chat: ChatSettings) -> dict:
     """Returns what dataset.json says of the settings."""
     template = chat.template
-    if template not in ("", "default"):
+    if template not in ("", *TEMPLATES):
         template = fingerprint(read_template(template))[:16]
     return {**chat.to_json(), "template": template}
 
