@@ -173,11 +173,13 @@ class Chat:
         ends with the end-of-text token, which is part of the last answer.
 
         Raises:
-            Malformed: the template fails, or writes the beginning of a dialogue otherwise when more
-                follows.
+            Malformed: the template fails, leaves out an answer that is a call of a tool, or writes
+                the beginning of a dialogue otherwise when more follows.
             UserError: the template opens another answer after each answer.
         """
         whole = self.render(messages, tools=tools)
+        if self._leaves_out_calls(messages, whole, tools=tools):
+            raise Malformed("an answer is a call of a tool, which the template does not write")
         pieces, position = [], 0
         for number, message in enumerate(messages):
             is_last = number == len(messages) - 1
@@ -214,6 +216,19 @@ class Chat:
                 [np.full(len(a), is_answer) for a, (_, is_answer) in zip(arrays, pieces)]
             ),
         )
+
+    def _leaves_out_calls(self, messages: list[dict], whole: str, *, tools: Any) -> bool:
+        """Whether answers without text, which consist of calls, would be empty."""
+        bare = [
+            message
+            if message["content"].strip()
+            else {name: value for name, value in message.items() if name != "tool_calls"}
+            for message in messages
+        ]
+        try:
+            return bare != messages and self.render(bare, tools=tools) == whole
+        except Malformed:  # the template asks for what was taken away
+            return False
 
     def _place_of(
         self, number: int, messages: list[dict], whole: str, *, tools: Any

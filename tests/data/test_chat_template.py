@@ -90,6 +90,30 @@ def test_the_text_is_that_of_transformers(headers, template):
     assert ours == expected[0]
 
 
+def test_tools_their_calls_and_their_results_reach_the_template():
+    template = (
+        "{{ tools | tojson }}{% for m in messages %}|{{ m.role }}: {{ m.content }}"
+        "{% if m.tool_calls %}{{ m.tool_calls | tojson }}{% endif %}{% endfor %}"
+        "{% if add_generation_prompt %}|assistant: {% endif %}"
+    )
+    messages = [
+        {"role": "user", "content": "Time?"},
+        {"role": "assistant", "content": "", "tool_calls": [{"name": "clock"}]},
+        {"role": "tool", "content": "12:00"},
+        {"role": "assistant", "content": "Noon."},
+    ]
+    tokenizer = load_tokenizer("bytes")
+    document = Chat(template, tokenizer).document(messages, tools=[{"name": "clock"}])
+    assert tokenizer.decode(document.tokens) == (
+        '[{"name": "clock"}]|user: Time?|assistant: [{"name": "clock"}]|tool: 12:00|'
+        "assistant: Noon."
+    )
+    answers = tokenizer.decode(document.tokens[document.is_answer])
+    assert answers == '[{"name": "clock"}]Noon.'
+    with pytest.raises(Malformed, match="an answer is a call of a tool, which the template does"):
+        Chat(DEFAULT, tokenizer).document(messages)
+
+
 def test_every_answer_of_the_default_template_ends_with_end_of_text():
     tokenizer = load_tokenizer("bytes")
     document = Chat(DEFAULT, tokenizer).document(DIALOGUE)
