@@ -313,7 +313,8 @@ def _of_dialogues(content: dict, receipts: list[dict], chat: ChatSettings) -> di
         raise UserError(
             f"No dialogue is left of the input files: {told['num_malformed']} records are "
             f"malformed (the first: {told['first_malformed'] or 'none'}) and "
-            f"{told['num_too_long']} dialogues are too long; docs/finetuning.md lists the forms."
+            f"{told['num_too_long']} dialogues are too long (the first: "
+            f"{told['first_too_long'] or 'none'}); docs/finetuning.md lists the forms."
         )
     # the number that the form had in the fingerprints of version 0.1
     form = 3 if chat.records == "pairs" else 2

@@ -226,8 +226,9 @@ def _lines_of_dialogues(told: dict) -> list[str]:
             f"  the first of them is {told['first_malformed']}",
         ]
     if told["num_too_long"]:
-        lines.append(
+        lines += [
             f"  {told['num_too_long']:,} dialogues were too long, of which {told['num_cut']:,} "
-            "lost their beginning and the others were left out"
-        )
+            "lost their beginning and the others were left out",
+            f"  the first of them is {told['first_too_long']}",
+        ]
     return lines
