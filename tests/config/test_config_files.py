@@ -93,9 +93,9 @@ OF_BOTH = {
 }
 
 
-# Appendix B.1 of the same paper: 4.5 M dialogues, three epochs, batches of 256 with two rows on each
-# device. Answers and the end-of-text that fills them up are masked and weighted by 1/p, and the loss
-# of a row is divided by the length of its answer.
+# Appendix B.1 of the same paper: 4.5 M dialogues, three epochs, batches of 256 with two rows per
+# device. Answers and the end-of-text that pads them are masked and weighted by 1/p, and the loss of
+# a row is divided by the length of its answer.
 FINE_TUNED = {
     "num_steps": 52_734,
     "data.batch_size": 256,
