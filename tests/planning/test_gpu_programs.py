@@ -10,7 +10,7 @@ from llada_jax.planning.check import bytes_by_purpose
 
 # {config: (topology, further words, layers, bounds of the peak in GiB)}
 PROGRAMS = {
-    "llada_160m": ("1xh100", ("--vocab-size", "50000"), 12, (23, 29)),
+    "llada_160m": ("1xh100", ("--vocab-size", "50000"), 12, (24, 27)),
     "llada_1b": ("8xh100", (), 22, (42, 56)),
     "llada_8b": ("64xh100", ("--config.data.batch_size=256",), 32, (11.5, 14.5)),
     "llada_8b_128k": ("32xh100", ("--config.data.sequence_length=65536",), 32, (46, 54)),
@@ -46,7 +46,7 @@ def test_a_config_fits_in_the_memory_that_was_measured(report_of, name):
     peak = report["compiled"]["peak_bytes"]
     assert least * GIB < peak < most * GIB < report["usable_bytes"]
     # the estimate that `plan` makes without --compile
-    assert report["memory"]["peak"] == pytest.approx(peak, rel=0.25)
+    assert report["memory"]["peak"] == pytest.approx(peak, rel=0.2)
 
 
 @pytest.mark.slow
