@@ -1,6 +1,7 @@
 """A trained model in memory: logits, samples, scores, and the run's own record."""
 
 import dataclasses
+import warnings
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -25,6 +26,7 @@ from llada_jax.request_checks import (
     check_list,
     check_questions,
     check_samples,
+    surprises,
 )
 from llada_jax.samplers.batches import ignore_step
 from llada_jax.samplers.commit import SCHEDULE
@@ -36,6 +38,7 @@ from llada_jax.samplers.text import (
     generate_text,
     generate_tokens,
     infill_text,
+    parse_gaps,
 )
 
 
@@ -227,6 +230,8 @@ class Pretrained:
             UserError: a setting is out of range, or prompts is a single text.
         """
         check_list(prompts, "generate")
+        lengths = [len(self.tokenizer.encode(prompt)) + gen_length for prompt in prompts]
+        self._warn_of_surprises(prompts, lengths)
         denoising: dict[str, Any] = dict(
             block_length=block_length,
             steps=steps,
@@ -339,6 +344,7 @@ class Pretrained:
         """
         check_list(texts, "infill")
         check_can_infill(self.record)
+        self._warn_of_surprises([], [len(parse_gaps(self.tokenizer, text)[0]) for text in texts])
         completions = infill_text(
             self.logits_fn,
             self.params,
@@ -394,7 +400,7 @@ class Pretrained:
             eos_id: a row that has generated this token is filled up with it, and sampling stops
                 when all rows have. Of several ids (`tokenizer.end_ids`) each ends a row, and the
                 first fills it. None, the default, generates all gen_length tokens.
-            mask_id, pad_id: None takes the tokenizer's.
+            mask_id, pad_id: None takes the tokenizer's. A mask inside a prompt stays there.
             The others: see `generate`.
 
         Raises:
@@ -407,6 +413,7 @@ class Pretrained:
             )
         check_ids(self.num_rows, prompt_BT, eos_id, mask_id, pad_id)
         prompt_BT = np.asarray(prompt_BT, np.int32)
+        self._warn_of_surprises([], [prompt_BT.shape[1] + gen_length])
         generated_BT, _ = generate_tokens(
             self.logits_fn,
             self.params,
@@ -526,6 +533,12 @@ class Pretrained:
             batch_size=batch_size,
             mesh=self.mesh,
         )
+
+    def _warn_of_surprises(self, prompts: Sequence[str], lengths: Sequence[int]) -> None:
+        trained = self.config["data"]["sequence_length"]
+        for sentence in surprises(prompts, length=max(lengths, default=0), trained=trained):
+            # Of the caller, behind this function, the public one and its check of types.
+            warnings.warn(sentence, stacklevel=4)
 
 
 def _logits_impl(params, tokens_BT, segment_ids_BT, positions_BT, logits_fn):

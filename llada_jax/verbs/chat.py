@@ -11,6 +11,7 @@ from llada_jax.checkpoints.orbax_patches import drop_echoes
 from llada_jax.conversation import Answer, Conversation, Question
 from llada_jax.errors import UserError, reason
 from llada_jax.pretrained import load
+from llada_jax.request_checks import surprises
 from llada_jax.samplers.denoise import DenoiseStep
 from llada_jax.samplers.settings import check_request
 from llada_jax.samplers.show import make_show
@@ -213,19 +214,16 @@ def answer_shown(conversation: Conversation, question: Question) -> Answer:
     return answer
 
 
-def warn_of_length(conversation: Conversation, question: Question) -> None:
-    """Says what does not fit the context."""
+def warn_of_surprises(conversation: Conversation, question: Question) -> None:
+    """Says what does not fit the context, and that a gap is not filled."""
     if question.num_dropped:
         turns = "turn is" if question.num_dropped == 1 else f"{question.num_dropped} turns are"
         warn(
             f"the oldest {turns} forgotten, because the model reads {conversation.context} tokens."
         )
     length = len(question.tokens) + conversation.gen_length
-    if length > conversation.context:
-        warn(
-            f"message and --gen-length make {length} tokens, the model was trained on "
-            f"{conversation.context}; expect a worse answer."
-        )
+    for sentence in surprises([question.text], length=length, trained=conversation.context):
+        warn(sentence)
 
 
 def main(argv: list[str]) -> None:
@@ -247,7 +245,7 @@ def main(argv: list[str]) -> None:
         try:
             check_unicode([text], "The message", remedy="set the terminal to UTF-8")
             question = conversation.ask(text)
-            warn_of_length(conversation, question)
+            warn_of_surprises(conversation, question)
             if is_terminal:
                 answer = answer_shown(conversation, question)
             else:

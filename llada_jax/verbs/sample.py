@@ -16,12 +16,18 @@ from llada_jax.checkpoints.orbax_patches import drop_echoes
 from llada_jax.errors import UserError
 from llada_jax.pretrained import load
 from llada_jax.ranges import SIZE, check_number
-from llada_jax.request_checks import check_can_infill
+from llada_jax.request_checks import check_can_infill, surprises
 from llada_jax.samplers.batches import ignore_step
 from llada_jax.samplers.replay import Recording
 from llada_jax.samplers.settings import check_request
 from llada_jax.samplers.show import make_show
-from llada_jax.samplers.text import Completion, continue_text, generate_text, infill_text
+from llada_jax.samplers.text import (
+    Completion,
+    continue_text,
+    generate_text,
+    infill_text,
+    parse_gaps,
+)
 from llada_jax.sampling_flags import (
     add_checkpoint_flag,
     add_sampling_flags,
@@ -124,17 +130,20 @@ def warn_of_surprises(args, pretrained, prompts: list[str]) -> None:
             f"--num-samples {args.num_samples} at --temperature 0 repeats the same text; try "
             "--temperature 0.7."
         )
-    longest = (
-        max(len(pretrained.tokenizer.encode(prompt)) for prompt in set(prompts)) + args.gen_length
-    )
-    trained = pretrained.config["data"]["sequence_length"]
-    # Not refused: rotary positions extend, and a little beyond the trained length usually still
-    # reads well.
-    if longest > trained:
-        warn(
-            f"prompt and --gen-length make {longest} tokens, the model was trained on {trained}; "
-            "expect worse text."
-        )
+    lengths = [row_length(args, pretrained.tokenizer, text) for text in set(prompts)]
+    for sentence in surprises(
+        [] if args.infill else prompts,
+        length=max(lengths),
+        trained=pretrained.config["data"]["sequence_length"],
+    ):
+        warn(sentence)
+
+
+def row_length(args, tokenizer, text: str) -> int:
+    """Returns the tokens of a text, with those that are to be generated."""
+    if args.infill:
+        return len(parse_gaps(tokenizer, text)[0])
+    return len(tokenizer.encode(text)) + args.gen_length
 
 
 def print_texts(completions: list[Completion], *, is_infill: bool) -> None:
@@ -307,8 +316,7 @@ def main(argv: list[str]) -> None:
     if args.infill:
         check_can_infill(pretrained.record)
         settings |= {"steps": args.steps}
-    else:
-        warn_of_surprises(args, pretrained, prompts)
+    warn_of_surprises(args, pretrained, prompts)
 
     # 3. The texts.
     start = time.perf_counter()

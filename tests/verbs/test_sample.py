@@ -262,9 +262,24 @@ def test_options_that_were_asked_for_are_recorded(run):
 def test_surprises_are_announced_but_not_refused(run):
     status, out, err = run("--prompt", "it", "--gen-length", "48", "--num-samples", "2")
     assert status == 0
-    assert "make 50 tokens, the model was trained on 48" in err
+    assert "have 50 tokens together, and the model was trained on rows of 48" in err
     assert "repeats the same text; try --temperature" in err
+    assert "letters" not in err
     assert len(out.split("\n---\n")) == 2
+
+    status, _, err = run("--infill", "it [MASK:47]", "--num-samples", "2", "--steps", "1")
+    assert status == 0
+    assert "have 50 tokens together, and the model was trained on rows of 48" in err
+    assert "repeats the same text; try --temperature" in err
+    assert "letters" not in err
+
+
+def test_a_gap_in_a_prompt_is_announced_as_letters(run):
+    status, out, err = run("--prompt", "it [MASK:3] a", "--gen-length", "4")
+    assert status == 0
+    assert out.startswith("it [MASK:3] a")
+    assert "[MASK:3] in a prompt is read as letters" in err
+    assert "sample --infill" in err
 
 
 def test_the_help_fits_a_screen_and_ends_with_an_example(monkeypatch):
