@@ -26,6 +26,7 @@ from llada_jax.request_checks import (
     check_list,
     check_questions,
     check_samples,
+    length_hint,
     surprises,
 )
 from llada_jax.samplers.batches import ignore_step
@@ -231,7 +232,9 @@ class Pretrained:
         """
         check_list(prompts, "generate")
         lengths = [len(self.tokenizer.encode(prompt)) + gen_length for prompt in prompts]
-        self._warn_of_surprises(prompts, lengths)
+        shortest = min(lengths, default=0)
+        hint = length_hint(self.record, gen_length=gen_length, shortest_row=shortest)
+        self._warn_of_surprises(prompts, lengths, hint)
         denoising: dict[str, Any] = dict(
             block_length=block_length,
             steps=steps,
@@ -534,9 +537,12 @@ class Pretrained:
             mesh=self.mesh,
         )
 
-    def _warn_of_surprises(self, prompts: Sequence[str], lengths: Sequence[int]) -> None:
+    def _warn_of_surprises(
+        self, prompts: Sequence[str], lengths: Sequence[int], hint: Sequence[str] = ()
+    ) -> None:
         trained = self.config["data"]["sequence_length"]
-        for sentence in surprises(prompts, length=max(lengths, default=0), trained=trained):
+        length = max(lengths, default=0)
+        for sentence in (*surprises(prompts, length=length, trained=trained), *hint):
             # Of the caller, behind this function, the public one and its check of types.
             warnings.warn(sentence, stacklevel=4)
 

@@ -107,3 +107,31 @@ def surprises(prompts: Sequence[str], *, length: int, trained: int) -> list[str]
             f"rows of {trained}; expect worse text."
         )
     return found
+
+
+def length_hint(
+    record: RunRecord, *, gen_length: int, shortest_row: int | None = None
+) -> list[str]:
+    """Returns a sentence for the user where a generation has no room for what the model has learnt
+    to write: it then ends nothing, or squeezes every text into a length that none of them has.
+
+    Args:
+        shortest_row: tokens of the shortest row, prompt and generation, for a model that has learnt
+            to end whole documents; None for one that answers messages.
+    """
+    lengths = record.lengths or {}
+    if "answers" in lengths:
+        most, room, what = lengths["answers"]["most"], gen_length, "answers"
+        given = f"a generation of {gen_length}"
+    elif "documents" in lengths and shortest_row is not None:
+        most, room, what = lengths["documents"]["most"], shortest_row, "documents"
+        given = f"{shortest_row} with the prompt"
+    else:
+        return []
+    # Longer texts continue in the next row, so that few rows have shown how they end.
+    if not room < most <= record.knob("data.sequence_length"):
+        return []
+    return [
+        f"99% of the {what} in the training data have up to {most} tokens, their end included, and "
+        f"{given} has no room for some of them; generate {gen_length + most - room} tokens."
+    ]

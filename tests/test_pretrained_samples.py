@@ -1,5 +1,6 @@
 """`llada_jax.load(...).generate`, `.complete`, `.best_of` and `.infill`."""
 
+import dataclasses
 import warnings
 
 import numpy as np
@@ -69,5 +70,8 @@ def test_what_may_disappoint_is_warned_of(model, monkeypatch):
         for sentence, ask in requests.items():
             with pytest.raises(UserWarning, match=sentence):
                 ask()
+        short = dataclasses.replace(model, run=model.run | {"lengths": {"answers": {"most": 9}}})
+        with pytest.raises(UserWarning, match="answers in the training data have up to 9 tokens"):
+            short.generate(["it"], gen_length=8)
         monkeypatch.setattr(llada_jax.loaded_model, "generate_text", lambda *_, **__: [])
         assert model.generate(["it"], gen_length=46) == []

@@ -72,6 +72,8 @@ class RunRecord:
     special_ids, chat_template: of the tokenizer, {"mask": id, ...} and a Jinja template (None if it
         has none); older versions wrote them for imported checkpoints alone.
     source: of an imported checkpoint, {"from", "layout", "config"}.
+    lengths: of the training texts in tokens, {"answers" or "documents": {"median", "most" (of 99%),
+        "longest"}}; None where they were not counted.
     checksums: {item: {path of an array: checksum}}, in a checkpoint.
     checksum_scheme: how they were computed (llada_jax.checkpoints.checksums.SCHEMES).
     unknown: what a newer version wrote and this one does not know, kept as it is.
@@ -92,6 +94,7 @@ class RunRecord:
     special_ids: dict[str, int] | None = None
     chat_template: str | None = None
     source: dict[str, Any] | None = None
+    lengths: dict[str, dict[str, int]] | None = None
     checksums: dict[str, dict[str, int]] | None = None
     checksum_scheme: int = 1
     unknown: dict[str, Any] = dataclasses.field(default_factory=dict)
@@ -174,6 +177,7 @@ class RunRecord:
             "special_ids": self.special_ids,
             "chat_template": self.chat_template,
             "source": self.source,
+            "lengths": self.lengths,
             "checksums": self.checksums,
             "checksum_scheme": self.checksum_scheme if self.checksum_scheme != 1 else None,
         }
@@ -225,6 +229,7 @@ class RunRecord:
             "special_ids": (dict, None),
             "chat_template": (str, None),
             "source": (dict, None),
+            "lengths": (dict, None),
             "checksums": (dict, None),
             "checksum_scheme": (int, 1),
         }

@@ -11,7 +11,7 @@ from llada_jax.checkpoints.orbax_patches import drop_echoes
 from llada_jax.conversation import Answer, Conversation, Question
 from llada_jax.errors import UserError, reason
 from llada_jax.pretrained import load
-from llada_jax.request_checks import surprises
+from llada_jax.request_checks import length_hint, surprises
 from llada_jax.samplers.denoise import DenoiseStep
 from llada_jax.samplers.settings import check_request
 from llada_jax.samplers.show import make_show
@@ -233,6 +233,8 @@ def main(argv: list[str]) -> None:
     is_terminal = sys.stdin.isatty()
     if not conversation.has_template:
         warn("the tokenizer has no chat template; messages are written under plain headings.")
+    for sentence in length_hint(conversation.record, gen_length=conversation.gen_length):
+        warn(sentence)
     if is_terminal:
         warn(KEYS)
     num_answers = 0

@@ -16,7 +16,7 @@ from llada_jax.checkpoints.orbax_patches import drop_echoes
 from llada_jax.errors import UserError
 from llada_jax.pretrained import load
 from llada_jax.ranges import SIZE, check_number
-from llada_jax.request_checks import check_can_infill, surprises
+from llada_jax.request_checks import check_can_infill, length_hint, surprises
 from llada_jax.samplers.batches import ignore_step
 from llada_jax.samplers.replay import Recording
 from llada_jax.samplers.settings import check_request
@@ -131,11 +131,16 @@ def warn_of_surprises(args, pretrained, prompts: list[str]) -> None:
             "--temperature 0.7."
         )
     lengths = [row_length(args, pretrained.tokenizer, text) for text in set(prompts)]
-    for sentence in surprises(
+    found = surprises(
         [] if args.infill else prompts,
         length=max(lengths),
         trained=pretrained.config["data"]["sequence_length"],
-    ):
+    )
+    if not args.infill:
+        found += length_hint(
+            pretrained.record, gen_length=args.gen_length, shortest_row=min(lengths)
+        )
+    for sentence in found:
         warn(sentence)
 
 
@@ -199,11 +204,15 @@ def check_infill(args) -> None:
         ("--eos", args.eos != "free"),
         ("--ignore-eos", args.ignore_eos),
         ("--best-of", args.best_of > 1),
-        ("--show", args.show),
-        ("--html", args.html),
     ):
         if value:
             raise UserError(f"{flag} is about texts that go on, and --infill fills gaps; keep one.")
+    for flag, value in (("--show", args.show), ("--html", args.html)):
+        if value:
+            raise UserError(
+                f"{flag} draws a prompt and the generation behind it, and cannot draw the gaps of "
+                "--infill; keep one."
+            )
 
 
 def infill(args, pretrained, settings: dict, texts: list[str]) -> list[Completion]:

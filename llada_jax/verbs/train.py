@@ -214,6 +214,7 @@ def open_run(
                 parts=parts,
                 special_ids=data.tokenizer.special_ids,
                 chat_template=data.tokenizer.chat_template,
+                lengths=data.lengths() or None,
             ),
             config_text=config_text,
             tokenizer=data.tokenizer,

@@ -1,5 +1,6 @@
 """The chat verb: through pipes, in a terminal, and what it refuses."""
 
+import dataclasses
 import io
 import os
 import pty
@@ -102,6 +103,15 @@ def test_an_answer_that_takes_all_its_tokens_is_announced(chat):
     _, out, err = chat("--gen-length", "2", text=b"Hi")
     assert out == "Ye\n"
     assert "the answer takes all tokens of --gen-length 2" in err
+
+
+def test_an_answer_without_room_for_the_end_of_most_answers_is_announced_once(chat):
+    model = reciting(FIRST, SECOND)
+    lengths = {"answers": {"median": 6, "most": 9, "longest": 30}}
+    model.record = dataclasses.replace(model.record, lengths=lengths)
+    _, out, err = chat("--gen-length", "8", text=b"Hi\nHi", model=model)
+    assert out == "Yes.\n---\nNo.\n"
+    assert err.count("a generation of 8 has no room for some of them; generate 9 tokens") == 1
 
 
 def test_the_system_message_is_in_front(chat):
