@@ -15,7 +15,7 @@ to that stand the share of repeated phrases and the distance of the token freque
 the training text. The real continuations and those of the control itself are measured alike.
 
 Passes are those that a text would need alone. A pass with a cache computes fewer columns, so that
-the columns computed per token are the second measure of cost; the first one of a block, and every
+the columns computed per token are the second measure of cost; the first pass of a block, and every
 one that refreshes the cache, computes all of them. The best of N texts costs the passes of all N,
 and those that score them.
 

@@ -203,7 +203,7 @@ def main(argv: list[str]) -> int:
         processes.append(start(command, env, args.logs / f"process-{rank}.log", is_shown=rank == 0))
     status = wait(processes, args.grace)
     for thread in set(threading.enumerate()) - {threading.main_thread()}:
-        # Wait for the last lines, but not for ever: a program that a process left running may still
+        # Wait for the last lines, but not forever: a program that a process left running may still
         # hold the pipe open.
         thread.join(timeout=5)
     if status:

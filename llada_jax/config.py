@@ -122,7 +122,7 @@ def default_config() -> ConfigDict:
     # Low-rank adapters, which are trained in place of the network (docs/finetuning.md).
     config.lora = ConfigDict()
     config.lora.rank = 0  # 0: none, the network is trained
-    config.lora.alpha = 16.0  # the product of an adapter is multiplied with alpha / rank
+    config.lora.alpha = 16.0  # the product of an adapter is multiplied by alpha / rank
     # regex that is found in the names of the adapted matrices, such as blocks/q and blocks/ff_up
     config.lora.targets = "blocks/[^f]"
     # how the matrices of the frozen network are kept: float32 | bfloat16 | int8 (of its layers)
@@ -155,7 +155,7 @@ def default_config() -> ConfigDict:
     config.schedule.name = "llada"
     config.schedule.arguments = ()  # of a schedule of your own
     config.schedule.learning_rate = 4e-4  # peak (wsd, cosine, constant)
-    config.schedule.warmup_steps = 2000  # linear from 0; every schedule is multiplied with it
+    config.schedule.warmup_steps = 2000  # linear from 0; every schedule is multiplied by it
     config.schedule.final_learning_rate = 1e-5  # at the last step (wsd, cosine)
     config.schedule.decay_fraction = 0.1  # of num_steps, the decay phase (wsd)
     # linear | 1-sqrt (wsd)
@@ -180,7 +180,7 @@ def default_config() -> ConfigDict:
     config.distributed.initialization_timeout_s = 300
     # a process that is not heard for this long is lost, and all others end with status 42
     config.distributed.heartbeat_timeout_s = 100
-    # when nothing has happened for this long, print the stacks and end with 42; 0: wait for ever
+    # when nothing has happened for this long, print the stacks and end with 42; 0: wait forever
     config.distributed.step_timeout_s = 1800
 
     config.evaluation = ConfigDict()
@@ -201,7 +201,7 @@ def default_config() -> ConfigDict:
     config.checkpoint = ConfigDict()
     config.checkpoint.every_steps = 1000
     config.checkpoint.keep = 2  # newest checkpoints kept
-    # checkpoints at multiples of this are kept for ever; 0: none
+    # checkpoints at multiples of this are kept forever; 0: none
     config.checkpoint.keep_every_steps = 0
     # on a disk of each host, for frequent copies; "": none
     config.checkpoint.local_directory = ""

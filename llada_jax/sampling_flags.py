@@ -1,5 +1,5 @@
-"""The flags of sampling, which several commands have: what is asked of the sampler, and how it is
-checked before a model is loaded.
+"""The flags of sampling that several commands share: the settings of the sampler, and their checks
+before a model is loaded.
 """
 
 import argparse

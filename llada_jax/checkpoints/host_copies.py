@@ -33,8 +33,8 @@ from llada_jax.checkpoints.record import RunRecord
 from llada_jax.storage import files
 from llada_jax.training.state import TrainState
 
-# Kept next to the copy that is being written. Nobody waits for a write until the next save, so when
-# this process writes copy k, another may still be writing k - 1 and have only k - 2 whole.
+# Kept next to the copy that is being written. No process waits for a write until the next save, so
+# when this process writes copy k, another may still be writing k - 1 and have only k - 2 whole.
 KEEP = 2
 # How many steps each process reports to the others: KEEP, and what a killed save or an older
 # attempt left. A fixed number, because processes exchange arrays of one shape.
@@ -167,7 +167,7 @@ class LocalCheckpoints:
         found = {pair: parts for pair, parts in self._found().items() if pair[0] > newer_than}
         everywhere = self._tell_all(sorted(found, reverse=True)[:MAX_FOUND])
         # The order is the same in every process, and so is the number of collective calls below: a
-        # process that skipped one would leave the others waiting for ever.
+        # process that skipped one would leave the others waiting forever.
         for pair in sorted(set().union(*everywhere), reverse=True):
             lacking = [i for i, pairs in enumerate(everywhere) if pair not in pairs]
             why = "has no copy"

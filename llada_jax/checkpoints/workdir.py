@@ -93,7 +93,7 @@ class Checkpoints:
     Args:
         workdir: the run's directory, local or remote.
         keep: how many of the newest are kept.
-        keep_every_steps: steps at multiples of this are kept for ever; 0: none.
+        keep_every_steps: steps at multiples of this are kept forever; 0: none.
         owned: this is the run itself, which may remove the half-written step of an attempt that was
             killed. Readers must not: the run may be writing it at this moment.
     """

@@ -28,7 +28,7 @@ def on_first_process(question) -> bool:
     """Returns the first process' answer in every process.
 
     For questions about files that the first process writes: the others may not see them yet, and
-    processes that answer differently wait for each other for ever.
+    processes that answer differently wait for each other forever.
     """
     answer = question() if jax.process_index() == 0 else False
     return bool(multihost_utils.broadcast_one_to_all(np.array(answer)))

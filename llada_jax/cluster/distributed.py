@@ -259,7 +259,7 @@ def num_slice_hosts(environment) -> int:
 def check_hosts(environment, arguments: dict | None) -> None:
     """Raises UserError for a start on fewer hosts than the slice has.
 
-    libtpu would wait for the other hosts for ever, without a message.
+    libtpu would wait for the other hosts forever, without a message.
     """
     # Without arguments JAX takes the number from where num_slice_hosts does; CPUs compute alone.
     if arguments is None or environment.get("JAX_PLATFORMS", "").startswith("cpu"):

@@ -84,8 +84,8 @@ def find_inputs(
     once.
 
     Args:
-        form: what all files hold, whatever their names say; a directory then gives all its files
-            that are not hidden.
+        form: what all files hold, whatever their names say; all files of a directory that are not
+            hidden are then read.
         on_note: called with a sentence for each directory of which files are left out, and for each
             file that is named twice.
 

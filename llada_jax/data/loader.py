@@ -80,13 +80,13 @@ def train_batches(
         attend_across_documents: True (as LLaDA published) makes all tokens of a row one segment
             with positions 0..T-1; False gives each document its own segment and positions.
         split_probability: how often a row is cut in two; see dialogue_rows.split_in_two.
-        eos_padding: of dialogues with a row each: rows are filled up to the longest of so many
-            consecutive rows; 0: not at all. padding_cycle: with which tokens, in turn; (): with
-            end-of-text. See dialogue_rows.EosPadded.
-        copies: so many consecutive rows of a batch are one record, for objectives that ask for it;
-            batch_size must be a multiple.
-        length_buckets: of rows of one dialogue or pair each: ascending lengths below T, of which a
-            batch is cut to the shortest that holds all of its B rows, whoever reads them.
+        eos_padding: of dialogues with a row each: rows are filled up to the longest of each group
+            of this many consecutive rows; 0: not at all. padding_cycle: with which tokens, in turn;
+            (): with end-of-text. See dialogue_rows.EosPadded.
+        copies: how many consecutive rows of a batch hold the same record, for objectives that ask
+            for it; batch_size must be a multiple.
+        length_buckets: of rows of one dialogue or pair each: ascending lengths below T; a batch is
+            trimmed to the shortest that holds all B rows, whichever host reads them.
         num_threads: threads that read ahead; 0 reads in the caller's thread.
         prefetch: batches that are kept ready, R * T * 13 bytes each, and at least num_threads.
 
@@ -362,7 +362,7 @@ def _open(
         if infos and fields_of(info) != fields_of(infos[0]):
             raise UserError(
                 f"One of {infos[0].directory} and {directory} holds pairs of answers and the other "
-                "does not; train on the one or on the other."
+                "does not; mix data sets of one kind only."
             )
         infos.append(info)
     return infos

@@ -239,7 +239,7 @@ def read_dataset(directory) -> DatasetInfo:
 
 
 def parse_dataset(directory: epath.Path, content: dict) -> DatasetInfo:
-    """Returns what the dataset.json of a directory says, whose content is given; raises UserError
+    """Returns the DatasetInfo in the given content of a directory's dataset.json; raises UserError
     when prepare has not written it.
     """
     is_array_record = content["format"] in _ARRAY_RECORD_FORMATS
@@ -344,7 +344,8 @@ def read_json_of(directory: epath.Path) -> dict:
 def _parse_split(content: dict, record_bytes: int | None) -> Split:
     """Builds a Split; raises KeyError, TypeError or ValueError when the content is not one.
 
-    record_bytes: that each record takes in its shard; None: dataset.json has the sizes of shards.
+    record_bytes: how many bytes each record takes in its shard; None: dataset.json has the sizes of
+    shards.
     """
     shards = tuple(
         Shard(

@@ -177,7 +177,7 @@ def read_records(
 ) -> Iterator[tuple[str, Any]]:
     """Yields (the place in words, the value) of each record of a .jsonl or .parquet file, whole.
 
-    A value of a .jsonl file may be anything that JSON can say. The arguments are those of
+    A value of a .jsonl file may be anything that JSON can say. Takes the arguments of
     `read_documents`; a .txt file, which has no records, is a UserError.
     """
     kind = format_of(path, form)

@@ -146,7 +146,7 @@ class HarnessModel:
         Raises:
             UserError: the processes of the run are asked for different things.
         """
-        # Processes that are asked for different things would wait for each other for ever.
+        # Processes that are asked for different things would wait for each other forever.
         asked = repr([request.args for request in requests])
         check_same_everywhere({f"what the harness asks for ({method})": asked})
         results = []

@@ -45,7 +45,7 @@ def becoming(output: Path):
 
     storage.files.whole_directory is the same for one process. Here all processes write into the
     folder, the first one makes and renames it, and a failure of one is the failure of all: a
-    process that went on alone would wait for the others for ever.
+    process that went on alone would wait for the others forever.
 
     Raises:
         UserError: the disk refuses, another export writes there, or another process has failed.

@@ -1,11 +1,11 @@
-"""The config that `import` writes into a workdir: it trains on from the imported weights."""
+"""The config that `import` writes into a workdir: it continues from the imported weights."""
 
 from llada_jax.models.transformer import Architecture
 
 # Proposals, which docs/continue-8b.md explains: the rates are those of the published fine-tuning
 # (arXiv 2502.09992, appendix B).
 _TEXT = '''\
-"""Trains on from {source}.
+"""Continues to train {source}.
 
     llada-jax train --config {file} --workdir runs/more --config.data.path=DATA
 

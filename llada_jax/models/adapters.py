@@ -1,7 +1,7 @@
 """Low-rank adapters (LoRA, arXiv 2106.09685): a trained product A B that is added to a frozen
 matrix.
 
-While they are trained, a layer multiplies with the matrix and with the two factors; for everything
+While they are trained, a layer multiplies by the matrix and by the two factors; for everything
 else, `merged` makes a network of the sum, and nothing knows of adapters.
 """
 
@@ -33,7 +33,7 @@ NUM_INPUT_DIMS = {
 class Lora(NamedTuple):
     """Which adapters a network has; rank 0: none.
 
-    alpha: A B is multiplied with alpha / rank. targets: a regular expression that is found in the
+    alpha: A B is multiplied by alpha / rank. targets: a regular expression that is found in the
     names of the matrices that have one, such as "blocks/q". frozen_dtype: in which the matrices of
     the frozen network are kept; its norms and biases are float32. "int8" is for the matrices of the
     layers alone: those of embedding and head are bfloat16 then.

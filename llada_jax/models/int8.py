@@ -3,7 +3,7 @@
     matrix = scale * whole numbers between -127 and 127,  scale = max |matrix| / 127
 
 where the maximum is over the inputs of an output. Symmetric, so that zero stays zero, and by output
-and not by input, so that the scale can be multiplied with the product instead of the matrix
+and not by input, so that the product can be multiplied by the scale instead of the matrix
 (LLM.int8(), arXiv 2208.07339, section 2.1, without its outliers). A weight moves by at most half of
 its scale.
 """

@@ -41,10 +41,10 @@ def token_scores(
 ) -> TokenScores:
     """Returns the scores of the targets at the positions `where_BT`.
 
-    With a `capacity`, every device moves the positions that count to the front and scores so many
-    of its own; the others are scored only when a device has more that count. What is computed is
+    With a `capacity`, every device moves its positions in `where_BT` to the front and scores the
+    first `capacity(...)`; the others are scored only when a device has more. What is computed is
     the same in either case, and no position leaves its device: the one thing that devices must
-    agree on is whether anybody has more, because they go through the rest together.
+    agree on is whether any device has more, because they go through the rest together.
 
     Args:
         x_BTD: hidden vectors.

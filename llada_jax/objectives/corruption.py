@@ -123,10 +123,10 @@ def _tail_of_bell(width: float) -> Array:
 
 def rank_of_real_rows(is_maskable_BT: Array) -> tuple[Array, Array]:
     """Returns each row's number among the rows that hold maskable tokens, int32 [B], and how many
-    those are, at least 1.
+    such rows there are, at least 1.
 
-    What `sample_t` is given in place of rows and their number where a batch is filled up with empty
-    rows: the real ones come first, and would otherwise share one narrow window of times. It needs
+    `sample_t` receives these instead of rows and their number when a batch is padded with empty
+    rows: the real ones come first, and would otherwise share one narrow window of times. This needs
     the whole batch, and a train step may see one microbatch of it.
     """
     is_real_B = is_maskable_BT.any(axis=1)

@@ -32,7 +32,7 @@ def masked_diffusion(
     weight: str = "1/p",
     complementary: bool = False,
 ) -> Objective:
-    """Returns the objective; the arguments are those of masked_diffusion_loss.
+    """Returns the objective; takes the arguments of masked_diffusion_loss.
 
     Whatever the settings of the training loss, held-out text is scored at uniform times with an
     exact count of masks: the same expectation as the continuous-time bound, without the floor eps

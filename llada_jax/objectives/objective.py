@@ -60,9 +60,9 @@ class Objective:
         heldout: further metrics of `bound` that held-out evaluations of a run report.
         copies: how many consecutive rows of a training batch hold one record, as in row 2 i and row
             2 i + 1; batch_size counts them all.
-        capacity: (rows, length, ways) -> how many tokens of so many consecutive rows, one of `ways`
-            parts of a training batch, are in `where_BT`, but for rare draws: logits of the other
-            positions are left out, see llada_jax.models.token_scores. None: that may be all.
+        capacity: (rows, length, ways) -> how many tokens of this many consecutive rows, one of
+            `ways` parts of a training batch, are in `where_BT`, but for rare draws: logits of the
+            other positions are left out, see llada_jax.models.token_scores. None: that may be all.
         trained_passes, other_passes: how often `loss` calls nll_fn for gradients and without, for
             the arithmetic of time and memory.
     """

@@ -37,7 +37,7 @@ def sft(
     complementary: bool = False,
     prompt_dropout: float = 0.0,
 ) -> Objective:
-    """Returns the objective; the arguments are those of sft_loss.
+    """Returns the objective; takes the arguments of sft_loss.
 
     Held-out dialogues are scored as text is (masked_diffusion), on the tokens of answers alone and
     whatever the settings of the training loss: a bound on -log p(answer | prompt).

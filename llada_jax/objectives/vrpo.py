@@ -34,7 +34,7 @@ def vrpo(
     t_sampling: str = "stratified",
     masking: str = "bernoulli",
 ) -> Objective:
-    """Returns the objective; the arguments are those of vrpo_loss and log_likelihoods.
+    """Returns the objective; takes the arguments of vrpo_loss and log_likelihoods.
 
     The reference is the network that the run begins with. Held-out pairs are scored with an exact
     count of masks, whatever the settings of the training loss; next to the bound on all of their

@@ -19,7 +19,7 @@ another; the kind reported here is what the program achieves:
   with it.
 
 An asynchronous collective is written as a start and a done. The text of a compiled program is in
-the order of its schedule, so what stands between the two is what a device does while the collective
+the order of its schedule, so what lies between the two is what a device does while the collective
 is under way: with a matrix product there, it is overlapped.
 
 The forms were found by reading programs of libtpu 0.0.42 and of XLA for GPUs in jax 0.10.2. A form

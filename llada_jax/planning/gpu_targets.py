@@ -69,7 +69,7 @@ def target_config(chip: Accelerator) -> str:
     """
     if chip.name not in CARDS:
         raise UserError(
-            f"--compile knows too little of {chip.name}: choose one of {', '.join(CARDS)}, or "
+            f"--compile does not support {chip.name}: choose one of {', '.join(CARDS)}, or "
             "leave out --compile."
         )
     card = CARDS[chip.name]

@@ -70,8 +70,8 @@ def find_choices(
                 )
     if not fitting:
         raise UserError(
-            f"No mesh, remat policy or microbatch of {workload.batch_size} rows is estimated to "
-            f"fit {machines.name}; take a larger --topology, or a shorter "
+            f"No combination of mesh, remat policy and microbatches for {workload.batch_size} "
+            f"rows is estimated to fit {machines.name}; take a larger --topology, or a shorter "
             "config.data.sequence_length."
         )
     return _not_dominated(fitting)

@@ -123,7 +123,7 @@ class Unfinished:
                     }
                     kept = json.dumps(scored).encode()
         # Only the first process reads the file: processes that continue from different batches
-        # would wait for each other for ever.
+        # would wait for each other forever.
         size = int(multihost_utils.broadcast_one_to_all(np.int32(len(kept))))
         if not size:
             return None
@@ -157,7 +157,7 @@ class HeldoutEvaluations:
             with the one that continues it.
         beat: called with a text before each batch, so that the watchdog sees the run alive.
         is_asked_to_stop: asked before each batch; must give every process the same answer.
-        timeout_s: how long the processes wait for each other to compile; 0: for ever.
+        timeout_s: how long the processes wait for each other to compile; 0: forever.
     """
 
     def __init__(

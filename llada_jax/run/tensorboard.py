@@ -71,7 +71,7 @@ class EventsFile:
         self._write(step, text(name, markdown))
 
     def hparams(self, knobs: dict[str, object], metrics: dict[str, float]) -> None:
-        """Writes what a run of a sweep changes and what came out, for TensorBoard's table of them.
+        """Writes what a run of a sweep changes and its results, for TensorBoard's table of them.
 
         Args:
             knobs: {"optimizer.b2": 0.98}. metrics: {"bits_per_byte": 1.9}; shown as hparam/NAME.

@@ -1,5 +1,5 @@
 """Samplers: the reverse process of masked diffusion.
 
-`denoise` and `remasking` know neither the network nor text; `text` and `show` stand between them
-and people.
+`denoise` and `remasking` know neither the network nor text; `text` and `show` connect them
+to people.
 """

@@ -81,7 +81,7 @@ def whole_file(path, *, durable: bool = True, concurrent: bool = False) -> Itera
 
     Args:
         path: local, gs:// or s3://.
-        durable: wait until the file and its name are on the disk (the policy stands above).
+        durable: wait until the file and its name are on the disk (see the policy above).
         concurrent: other processes may write the same file at the same time, and the last one
             wins: each then gets a partial file of its own. A killed process leaves it behind for
             good, while the shared name is overwritten by the next attempt, hence not the default.
@@ -119,7 +119,7 @@ def whole_directory(path, *, durable: bool = True) -> Iterator[epath.Path]:
 
     Args:
         path: local, gs:// or s3://.
-        durable: wait until all files and the names are on the disk (the policy stands above).
+        durable: wait until all files and the names are on the disk (see the policy above).
 
     Raises:
         OSError: the disk refuses.

@@ -152,7 +152,7 @@ def record_end(attempt: Attempt, *, pruned: bool = False) -> int:
 
 
 def write_hparams(run: Run) -> None:
-    """Adds to a run's TensorBoard events what it changes and what came out, for the table of them.
+    """Adds to a run's TensorBoard events what it changes and its results, for the table of them.
 
     `sweep` writes it and not `train`, which does not know what the other runs change.
     """

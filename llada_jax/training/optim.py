@@ -110,7 +110,7 @@ def make_schedule(*, name: str, warmup_steps: int, arguments: Any = (), **knobs:
     Args:
         name: a key of SCHEDULES, or module:attribute of a function (*, learning_rate,
             final_learning_rate, num_steps, tokens_per_step, **arguments) -> schedule.
-        warmup_steps: every schedule is multiplied with min(1, (step + 1) / warmup_steps).
+        warmup_steps: every schedule is multiplied by min(1, (step + 1) / warmup_steps).
         arguments: ((name, value), ...), for a schedule of your own.
         knobs: the other knobs of config.schedule, num_steps and tokens_per_step.
 

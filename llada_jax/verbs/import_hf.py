@@ -1,4 +1,4 @@
-"""`llada-jax import`: a Hugging Face checkpoint becomes a workdir at step 0: to train on from,
+"""`llada-jax import`: a Hugging Face checkpoint becomes a workdir at step 0: to continue from,
 sample, evaluate, export.
 """
 
@@ -144,7 +144,7 @@ def whole_or_nothing(output: str):
     """Yields the new workdir as a path; when what is done in it fails, nothing of it is left.
 
     Not storage.files.whole_directory: several processes save into the folder, which may be in a
-    bucket. Nobody takes it for a workdir before the checkpoint is committed, which comes last.
+    bucket. It does not pass for a workdir before the checkpoint is committed, which comes last.
 
     Raises:
         UserError: the disk refuses.
@@ -196,7 +196,7 @@ def report(result: dict) -> str:
         f"# Data for it: llada-jax prepare --tokenizer {result['output']}/tokenizer ..."
         if result["has_tokenizer"]
         else "# It has no tokenizer; import it with --tokenizer to prepare data for it.",
-        "# A config that trains on from it:",
+        "# A config that continues from it:",
         *(f"config.model.{name} = {value!r}" for name, value in vars(a).items()),
         f"config.checkpoint.init_from = {result['output']!r}",
     ]

@@ -195,7 +195,7 @@ def open_run(
     if config.model.remat == AUTO:
         config.model.remat = recorded_remat(workdir)
     recipe = make_recipe(config, data.tokenizer, mesh, provided=data.fields)
-    config.model.remat = recipe.remat  # as run.json is to say it
+    config.model.remat = recipe.remat  # so that run.json records it
     if config.samples.every_steps:  # now, and not after hours of training
         check_schedule(**{name: config.samples[name] for name in SAMPLE_KNOBS}, cfg_scale=0.0)
 

@@ -144,7 +144,7 @@ def test_the_two_ways_to_draw_t_differ_and_a_third_is_no_silent_default():
 @pytest.mark.parametrize("name", CHOICES["optimizer.name"])
 def test_every_optimizer_takes_a_step(name):
     knobs = optimizer_knobs(valid(**{"optimizer.name": name}).optimizer)
-    # The paths are the model's own: muon tells matrices of the blocks from the rest by their names.
+    # The paths are the model's own: muon recognises the matrices of the blocks by their names.
     params = make_model(architecture()).init(jax.random.key(0))
     optimizer = make_optimizer(lambda step: 1e-3, **knobs)
     gradients = jax.tree.map(jnp.ones_like, params)

@@ -29,7 +29,7 @@ def test_every_config_loads_is_valid_and_says_how_to_run_it(path):
     assert sorted(knobs(config)) == sorted(PATHS)
     assert config.data.batch_size >= 1
     docstring = ast.get_docstring(ast.parse(path.read_text()))
-    if "make demo" in docstring:  # then the commands stand in the Makefile
+    if "make demo" in docstring:  # then the commands are in the Makefile
         makefile = (path.parent.parent / "Makefile").read_text()
         docstring += makefile.replace(
             "$(RUN)", re.search(r"^RUN := (.*)$", makefile, flags=re.MULTILINE).group(1)

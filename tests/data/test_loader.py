@@ -1,4 +1,4 @@
-"""The loader: a global batch is a pure function of (seed, step), and every token is seen once an
+"""The loader: a global batch is a pure function of (seed, step), and every token is seen once per
 epoch.
 """
 
@@ -166,7 +166,7 @@ def test_a_dataset_smaller_than_the_batch_repeats_within_it(tmp_path):
 def lengths_of_full_rows(
     large: str, *, num_batches: int, random_length_probability: float
 ) -> np.ndarray:
-    """The lengths of rows of 64 a batch, without those of the one record of `large` that is short
+    """The lengths of rows, 64 per batch, without those of the one record of `large` that is short
     anyway.
     """
     kwargs = {"batch_size": 64, "random_length_probability": random_length_probability}

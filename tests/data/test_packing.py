@@ -1,4 +1,4 @@
-"""Packing: every token and one EOS a document exactly once, in order; a split that only the text
+"""Packing: every token and one EOS per document exactly once, in order; a split that only the text
 decides.
 """
 

@@ -1,5 +1,5 @@
 """The PyTorch files of an export work in both versions of transformers, without this package: what
-is checked stands in shipped_checks/.
+is checked is in shipped_checks/.
 """
 
 import json

@@ -26,4 +26,4 @@ def test_it_loads_with_the_architecture_and_the_weights(tmp_path, changes, outpu
     assert {name: config.model[name] for name in vars(architecture)} == vars(architecture)
     assert config.checkpoint.init_from == output
     assert workload_of(config).batch_size == 256
-    assert "Trains on from ORG/NAME" in file.read_text()
+    assert "Continues to train ORG/NAME" in file.read_text()

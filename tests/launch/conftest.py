@@ -12,7 +12,7 @@ from llada_jax.cluster.hardware import SLICES
 @pytest.fixture
 def cloud(tmp_path):
     yield Cloud(tmp_path, num_workers=SLICES["v5litepod-16"].num_tpu_vm_hosts)
-    # Whatever a test has left on its workers would run for ever.
+    # Whatever a test has left on its workers would run forever.
     for file in tmp_path.glob("workers/*/*/llada_jax.pid"):
         pid = file.read_text().strip()
         if pid and os.path.realpath(f"/proc/{pid}/cwd") == str(file.parent / "llada_jax"):

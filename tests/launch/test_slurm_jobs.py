@@ -126,7 +126,7 @@ def test_a_run_that_is_cancelled_preempted_and_loses_a_process_equals_the_undist
     job.wait_for_start(1)
     saved = last_logged_step(workdir)
     assert saved < 120
-    # 3. A process dies.
+    # 3. One process dies.
     job.wait(lambda: last_logged_step(workdir) >= saved + 10)
     os.kill(processes(workdir)[-1], signal.SIGKILL)
     job.wait_for_start(2)

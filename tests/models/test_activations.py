@@ -1,6 +1,6 @@
 """Where the traced network states how its activations are split over the devices.
 
-A compiler that is told too little often finds the same layout for a small network on eight devices,
+Without enough hints, a compiler often finds the same layout for a small network on eight devices,
 and another one for a large network on hundreds, so this reads the program that it is given.
 """
 

@@ -56,7 +56,7 @@ def test_the_row_is_as_it_is_without_a_shadow():
 @pytest.mark.slow
 def test_the_shadow_of_one_layer_is_a_row_that_holds_it_in_place_of_the_token():
     """Keys of one layer depend on their own token alone, so that a longer row, in which the token
-    in question is padding and the masks of the shadow stand at the end, says the same.
+    in question is padding and the masks of the shadow are at the end, gives the same.
     """
     model, params = network(1)
     tokens_BT, segments_BT, positions_BT = rows()

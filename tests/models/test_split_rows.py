@@ -161,7 +161,7 @@ def test_rows_of_32k_tokens_equal_a_float64_softmax(monkeypatch):
 
 
 def test_a_network_says_the_same_of_packed_rows_that_devices_share():
-    """Scores of tokens and gradients; positions begin anew in each document, and the embedding and
+    """Scores of tokens and gradients; positions begin again in each document, and the embedding and
     the head are exchanged too."""
     model = make_model(variant(d_model=48, vocab_size=96), attention="xla", remat="dots")
     params, rng = perturbed(model), np.random.default_rng(0)

@@ -1,4 +1,4 @@
-"""Random draws: how evenly times cover [0, 1), and whether each step draws anew."""
+"""Random draws: how evenly times cover [0, 1), and whether each step draws afresh."""
 
 import functools
 
@@ -164,7 +164,7 @@ def test_every_step_of_the_sampler_proposes_with_noise_of_its_own(monkeypatch):
     )
     jax.effects_barrier()
     assert len(PROPOSALS) == 16
-    # the last column is proposed anew in every step, and uniformly: of 15 neighbours in each of
+    # the last column is proposed afresh in every step, and uniformly: of 15 neighbours in each of
     # two rows about one in seven agree by chance
     last = np.array([choices[:, -1] for choices in PROPOSALS])
     assert (last[1:] == last[:-1]).mean() < 0.5

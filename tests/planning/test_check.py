@@ -173,7 +173,7 @@ def test_weights_are_gathered_twice_and_gradients_reduced_once_a_step(report_of,
 
 @pytest.mark.slow
 def test_a_layer_copies_next_to_nothing_to_another_layout(report_of):
-    """One copy a layer, of its input; with merged dims there were 21, 77.6 GiB a step together."""
+    """One copy per layer, of its input; merged dims needed 21, 77.6 GiB per step in total."""
     copies = report_of("v5p-128")["compiled"]["layout_copies"]
     assert copies["times"] < 5 * 32
     assert copies["total_bytes"] < 8 * GIB

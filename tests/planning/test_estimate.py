@@ -188,8 +188,8 @@ def test_a_small_batch_on_a_large_slice_waits_for_its_weights():
 
 
 def test_limits_are_those_of_the_scaling_book():
-    """2550 and 850 tokens a chip on one and three axes of v5p, 76,000 a slice; it counts 90 GB/s a
-    link, Google 100.
+    """2550 and 850 tokens per chip on one and three axes of v5p, 76,000 per slice; the code counts
+    90 GB/s per link, Google 100.
     """
     limits = estimated("v5p-128", "mesh.data=2", slices=2)["intensity"]
     assert limits["needed_on_one_axis"] == pytest.approx(2550, rel=0.12)

@@ -30,6 +30,6 @@ def test_every_gpu_of_the_table_is_described():
 
 def test_a_card_that_is_not_described_is_refused():
     with pytest.raises(
-        UserError, match="--compile knows too little of v5p: choose one of a100-40gb, "
+        UserError, match="--compile does not support v5p: choose one of a100-40gb, "
     ):
         target_config(hardware.ACCELERATORS["v5p"])

@@ -31,7 +31,7 @@ def test_the_search_returns_what_nothing_else_beats_in_both_time_and_memory():
 def test_a_search_without_a_result_says_so():
     asked = plan.Asked(load_config(LLADA_8B), hardware.machines_named("v5e-4"), 1, VOCAB_SIZE)
     with pytest.raises(
-        UserError, match=r"No mesh, remat policy or microbatch .* is estimated to fit v5litepod-4"
+        UserError, match=r"No combination of mesh, .* is estimated to fit v5litepod-4"
     ):
         plan.search(asked)
     assert plan.knobs_that_fit(asked) == []

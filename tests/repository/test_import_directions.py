@@ -64,9 +64,7 @@ def source_files() -> dict[str, Path]:
     """
     files = {}
     for path in sorted(PACKAGE.rglob("*.py")):
-        if (
-            path.parent.name == "shipped"
-        ):  # copied into every export, where it stands without this package
+        if path.parent.name == "shipped":  # copied into every export, where this package is absent
             continue
         parts = path.relative_to(PACKAGE).with_suffix("").parts
         parts = parts[:-1] if parts[-1] == "__init__" else parts
@@ -121,7 +119,7 @@ def ours(path: Path, **kwargs) -> set[str]:
 
 
 def room(module: str) -> str:
-    """Returns the folder of a module, or the module itself when it stands at the top of the
+    """Returns the folder of a module, or the module itself when it is at the top of the
     package.
     """
     return module.split(".")[0]

@@ -7,6 +7,7 @@ import ast
 import io
 import re
 import tokenize
+from pathlib import Path
 
 import pytest
 from support.paths import ROOT
@@ -14,13 +15,24 @@ from support.paths import ROOT
 PAGES = [
     ROOT / "README.md",
     ROOT / "CONTRIBUTING.md",
-    *sorted((ROOT / "docs").glob("*.md")),
-    ROOT / "benchmarks/README.md",
+    ROOT / "CHANGELOG.md",
+    *(
+        page
+        for folder in ("docs", "benchmarks", "configs")
+        for page in sorted((ROOT / folder).rglob("*.md"))
+    ),
 ]
 PAGES = [page for page in PAGES if page.is_file()]
-SOURCES = sorted(
-    path for folder in ("llada_jax", "configs", "launch") for path in (ROOT / folder).rglob("*.py")
-)
+SOURCES = [
+    ROOT / "setup.py",
+    *(
+        path
+        for folder in ("llada_jax", "configs", "launch", "benchmarks", "docs", "tests")
+        for path in sorted((ROOT / folder).rglob("*.py"))
+        # This file quotes stumbles, and fixtures are what other versions wrote.
+        if path != Path(__file__) and ROOT / "tests/fixtures" not in path.parents
+    ),
+]
 
 # A quantity in front of "a host" shows that "per host" is meant: "4 bytes a parameter",
 # "one process a node", "once a step". Without it, "a host reads its rows" is plain English.
@@ -40,21 +52,39 @@ STUMBLES = {
     r"beside": "next to, compared with, in addition to",
     r"tells(?! (?:\w+ ){0,4}apart)": "says, reports, shows",
     r"(?:is|are|was|were|be|been) told(?! (?:to|apart)\b)": "receives; or name what is said",
-    r"nobody|somebody|everybody": "name who it is, or use the passive voice",
+    r"nobody|anybody|somebody|everybody": "name who it is, or use the passive voice",
     r"(?<!user )(?<!who )(?<!you )wants": "needs, takes",
     r"(?:has|have|had) not (?:a|an|the|any|enough|its|their|yet a)": "does not have",
-    r"(?<!there )(?<!There )(?:is|are|was|were) no "
+    r"(?<!there )(?:is|are|was|were) no "
     r"(?!longer|more|less|fewer|better|worse|doubt|matter|\w+er than)[a-z]\w*": ("is not a"),
-    r"(?<!there )(?<!There )(?:is|are) none(?! of)": "is not one",
+    # None with a capital is a value of Python.
+    r"(?<!there )(?:is|are) (?-i:none)(?! of)": "is not one",
     r"of an? [\w-]+ each": "with one ... per ...",
     rf"{QUANTITY} an? {WHOLE}(?! (?:that|is|has|takes|needs|holds|can|must|of\b))": "per",
     r"(?:stands?|stood) (?:in|on|at|here|there)(?! for\b)": "is",
     r"stood still": "hung",
     r"anew": "again",
     r"in the place of": "instead of",
+    r"want an? (?:person|look|file|device|process)": "needs",
+    r"stands? (?:above|between)": "is",
+    r"without return": "cannot be undone",
+    r"so many (?:of (?:its|the)|consecutive)": "how many; or give the number a name",
+    r"train(?:s|ing)? on from": "continue from",
+    r"train(?:s|ing)? (?:the )?(?:published )?(?:weights|model|network|LLaDA-\S+) on(?! \w)": (
+        "continue to train"
+    ),
+    r"train(?:s|ing)? (?:[^\s,.]+ ){1,3}on with": "continue to train",
+    r"multipl(?:y|ies|ied|ying) with": "multiply by",
+    r"for ever": "forever",
+    r"for want of": "because there is no ...",
+    r"what came out": "the result",
+    r"(?:here|there) it (?:has|is)(?=[.,;:])": "here it does; or repeat the noun",
+    r"hardly (?:room|space|time|memory)": "hardly any",
+    r"arguments are those of": "takes the arguments of",
 }
 EXPRESSIONS = {
-    re.compile(rf"(?<![\w-]){pattern}(?![\w-])"): remedy for pattern, remedy in STUMBLES.items()
+    re.compile(rf"(?<![\w-])(?:{pattern})(?![\w-])", re.IGNORECASE): remedy
+    for pattern, remedy in STUMBLES.items()
 }
 
 
@@ -201,6 +231,20 @@ def test_docstrings_messages_and_comments_have_no_stumbles(source):
         "all processes are told",
         "rows of a byte each",
         "the figures stand in the table",
+        "Nobody has trained a model at scale",
+        "any other status wants a person",
+        "the heading stands above every message",
+        "an upgrade is a step without return",
+        "so many consecutive rows are one record",
+        "how to train LLaDA-8B on.",
+        "a config that trains on from them",
+        "the product is multiplied with alpha / rank",
+        "the processes wait for each other for ever",
+        "it was not tested, for want of a GPU",
+        "to try what came out",
+        "it has no effect in the published code; here it has.",
+        "the schedule has hardly room for a warm-up",
+        "The arguments are those of sft_loss.",
     ],
 )
 def test_stumbles_are_found(text):
@@ -214,6 +258,7 @@ def test_stumbles_are_found(text):
         "It tells two processes apart. It is told to stop. Amend it. Every user wants a fast run.",
         "A step takes a batch. None of the files has changed. It is no larger than 4.",
         "It takes 12 bytes per parameter. This differs by a step. A stand-in runs.",
+        "The text that it was trained on. For every token, the default is None. Here it has one.",
     ],
 )
 def test_plain_english_is_left_alone(text):

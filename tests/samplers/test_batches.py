@@ -107,7 +107,7 @@ def test_rows_that_have_ended_make_room_for_others():
     np.testing.assert_array_equal(num_steps_B, expected_B)
     assert num_steps_B.tolist() == [2 * -(-prompt[0] // 2) for prompt in prompts]
     # Batch after batch, each would last as long as its longest row: 4 batches of 4 rows and 10 or
-    # 12 passes. Put together anew, only the last rows of all are padded with copies.
+    # 12 passes. Put together again, only the last rows of all are padded with copies.
     needed = int(num_steps_B.sum())
     _, _, one_by_one = passes_of(4, prompts, on_step=lambda rows, state: None)
     assert needed <= computed < needed + 4 * 6 * 2

@@ -1,4 +1,4 @@
-"""How many tokens a step keeps: each criterion against plain numpy, and the bounds between them."""
+"""Which tokens are kept: each criterion against plain numpy, and the bounds between them."""
 
 import jax.numpy as jnp
 import numpy as np

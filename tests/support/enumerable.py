@@ -50,7 +50,7 @@ LOGITS = _all_logits()
 
 
 def _hidden(params, tokens_BT, segment_ids_BT, positions_BT):
-    """The tokens of the whole row next to each position, wherever padding stands in it."""
+    """The tokens of the whole row next to each position, wherever its padding is."""
     at_BTL = jax_one_hot(positions_BT, segment_ids_BT)
     row_BL = jnp.einsum("btl,bt->bl", at_BTL, tokens_BT)
     # positions that the row does not have are masked

@@ -29,7 +29,7 @@ words = [word for word in words if not word.startswith("--") and word != "alpha"
 
 
 def next_of(name, default):
-    # What the test has planned for this moment; the last state stays for ever.
+    # What the test has planned for this moment; the last state stays forever.
     path = here / name
     planned = json.loads(path.read_text()) if path.exists() else []
     if len(planned) > 1 or (planned and name != "states"):

@@ -1,4 +1,4 @@
-"""Small Llama and Qwen networks to import, and configs that train on from them."""
+"""Small Llama and Qwen networks to import, and configs that continue from them."""
 
 import dataclasses
 from pathlib import Path

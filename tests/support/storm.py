@@ -1,5 +1,5 @@
 """A storm: kills training runs at random moments until they have finished, and compares what they
-leave with runs that nobody disturbed.
+leave with undisturbed runs.
 
     python tests/support/storm.py --kills 1000 --work /tmp/storm
 
@@ -265,7 +265,7 @@ def compare(actual: Path, expected: Path, *, is_exact: bool) -> None:
 
 
 def undisturbed(work: Path, layout: Layout) -> Path:
-    """Returns the workdir of a run that nobody disturbed, which is trained when it is missing."""
+    """Returns the workdir of an undisturbed run, which is trained when it is missing."""
     name = f"straight-{LAYOUTS.index(layout)}"
     if not (work / name).exists():
         attempt = Attempt(work, name, 0, layout)

@@ -1,4 +1,4 @@
-"""Sweeps under test: a small program in the place of `llada-jax train`, and fixtures around it.
+"""Sweeps under test: a small program instead of `llada-jax train`, and fixtures around it.
 
 The conftest.py of the folders that test sweeps imports the fixtures.
 """
@@ -65,7 +65,7 @@ with open(path, "a") as file:
 
 @pytest.fixture
 def fake_train(tmp_path, monkeypatch):
-    """Puts FAKE_TRAIN in the place of `llada-jax train`."""
+    """Replaces `llada-jax train` by FAKE_TRAIN."""
     assert targets.train_command is attempts.train_command, "a fake of an earlier test is left"
     program = tmp_path / "fake_train.py"
     program.write_text(FAKE_TRAIN)

@@ -17,7 +17,7 @@ from llada_jax.verbs.command_line import Parser, json_text, take_overrides
 LINES, COLUMNS = 24, 100
 
 # What scripts and documents say. A flag may be added here; taking one away, or renaming it, breaks
-# somebody's script.
+# the scripts of users.
 FLAGS = {
     "prepare": """--input --output --sequence-length --tokenizer --text-field --documents
         --document-start --heldout --workers --add-mask-token --json --format --chat

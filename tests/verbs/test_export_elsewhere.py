@@ -110,7 +110,7 @@ def test_a_trained_model_is_the_same_in_transformers_without_this_package(
         }
         np.testing.assert_array_equal(canvas_BT, ours.generate_tokens(asked["prompts"], **settings))
     assert str(theirs["text"]) == ours.tokenizer.decode(asked["prompts"][0])
-    # and the bound of the whole split stands on the card
+    # and the card has the bound of the whole split
     bound = metric_lines(trained, "final")[-1]["final"]
     assert (
         f"{bound['nelbo']:.4f} +- {bound['standard_error']:.4f} nats"

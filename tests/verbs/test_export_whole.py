@@ -44,7 +44,7 @@ def test_a_killed_export_leaves_no_export_and_the_same_command_writes_a_whole_on
     assert not (tmp_path / "out").exists()
     assert (tmp_path / "out.partial" / "model.safetensors").exists()
     with pytest.raises(UserError, match="no config.json|config.json cannot be read"):
-        read.read_config(tmp_path / "out.partial")  # nobody takes it for a checkpoint
+        read.read_config(tmp_path / "out.partial")  # it does not pass for a checkpoint
     (tmp_path / "out.partial" / "custom_generate").mkdir()  # one that was killed later has it
     assert_same_params(
         read_back(export(random_checkpoint, tmp_path / "out", "--dtype", "float32"), LLADA),
@@ -193,7 +193,7 @@ def test_several_processes_write_what_one_writes(random_checkpoint, tmp_path):
     ours, theirs = (contents_of(directory) for directory in (alone, tmp_path / "together"))
     ours["README.md"], theirs["README.md"] = b"", b""  # they are called alone and together
     assert ours == theirs
-    # one that cannot write tells the others, and nothing is left
+    # one that cannot write informs the others, and nothing is left
     (tmp_path / "file").write_text("")
     words[3] = tmp_path / "file" / "out"
     command = [sys.executable, "-m", "llada_jax", "export", *words]

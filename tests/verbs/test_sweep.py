@@ -90,7 +90,9 @@ def test_fit_of_a_sweep_reads_sizes_and_tokens_from_the_runs(
     out, _ = call_sweep("--fit")
     assert "N_opt = " in out
     assert "C^0.500" in out
-    assert "these runs do not determine this law" in out  # the parabolas are no sum of two powers
+    assert (
+        "these runs do not determine this law" in out
+    )  # the parabolas are not a sum of two powers
 
 
 def test_a_fit_without_enough_runs_is_refused_in_one_sentence(write_config, call_sweep):

@@ -56,7 +56,7 @@ OVERRIDES = {
         ["samples.prompts=(1, 2)"],
         ["samples.prompts=(1, 2)", "one text or more"],
     ),
-    "a rule that is no pair": (
+    "a rule that is not a pair": (
         ["optimizer.weight_decay_multipliers=('.*',)"],
         ["weight_decay_multipliers", "(regex, factor)"],
     ),

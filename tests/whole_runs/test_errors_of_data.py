@@ -52,7 +52,7 @@ def damaged_tokenizer(data: Path):
 
 
 def other_special_ids(data: Path):
-    """The tokenizer of another data set, of the same size, in the place of this one's."""
+    """The tokenizer of another data set, of the same size, instead of this one's."""
     path = data / "tokenizer" / "special_ids.json"
     path.write_text(
         path.read_text().replace('"mask": 256', '"mask": 259').replace('"pad": 259', '"pad": 256')
