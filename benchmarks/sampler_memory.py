@@ -16,6 +16,7 @@ import argparse
 import json
 import time
 
+import jax
 import jax.numpy as jnp
 
 from llada_jax.cluster import hardware
@@ -47,18 +48,19 @@ def main() -> None:
         attention=IN_PIECES,
     )
     start = time.perf_counter()
-    traced = traced_block(
-        model,
-        kept_parameters(model, mesh, jnp.bfloat16),
-        num_rows=args.batch_size,
-        width=args.width,
-        gen_length=args.gen_length,
-        block_length=args.block_length,
-        cache=args.cache,
-        mesh=mesh,
-        is_stochastic=True,
-    )
-    memory = traced.lower().compile().memory_analysis()
+    with jax.set_mesh(mesh):
+        traced = traced_block(
+            model,
+            kept_parameters(model, mesh, jnp.bfloat16),
+            num_rows=args.batch_size,
+            width=args.width,
+            gen_length=args.gen_length,
+            block_length=args.block_length,
+            cache=args.cache,
+            mesh=mesh,
+            is_stochastic=True,
+        )
+        memory = traced.lower().compile().memory_analysis()
     found = {
         **vars(args),
         "devices": machines.num_devices,

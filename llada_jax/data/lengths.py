@@ -62,10 +62,10 @@ def described(counts: Mapping[str, int]) -> dict[str, int]:
     if not counts:
         return {}
     total, so_far, lengths = sum(counts.values()), 0, {}
-    shares = {"median": 0.5, "most": 0.99, "longest": 1.0}
+    percents = {"median": 50, "most": 99, "longest": 100}
     for length, number in sorted((int(length), number) for length, number in counts.items()):
         so_far += number
-        for name in [name for name in shares if so_far >= shares[name] * total]:
-            lengths[name] = length
-            del shares[name]
+        for name, percent in percents.items():
+            if name not in lengths and 100 * so_far >= percent * total:
+                lengths[name] = length
     return lengths

@@ -2,6 +2,7 @@
 memory.
 """
 
+from contextlib import nullcontext
 from typing import Any
 
 import jax
@@ -100,17 +101,11 @@ def traced_block(
     network = Network(bound(model.logits_fn, params), cache_fns, None)
     confidence_BT = array(num_rows, width, dtype=jnp.float32) if plan.with_confidence else ()
     state = State(canvas_BT, number, ids_B, ids_B, (), confidence_BT)
-    if cache != "none":
-        empty = empty_cache_of.lower(network, state, fixed, plan=plan).compile()
-        shapes = jax.eval_shape(lambda: empty_cache_of(network, state, fixed, plan=plan))
-        state = state._replace(
-            cache=jax.tree.map(
-                lambda leaf, place: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=place),
-                shapes,
-                empty.output_shardings,
-            )
-        )
-    key = jax.eval_shape(lambda: jax.random.key(0))
-    if place is not None:
-        key = jax.ShapeDtypeStruct(key.shape, key.dtype, sharding=place)
-    return denoise_block.trace(network, state, number, number, key, fixed, plan=plan)
+    with nullcontext() if mesh is None else jax.set_mesh(mesh):
+        if cache != "none":
+            shapes = jax.eval_shape(lambda: empty_cache_of(network, state, fixed, plan=plan))
+            of_cache = jax.tree.map(lambda leaf: array(*leaf.shape, dtype=leaf.dtype), shapes)
+            state = state._replace(cache=of_cache)
+        key = jax.eval_shape(lambda: jax.random.key(0))
+        key = array(*key.shape, dtype=key.dtype)
+        return denoise_block.trace(network, state, number, number, key, fixed, plan=plan)

@@ -10,7 +10,7 @@ import sys
 
 from llada_jax.data.build import COUNTS
 from llada_jax.data.dialogue_units import CHAT_CHOICES, ChatSettings
-from llada_jax.data.lengths import LENGTHS, described
+from llada_jax.data.lengths import ANSWERS, LENGTHS, described
 from llada_jax.data.parts import join_parts, parse_part
 from llada_jax.data.preparation import prepare
 from llada_jax.data.text import Cut
@@ -210,12 +210,11 @@ def summary(output, content: dict) -> str:
     if content["source"]["num_empty_documents"]:
         lines.append(f"  {content['source']['num_empty_documents']:,} empty documents were skipped")
     lines += _lines_of_dialogues(content["dialogues"]) if "dialogues" in content else []
-    for kind, counts in content.get(LENGTHS, {}).items():
-        if lengths := described(counts):
-            lines.append(
-                f"  half of the {kind} to train on have up to {lengths['median']:,} tokens, 99% up "
-                f"to {lengths['most']:,}, the longest {lengths['longest']:,}, their ends included"
-            )
+    if lengths := described(content.get(LENGTHS, {}).get(ANSWERS, {})):
+        lines.append(
+            f"  half of the answers to train on have up to {lengths['median']:,} tokens, 99% up to "
+            f"{lengths['most']:,}, the longest {lengths['longest']:,}, their ends included"
+        )
     if "num_lossy_documents" in content["source"]:
         lines.append(
             f"  {content['source']['num_lossy_documents']:,} documents lose text in the tokenizer, "

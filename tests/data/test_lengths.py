@@ -13,6 +13,7 @@ from llada_jax.data.preparation import prepare
 from llada_jax.data.records import read_dataset
 from llada_jax.data.text import Cut
 from llada_jax.run.start import open_data
+from llada_jax.verbs.prepare import summary
 
 EOS = 2
 T = 64
@@ -74,6 +75,9 @@ def test_prepare_counts_answers_of_dialogues_and_documents_of_text(datasets):
     assert read_dataset(datasets["chat"]).lengths == {
         "answers": {str(length): 1 for length in range(2, 12)}
     }
+    content = json.loads(Path(datasets["chat"], "dataset.json").read_text())
+    line = "half of the answers to train on have up to 6 tokens, 99% up to 11, the longest 11"
+    assert line in summary("out", content)
     # with one EOS each; 101 is rounded up
     assert read_dataset(datasets["text"]).lengths == {"documents": {"3": 1, "4": 1, "104": 1}}
 
