@@ -231,6 +231,7 @@ class Pretrained:
             UserError: a setting is out of range, or prompts is a single text.
         """
         check_list(prompts, "generate")
+        prompts = list(prompts)
         lengths = [len(self.tokenizer.encode(prompt)) + gen_length for prompt in prompts]
         shortest = min(lengths, default=0)
         hint = length_hint(self.record, gen_length=gen_length, shortest_row=shortest)
@@ -268,7 +269,7 @@ class Pretrained:
                 self.model.cache_fns,
                 self.params,
                 self.tokenizer,
-                list(prompts),
+                prompts,
                 **settings,
                 **denoising,
             )
@@ -276,7 +277,7 @@ class Pretrained:
             self.logits_fn,
             self.params,
             self.tokenizer,
-            list(prompts),
+            prompts,
             cache_fns=self.model.cache_fns,
             shadow_fn=self.model.shadow_fn,
             on_step=on_step,
@@ -347,12 +348,13 @@ class Pretrained:
         """
         check_list(texts, "infill")
         check_can_infill(self.record)
+        texts = list(texts)
         self._warn_of_surprises([], [len(parse_gaps(self.tokenizer, text)[0]) for text in texts])
         completions = infill_text(
             self.logits_fn,
             self.params,
             self.tokenizer,
-            list(texts),
+            texts,
             shadow_fn=self.model.shadow_fn,
             steps=steps,
             remasking=remasking,
