@@ -4,7 +4,6 @@ again after an interruption continues.
 
 import argparse
 import functools
-import json
 import os
 import sys
 
@@ -15,7 +14,7 @@ from llada_jax.data.parts import join_parts, parse_part
 from llada_jax.data.preparation import prepare
 from llada_jax.data.text import Cut
 from llada_jax.errors import UserError
-from llada_jax.verbs.command_line import Parser
+from llada_jax.verbs.command_line import Parser, json_text
 
 # Unless parts are joined.
 _REQUIRED = ("--input", "--output", "--sequence-length", "--tokenizer")
@@ -72,9 +71,7 @@ def main(argv: list[str]) -> None:
 
 def report(output: str, content: dict, *, as_json: bool) -> None:
     """Prints what was written: dataset.json, or a summary of it."""
-    print(
-        json.dumps(content, indent=2, ensure_ascii=False) if as_json else summary(output, content)
-    )
+    print(json_text(content, indent=2, ensure_ascii=False) if as_json else summary(output, content))
 
 
 def make_parser() -> Parser:
@@ -150,7 +147,7 @@ def make_parser() -> Parser:
         "--chat",
         nargs="*",
         metavar="K=V",
-        help="dialogues or pairs; records, template, turns, ...: docs/finetuning.md",
+        help="dialogues or pairs; template=llada, turns=all, ...: docs/finetuning.md",
     )
     add("--part", metavar="I/N", help="write part I (from 0) of N, each with inputs of its own")
     add("--join", metavar="DIR", help="make one data set of the parts in DIR, also gs:// or s3://")
@@ -166,7 +163,7 @@ def chat_settings(words: list[str]) -> ChatSettings:
         if name != "template" and name not in CHAT_CHOICES:
             raise UserError(
                 f"--chat {word}: there is no setting {name!r}; known are template, "
-                f"{', '.join(CHAT_CHOICES)}, as in --chat template=default rows=padded."
+                f"{', '.join(CHAT_CHOICES)}, as in --chat template=llada rows=padded."
             )
         if name in CHAT_CHOICES and value not in CHAT_CHOICES[name]:
             raise UserError(
@@ -232,8 +229,9 @@ def _lines_of_dialogues(told: dict) -> list[str]:
             f"  the first of them is {told['first_malformed']}",
         ]
     if told["num_too_long"]:
-        lines.append(
+        lines += [
             f"  {told['num_too_long']:,} dialogues were too long, of which {told['num_cut']:,} "
-            "lost their beginning and the others were left out"
-        )
+            "lost their beginning and the others were left out",
+            f"  the first of them is {told['first_too_long']}",
+        ]
     return lines

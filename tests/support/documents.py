@@ -1,10 +1,35 @@
-"""The launcher commands that the documents and the docstrings show."""
+"""The commands that the documents and the docstrings show."""
 
+import ast
 import importlib
 import re
 import shlex
+from pathlib import Path
 
+from llada_jax.__main__ import VERBS
 from support.paths import ROOT
+
+
+def prose_of(file: Path) -> str:
+    """Returns a page, or the docstring of a module."""
+    return (
+        file.read_text()
+        if file.suffix == ".md"
+        else (ast.get_docstring(ast.parse(file.read_text())) or "")
+    )
+
+
+def commands(text: str) -> list[list[str]]:
+    """Returns the words of every `llada-jax VERB ...` in a text, without comments and [ ]."""
+    text = re.sub(r"\\\n\s*", " ", text)
+    found = []
+    for line in re.findall(rf"llada-jax ((?:{'|'.join(VERBS)})\b[^`\n]*)", text):
+        try:
+            words = shlex.split(line.replace("[", " ").replace("]", " "), comments=True)
+        except ValueError:  # the apostrophe of a sentence: prose that mentions a verb
+            words = line.split()
+        found.append(words)
+    return found
 
 
 def launcher_commands(launcher: str) -> list[tuple[list[str], list[str]]]:
