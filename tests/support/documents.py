@@ -1,4 +1,4 @@
-"""The launcher commands that the documents and the docstrings show."""
+"""The launcher commands that the documents and the docstrings show, and those of version 0.1.0."""
 
 import importlib
 import re
@@ -6,14 +6,19 @@ import shlex
 
 from support.paths import ROOT
 
+# Every command line that README and docs of version 0.1.0 showed: users have them in scripts.
+COMMANDS_OF_0_1_0 = ROOT / "tests/fixtures/commands_0.1.0.md"
+
 
 def launcher_commands(launcher: str) -> list[tuple[list[str], list[str]]]:
-    """Returns (flags of the launcher, words of the command) of every use in docs/ and docstrings.
+    """Returns (flags of the launcher, words of the command) of every use in docs/, in the docstring
+    and in the documents of version 0.1.0.
 
     A line without `--` has no command, as `--follow` and `--delete`.
     """
     texts = [importlib.import_module(launcher).__doc__ or ""]
-    texts += [path.read_text() for path in sorted((ROOT / "docs").glob("*.md"))]
+    pages = [*sorted((ROOT / "docs").glob("*.md")), COMMANDS_OF_0_1_0]
+    texts += [page.read_text() for page in pages]
     found = []
     for text in texts:
         for line in re.sub(r"\\\n\s*", " ", text).splitlines():
