@@ -471,7 +471,7 @@ class Pretrained:
         """
         check_samples(mc_samples)
         questions = [as_question(pair, self.tokenizer) for pair in pairs]
-        longest = self.config["data"]["sequence_length"]
+        longest = self.record.sequence_length
         check_questions(questions, num_rows=self.num_rows, longest=longest)
         return log_likelihoods(
             self.model,
@@ -517,7 +517,7 @@ class Pretrained:
             self.params,
             list(texts),
             tokenizer=self.tokenizer,
-            length=self.config["data"]["sequence_length"] if window is None else window,
+            length=self.record.sequence_length if window is None else window,
             context=context,
             mask=self.record.mask,
             num_samples=mc_samples,

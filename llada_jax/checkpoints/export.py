@@ -51,7 +51,7 @@ def training_of(record: RunRecord, step: int) -> Training:
         step=step,
         tokens=record.tokens or 0,
         batch_size=record.knob("data.batch_size"),
-        sequence_length=record.knob("data.sequence_length"),
+        sequence_length=record.sequence_length,
         learning_rate=record.knob("schedule.learning_rate"),
         schedule=record.knob("schedule.name"),
         optimizer=record.knob("optimizer.name"),

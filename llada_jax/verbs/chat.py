@@ -82,7 +82,7 @@ def begin(args) -> Conversation:
         args.checkpoint, ema=args.ema, tokenizer=args.tokenizer, needs_text=True, **where
     )
     if args.gen_length is None:
-        args.gen_length = default_length(pretrained.config["data"]["sequence_length"])
+        args.gen_length = default_length(pretrained.record.sequence_length)
         schedule = schedule_of(args)
     if pretrained.record.mask.causal:
         schedule = {"gen_length": args.gen_length, **asked}

@@ -153,7 +153,7 @@ def prepare_export(args) -> tuple[Export, dict]:
     listed = tensors(layout, a)
     found.check_parameters(step, {tensor.path for tensor in listed}, ema=args.ema)
     shards = plan_shards(listed, dtype=args.dtype, shard_size=shard_size)
-    max_length = record.knob("data.sequence_length")
+    max_length = record.sequence_length
     ids = {name: getattr(tokenizer, name) for name in ("mask_id", "eos_id", "bos_id", "pad_id")}
     config = hf_config(
         a,

@@ -127,7 +127,7 @@ def warn_of_surprises(args, pretrained, prompts: list[str]) -> None:
     longest = (
         max(len(pretrained.tokenizer.encode(prompt)) for prompt in set(prompts)) + args.gen_length
     )
-    trained = pretrained.config["data"]["sequence_length"]
+    trained = pretrained.record.sequence_length
     # Not refused: rotary positions extend, and a little beyond the trained length usually still
     # reads well.
     if longest > trained:

@@ -240,7 +240,7 @@ def recorded_remat(workdir: str) -> str:
     """
     if not (remote.path_of(workdir) / FILE).exists():
         return AUTO
-    return read_run(workdir).config.get("model", {}).get("remat", AUTO)
+    return read_run(workdir).knob("model.remat")
 
 
 def train_on(
