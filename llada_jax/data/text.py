@@ -21,7 +21,7 @@ from llada_jax.data.compression import (
     decompressed,
     plain_blocks,
 )
-from llada_jax.data.inputs import Input, format_of
+from llada_jax.data.inputs import Input, format_of, unreadable
 from llada_jax.errors import UserError, require
 
 # Some editors write it where a file begins, to say that it is UTF-8. It is not of the text.
@@ -366,17 +366,10 @@ def _reading(path: str):
         raise UserError(f"{path} is damaged ({error}); fetch or compress it again.") from error
     except UnicodeDecodeError as error:
         raise UserError(f"{path} is not valid UTF-8 ({error}); write it again as UTF-8.") from error
-    except (OSError, ImportError) as error:
-        raise UserError(
-            f"{path} cannot be read: {error}; check the path and its permissions."
-        ) from error
     except Exception as error:
         library = type(error).__module__.split(".")[0]
         if library in ("pyarrow", "zstandard"):
             raise UserError(f"{path} is damaged ({error}); fetch or write it again.") from error
-        # The file systems behind URLs share no class of errors.
-        if "://" in path:
-            raise UserError(
-                f"{path} cannot be read: {library}: {error}; check the address and credentials."
-            ) from error
-        raise
+        if (refusal := unreadable(path, error)) is None:
+            raise
+        raise refusal from error

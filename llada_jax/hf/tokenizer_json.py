@@ -21,7 +21,8 @@ from typing import Any
 
 from llada_jax.data.codecs import SPACE_MARK
 from llada_jax.data.tokenizer import CHAT_TEMPLATE, PROBES, Tokenizer
-from llada_jax.errors import UserError, reason, require
+from llada_jax.errors import UserError, require
+from llada_jax.storage import files
 
 NEVER = -1e6  # a score that no sum of other scores falls below
 BYTE_SCORE = -1e3  # of the byte of an unknown character: below every ordinary piece, above NEVER
@@ -34,13 +35,10 @@ def read_template(path: str) -> str:
         UserError: the file cannot be read, or is not a template.
     """
     jinja2 = require("jinja2", extra="hf")
-    try:
+    with files.reading(f"--chat-template {path}", remedy="give a text file"):
         template = Path(path).read_text()
+    try:
         jinja2.Environment().parse(template)
-    except (OSError, UnicodeDecodeError) as error:
-        raise UserError(
-            f"--chat-template {path} cannot be read ({reason(error)}); give a text file."
-        ) from error
     except jinja2.TemplateSyntaxError as error:
         raise UserError(
             f"--chat-template {path} is not a Jinja template (line {error.lineno}: {error}); fix "

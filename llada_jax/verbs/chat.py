@@ -9,7 +9,7 @@ import jax
 
 from llada_jax.checkpoints.orbax_patches import drop_echoes
 from llada_jax.conversation import Answer, Conversation, Question
-from llada_jax.errors import UserError, reason
+from llada_jax.errors import UserError
 from llada_jax.pretrained import load
 from llada_jax.samplers.denoise import DenoiseStep
 from llada_jax.samplers.settings import check_request
@@ -22,6 +22,7 @@ from llada_jax.sampling_flags import (
     read_schedule,
     read_settings,
 )
+from llada_jax.storage import files
 from llada_jax.streams import warn
 from llada_jax.verbs.command_line import Parser, placement
 
@@ -132,19 +133,16 @@ def piped() -> Iterator[str]:
         UserError: stdin cannot be read, or a line is not UTF-8.
     """
     number = 0
-    try:
-        for number, line in enumerate(sys.stdin.buffer, 1):
-            # "utf-8-sig" drops a byte order mark, which would become part of the first message.
-            yield line.decode("utf-8" if number > 1 else "utf-8-sig").strip()
-    except OSError as error:
-        raise UserError(
-            f"stdin cannot be read ({reason(error)}); give it a text with one message per line."
-        ) from error
-    except UnicodeDecodeError as error:
-        raise UserError(
-            f"Line {number} of stdin is not UTF-8 at byte {error.start}; convert it, for example "
-            "with iconv -t utf-8."
-        ) from error
+    with files.reading("stdin", remedy="give it a text with one message per line"):
+        try:
+            for number, line in enumerate(sys.stdin.buffer, 1):
+                # "utf-8-sig" drops a byte order mark, which would become part of the first message.
+                yield line.decode("utf-8" if number > 1 else "utf-8-sig").strip()
+        except UnicodeDecodeError as error:
+            raise UserError(
+                f"Line {number} of stdin is not UTF-8 at byte {error.start}; convert it, for "
+                "example with iconv -t utf-8."
+            ) from error
 
 
 # ---- what the model says

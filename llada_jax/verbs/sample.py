@@ -89,17 +89,12 @@ def read_prompts(prompts: list[str] | None, path: str | None) -> list[str]:
     if path is None:
         check_unicode(prompts or [], "--prompt", remedy=UTF8_REMEDY)
         return prompts or [""]
-    try:
+    with files.reading(f"--prompt-file {path!r}", remedy="pass a text file, or - for stdin"):
         if path == "-":
             data = sys.stdin.buffer.read()
         else:
             with open(path, "rb") as file:
                 data = file.read()
-    except OSError as error:
-        raise UserError(
-            f"--prompt-file {path!r} cannot be read: {error.strerror}; pass a text file, or - for "
-            "stdin."
-        ) from error
     try:
         # "utf-8-sig" drops a byte order mark, which would become part of the first prompt.
         lines = data.decode("utf-8-sig").replace("\r\n", "\n").split("\n")
