@@ -299,8 +299,8 @@ def train_on(
         lambda sums: jax.tree.map(jnp.zeros_like, sums),
         out_shardings=jax.tree.map(lambda s: s.sharding, recipe.abstract.metrics),
     )
-    # a canvas is padded on the left and of any length, which only the reference attention takes
-    # made once, because what is compiled for it is found again under its functions
+    # A canvas is padded on the left and of any length, which only the reference attention takes.
+    # Made once, because what is compiled for it is found again under its functions.
     sampling_model = make_model(
         recipe.architecture, dtype=recipe.dtype, attention="xla", mask=recipe.objective.mask
     )
