@@ -140,7 +140,8 @@ def _documents_of_part(
     path: str, form: str, cut: Cut, on_read: Callable[[int], None], span: tuple[int, int]
 ) -> Iterator[str]:
     start, end = (_first_document(path, cut, offset) for offset in span)
-    if start >= end:  # one document is longer than the part
+    # One document is longer than the part.
+    if start >= end:
         return
     part = lambda: _blocks(path, on_read, (start, end))  # noqa: E731
     try:
@@ -161,7 +162,8 @@ def _first_document(path: str, cut: Cut, offset: int) -> int:
     if not offset:
         return 0
     with _open(path) as file, _reading(path):
-        file.seek(offset - 1)  # a document may begin right there, after the end of a line
+        # A document may begin right there, after the end of a line.
+        file.seek(offset - 1)
         file.readline()
         if cut.document_start:
             begins, position = re.compile(cut.document_start), file.tell()

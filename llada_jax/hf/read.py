@@ -264,7 +264,8 @@ def _read(stored: Stored, name: str, slices: list[slice]) -> np.ndarray:
 
 
 def _read_parameter(of_path: list[Tensor], stored: dict[str, Stored], leaf) -> jax.Array:
-    parts = {}  # devices that hold the same part share it
+    # Devices that hold the same part share it.
+    parts = {}
 
     def part(index):
         bounds = tuple(s.indices(size)[:2] for s, size in zip(index, leaf.shape))

@@ -288,7 +288,8 @@ class Pieces:
         ]
         self.scores = [piece.score for piece in model.pieces]
         top = max((self.scores[i] for i in self.normal), default=0.0)
-        for i in self.user_defined:  # the score that SentencePiece's search gives them
+        # The score that SentencePiece's search gives them.
+        for i in self.user_defined:
             self.scores[i] = len(model.pieces[i].piece.encode()) * top - 0.1
 
 
@@ -372,7 +373,8 @@ def _check_same_ids(tokenizer: Tokenizer, content: bytes) -> None:
     """
     tokenizers = require("tokenizers", extra="hf")
     converted = tokenizers.Tokenizer.from_str(content.decode())
-    converted.encode_special_tokens = True  # as here: "<s>" in a text is three characters
+    # As here: "<s>" in a text is three characters.
+    converted.encode_special_tokens = True
     texts = [*PROBES, *filter(None, (tokenizer.decode([i]) for i in range(tokenizer.vocab_size)))]
     theirs = [
         encoding.ids for encoding in converted.encode_batch_fast(texts, add_special_tokens=False)

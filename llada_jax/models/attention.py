@@ -72,7 +72,8 @@ def attend_where(q_BTNH: Array, k_BSKH: Array, v_BSKH: Array, allowed_BTS: Array
     products whose batch dims come first, and at a softmax over four dims (a fifth dim for the
     groups costs 18% of a training step there).
     """
-    num_groups = q_BTNH.shape[2] // k_BSKH.shape[2]  # query heads that share a key/value head
+    # Query heads that share a key/value head.
+    num_groups = q_BTNH.shape[2] // k_BSKH.shape[2]
     k_BSNH, v_BSNH = (
         jnp.repeat(x, num_groups, axis=2) if num_groups > 1 else x for x in (k_BSKH, v_BSKH)
     )

@@ -148,7 +148,8 @@ def whole_directory(path, *, durable: bool = True) -> Iterator[epath.Path]:
         return
     undo_replacement(path)
     partial = path.with_name(f"{path.name}.partial")
-    shutil.rmtree(partial, ignore_errors=True)  # of a process that was killed
+    # Left by a process that was killed.
+    shutil.rmtree(partial, ignore_errors=True)
     try:
         partial.mkdir(parents=True)
         yield partial
@@ -205,7 +206,8 @@ def sizes_in(folder) -> dict[str, int]:
             listed = filesystem.ls(path, detail=True)
         except FileNotFoundError:
             return {}
-        except Exception as error:  # the clients share no class of errors for what can go wrong
+        except Exception as error:
+            # The clients share no class of errors for what can go wrong.
             raise OSError(str(error)) from error
         return {
             entry["name"].rsplit("/", 1)[1]: entry["size"]
