@@ -41,6 +41,7 @@ clean:
 	$(BIN)/pip install --quiet -e .
 	touch $@
 
-.venv/installed-dev: .venv/installed
+# Not after .venv/installed, because pip would resolve everything twice.
+.venv/installed-dev: .venv/bin/python setup.py
 	$(BIN)/pip install --quiet -e '.[dev]'
-	touch $@
+	touch .venv/installed $@

@@ -122,6 +122,8 @@ class JaxSide:
         self.model = make_model(
             architecture,
             remat=variant.partition("remat=")[2] or "none",
+            # that of config.model, because a batch of a benchmark is not to decide it
+            nll_chunk=1024,
             capacity=objective.capacity,
         )
         B, T = size["batch_size"], size["sequence_length"]

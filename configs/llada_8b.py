@@ -15,9 +15,8 @@ The published run took 0.13M H800-hours. All rows of a step fit at once on 64 of
     llada-jax plan --config configs/llada_8b.py --topology v5p-128
     llada-jax plan --config configs/llada_8b.py --topology 64xh100
 
-Compiled for 64 absent v5p chips with 256 rows, a step
-needs 13.6 GiB per chip, or 9.6 GiB with model.remat=full (docs/plan.md). Time and result of this
-config are unmeasured.
+Compiled for 64 absent v5p chips with 256 rows, a step needs 13.4 GiB per chip (docs/plan.md). Time
+and result of this config are unmeasured.
 """
 
 from llada_jax.config import default_config

@@ -18,6 +18,7 @@ from llada_jax.config import load_config, parse_sources
 from llada_jax.errors import UserError, look_up
 from llada_jax.paths import check_savable, split_step
 from llada_jax.storage.remote import LIBRARIES, is_remote
+from llada_jax.validation import NO_TRACKER
 
 # Flags that name what a command reads, and what it writes.
 READ_FLAGS, WRITTEN_FLAGS = ("checkpoint",), ("workdir", "output", "report")
@@ -183,11 +184,15 @@ def check_config(config, place: Place) -> str:
     for knob in ("restore", "init_from"):
         if path := config.checkpoint[knob]:
             check_path(f"config.checkpoint.{knob}=", path, place, is_written=False)
+    # A directory for compiled programs may be on the host's own disk; only a URL can be wrong.
+    if is_remote(cache := config.log.compilation_cache):
+        check_path("config.log.compilation_cache=", cache, place, is_written=False)
+    if (tracker := config.log.tracker) != NO_TRACKER:
+        check_extra(f"config.log.tracker={tracker}", tracker, place)
+    vocab = vocab_size or STAND_IN_VOCAB_SIZE
     if not place.machines:
         if place.num_devices:
-            from llada_jax.cluster.sharding import mesh_shape
-
-            mesh_shape(config.mesh, place.num_devices)
+            check_split(config, place.num_devices, vocab)
         return ""
     import jax
 
@@ -196,7 +201,6 @@ def check_config(config, place: Place) -> str:
 
     # Where the launcher runs, chips are not to be touched: another run may have them.
     jax.config.update("jax_platforms", "cpu")
-    vocab = vocab_size or STAND_IN_VOCAB_SIZE
     report = estimate(Asked(config, place.machines, place.num_slices, vocab))
     mesh = f"mesh {describe_mesh(report['mesh'])} on {place.num_slices} x {place.machines.name}"
     if not vocab_size:
@@ -204,6 +208,16 @@ def check_config(config, place: Place) -> str:
     peak, usable = report["memory"]["peak"], report["usable_bytes"]
     fits = "" if peak < usable else ", which is estimated not to fit: ask `llada-jax plan`"
     return f"{mesh}, {format_bytes(peak)} of {format_bytes(usable)} per device (estimate){fits}"
+
+
+def check_split(config, num_devices: int, vocab_size: int) -> None:
+    """Raises UserError when batch and network cannot be split over devices of an unknown kind."""
+    from llada_jax.cluster.sharding import abstract_mesh
+    from llada_jax.planning.absent_devices import stand_in_tokenizer
+    from llada_jax.training.step import architecture_of, check_mesh
+
+    architecture = architecture_of(config.model, stand_in_tokenizer(vocab_size))
+    check_mesh(config, architecture, abstract_mesh(config.mesh, num_devices))
 
 
 def check_data(config, place: Place) -> int:

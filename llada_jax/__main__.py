@@ -138,8 +138,8 @@ def lack_of_memory(error: Exception) -> str:
     what = one_line(str(error)) or "no memory is left"
     return (
         f"The memory of this machine is not enough ({what}); lower the sizes in the config or on "
-        "the command line (batch, microbatch, length, model), or use more devices. `llada-jax "
-        "plan` says what a run needs."
+        "the command line (batch, microbatch, length, model; --batch-size of evaluate), or use "
+        "more devices. `llada-jax plan` says what training needs."
     )
 
 

@@ -40,14 +40,18 @@ def checksums(items: dict, *, scheme: int = SCHEME) -> dict[str, dict[str, int]]
 
 @functools.partial(jax.jit, static_argnames="scheme")
 def _sums(tree, *, scheme: int):
-    def checksum(leaf):
-        unsigned = jnp.dtype(f"uint{8 * leaf.dtype.itemsize}")
-        bits = jax.lax.bitcast_convert_type(leaf, unsigned).astype(jnp.uint32)
-        if scheme != 1:
-            bits = _scrambled(bits ^ _position_hash(leaf.shape, jnp))
-        return jnp.sum(bits, dtype=jnp.uint32)
+    return jax.tree.map(functools.partial(_sum, scheme=scheme), tree)
 
-    return jax.tree.map(checksum, tree)
+
+# A function of its own, because a parameter and its moments have the same shape: it is traced once
+# for all of them.
+@functools.partial(jax.jit, static_argnames="scheme")
+def _sum(leaf, *, scheme: int):
+    unsigned = jnp.dtype(f"uint{8 * leaf.dtype.itemsize}")
+    bits = jax.lax.bitcast_convert_type(leaf, unsigned).astype(jnp.uint32)
+    if scheme != 1:
+        bits = _scrambled(bits ^ _position_hash(leaf.shape, jnp))
+    return jnp.sum(bits, dtype=jnp.uint32)
 
 
 def checksum_of_array(array: np.ndarray, *, scheme: int = SCHEME, first: int = 0) -> int:

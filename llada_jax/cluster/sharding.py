@@ -142,6 +142,11 @@ def make_mesh(sizes: dict[str, int], devices=None) -> Mesh:
     return Mesh(grid, AXES, axis_types=types)
 
 
+def abstract_mesh(sizes: dict[str, int], num_devices: int) -> AbstractMesh:
+    """Returns a mesh over devices of which only the number is known; see mesh_shape."""
+    return AbstractMesh(mesh_shape(sizes, num_devices), AXES)
+
+
 def one_device_mesh() -> Mesh:
     """Returns a mesh of the first device of this process, on which every axis has size 1.
 
@@ -173,7 +178,7 @@ def axis_size(mesh: Mesh | AbstractMesh, logical: str) -> int:
     return int(np.prod([mesh.shape[axis] for axis in axes], initial=1))
 
 
-def check_divisible(mesh: Mesh, sizes: dict[str, tuple[str, int]]) -> None:
+def check_divisible(mesh: Mesh | AbstractMesh, sizes: dict[str, tuple[str, int]]) -> None:
     """Raises UserError when a size is not divisible by the mesh axes it is split over.
 
     Args:

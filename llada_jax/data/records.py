@@ -14,6 +14,7 @@ with uint16. llada_jax.data.shards stores them, each with a checksum.
 import json
 import os
 from dataclasses import dataclass
+from itertools import chain
 from typing import Any
 
 import numpy as np
@@ -297,8 +298,9 @@ def check_shards(info: DatasetInfo) -> None:
     record of it is read.
     """
     what_to_do = PREPARE_AGAIN if info.is_array_record else remedy(info.directory)
-    for split in info.splits.values():
-        check_sizes(info.directory, split.shards, what_to_do=what_to_do)
+    # All splits at once, because they are in the same folders, and each folder is listed once.
+    shards = chain.from_iterable(split.shards for split in info.splits.values())
+    check_sizes(info.directory, shards, what_to_do=what_to_do)
 
 
 def read_json_of(directory: epath.Path) -> dict:

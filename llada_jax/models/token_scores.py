@@ -17,6 +17,8 @@ from llada_jax.models.products import project
 # devices and the positions of one device.
 ROWS = ("act_batch", "act_head_position")
 DEVICES = ("act_device", None)
+# Logits that a device holds at a time where `nll_chunk` does not decide: 1 GiB of float32.
+MOST_LOGITS = 1 << 28
 # The scope of the condition under which the other positions are scored too.
 SELDOM = "seldom"
 
@@ -36,7 +38,7 @@ def token_scores(
     *,
     dtype: Any,
     gradient_dtype: Any,
-    nll_chunk: int,
+    nll_chunk: int | None,
     capacity: Callable[[int, int, int], int] | None,
 ) -> TokenScores:
     """Returns the scores of the targets at the positions `where_BT`.
@@ -56,6 +58,8 @@ def token_scores(
     batch_ways, position_ways = (_ways(name) for name in ROWS)
     local = B // batch_ways, T // position_ways
     num_local = local[0] * local[1]
+    if nll_chunk is None:
+        nll_chunk = max(1, T * MOST_LOGITS // (num_local * kernel_DV.shape[1]))
     score = functools.partial(_score, dtype=dtype, gradient_dtype=gradient_dtype)
     # Where the mesh does not divide a batch, XLA pads it, and shard_map refuses it.
     is_even = num_local * batch_ways * position_ways == B * T

@@ -323,7 +323,8 @@ class Transformer(nnx.Module):
         attention: implementation, a key of llada_jax.models.attention.IMPLEMENTATIONS.
         mask: what a position may see within its segment; an objective names it.
         remat: "none" or a key of REMAT_POLICIES.
-        nll_chunk: peak memory of the logits in `token_nll`, in positions per row.
+        nll_chunk: peak memory of the logits in `token_nll`, in positions per row. None: what keeps
+            the logits of a device below 1 GiB, whatever the batch is.
         capacity: (rows, length, ways) -> of how many positions `token_nll` computes logits at
             first, on each of the `ways` devices that share the rows; those of the others follow
             where more carry loss. None: of all.
@@ -339,7 +340,7 @@ class Transformer(nnx.Module):
         attention: str = "xla",
         mask: Mask = BIDIRECTIONAL,
         remat: str = "none",
-        nll_chunk: int = 1024,
+        nll_chunk: int | None = None,
         capacity: Callable[[int, int, int], int] | None = None,
     ) -> None:
         self.a, self.dtype, self.attention, self.mask = a, dtype, attention, mask

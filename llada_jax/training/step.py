@@ -13,7 +13,7 @@ import jax
 import jax.numpy as jnp
 import optax
 from jax import Array
-from jax.sharding import Mesh, NamedSharding
+from jax.sharding import AbstractMesh, Mesh, NamedSharding
 
 from llada_jax.cluster import hardware, sharding
 from llada_jax.cluster.sharding import constrain
@@ -204,7 +204,7 @@ def architecture_of(knobs: Any, tokenizer: Any) -> Architecture:
     return Architecture(**fields)
 
 
-def check_mesh(config: Any, a: Architecture, mesh: Mesh) -> None:
+def check_mesh(config: Any, a: Architecture, mesh: Mesh | AbstractMesh) -> None:
     """Raises UserError when batch, sequence or model cannot be split as the mesh asks."""
     rows = config.data.batch_size // config.optimizer.gradient_accumulation
     sharding.check_divisible(

@@ -15,6 +15,7 @@ from support.counting import T, batches, rows_of, write_counting_dataset
 
 from llada_jax.data import loader
 from llada_jax.data.loader import describe, heldout_batches, train_batches
+from llada_jax.storage import files
 
 KEYS = ("tokens", "segment_ids", "positions", "is_maskable")
 
@@ -328,6 +329,25 @@ def test_describe_counts_what_a_run_prints(small, large):
     assert first.fingerprint == "f00d"
     assert first.num_epochs(680) == 10.0
     assert second.num_epochs(400) == 3.0
+
+
+def test_the_sizes_of_shards_are_looked_at_once_and_not_at_each_evaluation(
+    small, large, monkeypatch
+):
+    looked_at = []
+
+    def sizes_in(folder, really=files.sizes_in):
+        looked_at.append(str(folder).rstrip("/"))
+        return really(folder)
+
+    monkeypatch.setattr(files, "sizes_in", sizes_in)
+    summaries = describe([(small, 1.0), (large, 1.0)], sequence_length=T)
+    assert looked_at == [small, large]
+    sources = [(summary.info, 1.0) for summary in summaries]
+    batches(sources, num_batches=3)
+    for _ in range(2):
+        assert list(heldout_batches(summaries[0].info, batch_size=8, sequence_length=T))
+    assert looked_at == [small, large]
 
 
 def test_closing_the_iterator_ends_its_threads(small):

@@ -8,11 +8,15 @@ import numpy as np
 import pytest
 from etils import epath
 from support.buckets import EMULATORS, emulated
+from support.corpora import write_corpus
 from support.counting import T, write_counting_dataset
 from support.errors import error_of
 from support.paths import ROOT
 
+from llada_jax.__main__ import main
 from llada_jax.data.loader import describe, heldout_batches, train_batches
+from llada_jax.data.parts import join_parts
+from llada_jax.data.preparation import prepare
 from llada_jax.data.records import Records, read_dataset
 from llada_jax.storage.remote import upload
 
@@ -72,6 +76,32 @@ def test_what_is_wrong_with_a_shard_in_a_bucket_is_named(places):
         assert f"Shard {shard} is missing" in error_of(describe, [(remote, 1.0)], sequence_length=T)
     finally:
         shard.write_bytes(whole)
+
+
+def test_parts_in_a_bucket_are_joined_as_on_a_disk(places, tmp_path, capsys):
+    _, remote = places
+    write_corpus(tmp_path / "corpus", num_files=2, num_documents=20)
+    for number, file in enumerate(sorted((tmp_path / "corpus").iterdir())):
+        settings = {"sequence_length": 32, "tokenizer": "bytes", "heldout": 0.2}
+        prepare([str(file)], tmp_path / "set", part=(number, 2), **settings)
+    url = f"{remote}-parts"
+    upload(str(tmp_path / "set"), url)
+    shard = next(epath.Path(f"{url}/part-00001-of-00002").glob("train-*"))
+    whole = shard.read_bytes()
+    shard.write_bytes(whole[:-1])
+    assert main(["prepare", "--join", url]) == 2
+    assert f"Shard {shard} has {len(whole) - 1} bytes" in capsys.readouterr().err
+    shard.write_bytes(whole)
+    assert main(["prepare", "--join", url]) == 0
+    expected = join_parts(tmp_path / "set")
+    info = read_dataset(url)
+    assert info.fingerprint == expected["fingerprint"]
+    for ours, theirs in zip(
+        Records(info, split="heldout"),
+        Records(read_dataset(tmp_path / "set"), split="heldout"),
+        strict=True,
+    ):
+        np.testing.assert_array_equal(ours["tokens"], theirs["tokens"])
 
 
 def test_a_data_set_of_version_0_1_is_read_from_a_disk_alone(places):

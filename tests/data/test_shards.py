@@ -4,6 +4,7 @@ import functools
 import os
 import subprocess
 import sys
+import tracemalloc
 import zlib
 
 import pytest
@@ -45,6 +46,21 @@ def test_records_run_through_the_shards_and_skip_empty_ones(tmp_path):
     records = stored(tmp_path, 3, 0, 4)
     assert [records[i] for i in range(len(records))] == [record(i) for i in range(7)]
     assert records.name_of(3) == f"Record 0 of shard {tmp_path / '2.records'}"
+
+
+def test_the_records_of_2_trillion_tokens_need_no_memory_each():
+    shards = [
+        Shard(file=f"{i}.records", num_records=125_000, num_bytes=125_000 * (SIZE + 4))
+        for i in range(4_500)
+    ]
+    tracemalloc.start()
+    try:
+        records = StoredRecords("absent", shards, record_size=SIZE)
+        assert len(records) == 562_500_000
+        assert records.name_of(561_999_999) == "Record 124999 of shard absent/4495.records"
+        assert tracemalloc.get_traced_memory()[1] < 1_000_000
+    finally:
+        tracemalloc.stop()
 
 
 def test_a_failure_while_writing_leaves_the_old_shard_and_no_partial_one(tmp_path):

@@ -1,13 +1,16 @@
 """The local launcher: what it starts, how it ends, and that it does not change a run."""
 
 import runpy
+import shlex
 import signal
 import subprocess
 import sys
 import time
 
+import local
 import numpy as np
 import pytest
+from support.documents import launcher_commands
 from support.paths import LAUNCH
 from support.runs import losses
 
@@ -46,6 +49,14 @@ def test_a_dry_run_prints_one_line_per_process_and_starts_nothing(tmp_path):
         assert "JAX_NUM_CPU_DEVICES=2" in line
         assert line.endswith(f"touch {tmp_path / 'started'}")
     assert not (tmp_path / "started").exists()
+
+
+def test_every_command_of_the_documents_is_accepted(capsys):
+    commands = launcher_commands("local")
+    assert len(commands) >= 2
+    for flags, command in commands:
+        assert local.main([*flags, "--dry-run", "--", *command]) == 0
+        assert shlex.join(command) in capsys.readouterr().out
 
 
 def test_one_failure_ends_all_processes_with_its_status(tmp_path):

@@ -1,5 +1,6 @@
 """What the launchers find out about a command before anything is rented for it."""
 
+import dataclasses
 import json
 import re
 import subprocess
@@ -58,6 +59,9 @@ def test_a_run_that_is_estimated_not_to_fit_is_said_to_be_so_and_not_refused():
         ([*TRAIN, "--workdir", "gs://b/run"], "pass --config.data.path=DIR"),
         ([*GOOD, "--config.data.path=s3://b/corpus"], "needs the extra 's3'"),
         ([*GOOD, "--config.data.path=az://b/corpus"], "kind of URL"),
+        ([*GOOD, "--config.log.tracker=wandb"], "needs the extra 'wandb'"),
+        ([*GOOD, "--config.log.compilation_cache=s3://b/programs"], "needs the extra 's3'"),
+        ([*GOOD, "--config.log.compilation_cache=az://b/programs"], "kind of URL"),
         ([*GOOD, "--config.data.path=/database"], "config.data.path=/database is not on a disk"),
         ([*GOOD, "--config.data.path=/data/a=1,x/b=2"], "config.data.path=x/b is not on a disk"),
         ([*GOOD, "--config.checkpoint.init_from=w"], "config.checkpoint.init_from=w is not on"),
@@ -92,6 +96,32 @@ def test_a_command_that_cannot_run_is_refused_in_one_sentence_with_the_remedy(co
         check(command, PLACE)
     assert message in str(refused.value)
     assert len(str(refused.value).splitlines()) == 1
+
+
+def test_a_tracker_that_the_hosts_have_is_accepted():
+    place = dataclasses.replace(PLACE, extras=(*PLACE.extras, "trackio"))
+    assert "can run there" in check([*GOOD, "--config.log.tracker=trackio"], place)
+
+
+@pytest.mark.parametrize(
+    ("knob", "message"),
+    [
+        ("mesh.tensor=5", "divide the devices"),
+        ("mesh.fsdp=64", "needs 64 devices, and there are 128"),
+        ("data.batch_size=100", "cannot be split 128 ways"),
+        ("optimizer.gradient_accumulation=20", "gradient_accumulation=64 cannot be split 128 ways"),
+        ("model.d_ff=12_290", "config.model.d_ff=12290 cannot be split 4 ways"),
+        ("model.vocab_size=126_466", "config.model.vocab_size=126466 cannot be split 4 ways"),
+    ],
+)
+def test_devices_of_an_unknown_kind_must_split_batch_and_network(knob, message):
+    # as on SLURM
+    place = Place(has_own_disks=True, num_devices=128)
+    command = [*TRAIN, "--workdir", "/runs/a", "--config.data.path=/data/corpus"]
+    command += ["--config.mesh.tensor=4"] if "4 ways" in message else []
+    assert "can run there" in check(command, place)
+    with pytest.raises(UserError, match=re.escape(message)):
+        check([*command, f"--config.{knob}"], place)
 
 
 def test_slices_are_joined_along_data():
@@ -238,7 +268,7 @@ def documented() -> list[tuple[str, list[str], list[str]]]:
         (launcher, flags, command)
         for launcher in ("gke", "tpu_vm", "slurm")
         for flags, command in launcher_commands(launcher)
-        if command and "--dry-run" not in flags
+        if command
     ]
 
 
@@ -247,10 +277,14 @@ def test_the_documents_show_every_launcher():
 
 
 def test_the_commands_for_slurm_can_run_where_such_disks_are():
-    for launcher, _, command in documented():
+    for launcher, flags, command in documented():
         if launcher == "slurm":
+            args, _ = slurm.parse([*flags, "--", *command])
+            place = dataclasses.replace(
+                slurm.place_of(args), shares_disks=False, has_own_disks=True, mounts={"runs": True}
+            )
             words = [word.replace(slurm.INDEX, "0") for word in command]
-            assert "can run there" in check(words, Place(has_own_disks=True))
+            assert "can run there" in check(words, place)
 
 
 @pytest.mark.slow
@@ -258,9 +292,10 @@ def test_documented_commands_run_up_to_the_first_device():
     """With the launchers' variables, and with no package but those of the image.
 
     TPUs and GPUs are not there, and the first question for a device is where each command ends.
+    A sweep writes its folder first, and is only checked (the test above).
     """
-    commands = {tuple(words[1:]) for name, _, words in documented() if name != "slurm"}
-    assert len(commands) >= 2
+    commands = {tuple(words[1:]) for _, _, words in documented() if words[1] != "sweep"}
+    assert len(commands) >= 6
     extras = json.dumps(["tpu", *cloud.HOST_EXTRAS])
     environment = {"PATH": "/usr/bin:/bin", "HOME": "/nonexistent", "PYTHONPATH": str(ROOT)}
     environment |= {"JAX_PLATFORMS": "tpu", "TPU_SKIP_MDS_QUERY": "1"}

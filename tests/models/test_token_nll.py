@@ -1,18 +1,23 @@
 """The chunked negative log-likelihood of tokens against the log-softmax of whole logits."""
 
 import functools
+import math
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 from support.networks import SMALL, perturbed, random_inputs, variant
+from support.programs import shapes_of
 
+from llada_jax.cluster.sharding import make_mesh
+from llada_jax.models.attention import IN_PIECES
 from llada_jax.models.model import make_model
+from llada_jax.models.token_scores import MOST_LOGITS
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("nll_chunk", [1, 2, 3, 5, 12, 1024])
+@pytest.mark.parametrize("nll_chunk", [1, 2, 3, 5, 12, 1024, None])
 def test_chunked_nll_and_its_gradient_equal_the_log_softmax_of_the_logits(nll_chunk):
     model = make_model(SMALL, nll_chunk=nll_chunk)
     params = perturbed(model)
@@ -58,6 +63,27 @@ def test_a_shifted_output_shifts_the_loss_like_the_logits():
     log_p = jax.nn.log_softmax(jax.jit(model.logits_fn)(params, tokens, segments, positions))
     expected = -np.take_along_axis(np.asarray(log_p), np.asarray(tokens)[..., None], -1)[..., 0]
     np.testing.assert_allclose(scores.nll_BT, expected, atol=1e-5)
+
+
+@pytest.mark.parametrize("num_devices", [1, 8])
+def test_without_a_chunk_the_logits_of_a_device_are_bounded_whatever_the_batch_is(num_devices):
+    # Rows, vocabulary and batch of an evaluation of LLaDA-8B, of which all other arrays are small.
+    a = variant(vocab_size=126_464)
+    batch = [jax.ShapeDtypeStruct((64, 4096), dtype) for dtype in (jnp.int32, bool)]
+
+    def largest(**kwargs) -> int:
+        model = make_model(a, attention=IN_PIECES, **kwargs)
+
+        def nll(params, tokens, where):
+            return model.nll_fn(params, tokens, tokens, where, None, tokens)
+
+        with jax.set_mesh(make_mesh({"data": num_devices}, jax.devices()[:num_devices])):
+            traced = jax.make_jaxpr(nll)(model.abstract, *batch)
+        # a trace has the arrays of all devices together
+        return max(map(math.prod, shapes_of(traced.jaxpr))) // num_devices
+
+    assert 0.9 * MOST_LOGITS < largest() <= MOST_LOGITS
+    assert largest(nll_chunk=1024) * num_devices == 64 * 4096 * 126_464 // 4
 
 
 @pytest.mark.slow

@@ -150,6 +150,11 @@ TOKEN_SCORES = faults_of(
         "jnp.all(jnp.sum(where_GP",
     ),
     (
+        "the logits of an evaluation grow with the batch",
+        "T * MOST_LOGITS // (num_local * kernel_DV.shape[1])",
+        "T * MOST_LOGITS // (T * kernel_DV.shape[1])",
+    ),
+    (
         "the gradient of a position that was not picked is that of another",
         "*[1] * (taken.ndim - 2)), taken, 0)",
         "*[1] * (taken.ndim - 2)), taken, taken)",

@@ -8,16 +8,10 @@ from etils import epath
 from hypothesis import given
 from hypothesis import strategies as st
 from support.required import library
+from support.tensorboard import board_of
 
 from llada_jax.run.metrics_file import MetricsWriter
 from llada_jax.run.tensorboard import EventsFile, as_code, tags_of
-
-
-def board_of(workdir):
-    module = library("tensorboard.backend.event_processing.event_accumulator")
-    board = module.EventAccumulator(str(workdir / "tensorboard"))
-    board.Reload()
-    return board
 
 
 def test_what_is_learned_comes_first_and_the_machine_last():

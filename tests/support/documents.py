@@ -22,7 +22,8 @@ def launcher_commands(launcher: str) -> list[tuple[list[str], list[str]]]:
     found = []
     for text in texts:
         for line in re.sub(r"\\\n\s*", " ", text).splitlines():
-            if not line.strip().startswith(f"python launch/{launcher}.py"):
+            line = line.strip().removeprefix("$ ")
+            if not line.startswith(f"python launch/{launcher}.py"):
                 continue
             words = shlex.split(line.split("  (")[0], comments=True)[2:]
             at = words.index("--") if "--" in words else len(words)

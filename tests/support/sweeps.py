@@ -145,8 +145,7 @@ def start_sweep(runs, tmp_path):
     """Returns start_sweep(*flags) -> a started `llada-jax sweep` that trains on the small dataset
     with one CPU device.
     """
-    knobs = {"data.path": runs.dataset, "log.tensorboard": "false"}
-    words = [f"--config.{name}={value}" for name, value in knobs.items()]
+    words = [f"--config.data.path={runs.dataset}"]
 
     def start(*flags: str) -> subprocess.Popen:
         command = [sys.executable, "-m", "llada_jax", "sweep"]

@@ -10,12 +10,15 @@ import ml_dtypes
 import numpy as np
 import pytest
 from safetensors.numpy import load_file, save_file
+from support.corpora import write_corpus
 from support.hf_directories import SMALL, write_huggingface, write_tokenizer
 from support.imports import abstract_on, assert_equal_params
 
 import llada_jax
 from llada_jax.__main__ import main
-from llada_jax.hf import read
+from llada_jax.config import load_config
+from llada_jax.data.preparation import prepare
+from llada_jax.hf import read, starting_config
 from llada_jax.hf.convert import tensors
 from llada_jax.models.transformer import Architecture
 
@@ -139,3 +142,23 @@ def test_json_says_what_was_imported(huggingface_directories, tmp_path, capsys):
     assert told["parameters"] == sum(leaf.size for leaf in jax.tree.leaves(abstract_on(SMALL)))
     assert Architecture(**told["architecture"]) == SMALL
     assert (told["layout"], told["mask"]) == ("llada", 257)
+    file = tmp_path / "new" / starting_config.NAME
+    continued = load_config(str(file), ["data.path=x"])
+    assert continued.checkpoint.init_from == str(tmp_path / "new")
+
+
+@pytest.mark.slow
+def test_the_config_that_import_writes_trains_on_from_the_weights(imported_workdirs, tmp_path):
+    imported = imported_workdirs["llada"]
+    corpus, data = tmp_path / "corpus", tmp_path / "data"
+    write_corpus(corpus, num_files=1, num_documents=30)
+    as_imported = {"tokenizer": str(imported / "tokenizer"), "heldout": 0.2}
+    prepare([str(corpus)], data, sequence_length=32, **as_imported)
+    changes = {"data.path": str(data), "num_tokens": 0, "num_steps": 2, "data.batch_size": 8}
+    changes |= {"data.sequence_length": 32, "log.tensorboard": False}
+    llada_jax.train(imported / starting_config.NAME, tmp_path / "more", changes=changes)
+    before, after = (llada_jax.load(workdir).params for workdir in (imported, tmp_path / "more"))
+    # AdamW moves a number by the learning rate at most, here 1% and 2% of 2.5e-5.
+    for ours, theirs in zip(jax.tree.leaves(after), jax.tree.leaves(before), strict=True):
+        np.testing.assert_allclose(ours, theirs, atol=1e-6, rtol=1e-6)
+    assert np.any(after["embed"] != before["embed"])

@@ -13,6 +13,7 @@ from support.paths import ROOT
 from support.records import small_record
 from support.runs import SMALL_RUN, metric_lines
 from support.sweeps import RATES, error_of
+from support.tensorboard import board_of
 
 from llada_jax.models.transformer import Architecture
 
@@ -126,6 +127,7 @@ def test_a_real_sweep_is_stopped_continues_and_has_the_table_of_its_metrics(
     base = SMALL_RUN.replace("num_steps = 20", "num_steps = 100").replace(
         "every_steps = 10", "every_steps = 50"
     )
+    base = base.replace("log.tensorboard = False", "log.tensorboard = True")
     write_config("for rate in (1e-2, 1e-4): add({'schedule.learning_rate': rate})", base=base)
     process = start_sweep("--run", "local")
     second = tmp_path / "runs" / "001" / "metrics.jsonl"
@@ -157,6 +159,10 @@ def test_a_real_sweep_is_stopped_continues_and_has_the_table_of_its_metrics(
         assert run["tokens"] == 100 * 16 * 32
         trained = json.loads((Path(run["workdir"]) / "run.json").read_text())["config"]
         assert trained["schedule"]["learning_rate"] == run["knobs"]["schedule.learning_rate"]
+        board = board_of(Path(run["workdir"]))
+        assert board.PluginTagToContent("hparams")
+        (shown,) = board.Scalars("hparam/bits_per_byte")
+        assert shown.value == pytest.approx(run["bits_per_byte"], rel=1e-6)
     (effect,) = table["effects"]
     assert effect["spread"] == pytest.approx(
         table["runs"][1]["bits_per_byte"] - table["runs"][0]["bits_per_byte"]
