@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 from support.configs import check
-from support.documents import COMMANDS_OF_0_1_0, launcher_commands
+from support.documents import COMMANDS_OF_0_1_0, launcher_commands, launcher_commands_in
 from support.paths import ROOT
 
 from llada_jax.__main__ import VERBS, main
@@ -197,9 +197,9 @@ def test_every_command_of_a_launcher_has_flags_that_it_takes(launcher, monkeypat
     # local.py asks whether the program is there, which is next to this Python.
     bin = Path(sys.executable).parent
     monkeypatch.setenv("PATH", f"{bin}{os.pathsep}{os.environ['PATH']}")
-    found = launcher_commands(launcher)
-    assert len(found) >= 2
-    for flags, command in found:
+    old = launcher_commands_in([COMMANDS_OF_0_1_0.read_text()], launcher)
+    assert old
+    for flags, command in [*launcher_commands(launcher), *old]:
         importlib.import_module(launcher).parse([*flags, *(["--", *command] if command else [])])
 
 

@@ -11,14 +11,16 @@ COMMANDS_OF_0_1_0 = ROOT / "tests/fixtures/commands_0.1.0.md"
 
 
 def launcher_commands(launcher: str) -> list[tuple[list[str], list[str]]]:
-    """Returns (flags of the launcher, words of the command) of every use in docs/, in the docstring
-    and in the documents of version 0.1.0.
+    """Returns (flags of the launcher, words of the command) of every use in docs/ and docstrings.
 
     A line without `--` has no command, as `--follow` and `--delete`.
     """
     texts = [importlib.import_module(launcher).__doc__ or ""]
-    pages = [*sorted((ROOT / "docs").glob("*.md")), COMMANDS_OF_0_1_0]
-    texts += [page.read_text() for page in pages]
+    texts += [path.read_text() for path in sorted((ROOT / "docs").glob("*.md"))]
+    return launcher_commands_in(texts, launcher)
+
+
+def launcher_commands_in(texts: list[str], launcher: str) -> list[tuple[list[str], list[str]]]:
     found = []
     for text in texts:
         for line in re.sub(r"\\\n\s*", " ", text).splitlines():
