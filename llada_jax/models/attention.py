@@ -98,8 +98,8 @@ def attend_in_pieces(
     start: Array | int | None = None,
     most_scores: int = MOST_SCORES,
 ) -> Array:
-    """The reference for rows of any length and padding, as scoring and sampling read them: so many
-    queries at a time that a device holds no more than `most_scores` scores.
+    """The reference for rows of any length and padding, as scoring and sampling read them: as many
+    queries at a time as fit where a device holds no more than `most_scores` scores.
 
     LLaDA-8B would have 64 GiB of them for 32 rows of 4,096 tokens. The queries are halved until the
     scores fit, or until their number is odd. A backward pass computes the scores of a piece again.
