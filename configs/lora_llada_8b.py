@@ -1,8 +1,8 @@
 """Fine-tuning of LLaDA-8B with low-rank adapters on one GPU of 80 GB.
 
     llada-jax plan --config configs/lora_llada_8b.py --topology 1xh100
-    llada-jax prepare --chat turns=all --input instructions.jsonl --output data/chat \\
-        --sequence-length 4096 --tokenizer checkpoints/LLaDA-8B-Base
+    llada-jax prepare --chat template=llada turns=all --input instructions.jsonl \\
+        --output data/chat --sequence-length 4096 --tokenizer checkpoints/LLaDA-8B-Base
     llada-jax train --config configs/lora_llada_8b.py --workdir runs/lora \\
         --config.data.path=data/chat --config.checkpoint.init_from=checkpoints/LLaDA-8B-Base
 

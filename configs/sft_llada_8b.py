@@ -1,7 +1,8 @@
 """Supervised fine-tuning of LLaDA-8B with the published recipe (arXiv 2502.09992, appendix B).
 
-    llada-jax prepare --chat rows=padded --input instructions.jsonl --output data/chat \\
-        --sequence-length 4096 --tokenizer checkpoints/LLaDA-8B-Base
+    llada-jax plan --config configs/sft_llada_8b.py --topology 64xh100
+    llada-jax prepare --chat template=llada rows=padded --input instructions.jsonl \\
+        --output data/chat --sequence-length 4096 --tokenizer checkpoints/LLaDA-8B-Base
     llada-jax train --config configs/sft_llada_8b.py --workdir gs://BUCKET/runs/sft \\
         --config.data.path=data/chat --config.checkpoint.init_from=checkpoints/LLaDA-8B-Base
 
@@ -10,7 +11,7 @@ Three epochs of 4.5 M dialogues in batches of 256 are 52,734 steps; set num_step
 tokens, which are part of the answer (the published run had two rows per device). The learning rate
 rises to 2.5e-5 in 50 steps, stays there, and falls linearly to 2.5e-6 in the last 10%. The betas of
 AdamW and the clipping are not published. The published sequence length is unknown; 4096 is that of
-pretraining. Time and result of this config are unmeasured.
+pretraining. docs/finetuning.md has the time that `plan` estimates; time and result are unmeasured.
 """
 
 from llada_jax.config import default_config

@@ -1,15 +1,16 @@
 """Fine-tuning of LLaDA-8B on packed dialogues, of which prompts are masked too and no end of text
 is padded (the recipe of iLLaDA, arXiv 2606.25331).
 
-    llada-jax prepare --chat turns=all --input instructions.jsonl --output data/chat \\
-        --sequence-length 4096 --tokenizer checkpoints/LLaDA-8B-Base
+    llada-jax plan --config configs/sft_packed.py --topology 64xh100
+    llada-jax prepare --chat template=llada turns=all --input instructions.jsonl \\
+        --output data/chat --sequence-length 4096 --tokenizer checkpoints/LLaDA-8B-Base
     llada-jax train --config configs/sft_packed.py --workdir gs://BUCKET/runs/sft_packed \\
         --config.data.path=data/chat --config.checkpoint.init_from=checkpoints/LLaDA-8B-Base
 
 Rows hold whole dialogues, which do not see each other. iLLaDA went through its 25 B tokens twelve
 times; set num_steps to 12 * records / batch_size, where `prepare` prints the records. The learning
 rate is 5e-6 and falls linearly to 5e-7 in the last 10%. 30% of the rows are cut in two at a random
-place. Time and result are unmeasured.
+place. docs/finetuning.md has the time that `plan` estimates; time and result are unmeasured.
 """
 
 from llada_jax.config import default_config

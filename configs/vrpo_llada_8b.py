@@ -1,8 +1,9 @@
 """Preference optimisation of LLaDA-8B-Instruct with VRPO, the step to LLaDA 1.5 (arXiv 2505.19223).
 
     llada-jax plan --config configs/vrpo_llada_8b.py --topology 64xh100
-    llada-jax prepare --chat records=pairs rows=padded --input preferences.jsonl \\
-        --output data/pairs --sequence-length 4096 --tokenizer checkpoints/LLaDA-8B-Instruct
+    llada-jax prepare --chat records=pairs template=llada rows=padded \\
+        --input preferences.jsonl --output data/pairs --sequence-length 4096 \\
+        --tokenizer checkpoints/LLaDA-8B-Instruct
     llada-jax train --config configs/vrpo_llada_8b.py --workdir gs://BUCKET/runs/vrpo \\
         --config.data.path=data/pairs \\
         --config.checkpoint.init_from=checkpoints/LLaDA-8B-Instruct

@@ -136,6 +136,12 @@ class RunRecord:
         return self.knob("optimizer.ema_decay") > 0
 
     @property
+    def first_moment_dtype(self) -> str:
+        """The dtype in which checkpoints hold the optimizer's first moment."""
+        # not a knob of the first versions
+        return self.knob("optimizer").get("first_moment_dtype", "float32")
+
+    @property
     def mask(self) -> Mask:
         """What attention may see in the network.
 

@@ -29,6 +29,23 @@ DEFAULT = """\
 {%- endfor %}
 {%- if add_generation_prompt %}{{ '\\n\\n### assistant\\n' }}{% endif %}"""
 
+# The form of LLaDA-8B and LLaDA 1.5, that of Llama 3. The template that comes with their tokenizers
+# reads no add_generation_prompt: it opens another answer after each answer, which must not be
+# learned.
+LLADA = """\
+{{- bos_token }}
+{%- for message in messages %}
+{{- '<|start_header_id|>' + message.role + '<|end_header_id|>\\n\\n' }}
+{{- message.content | trim + '<|eot_id|>' }}
+{%- endfor %}
+{%- if add_generation_prompt %}
+{{- '<|start_header_id|>assistant<|end_header_id|>\\n\\n' }}
+{%- endif %}"""
+LLADA_TOKENS = ("<|start_header_id|>", "<|end_header_id|>", "<|eot_id|>")
+
+# What --chat template=NAME names; any other word is a path.
+TEMPLATES = {"default": DEFAULT, "llada": LLADA}
+
 # Put into special tokens that a message spells out, so that they stay text: Unicode will never use
 # this character.
 _BREAK = "\ufdd0"
@@ -45,26 +62,34 @@ def template_of(tokenizer: Tokenizer, setting: str = "") -> str:
     """Returns Jinja source.
 
     Args:
-        setting: "default", a path of a file, or "": that of the tokenizer, which must have one.
+        setting: a name in TEMPLATES, a path of a file, or "": that of the tokenizer, which must
+            have one.
 
     Raises:
-        UserError: there is no such template.
+        UserError: there is no such template, or the tokenizer lacks its special tokens.
     """
-    if setting == "default":
-        return DEFAULT
+    if setting == "llada" and (absent := set(LLADA_TOKENS).difference(tokenizer.markers)):
+        raise UserError(
+            f"--chat template=llada needs the special tokens {', '.join(LLADA_TOKENS)}, and the "
+            f"tokenizer has no {min(absent)}; give the tokenizer of a LLaDA model, or write --chat "
+            "template=default, which any vocabulary can spell."
+        )
+    if setting in TEMPLATES:
+        return TEMPLATES[setting]
     if setting:
         return read_template(setting)
     if own := tokenizer.chat_template:
         return own
     raise UserError(
-        "The tokenizer has no chat template; give one with --chat template=FILE, or write "
-        "--chat template=default for plain text with a heading above every message."
+        "The tokenizer has no chat template; give one with --chat template=FILE, or write --chat "
+        "template=default for plain text with a heading above every message, or --chat "
+        "template=llada for the special tokens of LLaDA."
     )
 
 
 def read_template(path: str) -> str:
     """Returns the content of a file with Jinja source."""
-    remedy = "give a file with Jinja source, or the word default"
+    remedy = f"give a file with Jinja source, or one of the words {', '.join(TEMPLATES)}"
     with files.reading(f"--chat template={path}", remedy=remedy):
         return Path(path).read_text()
 
@@ -145,10 +170,13 @@ class Chat:
         ends with the end-of-text token, which is part of the last answer.
 
         Raises:
-            Malformed: the template fails, or writes the beginning of a dialogue otherwise when more
-                follows.
+            Malformed: the template fails, leaves out an answer that is a call of a tool, or writes
+                the beginning of a dialogue otherwise when more follows.
+            UserError: the template opens another answer after each answer.
         """
         whole = self.render(messages, tools=tools)
+        if self._leaves_out_calls(messages, whole, tools=tools):
+            raise Malformed("an answer is a call of a tool, which the template does not write")
         pieces, position = [], 0
         for number, message in enumerate(messages):
             is_last = number == len(messages) - 1
@@ -161,12 +189,18 @@ class Chat:
                     "which --chat turns=each allows"
                 )
             before, after = whole[: place[0]], whole[: place[1]]
-            # Such as the template of LLaDA-8B-Base, which reads no add_generation_prompt.
+            # Such a template reads no add_generation_prompt. It is not the fault of the dialogue,
+            # and leaving dialogues out would leave out all of them.
             common = os.path.commonprefix([before[::-1], after[::-1]])[::-1]
             if "assistant" in common and after == self.render(
                 messages[: number + 1], tools=tools, add_generation_prompt=True
             ):
-                raise Malformed("the template opens another answer after each answer")
+                raise UserError(
+                    "The chat template opens another answer after each answer, which the model "
+                    "would learn to write; --chat template=llada is the template for LLaDA, whose "
+                    "own does so, and for other tokenizers give --chat template=FILE, in which "
+                    "add_generation_prompt decides."
+                )
             pieces.append((before[position:], False))
             pieces.append((after[len(before) :], True))
             position = len(after)
@@ -179,6 +213,19 @@ class Chat:
                 [np.full(len(a), is_answer) for a, (_, is_answer) in zip(arrays, pieces)]
             ),
         )
+
+    def _leaves_out_calls(self, messages: list[dict], whole: str, *, tools: Any) -> bool:
+        """Whether answers without text, which consist of calls, would be empty."""
+        bare = [
+            message
+            if message["content"].strip()
+            else {name: value for name, value in message.items() if name != "tool_calls"}
+            for message in messages
+        ]
+        try:
+            return bare != messages and self.render(bare, tools=tools) == whole
+        except Malformed:  # the template asks for what was taken away
+            return False
 
     def _place_of(
         self, number: int, messages: list[dict], whole: str, *, tools: Any

@@ -92,6 +92,7 @@ def write_dialogues(
     chat = Chat(settings.template, tokenizer)
     counts = {split: dict.fromkeys((*COUNTS, *SCORED), 0) for split in SPLITS}
     told: dict = {"malformed": Counter(), "first_malformed": "", "num_too_long": 0, "num_cut": 0}
+    told["first_too_long"] = ""
 
     def skip(where: str, reason: str) -> None:
         if settings.malformed == "error":
@@ -114,6 +115,7 @@ def write_dialogues(
                 f"{job.sequence_length}; raise that, or choose --chat too_long=drop or left."
             )
         told["num_too_long"] += 1
+        told["first_too_long"] = told["first_too_long"] or f"{printable(where)}: {length} tokens"
         if settings.too_long == "drop":
             return None
         # alike in both documents of a pair, whose prompts must stay the same
@@ -279,10 +281,16 @@ def dialogues_json(receipts: Sequence[dict], settings: ChatSettings | Dialogues)
         "rows": settings.rows,
         "num_malformed": malformed.total(),
         "malformed": dict(malformed.most_common()),
-        "first_malformed": next((p["first_malformed"] for p in told if p["first_malformed"]), ""),
+        "first_malformed": _first("first_malformed", told),
         "num_too_long": sum(part["num_too_long"] for part in told),
+        "first_too_long": _first("first_too_long", told),
         "num_cut": sum(part["num_cut"] for part in told),
     }
+
+
+def _first(name: str, told: list[dict]) -> str:
+    # data sets and receipts of version 0.1 have no "first_too_long"
+    return next((part[name] for part in told if part.get(name)), "")
 
 
 def dialogue_texts(

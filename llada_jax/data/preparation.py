@@ -42,7 +42,7 @@ from llada_jax.data.build import (
     write_json,
     writing_to,
 )
-from llada_jax.data.chat_template import Chat, read_template, template_of
+from llada_jax.data.chat_template import TEMPLATES, Chat, read_template, template_of
 from llada_jax.data.dialogue_units import SCORED, ChatSettings, dialogue_texts, dialogues_json
 from llada_jax.data.duplicates import count_duplicates, without_duplicates
 from llada_jax.data.inputs import Input, find_inputs, printable
@@ -292,7 +292,7 @@ def _parse_tokenizer(
 def _chat_source(chat: ChatSettings) -> dict:
     """Returns what dataset.json says of the settings."""
     template = chat.template
-    if template not in ("", "default"):
+    if template not in ("", *TEMPLATES):
         template = fingerprint(read_template(template))[:16]
     return {**chat.to_json(), "template": template}
 
@@ -313,7 +313,8 @@ def _of_dialogues(content: dict, receipts: list[dict], chat: ChatSettings) -> di
         raise UserError(
             f"No dialogue is left of the input files: {told['num_malformed']} records are "
             f"malformed (the first: {told['first_malformed'] or 'none'}) and "
-            f"{told['num_too_long']} dialogues are too long; docs/finetuning.md lists the forms."
+            f"{told['num_too_long']} dialogues are too long (the first: "
+            f"{told['first_too_long'] or 'none'}); docs/finetuning.md lists the forms."
         )
     # the number that the form had in the fingerprints of version 0.1
     form = 3 if chat.records == "pairs" else 2

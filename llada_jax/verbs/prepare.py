@@ -149,7 +149,7 @@ def make_parser() -> Parser:
         "--chat",
         nargs="*",
         metavar="K=V",
-        help="dialogues or pairs; records, template, turns, ...: docs/finetuning.md",
+        help="dialogues or pairs; template=llada, turns=all, ...: docs/finetuning.md",
     )
     add("--part", metavar="I/N", help="write part I (from 0) of N, each with inputs of its own")
     add("--join", metavar="DIR", help="make one data set of the parts in DIR, also gs:// or s3://")
@@ -165,7 +165,7 @@ def chat_settings(words: list[str]) -> ChatSettings:
         if name != "template" and name not in CHAT_CHOICES:
             raise UserError(
                 f"--chat {word}: there is no setting {name!r}; known are template, "
-                f"{', '.join(CHAT_CHOICES)}, as in --chat template=default rows=padded."
+                f"{', '.join(CHAT_CHOICES)}, as in --chat template=llada rows=padded."
             )
         if name in CHAT_CHOICES and value not in CHAT_CHOICES[name]:
             raise UserError(
@@ -226,8 +226,9 @@ def _lines_of_dialogues(told: dict) -> list[str]:
             f"  the first of them is {told['first_malformed']}",
         ]
     if told["num_too_long"]:
-        lines.append(
+        lines += [
             f"  {told['num_too_long']:,} dialogues were too long, of which {told['num_cut']:,} "
-            "lost their beginning and the others were left out"
-        )
+            "lost their beginning and the others were left out",
+            f"  the first of them is {told['first_too_long']}",
+        ]
     return lines

@@ -63,6 +63,17 @@ def test_an_array_of_one_device_is_saved_in_chunks_of_bounded_size(tmp_path, mon
     )
 
 
+def test_a_moment_in_bfloat16_comes_back_in_bfloat16(tmp_path):
+    place = lambda array: jax.device_put(array, NamedSharding(one_device_mesh(), P()))  # noqa: E731
+    moment = place(jnp.linspace(0, 1, 7).astype(jnp.bfloat16))
+    state = TrainState(place(jnp.int32(3)), {"w": place(jnp.ones(4))}, {"mu": moment}, {}, {}, {})
+    saved = Checkpoints(tmp_path)
+    saved.save(state, small_record())
+    saved.close()
+    found, step = find_checkpoint(str(tmp_path))
+    assert_same(found.restore(step, abstract_of(state)), state)
+
+
 def test_parameters_that_are_not_trained_come_back_too_and_nothing_is_saved_of_what_is_empty(
     tmp_path,
 ):

@@ -93,12 +93,55 @@ OF_BOTH = {
 }
 
 
-@pytest.mark.parametrize("name", NETWORKS)
+# Appendix B.1 of the same paper: 4.5 M dialogues, three epochs, batches of 256 with two rows per
+# device. Answers and the end-of-text that pads them are masked and weighted by 1/p, and the loss of
+# a row is divided by the length of its answer.
+FINE_TUNED = {
+    "num_steps": 52_734,
+    "data.batch_size": 256,
+    "data.random_length_probability": 0.0,
+    "data.attend_across_documents": True,
+    "data.eos_padding": 2,
+    "data.padding_cycle": (),
+    "objective.name": "sft",
+    "objective.masked": "answers",
+    "objective.mean_over": "answers",
+    "objective.max_mask_ratio": 1.0,
+    "objective.complementary": False,
+    "objective.prompt_dropout": 0.0,
+    "schedule.name": "wsd",
+    "schedule.warmup_steps": 50,
+    "lora.rank": 0,
+}
+
+
+def published_knobs(name: str) -> dict:
+    if name == "sft_llada_8b":
+        return published_knobs("llada_8b") | FINE_TUNED
+    return OF_BOTH | {f"model.{key}": value for key, value in NETWORKS[name].items()}
+
+
+@pytest.mark.parametrize("name", [*NETWORKS, "sft_llada_8b"])
 def test_the_knobs_of_the_published_recipes_are_those_of_their_sources(name):
     (path,) = [path for path in CONFIGS if path.stem == name]
-    config = load_config(str(path))
-    published = OF_BOTH | {f"model.{key}": value for key, value in NETWORKS[name].items()}
+    config, published = load_config(str(path)), published_knobs(name)
     assert {key: knob(config, key) for key in published} == published
+
+
+def test_the_published_fine_tuning_has_the_rates_of_the_paper():
+    """Appendix B.1: 0 to 2.5e-5 in 50 steps, 2.5e-5, and linearly to 2.5e-6 in the last 10%."""
+    (path,) = [path for path in CONFIGS if path.stem == "sft_llada_8b"]
+    config, num_steps = load_config(str(path)), 52_734
+    assert num_steps == round(3 * 4.5e6 / 256)
+    rate = make_schedule(**config.schedule, num_steps=num_steps, tokens_per_step=256 * 4096)
+    for step, published in (
+        (24, 1.25e-5),  # the 25th step
+        (50, 2.5e-5),
+        (0.9 * num_steps, 2.5e-5),
+        (0.95 * num_steps, 1.375e-5),
+        (num_steps, 2.5e-6),
+    ):
+        assert float(rate(int(step))) == pytest.approx(published, rel=2e-3), step
 
 
 def test_the_published_schedule_has_the_rates_of_the_paper():

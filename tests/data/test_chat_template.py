@@ -4,11 +4,11 @@ import numpy as np
 import pytest
 from support.errors import error_of
 
-from llada_jax.data.chat_template import DEFAULT, Chat, template_of
+from llada_jax.data.chat_template import DEFAULT, LLADA, Chat, template_of
 from llada_jax.data.dialogues import Malformed
 from llada_jax.data.tokenizer import load_tokenizer
 
-# As LLaDA publishes it, in the form of Llama 3.
+# In the form of Llama 3.
 HEADERS = (
     "{{ bos_token }}{% for m in messages %}"
     "{{ '<|start_header_id|>' + m['role'] + '<|end_header_id|>\n\n' + m['content'] | trim }}"
@@ -77,7 +77,7 @@ def test_a_prompt_is_tokenized_as_in_training(headers):
     assert document.is_answer[len(prompt) :].all()
 
 
-@pytest.mark.parametrize("template", [HEADERS, DEFAULT])
+@pytest.mark.parametrize("template", [HEADERS, DEFAULT, LLADA])
 def test_the_text_is_that_of_transformers(headers, template):
     transformers = pytest.importorskip("transformers.utils.chat_template_utils")
     plain = [{**m, "content": m["content"].replace("</s>", "")} for m in DIALOGUE]
@@ -88,6 +88,30 @@ def test_the_text_is_that_of_transformers(headers, template):
     )
     ours = Chat(template, headers).render(plain[:4], add_generation_prompt=True)
     assert ours == expected[0]
+
+
+def test_tools_their_calls_and_their_results_reach_the_template():
+    template = (
+        "{{ tools | tojson }}{% for m in messages %}|{{ m.role }}: {{ m.content }}"
+        "{% if m.tool_calls %}{{ m.tool_calls | tojson }}{% endif %}{% endfor %}"
+        "{% if add_generation_prompt %}|assistant: {% endif %}"
+    )
+    messages = [
+        {"role": "user", "content": "Time?"},
+        {"role": "assistant", "content": "", "tool_calls": [{"name": "clock"}]},
+        {"role": "tool", "content": "12:00"},
+        {"role": "assistant", "content": "Noon."},
+    ]
+    tokenizer = load_tokenizer("bytes")
+    document = Chat(template, tokenizer).document(messages, tools=[{"name": "clock"}])
+    assert tokenizer.decode(document.tokens) == (
+        '[{"name": "clock"}]|user: Time?|assistant: [{"name": "clock"}]|tool: 12:00|'
+        "assistant: Noon."
+    )
+    answers = tokenizer.decode(document.tokens[document.is_answer])
+    assert answers == '[{"name": "clock"}]Noon.'
+    with pytest.raises(Malformed, match="an answer is a call of a tool, which the template does"):
+        Chat(DEFAULT, tokenizer).document(messages)
 
 
 def test_every_answer_of_the_default_template_ends_with_end_of_text():
@@ -105,12 +129,30 @@ def test_every_answer_of_the_default_template_ends_with_end_of_text():
         ("{{ messages[0].content.__class__.__mro__ }}", "unsafe"),
         ("{{ messages[0].absent.name }}", "no attribute"),
         ("{{ messages | length }}", "beginning"),
-        (HEADERS.replace("add_generation_prompt", "true"), "opens another answer"),
     ],
 )
 def test_a_template_that_fails_makes_the_dialogue_malformed(template, reason):
     with pytest.raises(Malformed, match=reason):
         Chat(template, load_tokenizer("bytes")).document(DIALOGUE[1:3])
+
+
+def test_the_named_template_of_llada_is_its_own_without_an_open_answer_at_the_end(headers):
+    as_published = HEADERS.replace("add_generation_prompt", "true")
+    named = Chat(template_of(headers, "llada"), headers)
+    for end in (1, 2, 4):  # the same prompts as with the template that comes with the tokenizer
+        ours, theirs = (
+            chat.prompt_ids(DIALOGUE[:end]) for chat in (named, Chat(as_published, headers))
+        )
+        assert pieces(headers, ours) == pieces(headers, theirs)
+    document = named.document(DIALOGUE[1:3])
+    prompt, end = len(named.prompt_ids(DIALOGUE[1:2])), headers.markers["<|eot_id|>"]
+    assert document.tokens[prompt:].tolist() == [*headers.encode("No."), end, headers.eos_id]
+    assert document.is_answer.tolist() == [n >= prompt for n in range(len(document.tokens))]
+    message = error_of(Chat(as_published, headers).document, DIALOGUE[1:3])
+    assert "opens another answer after each answer" in message
+    assert "--chat template=llada" in message
+    message = error_of(template_of, load_tokenizer("bytes"), "llada")
+    assert "the tokenizer has no <|end_header_id|>" in message
 
 
 def test_marks_of_generation_are_read(headers):

@@ -6,6 +6,7 @@ import itertools
 import json
 
 import numpy as np
+import pyarrow.parquet
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
@@ -17,7 +18,7 @@ from llada_jax.data.dialogues import parse_dialogue
 from llada_jax.data.preparation import prepare
 from llada_jax.data.records import Records, read_dataset
 from llada_jax.data.tokenizer import load_tokenizer
-from llada_jax.verbs.prepare import chat_settings
+from llada_jax.verbs.prepare import chat_settings, summary
 
 T = 128
 TOKENIZER = load_tokenizer("bytes")
@@ -32,17 +33,23 @@ TWO_TURNS = {
 }
 
 
-def prepared(folder, records, **changes):
+def prepared(folder, records, *, form="jsonl", **changes):
     """Returns dataset.json and the rows of the training split."""
     folder.mkdir(exist_ok=True)
-    (folder / "in.jsonl").write_text("".join(json.dumps(record) + "\n" for record in records))
+    path = folder / f"in.{form}"
+    if form == "jsonl":
+        path.write_text("".join(json.dumps(record) + "\n" for record in records))
+    else:  # every record has every column, with None where it holds nothing
+        names = dict.fromkeys(name for record in records for name in record)
+        columns = {name: [record.get(name) for record in records] for name in names}
+        pyarrow.parquet.write_table(pyarrow.table(columns), path)
     arguments = {"sequence_length": T, "heldout": 0.0}
     arguments |= {name: changes.pop(name) for name in list(changes) if name in arguments}
     content = prepare(
-        [str(folder / "in.jsonl")],
+        [str(path)],
         folder / "out",
         tokenizer="bytes",
-        chat=ChatSettings(template="default", **changes),
+        chat=ChatSettings(**{"template": "default", **changes}),
         **arguments,
     )
     return content, list(Records(read_dataset(folder / "out"), split="train"))
@@ -93,16 +100,55 @@ def test_each_answer_can_be_a_document_of_its_own(tmp_path):
     assert documents_of(rows)[0][1] == "bd"
 
 
-def test_malformed_dialogues_are_counted_and_the_first_is_named(tmp_path):
-    records = [PAIRS[0], {"prompt": "x", "response": ""}, {"text": "x"}, {"text": "y"}]
-    content, rows = prepared(tmp_path, records, malformed="skip")
-    assert len(documents_of(rows)) == 1
+def test_dialogues_are_read_from_parquet_as_from_lines(tmp_path):
+    alpaca = {"instruction": "Add", "input": "1 1", "output": "2", "system": "Be brief."}
+    records = [TWO_TURNS, *PAIRS[:3], alpaca, {"prompt": "x", "response": ""}]
+    settings = {"malformed": "skip", "turns": "all", "heldout": 0.0}
+    lines, rows = prepared(tmp_path / "lines", records, **settings)
+    table, rows_of_table = prepared(tmp_path / "table", records, form="parquet", **settings)
+    assert len(documents_of(rows)) == 5
+    assert documents_of(rows_of_table) == documents_of(rows)
+    assert (
+        table["splits"]["train"]["num_scored_bytes"]
+        == (lines["splits"]["train"]["num_scored_bytes"])
+    )
+    first = table["dialogues"]["first_malformed"]
+    assert first == f"{tmp_path}/table/in.parquet, row 5: an answer is empty"
+
+
+SYSTEM, ASKED = {"role": "system", "content": "s"}, {"role": "user", "content": "Hi"}
+MALFORMED = {
+    "a message has no role": {"messages": [{"content": "Hi"}]},
+    "an answer is empty": {"prompt": "x", "response": " "},
+    "there are two system messages": {"messages": [SYSTEM, SYSTEM, ASKED]},
+    "an answer is longer than the sequence": {"prompt": "x", "response": "r" * 200},
+    "the template fails (no verse)": {"prompt": "verse", "response": "x"},
+}
+
+
+@pytest.mark.parametrize("reason", MALFORMED)
+def test_malformed_dialogues_are_counted_and_the_first_is_named_or_refused(tmp_path, reason):
+    refusal = "{% if messages[0].content == 'verse' %}{{ raise_exception('no verse') }}{% endif %}"
+    (tmp_path / "template").write_text(refusal + DEFAULT)
+    settings = {"template": str(tmp_path / "template"), "too_long": "left"}
+    records = [PAIRS[0], MALFORMED[reason], PAIRS[1], MALFORMED[reason]]
+    content, rows = prepared(tmp_path / "skip", records, malformed="skip", **settings)
+    assert sorted(answer for _, answer in documents_of(rows)) == ["It is 0.", "It is 1."]
     told = content["dialogues"]
-    assert told["num_malformed"] == 3
-    assert list(told["malformed"].values()) == [2, 1]
-    assert told["first_malformed"] == f"{tmp_path}/in.jsonl:2: an answer is empty"
-    refused = error_of(prepared, tmp_path / "refused", records)
-    assert refused.startswith(f"{tmp_path}/refused/in.jsonl:2: an answer is empty; ")
+    assert told["malformed"] == {reason: 2}
+    assert told["first_malformed"] == f"{tmp_path}/skip/in.jsonl:2: {reason}"
+    lines = summary("out", content).splitlines()
+    assert f"  2 malformed records were skipped (2: {reason})" in lines
+    assert f"  the first of them is {told['first_malformed']}" in lines
+    refused = error_of(prepared, tmp_path / "error", records, **settings)
+    assert refused.startswith(f"{tmp_path}/error/in.jsonl:2: {reason}; fix or remove the record")
+
+
+def test_kinds_of_malformed_records_are_counted_apart_and_one_dialogue_must_be_left(tmp_path):
+    records = [PAIRS[0], {"prompt": "x", "response": ""}, {"text": "x"}, {"text": "y"}]
+    content, _ = prepared(tmp_path, records, malformed="skip")
+    assert content["dialogues"]["num_malformed"] == 3
+    assert list(content["dialogues"]["malformed"].values()) == [2, 1]
     message = error_of(prepared, tmp_path / "all", records[1:], malformed="skip")
     assert message.startswith("No dialogue is left of the input files: 3 records are malformed")
 
@@ -114,6 +160,9 @@ def test_dialogues_that_are_too_long_are_refused_left_out_or_cut(tmp_path):
     assert "in.jsonl:1: the dialogue has 246 tokens" in message
     content, rows = prepared(tmp_path / "drop", [PAIRS[1], long], too_long="drop")
     assert content["dialogues"]["num_too_long"] == 1
+    first = f"{tmp_path}/drop/in.jsonl:2: 246 tokens"
+    assert content["dialogues"]["first_too_long"] == first
+    assert f"  the first of them is {first}" in summary("out", content).splitlines()
     assert len(documents_of(rows)) == 1
     content, rows = prepared(tmp_path / "left", [long, hopeless], too_long="left", malformed="skip")
     ((text, answer),) = documents_of(rows)

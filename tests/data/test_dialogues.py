@@ -37,7 +37,7 @@ def test_instruction_and_input_are_one_prompt_and_a_system_field_opens_the_dialo
     ]
 
 
-def test_calls_of_tools_reach_the_template():
+def test_calls_of_tools_and_their_results_are_kept():
     call = {"role": "assistant", "content": None, "tool_calls": [{"name": "clock"}]}
     result = {"role": "tool", "content": "noon"}
     messages = parse_dialogue({"messages": [ASKED, call, result, ANSWERED]})

@@ -8,12 +8,13 @@ from support.plans import GIB, MATRICES, VOCAB_SIZE, compile_in_a_process
 
 from llada_jax.planning.check import bytes_by_purpose
 
-# {topology: (config, further words, layers, bounds of the peak in GiB)}
+# {config: (topology, further words, layers, bounds of the peak in GiB)}
 PROGRAMS = {
-    "1xh100": ("llada_160m", ("--vocab-size", "50000"), 12, (23, 29)),
-    "8xh100": ("llada_1b", (), 22, (42, 56)),
-    "64xh100": ("llada_8b", ("--config.data.batch_size=256",), 32, (11.5, 14.5)),
-    "32xh100": ("llada_8b_128k", ("--config.data.sequence_length=65536",), 32, (46, 54)),
+    "llada_160m": ("1xh100", ("--vocab-size", "50000"), 12, (23, 29)),
+    "llada_1b": ("8xh100", (), 22, (42, 56)),
+    "llada_8b": ("64xh100", ("--config.data.batch_size=256",), 32, (11.5, 14.5)),
+    "llada_8b_128k": ("32xh100", ("--config.data.sequence_length=65536",), 32, (46, 54)),
+    "lora_llada_8b": ("1xh100", ("--config.lora.frozen_dtype=int8",), 32, (14, 16.5)),
 }
 # of llada_1b: attention, feed-forward and head
 MATRICES_1B = 22 * (2048 * 64 * 2 * (32 + 4) + 3 * 2048 * 5634) + 2048 * VOCAB_SIZE
@@ -21,27 +22,27 @@ MATRICES_1B = 22 * (2048 * 64 * 2 * (32 + 4) + 3 * 2048 * 5634) + 2048 * VOCAB_S
 
 @pytest.fixture(scope="module")
 def report_of(tmp_path_factory):
-    """Returns report_of(topology) -> the JSON of `plan --compile`; each is compiled once."""
+    """Returns report_of(config) -> the JSON of `plan --compile`; each is compiled once."""
     reports = {}
 
-    def report_of(topology: str) -> dict:
-        if topology not in reports:
-            name, more, _, _ = PROGRAMS[topology]
+    def report_of(name: str) -> dict:
+        if name not in reports:
+            topology, more, _, _ = PROGRAMS[name]
             words = ("--config", str(ROOT / f"configs/{name}.py"), "--topology", topology, *more)
             directory = tmp_path_factory.mktemp("plan")
             done = compile_in_a_process(directory, *words, platform="gpu")
             assert done.returncode == 0, done.stderr
-            reports[topology] = json.loads(done.stdout)
-        return reports[topology]
+            reports[name] = json.loads(done.stdout)
+        return reports[name]
 
     return report_of
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("topology", PROGRAMS)
-def test_a_config_fits_in_the_memory_that_was_measured(report_of, topology):
-    report = report_of(topology)
-    least, most = PROGRAMS[topology][-1]
+@pytest.mark.parametrize("name", PROGRAMS)
+def test_a_config_fits_in_the_memory_that_was_measured(report_of, name):
+    report = report_of(name)
+    least, most = PROGRAMS[name][-1]
     peak = report["compiled"]["peak_bytes"]
     assert least * GIB < peak < most * GIB < report["usable_bytes"]
     # the estimate that `plan` makes without --compile
@@ -49,9 +50,9 @@ def test_a_config_fits_in_the_memory_that_was_measured(report_of, topology):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("topology", ["1xh100", "8xh100", "64xh100"])
-def test_attention_runs_once_forward_and_once_backward(report_of, topology):
-    report, layers = report_of(topology), PROGRAMS[topology][2]
+@pytest.mark.parametrize("name", ["llada_160m", "llada_1b", "llada_8b"])
+def test_attention_runs_once_forward_and_once_backward(report_of, name):
+    report, layers = report_of(name), PROGRAMS[name][2]
     calls = layers * report["microbatches"]
     assert report["compiled"]["kernels"] == {
         "__cudnn$fmhaSoftmax": calls,
@@ -62,7 +63,7 @@ def test_attention_runs_once_forward_and_once_backward(report_of, topology):
 @pytest.mark.slow
 def test_devices_that_share_long_rows_exchange_heads_as_the_estimate_says(report_of):
     """Packed rows of 65,536 tokens, for which Triton has one kernel forward and two backward."""
-    report = report_of("32xh100")
+    report = report_of("llada_8b_128k")
     assert report["compiled"]["kernels"] == {"__gpu$xla.gpu.triton": 3 * 32}
     assert [check for check in report["compiled"]["checks"] if not check["ok"]] == []
     found = bytes_by_purpose(report["compiled"]["collectives"])
@@ -71,13 +72,13 @@ def test_devices_that_share_long_rows_exchange_heads_as_the_estimate_says(report
 
 @pytest.mark.slow
 def test_one_gpu_exchanges_nothing(report_of):
-    assert report_of("1xh100")["compiled"]["collectives"] == []
+    assert report_of("llada_160m")["compiled"]["collectives"] == []
 
 
 @pytest.mark.slow
 def test_weights_are_gathered_twice_and_gradients_scattered_once(report_of):
-    for topology, matrices in (("64xh100", MATRICES), ("8xh100", MATRICES_1B)):
-        report = report_of(topology)
+    for name, matrices in (("llada_8b", MATRICES), ("llada_1b", MATRICES_1B)):
+        report = report_of(name)
         found = report["compiled"]["collectives"]
         once = 2 * matrices * report["microbatches"]
         # the embedding is exchanged besides, by the 1B model as a whole and in float32
@@ -91,7 +92,7 @@ def test_weights_are_gathered_twice_and_gradients_scattered_once(report_of):
 
 @pytest.mark.slow
 def test_the_8b_program_passes_every_check_and_waits_for_its_gradients(report_of):
-    compiled = report_of("64xh100")["compiled"]
+    compiled = report_of("llada_8b")["compiled"]
     assert [check for check in compiled["checks"] if not check["ok"]] == []
     assert all(c["is_asynchronous"] for c in compiled["collectives"])
     # without flags the scatter of a layer's gradients has nothing between start and done

@@ -4,13 +4,18 @@ import ast
 import importlib
 import os
 import re
-import shlex
 import sys
 from pathlib import Path
 
 import pytest
 from support.configs import check
-from support.documents import COMMANDS_OF_0_1_0, launcher_commands, launcher_commands_in
+from support.documents import (
+    COMMANDS_OF_0_1_0,
+    commands,
+    launcher_commands,
+    launcher_commands_in,
+    prose_of,
+)
 from support.paths import ROOT
 
 from llada_jax.__main__ import VERBS, main
@@ -53,19 +58,6 @@ def defined_names(source: str) -> set[str]:
 
     collect(ast.parse(source).body, "")
     return names
-
-
-def commands(text: str) -> list[list[str]]:
-    """Returns the words of every `llada-jax VERB ...` in a text, without comments and [ ]."""
-    text = re.sub(r"\\\n\s*", " ", text)
-    found = []
-    for line in re.findall(rf"llada-jax ((?:{'|'.join(VERBS)})\b[^`\n]*)", text):
-        try:
-            words = shlex.split(line.replace("[", " ").replace("]", " "), comments=True)
-        except ValueError:  # the apostrophe of a sentence: prose that mentions a verb
-            words = line.split()
-        found.append(words)
-    return found
 
 
 def knobs_mentioned(text: str) -> set[str]:
@@ -130,15 +122,6 @@ def test_relative_links_and_their_anchors_resolve(document):
                 re.sub(r"[^\w -]", "", heading.lower()).replace(" ", "-") for heading in headings
             }
             assert anchor in slugs, f"{document.name} links to {target}; {path} has {sorted(slugs)}"
-
-
-def prose_of(file: Path) -> str:
-    """Returns a page, or the docstring of a module."""
-    return (
-        file.read_text()
-        if file.suffix == ".md"
-        else (ast.get_docstring(ast.parse(file.read_text())) or "")
-    )
 
 
 @every_text

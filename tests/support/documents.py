@@ -1,13 +1,38 @@
-"""The launcher commands that the documents and the docstrings show, and those of version 0.1.0."""
+"""The commands that the documents and the docstrings show, and those of version 0.1.0."""
 
+import ast
 import importlib
 import re
 import shlex
+from pathlib import Path
 
+from llada_jax.__main__ import VERBS
 from support.paths import ROOT
 
 # Every command line that README and docs of version 0.1.0 showed: users have them in scripts.
 COMMANDS_OF_0_1_0 = ROOT / "tests/fixtures/commands_0.1.0.md"
+
+
+def prose_of(file: Path) -> str:
+    """Returns a page, or the docstring of a module."""
+    return (
+        file.read_text()
+        if file.suffix == ".md"
+        else (ast.get_docstring(ast.parse(file.read_text())) or "")
+    )
+
+
+def commands(text: str) -> list[list[str]]:
+    """Returns the words of every `llada-jax VERB ...` in a text, without comments and [ ]."""
+    text = re.sub(r"\\\n\s*", " ", text)
+    found = []
+    for line in re.findall(rf"llada-jax ((?:{'|'.join(VERBS)})\b[^`\n]*)", text):
+        try:
+            words = shlex.split(line.replace("[", " ").replace("]", " "), comments=True)
+        except ValueError:  # the apostrophe of a sentence: prose that mentions a verb
+            words = line.split()
+        found.append(words)
+    return found
 
 
 def launcher_commands(launcher: str) -> list[tuple[list[str], list[str]]]:

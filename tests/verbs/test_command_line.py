@@ -33,7 +33,7 @@ FLAGS = {
         --revise --lookahead --mesh --dtype --tokenizer""",
     "evaluate": """--checkpoint --data --split --mc-samples --batch-size --seed --baselines --ema
         --json --tasks --ask --cfg-scale --breakdown --preset --harness --report --tokenizer --mesh
-        --dtype --gen-length""",
+        --dtype --gen-length --estimator --speed""",
     "import": "--from --output --mesh --mask-token --causal --json --tokenizer",
     "export": """--checkpoint --output --dtype --shard-size --ema --layout --chat-template --force
         --verify --push-to-hub --dry-run --license --adapters --json --tokenizer""",
