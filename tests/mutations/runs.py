@@ -178,6 +178,11 @@ CHECKPOINTS = [
             "if key not in saved.get(item, {}):",
         ),
         (
+            "the record of a checkpoint has no checksum",
+            "custom_metadata=sealed(record)",
+            "custom_metadata=record.to_json()",
+        ),
+        (
             "a reader removes half-written steps",
             "cleanup_tmp_directories=owned,",
             "cleanup_tmp_directories=True,",
