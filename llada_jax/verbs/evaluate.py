@@ -323,7 +323,7 @@ def evaluate(
             first_tokens(info, split=split),
             mask=model.record.mask,
             ids=model.tokenizer,
-            longest=model.config["data"]["sequence_length"],
+            longest=model.record.sequence_length,
         )
         result["speed"] = {name: one._asdict() for name, one in found.items()}
     return result
