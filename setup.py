@@ -13,8 +13,8 @@ DATA = ["pyarrow>=17", "zstandard>=0.22", "fsspec>=2024.6"]
 HF = ["tokenizers>=0.20", "safetensors>=0.4.5", "huggingface_hub>=0.30", "jinja2>=3.1"]
 GS, S3 = ["gcsfs>=2024.6"], ["s3fs>=2024.6"]
 SWEEP = ["matplotlib>=3.8"]
-# sqlitedict is what the harness keeps its answers in.
-EVAL = [*HF, "lm-eval>=0.4.13,<0.5", "sqlitedict>=2.1"]
+# sqlitedict is what the harness keeps its answers in; two of its tasks in presets need more.
+EVAL = [*HF, "lm-eval[ifeval,math]>=0.4.13,<0.5", "sqlitedict>=2.1"]
 OPTUNA = ["optuna>=4,<6"]
 WANDB, TRACKIO = ["wandb>=0.19"], ["trackio>=0.20"]
 # what most tests need; jax[tpu] brings requests, with which a TPU VM finds its place in its slice

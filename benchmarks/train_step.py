@@ -1,45 +1,60 @@
-"""How fast is a training step next to the same step in PyTorch, and next to this CPU's peak?
+"""How fast is a training step next to the same step in PyTorch, and to the peak of the device?
 
     python benchmarks/train_step.py [--size tiny 30m] [--cores 2] [--repeats 5] [--seconds 4]
 
-Both use the same model, batch, loss (masked cross-entropy over p, averaged over all tokens),
-clipping and AdamW, in float32 on the CPU. Each library runs in its own process; all processes live
-at once and take turns, so that other load on the machine affects all of them alike, and the median
-over the turns counts. PyTorch runs eagerly (as LLaDA's published guidelines write the step) and
-under torch.compile. Before timing, PyTorch gets the parameters of llada_jax, and the losses of one
-fixed corrupted batch must agree to 1e-4 relative, so that both compute the same function. The peak
-is measured in the same run: it is the fastest float32 product of two large square matrices in
-either library.
+It measures the first accelerator that JAX finds, and a CPU where there is none. Both libraries use
+the same model, batch, loss (masked cross-entropy over p, averaged over all tokens), clipping and
+AdamW; on a CPU all is float32, and on an accelerator the parameters are float32 and the products
+bfloat16. llada_jax runs with its default knobs. PyTorch runs eagerly (as LLaDA's published
+guidelines write the step) and under torch.compile, both with scaled_dot_product_attention. Before
+timing, PyTorch gets the parameters of llada_jax, and the losses of one fixed corrupted batch must
+agree, so that both compute the same function. MFU counts 6 N + 12 L d T operations per token
+(llada_jax.models.flops) and the peak of the data sheet; the peak of a CPU is measured in the same
+run, as the fastest float32 product of two large square matrices in either library.
+
+Each library runs in its own process. On a CPU all processes live at once and take turns, so that
+other load on the machine affects all of them alike, and the median over the turns counts. On an
+accelerator, whose memory they would share, one follows the other; a program that does not fit gets
+a row that says so.
 
 The machine must be idle. PyTorch's threads (OpenMP) spin while they wait for each other, so other
 load slows PyTorch several times more than JAX. On a machine that is not idle, `--cores 1` and the
 column of processor time still compare fairly.
 
-It needs the dev extra and torch (2.13.0 was used). Prints a Markdown table.
+It needs the dev extra and torch (2.13.0 was used); on GPUs the extra cuda and a torch for the same
+CUDA. On TPUs it measures llada_jax alone. Prints a Markdown table.
 """
 
 import argparse
+import contextlib
+import functools
 import json
 import math
 import os
 import platform
+import resource
 import statistics
 import subprocess
 import sys
 import tempfile
 import time
+from collections import defaultdict
+from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from types import SimpleNamespace
+from typing import Any, NamedTuple
 
 import numpy as np
 
-# "tiny" is the network of configs/tiny.py.
+# {name: sizes of the network and of the batch}. The names of configs are their networks, with as
+# many rows as PyTorch has memory for on 80 GB.
 SIZES = {
     "tiny": {
         "vocab_size": 4096,
         "num_layers": 2,
         "d_model": 192,
         "num_heads": 4,
+        "num_kv_heads": 4,
         "head_dim": 48,
         "d_ff": 512,
         "sequence_length": 64,
@@ -50,13 +65,54 @@ SIZES = {
         "num_layers": 8,
         "d_model": 512,
         "num_heads": 8,
+        "num_kv_heads": 8,
         "head_dim": 64,
         "d_ff": 1408,
         "sequence_length": 512,
         "batch_size": 4,
     },
+    "llada_160m": {
+        "vocab_size": 50_000,
+        "num_layers": 12,
+        "d_model": 768,
+        "num_heads": 12,
+        "num_kv_heads": 12,
+        "head_dim": 64,
+        "d_ff": 2048,
+        "sequence_length": 2048,
+        "batch_size": 16,
+    },
+    "llada_1b": {
+        "vocab_size": 126_464,
+        "num_layers": 22,
+        "d_model": 2048,
+        "num_heads": 32,
+        "num_kv_heads": 4,
+        "head_dim": 64,
+        "d_ff": 5634,
+        "sequence_length": 4096,
+        "batch_size": 2,
+    },
+    # four layers of LLaDA-8B
+    "llada_8b_wide": {
+        "vocab_size": 126_464,
+        "num_layers": 4,
+        "d_model": 4096,
+        "num_heads": 32,
+        "num_kv_heads": 32,
+        "head_dim": 128,
+        "d_ff": 12_288,
+        "sequence_length": 4096,
+        "batch_size": 4,
+    },
 }
-WORKERS = ("llada_jax", "llada_jax remat=dots", "torch eager", "torch compile")
+CPU_SIZES = ("tiny", "30m")
+ACCELERATOR_SIZES = ("llada_160m", "llada_1b", "llada_8b_wide")
+WORKERS = ("llada_jax", "torch eager", "torch compile")
+# Asks which device the others will find; a process of its own, because it would keep the device.
+ASKS_FOR_DEVICE = "device"
+# How far the losses of the two libraries may lie apart, by the dtype of the products.
+TOLERANCE = {"float32": 1e-4, "bfloat16": 1e-2}
 LEARNING_RATE, B1, B2, EPS, WEIGHT_DECAY, CLIP = 1e-3, 0.9, 0.95, 1e-8, 0.1, 1.0
 P_MIN, NORM_EPS, THETA = 1e-3, 1e-5, 5e5
 
@@ -70,93 +126,51 @@ def make_batch(size: dict) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     return tokens_BT, rng.random((B, T)) < p_mask_B[:, None], p_mask_B
 
 
-# ------------------------------------------------------------------------------------ the two sides
+# ---- the two sides
 
 
 class JaxSide:
-    """The train step of `llada-jax train`: the same model, objective, optimizer and state."""
+    """The train step of `llada-jax train`, compiled from a config with the default knobs."""
 
-    def __init__(self, size: dict, variant: str):
+    def __init__(self, size: dict, dtype: str, variant: str):
+        del variant
         import jax
 
         from llada_jax.cluster import sharding
-        from llada_jax.models.model import make_model
-        from llada_jax.models.transformer import Architecture
-        from llada_jax.objectives.masked_diffusion import masked_diffusion
-        from llada_jax.training import optim
-        from llada_jax.training.state import abstract_metrics, abstract_state, create_state
-        from llada_jax.training.step import make_train_step
+        from llada_jax.config import default_config
+        from llada_jax.training.state import create_state
+        from llada_jax.training.step import compile_step, make_recipe
 
         self.jax, self.size = jax, size
-        sizes = {
-            name: value
-            for name, value in size.items()
-            if name not in ("sequence_length", "batch_size")
-        }
-        architecture = Architecture(
-            **sizes, num_kv_heads=size["num_heads"], rope_theta=THETA, norm_eps=NORM_EPS
+        config = default_config()
+        for name, value in size.items():
+            group = config.data if name in ("sequence_length", "batch_size") else config.model
+            group[name] = value
+        config.model.dtype, config.model.rope_theta = dtype, THETA
+        config.model.norm_eps, config.objective.eps = NORM_EPS, P_MIN
+        config.optimizer.b1, config.optimizer.b2, config.optimizer.eps = B1, B2, EPS
+        config.optimizer.weight_decay, config.optimizer.clip_norm = WEIGHT_DECAY, CLIP
+        config.schedule.name, config.schedule.warmup_steps = "constant", 0
+        config.schedule.learning_rate, config.num_steps = LEARNING_RATE, 1
+        tokenizer = SimpleNamespace(
+            vocab_size=size["vocab_size"], mask_id=size["vocab_size"] - 1, bos_id=0
         )
-        schedule = optim.make_schedule(
-            name="constant",
-            learning_rate=LEARNING_RATE,
-            warmup_steps=0,
-            final_learning_rate=0.0,
-            decay_fraction=0.0,
-            decay_shape="linear",
-            stages=(),
-            num_steps=1,
-            tokens_per_step=1,
-        )
-        optimizer = optim.make_optimizer(
-            schedule,
-            name="adamw",
-            b1=B1,
-            b2=B2,
-            eps=EPS,
-            weight_decay=WEIGHT_DECAY,
-            weight_decay_multipliers=((".*norm.*", 0.0), (".*", 1.0)),
-            learning_rate_multipliers=((".*", 1.0),),
-            clip_norm=CLIP,
-        )
-        objective = masked_diffusion(mask_id=size["vocab_size"] - 1, eps=P_MIN)
-        self.model = make_model(
-            architecture,
-            remat=variant.partition("remat=")[2] or "none",
-            # that of config.model, because a batch of a benchmark is not to decide it
-            nll_chunk=1024,
-            capacity=objective.capacity,
-        )
+        mesh = sharding.one_device_mesh()
+        jax.set_mesh(mesh)
+        recipe = make_recipe(config, tokenizer, mesh)
+        self.model = recipe.model
+        self.state = create_state(recipe.model, recipe.optimizer, recipe.abstract, seed=0)
         B, T = size["batch_size"], size["sequence_length"]
-        jax.set_mesh(sharding.one_device_mesh())
-        metrics = abstract_metrics(objective, self.model.abstract, num_rows=B, sequence_length=T)
-        abstract = abstract_state(
-            self.model, optimizer, self._mesh(), metrics=metrics, keep_ema=False
-        )
-        self.state = create_state(self.model, optimizer, abstract, seed=0)
-        train_step = make_train_step(
-            objective,
-            self.model.nll_fn,
-            optimizer,
-            schedule,
-            seed=0,
-            num_rows=B,
-            num_microbatches=1,
-            ema_decay=0.0,
-        )
-        self.step = jax.jit(train_step, donate_argnums=0)
+        self.step = compile_step(recipe, (B, T))
         self.tokens_BT, self.is_masked_BT, self.p_mask_B = make_batch(size)
         ones_BT = np.ones((B, T), np.int32)
-        positions_BT = np.broadcast_to(np.arange(T, dtype=np.int32), (B, T))
         batch = {
             "tokens": self.tokens_BT,
             "segment_ids": ones_BT,
-            "positions": positions_BT,
+            "positions": np.broadcast_to(np.arange(T, dtype=np.int32), (B, T)),
             "is_maskable": ones_BT > 0,
         }
-        self.batch = jax.device_put(batch)
-
-    def _mesh(self):
-        return self.jax.sharding.get_mesh()
+        self.batch = jax.device_put(batch, recipe.batch_sharding)
 
     def check(self, path: str) -> float:
         """Saves the parameters to `path` and returns the loss of the fixed corrupted batch."""
@@ -181,8 +195,12 @@ class JaxSide:
 
     def run(self, num_steps: int) -> None:
         for _ in range(num_steps):
-            self.state = self.step(self.state, self.batch)
+            self.state, _ = self.step(self.state, self.batch)
         self.jax.block_until_ready(self.state)
+
+    def peak_bytes(self, _: None) -> int:
+        stats = self.jax.local_devices()[0].memory_stats()
+        return stats["peak_bytes_in_use"] if stats else resident_bytes()
 
     def matmul(self, n: int):
         x = self.jax.device_put(np.random.default_rng(0).standard_normal((n, n), np.float32))
@@ -193,13 +211,17 @@ class JaxSide:
 class TorchSide:
     """The same model and step in PyTorch, written as users of PyTorch write them."""
 
-    def __init__(self, size: dict, variant: str):
+    def __init__(self, size: dict, dtype: str, variant: str, *, is_gpu: bool):
         import torch
 
         torch.set_num_threads(len(os.sched_getaffinity(0)))
         torch.manual_seed(0)
-        self.torch, self.size, self.variant = torch, size, variant
-        self.net = make_torch_model(size)
+        self.torch, self.size = torch, size
+        self.device = torch.device("cuda" if is_gpu else "cpu")
+        self.autocast = torch.autocast(
+            self.device.type, torch.bfloat16, enabled=dtype == "bfloat16"
+        )
+        self.net = make_torch_model(size).to(self.device)
         matrices = [p for p in self.net.parameters() if p.ndim > 1]
         norms = [p for p in self.net.parameters() if p.ndim == 1]
         self.optimizer = torch.optim.AdamW(
@@ -212,11 +234,9 @@ class TorchSide:
             eps=EPS,
             fused=True,
         )
-        self.arrays = [torch.from_numpy(array) for array in make_batch(size)]
-        loss = (
-            self.loss_of_masked if variant == "torch eager" else torch.compile(self.loss_everywhere)
-        )
-        self.loss = loss
+        self.arrays = [torch.from_numpy(array).to(self.device) for array in make_batch(size)]
+        is_eager = variant == "torch eager"
+        self.loss = self.loss_of_masked if is_eager else torch.compile(self.loss_everywhere)
 
     def loss_of_masked(self, tokens_BT, is_masked_BT, p_mask_B):
         """As published: the cross-entropy of the masked positions only.
@@ -245,18 +265,27 @@ class TorchSide:
 
     def check(self, path: str) -> float:
         load_parameters(self.net, np.load(path))
-        with self.torch.no_grad():
+        with self.torch.no_grad(), self.autocast:
             return float(self.loss(*self.arrays))
 
     def run(self, num_steps: int) -> None:
         torch, tokens_BT = self.torch, self.arrays[0]
+        draw = functools.partial(torch.rand, device=self.device)
         for _ in range(num_steps):
-            p_mask_B = (1 - P_MIN) * torch.rand(len(tokens_BT)) + P_MIN
-            is_masked_BT = torch.rand(tokens_BT.shape) < p_mask_B[:, None]
+            p_mask_B = (1 - P_MIN) * draw(len(tokens_BT)) + P_MIN
+            is_masked_BT = draw(tokens_BT.shape) < p_mask_B[:, None]
             self.optimizer.zero_grad(set_to_none=True)
-            self.loss(tokens_BT, is_masked_BT, p_mask_B).backward()
+            with self.autocast:
+                loss = self.loss(tokens_BT, is_masked_BT, p_mask_B)
+            loss.backward()
             torch.nn.utils.clip_grad_norm_(self.net.parameters(), CLIP)
             self.optimizer.step()
+        if self.device.type == "cuda":
+            torch.cuda.synchronize()
+
+    def peak_bytes(self, _: None) -> int:
+        is_gpu = self.device.type == "cuda"
+        return self.torch.cuda.max_memory_allocated() if is_gpu else resident_bytes()
 
     def matmul(self, n: int):
         x = self.torch.from_numpy(np.random.default_rng(0).standard_normal((n, n), np.float32))
@@ -272,7 +301,8 @@ def make_torch_model(size: dict):
     from torch import nn
     from torch.nn import functional as F
 
-    D, N, H, V = size["d_model"], size["num_heads"], size["head_dim"], size["vocab_size"]
+    D, H, V = size["d_model"], size["head_dim"], size["vocab_size"]
+    N, K = size["num_heads"], size["num_kv_heads"]
 
     def rotate(x_BNTH, cos_TH, sin_TH):
         first, second = x_BNTH.chunk(2, dim=-1)
@@ -282,7 +312,7 @@ def make_torch_model(size: dict):
         def __init__(self):
             super().__init__()
             self.attn_norm, self.ff_norm = nn.RMSNorm(D, eps=NORM_EPS), nn.RMSNorm(D, eps=NORM_EPS)
-            self.q, self.k, self.v = (nn.Linear(D, N * H, bias=False) for _ in range(3))
+            self.q, self.k, self.v = (nn.Linear(D, n * H, bias=False) for n in (N, K, K))
             self.attn_out = nn.Linear(N * H, D, bias=False)
             self.ff_gate, self.ff_up = (nn.Linear(D, size["d_ff"], bias=False) for _ in range(2))
             self.ff_out = nn.Linear(size["d_ff"], D, bias=False)
@@ -290,11 +320,11 @@ def make_torch_model(size: dict):
         def forward(self, x_BTD, cos_TH, sin_TH):
             y_BTD = self.attn_norm(x_BTD)
             q, k, v = (
-                w(y_BTD).unflatten(-1, (N, H)).transpose(1, 2) for w in (self.q, self.k, self.v)
+                w(y_BTD).unflatten(-1, (-1, H)).transpose(1, 2) for w in (self.q, self.k, self.v)
             )
-            out_BNTH = F.scaled_dot_product_attention(
-                rotate(q, cos_TH, sin_TH), rotate(k, cos_TH, sin_TH), v
-            )
+            # rotary positions are float32; v has the dtype of the products
+            q, k = (rotate(x, cos_TH, sin_TH).to(v.dtype) for x in (q, k))
+            out_BNTH = F.scaled_dot_product_attention(q, k, v, enable_gqa=K != N)
             x_BTD = x_BTD + self.attn_out(out_BNTH.transpose(1, 2).flatten(2))
             y_BTD = self.ff_norm(x_BTD)
             return x_BTD + self.ff_out(F.silu(self.ff_gate(y_BTD)) * self.ff_up(y_BTD))
@@ -350,12 +380,15 @@ def load_parameters(net, arrays) -> None:
     net.load_state_dict({**net.state_dict(), **tensors})
 
 
-# ------------------------------------------------------------------------------- processes in turns
+# ---- processes in turns
 
 
-def serve(name: str, size: dict) -> None:
+def serve(name: str, size: dict, dtype: str) -> None:
     """Runs as a worker: answers every line on stdin with one line of JSON, until stdin ends."""
-    side = (JaxSide if name.startswith("llada_jax") else TorchSide)(size, name)
+    if name.startswith("llada_jax"):
+        side: Any = JaxSide(size, dtype, name)
+    else:
+        side = TorchSide(size, dtype, name, is_gpu=os.environ.get("JAX_PLATFORMS") != "cpu")
     for line in sys.stdin:
         request, argument = json.loads(line)
         begin, cpu_begin = time.perf_counter(), time.process_time()
@@ -377,107 +410,212 @@ def timed(call) -> float:
     return time.perf_counter() - begin
 
 
+def resident_bytes() -> int:
+    """Returns the most memory that this process has held so far."""
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+
+
+def device() -> dict:
+    """Returns platform ("cpu", "gpu" or "tpu"), kind and peak FLOP/s (None: not in the table) of
+    the device that JAX finds.
+    """
+    done = subprocess.run(
+        [sys.executable, __file__, "--worker", ASKS_FOR_DEVICE],
+        env=environment(),
+        stdout=subprocess.PIPE,
+        text=True,
+        check=True,
+    )
+    return json.loads(done.stdout.splitlines()[-1])
+
+
+def print_device() -> None:
+    """Runs as the process that `device` asks."""
+    import jax
+
+    from llada_jax.cluster import hardware
+
+    found = jax.local_devices()[0]
+    peak = hardware.peak_flops(found)
+    print(json.dumps({"platform": found.platform, "kind": found.device_kind, "peak": peak}))
+
+
+def environment(**more: str) -> dict[str, str]:
+    root = Path(__file__).resolve().parents[1]
+    return {**os.environ, "PYTHONPATH": str(root), **more}
+
+
+class WorkerEnded(Exception):
+    """A worker process has ended by itself; its error is printed above."""
+
+
 class Worker:
     """The parent's end of one worker process."""
 
-    def __init__(self, name: str, size_name: str, num_cores: int):
-        root = Path(__file__).resolve().parents[1]
-        environment = {**os.environ, "JAX_PLATFORMS": "cpu", "PYTHONPATH": str(root)}
+    def __init__(self, name: str, size_name: str, *, num_cores: int, dtype: str, is_cpu: bool):
         self.process = subprocess.Popen(
             [
-                sys.executable,
-                __file__,
-                "--worker",
-                name,
-                "--size",
-                size_name,
-                "--cores",
-                str(num_cores),
+                *(sys.executable, __file__, "--worker", name, "--size", size_name),
+                *("--cores", str(num_cores), "--dtype", dtype),
             ],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             text=True,
-            env=environment,
+            env=environment(**({"JAX_PLATFORMS": "cpu"} if is_cpu else {})),
         )
 
-    def ask(self, request: str, argument):
-        """Returns (answer, seconds, seconds of processor time over all cores)."""
+    def ask(self, request: str, argument=None):
+        """Returns (answer, seconds, seconds of processor time over all cores).
+
+        Raises:
+            WorkerEnded: it has failed.
+        """
         assert self.process.stdin
         assert self.process.stdout
-        self.process.stdin.write(json.dumps([request, argument]) + "\n")
-        self.process.stdin.flush()
+        try:
+            self.process.stdin.write(json.dumps([request, argument]) + "\n")
+            self.process.stdin.flush()
+        except BrokenPipeError as error:
+            raise WorkerEnded(request) from error
         line = self.process.stdout.readline()
         if not line:
-            raise SystemExit(f"the worker ended during {request!r}; its error is printed above")
+            raise WorkerEnded(request)
         return json.loads(line)
 
-    def close(self):
-        self.process.stdin.close()
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *_):
+        # a worker that has ended leaves a pipe that cannot be flushed
+        with contextlib.suppress(BrokenPipeError):
+            self.process.stdin.close()
         self.process.wait()
 
 
-def measure(size_name: str, *, num_cores: int, repeats: int, seconds: float) -> str:
-    """Returns the Markdown table for one size."""
+class Measured(NamedTuple):
+    """What one program has shown. loss: of the fixed batch. first_s: of the first step."""
+
+    loss: float
+    first_s: float
+    step_s: list[float]
+    cpu_s: list[float]
+    peak_bytes: int
+    matmul_flops: float  # of a CPU; 0 elsewhere
+
+
+def take_turns(
+    names: tuple[str, ...], parameters: str, *, make: Callable, repeats: int, seconds: float
+) -> dict[str, Measured]:
+    """Returns what the programs show, all of which live at once and take turns.
+
+    Args:
+        parameters: path of the file that llada_jax writes and PyTorch reads.
+        make: name -> Worker.
+
+    Raises:
+        WorkerEnded: one of them has failed.
+    """
+    with contextlib.ExitStack() as stack:
+        workers = {name: stack.enter_context(make(name)) for name in names}
+        losses = {name: worker.ask("check", parameters)[0] for name, worker in workers.items()}
+        first = {name: worker.ask("run", 1)[1] for name, worker in workers.items()}
+        steps = {
+            name: max(1, round(seconds / worker.ask("run", 1)[1]))
+            for name, worker in workers.items()
+        }
+        turns = defaultdict(list)
+        peaks = dict.fromkeys(names, 0.0)
+        for turn in range(repeats):
+            for name in names if turn % 2 == 0 else names[::-1]:
+                _, wall, cpu = workers[name].ask("run", steps[name])
+                turns[name].append((wall / steps[name], cpu / steps[name]))
+            if len(names) > 1:  # a CPU, whose peak no table has
+                for name in names:
+                    peaks[name] = max(peaks[name], workers[name].ask("matmul", 2048)[0])
+        memory = {name: worker.ask("peak_bytes")[0] for name, worker in workers.items()}
+    return {
+        name: Measured(
+            losses[name],
+            first[name],
+            [wall for wall, _ in turns[name]],
+            [cpu for _, cpu in turns[name]],
+            memory[name],
+            peaks[name],
+        )
+        for name in names
+    }
+
+
+def measure(
+    size_name: str, found: dict, *, num_cores: int, repeats: int, seconds: float, dtype: str
+) -> str:
+    """Returns the Markdown table for one size; `found` is what `device` returns."""
     from llada_jax.models.flops import flops_per_token
-    from llada_jax.units import format_count
+    from llada_jax.models.transformer import Architecture, num_matmul_parameters, num_parameters
+    from llada_jax.units import format_bytes, format_count
 
-    size = SIZES[size_name]
-    d_attention = size["num_heads"] * size["head_dim"]
-    per_layer = size["d_model"] * (4 * d_attention + 3 * size["d_ff"])
-    num_matmul = size["num_layers"] * per_layer + size["d_model"] * size["vocab_size"]
-    flops = flops_per_token(num_matmul, size["num_layers"], d_attention, size["sequence_length"])
-    tokens = size["batch_size"] * size["sequence_length"]
-
-    workers = {name: Worker(name, size_name, num_cores) for name in WORKERS}
+    size, is_cpu = SIZES[size_name], found["platform"] == "cpu"
+    B, T = size["batch_size"], size["sequence_length"]
+    sizes: dict[str, Any] = {
+        name: size[name] for name in size if name not in ("batch_size", "sequence_length")
+    }
+    a = Architecture(**sizes)
+    flops = flops_per_token(num_matmul_parameters(a), a.num_layers, a.num_heads * a.head_dim, T)
+    names = WORKERS[:1] if found["platform"] == "tpu" else WORKERS
+    make = lambda name: Worker(name, size_name, num_cores=num_cores, dtype=dtype, is_cpu=is_cpu)  # noqa: E731
+    results: dict[str, Measured] = {}
     with tempfile.TemporaryDirectory() as directory:
         parameters = os.path.join(directory, "parameters.npz")
-        losses = {name: worker.ask("check", parameters)[0] for name, worker in workers.items()}
-    for name, loss in losses.items():
-        if not math.isclose(loss, losses["llada_jax"], rel_tol=1e-4):
+        for group in (names,) if is_cpu else [(name,) for name in names]:
+            try:
+                results |= take_turns(
+                    group, parameters, make=make, repeats=repeats, seconds=seconds
+                )
+            except WorkerEnded:
+                if "llada_jax" in group:
+                    raise SystemExit("a worker has failed; its error is printed above") from None
+    ours = results["llada_jax"]
+    for name, result in results.items():
+        if not math.isclose(result.loss, ours.loss, rel_tol=TOLERANCE[dtype]):
             raise SystemExit(
-                f"not the same model: loss {loss} in {name}, {losses['llada_jax']} in llada_jax"
+                f"not the same model: loss {result.loss} in {name}, {ours.loss} in llada_jax"
             )
-    first = {name: worker.ask("run", 1)[1] for name, worker in workers.items()}  # compiles
-    steps = {
-        name: max(1, round(seconds / worker.ask("run", 1)[1])) for name, worker in workers.items()
-    }
-    step_s, cpu_s = {name: [] for name in WORKERS}, {name: [] for name in WORKERS}
-    peaks = []
-    for turn in range(repeats):
-        for name in WORKERS if turn % 2 == 0 else WORKERS[::-1]:
-            _, wall, cpu = workers[name].ask("run", steps[name])
-            step_s[name].append(wall / steps[name])
-            cpu_s[name].append(cpu / steps[name])
-        peaks += [workers[name].ask("matmul", 2048)[0] for name in ("llada_jax", "torch eager")]
-    for worker in workers.values():
-        worker.close()
 
-    median = {name: statistics.median(values) for name, values in step_s.items()}
-    best_torch = min(median["torch eager"], median["torch compile"])
-    num_parameters = num_matmul + size["d_model"] * size["vocab_size"]
+    best_torch = min(
+        (statistics.median(r.step_s) for name, r in results.items() if name != "llada_jax"),
+        default=None,
+    )
+    peak = found["peak"] or max(r.matmul_flops for r in results.values())
+    origin = "from the data sheet" if found["peak"] else "measured"
     shape = ", ".join(f"{key} {value}" for key, value in size.items())
     lines = [
-        f"### {size_name}: {format_count(num_parameters)} parameters",
+        f"### {size_name}: {format_count(num_parameters(a))} parameters",
         "",
-        f"{shape}; {format_count(flops)} FLOP/token; measured float32 peak {max(peaks) / 1e9:.0f} "
-        f"GFLOP/s (JAX {max(peaks[::2]) / 1e9:.0f}, PyTorch {max(peaks[1::2]) / 1e9:.0f}); same "
-        f"loss {losses['llada_jax']:.5f}; {repeats} turns.",
+        f"{shape}; {format_count(flops)} FLOP/token; {dtype}, peak {origin}: "
+        f"{peak / 1e12:.3g} TFLOP/s; same loss {ours.loss:.5f}; {repeats} turns.",
         "",
-        "| | tokens/s | s/step median (min to max) | CPU s/step | share of peak | of the better "
-        "PyTorch | first step |",
-        "|---|---|---|---|---|---|---|",
+        "| | ms/step median (min to max) | tokens/s | TFLOP/s | MFU | peak memory | CPU s/step | "
+        "relative to the better PyTorch | first step |",
+        "|---|---|---|---|---|---|---|---|---|",
     ]
-    for name in WORKERS:
-        rate = tokens / median[name]
-        spread = f"{min(step_s[name]):.3f} to {max(step_s[name]):.3f}"
+    for name in names:
+        if name not in results:
+            lines.append(f"| {name} | failed: see its error |{' |' * 7}")
+            continue
+        result = results[name]
+        median = statistics.median(result.step_s)
+        rate = B * T / median
+        low, high = 1000 * min(result.step_s), 1000 * max(result.step_s)
         cells = [
             name,
+            f"{1000 * median:,.1f} ({low:,.1f} to {high:,.1f})",
             f"{rate:,.0f}",
-            f"{median[name]:.3f} ({spread})",
-            f"{statistics.median(cpu_s[name]):.3f}",
-            f"{rate * flops / max(peaks):.0%}",
-            f"{best_torch / median[name]:.2f}x",
-            f"{first[name]:.1f} s",
+            f"{rate * flops / 1e12:.3g}",
+            f"{rate * flops / peak:.1%}" if peak else "?",
+            format_bytes(result.peak_bytes),
+            f"{statistics.median(result.cpu_s):.3f}",
+            f"{best_torch / median:.2f}x" if best_torch else "",
+            f"{result.first_s:.1f} s",
         ]
         lines.append(f"| {' | '.join(cells)} |")
     return "\n".join(lines) + "\n"
@@ -489,14 +627,23 @@ def machine() -> str:
 
     with open("/proc/cpuinfo") as file:
         names = [line.split(":")[1].strip() for line in file if line.startswith("model name")]
-    versions = [f"{name} {importlib.metadata.version(name)}" for name in ("jax", "torch")]
+    versions = [
+        f"{found.name} {found.version}"
+        for found in importlib.metadata.distributions()
+        if found.name in ("jax", "torch")
+    ]
     name = names[0] if names else platform.processor()
-    return f"{name}, {os.cpu_count()} cores, {', '.join(versions)}"
+    return f"{name}, {os.cpu_count()} cores, {', '.join(sorted(versions))}"
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.add_argument("--size", nargs="+", choices=SIZES, default=list(SIZES))
+    parser.add_argument(
+        "--size",
+        nargs="+",
+        choices=SIZES,
+        help=f"default: {' '.join(CPU_SIZES)} on a CPU, {' '.join(ACCELERATOR_SIZES)} elsewhere",
+    )
     parser.add_argument(
         "--cores", type=int, default=os.cpu_count(), help="cores that each library may use"
     )
@@ -504,26 +651,38 @@ def main() -> None:
         "--repeats", type=int, default=5, help="turns of each library; the median counts"
     )
     parser.add_argument("--seconds", type=float, default=4.0, help="approximate length of a turn")
-    parser.add_argument("--worker", choices=WORKERS, help=argparse.SUPPRESS)
+    parser.add_argument(
+        "--dtype",
+        choices=TOLERANCE,
+        help="of the products; default: float32 on a CPU, bfloat16 elsewhere",
+    )
+    parser.add_argument("--worker", choices=(*WORKERS, ASKS_FOR_DEVICE), help=argparse.SUPPRESS)
     arguments = parser.parse_args()
+    if arguments.worker == ASKS_FOR_DEVICE:
+        print_device()
+        return
     if arguments.worker:
         # Before a library counts the cores.
         os.sched_setaffinity(0, sorted(os.sched_getaffinity(0))[: arguments.cores])
-        serve(arguments.worker, SIZES[arguments.size[0]])
+        serve(arguments.worker, SIZES[arguments.size[0]], arguments.dtype)
         return
-    print(f"Machine: {machine()}; each library may use {arguments.cores}.\n")
-    if os.getloadavg()[0] > 0.5:
+    found = device()
+    is_cpu = found["platform"] == "cpu"
+    print(f"Machine: {found['kind']}; {machine()}; each library may use {arguments.cores}.\n")
+    if is_cpu and os.getloadavg()[0] > 0.5:
         print(
             f"NOTE: the load average is {os.getloadavg()[0]:.1f}, so this machine is not idle, "
             "from which PyTorch suffers more than JAX.\n"
         )
-    for size_name in arguments.size:
+    for size_name in arguments.size or (CPU_SIZES if is_cpu else ACCELERATOR_SIZES):
         print(
             measure(
                 size_name,
+                found,
                 num_cores=arguments.cores,
                 repeats=arguments.repeats,
                 seconds=arguments.seconds,
+                dtype=arguments.dtype or ("float32" if is_cpu else "bfloat16"),
             ),
             flush=True,
         )

@@ -135,6 +135,8 @@ def default_config() -> ConfigDict:
     config.optimizer.b1 = 0.9
     config.optimizer.b2 = 0.95
     config.optimizer.eps = 1e-8
+    # in which the first moment is kept: float32 | bfloat16
+    config.optimizer.first_moment_dtype = "float32"
     config.optimizer.weight_decay = 0.1  # decoupled, times the learning rate
     # (regex on the parameter's path, factor): the first match counts
     config.optimizer.weight_decay_multipliers = ((".*norm.*", 0.0), (".*bias", 0.0), (".*", 1.0))

@@ -1,21 +1,22 @@
-"""What JSON files that come from elsewhere may hold: the type and the range of every key that
-this package reads.
+"""What JSON that comes from elsewhere may hold: the type and the range of every key that this
+package reads.
 
-Such a file comes from elsewhere, and a value of another type would otherwise be found deep inside
-a library, as a traceback. What the network cannot express is another question (hf/config_json.py).
+A value of another type would otherwise be found deep inside a library, as a traceback, and one out
+of range not at all. What the network cannot express is another question (hf/config_json.py).
 Keys that are not read are not checked.
 """
 
 import json
-from typing import Annotated, Any, TypeVar
+from typing import Annotated, Any, Literal, TypeVar
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from llada_jax.errors import UserError, one_line
-from llada_jax.ranges import MAX_SIZE
+from llada_jax.ranges import MAX_SIZE, RANGES
 
 Size = Annotated[int, Field(ge=1, le=MAX_SIZE)]
 Positive = Annotated[float, Field(gt=0, allow_inf_nan=False)]
+Finite = Annotated[float, Field(allow_inf_nan=False)]
 NotNegative = Annotated[float, Field(ge=0, allow_inf_nan=False)]
 Id = Annotated[int, Field(ge=0, lt=MAX_SIZE)]
 # Published files say -1 where there is no such token.
@@ -130,6 +131,49 @@ class Index(Schema):
     weight_map: dict[str, str]
 
 
+def _knob(name: str):
+    """The range of a knob of the config, for a value that was once that knob."""
+    allowed = RANGES[name]
+    least, most = ("gt" if allowed.above else "ge"), ("lt" if allowed.below else "le")
+    bounds: dict[str, Any] = {least: allowed.least, most: allowed.most}
+    return Field(**bounds)
+
+
+class RecordedArchitecture(Schema):
+    """The architecture in a run.json, see llada_jax.models.transformer.Architecture."""
+
+    vocab_size: Size
+    num_layers: Annotated[int, _knob("model.num_layers")]
+    d_model: Annotated[int, _knob("model.d_model")]
+    num_heads: Annotated[int, _knob("model.num_heads")]
+    num_kv_heads: Annotated[int, _knob("model.num_kv_heads")]
+    head_dim: Annotated[int, _knob("model.head_dim")]
+    d_ff: Annotated[int, _knob("model.d_ff")]
+    rope_theta: Annotated[Finite, _knob("model.rope_theta")] = 1.0
+    rope_scaling: list[float] = []
+    norm_eps: Annotated[Finite, _knob("model.norm_eps")] = 1.0
+    tie_embeddings: bool = False
+    qk_norm: Literal["none", "full", "per_head"] = "none"
+    attention_bias: Literal["none", "qkv", "qkvo"] = "none"
+    output_shift: bool = False
+
+
+class RecordedMask(Schema):
+    """The mask in a run.json, see llada_jax.masks.Mask."""
+
+    causal: bool = False
+    block_length: Annotated[int, Field(ge=0, le=MAX_SIZE)] = 0
+
+
+class RecordedLora(Schema):
+    """The group `lora` of the config in a run.json, see llada_jax.models.adapters.Lora."""
+
+    rank: Annotated[int, _knob("lora.rank")] = 0
+    alpha: Annotated[Finite, _knob("lora.alpha")] = 1.0
+    targets: str = ""
+    frozen_dtype: str = "float32"
+
+
 # What pydantic calls a value of another type.
 EXPECTED = {
     "int_type": "must be a whole number",
@@ -202,24 +246,41 @@ def check(content: dict, schema: type[AnySchema], *, file) -> AnySchema:
     try:
         return schema.model_validate(content)
     except ValidationError as error:
-        first = error.errors(include_url=False)[0]
-        # Only keys and positions: pydantic also names the member of a union that it has tried.
-        place, value = "", content
-        for key in first["loc"]:
-            if isinstance(value, dict) and key in value:
-                place += f".{key}" if place else str(key)
-            elif isinstance(value, list) and isinstance(key, int):
-                place += f"[{key}]"
-            else:
-                continue
-            value = value[key]
-        if first["type"] == "missing":
-            missing = first["loc"][-1]
-            raise UserError(
-                f"{file} has no {f'{place}.' if place else ''}{missing}; fetch the whole file."
-            ) from error
-        shown = repr(value) if len(repr(value)) <= 60 else f"{repr(value)[:57]}..."
-        says = EXPECTED.get(first["type"]) or first["msg"].replace(
-            "Input should", "must"
-        ).removeprefix("Value error, ")
+        place, shown, says = _first_fault(content, error)
+        if not says:
+            raise UserError(f"{file} has no {place}; fetch the whole file.") from error
         raise UserError(f"{file}: {place}={shown} {says}; fetch the file again.") from error
+
+
+def fault_of(content: dict, schema: type[Schema]) -> str:
+    """Returns the same fault as the end of a sentence about the object, such as "has no field
+    'd_ff'"; "" if there is none.
+    """
+    try:
+        schema.model_validate(content)
+    except ValidationError as error:
+        place, shown, says = _first_fault(content, error)
+        return f"has {place}={shown}, which {says}" if says else f"has no field {place!r}"
+    return ""
+
+
+def _first_fault(content: dict, error: ValidationError) -> tuple[str, str, str]:
+    """Returns (place, value, what it must be); the last is "" where nothing is in that place."""
+    first = error.errors(include_url=False)[0]
+    # Only keys and positions: pydantic also names the member of a union that it has tried.
+    place, value = "", content
+    for key in first["loc"]:
+        if isinstance(value, dict) and key in value:
+            place += f".{key}" if place else str(key)
+        elif isinstance(value, list) and isinstance(key, int):
+            place += f"[{key}]"
+        else:
+            continue
+        value = value[key]
+    if first["type"] == "missing":
+        return f"{place}.{first['loc'][-1]}".lstrip("."), "", ""
+    shown = repr(value) if len(repr(value)) <= 60 else f"{repr(value)[:57]}..."
+    says = EXPECTED.get(first["type"]) or first["msg"].replace("Input should", "must").removeprefix(
+        "Value error, "
+    )
+    return place, shown, says

@@ -33,6 +33,7 @@ CHOICES = {
     "lora.frozen_dtype": ("float32", "bfloat16", "int8"),
     "optimizer.name": ("adamw", "lion", "muon"),
     "optimizer.gradient_dtype": ("compute", "float32"),
+    "optimizer.first_moment_dtype": ("float32", "bfloat16"),
     "schedule.name": ("llada", "wsd", "cosine", "constant"),
     "evaluation.weights": (AUTO, "raw", "ema"),
     "checkpoint.init_from_weights": (AUTO, "raw", "ema"),
@@ -80,9 +81,9 @@ READ_BY = {
         "own": (),
     },
     "optimizer": {
-        "adamw": ("b1", "b2", "eps"),
-        "lion": ("b1", "b2"),
-        "muon": ("b1", "b2", "eps"),
+        "adamw": ("b1", "b2", "eps", "first_moment_dtype"),
+        "lion": ("b1", "b2", "first_moment_dtype"),
+        "muon": ("b1", "b2", "eps", "first_moment_dtype"),
         "own": ("b1", "b2", "eps"),
     },
     "schedule": {

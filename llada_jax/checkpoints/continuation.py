@@ -95,6 +95,7 @@ def decisive_knobs(record: RunRecord) -> dict:
     # may not.
     return {
         **{f"config.{name}": record.knob(name) for name in DECISIVE},
+        "config.optimizer.first_moment_dtype": record.first_moment_dtype,
         "keeps an EMA": record.keeps_ema,
         "config.lora": record.lora if record.lora.rank else None,
     }

@@ -29,7 +29,7 @@ import numpy as np
 from jax.experimental import multihost_utils
 
 from llada_jax.checkpoints.checksums import path_text
-from llada_jax.checkpoints.record import RunRecord
+from llada_jax.checkpoints.record import RunRecord, sealed
 from llada_jax.storage import files
 from llada_jax.training.state import TrainState
 
@@ -97,7 +97,7 @@ class LocalCheckpoints:
             before for before, name in self._parts() if name.endswith(who) and before < step
         )
         self._remove(lambda other: other < min(ours[-KEEP:], default=0))
-        index = {"attempt": self._attempt, "run": record.to_json(), "arrays": {}}
+        index = {"attempt": self._attempt, "run": sealed(record), "arrays": {}}
         with files.whole_directory(self.directory / f"{step}{who}", durable=False) as partial:
             with open(partial / "data", "wb") as file:
                 for path, parts in slices.items():

@@ -11,13 +11,14 @@ import datetime
 import json
 import platform
 import subprocess
+import zlib
 from pathlib import Path
 from typing import Any, Self
 
 import jax
 from etils import epath
 
-from llada_jax import __version__
+from llada_jax import __version__, schemas
 from llada_jax.checkpoints.checksums import SCHEMES
 from llada_jax.data.tokenizer import SPECIAL_IDS, Tokenizer
 from llada_jax.errors import UserError
@@ -27,6 +28,8 @@ from llada_jax.models.transformer import Architecture
 from llada_jax.storage import files, remote
 
 FILE = "run.json"
+# The key of its checksum in a record that is kept next to arrays; see `sealed`.
+SEAL = "record_checksum"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -131,6 +134,12 @@ class RunRecord:
         return self.knob("optimizer.ema_decay") > 0
 
     @property
+    def first_moment_dtype(self) -> str:
+        """The dtype in which checkpoints hold the optimizer's first moment."""
+        # not a knob of the first versions
+        return self.knob("optimizer").get("first_moment_dtype", "float32")
+
+    @property
     def mask(self) -> Mask:
         """What attention may see in the network.
 
@@ -197,7 +206,8 @@ class RunRecord:
             remedy: what the user can do when it is not a record, without a full stop.
 
         Raises:
-            UserError: a field is missing or of the wrong type.
+            UserError: a field is missing or of the wrong type, or the content does not match the
+                checksum that `sealed` has added.
         """
         remedy = remedy or "it is damaged, or not written by llada_jax; use another checkpoint"
         try:
@@ -209,11 +219,20 @@ class RunRecord:
     def _parsed(cls, content) -> Self:
         if not isinstance(content, dict):
             raise _WrongField(f"holds a {type(content).__name__} where an object is expected")
+        if SEAL in content:
+            # Not kept: the record of another step would carry it on.
+            content = dict(content)
+            if content.pop(SEAL) != _checksum(content):
+                raise _WrongField("does not match its saved checksum")
         config = _field(content, "config", dict)
         # What every reader asks for. The other knobs are looked up by those who need them, so that
         # a checkpoint of an older version without them loads.
         _field(content, "config.objective.name", str)
         _field(content, "config.optimizer.ema_decay", (int, float))
+        if "lora" in config:
+            lora = _field(content, "config.lora", dict)
+            if fault := schemas.fault_of(lora, schemas.RecordedLora):
+                raise _WrongField(f"has a config.lora that {fault}")
         optional = {
             "versions": (dict, {}),
             "commit": (str, ""),
@@ -263,6 +282,22 @@ class RunRecord:
         )
 
 
+def sealed(record: RunRecord) -> dict:
+    """Returns the JSON of a record with a checksum of all of it.
+
+    For records that are kept next to arrays, which are read as the record says: a flipped bit may
+    leave valid JSON in which, say, rope_theta is ten times as large. No array is read as
+    WORKDIR/run.json says, which has none; nor have the records of older versions.
+    """
+    content = record.to_json()
+    return {**content, SEAL: _checksum(content)}
+
+
+def _checksum(content: dict) -> int:
+    """Returns the CRC-32 of JSON values, whatever the order of their keys."""
+    return zlib.crc32(json.dumps(content, sort_keys=True).encode())
+
+
 class _WrongField(ValueError):
     """What is wrong with a record, as the words that follow the name of its file."""
 
@@ -300,17 +335,12 @@ def _architecture(content: dict) -> Architecture:
             f"has architecture.{unknown[0]}, which llada_jax {__version__} does not know: a newer "
             "version has written it"
         )
-    required = [f.name for f in dataclasses.fields(Architecture) if _is_required(f)]
-    for name in required:
-        _field(content, name, (int, float), "has an architecture that")
+    if fault := schemas.fault_of(content, schemas.RecordedArchitecture):
+        raise _WrongField(f"has an architecture that {fault}")
     try:
         return Architecture(**content)
-    except (TypeError, UserError) as error:
+    except UserError as error:
         raise _WrongField(f"has an architecture that is not possible ({error})") from error
-
-
-def _is_required(field: dataclasses.Field) -> bool:
-    return field.default is dataclasses.MISSING and field.default_factory is dataclasses.MISSING
 
 
 def _mask(content: dict) -> Mask:
@@ -321,6 +351,8 @@ def _mask(content: dict) -> Mask:
             f"has mask.{unknown[0]}, which llada_jax {__version__} does not know: a newer version "
             "has written it"
         )
+    if fault := schemas.fault_of(content, schemas.RecordedMask):
+        raise _WrongField(f"has a mask that {fault}")
     return Mask(**content)
 
 

@@ -10,8 +10,8 @@ number of hosts.
 
 Saving is asynchronous; a step counts only once Orbax has committed it, so a killed save leaves the
 step before. The files hold no checksum of the numbers themselves, so the record carries one of
-every array: what a disk damages silently is found when it is read, and not by a loss that no longer
-falls.
+every array, and one of itself: what a disk damages silently is found when it is read, and not by a
+loss that no longer falls.
 """
 
 import contextlib
@@ -33,7 +33,7 @@ from orbax.checkpoint import v1 as ocp
 
 from llada_jax.checkpoints.checksums import SCHEME, checksum_of_array, checksums, path_text
 from llada_jax.checkpoints.orbax_patches import teach_orbax_s3
-from llada_jax.checkpoints.record import RunRecord
+from llada_jax.checkpoints.record import RunRecord, sealed
 from llada_jax.cluster import distributed
 from llada_jax.errors import LostPeer, UserError, one_line
 from llada_jax.models.adapters import (
@@ -155,7 +155,7 @@ class Checkpoints:
         try:
             # A step that is saved again, after a rollback, replaces the one of the same number.
             response = self._checkpointer.save_checkpointables_async(
-                step, items, custom_metadata=record.to_json(), overwrite=True
+                step, items, custom_metadata=sealed(record), overwrite=True
             )
         except Exception as error:
             raise self._failed(step, error) from error

@@ -67,6 +67,7 @@ def initialize(*, initialization_timeout_s: int = 300, heartbeat_timeout_s: int 
         return
     arguments = explicit_arguments(os.environ)
     check_device_ids(os.environ)
+    check_slices(os.environ)
     if arguments is None and not is_cluster(os.environ):
         return
     check_hosts(os.environ, arguments)
@@ -196,6 +197,34 @@ def check_device_ids(environment) -> None:
         raise UserError(
             f"The environment variable JAX_LOCAL_DEVICE_IDS={ids!r} must list numbers of devices, "
             "as in 0,1; correct it, or unset it."
+        )
+
+
+def check_slices(environment) -> None:
+    """Raises UserError for a variable of several TPU slices (MEGASCALE_*) that cannot be.
+
+    libtpu reads them and would wait for slices that do not exist. Outside of a slice they mean
+    nothing.
+    """
+    if not slice_hosts(environment):
+        return
+    num_slices = number_in(environment, "MEGASCALE_NUM_SLICES", 1)
+    number = number_in(environment, "MEGASCALE_SLICE_ID", 0, least=0)
+    port = number_in(environment, "MEGASCALE_PORT", 1)
+    if "MEGASCALE_NUM_SLICES" in environment and number >= num_slices:
+        raise UserError(
+            f"The environment variable MEGASCALE_SLICE_ID={number} must be less than "
+            f"MEGASCALE_NUM_SLICES={num_slices}; correct it, or unset it."
+        )
+    if port >= 2**16:
+        raise UserError(
+            f"The environment variable MEGASCALE_PORT={port} must be at most 65535; correct it, or "
+            "unset it."
+        )
+    if environment.get("MEGASCALE_COORDINATOR_ADDRESS") == "":
+        raise UserError(
+            "The environment variable MEGASCALE_COORDINATOR_ADDRESS is empty; name the first host "
+            "of the first slice, or unset it."
         )
 
 

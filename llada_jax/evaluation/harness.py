@@ -13,9 +13,6 @@ The harness finds no plug-ins, so the model object is passed to `lm_eval.simple_
 `run` does that and adds the errors of the Monte Carlo.
 """
 
-import contextlib
-import copy
-import math
 import re
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -24,20 +21,31 @@ import jax
 import numpy as np
 
 from llada_jax.cluster.agreement import check_same_everywhere
-from llada_jax.errors import UserError, look_up, require
+from llada_jax.errors import UserError, require
 from llada_jax.evaluation.answer_rows import Question
 from llada_jax.evaluation.conditional import Score, encode_pair, log_likelihoods
 from llada_jax.evaluation.harness_hosts import cache_of_first
-from llada_jax.evaluation.rolling import windows
+from llada_jax.evaluation.harness_tasks import (
+    check_estimator,
+    check_sampling,
+    load_tasks,
+    monte_carlo_errors,
+)
+from llada_jax.evaluation.rolling import check_can_bound, windows
+from llada_jax.samplers.autoregressive import continue_tokens
+from llada_jax.samplers.commit import SCHEDULE
 from llada_jax.samplers.denoise import DenoiseStep
-from llada_jax.samplers.text import cut_at_end, decode_after, generate_tokens
+from llada_jax.samplers.revise import NONE
+from llada_jax.samplers.text import (
+    cut_at_end,
+    decode_after,
+    generate_tokens,
+    without_denoising,
+)
 
 # Requests after which results are written to the cache of the harness, from which an interrupted
 # evaluation continues.
 CACHED_TOGETHER = 256
-
-# How often the scores are perturbed for the error of the Monte Carlo.
-NUM_PERTURBATIONS = 64
 
 
 class HarnessModel:
@@ -56,9 +64,14 @@ class HarnessModel:
         batch_size: rows in one pass.
         gen_length, block_length, steps: of generated texts; None: as many tokens as the task asks
             for (its max_gen_toks, 256 if it says nothing), in one block, one token per step.
-        remasking, temperature: see llada_jax.samplers.denoise; a task's own temperature is used
-            where it samples.
+        remasking, commit, revise, append, lookahead, eos, suppress, cache, refresh, top_k, top_p:
+            of generated texts, see llada_jax.loaded_model.Pretrained.generate. The temperature is
+            that of a task that samples, and 0 otherwise.
         chat_template: Jinja source; None takes that of the checkpoint.
+
+    Raises:
+        UserError: a setting is unknown or out of range, or is about denoising, and the model is
+            autoregressive.
     """
 
     def __init__(
@@ -74,6 +87,16 @@ class HarnessModel:
         block_length: int | None = None,
         steps: int | None = None,
         remasking: str = "low_confidence",
+        commit: str = SCHEDULE,
+        revise: str = NONE,
+        append: bool = False,
+        lookahead: int | None = None,
+        eos: str = "free",
+        suppress: Sequence[int] = (),
+        cache: str = "none",
+        refresh: int = 0,
+        top_k: int = 0,
+        top_p: float = 1.0,
         chat_template: str | None = None,
     ):
         api = require("lm_eval.api.model", extra="eval")
@@ -86,9 +109,28 @@ class HarnessModel:
         self.scoring: dict[str, Any] = dict(
             num_samples=mc_samples, estimator=estimator, cfg_scale=cfg_scale, seed=seed
         )
+        self.estimator = estimator
         self.batch_size, self.seed = batch_size, seed
-        self.gen_length, self.block_length, self.steps = gen_length, block_length, steps
-        self.remasking, self.cfg_scale = remasking, cfg_scale
+        self.gen_length = gen_length
+        self.sampling: dict[str, Any] = dict(
+            block_length=block_length,
+            steps=steps,
+            remasking=remasking,
+            commit=commit,
+            revise=revise,
+            append=append,
+            lookahead=lookahead,
+            eos=eos,
+            suppress=suppress,
+            cache=cache,
+            refresh=refresh,
+            top_k=top_k,
+            top_p=top_p,
+            cfg_scale=cfg_scale,
+        )
+        check_sampling(**self.sampling)
+        if self.mask.causal:
+            self.sampling = without_denoising(self.sampling)
         found = pretrained.record.chat_template
         self.template = found if chat_template is None else chat_template
         self.writes_chats = False
@@ -183,6 +225,7 @@ class HarnessModel:
         """
 
         def answer_part(arguments):
+            check_can_bound(self.estimator)
             cut = [
                 windows(self.encode(text), length=self.longest, context=self.longest // 2)
                 for (text,) in arguments
@@ -204,14 +247,9 @@ class HarnessModel:
     def generate_until(self, requests):
         """Returns the text after each prompt, up to the first of the task's stop strings.
 
-        A batch ends as soon as each of its texts has one, EOS or the end of a turn in a finished
-        block.
+        A batch of masked diffusion ends as soon as each of its texts has one, EOS or the end of a
+        turn in a finished block. An autoregressive model writes token by token.
         """
-        if self.mask.causal:
-            raise UserError(
-                "generate_until denoises, and this model is autoregressive; use tasks that rank "
-                "answers."
-            )
         return self._in_parts("generate_until", requests, self._generate_part)
 
     def _generate_part(self, arguments):
@@ -243,7 +281,44 @@ class HarnessModel:
             )
         ids = [self.encode(prompt) for prompt in prompts]
         ids = [row[max(0, len(row) - room) :] for row in ids]
-        block_length = self.block_length or gen_length
+        request: dict[str, Any] = dict(
+            mask_id=self.tokenizer.mask_id,
+            pad_id=self.tokenizer.pad_id,
+            eos_id=self.tokenizer.end_ids,
+            num_ids=self.tokenizer.vocab_size,
+            gen_length=gen_length,
+            temperature=temperature,
+            seed=self.seed,
+            batch_size=self.batch_size,
+            **self.sampling,
+        )
+        model, params = self.pretrained.model, self.pretrained.params
+        if self.mask.causal:
+            tokens_BT, _ = continue_tokens(
+                model.cache_fns, params, ids, bos_id=self.tokenizer.bos_id, **request
+            )
+        else:
+            tokens_BT, _ = generate_tokens(
+                model.logits_fn,
+                params,
+                ids,
+                cache_fns=model.cache_fns,
+                shadow_fn=model.shadow_fn,
+                is_enough=self._have_ended(ids, until, gen_length=gen_length),
+                **request,
+            )
+        return [
+            self._until(before, tokens, until)[0]
+            for before, tokens in zip(ids, tokens_BT.tolist(), strict=True)
+        ]
+
+    def _have_ended(
+        self, ids: Sequence[Sequence[int]], until: Sequence[str], *, gen_length: int
+    ) -> Callable[[range, DenoiseStep], bool]:
+        """Returns a function that says whether each text of a batch has an end in the blocks that
+        are finished.
+        """
+        block_length = self.sampling["block_length"] or gen_length
 
         def have_ended(rows: range, state: DenoiseStep) -> bool:
             finished_BT = jax.device_get(state.canvas_BT)[: len(rows), -gen_length:]
@@ -253,28 +328,7 @@ class HarnessModel:
                 for row, tokens in zip(rows, finished_BT, strict=True)
             )
 
-        tokens_BT, _ = generate_tokens(
-            self.pretrained.logits_fn,
-            self.pretrained.params,
-            ids,
-            mask_id=self.tokenizer.mask_id,
-            pad_id=self.tokenizer.pad_id,
-            gen_length=gen_length,
-            block_length=block_length,
-            steps=self.steps or gen_length,
-            remasking=self.remasking,
-            temperature=temperature,
-            cfg_scale=self.cfg_scale,
-            eos_id=self.tokenizer.end_ids,
-            num_ids=self.tokenizer.vocab_size,
-            seed=self.seed,
-            batch_size=self.batch_size,
-            is_enough=have_ended,
-        )
-        return [
-            self._until(before, tokens, until)[0]
-            for before, tokens in zip(ids, tokens_BT.tolist(), strict=True)
-        ]
+        return have_ended
 
     def _until(
         self, before: Sequence[int], tokens: Sequence[int], until: Sequence[str]
@@ -331,39 +385,6 @@ def _generation(settings: dict) -> tuple[tuple[str, ...], int, float]:
     )
 
 
-# ---- a whole evaluation
-
-# What may be written KEY=VALUE, and how a value is read.
-SETTINGS: dict[str, Callable] = {
-    "num_fewshot": int,
-    "limit": float,
-    "include_path": str,
-    "use_cache": str,
-    "apply_chat_template": lambda value: value.lower() in ("1", "true", "yes"),
-    "system_instruction": str,
-    "bootstrap_iters": int,
-}
-
-
-def read_settings(words: Sequence[str]) -> dict[str, Any]:
-    """Returns the settings of `run` that KEY=VALUE words name.
-
-    Raises:
-        UserError: a word is not a pair, or its value is not a number where one is needed.
-    """
-    settings = {}
-    for word in words:
-        key, equals, value = word.partition("=")
-        if not equals:
-            raise UserError(f"--harness {word!r} has no value; write {word}=VALUE.")
-        read = look_up(SETTINGS, key, "setting of the harness")
-        try:
-            settings[key] = read(value)
-        except ValueError:
-            raise UserError(f"--harness {key}={value!r} must be a number.") from None
-    return settings
-
-
 def run(
     model: HarnessModel,
     tasks: Sequence[Any],
@@ -375,6 +396,7 @@ def run(
     apply_chat_template: bool = False,
     system_instruction: str | None = None,
     bootstrap_iters: int = 100_000,
+    confirm_run_unsafe_code: bool = False,
 ) -> dict[str, Any]:
     """Returns what lm_eval.simple_evaluate returns, with `METRIC_mc_stderr,FILTER` next to each
     `METRIC_stderr,FILTER` of tasks that read likelihoods.
@@ -386,20 +408,24 @@ def run(
     for metrics that compare answers.
 
     Args:
-        tasks: names, or configs of tasks as dicts.
-        include_path: a folder with YAML files of tasks.
+        tasks, include_path, confirm_run_unsafe_code: see
+            llada_jax.evaluation.harness_tasks.load_tasks.
         The others: see lm_eval.simple_evaluate.
+
+    Raises:
+        UserError: a task cannot be loaded, or runs code without confirmation.
     """
     lm_eval = require("lm_eval", extra="eval")
-    # The harness reads thousands of files, for half a minute, to know the tasks that it comes with.
-    has_names = any(isinstance(task, str) for task in tasks)
-    manager = require("lm_eval.tasks", extra="eval").TaskManager(
-        include_path=include_path, include_defaults=has_names
+    loaded = load_tasks(
+        tasks, include_path=include_path, confirm_run_unsafe_code=confirm_run_unsafe_code
     )
+    roots = [root for objects in loaded for root in objects]
+    check_estimator(roots, model.estimator)
+    manager = require("lm_eval.tasks", extra="eval").TaskManager(include_defaults=False)
     with cache_of_first(use_cache) as cache:
         results = lm_eval.simple_evaluate(
             model,
-            tasks=list(tasks),
+            tasks=roots,
             task_manager=manager,
             log_samples=True,
             num_fewshot=num_fewshot,
@@ -408,40 +434,14 @@ def run(
             apply_chat_template=apply_chat_template,
             system_instruction=system_instruction,
             bootstrap_iters=bootstrap_iters,
+            confirm_run_unsafe_code=confirm_run_unsafe_code,
         )
-    loaded = manager.load(copy.deepcopy(list(tasks)))["tasks"]
+    by_name = manager.load(roots)["tasks"]
     for name, samples in results["samples"].items():
-        task = loaded[name]
+        task = by_name[name]
         if task.OUTPUT_TYPE == "generate_until":
             continue
         errors = monte_carlo_errors(task, samples, model.standard_errors)
         for (metric, filtered), error in errors.items():
             results["results"][name][f"{metric}_mc_stderr,{filtered}"] = error
     return results
-
-
-def monte_carlo_errors(task: Any, samples: Sequence[dict], standard_errors: dict) -> dict:
-    """Returns {(metric, filter): the error that the Monte Carlo adds to it}; see `run`."""
-    rng = np.random.default_rng(0)
-    found: dict[tuple[str, str], list[float]] = {}
-    aggregation = task.aggregation()
-    for _ in range(NUM_PERTURBATIONS):
-        items: dict[tuple[str, str], list] = {}
-        for sample in samples:
-            perturbed = []
-            for arguments, response in zip(
-                sample["arguments"], sample["filtered_resps"], strict=True
-            ):
-                # not a number where the score came from the harness's cache, which has no errors
-                shift = standard_errors.get(arguments, math.nan) * rng.normal()
-                if isinstance(response, (tuple, list)):
-                    perturbed.append((response[0] + shift, *response[1:]))
-                else:
-                    perturbed.append(response + shift)
-            with contextlib.redirect_stdout(None):
-                metrics = task.process_results(sample["doc"], perturbed)
-            for metric, item in metrics.items():
-                items.setdefault((metric, sample["filter"]), []).append(item)
-        for key, values in items.items():
-            found.setdefault(key, []).append(float(aggregation[key[0]](values)))
-    return {key: float(np.std(values)) for key, values in found.items()}

@@ -6,6 +6,7 @@ from llada_jax.errors import look_up
 
 PAPER = "LLaDA, arXiv 2502.09992, table 1 and appendix B"
 SCRIPT = "github.com/ML-GSAI/LLaDA, eval_llada_lm_eval.sh"
+INSTRUCT = "github.com/ML-GSAI/LLaDA, EVAL.md"
 
 
 class Setting(NamedTuple):
@@ -13,14 +14,20 @@ class Setting(NamedTuple):
 
     num_fewshot: examples in front of a question; None: as many as the harness's task says.
     mc_samples, cfg_scale: of likelihoods; one sample is exact where answers have one token.
-    gen_length: tokens of a generated answer, in one block and one step each; None: not generated.
-    score: the published result of LLaDA-8B-Base in percent.
+    gen_length: tokens of a generated answer, one step each; None: not generated.
+    block_length: of them; None: one block.
+    eos: what becomes of the end-of-text token, see docs/sampling.md.
+    is_chat: whether the question is written with the chat template.
+    score: the published result in percent.
     """
 
     num_fewshot: int | None
     mc_samples: int = 128
     cfg_scale: float = 0.0
     gen_length: int | None = None
+    block_length: int | None = None
+    eos: str = "free"
+    is_chat: bool = False
     score: float | None = None
 
 
@@ -42,11 +49,24 @@ _BASE = {
     "piqa": Setting(0, score=73.6),
     "gpqa_main_n_shot": Setting(5, score=25.2),
     "bbh": Setting(None, gen_length=1024, score=49.7),
-    "gsm8k": Setting(None, gen_length=1024, score=70.3),
+    "gsm8k": Setting(4, gen_length=1024, score=70.3),
     "minerva_math": Setting(None, gen_length=1024, score=31.4),
     "humaneval": Setting(None, gen_length=1024, score=35.4),
     "mbpp": Setting(None, gen_length=1024, score=40.0),
 }
+
+
+def _of_chats(settings: dict[str, tuple[int, int | None, str, float]]) -> dict[str, Setting]:
+    """Returns settings of (gen_length, block_length, eos, score) for models that follow
+    instructions.
+    """
+    return {
+        task: Setting(
+            None, gen_length=length, block_length=block, eos=eos, is_chat=True, score=score
+        )
+        for task, (length, block, eos, score) in settings.items()
+    }
+
 
 # {preset: (source, {task of the harness: Setting})}. The published script runs with guidance where
 # the paper's first table has none, so that the two do not give the same numbers.
@@ -66,6 +86,38 @@ PRESETS: dict[str, tuple[str, dict[str, Setting]]] = {
             },
         ),
     ),
+    "llada-8b-instruct": (
+        INSTRUCT,
+        _of_chats(
+            {
+                "mmlu_generative": (3, None, "free", 65.5),
+                "mmlu_pro": (256, None, "free", 37.0),
+                "arc_challenge_chat": (512, None, "free", 88.5),
+                "gsm8k": (512, None, "last", 69.4),
+                "minerva_math": (512, None, "last", 31.9),
+                "gpqa_main_generative_n_shot": (64, None, "last", 33.3),
+                "humaneval_instruct": (512, None, "never", 49.4),
+                "mbpp_instruct": (256, None, "last", 41.0),
+            }
+        ),
+    ),
+    "llada-8b-instruct-blocks": (
+        INSTRUCT,
+        _of_chats({"gsm8k": (256, 8, "free", 78.6), "minerva_math": (512, 64, "free", 42.2)}),
+    ),
+    "llada-1.5": (
+        INSTRUCT,
+        _of_chats(
+            {
+                "gsm8k": (256, 16, "last", 83.8),
+                "minerva_math": (1024, 128, "last", 42.6),
+                "gpqa_main_generative_n_shot": (256, 16, "free", 36.9),
+                "humaneval_instruct": (512, 32, "last", 52.4),
+                "mbpp_instruct": (512, 32, "last", 42.8),
+                "ifeval": (256, 16, "last", 66.2),
+            }
+        ),
+    ),
 }
 
 
@@ -80,8 +132,16 @@ def preset(name: str) -> tuple[str, dict[str, Setting]]:
 
 def as_arguments(setting: Setting) -> tuple[dict[str, Any], dict[str, Any]]:
     """Returns the arguments of llada_jax.evaluation.harness.HarnessModel and of `run`."""
-    model = {"mc_samples": setting.mc_samples, "cfg_scale": setting.cfg_scale}
-    if setting.gen_length is not None:
-        model["gen_length"] = setting.gen_length
-    asked = {} if setting.num_fewshot is None else {"num_fewshot": setting.num_fewshot}
+    model: dict[str, Any] = {"cfg_scale": setting.cfg_scale}
+    if setting.gen_length is None:
+        model["mc_samples"] = setting.mc_samples
+    else:
+        block_length = setting.block_length or setting.gen_length
+        model |= {"gen_length": setting.gen_length, "block_length": block_length}
+        model["eos"] = setting.eos
+    asked: dict[str, Any] = {}
+    if setting.num_fewshot is not None:
+        asked["num_fewshot"] = setting.num_fewshot
+    if setting.is_chat:
+        asked["apply_chat_template"] = True
     return model, asked

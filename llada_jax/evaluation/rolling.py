@@ -53,6 +53,14 @@ def windows(tokens: Sequence[int], *, length: int, context: int) -> list[Questio
     return questions
 
 
+def check_can_bound(estimator: str, what: str = "a text is scored by one") -> None:
+    """Raises UserError for an estimator that is not a bound; `what` needs one."""
+    if estimator == "confidence_order":
+        raise UserError(
+            f"estimator={estimator!r} is not a bound, and {what}; use exact_count or uniform_time."
+        )
+
+
 def bounds_of_texts(
     model: Any,
     params: dict,
@@ -75,11 +83,7 @@ def bounds_of_texts(
     Raises:
         UserError: a text is empty, or a setting is out of range.
     """
-    if settings.get("estimator") == "confidence_order":
-        raise UserError(
-            "estimator='confidence_order' is not a bound, and a text is scored by one; use "
-            "exact_count or uniform_time."
-        )
+    check_can_bound(settings.get("estimator", "exact_count"))
     context = length // 2 if context is None else context
     encoded = [tokenizer.encode(text) for text in texts]
     for number, tokens in enumerate(encoded):

@@ -17,6 +17,8 @@ from llada_jax.training.memory import (
     exchange_of,
     memory_of,
     parameter_ways,
+    pieces_of_head,
+    scored_share,
     split_of_batch,
 )
 from llada_jax.training.step import Recipe
@@ -34,7 +36,8 @@ EFFICIENCIES = {
 _UNPUBLISHED = {"slow": 0.35, "fast": 0.65}
 
 # To keep everything costs memory traffic: with remat none a step took 1.16 times that of dots
-# (docs/benchmarks.md; on a CPU, nothing is published for accelerators).
+# (docs/benchmarks.md; on a CPU, nothing is published for accelerators). The other policies differ
+# in what they recompute, which is counted, and have no factor: none is published or measured.
 _POLICY_FACTORS = {"none": 0.86}
 
 # Of the rate of links and network what the collectives of GPUs reach in the slow case; NCCL's own
@@ -87,7 +90,8 @@ def estimate_run(
     memory = memory_of(recipe, workload, shape)
     traffic = traffic_of(recipe, workload, shape, tokens=tokens, num_slices=num_slices)
     tokens_per_device = B * T / num_devices
-    executed_flops = tokens_per_device * (flops + recomputed_flops(recipe, workload))
+    more, less = recomputed_flops(recipe, workload, shape), skipped_flops(recipe, workload, shape)
+    executed_flops = tokens_per_device * (flops + more - less)
     efficiency = efficiency_of(machines, workload.remat)
     network = network_gbps * 1e9 / 8
     seconds = step_seconds(
@@ -126,6 +130,7 @@ def estimate_run(
         "num_steps": num_steps,
         "num_tokens": num_steps * B * T,
         "executed_flops": executed_flops,
+        "scored_share": scored_share(recipe, workload, shape),
         "memory": memory,
         "traffic": traffic,
         "efficiency": efficiency,
@@ -142,7 +147,7 @@ def estimate_run(
         ),
         "seconds_per_step": seconds,
         # Model FLOPs utilisation does not count what is recomputed, as in the PaLM paper: a policy
-        # that recomputes less must not look worse.
+        # that recomputes less must not look worse. It counts the head at every position.
         "mfu": {case: tokens_per_device * flops / (s * peak_flops) for case, s in seconds.items()},
         "days": {case: s * num_steps / 86400 for case, s in seconds.items()},
         "chip_hours": {case: s * num_steps / 3600 * num_chips for case, s in seconds.items()},
@@ -156,7 +161,7 @@ def estimate_run(
 # ---- FLOPs and traffic
 
 
-def recomputed_flops(recipe: Recipe, workload: Workload) -> float:
+def recomputed_flops(recipe: Recipe, workload: Workload, shape: dict[str, int]) -> float:
     """Returns the FLOPs per token that the backward pass repeats.
 
     The remat policy decides for the layers: "dots" keeps the outputs of products and of attention,
@@ -167,6 +172,7 @@ def recomputed_flops(recipe: Recipe, workload: Workload) -> float:
     """
     a, T = recipe.architecture, workload.sequence_length
     head = a.d_model * a.vocab_size
+    scored = head * scored_share(recipe, workload, shape)
     projections = 2 * (num_matmul_parameters(a) - head)
     scores = 4 * a.num_layers * a.num_heads * a.head_dim * T
     again = scores / 2 if recipe.attention == "xla" else 0
@@ -176,10 +182,18 @@ def recomputed_flops(recipe: Recipe, workload: Workload) -> float:
         "attention": again + projections,
         "full": scores + projections,
     }[workload.remat]
-    once = layers + (2 * head if workload.nll_chunk < T else 0)
+    once = layers + (2 * scored if pieces_of_head(recipe, workload, shape) > 1 else 0)
     num_passes = recipe.objective.trained_passes
-    whole = 2 * num_matmul_parameters(a) + 4 * a.num_layers * a.num_heads * a.head_dim * T
+    whole = projections + 2 * scored + 4 * a.num_layers * a.num_heads * a.head_dim * T
     return num_passes * once + (num_passes * whole if num_passes > 1 else 0)
+
+
+def skipped_flops(recipe: Recipe, workload: Workload, shape: dict[str, int]) -> float:
+    """Returns the FLOPs per token that `flops_per_token` counts and no device executes: those of
+    the head at positions that carry no loss.
+    """
+    head = recipe.architecture.d_model * recipe.architecture.vocab_size
+    return recipe.objective.passes * 6 * head * (1 - scored_share(recipe, workload, shape))
 
 
 def traffic_of(

@@ -1,4 +1,5 @@
-"""What a run reports: the means of its sums, in metrics.jsonl and as TensorBoard events.
+"""What a run reports: the means of its sums, in metrics.jsonl and as TensorBoard events; and the
+texts that it samples, in samples.jsonl.
 
 Two kinds of numbers are kept apart everywhere. Metrics of the model (loss, nelbo, accuracy,
 gradient norm, learning rate) are a function of config and data: a run that was interrupted and
@@ -10,11 +11,19 @@ import contextlib
 import json
 import math
 import time
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any, TextIO
 
 from llada_jax.errors import UserError, reason
+from llada_jax.run.samples import as_markdown
 from llada_jax.run.tensorboard import EventsFile
 from llada_jax.run.trackers import Tracker
 from llada_jax.storage import files, remote
+
+if TYPE_CHECKING:
+    from llada_jax.samplers.text import Completion
+
+SAMPLES = "samples.jsonl"
 
 # how long TensorBoard events, and lines for a remote workdir, may stay in memory
 FLUSH_SECONDS = 30.0
@@ -48,15 +57,94 @@ def means(sums: dict) -> dict[str, float]:
     return result
 
 
+class StepLines:
+    """A file of one JSON object per line, each with its "step", of which a resumed run drops what
+    the interrupted one wrote after the checkpoint.
+
+    Lines are whole when the process is killed at any moment. The file is there from the first line
+    on, or from `open` on.
+
+    Args:
+        path: in the workdir. is_remote: in a bucket.
+        until: lines of later steps are dropped.
+        what: one line is called.
+
+    Raises:
+        UserError: the file holds something else.
+    """
+
+    def __init__(self, path, *, is_remote: bool, until: int, what: str):
+        # Object stores cannot append: there the whole text is kept and sent at each flush.
+        self._path, self._is_remote = path, is_remote
+        self._file: TextIO | None = None
+        kept = self._keep_until(until, what)
+        self._text = "".join(line for line, _ in kept) if is_remote else ""
+        # of each key, the last step whose line has it
+        self.last_steps = {key: int(entry["step"]) for _, entry in kept for key in entry}
+
+    def _keep_until(self, step: int, what: str) -> list[tuple[str, dict]]:
+        """Drops the lines of later steps and a half-written last line; returns the others as they
+        stand and as they are read.
+
+        Only the last line may be broken, by a kill. Any other is not of a run: the file may be
+        a file of notes, and must not be rewritten.
+        """
+        if not self._path.exists():
+            return []
+        lines = self._path.read_bytes().decode("utf-8", errors="replace").splitlines(keepends=True)
+        kept = []
+        for number, line in enumerate(lines, start=1):
+            try:
+                entry = json.loads(line)
+                if int(entry["step"]) <= step and line.endswith("\n"):
+                    kept.append((line, entry))
+            except (ValueError, KeyError, TypeError, OverflowError) as error:
+                is_half_written = number == len(lines) and not line.endswith("\n")
+                if not is_half_written:
+                    raise UserError(
+                        f"{self._path} line {number} is not a line of {what}, so the file was not "
+                        "written by a training run; move it away, or choose another --workdir."
+                    ) from error
+        if len(kept) < len(lines):
+            files.write_whole(self._path, "".join(line for line, _ in kept))
+        return kept
+
+    def open(self) -> TextIO:
+        """Returns the local file, which stays open for the life of the writer."""
+        if self._file is None:
+            self._file = open(self._path, "a", encoding="utf-8")  # noqa: SIM115
+        return self._file
+
+    def write(self, entry: dict) -> None:
+        line = json.dumps(entry) + "\n"
+        if self._is_remote:
+            self._text += line
+            return
+        file = self.open()
+        file.write(line)
+        # to the system, which keeps it when this process is killed; an fsync per line would also
+        # survive a power cut, and cost a disk's latency each time
+        file.flush()
+
+    def flush(self) -> None:
+        if self._is_remote and self._text:
+            self._path.write_text(self._text)
+
+    def close(self) -> None:
+        if self._file is not None:
+            self._file.close()
+
+
 class MetricsWriter:
-    """Writes WORKDIR/metrics.jsonl, one object per line, and the numbers as TensorBoard scalars.
+    """Writes WORKDIR/metrics.jsonl, one object per line, and the numbers as TensorBoard scalars;
+    and WORKDIR/samples.jsonl.
 
         {"step": 40, "train": {"loss": 3.41, ...}, "speed": {"tokens_per_s": 12310.5, ...}}
+        {"step": 40, "prompt": "Once", "text": " upon a time"}
 
-    Lines are whole when the process is killed at any moment, and a resumed run drops what the
-    interrupted one wrote after the checkpoint, so that the file of a run is the same however often
-    it was interrupted ("speed" apart). For that the caller writes the metrics of step k, and calls
-    `flush`, before it saves checkpoint k.
+    The files of a run are the same however often it was interrupted ("speed" apart), see
+    `StepLines`. For that the caller writes the lines of step k, and calls `flush`, before it saves
+    checkpoint k.
 
     Args:
         workdir: local directory, or a URL that etils.epath can write (gs://, s3://). Its
@@ -87,49 +175,20 @@ class MetricsWriter:
             return
         self._workdir = remote.path_of(workdir)
         self._path = self._workdir / "metrics.jsonl"
-        self._is_remote = remote.is_remote(workdir)
         self._events: EventsFile | None = None
-        self._last_train_step = 0
         self._last_flush = time.monotonic()
+        is_remote = remote.is_remote(workdir)
+        until = -1 if resume_step is None else resume_step
+        place: dict[str, Any] = dict(is_remote=is_remote, until=until)
         with self._disk():
             self._workdir.mkdir(parents=True, exist_ok=True)
-            self._text = self._keep_until(-1 if resume_step is None else resume_step)
-            # Object stores cannot append: there the whole text is kept and sent at each flush.
-            if not self._is_remote:
-                # open for the life of the writer
-                self._file = open(self._path, "a", encoding="utf-8")  # noqa: SIM115
+            self._metrics = StepLines(self._path, what="metrics", **place)
+            self._samples = StepLines(self._workdir / SAMPLES, what="samples", **place)
+            if not is_remote:
+                self._metrics.open()
             if tensorboard:
-                first_step = 0 if resume_step is None else resume_step + 1
-                self._events = EventsFile(self._workdir, first_step=first_step)
-
-    def _keep_until(self, step: int) -> str:
-        """Drops the lines of later steps and a half-written last line; returns the rest.
-
-        Only the last line may be broken, by a kill. Any other is not of a run: the file may be
-        a file of notes, and must not be rewritten.
-        """
-        if not self._path.exists():
-            return ""
-        lines = self._path.read_bytes().decode("utf-8", errors="replace").splitlines(keepends=True)
-        kept = []
-        for number, line in enumerate(lines, start=1):
-            try:
-                entry = json.loads(line)
-                if int(entry["step"]) <= step and line.endswith("\n"):
-                    kept.append(line)
-                    if "train" in entry:
-                        self._last_train_step = int(entry["step"])
-            except (ValueError, KeyError, TypeError, OverflowError) as error:
-                is_half_written = number == len(lines) and not line.endswith("\n")
-                if not is_half_written:
-                    raise UserError(
-                        f"{self._path} line {number} is not a line of metrics, so the file was not "
-                        "written by a training run; move it away, or choose another --workdir."
-                    ) from error
-        text = "".join(kept)
-        if len(kept) < len(lines):
-            files.write_whole(self._path, text)
-        return text
+                self._events = EventsFile(self._workdir, first_step=until + 1)
+        self._last_train_step = self._metrics.last_steps.get("train", 0)
 
     def _disk(self) -> contextlib.AbstractContextManager[None]:
         """Turns what the file system refuses in its block into a UserError."""
@@ -166,20 +225,9 @@ class MetricsWriter:
         """
         if not self._enabled:
             return
-        line = (
-            json.dumps(
-                {"step": int(step)} | {group: _plain(values) for group, values in groups.items()}
-            )
-            + "\n"
-        )
+        plain = {group: _plain(values) for group, values in groups.items()}
         with self._disk():
-            if self._is_remote:
-                self._text += line
-            else:
-                self._file.write(line)
-                # to the system, which keeps it when this process is killed; an fsync per line
-                # would also survive a power cut, and cost a disk's latency each time
-                self._file.flush()
+            self._metrics.write({"step": int(step)} | plain)
             if self._events:
                 self._events.scalars(step, groups)
         if self._tracker:
@@ -188,19 +236,29 @@ class MetricsWriter:
             self.flush()
 
     def text(self, step: int, name: str, markdown: str) -> None:
-        """Writes a text to TensorBoard (samples, the config); metrics.jsonl holds numbers only."""
+        """Writes a text, such as the config, to TensorBoard."""
         if not self._enabled or not self._events:
             return
         with self._disk():
             self._events.text(step, name, markdown)
+
+    def samples(self, step: int, completions: "Sequence[Completion]") -> None:
+        """Writes what the model makes of each prompt to samples.jsonl and for TensorBoard."""
+        if not self._enabled:
+            return
+        with self._disk():
+            for completion in completions:
+                found = {"prompt": completion.prompt, "text": completion.text}
+                self._samples.write({"step": int(step)} | found)
+        self.text(step, "samples", as_markdown(completions))
 
     def flush(self) -> None:
         """Makes everything written so far visible to readers, and durable for a remote workdir."""
         if not self._enabled:
             return
         with self._disk():
-            if self._is_remote:
-                self._path.write_text(self._text)
+            self._metrics.flush()
+            self._samples.flush()
             if self._events:
                 self._events.flush()
         self._last_flush = time.monotonic()
@@ -210,8 +268,8 @@ class MetricsWriter:
             return
         self.flush()
         with self._disk():
-            if not self._is_remote:
-                self._file.close()
+            self._metrics.close()
+            self._samples.close()
             if self._events:
                 self._events.close()
         if self._tracker:
@@ -221,12 +279,27 @@ class MetricsWriter:
 def read_lines(workdir) -> list[dict]:
     """Returns the lines of WORKDIR/metrics.jsonl; [] for a run without that file.
 
-    A last line that is half written is left out: the run may be writing it at this moment.
-
     Raises:
         UserError: a line is not JSON with a step.
     """
-    path = remote.path_of(workdir) / "metrics.jsonl"
+    return _read(remote.path_of(workdir) / "metrics.jsonl", "metrics")
+
+
+def read_samples(workdir) -> list[dict]:
+    """Returns the lines of WORKDIR/samples.jsonl, each with "step", "prompt" and "text"; [] for a
+    run without that file.
+
+    Raises:
+        UserError: a line is not such an object.
+    """
+    return _read(remote.path_of(workdir) / SAMPLES, "samples", texts=("prompt", "text"))
+
+
+def _read(path, what: str, *, texts: Sequence[str] = ()) -> list[dict]:
+    """Returns the lines of a file that StepLines writes.
+
+    A last line that is half written is left out: the run may be writing it at this moment.
+    """
     if not path.exists():
         return []
     lines = path.read_bytes().decode("utf-8", errors="replace").rpartition("\n")[0].split("\n")
@@ -236,9 +309,12 @@ def read_lines(workdir) -> list[dict]:
             entry = json.loads(line)
             if type(entry["step"]) is not int:
                 raise ValueError(f"its step is {entry['step']!r}")
+            for name in texts:
+                if not isinstance(entry[name], str):
+                    raise ValueError(f"its {name} is {entry[name]!r}")
         except (ValueError, KeyError, TypeError, RecursionError) as error:
             raise UserError(
-                f"{path} line {number} is not a line of metrics ({reason(error)}); fix that line, "
+                f"{path} line {number} is not a line of {what} ({reason(error)}); fix that line, "
                 "or move the file away."
             ) from error
         entries.append(entry)

@@ -1,5 +1,6 @@
-"""The curves of a run on one page, which any browser shows without TensorBoard or a network; and
-the frontier of its sampler, where one was measured (benchmarks/frontier.py).
+"""The curves of a run and the texts that it sampled on one page, which any browser shows without
+TensorBoard or a network; and the frontier of its sampler, where one was measured
+(benchmarks/frontier.py).
 """
 
 import html
@@ -13,6 +14,8 @@ from llada_jax.units import format_count
 WIDTH, HEIGHT, LEFT, BOTTOM = 460, 230, 52, 28
 # Distinguishable for the colour-blind (Okabe and Ito).
 COLOURS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9", "#000000")
+# The lines of the first seven curves, of the next seven, and so on: as SVG and in the key.
+DASHES = (("", "solid"), ("6 3", "dashed"), ("1 3", "dotted"))
 
 STYLE = """
 body { font: 15px/1.5 system-ui, sans-serif; max-width: 1000px; margin: 2em auto; padding: 0 1em;
@@ -23,8 +26,10 @@ svg { background: #fafafa; }
 svg text { font-size: 11px; fill: #555; }
 polyline { fill: none; stroke-width: 1.6; }
 circle { fill-opacity: 0; } circle:hover { fill-opacity: 1; }
-table { border-collapse: collapse; } td, th { padding: .2em 1em .2em 0; text-align: left; }
-.key { display: inline-block; width: 1.2em; height: .25em; margin: 0 .3em .2em .8em; }
+table { border-collapse: collapse; }
+td, th { padding: .2em 1em .2em 0; text-align: left; vertical-align: top; }
+.samples td { white-space: pre-wrap; }
+.key { display: inline-block; width: 1.4em; margin: 0 .3em .2em .8em; border-top: .25em; }
 """
 
 
@@ -69,21 +74,26 @@ def curves_of(lines: Sequence[dict]) -> dict[str, list[Curve]]:
 
 
 def frontier_of(frontier: Frontier) -> dict[str, list[Curve]]:
-    """Returns {title: curves} of a frontier: the quality against the cost, a curve per rule."""
+    """Returns {title: curves} of a frontier: the quality against the cost, a curve per rule.
+
+    Against passes, rules are compared that compute the same in each. A cache saves columns of a
+    pass, so that it is better only against these.
+    """
     measures = {
         "Bits per byte by the control": "bits_per_byte",
         "Repeated phrases": "repetition",
         "Distance of the token frequencies": "unigram_distance",
     }
     found: dict[str, list[Curve]] = {}
-    for title, key in measures.items():
-        families: dict[str, list[tuple[float, float]]] = {}
-        for row in frontier.rows:
-            point = (row.passes_per_token, getattr(row, key))
-            families.setdefault(row.family, []).append(point)
-        found[f"{title} against passes per token"] = [
-            Curve(family, sorted(points)) for family, points in families.items()
-        ]
+    for cost in ("passes_per_token", "columns_per_token"):
+        for title, key in measures.items():
+            families: dict[str, list[tuple[float, float]]] = {}
+            for row in frontier.rows:
+                point = (getattr(row, cost), getattr(row, key))
+                families.setdefault(row.family, []).append(point)
+            found[f"{title} against {cost.replace('_', ' ')}"] = [
+                Curve(family, sorted(points)) for family, points in families.items()
+            ]
     return found
 
 
@@ -94,7 +104,7 @@ def _measures(one: SampleQuality) -> list[str]:
 def _frontier(frontier: Frontier) -> str:
     """Returns the part of the page about the sampler: figures, and all numbers in a table."""
     figures = "".join(
-        _figure(title, curves, x_name="passes per token")
+        _figure(title, curves, x_name=title.rpartition(" against ")[2])
         for title, curves in frontier_of(frontier).items()
     )
     heads = ["setting", "passes per token", "columns per token", "bits per byte", "repetition"]
@@ -136,17 +146,21 @@ def _figure(title: str, curves: Sequence[Curve], *, x_name: str = "step") -> str
         label = format_count(round(step)) if x_name == "step" else f"{step:.2g}"
         parts.append(f'<text x="{x:.1f}" y="{HEIGHT - 8}" text-anchor="{anchor}">{label}</text>')
     keys = []
-    for curve, colour in zip(curves, COLOURS):
+    for number, curve in enumerate(curves):
+        colour = COLOURS[number % len(COLOURS)]
+        dash, style = DASHES[min(number // len(COLOURS), len(DASHES) - 1)]
         places = [at(*point) for point in curve.points]
         line = " ".join(f"{x:.1f},{y:.1f}" for x, y in places)
-        parts.append(f'<polyline points="{line}" stroke="{colour}"/>')
+        dashes = f' stroke-dasharray="{dash}"' if dash else ""
+        parts.append(f'<polyline points="{line}" stroke="{colour}"{dashes}/>')
         name = html.escape(curve.name)
         parts += [
             f'<circle cx="{x:.1f}" cy="{y:.1f}" r="4" fill="{colour}">'
             f"<title>{name}, {x_name} {step:.5g}: {value:.5g}</title></circle>"
             for (x, y), (step, value) in zip(places, curve.points)
         ]
-        keys.append(f'<span class="key" style="background:{colour}"></span>{name}')
+        border = f"border-top-style:{style};border-color:{colour}"
+        keys.append(f'<span class="key" style="{border}"></span>{name}')
     return (
         f"<figure><figcaption>{html.escape(title)}</figcaption>"
         f'<svg width="{WIDTH}" height="{HEIGHT}" role="img">{"".join(parts)}</svg>'
@@ -170,11 +184,24 @@ def _rows(result: dict[str, Any], prefix: str = "") -> list[str]:
     return rows
 
 
+def _samples(samples: Sequence[dict]) -> str:
+    """Returns the part of the page with the texts of a run, by step."""
+    if not samples:
+        return ""
+    rows = "".join(
+        f"<tr><td>{sample['step']}</td><td><b>{html.escape(sample['prompt'])}</b>"
+        f"{html.escape(sample['text'])}</td></tr>"
+        for sample in samples
+    )
+    return f'<h2>Samples</h2><table class="samples">{rows}</table>'
+
+
 def report_page(
     title: str,
     lines: Sequence[dict],
     result: dict[str, Any],
     frontier: Frontier | None = None,
+    samples: Sequence[dict] = (),
 ) -> str:
     """Returns the page: the curves of metrics.jsonl, and the result of an evaluation as a table.
 
@@ -183,6 +210,7 @@ def report_page(
         lines: of metrics.jsonl; [] for a model that was not trained here.
         result: what `evaluate --json` prints.
         frontier: of the sampler; None where it was not measured.
+        samples: of samples.jsonl, what the run has sampled while it trained.
     """
     figures = "".join(_figure(name, curves) for name, curves in curves_of(lines).items())
     missing = "" if figures else "<p>There is no metrics.jsonl next to this checkpoint.</p>"
@@ -190,6 +218,6 @@ def report_page(
         f'<!doctype html><html lang="en"><head><meta charset="utf-8"><title>{html.escape(title)}'
         f"</title><style>{STYLE}</style></head><body><h1>{html.escape(title)}</h1>"
         f"<h2>Evaluation</h2><table>{''.join(_rows(result))}</table>"
-        f"<h2>Curves</h2>{missing}{figures}"
+        f"<h2>Curves</h2>{missing}{figures}{_samples(samples)}"
         f"{'' if frontier is None else _frontier(frontier)}</body></html>\n"
     )

@@ -54,7 +54,8 @@ def memory_of(parts: Any, workload: Workload, shape: dict[str, int]) -> dict:
         each in its own dtype). Where devices gather keys and values (llada_jax.models.split_rows),
         4 K times the devices that share a row: both and their gradients.
     At work in the head, before any layer: logits of one piece of the vocabulary's product and their
-        gradient, float32, and the head's input and its gradient.
+        gradient, float32, of the positions that are scored (`scored_share`), and the head's input
+        and its gradient.
     The larger of the last two counts, because they never exist together.
 
     Args:
@@ -80,11 +81,11 @@ def memory_of(parts: Any, workload: Workload, shape: dict[str, int]) -> dict:
     gradients *= 1 + (workload.num_microbatches > 1) + (parts.objective.trained_passes > 1)
     layer_weights = (num_matmul_parameters(a) - D * a.vocab_size) / a.num_layers / t
     layer_weights *= itemsize + parts.gradient_dtype.itemsize
-    num_pieces = -(-workload.sequence_length // workload.nll_chunk)
+    share, num_pieces = scored_share(parts, workload, shape), pieces_of_head(parts, workload, shape)
     layer = tokens * itemsize * (4 * D + 3 * N + 2 * K + 4 * F + 3 * S) + layer_weights
     if shape["sequence"] > 1 and exchange_of(parts, shape) == "keys":
         layer += tokens * itemsize * 4 * K * shape["sequence"]
-    head = tokens * (2 * 4 * a.vocab_size / t / num_pieces + 2 * 4 * D)
+    head = tokens * (share * 2 * 4 * a.vocab_size / t / num_pieces + 2 * 4 * D)
     sizes = {
         "state": sharded_bytes(parts.abstract, shape),
         "gradients": gradients,
@@ -94,6 +95,33 @@ def memory_of(parts: Any, workload: Workload, shape: dict[str, int]) -> dict:
     # a part of the state, shown by itself
     frozen = sharded_bytes(parts.abstract.frozen, shape)
     return {**sizes, "peak": sum(sizes.values()), "frozen": frozen}
+
+
+def scored_share(parts: Any, workload: Workload, shape: dict[str, int]) -> float:
+    """Returns the share of its positions of which a device computes logits, but for rare draws.
+
+    Args:
+        parts, shape: see `memory_of`.
+    """
+    capacity, ways = parts.objective.capacity, _batch_ways(shape)
+    rows, _ = split_of_batch(workload, shape)
+    # as llada_jax.models.token_scores splits the positions for the head
+    length = workload.sequence_length // (shape["sequence"] * shape["tensor"])
+    if capacity is None or rows * length == 0:
+        return 1.0
+    return min(1.0, capacity(rows, length, ways) / (rows * length))
+
+
+def pieces_of_head(parts: Any, workload: Workload, shape: dict[str, int]) -> int:
+    """Returns into how many pieces the head's product is cut; several are computed twice.
+
+    Args:
+        parts, shape: see `memory_of`.
+    """
+    share = scored_share(parts, workload, shape)
+    # llada_jax.models.token_scores lets the share be a sixteenth too large for its pieces
+    scored = workload.sequence_length * (share * 16 / 17 if share < 1 else 1)
+    return math.ceil(scored / workload.nll_chunk)
 
 
 def sharded_bytes(tree: Any, shape: dict[str, int]) -> int:
@@ -139,9 +167,13 @@ def exchange_of(parts: Any, shape: dict[str, int]) -> str:
 
 def split_of_batch(workload: Workload, shape: dict[str, int]) -> tuple[int, int]:
     """Returns the (rows, tokens) of one device in one microbatch."""
-    ways = shape["data"] * shape["fsdp"] * shape["expert"]
-    rows = workload.batch_size // workload.num_microbatches // ways
+    rows = workload.batch_size // workload.num_microbatches // _batch_ways(shape)
     return rows, rows * workload.sequence_length // shape["sequence"]
+
+
+def _batch_ways(shape: dict[str, int]) -> int:
+    """Returns over how many devices the rows of a batch are split."""
+    return shape["data"] * shape["fsdp"] * shape["expert"]
 
 
 def choose_remat(

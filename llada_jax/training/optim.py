@@ -246,7 +246,9 @@ def muon_dimensions(params: dict) -> Any:
     return jax.tree_util.tree_map_with_path(lambda path, _: matrices.get(path[-1].key), params)
 
 
-def muon(*, b1: float, b2: float, eps: float) -> optax.GradientTransformation:
+def muon(
+    *, b1: float, b2: float, eps: float, first_moment_dtype: Any
+) -> optax.GradientTransformation:
     """Muon for the matrices of the blocks, Nesterov Adam for embedding, head and norms, at one
     common learning rate.
 
@@ -259,6 +261,7 @@ def muon(*, b1: float, b2: float, eps: float) -> optax.GradientTransformation:
         adam_b2=b2,
         eps=eps,
         consistent_rms=0.2,
+        mu_dtype=first_moment_dtype,
         muon_weight_dimension_numbers=muon_dimensions,
     )
     # optax's muon already points downhill, and the chain below turns every direction around
@@ -266,8 +269,12 @@ def muon(*, b1: float, b2: float, eps: float) -> optax.GradientTransformation:
 
 
 OPTIMIZERS = {
-    "adamw": lambda *, b1, b2, eps: optax.scale_by_adam(b1=b1, b2=b2, eps=eps),
-    "lion": lambda *, b1, b2, eps: optax.scale_by_lion(b1=b1, b2=b2),
+    "adamw": lambda *, b1, b2, eps, first_moment_dtype: optax.scale_by_adam(
+        b1=b1, b2=b2, eps=eps, mu_dtype=first_moment_dtype
+    ),
+    "lion": lambda *, b1, b2, eps, first_moment_dtype: optax.scale_by_lion(
+        b1=b1, b2=b2, mu_dtype=first_moment_dtype
+    ),
     "muon": muon,
 }
 
@@ -279,6 +286,7 @@ def make_optimizer(
     b1: float,
     b2: float,
     eps: float,
+    first_moment_dtype: str,
     weight_decay: float,
     weight_decay_multipliers: Any,
     learning_rate_multipliers: Any,
@@ -291,6 +299,8 @@ def make_optimizer(
         name: a key of OPTIMIZERS, or module:attribute of a function (*, b1, b2, eps, **arguments)
             -> optax.GradientTransformation. It gives the direction alone, as optax.scale_by_adam
             does, and points uphill: the chain turns it around with the learning rate.
+        first_moment_dtype: in which the first moment is kept from step to step. The second is
+            float32: where b2 is above 0.998 it changes by less per step than bfloat16 can hold.
         arguments: ((name, value), ...), for an optimizer of your own.
         The other arguments are the knobs of config.optimizer.
 
@@ -301,7 +311,7 @@ def make_optimizer(
         direction = call_part(make, name, "optimizer", b1=b1, b2=b2, eps=eps, **dict(arguments))
         direction = checked_direction(direction, name)
     else:
-        direction = make(b1=b1, b2=b2, eps=eps)
+        direction = make(b1=b1, b2=b2, eps=eps, first_moment_dtype=jnp.dtype(first_moment_dtype))
     return optax.chain(
         optax.clip_by_global_norm(clip_norm) if clip_norm else optax.identity(),
         direction,

@@ -110,8 +110,11 @@ class Parser(argparse.ArgumentParser):
         raise UserError(f"{self.prog}: {message}; see {self.prog} --help.")
 
 
-def json_text(value) -> str:
-    """Returns what --json prints; nan and inf, for which JSON has no numbers, become null."""
+def json_text(value, **layout) -> str:
+    """Returns what --json prints; nan and inf, for which JSON has no numbers, become null.
+
+    layout: how, as for json.dumps.
+    """
 
     def plain(value):
         if isinstance(value, dict):
@@ -120,7 +123,7 @@ def json_text(value) -> str:
             return [plain(entry) for entry in value]
         return None if isinstance(value, float) and not math.isfinite(value) else value
 
-    return json.dumps(plain(value), allow_nan=False)
+    return json.dumps(plain(value), allow_nan=False, **layout)
 
 
 def take_overrides(argv: list[str]) -> tuple[list[str], list[str]]:

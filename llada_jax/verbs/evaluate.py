@@ -3,8 +3,8 @@ a network, and its answers to questions.
 """
 
 import argparse
-import math
 import os
+import sys
 from collections.abc import Sequence
 from functools import partial
 from typing import Any
@@ -23,13 +23,22 @@ from llada_jax.errors import UserError, look_up
 from llada_jax.evaluation import harness
 from llada_jax.evaluation.baselines import unigram_bits_per_byte, xz_bits_per_byte
 from llada_jax.evaluation.breakdown import breakdown_of_split
+from llada_jax.evaluation.conditional import ESTIMATORS
+from llada_jax.evaluation.harness_tasks import check_estimator, load_tasks, read_settings
 from llada_jax.evaluation.presets import as_arguments, preset
+from llada_jax.evaluation.reports import (
+    harness_lines,
+    report_harness,
+    report_split,
+    report_tasks,
+)
+from llada_jax.evaluation.speed import first_tokens, sampling_speed
 from llada_jax.evaluation.splits import bound_of_split
 from llada_jax.evaluation.tasks import DIRECTIONS, answer, items_of, read_tasks
 from llada_jax.objectives.named import make_objective
 from llada_jax.paths import user_path
 from llada_jax.ranges import DRAWS, SEED, SIZE, Range, check_number
-from llada_jax.run.metrics_file import read_lines
+from llada_jax.run.metrics_file import read_lines, read_samples
 from llada_jax.run.report_page import report_page
 from llada_jax.storage import remote
 from llada_jax.storage.files import write_whole, writing
@@ -37,8 +46,8 @@ from llada_jax.verbs.command_line import Parser, json_text, placement
 
 # One line each would not fit a screen; docs/evaluation.md explains them.
 MORE_FLAGS = """more flags, explained in docs/evaluation.md:
-  --gen-length N  --preset NAME  --harness KEY=VALUE  --breakdown  --ema  --tokenizer PATH
-  --mesh AXES  --dtype NAME
+  --gen-length N  --estimator NAME  --preset NAME  --harness KEY=VALUE  --breakdown  --speed
+  --ema  --tokenizer PATH  --mesh AXES  --dtype NAME
 """
 
 
@@ -96,9 +105,11 @@ def make_parser() -> Parser:
     # Listed in MORE_FLAGS.
     hidden = partial(parser.add_argument, help=argparse.SUPPRESS)
     hidden("--gen-length", type=int, metavar="N")
+    hidden("--estimator", default="exact_count", metavar="NAME")
     hidden("--preset", metavar="NAME")
     hidden("--harness", action="append", default=[], metavar="KEY=VALUE")
     hidden("--breakdown", action="store_true")
+    hidden("--speed", action="store_true")
     hidden("--tokenizer", default="", metavar="PATH")
     parser.add_placement_flags()
     return parser
@@ -111,13 +122,14 @@ def main(argv: list[str]) -> None:
     if is_harness(args):
         result, lines = evaluate_harness(args), report_harness
     elif args.tasks:
-        asked = {"ask": args.ask, "cfg_scale": args.cfg_scale, "gen_length": args.gen_length}
+        names = ("ask", "cfg_scale", "gen_length", "estimator")
+        asked = {name: getattr(args, name) for name in names}
         result = evaluate_tasks(args.checkpoint, args.tasks[0], **asked, **shared(args))
         lines = report_tasks
     else:
-        asked = {"split": args.split, "baselines": args.baselines, "breakdown": args.breakdown}
+        asked = {name: getattr(args, name) for name in ("split", "baselines", "breakdown", "speed")}
         result = evaluate(args.checkpoint, args.data, **asked, **shared(args))
-        lines = report
+        lines = report_split
     # All processes of a run have the result.
     if jax.process_index() > 0:
         return
@@ -133,8 +145,8 @@ def shared(args) -> dict:
 
 
 def write_report(args, result: dict) -> None:
-    """Writes DIR/report.html: the result, the curves of the workdir that it comes from, and
-    DIR/frontier.json where there is one.
+    """Writes DIR/report.html: the result, the curves and the samples of the workdir that it comes
+    from, and DIR/frontier.json where there is one.
     """
     workdir, _ = parse_checkpoint(args.checkpoint)
     directory = remote.path_of(args.report)
@@ -142,7 +154,8 @@ def write_report(args, result: dict) -> None:
     if file.exists():
         content = schemas.parse_json(file.read_bytes(), file=file)
         frontier = schemas.check(content, schemas.Frontier, file=file)
-    page = report_page(args.checkpoint, read_lines(workdir), result, frontier)
+    lines, samples = read_lines(workdir), read_samples(workdir)
+    page = report_page(args.checkpoint, lines, result, frontier, samples)
     with writing(directory / "report.html", remedy="name another --report"):
         directory.mkdir(parents=True, exist_ok=True)
         write_whole(directory / "report.html", page)
@@ -163,8 +176,10 @@ def check(args) -> None:
     fits = {
         "baselines": ("--data",),
         "breakdown": ("--data",),
+        "speed": ("--data",),
         "ask": ("--tasks FILE.jsonl",),
         "gen_length": ("--tasks FILE.jsonl",),
+        "estimator": ("--tasks FILE.jsonl", "harness"),
         "harness": ("harness",),
         "cfg_scale": ("--tasks FILE.jsonl", "harness"),
     }
@@ -175,10 +190,12 @@ def check(args) -> None:
                 f"--{flag.replace('_', '-')} does not fit this evaluation; it is for "
                 f"{' and '.join(kinds)}."
             )
-    if args.preset and (args.cfg_scale or args.mc_samples):
+    look_up(ESTIMATORS, args.estimator, "estimator")
+    is_own = args.cfg_scale or args.mc_samples or args.estimator != unset["estimator"]
+    if args.preset and is_own:
         raise UserError(
-            f"--preset {args.preset} decides on --mc-samples and --cfg-scale; leave them out, or "
-            "name the tasks without a preset."
+            f"--preset {args.preset} decides on --mc-samples, --cfg-scale and --estimator; leave "
+            "them out, or name the tasks without a preset."
         )
     if args.mc_samples is None:
         args.mc_samples = 1 if args.data else 128
@@ -204,6 +221,7 @@ def evaluate(
     seed: int = 0,
     baselines: bool = False,
     breakdown: bool = False,
+    speed: bool = False,
     ema: bool | None = None,
     tokenizer: str | os.PathLike[str] = "",
     dtype: str = "auto",
@@ -221,6 +239,7 @@ def evaluate(
         seed: of the corruptions.
         baselines: also score token frequencies and xz on the same text.
         breakdown: also the bound by position and the loss by time.
+        speed: also how fast texts are sampled, see llada_jax.evaluation.speed.
         ema, tokenizer, dtype, mesh, keep_float32: see llada_jax.load.
 
     Raises:
@@ -297,6 +316,16 @@ def evaluate(
         for name, shares in parts._asdict().items():
             if shares is not None:
                 result[name] = shares._asdict()
+    if speed:
+        found = sampling_speed(
+            model.model,
+            model.params,
+            first_tokens(info, split=split),
+            mask=model.record.mask,
+            ids=model.tokenizer,
+            longest=model.config["data"]["sequence_length"],
+        )
+        result["speed"] = {name: one._asdict() for name, one in found.items()}
     return result
 
 
@@ -308,6 +337,7 @@ def evaluate_tasks(
     ask: Sequence[str] | None = None,
     mc_samples: int = 128,
     gen_length: int | None = None,
+    estimator: str = "exact_count",
     cfg_scale: float = 0.0,
     batch_size: int = 64,
     seed: int = 0,
@@ -327,6 +357,7 @@ def evaluate_tasks(
         mc_samples: corruptions drawn for each answer.
         gen_length: the most tokens of a written answer, which ends at EOS or the end of a turn;
             None gives the model the length of each answer.
+        estimator: of log-likelihoods, see llada_jax.evaluation.conditional.
         cfg_scale: strength of guidance towards the prompt; 0 switches it off.
         batch_size: rows at a time. seed: of the corruptions.
         ema, tokenizer, dtype, mesh, keep_float32: see llada_jax.load.
@@ -337,6 +368,7 @@ def evaluate_tasks(
     check_sizes(mc_samples=mc_samples, batch_size=batch_size)
     if gen_length is not None:
         check_number("gen_length=", gen_length, SIZE)
+    look_up(ESTIMATORS, estimator, "estimator")
     for direction in ask or ():
         look_up(dict.fromkeys(DIRECTIONS), direction, "direction of a question")
     file = user_path(tasks)
@@ -361,6 +393,7 @@ def evaluate_tasks(
         "step": model.step,
         "tasks": str(file),
         "mc_samples": mc_samples,
+        "estimator": "exact" if is_causal else estimator,
         "cfg_scale": cfg_scale,
     }
     if gen_length is not None:
@@ -381,6 +414,7 @@ def evaluate_tasks(
             mask=model.record.mask,
             gen_length=gen_length,
             num_samples=mc_samples,
+            estimator=estimator,
             cfg_scale=cfg_scale,
             seed=seed,
             batch_size=batch_size,
@@ -391,12 +425,21 @@ def evaluate_tasks(
 
 
 def evaluate_harness(args) -> dict:
-    """Returns the metrics of tasks of lm-evaluation-harness, with the error of the Monte Carlo."""
-    settings = harness.read_settings(args.harness)
+    """Returns the metrics of tasks of lm-evaluation-harness, with the error of the Monte Carlo.
+
+    The lines of a task go to stderr as soon as it is done, so that an evaluation of many hours that
+    ends early has not been for nothing.
+    """
+    settings, sampling = read_settings(args.harness)
     source, published = preset(args.preset) if args.preset else ("", {})
     for task in args.tasks or ():
         if args.preset:
             look_up(published, task, f"task of the preset {args.preset}")
+    names = list(dict.fromkeys(args.tasks or published))
+    about_loading = ("include_path", "confirm_run_unsafe_code")
+    loaded = load_tasks(names, **{key: settings[key] for key in about_loading if key in settings})
+    for objects in loaded:
+        check_estimator(objects, args.estimator)
     model = pretrained.load(
         args.checkpoint,
         ema=args.ema,
@@ -411,92 +454,21 @@ def evaluate_harness(args) -> dict:
         "source": source,
         "tasks": {},
     }
-    for task in args.tasks or published:
+    for task in names:
         mine = {"mc_samples": args.mc_samples, "cfg_scale": args.cfg_scale}
         asked: dict = {}
         if args.preset:
             mine, asked = as_arguments(published[task])
+        mine, asked = {**mine, **sampling}, {**asked, **settings}
+        if args.estimator != "exact_count":
+            mine["estimator"] = args.estimator
         subject = harness.HarnessModel(model, batch_size=args.batch_size, seed=args.seed, **mine)
-        found = harness.run(subject, [task], **{**asked, **settings})
-        result["tasks"][task] = {**mine, **asked, "results": found["results"]}
+        # the requests of a task, which it keeps, are gone with it
+        found = harness.run(subject, loaded.pop(0), **asked)
+        answered = {**mine, **asked, "results": found["results"]}
         if args.preset:
-            result["tasks"][task]["published_percent"] = published[task].score
+            answered["published_percent"] = published[task].score
+        result["tasks"][task] = answered
+        if jax.process_index() == 0:
+            print("\n".join(harness_lines(task, answered)), file=sys.stderr)
     return result
-
-
-def report_harness(result: dict) -> str:
-    """Returns one line per metric: its value, the error of the sample, that of the Monte Carlo."""
-    lines = [f"lm-evaluation-harness, model at step {result['step']}"]
-    for answered in result["tasks"].values():
-        for task, metrics in answered["results"].items():
-            for key, value in metrics.items():
-                metric, _, filtered = key.partition(",")
-                if not filtered or metric.endswith("stderr") or not isinstance(value, float):
-                    continue
-                line = f"  {task}  {metric}  {value:.4f}"
-                for name, what in (("stderr", "sample"), ("mc_stderr", "Monte Carlo")):
-                    error = metrics.get(f"{metric}_{name},{filtered}")
-                    if isinstance(error, float):
-                        line += f"  +- {error:.4f} ({what})"
-                lines.append(line)
-    return "\n".join(lines)
-
-
-def report_tasks(result: dict) -> str:
-    """Returns one line per direction."""
-    lines = [f"{result['tasks']}, answered by the model at step {result['step']}"]
-    for direction in DIRECTIONS:
-        if direction not in result:
-            continue
-        found = result[direction]
-        line = (
-            f"  {direction:<9}  exact match {found['exact_match']:.3f} +- "
-            f"{found['exact_match_standard_error']:.3f} of {found['num_questions']}"
-        )
-        if found["num_ranked"]:
-            line += (
-                f", ranked first {found['ranking_accuracy']:.3f} +- "
-                f"{found['ranking_standard_error']:.3f} of {found['num_ranked']} (chance "
-                f"{found['ranking_chance']:.3f})"
-            )
-        line += (
-            f", {found['log_likelihood']:.2f} +- {found['standard_error']:.2f} nats per answer "
-            f"(Monte Carlo {found['mc_standard_error']:.2f})"
-        )
-        lines.append(line)
-    return "\n".join(lines)
-
-
-def report(result: dict) -> str:
-    """Returns the result as aligned lines."""
-    kind = "exactly" if "nll_nats_per_token" in result else "an upper bound"
-    lines = [
-        f"bits per byte of the {result['split']} text ({result['num_tokens']:,} tokens), lower is "
-        "better",
-        f"  {result['bits_per_byte']:.3f} +- {result['bits_per_byte_standard_error']:.3f}  this "
-        f"model at step {result['step']}, {kind}",
-    ]
-    named = {
-        "unigram_bits_per_byte": "token frequencies of the training text",
-        "xz_bits_per_byte": "xz -9 on this text alone",
-        "xz_after_train_bits_per_byte": "xz -9 after reading the training text",
-    }
-    lines += [
-        f"  {result[key]:.3f}           {meaning}"
-        for key, meaning in named.items()
-        if key in result
-    ]
-    parts = {
-        "by_position": "nats per token, by position in the row",
-        "by_time": "nats per masked token, by diffusion time",
-    }
-    for key, meaning in parts.items():
-        shares = result.get(key, {"mean": []})["mean"]
-        for number, nats in enumerate(shares):
-            if number == 0:
-                lines.append(meaning)
-            if math.isfinite(nats):
-                first, last = number / len(shares), (number + 1) / len(shares)
-                error = result[key]["standard_error"][number]
-                lines.append(f"  {first:.3f} to {last:.3f}  {nats:.3f} +- {error:.3f}")
-    return "\n".join(lines)

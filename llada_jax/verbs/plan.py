@@ -284,6 +284,9 @@ def _describe_run(p: dict) -> list[str]:
     arithmetic = f"6 * {matrices} + {attention}"
     if p["passes"] != 1:
         arithmetic = f"{p['passes']:.2f} passes * ({arithmetic})"
+    scored = (
+        f"; logits of {p['scored_share']:.0%} of the positions" if p["scored_share"] < 1 else ""
+    )
     where = f"{p['slices']} x {p['topology']}" if p["slices"] > 1 else p["topology"]
     return [
         f"model       {format_count(p['parameters'])} parameters, {matrices} in matrix products, "
@@ -297,7 +300,7 @@ def _describe_run(p: dict) -> list[str]:
         f"{_counted(p['rows_per_device'], 'row')}, {p['tokens_per_device']:,} tokens per device in "
         "each",
         f"compute     {p['dtype']}, attention {p['attention']}, remat {p['remat']}; gradients of "
-        f"matrices summed in {p['gradient_dtype']}",
+        f"matrices summed in {p['gradient_dtype']}{scored}",
     ]
 
 

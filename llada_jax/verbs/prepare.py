@@ -4,7 +4,6 @@ again after an interruption continues.
 
 import argparse
 import functools
-import json
 import os
 import sys
 
@@ -14,7 +13,7 @@ from llada_jax.data.parts import join_parts, parse_part
 from llada_jax.data.preparation import prepare
 from llada_jax.data.text import Cut
 from llada_jax.errors import UserError
-from llada_jax.verbs.command_line import Parser
+from llada_jax.verbs.command_line import Parser, json_text
 
 # Unless parts are joined.
 _REQUIRED = ("--input", "--output", "--sequence-length", "--tokenizer")
@@ -71,9 +70,7 @@ def main(argv: list[str]) -> None:
 
 def report(output: str, content: dict, *, as_json: bool) -> None:
     """Prints what was written: dataset.json, or a summary of it."""
-    print(
-        json.dumps(content, indent=2, ensure_ascii=False) if as_json else summary(output, content)
-    )
+    print(json_text(content, indent=2, ensure_ascii=False) if as_json else summary(output, content))
 
 
 def make_parser() -> Parser:

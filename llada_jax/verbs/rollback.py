@@ -7,7 +7,7 @@ learning rate (arXiv 2502.09992, section 2.2).
 from llada_jax.checkpoints.orbax_patches import drop_echoes
 from llada_jax.checkpoints.workdir import FOLDER, Checkpoints
 from llada_jax.errors import UserError
-from llada_jax.run.metrics_file import read_lines
+from llada_jax.run.metrics_file import SAMPLES, read_lines
 from llada_jax.run.rollbacks import Rollbacks, read_rollbacks, skip_after, write_rollbacks
 from llada_jax.storage import remote
 from llada_jax.storage.locks import only_run_in
@@ -86,8 +86,9 @@ def roll_back(workdir: str, *, to: int, num_skipped: int | None = None) -> str:
 
     aside = path / ASIDE / str(count + 1)
     aside.mkdir(parents=True, exist_ok=True)
-    if (path / "metrics.jsonl").exists():
-        (aside / "metrics.jsonl").write_text((path / "metrics.jsonl").read_text())
+    for name in ("metrics.jsonl", SAMPLES):
+        if (path / name).exists():
+            (aside / name).write_text((path / name).read_text())
     # Newest first: a kill in between leaves a run that is shorter, but whole.
     for step in sorted((step for step in steps if step > to), reverse=True):
         (path / FOLDER / str(step)).rename(aside / str(step))

@@ -3,7 +3,6 @@ JSON.
 """
 
 import argparse
-import json
 import sys
 import time
 from contextlib import nullcontext
@@ -32,7 +31,7 @@ from llada_jax.sampling_flags import (
 )
 from llada_jax.storage import files, remote
 from llada_jax.streams import warn
-from llada_jax.verbs.command_line import Parser, placement
+from llada_jax.verbs.command_line import Parser, json_text, placement
 
 UTF8_REMEDY = "set the terminal to UTF-8 or use --prompt-file"
 
@@ -155,7 +154,7 @@ def print_json(args, step: int, settings: dict, completions: list[Completion]) -
         for c in completions
     ]
     print(
-        json.dumps(
+        json_text(
             {"checkpoint": args.checkpoint, "step": step, "settings": settings, "samples": samples}
         )
     )

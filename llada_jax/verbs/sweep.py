@@ -6,7 +6,6 @@ DIR/sweep.json          the base config and what each run changes; a changed swe
     files optuna.journal      the trials, where Optuna suggests them
 """
 
-import json
 import math
 
 from llada_jax.errors import UserError
@@ -17,7 +16,7 @@ from llada_jax.sweeps.runs import Sweep, as_json, describe, load_sweep
 from llada_jax.sweeps.table import plot_curves, progress_of, table_lines
 from llada_jax.sweeps.targets import run_index, run_local, run_with_launcher
 from llada_jax.validation import knob
-from llada_jax.verbs.command_line import Parser
+from llada_jax.verbs.command_line import Parser, json_text
 
 ACTIONS = ("list", "index", "run", "optuna", "table", "fit")
 
@@ -147,7 +146,7 @@ def without_curves(result: Result) -> dict:
 
 
 def print_json(value) -> None:
-    print(json.dumps(as_json(value)))
+    print(json_text(as_json(value)))
 
 
 def show_table(sweep: Sweep, *, in_json: bool, plot: str | None) -> None:

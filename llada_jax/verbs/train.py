@@ -41,7 +41,6 @@ from llada_jax.run.profiler import ProfilerWindow
 from llada_jax.run.progress import Progress
 from llada_jax.run.results import TrainedRun, trained_run
 from llada_jax.run.rollbacks import batch_of_step
-from llada_jax.run.samples import sample_markdown
 from llada_jax.run.start import (
     OpenWorkdir,
     RunData,
@@ -51,6 +50,7 @@ from llada_jax.run.start import (
 )
 from llada_jax.run.startup_lines import compilation_line, flops_of_token, startup_lines
 from llada_jax.samplers.settings import check_schedule
+from llada_jax.samplers.text import Completion, generate_text
 from llada_jax.storage import remote
 from llada_jax.training.state import TrainState
 from llada_jax.training.step import Recipe, compile_step, make_recipe
@@ -432,8 +432,8 @@ def train_on(
             if is_due(step, config.samples.every_steps) and not must_stop:
                 with clock.span("samples"):
                     network = recipe.objective.network(weights_of(state), state.frozen)
-                    text = sample(config, sampling_model, data, network, watchdog.beat)
-                    writer.text(step, "samples", text)
+                    texts = sample(config, sampling_model, data, network, watchdog.beat)
+                    writer.samples(step, texts)
 
             # 6c. Save; then, if asked to, stop.
             if must_save or must_copy:
@@ -517,14 +517,18 @@ def open_batches(config, data: RunData, opened: OpenWorkdir, rows, copies: int) 
     )
 
 
-def sample(config, model: Model, data: RunData, params: dict, beat) -> str:
-    """Returns what the model writes to config.samples.prompts, as Markdown."""
-    return sample_markdown(
-        model,
+def sample(config, model: Model, data: RunData, params: dict, beat) -> list[Completion]:
+    """Returns what the model writes to config.samples.prompts.
+
+    Args:
+        model: with the reference attention, which takes a canvas of any length.
+    """
+    return generate_text(
+        model.logits_fn,
         params,
         data.tokenizer,
+        list(config.samples.prompts),
         on_step=lambda *_: beat("a denoising step"),
-        prompts=list(config.samples.prompts),
         **{name: config.samples[name] for name in SAMPLE_KNOBS},
     )
 

@@ -53,6 +53,11 @@ def changed(knob: str, value) -> RunRecord:
         ("seed", 7, "config.seed is 7 here and 0 there"),
         ("data.batch_size", 3, "config.data.batch_size is 3 here"),
         ("objective.name", "autoregressive", "config.objective.name is 'autoregressive' here"),
+        (
+            "optimizer.first_moment_dtype",
+            "bfloat16",
+            "config.optimizer.first_moment_dtype is 'bfloat16' here and 'float32' there",
+        ),
         ("optimizer.ema_decay", 0.5, "keeps an EMA is True here and False there"),
     ],
 )
@@ -66,6 +71,15 @@ def test_a_run_is_not_continued_with_another_order_noise_or_state(knob, value, s
 @pytest.mark.parametrize(("knob", "value"), [("schedule.learning_rate", 1.0), ("num_steps", 7)])
 def test_a_run_is_continued_with_another_learning_rate_or_length(knob, value):
     check_continues(small_record(), changed(knob, value), "runs/a")
+
+
+def test_a_run_older_than_the_dtype_of_the_first_moment_is_continued_in_float32():
+    content = small_record().to_json()
+    del content["config"]["optimizer"]["first_moment_dtype"]
+    old = RunRecord.from_json(content, file="old")
+    check_continues(old, small_record(), "runs/a")
+    narrow = changed("optimizer.first_moment_dtype", "bfloat16")
+    assert "'float32' there" in error_of(check_continues, old, narrow, "runs/a")
 
 
 def test_data_may_be_moved_but_not_changed():

@@ -101,6 +101,18 @@ def test_any_flipped_bit_makes_the_older_copy_the_newest(tmp_path, mesh, place, 
     assert "not the local copy of step 20" in note
 
 
+def test_a_record_of_a_copy_that_a_flipped_bit_has_changed_is_not_used(tmp_path, mesh):
+    copies = saved_copies(tmp_path, mesh, 10, 20)
+    index = copies.directory / "20.0-of-1" / "index.json"
+    before = index.read_text()
+    index.write_text(before.replace('"rope_theta": 500000.0', '"rope_theta": 100000.0'))
+    assert index.read_text() != before
+    state, record, note = copies.restore(abstract_of(state_at(0, mesh)), newer_than=0)
+    assert_same(state, state_at(10, mesh))
+    assert record == small_record(step=10)
+    assert "not the local copy of step 20" in note
+
+
 @pytest.mark.parametrize("file", ["data", "index.json"])
 def test_a_truncated_copy_makes_the_older_one_the_newest(tmp_path, mesh, file):
     copies = saved_copies(tmp_path, mesh, 10, 20)

@@ -1,5 +1,7 @@
 """A network read one layer at a time: what is read for it, and damage in any layer."""
 
+import types
+
 import jax
 import numpy as np
 import pytest
@@ -11,7 +13,10 @@ from llada_jax.checkpoints import layers as module
 from llada_jax.checkpoints.layers import LayerReader
 from llada_jax.checkpoints.workdir import find_checkpoint
 from llada_jax.cluster.sharding import make_mesh
+from llada_jax.hf.convert import tensors
+from llada_jax.hf.write import plan_shards, write_weights
 from llada_jax.models.model import abstract_parameters, make_model
+from llada_jax.storage.arrays import read_chunks
 
 STACKED = ("attn_norm", "q", "attn_out", "ff_gate", "ff_out")
 CHUNK_BYTES = 2_000
@@ -84,6 +89,40 @@ def test_an_older_checkpoint_whose_layers_share_their_chunks_is_read_once_too(
     read_all(reader, params)
     reader.check()
     assert sizes_read == [array.size for array in params["blocks"].values()]
+
+
+def test_of_two_hosts_each_reads_the_layers_that_it_exports_and_no_others(tmp_path, monkeypatch):
+    monkeypatch.setattr("llada_jax.checkpoints.workdir.CHUNK_BYTES", CHUNK_BYTES)
+    sizes = []
+    for place in ("layers", "workdir"):
+        monkeypatch.setattr(
+            f"llada_jax.checkpoints.{place}.read_chunks",
+            lambda store: sizes.append(int(np.prod(store.shape))) or read_chunks(store),
+        )
+    params = random_params(LLADA)
+    saved(tmp_path, params)
+    found, step = find_checkpoint(str(tmp_path))
+    listed = tensors("llada", LLADA)
+    shards = plan_shards(listed, dtype="float32", shard_size=20_000)
+    numbers = {tensor.name: int(np.prod(tensor.hf_shape)) for tensor in listed}
+    # norms share a chunk, and are read whole
+    norms = sum(params["blocks"][name].size for name in ("attn_norm", "ff_norm"))
+    written = []
+    for host in range(2):
+        of_two = types.SimpleNamespace(process_index=lambda: host, process_count=lambda: 2)  # noqa: B023
+        monkeypatch.setattr("llada_jax.hf.write.jax", of_two)
+        sizes.clear()
+        (tmp_path / str(host)).mkdir()
+        read = LayerReader(found, step, ema=False).read
+        write_weights(
+            tmp_path / str(host), listed, shards, read=read, num_layers=3, dtype="float32"
+        )
+        files = {file.name for file in (tmp_path / str(host)).iterdir()}
+        ours = sum(numbers[name] for s in shards if s.name in files for name in s.start)
+        assert ours <= sum(sizes) <= ours + norms
+        written.append(ours)
+    assert sum(written) == sum(numbers.values())
+    assert max(written) < 0.7 * sum(written)
 
 
 def damaged(array, how: str):

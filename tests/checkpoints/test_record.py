@@ -4,13 +4,14 @@ file is named.
 
 import dataclasses
 import json
+import math
 import os
 
 import pytest
 from support.paths import ROOT
 from support.records import small_record
 
-from llada_jax.checkpoints.record import RunRecord, read_run, run_record, write_run
+from llada_jax.checkpoints.record import SEAL, RunRecord, read_run, run_record, sealed, write_run
 from llada_jax.config import default_config
 from llada_jax.data.tokenizer import load_tokenizer
 from llada_jax.errors import UserError
@@ -71,6 +72,18 @@ def test_a_run_that_starts_now_writes_the_keys_that_older_versions_read():
     assert content["config"]["model"]["rope_scaling"] == []  # as JSON has it, not a tuple
     at_step = record.at(4, 1024)
     assert list(at_step.to_json()) + ["checksums"] == list(old("checkpoint.json"))
+
+
+def test_a_sealed_record_is_read_in_any_order_of_its_keys_and_not_with_another_value():
+    record = small_record(step=4, chat_template="{{ é }}", unknown={"adapters": {"rank": 8}})
+    content = sealed(record)
+    found = parsed(json.loads(json.dumps(dict(reversed(content.items())))))
+    assert found == record
+    # a record of another step has a checksum of its own, and does not carry the old checksum on
+    assert SEAL not in found.at(5, 1280).to_json()
+    content["architecture"]["rope_theta"] = 100000.0
+    with pytest.raises(UserError, match="^run.json does not match its saved checksum; "):
+        parsed(content)
 
 
 def test_checksums_of_a_scheme_that_this_version_does_not_know_are_refused():
@@ -154,7 +167,20 @@ def with_value(path: str, value):
         (with_value("config", []), r"has config=\[\], which must be an object"),
         (with_value("step", "four"), 'has step="four", which must be a whole number'),
         (with_value("step", True), "has step=true, which must be a whole number"),
-        (with_value("architecture.d_model", "wide"), 'd_model="wide", which must be a whole'),
+        (with_value("architecture.d_model", "wide"), "d_model='wide', which must be a whole"),
+        (with_value("architecture.rope_theta", "x"), "rope_theta='x', which must be a number"),
+        (with_value("architecture.rope_theta", 0), "rope_theta=0, which must be greater than 0"),
+        (with_value("architecture.rope_theta", math.inf), "rope_theta=inf, which must be a finite"),
+        (with_value("architecture.norm_eps", None), "norm_eps=None, which must be a number"),
+        (with_value("architecture.norm_eps", 1.5), "norm_eps=1.5, which must be less than or"),
+        (with_value("architecture.num_heads", -1), "num_heads=-1, which must be greater than or"),
+        (with_value("architecture.num_layers", True), "num_layers=True, which must be a whole"),
+        (with_value("architecture.d_ff", 2**30), "d_ff=1073741824, which must be less than or"),
+        (with_value("architecture.qk_norm", "some"), "qk_norm='some', which must be 'none', 'full"),
+        (with_value("architecture.tie_embeddings", 1), "tie_embeddings=1, which must be true or"),
+        (with_value("mask", {"causal": "no"}), "mask that has causal='no', which must be true or"),
+        (with_value("mask", {"block_length": -4}), "mask that has block_length=-4, which must be"),
+        (with_value("config.lora", {"rank": "8"}), "config.lora that has rank='8', which must be"),
         (
             with_value("architecture.num_experts", 8),
             "has architecture.num_experts, which llada_jax",

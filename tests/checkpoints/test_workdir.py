@@ -17,6 +17,7 @@ from support.states import abstract_of, assert_same
 
 from llada_jax.checkpoints.workdir import Checkpoints, find_checkpoint
 from llada_jax.cluster.sharding import make_mesh, one_device_mesh
+from llada_jax.errors import UserError
 from llada_jax.models.model import abstract_parameters, make_model
 from llada_jax.storage.arrays import read_chunks
 from llada_jax.training.state import TrainState
@@ -61,6 +62,17 @@ def test_an_array_of_one_device_is_saved_in_chunks_of_bounded_size(tmp_path, mon
         abstract_parameters(make_model(LLADA), make_mesh({"fsdp": -1})),
         ema=False,
     )
+
+
+def test_a_moment_in_bfloat16_comes_back_in_bfloat16(tmp_path):
+    place = lambda array: jax.device_put(array, NamedSharding(one_device_mesh(), P()))  # noqa: E731
+    moment = place(jnp.linspace(0, 1, 7).astype(jnp.bfloat16))
+    state = TrainState(place(jnp.int32(3)), {"w": place(jnp.ones(4))}, {"mu": moment}, {}, {}, {})
+    saved = Checkpoints(tmp_path)
+    saved.save(state, small_record())
+    saved.close()
+    found, step = find_checkpoint(str(tmp_path))
+    assert_same(found.restore(step, abstract_of(state)), state)
 
 
 def test_parameters_that_are_not_trained_come_back_too_and_nothing_is_saved_of_what_is_empty(
@@ -127,6 +139,32 @@ def test_a_checkpoint_of_something_else_is_refused_with_the_folder_to_move_away(
         f"The record of the checkpoint {folder / '3'} has no field 'config'; move that folder away "
         "to train again."
     )
+
+
+def test_a_flipped_bit_never_changes_what_the_record_of_a_checkpoint_says(tmp_path):
+    saved = Checkpoints(tmp_path)
+    saved.save(TrainState(jnp.int32(3), {"w": jnp.ones(4)}, (), {}, {}), small_record())
+    saved.close()
+    found, step = find_checkpoint(str(tmp_path))
+    expected = found.record(step)
+    assert expected == small_record(checksums=expected.checksums, checksum_scheme=2)
+    file = tmp_path / "checkpoints" / "3" / "_CHECKPOINT_METADATA"
+    content = file.read_bytes()
+    # the first digit of a number, and one byte of every 61, which are all kinds of places
+    digit = content.index(b'"rope_theta": ') + len('"rope_theta": ')
+    refused = {}
+    for place in (digit, *range(0, len(content), 61)):
+        changed = bytearray(content)
+        changed[place] ^= 1 << place % 8
+        file.write_bytes(changed)
+        try:
+            assert found.record(step) == expected, place
+        except UserError as error:
+            refused[place] = str(error)
+    assert all("move that folder away" in message for message in refused.values())
+    assert digit in refused
+    # the others are in what Orbax writes next to the record
+    assert len(refused) > 0.7 * len(content) / 61
 
 
 def test_a_restored_state_is_never_held_twice(tmp_path, monkeypatch):

@@ -11,6 +11,9 @@ from support.runs import SMALL_RUN, free_port
 
 from llada_jax.__main__ import main
 from llada_jax.cluster import agreement
+from llada_jax.data.codecs import Bytes
+from llada_jax.data.tokenizer import Tokenizer
+from llada_jax.run.start import RunData
 
 
 def test_what_differs_is_named_with_its_values_and_processes():
@@ -43,6 +46,16 @@ def test_the_code_and_the_libraries_are_among_the_facts(monkeypatch):
     agreement._code_digest.cache_clear()
     assert agreement.versions()["the code of llada_jax"] != facts["the code of llada_jax"]
     agreement._code_digest.cache_clear()
+
+
+def test_the_tokenizer_is_a_fact_next_to_the_records():
+    """Equal records may have been made with special ids that differ."""
+
+    def facts(end: int) -> dict[str, str]:
+        return RunData((), (), Tokenizer(Bytes(), {"mask": 256, "eos": end})).facts()
+
+    assert facts(257) == facts(257)
+    assert facts(257)["the tokenizer"] != facts(258)["the tokenizer"]
 
 
 def hosts(tmp_path: Path, *, python_path: tuple[str, str] = ("", ""), words=((), ())) -> list[str]:

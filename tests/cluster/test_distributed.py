@@ -82,6 +82,21 @@ def test_a_number_of_the_scheduler_that_is_none_is_refused_by_name(value):
         distributed.num_slice_hosts(slices)
 
 
+WRONG_SLICES = "NUM_SLICES=two SLICE_ID= SLICE_ID=x SLICE_ID=2 PORT=http PORT=0 PORT=65536"
+
+
+@pytest.mark.parametrize("change", [*WRONG_SLICES.split(), "COORDINATOR_ADDRESS="])
+def test_a_variable_of_several_slices_that_cannot_be_is_refused_by_name(change, monkeypatch):
+    name, value = f"MEGASCALE_{change}".split("=")
+    slices = {"NUM_SLICES": "2", "SLICE_ID": "1", "PORT": "8080", "COORDINATOR_ADDRESS": "a"}
+    right = {"TPU_WORKER_HOSTNAMES": "a,b", **{f"MEGASCALE_{k}": v for k, v in slices.items()}}
+    distributed.check_slices(right)
+    distributed.check_slices({name: value})  # not in a slice
+    monkeypatch.setattr(os, "environ", {**right, name: value})
+    with pytest.raises(UserError, match=name):
+        distributed.initialize()
+
+
 @pytest.mark.parametrize("ids", ["", "a", "0,", "0;1"])
 def test_numbers_of_devices_that_are_none_are_refused(ids):
     with pytest.raises(UserError, match="JAX_LOCAL_DEVICE_IDS"):

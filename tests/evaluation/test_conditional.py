@@ -2,6 +2,7 @@
 
 import itertools
 import math
+import types
 
 import jax
 import numpy as np
@@ -19,7 +20,7 @@ from support.networks import SMALL, perturbed
 from llada_jax.cluster.sharding import make_mesh
 from llada_jax.data.tokenizer import load_tokenizer
 from llada_jax.errors import UserError
-from llada_jax.evaluation.answer_rows import Question, bucket
+from llada_jax.evaluation.answer_rows import Question, bucket, nll_of_answers
 from llada_jax.evaluation.conditional import (
     draws_of,
     encode_pair,
@@ -157,6 +158,52 @@ def test_answers_to_one_prompt_share_their_noise_as_far_as_they_go():
     assert (a == other.is_masked_NL).mean() < 0.8
 
 
+def test_two_models_are_compared_under_the_same_noise():
+    """Over 200 seeds, the difference of two models varies less than half as much as it would under
+    independent noise; here it is a fifth.
+    """
+    milder = types.SimpleNamespace(
+        hidden_fn=MODEL.hidden_fn,
+        head_fn=lambda params, hidden: 0.8 * MODEL.head_fn(params, hidden),
+    )
+    settings = {"mask": BIDIRECTIONAL, "ids": IDS, "num_samples": 8, "batch_size": 256}
+    here, there = (
+        np.array(
+            [
+                score.log_likelihood
+                for score in log_likelihoods(
+                    model, {}, [WHOLE._replace(noise=n) for n in range(400)], **settings
+                )
+            ]
+        )
+        for model in (MODEL, milder)
+    )
+    same_noise, other_noise = here[:200] - there[:200], here[:200] - there[200:]
+    assert np.std(same_noise) < 0.5 * np.std(other_noise)
+
+
+def test_answers_to_one_prompt_are_compared_under_the_same_noise():
+    """Of a token, let the nll grow with the share of masks, and differ by token and answer: the
+    difference of two answers, one twice as surprising as the other, then varies less than half as
+    much under shared noise. Its mean over 200 seeds is the same within 4 errors.
+    """
+    cost_AL = np.random.default_rng(0).uniform([[0.5], [1.0]], [[1.5], [3.0]], (2, 40))
+
+    def score(answer: int, noise: int) -> float:
+        question = Question((1, 2), (answer,) * 40, noise=noise)
+        is_masked_NL, weight_N, _ = draws_of(
+            question, estimator="exact_count", num_samples=16, seed=0
+        )
+        nll_N = (is_masked_NL * cost_AL[answer]).sum(axis=1) * is_masked_NL.mean(axis=1)
+        return -float(np.mean(weight_N * nll_N))
+
+    easy, hard = (np.array([score(answer, n) for n in range(400)]) for answer in (0, 1))
+    same_noise, other_noise = easy[:200] - hard[:200], easy[:200] - hard[200:]
+    assert np.std(same_noise) < 0.5 * np.std(other_noise)
+    error = math.hypot(np.std(same_noise), np.std(other_noise)) / math.sqrt(200)
+    assert abs(same_noise.mean() - other_noise.mean()) < 4 * error
+
+
 def network(mask=BIDIRECTIONAL):
     model = make_model(SMALL, mask=mask)
     return model, perturbed(model)
@@ -270,6 +317,31 @@ def test_a_long_answer_is_scored_in_pieces_as_it_would_be_whole():
     logits = model.logits_fn(params, inputs, None, np.arange(130)[None])[0]
     expected = jax.nn.log_softmax(logits)[np.arange(130), np.array(answer)].sum()
     assert score.log_likelihood == pytest.approx(float(expected), rel=1e-5)
+
+
+def test_answers_of_other_lengths_share_the_programs_of_their_widths():
+    """Prompts of up to 8 tokens with answers of up to 8, and of 9 to 16, are two programs."""
+    stand_in = types.SimpleNamespace(
+        hidden_fn=lambda params, tokens_BT, *_: jax.nn.one_hot(tokens_BT, 8),
+        head_fn=lambda params, hidden_BTD: hidden_BTD,
+    )
+
+    def num_compiled(lengths) -> int:
+        before = nll_of_answers._cache_size()
+        questions = [Question((1,) * prompt, (2,) * answer) for prompt, answer in lengths]
+        log_likelihoods(
+            stand_in,
+            {},
+            questions,
+            mask=BIDIRECTIONAL,
+            ids=types.SimpleNamespace(mask_id=3, pad_id=0),
+            num_samples=4,
+            batch_size=4,
+        )
+        return nll_of_answers._cache_size() - before
+
+    assert num_compiled([(3, 5), (8, 8), (1, 9), (4, 16)]) == 2
+    assert num_compiled([(7, 4), (2, 6), (5, 7), (6, 10), (8, 13)]) == 0
 
 
 def test_widths_are_few_and_close_to_the_length():

@@ -97,6 +97,37 @@ def test_chats_are_written_with_the_template_and_interrupted_evaluations_continu
 
 
 @pytest.mark.slow
+def test_the_command_line_has_the_results_of_python_and_the_published_ones(found):
+    said = found["verbs"]
+    named = json.loads(said["named"]["out"])["tasks"]["outer"]
+    assert "published_percent" not in named
+    expected, metrics = found["results"]["ranked"], named["results"]["ranked"]
+    for name in ("acc,none", "acc_norm,none", "acc_mc_stderr,none", "acc_norm_mc_stderr,none"):
+        assert metrics[name] == expected[name]
+    of_sample, of_noise = metrics["acc_norm_stderr,none"], metrics["acc_norm_mc_stderr,none"]
+    lines = said["preset"]["out"].splitlines()
+    assert lines[2] == (
+        f"  ranked  acc_norm  {metrics['acc_norm,none']:.4f}  +- {of_sample:.4f} (sample)"
+        f"  +- {of_noise:.4f} (Monte Carlo)"
+    )
+    assert lines[3] == "  ranked  published  0.5000"
+
+
+@pytest.mark.slow
+def test_tasks_that_cannot_be_asked_are_refused_before_the_first_is(found):
+    said = found["verbs"]
+    for name, message in (
+        ("unsafe", "The task unsafe runs code on this machine that the model has written; add"),
+        ("unknown", "The task rankled of lm-evaluation-harness cannot be loaded ("),
+        ("unbounded", "is not a bound, and the task rolled asks for bounds of texts"),
+    ):
+        assert said[name]["status"] == 2
+        assert message in said[name]["err"]
+        assert "  ranked  acc" not in said[name]["err"]
+    assert "exact_match" in said["confirmed"]["out"]
+
+
+@pytest.mark.slow
 def test_two_processes_find_what_one_finds_and_only_the_first_writes(found, checkpoint, tmp_path):
     team = {
         "JAX_COORDINATOR_ADDRESS": f"localhost:{free_port()}",

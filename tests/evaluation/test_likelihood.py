@@ -73,6 +73,7 @@ def trained(objective, *, num_steps):
         b1=0.9,
         b2=0.95,
         eps=1e-8,
+        first_moment_dtype="float32",
         weight_decay=0.0,
         weight_decay_multipliers=(),
         learning_rate_multipliers=((".*", 1.0),),

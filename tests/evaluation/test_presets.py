@@ -28,7 +28,31 @@ def test_guidance_is_what_tells_the_script_from_the_paper():
         {"mc_samples": 128, "cfg_scale": 0.5},
         {"num_fewshot": 0},
     )
-    assert as_arguments(paper["gsm8k"]) == (
-        {"mc_samples": 128, "cfg_scale": 0.0, "gen_length": 1024},
-        {},
+    generated = {"cfg_scale": 0.0, "gen_length": 1024, "block_length": 1024, "eos": "free"}
+    # the paper has four examples, where the task of the harness has five
+    assert as_arguments(paper["gsm8k"]) == (generated, {"num_fewshot": 4})
+    assert as_arguments(paper["bbh"]) == (generated, {})
+
+
+def test_models_that_follow_instructions_are_asked_in_chats_and_keep_their_ends():
+    """As docs/sampling.md says which of their evaluations need what."""
+    _, whole = preset("llada-8b-instruct")
+    eos = {task: setting.eos for task, setting in whole.items() if setting.eos != "free"}
+    assert eos.pop("humaneval_instruct") == "never"
+    assert eos == dict.fromkeys(
+        ("gsm8k", "minerva_math", "gpqa_main_generative_n_shot", "mbpp_instruct"), "last"
     )
+    _, blocks = preset("llada-8b-instruct-blocks")
+    assert as_arguments(blocks["gsm8k"]) == (
+        {"cfg_scale": 0.0, "gen_length": 256, "block_length": 8, "eos": "free"},
+        {"apply_chat_template": True},
+    )
+    _, preferred = preset("llada-1.5")
+    assert [task for task, setting in preferred.items() if setting.eos != "last"] == [
+        "gpqa_main_generative_n_shot"
+    ]
+    for settings in (whole, blocks, preferred):
+        for setting in settings.values():
+            model, asked = as_arguments(setting)
+            assert asked == {"apply_chat_template": True}
+            assert model["gen_length"] % model["block_length"] == 0

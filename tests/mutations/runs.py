@@ -87,8 +87,8 @@ OPTIM = faults_of(
     ),
     (
         "b1 twice",
-        "optax.scale_by_adam(b1=b1, b2=b2, eps=eps)",
-        "optax.scale_by_adam(b1=b1, b2=b1, eps=eps)",
+        "        b1=b1, b2=b2, eps=eps, mu_dtype=first_moment_dtype",
+        "        b1=b1, b2=b1, eps=eps, mu_dtype=first_moment_dtype",
     ),
     (
         "the rate of the optimizer's own count",
@@ -176,6 +176,11 @@ CHECKPOINTS = [
             "a checksum that differs is accepted",
             "if number != saved.get(item, {}).get(key):",
             "if key not in saved.get(item, {}):",
+        ),
+        (
+            "the record of a checkpoint has no checksum",
+            "custom_metadata=sealed(record)",
+            "custom_metadata=record.to_json()",
         ),
         (
             "a reader removes half-written steps",

@@ -23,7 +23,7 @@ from llada_jax.objectives.corruption import (
     corrupt_exactly_k,
     sample_t,
 )
-from llada_jax.objectives.masked_diffusion import masked_diffusion_loss
+from llada_jax.objectives.masked_diffusion import masked_diffusion, masked_diffusion_loss
 from llada_jax.rng import key_for
 
 MASK = 9
@@ -276,12 +276,21 @@ def test_a_row_is_corrupted_alike_alone_and_within_its_batch(masking, t_sampling
     np.testing.assert_array_equal(seen[0][[5, 2]], seen[1])
 
 
-def test_without_weight_the_loss_changes_and_the_logged_bound_does_not():
+@pytest.mark.parametrize("t_sampling", ["stratified", "bell"])
+def test_without_weight_the_loss_changes_and_the_logged_bound_does_not(t_sampling):
     B = 256
     batch = batch_of(np.zeros((B, 16)))
     weighted, plain = (
         masked_diffusion_loss(
-            uniform_model, 7.0, batch, KEY, jnp.arange(B), num_rows=B, mask_id=MASK, weight=weight
+            uniform_model,
+            7.0,
+            batch,
+            KEY,
+            jnp.arange(B),
+            num_rows=B,
+            mask_id=MASK,
+            weight=weight,
+            t_sampling=t_sampling,
         )
         for weight in ("1/p", "none")
     )
@@ -289,6 +298,20 @@ def test_without_weight_the_loss_changes_and_the_logged_bound_does_not():
     assert float(plain[0]) == pytest.approx(num_masked * math.log(7), rel=1e-5)
     assert float(weighted[0]) != pytest.approx(float(plain[0]), rel=0.1)
     assert plain[2]["nelbo"][0] == weighted[2]["nelbo"][0] == weighted[0]
+
+
+def test_the_bound_of_held_out_text_is_that_of_uniform_times_whatever_the_training_draws():
+    batch, params = batch_of(np.arange(64 * 16).reshape(64, 16) % MASK), 7.0
+    bounds = [
+        masked_diffusion(mask_id=MASK, **settings).bound(
+            uniform_model, params, batch, KEY, jnp.arange(64), num_rows=64
+        )
+        for settings in ({}, {"t_sampling": "bell", "weight": "none"}, {"t_sampling": "mirrored"})
+    ]
+    jax.tree.map(np.testing.assert_array_equal, bounds[0], bounds[1])
+    jax.tree.map(np.testing.assert_array_equal, bounds[0], bounds[2])
+    # exact counts leave no noise in the bound of a uniform model
+    assert float(bounds[0][0] / bounds[0][1]) == pytest.approx(math.log(7), rel=1e-5)
 
 
 def test_rows_without_any_mask_or_any_token_give_finite_sums():

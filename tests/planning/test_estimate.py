@@ -47,6 +47,11 @@ def test_state_is_three_float32_copies_split_over_fsdp_and_tensor(topology, mesh
     )  # and counters
 
 
+def test_a_first_moment_in_bfloat16_takes_two_bytes_less_per_parameter():
+    narrow = estimated("v5p-128", "optimizer.first_moment_dtype=bfloat16")["memory"]
+    assert narrow["state"] == pytest.approx(10 / 12 * estimated()["memory"]["state"], rel=1e-5)
+
+
 def test_a_reference_and_its_passes_are_counted():
     p = estimated("v5p-128", "objective.name=vrpo", "objective.num_times=4")
     norms = 4096 * 65
@@ -79,6 +84,25 @@ def test_more_recomputation_takes_less_memory_and_more_flops():
     tokens = 5_242_880 / 64
     assert none == pytest.approx(model + tokens * head)  # the head is cut in pieces
     assert full - none == pytest.approx(tokens * (layers + 4 * 32 * 4096 * 4096))
+
+
+def test_the_head_is_counted_at_the_positions_that_are_scored():
+    """Half of the 4 rows of 4096 tokens that a device has in each microbatch, and their spread."""
+    words = ("objective.t_sampling=mirrored", "optimizer.gradient_accumulation=5")
+    some, every = estimated("v5p-128", *words), estimated("v5p-128", words[1])
+    share = 66 * 128 / (4 * 4096)  # 8192 and 4 deviations of 64, in tiles of 128
+    assert (some["scored_share"], every["scored_share"]) == (share, 1)
+    # forward, backward twice, and recomputed
+    head = 8 * 126_464 * 4096
+    tokens = 5_242_880 / 64
+    skipped = every["executed_flops"] - some["executed_flops"]
+    assert skipped == pytest.approx(tokens * head * (1 - share))
+    assert some["flops_per_token"] == every["flops_per_token"]
+    # where half of the positions need one piece and all need two, one piece is not recomputed
+    chunk = "model.nll_chunk=2048"
+    once, twice = estimated("v5p-128", *words, chunk), estimated("v5p-128", words[1], chunk)
+    skipped = twice["executed_flops"] - once["executed_flops"]
+    assert skipped == pytest.approx(tokens * 126_464 * 4096 * (8 - 6 * share))
 
 
 def test_saved_activations_follow_the_remat_policy():

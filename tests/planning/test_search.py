@@ -28,6 +28,13 @@ def test_the_search_returns_what_nothing_else_beats_in_both_time_and_memory():
         assert again["memory"]["peak"] == choice["peak"] < machines.accelerator.usable_hbm_bytes
 
 
+@pytest.mark.slow
+def test_hosts_of_gpus_are_not_told_to_gather_the_weights_for_dozens_of_microbatches():
+    """Communication that costs nothing would let the search take 32 of them."""
+    asked = plan.Asked(load_config(LLADA_8B), hardware.machines_named("64xh100"), 1, VOCAB_SIZE)
+    assert plan.search(asked)[0]["microbatches"] <= 4
+
+
 def test_a_search_without_a_result_says_so():
     asked = plan.Asked(load_config(LLADA_8B), hardware.machines_named("v5e-4"), 1, VOCAB_SIZE)
     with pytest.raises(

@@ -19,7 +19,15 @@ from support.required import library
 
 from llada_jax.errors import UserError
 from llada_jax.run import metrics_file
-from llada_jax.run.metrics_file import MetricsWriter, is_over, means, read_lines, remote
+from llada_jax.run.metrics_file import (
+    MetricsWriter,
+    is_over,
+    means,
+    read_lines,
+    read_samples,
+    remote,
+)
+from llada_jax.samplers.text import Completion
 
 # ---- sums to means
 
@@ -107,13 +115,38 @@ def test_an_interrupted_and_resumed_run_leaves_the_file_of_a_straight_one(
     checkpoint = min(stop, resume) * 10
     writer = MetricsWriter(broken, tensorboard=False)
     write_steps(writer, range(10, 10 * stop + 10, 10), speed=2.0)
-    writer._file.write('{"step": 110, "train": {"loss": 0.009090909}}'[:cut])
-    writer._file.flush()
+    with (broken / "metrics.jsonl").open("a") as file:
+        file.write('{"step": 110, "train": {"loss": 0.009090909}}'[:cut])
     writer = MetricsWriter(broken, tensorboard=False, resume_step=checkpoint)
     write_steps(writer, range(checkpoint + 10, 110, 10), speed=3.0)
     writer.close()
     assert without_speed(lines_of(broken)) == without_speed(lines_of(straight))
     assert os.listdir(broken) == ["metrics.jsonl"]
+
+
+def test_a_resumed_run_drops_the_samples_that_it_will_take_again(tmp_path):
+    def sample(writer, step):
+        text = Completion("<a>", f" at {step}\n", [], 1)
+        writer.samples(step, [text, text._replace(prompt="")])
+
+    writer = MetricsWriter(tmp_path, tensorboard=False)
+    assert read_samples(tmp_path) == []
+    for step in (20, 40, 60):
+        sample(writer, step)
+    writer.close()
+    with (tmp_path / "samples.jsonl").open("a") as file:
+        file.write('{"step": 80, "pro')
+    writer = MetricsWriter(tmp_path, resume_step=40, tensorboard=False)
+    assert [text["step"] for text in read_samples(tmp_path)] == [20, 20, 40, 40]
+    sample(writer, 60)
+    writer.close()
+    assert read_samples(tmp_path)[-2:] == [
+        {"step": 60, "prompt": "<a>", "text": " at 60\n"},
+        {"step": 60, "prompt": "", "text": " at 60\n"},
+    ]
+    (tmp_path / "samples.jsonl").write_text('{"step": 60, "prompt": 3, "text": ""}\n')
+    with pytest.raises(UserError, match="samples.jsonl line 1 is not a line of samples"):
+        read_samples(tmp_path)
 
 
 def test_lines_survive_kill_minus_9(tmp_path):
@@ -189,7 +222,7 @@ def test_a_full_disk_is_one_sentence_with_the_remedy(tmp_path, monkeypatch):
         def write(self, text):
             raise OSError(errno.ENOSPC, "No space left on device")
 
-    monkeypatch.setattr(writer, "_file", FullFile())
+    monkeypatch.setattr(writer._metrics, "_file", FullFile())
     says = rf"{tmp_path} cannot be written \(No space left.*free some space"
     with pytest.raises(UserError, match=says) as error:
         writer.write(1, {"train": {"loss": 1.0}})

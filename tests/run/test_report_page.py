@@ -12,6 +12,8 @@ LINES = [
     {"step": 30, "heldout": {"bits_per_byte": 1.5, "nelbo": 2.5}},
 ]
 
+MEASURES = {"bits_per_byte": 2.5, "repetition": 0.0, "unigram_distance": 0.25}
+
 
 def test_curves_hold_the_finite_numbers_of_each_group():
     found = curves_of(LINES)
@@ -51,9 +53,24 @@ def test_a_model_that_was_not_trained_here_has_no_curves():
     assert "no metrics.jsonl" in report_page("a", [], {})
 
 
-def test_a_frontier_is_drawn_by_rule_and_listed_with_its_baselines():
-    measures = {"bits_per_byte": 2.5, "repetition": 0.0, "unigram_distance": 0.25}
-    costs = [("schedule", 1.0), ("schedule", 0.25), ("factor", 0.5)]
+def test_the_samples_of_a_run_are_listed_by_step_as_they_are():
+    samples = [
+        {"step": 10, "prompt": "", "text": "<b>&\n  x"},
+        {"step": 20, "prompt": "Once", "text": " upon"},
+    ]
+    page = report_page("a", [], {}, samples=samples)
+    document = ET.fromstring(
+        page.removeprefix("<!doctype html>").replace('<meta charset="utf-8">', "")
+    )
+    rows = ["".join(row.itertext()) for row in document.iter("tr")]
+    assert rows == ["10<b>&\n  x", "20Once upon"]
+    assert "Samples" not in report_page("a", [], {})
+
+
+def frontier_with(costs: list[tuple[str, float]]) -> Frontier:
+    """Returns a frontier of rules at so many passes per token, each pass over 64 columns, whose
+    text is the better the more passes it took.
+    """
     rows = [
         {
             "family": family,
@@ -61,17 +78,36 @@ def test_a_frontier_is_drawn_by_rule_and_listed_with_its_baselines():
             "passes_per_token": passes,
             "columns_per_token": 64 * passes,
             "is_no_worse": passes > 0.25,
-            **measures,
+            **MEASURES,
             "bits_per_byte": 3 - passes,
         }
         for family, passes in costs
     ]
-    frontier = Frontier.model_validate({"baselines": {"real text": measures}, "rows": rows})
-    curves = frontier_of(frontier)["Bits per byte by the control against passes per token"]
-    assert curves == [("schedule", [(0.25, 2.75), (1.0, 2.0)]), ("factor", [(0.5, 2.5)])]
+    return Frontier.model_validate({"baselines": {"real text": MEASURES}, "rows": rows})
+
+
+def test_a_frontier_is_drawn_by_rule_and_listed_with_its_baselines():
+    frontier = frontier_with([("schedule", 1.0), ("schedule", 0.25), ("factor", 0.5)])
+    curves = frontier_of(frontier)
+    by_passes = curves["Bits per byte by the control against passes per token"]
+    assert by_passes == [("schedule", [(0.25, 2.75), (1.0, 2.0)]), ("factor", [(0.5, 2.5)])]
+    by_columns = curves["Bits per byte by the control against columns per token"]
+    assert by_columns == [("schedule", [(16, 2.75), (64, 2.0)]), ("factor", [(32, 2.5)])]
     page = report_page("a", [], {}, frontier)
     ET.fromstring(page.removeprefix("<!doctype html>").replace('<meta charset="utf-8">', ""))
     assert "<title>schedule, passes per token 0.25: 2.75</title>" in page
+    assert "<title>schedule, columns per token 16: 2.75</title>" in page
     listed = [re.findall("<td>([^<]*)</td>", row) for row in page.split("<tr>")[1:]]
     assert listed[1] == ["real text", "", "", "2.500", "0.000", "0.250", ""]
     assert listed[3] == ["schedule at 0.25", "0.250", "16.000", "2.750", "0.000", "0.250", "no"]
+
+
+def test_every_rule_is_drawn_in_a_line_of_its_own_however_many_there_are():
+    families = [f"rule {number}" for number in range(10)]
+    page = report_page("a", [], {}, frontier_with([(family, 0.5) for family in families]))
+    for figure in page.split("<figure>")[1:]:
+        lines = re.findall(r'<polyline points="[^"]+" ([^>]*)/>', figure)
+        assert len(set(lines)) == 10
+        for family in families:
+            assert figure.count(f"<title>{family}, ") == 1
+            assert figure.count(f"</span>{family}<") == 1

@@ -115,7 +115,8 @@ def run(optimizer, num_steps=5):
     return params
 
 
-def test_adamw_with_clipping_equals_float64_numpy():
+@pytest.mark.parametrize(("first_moment", "tolerance"), [("float32", 2e-5), ("bfloat16", 1e-2)])
+def test_adamw_with_clipping_equals_float64_numpy(first_moment, tolerance):
     b1, b2, eps, decay, rate = 0.9, 0.95, 1e-8, 0.1, 0.1
     params = jax.tree.map(np.array, PARAMS)
     mean, square = (jax.tree.map(np.zeros_like, PARAMS) for _ in range(2))
@@ -132,9 +133,28 @@ def test_adamw_with_clipping_equals_float64_numpy():
             return p - rate * (direction + d * p)
 
         params = jax.tree.map(advance, params, mean, square, decays)
-    jax.tree.map(
-        lambda a, b: np.testing.assert_allclose(a, b, rtol=2e-5), run(optimizer_of()), params
-    )
+    found = run(optimizer_of(first_moment_dtype=first_moment))
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=tolerance), found, params)
+    is_rounded = not np.allclose(found["embed"], params["embed"], rtol=2e-5)
+    assert is_rounded == (first_moment == "bfloat16")
+
+
+@pytest.mark.parametrize(
+    ("name", "second_moments"), [("adamw", 24 + 6 + 15), ("lion", 0), ("muon", 6 + 15 + 3)]
+)
+def test_a_first_moment_in_bfloat16_takes_half_and_stays_so(name, second_moments):
+    optimizer = optimizer_of(name=name, first_moment_dtype="bfloat16")
+    params = jax.tree.map(jnp.float32, PARAMS)
+    state = optimizer.init(params)
+
+    def numbers(dtype):
+        return sum(leaf.size for leaf in jax.tree.leaves(state) if leaf.dtype == dtype)
+
+    assert (numbers(jnp.bfloat16), numbers(jnp.float32)) == (24 + 6 + 15, second_moments)
+    updates, after = optimizer.update(params, state, params)
+    dtypes = lambda tree: jax.tree.map(lambda leaf: leaf.dtype, tree)  # noqa: E731
+    assert dtypes(after) == dtypes(state)
+    assert dtypes(updates) == dtypes(params)
 
 
 def test_lion_moves_by_the_sign():

@@ -2,6 +2,7 @@
 and mistakes that are answered in one line.
 """
 
+import importlib
 import re
 import subprocess
 import sys
@@ -33,7 +34,7 @@ FLAGS = {
         --revise --lookahead --mesh --dtype --tokenizer""",
     "evaluate": """--checkpoint --data --split --mc-samples --batch-size --seed --baselines --ema
         --json --tasks --ask --cfg-scale --breakdown --preset --harness --report --tokenizer --mesh
-        --dtype --gen-length""",
+        --dtype --gen-length --estimator --speed""",
     "import": "--from --output --mesh --mask-token --causal --json --tokenizer",
     "export": """--checkpoint --output --dtype --shard-size --ema --layout --chat-template --force
         --verify --push-to-hub --dry-run --license --adapters --json --tokenizer""",
@@ -43,6 +44,10 @@ FLAGS = {
     "sweep": """--config --workdir --list --index --run --optuna --table --fit --parallel --plot
         --dry-run --json --config.KEY""",
 }
+
+# Flags whose value is a path, whatever their help shows as their value.
+PATH_FLAGS = """--input --output --tokenizer --join --config --workdir --checkpoint --prompt-file
+    --html --data --report --from --chat-template --plot"""
 
 REQUIRED = {
     "prepare": ["--input", "x", "--output", "y", "--sequence-length", "16", "--tokenizer", "bytes"],
@@ -287,6 +292,33 @@ def test_a_knob_without_a_value_is_a_mistake(verb, says):
 
 def test_a_flag_in_the_place_of_a_value_is_a_mistake(says):
     assert "--workdir" in says("train", "--config", "x.py", "--workdir", "--config.seed=3")
+
+
+@pytest.mark.parametrize("verb", VERBS)
+def test_a_tilde_in_any_flag_with_a_path_is_the_home_directory(verb, monkeypatch):
+    monkeypatch.setenv("HOME", "/home/me")
+    parser = importlib.import_module(f"llada_jax.verbs.{VERBS[verb][0]}").make_parser()
+    for flag in set(PATH_FLAGS.split()) & set(FLAGS[verb].split()):
+        parsed = parser.parse_args([*REQUIRED[verb], flag, "~/x"])
+        (name,) = (action.dest for action in parser._actions if flag in action.option_strings)
+        value = getattr(parsed, name)
+        assert (value[-1] if isinstance(value, list) else value) == "/home/me/x", flag
+
+
+@pytest.mark.parametrize("verb", ["sample", "chat", "evaluate"])
+@pytest.mark.parametrize(("words", "ema"), [([], None), (["--ema"], True), (["--no-ema"], False)])
+def test_the_weights_that_are_asked_for_are_those_that_are_loaded(verb, words, ema, monkeypatch):
+    asked = []
+
+    def load(checkpoint, **options):
+        asked.append((checkpoint, options["ema"]))
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("llada_jax.pretrained.load", load)
+    monkeypatch.setattr(f"llada_jax.verbs.{verb}.load", load, raising=False)
+    more = ["--data", "y"] if verb == "evaluate" else []
+    assert main([verb, "--checkpoint", "x", *more, *words]) == 130
+    assert asked == [("x", ema)]
 
 
 def test_the_parser_raises_instead_of_leaving_the_process():

@@ -7,10 +7,13 @@ import pytest
 from support.exports import LLADA, write_checkpoint
 from support.hf_directories import random_params
 
+import llada_jax
 from llada_jax.__main__ import main
 from llada_jax.config import default_config
 from llada_jax.errors import UserError
-from llada_jax.verbs.evaluate import report, report_tasks, write_report
+from llada_jax.evaluation.reports import report_split, report_tasks
+from llada_jax.verbs import evaluate
+from llada_jax.verbs.evaluate import write_report
 
 
 @pytest.fixture(scope="module")
@@ -55,6 +58,18 @@ def test_questions_are_answered_in_each_direction_that_fits(
     assert causal["gen_length"] == 4
     assert "gen_length" not in found
     assert causal["forwards"]["mc_standard_error"] == 0
+    assert (found["estimator"], causal["estimator"]) == ("exact_count", "exact")
+
+
+@pytest.mark.slow
+def test_answers_are_scored_by_the_estimator_that_is_named(random_checkpoint, questions, capfd):
+    words = ("--tasks", questions, "--ask", "forwards", "--estimator", "confidence_order")
+    found = json.loads(said(capfd, "--checkpoint", random_checkpoint, *words, "--json"))
+    pair = ("Ada", " is 1st")
+    (score,) = llada_jax.load(str(random_checkpoint)).score([pair], estimator="confidence_order")
+    assert found["estimator"] == "confidence_order"
+    assert found["forwards"]["log_likelihood"] == pytest.approx(score.log_likelihood, rel=1e-5)
+    assert "nats per answer (not a bound)" in report_tasks(found)
 
 
 @pytest.mark.parametrize(
@@ -68,8 +83,19 @@ def test_questions_are_answered_in_each_direction_that_fits(
         (("--data", "d", "--gen-length", "0"), "it is for --tasks FILE.jsonl"),
         (("--tasks", "t.jsonl", "--gen-length", "0"), "gen_length=0 must be at least 1"),
         (("--tasks", "t.jsonl", "--baselines"), "it is for --data"),
+        (("--tasks", "piqa", "--speed"), "--speed does not fit this evaluation; it is for --data"),
         (("--tasks", "t.jsonl", "--harness", "limit=3"), "it is for harness"),
         (("--preset", "llada-8b-base", "--mc-samples", "2"), "decides on --mc-samples"),
+        (("--preset", "llada-1.5", "--estimator", "uniform_time"), "decides on --mc-samples"),
+        (
+            ("--data", "d", "--estimator", "uniform_time"),
+            "it is for --tasks FILE.jsonl and harness",
+        ),
+        (("--tasks", "t.jsonl", "--estimator", "exact"), "Did you mean 'exact_count'?"),
+        (("--tasks", "piqa", "--harness", "refresh=2"), "refresh=2 is about a cache"),
+        (("--tasks", "piqa", "--harness", "steps=0"), "steps=0 must be at least 1"),
+        (("--tasks", "piqa", "--harness", "steps=few"), "steps='few' must be a number"),
+        (("--tasks", "piqa", "--harness", "step=4"), "Did you mean 'steps'?"),
         (("--data", "d", "--mc-samples", "0"), "--mc-samples 0 must be at least 1"),
     ],
 )
@@ -89,13 +115,18 @@ def test_a_direction_that_cannot_be_asked_is_refused(
 
 
 @pytest.mark.slow
-def test_the_parts_of_the_bound_are_reported(random_checkpoint, small_dataset, capfd):
-    words = ("--checkpoint", random_checkpoint, "--data", small_dataset, "--breakdown")
+def test_the_parts_of_the_bound_and_the_speed_of_sampling_are_reported(
+    random_checkpoint, small_dataset, capfd
+):
+    words = ("--checkpoint", random_checkpoint, "--data", small_dataset, "--breakdown", "--speed")
     found = json.loads(said(capfd, *words, "--json"))
     assert len(found["by_position"]["mean"]) == 8
     assert len(found["by_time"]["standard_error"]) == 10
-    text = report(found)
+    text = report_split(found)
     assert "nats per token, by position in the row\n  0.000 to 0.125  " in text
+    assert set(found["speed"]) == {"schedule", "threshold", "frechet_and_dual_cache"}
+    assert found["speed"]["schedule"]["passes_per_token"] == 1
+    assert "  schedule  " in text.split("sampling speed, once it is compiled\n")[1]
 
 
 def test_the_report_is_a_page_with_the_result(random_checkpoint, small_dataset, tmp_path, capfd):
@@ -104,6 +135,53 @@ def test_the_report_is_a_page_with_the_result(random_checkpoint, small_dataset, 
     found = json.loads(said(capfd, *words, "--json"))
     page = (report / "report.html").read_text()
     assert f"<td>bits_per_byte</td><td>{found['bits_per_byte']:.5g}</td>" in page
+
+
+@pytest.fixture
+def harness(monkeypatch):
+    """Puts stand-ins where the model and the harness are, whose task "broken" fails.
+
+    Returns what they are asked: settings of the model and of the task, in turn.
+    """
+    asked = []
+
+    def make(model, **settings):
+        asked.append(settings)
+        return model
+
+    def run(subject, tasks, **settings):
+        asked.append(settings)
+        if tasks[0].task_name == "broken":
+            raise UserError("the device is gone.")
+        return {"results": {tasks[0].task_name: {"acc,none": 0.5, "acc_stderr,none": 0.25}}}
+
+    def load(names, **_):
+        return [[SimpleNamespace(task_name=name, OUTPUT_TYPE="generate_until")] for name in names]
+
+    monkeypatch.setattr(evaluate, "load_tasks", load)
+    monkeypatch.setattr(evaluate.pretrained, "load", lambda *_, **__: SimpleNamespace(step=7))
+    monkeypatch.setattr(evaluate, "harness", SimpleNamespace(HarnessModel=make, run=run))
+    return asked
+
+
+def test_what_is_done_is_said_before_a_later_task_of_the_harness_fails(harness, capfd):
+    words = ("--checkpoint", "c", "--tasks", "first", "--tasks", "broken", "--json")
+    err = said(capfd, *words, status=2)
+    assert "  first  acc  0.5000  +- 0.2500 (sample)\n" in err
+    assert "the device is gone" in err
+
+
+def test_the_sampler_of_a_harness_task_is_set_by_the_preset_and_by_key_and_value(harness, capfd):
+    words = ("--checkpoint", "c", "--preset", "llada-8b-instruct", "--tasks", "gsm8k", "--json")
+    faster = ("block_length=32", "commit=threshold=0.9", "cache=dual", "num_fewshot=4")
+    pairs = [word for pair in faster for word in ("--harness", pair)]
+    answered = json.loads(said(capfd, *words, *pairs))["tasks"]["gsm8k"]
+    of_model, of_task = harness
+    sampling = {"gen_length": 512, "block_length": 32, "commit": "threshold=0.9", "cache": "dual"}
+    sampling |= {"eos": "last", "cfg_scale": 0.0}
+    assert of_model == {**sampling, "batch_size": 64, "seed": 0}
+    assert of_task == {"apply_chat_template": True, "num_fewshot": 4}
+    assert answered.items() >= {**sampling, **of_task, "published_percent": 69.4}.items()
 
 
 def test_a_frontier_that_lies_where_the_report_goes_is_shown_and_checked(tmp_path):

@@ -16,6 +16,7 @@ from support.sweeps import RATES, error_of
 from support.tensorboard import board_of
 
 from llada_jax.models.transformer import Architecture
+from llada_jax.sweeps.scaling_law import FinishedRun, fit_surface
 
 SCALING = ROOT / "docs" / "scaling.md"
 
@@ -58,29 +59,33 @@ def test_fit_of_a_sweep_reads_sizes_and_tokens_from_the_runs(
     """
     write_config("for i in range(12): add(seed=i)")
     call_sweep("--index", "0")
+    runs = []
     for index, (compute, factor) in enumerate(
         itertools.product((1e12, 1e13, 1e14), (0.5, 0.8, 1.5, 2.5))
     ):
-        d_model = round(64 * (compute / 1e12) ** 0.25 * factor**0.5)
-        size = 2 * (
-            4 * d_model**2 + 3 * d_model**2
-        )  # of an architecture with head_dim 1 and d_ff = d_model
+        d_model = 2 * round(32 * (compute / 1e12) ** 0.25 * factor**0.5)
+        # of two layers, heads of width 2 and d_ff = d_model
+        size = 2 * (4 * d_model**2 + 3 * d_model**2)
         workdir = tmp_path / "runs" / f"{index:03d}"
         workdir.mkdir(exist_ok=True)
         fields = {
             "vocab_size": 320,
             "num_layers": 2,
             "d_model": d_model,
-            "num_heads": d_model,
-            "num_kv_heads": d_model,
-            "head_dim": 1,
+            "num_heads": d_model // 2,
+            "num_kv_heads": d_model // 2,
+            "head_dim": 2,
             "d_ff": d_model,
         }
         record = small_record(architecture=Architecture(**fields))
         (workdir / "run.json").write_text(json.dumps(record.to_json()))
         best = 57344 * (compute / 1e12) ** 0.5  # 14 * 64**2
         loss = 3 + 0.1 * math.log(size / best) ** 2
-        train = {"step": 10, "train": {"bits_per_byte": 4.0, "tokens": compute / 6 / size}}
+        tokens = compute / 6 / size
+        # the head, and two products of 4,096 positions by the width per layer, three times over
+        flops_per_token = 6 * (size + 320 * d_model) + 12 * 2 * d_model * 4096
+        runs.append(FinishedRun(size, tokens, loss, flops_per_token))
+        train = {"step": 10, "train": {"bits_per_byte": 4.0, "tokens": tokens}}
         final = {"step": 10, "final": {"nelbo": loss, "bits_per_byte": loss / math.log(2)}}
         (workdir / "metrics.jsonl").write_text(f"{json.dumps(train)}\n{json.dumps(final)}\n")
     fit = json.loads(call_sweep("--fit", "--json")[0])
@@ -88,6 +93,10 @@ def test_fit_of_a_sweep_reads_sizes_and_tokens_from_the_runs(
     assert [budget["parameters"] for budget in fit["isoflop"]["budgets"]] == pytest.approx(
         [57344, 57344 * 10**0.5, 573440], rel=1e-2
     )
+    expected = fit_surface(runs).value
+    assert fit["isoflop"]["flops_exponent"]["value"] == pytest.approx(expected, rel=1e-6)
+    without_head_and_attention = [run._replace(flops_per_token=None) for run in runs]
+    assert fit_surface(without_head_and_attention).value != pytest.approx(expected, rel=0.01)
     out, _ = call_sweep("--fit")
     assert "N_opt = " in out
     assert "C^0.500" in out

@@ -2,10 +2,12 @@
 start.
 """
 
+import html
 import json
 import lzma
 import re
 from pathlib import Path
+from types import SimpleNamespace
 
 import jax
 import numpy as np
@@ -16,8 +18,11 @@ from support.paths import ROOT
 from support.runs import losses, metric_lines, saved_arrays
 
 from llada_jax.__main__ import main
-from llada_jax.config import load_config
+from llada_jax.config import default_config, load_config
 from llada_jax.errors import UserError
+from llada_jax.run.metrics_file import read_samples
+from llada_jax.run.tensorboard import as_code
+from llada_jax.verbs.evaluate import write_report
 from llada_jax.verbs.train import compilation_cache, recorded_remat
 
 SMALL = {
@@ -196,7 +201,11 @@ def test_tensorboard_opens_the_workdir(rich_run):
     assert [event.step for event in board.Scalars("1_train/loss")] == list(range(1, 21))
     curve = [event.value for event in board.Scalars("1_train/loss")]
     np.testing.assert_allclose(curve, losses(workdir), rtol=1e-6)
-    assert any("samples" in tag for tag in board.Tags()["tensors"])
+    texts = read_samples(workdir)
+    assert [text["step"] for text in texts] == [20] * len(default_config().samples.prompts)
+    (shown,) = board.Tensors("samples/text_summary")
+    for text in texts:
+        assert as_code(text["text"]) in shown.tensor_proto.string_val[0].decode()
     assert list((workdir / "profile").glob("**/*.xplane.pb"))
 
 
@@ -306,6 +315,25 @@ def test_evaluate_agrees_with_the_run_and_its_baselines_with_their_definitions(
     )
     assert main(["evaluate", *words, "--mc-samples", "3"]) == 0
     assert "an upper bound" in capsys.readouterr().out
+
+
+@pytest.mark.slow
+def test_the_page_of_a_run_has_its_curves_and_its_samples(rich_run, tmp_path):
+    workdir, _ = rich_run
+    write_report(SimpleNamespace(checkpoint=str(workdir), report=str(tmp_path)), {})
+    page = (tmp_path / "report.html").read_text()
+    titles = re.findall("<figcaption>([^<(,]*)", page)
+    assert [title.strip() for title in titles] == [
+        "Training loss",
+        "Bound",
+        "Loss by diffusion time",
+        "Length of the gradient",
+        "Learning rate",
+        "Throughput",
+    ]
+    prompts = default_config().samples.prompts
+    shown = re.findall("<tr><td>20</td><td><b>([^<]*)</b>", page.split("<h2>Samples</h2>")[1])
+    assert shown == [html.escape(prompt) for prompt in prompts]
 
 
 @pytest.mark.slow

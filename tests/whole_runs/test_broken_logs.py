@@ -7,6 +7,7 @@ import sys
 
 import pytest
 from support.mishaps import train_argv
+from support.runs import free_port
 
 from llada_jax.checkpoints.workdir import Checkpoints
 
@@ -33,6 +34,31 @@ def test_a_run_whose_log_is_gone_saves_and_asks_to_be_started_again(home, tmp_pa
     assert process.wait(timeout=300) == 42
     (step,) = Checkpoints(tmp_path / "run").steps
     assert 20 <= step < 100000
+
+
+@pytest.mark.slow
+def test_two_processes_whose_logs_are_gone_save_one_step_together(runs, tmp_path):
+    team = {"JAX_COORDINATOR_ADDRESS": f"localhost:{free_port()}", "JAX_NUM_PROCESSES": "2"}
+    knobs = ("num_steps=1000000", "checkpoint.every_steps=1000000", "evaluation.every_steps=0")
+    processes = [
+        runs.start(tmp_path / "run", *knobs, environment={**team, "JAX_PROCESS_ID": str(number)})
+        for number in range(2)
+    ]
+    try:
+        for line in processes[0].stderr:
+            if line.startswith("step 20/"):
+                break
+        for process in processes:
+            process.stdout.close()
+            process.stderr.close()
+        # one is asked to stop, and the other hears of it
+        processes[1].send_signal(signal.SIGTERM)
+        assert [process.wait(timeout=300) for process in processes] == [42, 42]
+    finally:
+        for process in processes:
+            process.kill()
+    (step,) = Checkpoints(tmp_path / "run").steps
+    assert 20 <= step < 1000000
 
 
 @pytest.mark.slow

@@ -110,6 +110,7 @@ def test_a_workdir_without_the_wanted_checkpoint_is_refused(home, tmp_path, refu
 
 
 DAMAGES = {
+    ("metadata", flip),
     ("metadata", truncate),
     ("metadata", deleted),
     ("metadata", emptied),

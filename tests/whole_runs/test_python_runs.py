@@ -3,6 +3,7 @@ commands print.
 """
 
 import json
+import os
 
 import pytest
 from support.mishaps import train_argv
@@ -20,11 +21,16 @@ def printed(argv, capsys) -> dict:
     return json.loads(capsys.readouterr().out)
 
 
-def test_train_returns_the_metrics_of_the_run_that_the_command_makes(home, tmp_path):
+def test_train_returns_the_metrics_of_the_run_that_the_command_makes(home, tmp_path, monkeypatch):
+    # what a user writes for a workdir, as `--workdir=~/other`, which no shell replaces
+    monkeypatch.setenv("HOME", str(tmp_path))
+    monkeypatch.chdir(tmp_path)
     changes = {"data.path": str(home / "data"), "optimizer.b2": 0.9, "seed": 3}
-    run = llada_jax.train(home / "tiny.py", tmp_path / "run", changes=changes)
+    run = llada_jax.train(home / "tiny.py", "~/run", changes=changes)
     words = [f"{name}={value}" for name, value in changes.items()]
-    assert main(train_argv(home, tmp_path / "other", *words)) == 0
+    assert main(train_argv(home, "~/other", *words)) == 0
+    assert not (tmp_path / "~").exists()
+    assert sorted(os.listdir("run")) == sorted(os.listdir("other"))
     assert losses(tmp_path / "run").tolist() == losses(tmp_path / "other").tolist()
     assert run.step == 4
     assert run.train == metric_lines(tmp_path / "run", "train")[-1]["train"]

@@ -5,19 +5,28 @@ python local_tasks.py CHECKPOINT DIRECTORY
 As one of several processes of a run (JAX_NUM_PROCESSES), on a mesh of the devices of all.
 """
 
+import contextlib
+import io
 import json
 import os
 import sys
+from functools import partial
 from pathlib import Path
+from types import SimpleNamespace
 
 import jax
+import lm_eval
+import yaml
 from lm_eval.api.instance import Instance
 
 import llada_jax
+from llada_jax.__main__ import main
 from llada_jax.cluster import distributed
 from llada_jax.cluster.sharding import make_mesh
 from llada_jax.errors import UserError
+from llada_jax.evaluation import harness_tasks
 from llada_jax.evaluation.harness import HarnessModel, run
+from llada_jax.evaluation.presets import PRESETS, Setting
 
 CHECKPOINT, HOME = sys.argv[1], Path(sys.argv[2])
 
@@ -102,9 +111,46 @@ if mesh is not None:
     except UserError as error:
         refused = str(error)
 
+
+def said(*words: str) -> dict:
+    """Returns the status, the output and the messages of `evaluate` with these words."""
+    out, err = io.StringIO(), io.StringIO()
+    flags = ("--checkpoint", CHECKPOINT, "--seed", "3", "--batch-size", "4", *words)
+    with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
+        status = main(["evaluate", *flags])
+    return {"status": status, "out": out.getvalue(), "err": err.getvalue()}
+
+
+def verbs() -> dict:
+    """Evaluates from the command line: tasks in files, in groups of groups, and of a preset."""
+    folder = HOME / "yaml"
+    folder.mkdir()
+    groups = [{"group": "inner", "task": ["ranked"]}, {"group": "outer", "task": ["inner"]}]
+    unsafe = {**WRITTEN, "task": "unsafe", "unsafe_code": True}
+    for config in (RANKED, ROLLED, unsafe, *groups):
+        name = config.get("group", config["task"])
+        (folder / f"{name}.yaml").write_text(yaml.safe_dump(config))
+    # without the tasks that the harness comes with, which take half a minute to read
+    only_ours = partial(lm_eval.tasks.TaskManager, include_path=str(folder), include_defaults=False)
+    harness_tasks.require = lambda name, extra: SimpleNamespace(TaskManager=lambda **_: only_ours())
+    setting = Setting(0, mc_samples=4, score=50.0)
+    PRESETS["local"] = ("these checks", {"ranked": setting, "unsafe": setting})
+    few = ("--harness", "bootstrap_iters=2")
+    confirmed = ("--harness", "confirm_run_unsafe_code=yes")
+    return {
+        "named": said("--tasks", "outer", "--mc-samples", "4", *few, "--json"),
+        "preset": said("--preset", "local", "--tasks", "ranked", *few),
+        "unsafe": said("--preset", "local"),
+        "unknown": said("--tasks", "rankled"),
+        "unbounded": said("--tasks", "rolled", "--estimator", "confidence_order"),
+        "confirmed": said("--tasks", "unsafe", *confirmed, "--json"),
+    }
+
+
 print(
     json.dumps(
         {
+            "verbs": None if mesh is not None else verbs(),
             "results": found["results"],
             "answers": [[*arguments, value] for (_, arguments), value in answers.items()],
             "rolled": [sample["resps"][0][0] for sample in found["samples"]["rolled"]],

@@ -1,0 +1,190 @@
+"""Tasks of lm-evaluation-harness: how they are loaded and asked, and the error that the Monte Carlo
+adds to their metrics.
+"""
+
+import contextlib
+import copy
+import math
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import numpy as np
+
+from llada_jax.errors import UserError, look_up, reason, require
+from llada_jax.evaluation.rolling import check_can_bound
+from llada_jax.ranges import SIZE, check_number
+from llada_jax.samplers.settings import check_options, check_strengths
+
+# How often the scores are perturbed for the error of the Monte Carlo.
+NUM_PERTURBATIONS = 64
+
+
+# ---- settings
+
+
+def is_yes(word: str) -> bool:
+    """Whether the value of a KEY=VALUE switches something on."""
+    return word.lower() in ("1", "true", "yes")
+
+
+# What may be written KEY=VALUE, and how a value is read: for `run`, and for HarnessModel.
+OF_RUN: dict[str, Callable] = {
+    "num_fewshot": int,
+    "limit": float,
+    "include_path": str,
+    "use_cache": str,
+    "apply_chat_template": is_yes,
+    "system_instruction": str,
+    "bootstrap_iters": int,
+    "confirm_run_unsafe_code": is_yes,
+}
+OF_MODEL: dict[str, Callable] = {
+    "gen_length": int,
+    "block_length": int,
+    "steps": int,
+    "remasking": str,
+    "commit": str,
+    "revise": str,
+    "append": is_yes,
+    "lookahead": int,
+    "eos": str,
+    "cache": str,
+    "refresh": int,
+}
+
+
+def read_settings(words: Sequence[str]) -> tuple[dict[str, Any], dict[str, Any]]:
+    """Returns the settings of `run` and of HarnessModel that KEY=VALUE words name.
+
+    Raises:
+        UserError: a word is not a pair, its value is not a number where one is needed, or the
+            settings of the sampler do not fit together.
+    """
+    settings = {}
+    for word in words:
+        key, equals, value = word.partition("=")
+        if not equals:
+            raise UserError(f"--harness {word!r} has no value; write {word}=VALUE.")
+        read = look_up({**OF_RUN, **OF_MODEL}, key, "setting of the harness")
+        try:
+            settings[key] = read(value)
+        except ValueError:
+            raise UserError(f"--harness {key}={value!r} must be a number.") from None
+    of_model = {key: value for key, value in settings.items() if key in OF_MODEL}
+    check_sampling(**of_model)
+    return {key: value for key, value in settings.items() if key in OF_RUN}, of_model
+
+
+def check_sampling(
+    *,
+    gen_length: int | None = None,
+    block_length: int | None = None,
+    steps: int | None = None,
+    cfg_scale: float = 0.0,
+    top_k: int = 0,
+    top_p: float = 1.0,
+    **options: Any,
+) -> None:
+    """Raises UserError for settings of generated texts that are unknown, out of range or do not fit
+    together.
+
+    How blocks and steps divide the text, and what top_k and top_p are good for, is known only with
+    a task, which has a length and a temperature of its own.
+    """
+    for name, size in (
+        ("gen_length", gen_length),
+        ("block_length", block_length),
+        ("steps", steps),
+    ):
+        if size is not None:
+            check_number(f"{name}=", size, SIZE)
+    check_strengths(cfg_scale=cfg_scale)
+    # top_k and top_p need a temperature, which is the task's
+    check_options(temperature=1.0, top_k=top_k, top_p=top_p, **options)
+
+
+# ---- tasks
+
+
+def load_tasks(
+    tasks: Sequence[Any], *, include_path: str | None = None, confirm_run_unsafe_code: bool = False
+) -> list[list[Any]]:
+    """Returns for each of `tasks` the harness's own objects, with their data, which `run` takes as
+    tasks: a task, a group of tasks, or all tasks of a tag.
+
+    A task of another library may lack its data or a package, or may run code that the model wrote.
+    All of that is found here, so that it need not end an evaluation that has taken hours.
+
+    Args:
+        tasks: names, configs of tasks as dicts, or what this function has returned.
+        include_path: a folder with YAML files of tasks.
+        confirm_run_unsafe_code: accept tasks that run what the model wrote.
+
+    Raises:
+        UserError: a task cannot be loaded, or runs code without confirmation.
+    """
+    # The harness reads thousands of files, for half a minute, to know the tasks that it comes with.
+    has_names = any(isinstance(task, str) for task in tasks)
+    manager = require("lm_eval.tasks", extra="eval").TaskManager(
+        include_path=include_path, include_defaults=has_names
+    )
+    found = []
+    for task in tasks:
+        name = task.get("task") if isinstance(task, dict) else task
+        try:
+            # loading changes a config
+            loaded = manager.load([copy.deepcopy(task) if isinstance(task, dict) else task])
+        except Exception as error:  # tasks come with code of their own, which raises what it likes
+            raise UserError(
+                f"The task {name} of lm-evaluation-harness cannot be loaded ({reason(error)}); "
+                "fix that, or leave the task out."
+            ) from error
+        for part, one in loaded["tasks"].items():
+            if getattr(one, "UNSAFE_CODE", False) and not confirm_run_unsafe_code:
+                raise UserError(
+                    f"The task {part} runs code on this machine that the model has written; add "
+                    "--harness confirm_run_unsafe_code=true to accept that, or leave the task out."
+                )
+        inner = {child for children in loaded["group_map"].values() for child in children}
+        outer = [group for group in loaded["groups"].values() if group.name not in inner]
+        found.append(outer or list(loaded["tasks"].values()))
+    return found
+
+
+def check_estimator(tasks: Sequence[Any], estimator: str) -> None:
+    """Raises UserError for a task that bounds whole texts with an estimator that is not a bound.
+
+    Args:
+        tasks: objects of the harness, see `load_tasks`.
+    """
+    for task in tasks:
+        for one in task.get_all_tasks() if hasattr(task, "get_all_tasks") else (task,):
+            if one.OUTPUT_TYPE == "loglikelihood_rolling":
+                check_can_bound(estimator, f"the task {one.task_name} asks for bounds of texts")
+
+
+def monte_carlo_errors(task: Any, samples: Sequence[dict], standard_errors: dict) -> dict:
+    """Returns {(metric, filter): the error that the Monte Carlo adds to it}; see `run`."""
+    rng = np.random.default_rng(0)
+    found: dict[tuple[str, str], list[float]] = {}
+    aggregation = task.aggregation()
+    for _ in range(NUM_PERTURBATIONS):
+        items: dict[tuple[str, str], list] = {}
+        for sample in samples:
+            perturbed = []
+            for arguments, response in zip(
+                sample["arguments"], sample["filtered_resps"], strict=True
+            ):
+                # not a number where the score came from the harness's cache, which has no errors
+                shift = standard_errors.get(arguments, math.nan) * rng.normal()
+                if isinstance(response, (tuple, list)):
+                    perturbed.append((response[0] + shift, *response[1:]))
+                else:
+                    perturbed.append(response + shift)
+            with contextlib.redirect_stdout(None):
+                metrics = task.process_results(sample["doc"], perturbed)
+            for metric, item in metrics.items():
+                items.setdefault((metric, sample["filter"]), []).append(item)
+        for key, values in items.items():
+            found.setdefault(key, []).append(float(aggregation[key[0]](values)))
+    return {key: float(np.std(values)) for key, values in found.items()}
