@@ -101,7 +101,7 @@ def write_adapters(export: Export, output: Path) -> None:
     """Writes a directory with the adapters alone."""
     with becoming(output) as partial:
         if jax.process_index() == 0:
-            for name, content in adapters_of(export).items():
+            for name, content in export.others.items():
                 files.write_whole(partial / name, content)
 
 
