@@ -483,7 +483,7 @@ class Pretrained:
         """
         check_samples(mc_samples)
         questions = [as_question(pair, self.tokenizer) for pair in pairs]
-        longest = self.config["data"]["sequence_length"]
+        longest = self.record.sequence_length
         check_questions(questions, num_rows=self.num_rows, longest=longest)
         return log_likelihoods(
             self.model,
@@ -529,7 +529,7 @@ class Pretrained:
             self.params,
             list(texts),
             tokenizer=self.tokenizer,
-            length=self.config["data"]["sequence_length"] if window is None else window,
+            length=self.record.sequence_length if window is None else window,
             context=context,
             mask=self.record.mask,
             num_samples=mc_samples,
@@ -542,7 +542,7 @@ class Pretrained:
     def _warn_of_surprises(
         self, prompts: Sequence[str], lengths: Sequence[int], hint: Sequence[str] = ()
     ) -> None:
-        trained = self.config["data"]["sequence_length"]
+        trained = self.record.sequence_length
         length = max(lengths, default=0)
         for sentence in (*surprises(prompts, length=length, trained=trained), *hint):
             # Of the caller, behind this function, the public one and its check of types.

@@ -129,7 +129,7 @@ def length_hint(
     else:
         return []
     # Longer texts continue in the next row, so that few rows have shown how they end.
-    if not room < most <= record.knob("data.sequence_length"):
+    if not room < most <= record.sequence_length:
         return []
     return [
         f"99% of the {what} in the training data have up to {most} tokens, their end included, and "

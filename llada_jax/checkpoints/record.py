@@ -121,6 +121,11 @@ class RunRecord:
         return f"llada_jax {self.versions.get('llada_jax', 'of an unknown version')}"
 
     @property
+    def sequence_length(self) -> int:
+        """Tokens per row of the data that it was trained on."""
+        return self.knob("data.sequence_length")
+
+    @property
     def lora(self) -> Lora:
         """The adapters that its parameters are; those of rank 0 in runs without any."""
         knobs = self.config.get("lora", {})

@@ -72,10 +72,13 @@ def write_json(path: Path, content) -> None:
 
 
 def read_json(path: Path):
-    """Reads what `write_json` wrote; raises UserError when the file is damaged."""
+    """Reads what `write_json` wrote; raises UserError when the file is damaged or unreadable."""
+    # Read apart from parsed: a file that cannot be read must not be called damaged and deleted.
+    with files.reading(path, remedy="check the disk and its permissions"):
+        content = path.read_bytes()
     try:
-        return json.loads(path.read_text())
-    except (ValueError, OSError) as error:
+        return json.loads(content)
+    except ValueError as error:
         raise UserError(f"{path} is damaged ({error}); delete it and run prepare again.") from error
 
 

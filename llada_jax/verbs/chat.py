@@ -9,7 +9,7 @@ import jax
 
 from llada_jax.checkpoints.orbax_patches import drop_echoes
 from llada_jax.conversation import Answer, Conversation, Question
-from llada_jax.errors import UserError, reason
+from llada_jax.errors import UserError
 from llada_jax.pretrained import load
 from llada_jax.request_checks import length_hint, surprises
 from llada_jax.samplers.denoise import DenoiseStep
@@ -23,6 +23,7 @@ from llada_jax.sampling_flags import (
     read_schedule,
     read_settings,
 )
+from llada_jax.storage import files
 from llada_jax.streams import warn
 from llada_jax.verbs.command_line import Parser, placement
 
@@ -83,7 +84,7 @@ def begin(args) -> Conversation:
         args.checkpoint, ema=args.ema, tokenizer=args.tokenizer, needs_text=True, **where
     )
     if args.gen_length is None:
-        args.gen_length = default_length(pretrained.config["data"]["sequence_length"])
+        args.gen_length = default_length(pretrained.record.sequence_length)
         schedule = schedule_of(args)
     if pretrained.record.mask.causal:
         schedule = {"gen_length": args.gen_length, **asked}
@@ -133,19 +134,16 @@ def piped() -> Iterator[str]:
         UserError: stdin cannot be read, or a line is not UTF-8.
     """
     number = 0
-    try:
-        for number, line in enumerate(sys.stdin.buffer, 1):
-            # "utf-8-sig" drops a byte order mark, which would become part of the first message.
-            yield line.decode("utf-8" if number > 1 else "utf-8-sig").strip()
-    except OSError as error:
-        raise UserError(
-            f"stdin cannot be read ({reason(error)}); give it a text with one message per line."
-        ) from error
-    except UnicodeDecodeError as error:
-        raise UserError(
-            f"Line {number} of stdin is not UTF-8 at byte {error.start}; convert it, for example "
-            "with iconv -t utf-8."
-        ) from error
+    with files.reading("stdin", remedy="give it a text with one message per line"):
+        try:
+            for number, line in enumerate(sys.stdin.buffer, 1):
+                # "utf-8-sig" drops a byte order mark, which would become part of the first message.
+                yield line.decode("utf-8" if number > 1 else "utf-8-sig").strip()
+        except UnicodeDecodeError as error:
+            raise UserError(
+                f"Line {number} of stdin is not UTF-8 at byte {error.start}; convert it, for "
+                "example with iconv -t utf-8."
+            ) from error
 
 
 # ---- what the model says

@@ -229,9 +229,11 @@ def _lines_of_dialogues(told: dict) -> list[str]:
             f"  the first of them is {told['first_malformed']}",
         ]
     if told["num_too_long"]:
-        lines += [
-            f"  {told['num_too_long']:,} dialogues were too long, of which {told['num_cut']:,} "
-            "lost their beginning and the others were left out",
-            f"  the first of them is {told['first_too_long']}",
-        ]
+        # complete data sets of version 0.1 have neither "records" nor "first_too_long"
+        lines.append(
+            f"  {told['num_too_long']:,} {told.get('records', 'dialogues')} were too long, of "
+            f"which {told['num_cut']:,} lost their beginning and the others were left out"
+        )
+        if first := told.get("first_too_long"):
+            lines.append(f"  the first of them is {first}")
     return lines

@@ -94,17 +94,12 @@ def read_prompts(prompts: list[str] | None, path: str | None) -> list[str]:
     if path is None:
         check_unicode(prompts or [], "--prompt", remedy=UTF8_REMEDY)
         return prompts or [""]
-    try:
+    with files.reading(f"--prompt-file {path!r}", remedy="pass a text file, or - for stdin"):
         if path == "-":
             data = sys.stdin.buffer.read()
         else:
             with open(path, "rb") as file:
                 data = file.read()
-    except OSError as error:
-        raise UserError(
-            f"--prompt-file {path!r} cannot be read: {error.strerror}; pass a text file, or - for "
-            "stdin."
-        ) from error
     try:
         # "utf-8-sig" drops a byte order mark, which would become part of the first prompt.
         lines = data.decode("utf-8-sig").replace("\r\n", "\n").split("\n")
@@ -133,7 +128,7 @@ def warn_of_surprises(args, pretrained, prompts: list[str]) -> None:
     found = surprises(
         [] if args.infill else prompts,
         length=max(lengths),
-        trained=pretrained.config["data"]["sequence_length"],
+        trained=pretrained.record.sequence_length,
     )
     if not args.infill:
         found += length_hint(

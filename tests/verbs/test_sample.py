@@ -149,7 +149,7 @@ def test_prompts_come_from_a_file_or_stdin(run, tmp_path, monkeypatch):
         (["--temprature", "1"], "there is no '--temprature'. Did you mean '--temperature'?"),
         (["--gen-length", "many"], "invalid int value: 'many'"),
         (["--prompt", "a", "--prompt-file", "b"], "keep one"),
-        (["--prompt-file", "/nowhere/prompts.txt"], "cannot be read: No such file"),
+        (["--prompt-file", "/nowhere/prompts.txt"], "cannot be read (No such file"),
         (["--prompt", "caf\udce9"], "is not UTF-8"),
         (["--seed", "-1"], "seed=-1 must lie between"),
         (["--batch-size", "0"], "batch_size=0 must be at least 1"),
