@@ -130,13 +130,12 @@ def embed(table_VD: Array, tokens_BT: Array, dtype: Any) -> Array:
     diffusion half of all tokens meet in the row of the mask: a bfloat16 sum stops growing once it
     is 256 times as large as what is added, and at 16,384 tokens that row lost half of its gradient.
 
-    Where the width is split over two axes, or the vocabulary over another, the axes are exchanged
-    for rows and positions one after the other: at once XLA would first put the whole array on every
-    device.
+    Where the width is split over two axes, they are exchanged for rows and positions one after the
+    other: at once XLA would first put the whole array on every device.
     """
     x_BTD = table_VD[tokens_BT].astype(dtype)
     mesh = jax.sharding.get_abstract_mesh()
-    if mesh.empty or mesh.shape[RULES["act_position"]] * mesh.shape[RULES["vocab"]] == 1:
+    if mesh.empty or mesh.shape[RULES["act_position"]] == 1:
         return x_BTD
     return constrain(x_BTD, "act_whole_batch", "act_position", "act_part_of_embed")
 
@@ -275,13 +274,14 @@ class Block(nnx.Module):
         return y + product(low, b.reshape(-1, *kernel.shape[num_in:]))
 
     def normed(self, x_BTD: Array, scale_D: Array, *, a: Architecture) -> Array:
-        """Returns what the products of half a layer read, whole on every device of the axis
-        `tensor`. Said of the norm and not only of x, so that the gradients of these products are
-        added up once, and after the sum over the devices of that axis.
+        """Returns the norm of x, which the products of half a layer read.
+
+        The sharding is stated before and after. Without the second, TPUs split the norm over the
+        axis `tensor` and exchange queries, keys and values; without the first, they gather what the
+        norm reads in float32.
         """
-        return constrain(
-            rms_norm(x_BTD, scale_D, a.norm_eps), "act_batch", "act_position", "act_embed"
-        )
+        names = ("act_batch", "act_position", "act_embed")
+        return constrain(rms_norm(constrain(x_BTD, *names), scale_D, a.norm_eps), *names)
 
     def queries_keys_values(
         self, x_BTD: Array, cos: Array, sin: Array, *, a: Architecture

@@ -2,9 +2,6 @@
 eight CPU devices shows it.
 """
 
-import contextlib
-import os
-
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -40,30 +37,11 @@ def recipe_on(mesh) -> Recipe:
     )
 
 
-@contextlib.contextmanager
-def standard_error_in(file):
-    """What the process writes to its standard error goes to the file, also from the compiler."""
-    before = os.dup(2)
-    with file.open("wb") as opened:
-        os.dup2(opened.fileno(), 2)
-    try:
-        yield
-    finally:
-        os.dup2(before, 2)
-        os.close(before)
-
-
 @pytest.fixture(scope="module")
-def warnings(tmp_path_factory):
-    """The file with what the compiler has warned of while it made `compiled`."""
-    return tmp_path_factory.mktemp("compiler") / "stderr"
-
-
-@pytest.fixture(scope="module")
-def compiled(warnings):
+def compiled():
     """(recipe, the step compiled for data 2 x fsdp 2 x tensor 2)."""
     mesh = make_mesh({**dict.fromkeys(AXES, 1), "data": 2, "fsdp": 2, "tensor": 2})
-    with jax.set_mesh(mesh), standard_error_in(warnings):
+    with jax.set_mesh(mesh):
         recipe = recipe_on(mesh)
         return recipe, compile_step(recipe, (B, T))
 
@@ -79,11 +57,6 @@ def test_every_array_of_the_state_is_updated_in_place(compiled):
     assert step.memory_analysis().alias_size_in_bytes == held
     header = step.as_text().splitlines()[0]
     assert header.count("may-alias") + header.count("must-alias") == len(leaves)
-
-
-def test_no_array_is_put_whole_on_every_device_on_its_way_to_another_sharding(compiled, warnings):
-    """The rows of the embedding were, where the axis `tensor` splits the vocabulary."""
-    assert "Involuntary full rematerialization" not in warnings.read_text()
 
 
 def test_no_activation_of_the_layers_is_whole_on_a_device(compiled):
