@@ -16,7 +16,8 @@ the training text. The real continuations and those of the control itself are me
 
 Passes are those that a text would need alone. A pass with a cache computes fewer columns, so that
 the columns computed per token are the second measure of cost; the first pass of a block, and every
-one that refreshes the cache, computes all of them.
+one that refreshes the cache, computes all of them. The best of N texts costs the passes of all N,
+and those that score them.
 
 "No worse" means that none of the three measures is above that of one token per pass by more than
 two standard errors, from a bootstrap over the prompts. Writes frontier.json, which `evaluate
@@ -24,10 +25,12 @@ two standard errors, from a bootstrap over the prompts. Writes frontier.json, wh
 """
 
 import argparse
+import functools
 import json
 import platform
 import time
 from pathlib import Path
+from typing import NamedTuple
 
 import jax
 import numpy as np
@@ -35,7 +38,7 @@ import numpy as np
 import llada_jax
 from llada_jax.data.records import Records, read_dataset
 from llada_jax.errors import UserError
-from llada_jax.evaluation.sample_quality import Samples, difference, is_no_worse, quality
+from llada_jax.evaluation.sample_quality import Samples, best_of, difference, is_no_worse, quality
 from llada_jax.samplers.autoregressive import continue_tokens
 from llada_jax.samplers.text import decode_after, generate_tokens
 
@@ -43,7 +46,10 @@ REFERENCE = "schedule, 1 token per pass"
 
 
 def settings_of(gen_length: int, block_length: int) -> dict[str, dict[str, dict]]:
-    """Returns {family: {name: settings of the sampler}}; the first one of all is the reference."""
+    """Returns {family: {name: settings of the sampler}}; the first one of all is the reference.
+
+    "best_of" among the settings is how many texts are sampled, of which the most likely is kept.
+    """
     num_blocks = gen_length // block_length
     shares = [n for n in (1, 2, 4, 8, 16) if block_length % n == 0]
 
@@ -75,10 +81,27 @@ def settings_of(gen_length: int, block_length: int) -> dict[str, dict[str, dict]
         "frechet": rules("frechet", 0.25, 0),
         "entropy": rules("entropy", 0.1, 1, 2, 4),
         "wino": {"threshold=0.3, wino=0.5": {"commit": "threshold=0.3", "revise": "wino=0.5"}},
+        "remdm": {
+            f"remdm-rescale=0.1, {share} per pass": {"revise": "remdm-rescale=0.1", **steps(share)}
+            for share in shares[:2]
+        },
         "prefix cache": caches("prefix"),
         "dual cache": caches("dual"),
         "entropy and cache": caches("dual", commit="entropy=2"),
+        "best of": {
+            f"best of {num}, {share} per pass": {"best_of": num, **steps(share)}
+            for share in shares[:2]
+            for num in (2, 4, 8)
+        },
     }
+
+
+class Drawn(NamedTuple):
+    """A continuation of every prompt, and what it has cost: int [B] each, of the whole text."""
+
+    samples: Samples
+    passes_B: np.ndarray
+    columns_B: np.ndarray
 
 
 class Cost:
@@ -189,8 +212,11 @@ def main() -> None:
             tokens_BT,
         )
 
-    def sampled(settings: dict) -> tuple[Samples, Cost]:
-        width = args.prompt_length + args.gen_length
+    width = args.prompt_length + args.gen_length
+
+    # The texts of the schedule are also the first candidates of the best of several.
+    @functools.cache
+    def sampled(*, seed: int, **settings) -> Drawn:
         cost = Cost(len(prompts), width, args.gen_length, args.block_length)
         cost.cache, cost.refresh = settings.get("cache", "none"), settings.get("refresh", 0)
         tokens_BT, num_steps_B = generate_tokens(
@@ -201,11 +227,33 @@ def main() -> None:
             shadow_fn=model.model.shadow_fn,
             block_length=args.block_length,
             on_step=cost.on_step,
+            seed=seed,
             **request,
             **settings,
         )
         assert (cost.passes_B == num_steps_B).all()
-        return judged(tokens_BT), cost
+        return Drawn(judged(tokens_BT), cost.passes_B, cost.columns_B)
+
+    @functools.cache
+    def scored(*, seed: int, **settings) -> tuple[np.ndarray, np.ndarray]:
+        """Returns the model's log-likelihood of each text, float [B], and the passes that it took.
+        All texts of a prompt are scored under the same noise.
+        """
+        tokens_BT = sampled(seed=seed, **settings).samples.tokens_BT
+        # as many samples as `sample --best-of` takes
+        scores = model.score(list(zip(prompts, tokens_BT.tolist(), strict=True)), mc_samples=32)
+        likelihood_B = np.array([score.log_likelihood for score in scores])
+        return likelihood_B, np.array([score.num_passes for score in scores])
+
+    def best(num: int, **settings) -> Drawn:
+        drawn = [sampled(seed=seed, **settings) for seed in range(num)]
+        likelihoods, passes = zip(*(scored(seed=seed, **settings) for seed in range(num)))
+        scoring_B = np.sum(passes, axis=0)
+        return Drawn(
+            best_of([one.samples for one in drawn], np.stack(likelihoods)),
+            sum(one.passes_B for one in drawn) + scoring_B,
+            sum(one.columns_B for one in drawn) + width * scoring_B,
+        )
 
     of_control, _ = continue_tokens(
         control.model.cache_fns, control.params, prompts, bos_id=tokenizer.bos_id, **request
@@ -227,15 +275,17 @@ def main() -> None:
             if args.families and name != REFERENCE and family not in args.families:
                 continue
             start = time.perf_counter()
-            samples, cost = sampled(settings)
+            num = settings.pop("best_of", 0)
+            drawn = best(num, **settings) if num else sampled(seed=0, **settings)
+            samples = drawn.samples
             reference = samples if reference is None else reference
             _, errors = difference(samples, reference, frequency_V)
             found["rows"].append(
                 {
                     "family": family,
                     "name": name,
-                    "passes_per_token": float(cost.passes_B.mean() / args.gen_length),
-                    "columns_per_token": float(cost.columns_B.mean() / args.gen_length),
+                    "passes_per_token": float(drawn.passes_B.mean() / args.gen_length),
+                    "columns_per_token": float(drawn.columns_B.mean() / args.gen_length),
                     **quality(samples, frequency_V)._asdict(),
                     "errors": errors._asdict(),
                     "is_no_worse": is_no_worse(samples, reference, frequency_V),

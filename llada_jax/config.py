@@ -44,7 +44,7 @@ def default_config() -> ConfigDict:
     # False: attention and positions stop at document boundaries
     config.data.attend_across_documents = True
     # of dialogues with a row each (prepare --chat rows=padded): rows are filled up with
-    # end-of-text tokens, as part of the answer, to the longest of so many; 0: not at all
+    # end-of-text tokens, as part of the answer, to the longest of this many rows; 0: not at all
     config.data.eos_padding = 0
     # ids that fill these rows up, in turn; (): end-of-text (as published)
     config.data.padding_cycle = ()

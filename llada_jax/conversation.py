@@ -55,8 +55,9 @@ class Conversation:
         self._opening = [{"role": "system", "content": system}] if system else []
         self._turns: list[tuple[str, str]] = []
         self.gen_length, self._seed, self._settings = gen_length, seed, settings
-        self.context = pretrained.config["data"]["sequence_length"]
-        self.is_causal = pretrained.record.mask.causal
+        self.record = pretrained.record
+        self.context = self.record.sequence_length
+        self.is_causal = self.record.mask.causal
         self._num_answers = 0
         # A template that takes no such messages is found here, and not by the first question.
         self._prompt("Hello")

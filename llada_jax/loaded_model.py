@@ -1,6 +1,7 @@
 """A trained model in memory: logits, samples, scores, and the run's own record."""
 
 import dataclasses
+import warnings
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -25,6 +26,8 @@ from llada_jax.request_checks import (
     check_list,
     check_questions,
     check_samples,
+    length_hint,
+    surprises,
 )
 from llada_jax.samplers.batches import ignore_step
 from llada_jax.samplers.commit import SCHEDULE
@@ -36,6 +39,7 @@ from llada_jax.samplers.text import (
     generate_text,
     generate_tokens,
     infill_text,
+    parse_gaps,
 )
 
 
@@ -227,6 +231,11 @@ class Pretrained:
             UserError: a setting is out of range, or prompts is a single text.
         """
         check_list(prompts, "generate")
+        prompts = list(prompts)
+        lengths = [len(self.tokenizer.encode(prompt)) + gen_length for prompt in prompts]
+        shortest = min(lengths, default=0)
+        hint = length_hint(self.record, gen_length=gen_length, shortest_row=shortest)
+        self._warn_of_surprises(prompts, lengths, hint)
         denoising: dict[str, Any] = dict(
             block_length=block_length,
             steps=steps,
@@ -260,7 +269,7 @@ class Pretrained:
                 self.model.cache_fns,
                 self.params,
                 self.tokenizer,
-                list(prompts),
+                prompts,
                 **settings,
                 **denoising,
             )
@@ -268,7 +277,7 @@ class Pretrained:
             self.logits_fn,
             self.params,
             self.tokenizer,
-            list(prompts),
+            prompts,
             cache_fns=self.model.cache_fns,
             shadow_fn=self.model.shadow_fn,
             on_step=on_step,
@@ -339,11 +348,13 @@ class Pretrained:
         """
         check_list(texts, "infill")
         check_can_infill(self.record)
+        texts = list(texts)
+        self._warn_of_surprises([], [len(parse_gaps(self.tokenizer, text)[0]) for text in texts])
         completions = infill_text(
             self.logits_fn,
             self.params,
             self.tokenizer,
-            list(texts),
+            texts,
             shadow_fn=self.model.shadow_fn,
             steps=steps,
             remasking=remasking,
@@ -394,7 +405,7 @@ class Pretrained:
             eos_id: a row that has generated this token is filled up with it, and sampling stops
                 when all rows have. Of several ids (`tokenizer.end_ids`) each ends a row, and the
                 first fills it. None, the default, generates all gen_length tokens.
-            mask_id, pad_id: None takes the tokenizer's.
+            mask_id, pad_id: None takes the tokenizer's. A mask inside a prompt stays there.
             The others: see `generate`.
 
         Raises:
@@ -407,6 +418,7 @@ class Pretrained:
             )
         check_ids(self.num_rows, prompt_BT, eos_id, mask_id, pad_id)
         prompt_BT = np.asarray(prompt_BT, np.int32)
+        self._warn_of_surprises([], [prompt_BT.shape[1] + gen_length])
         generated_BT, _ = generate_tokens(
             self.logits_fn,
             self.params,
@@ -471,7 +483,7 @@ class Pretrained:
         """
         check_samples(mc_samples)
         questions = [as_question(pair, self.tokenizer) for pair in pairs]
-        longest = self.config["data"]["sequence_length"]
+        longest = self.record.sequence_length
         check_questions(questions, num_rows=self.num_rows, longest=longest)
         return log_likelihoods(
             self.model,
@@ -517,7 +529,7 @@ class Pretrained:
             self.params,
             list(texts),
             tokenizer=self.tokenizer,
-            length=self.config["data"]["sequence_length"] if window is None else window,
+            length=self.record.sequence_length if window is None else window,
             context=context,
             mask=self.record.mask,
             num_samples=mc_samples,
@@ -526,6 +538,15 @@ class Pretrained:
             batch_size=batch_size,
             mesh=self.mesh,
         )
+
+    def _warn_of_surprises(
+        self, prompts: Sequence[str], lengths: Sequence[int], hint: Sequence[str] = ()
+    ) -> None:
+        trained = self.record.sequence_length
+        length = max(lengths, default=0)
+        for sentence in (*surprises(prompts, length=length, trained=trained), *hint):
+            # Of the caller, behind this function, the public one and its check of types.
+            warnings.warn(sentence, stacklevel=4)
 
 
 def _logits_impl(params, tokens_BT, segment_ids_BT, positions_BT, logits_fn):

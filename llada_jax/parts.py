@@ -98,7 +98,8 @@ def check_takes(function: Callable, what: str, *args, **kwargs) -> None:
     """Raises UserError when a function cannot be called with these arguments; it is not called."""
     try:
         signature = inspect.signature(function)
-    except (TypeError, ValueError):  # written in C: only the call itself can show what it takes
+    except (TypeError, ValueError):
+        # It may be written in C, and only the call itself can show what it takes.
         return
     try:
         signature.bind(*args, **kwargs)

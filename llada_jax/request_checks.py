@@ -1,4 +1,6 @@
-"""What a loaded model may be asked: its own token ids, lists of texts, pairs that fit its rows."""
+"""What a loaded model may be asked: its own token ids, lists of texts, pairs that fit its rows; and
+what of a request works but may disappoint.
+"""
 
 from collections.abc import Sequence
 from typing import Any
@@ -9,6 +11,7 @@ from llada_jax.checkpoints.record import RunRecord
 from llada_jax.errors import UserError
 from llada_jax.evaluation.answer_rows import Question
 from llada_jax.evaluation.conditional import encode_pair
+from llada_jax.samplers.text import GAP
 
 
 def check_ids(num_rows: int, *ids: Any) -> None:
@@ -79,3 +82,56 @@ def check_questions(questions: Sequence[Question], *, num_rows: int, longest: in
                 f"Pair {number} has {length} tokens and the model was trained on rows of "
                 f"{longest}; shorten its prompt, or bound a whole text with score_text."
             )
+
+
+def surprises(prompts: Sequence[str], *, length: int, trained: int) -> list[str]:
+    """Returns what of a request for text works but may disappoint, in sentences for the user.
+
+    Args:
+        prompts: texts in which a gap is read as letters.
+        length: tokens of the longest row, with those that are generated.
+        trained: tokens of the rows that the model was trained on.
+    """
+    found = []
+    gaps = [gap[0] for gap in map(GAP.search, prompts) if gap]
+    if gaps:
+        found.append(
+            f"{gaps[0]} in a prompt is read as letters; a gap is filled by `sample --infill` or "
+            "model.infill."
+        )
+    # Not refused: rotary positions extend, and a little beyond the trained length usually still
+    # reads well.
+    if length > trained:
+        found.append(
+            f"prompt and generation have {length} tokens together, and the model was trained on "
+            f"rows of {trained}; expect worse text."
+        )
+    return found
+
+
+def length_hint(
+    record: RunRecord, *, gen_length: int, shortest_row: int | None = None
+) -> list[str]:
+    """Returns a sentence for the user where a generation has no room for what the model has learnt
+    to write: it then ends nothing, or squeezes every text into a length that none of them has.
+
+    Args:
+        shortest_row: tokens of the shortest row, prompt and generation, for a model that has learnt
+            to end whole documents; None for one that answers messages.
+    """
+    lengths = record.lengths or {}
+    if "answers" in lengths:
+        most, room, what = lengths["answers"]["most"], gen_length, "answers"
+        given = f"a generation of {gen_length}"
+    elif "documents" in lengths and shortest_row is not None:
+        most, room, what = lengths["documents"]["most"], shortest_row, "documents"
+        given = f"{shortest_row} with the prompt"
+    else:
+        return []
+    # Longer texts continue in the next row, so that few rows have shown how they end.
+    if not room < most <= record.sequence_length:
+        return []
+    return [
+        f"99% of the {what} in the training data have up to {most} tokens, their end included, and "
+        f"{given} has no room for some of them; generate {gen_length + most - room} tokens."
+    ]

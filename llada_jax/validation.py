@@ -2,6 +2,10 @@
 each other, and knobs that the chosen part does not read.
 
 The defaults are an argument, because llada_jax.config, which holds them, calls this module.
+
+This is the one place outside of llada_jax.objectives that asks for an objective by its name: a
+config is checked before any objective exists, and these rules are about knobs that only the
+objectives of the package read. What runs asks the Objective record instead.
 """
 
 import math

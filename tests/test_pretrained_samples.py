@@ -1,5 +1,8 @@
 """`llada_jax.load(...).generate`, `.complete`, `.best_of` and `.infill`."""
 
+import dataclasses
+import warnings
+
 import numpy as np
 import pytest
 from support.exports import LLADA, write_checkpoint
@@ -52,3 +55,23 @@ def test_one_text_instead_of_a_list_is_refused(model):
         model.infill("it [MASK]")
     with pytest.raises(UserError, match="has no gap"):
         model.infill(["it"])
+
+
+def test_what_may_disappoint_is_warned_of(model, monkeypatch):
+    """The model was trained on rows of 48 bytes."""
+    requests = {
+        "50 tokens together": lambda: model.generate(["it"], gen_length=48),
+        "51 tokens together": lambda: model.generate_tokens([[1, 2, 3]], gen_length=48),
+        "52 tokens together": lambda: model.infill(["it [MASK:49]"]),
+        r"\[MASK:3\] in a prompt is read as letters": lambda: model.complete(["it", "a [MASK:3]"]),
+    }
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        for sentence, ask in requests.items():
+            with pytest.raises(UserWarning, match=sentence):
+                ask()
+        short = dataclasses.replace(model, run=model.run | {"lengths": {"answers": {"most": 9}}})
+        with pytest.raises(UserWarning, match="answers in the training data have up to 9 tokens"):
+            short.generate(["it"], gen_length=8)
+        monkeypatch.setattr(llada_jax.loaded_model, "generate_text", lambda *_, **__: [])
+        assert model.generate(["it"], gen_length=46) == []

@@ -51,7 +51,7 @@ def training_of(record: RunRecord, step: int) -> Training:
         step=step,
         tokens=record.tokens or 0,
         batch_size=record.knob("data.batch_size"),
-        sequence_length=record.knob("data.sequence_length"),
+        sequence_length=record.sequence_length,
         learning_rate=record.knob("schedule.learning_rate"),
         schedule=record.knob("schedule.name"),
         optimizer=record.knob("optimizer.name"),
@@ -101,7 +101,7 @@ def write_adapters(export: Export, output: Path) -> None:
     """Writes a directory with the adapters alone."""
     with becoming(output) as partial:
         if jax.process_index() == 0:
-            for name, content in adapters_of(export).items():
+            for name, content in export.others.items():
                 files.write_whole(partial / name, content)
 
 

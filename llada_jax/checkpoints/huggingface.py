@@ -151,7 +151,8 @@ def _tokenizer_of_weights(
         )
     ends = hf_config.get("eos_token_id")
     if isinstance(ends, list) and len(ends) > 1:
-        trained["eot"] = ends[1]  # no name says which it is, and it ends a text too
+        # No name says which it is, and it ends a text too.
+        trained["eot"] = ends[1]
     try:
         return ids_alone(
             unpadded_vocabulary(hf_config, num_rows), trained, add_mask_token=is_causal_layout

@@ -75,6 +75,8 @@ class RunRecord:
     special_ids, chat_template: of the tokenizer, {"mask": id, ...} and a Jinja template (None if it
         has none); older versions wrote them for imported checkpoints alone.
     source: of an imported checkpoint, {"from", "layout", "config"}.
+    lengths: of the training texts in tokens, {"answers" or "documents": {"median", "most" (of 99%),
+        "longest"}}; None where they were not counted.
     checksums: {item: {path of an array: checksum}}, in a checkpoint.
     checksum_scheme: how they were computed (llada_jax.checkpoints.checksums.SCHEMES).
     unknown: what a newer version wrote and this one does not know, kept as it is.
@@ -95,6 +97,7 @@ class RunRecord:
     special_ids: dict[str, int] | None = None
     chat_template: str | None = None
     source: dict[str, Any] | None = None
+    lengths: dict[str, dict[str, int]] | None = None
     checksums: dict[str, dict[str, int]] | None = None
     checksum_scheme: int = 1
     unknown: dict[str, Any] = dataclasses.field(default_factory=dict)
@@ -116,6 +119,11 @@ class RunRecord:
     def writer(self) -> str:
         """The version that wrote the record, such as "llada_jax 0.1.0"."""
         return f"llada_jax {self.versions.get('llada_jax', 'of an unknown version')}"
+
+    @property
+    def sequence_length(self) -> int:
+        """Tokens per row of the data that it was trained on."""
+        return self.knob("data.sequence_length")
 
     @property
     def lora(self) -> Lora:
@@ -183,6 +191,7 @@ class RunRecord:
             "special_ids": self.special_ids,
             "chat_template": self.chat_template,
             "source": self.source,
+            "lengths": self.lengths,
             "checksums": self.checksums,
             "checksum_scheme": self.checksum_scheme if self.checksum_scheme != 1 else None,
         }
@@ -244,6 +253,7 @@ class RunRecord:
             "special_ids": (dict, None),
             "chat_template": (str, None),
             "source": (dict, None),
+            "lengths": (dict, None),
             "checksums": (dict, None),
             "checksum_scheme": (int, 1),
         }

@@ -147,6 +147,8 @@ class Checkpoints:
             UserError: an earlier save has failed, or another `train` has taken the workdir over.
         """
         began = time.monotonic()
+        # One save at a time: a second one would hold another copy of the state in host memory. The
+        # claim is asked after the wait, during which another `train` may have started.
         self.wait()
         self._check_claim()
         step = int(state.step)

@@ -40,7 +40,8 @@ def _write(
         compilation_cache.put_executable_and_time(
             cache_key, module_name, executable, backend, int(compile_time_secs)
         )
-    except Exception as error:  # like in JAX: a cache that cannot be written never ends a run
+    except Exception as error:
+        # As in JAX: a cache that cannot be written never ends a run.
         warnings.warn(
             f"{module_name} was not kept in the compilation cache ({error}); the next start "
             "compiles it again.",

@@ -12,6 +12,7 @@ import itertools
 import json
 import sys
 import tempfile
+from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,6 +21,7 @@ from typing import Any
 import numpy as np
 
 from llada_jax.data.inputs import Input, printable
+from llada_jax.data.lengths import DOCUMENTS, LENGTHS, added, lengths_json, rounded_up
 from llada_jax.data.packing import is_heldout, pack
 from llada_jax.data.records import FORMAT, encode_record
 from llada_jax.data.round_trip import num_encoded_bytes
@@ -70,10 +72,13 @@ def write_json(path: Path, content) -> None:
 
 
 def read_json(path: Path):
-    """Reads what `write_json` wrote; raises UserError when the file is damaged."""
+    """Reads what `write_json` wrote; raises UserError when the file is damaged or unreadable."""
+    # Read apart from parsed: a file that cannot be read must not be called damaged and deleted.
+    with files.reading(path, remedy="check the disk and its permissions"):
+        content = path.read_bytes()
     try:
-        return json.loads(path.read_text())
-    except (ValueError, OSError) as error:
+        return json.loads(content)
+    except ValueError as error:
         raise UserError(f"{path} is damaged ({error}); delete it and run prepare again.") from error
 
 
@@ -202,6 +207,7 @@ def write_unit(
     num_empty = 0
     lossy = dict.fromkeys(LOSSES, 0)
     hashes: list[bytes] = []
+    lengths: Counter = Counter()
     copies = set()
     if job.drops_duplicates:
         copies = set(np.fromfile(duplicates_path(job.output, unit), dtype="<u8").tolist())
@@ -229,6 +235,7 @@ def write_unit(
                 batch_bytes += num_bytes
                 batch_tokens += num_tokens
                 if split == "train":
+                    lengths[rounded_up(num_tokens)] += 1
                     yield ids
                 else:
                     np.array([len(ids)], dtype=np.int64).tofile(spool)
@@ -256,7 +263,11 @@ def write_unit(
             }
             splits = write_records(unit, job, rows, tokenizer, counts)
         files.write_whole(hashes_path(job.output, unit), b"".join(hashes))
-        told = {"num_empty_documents": num_empty, **(lossy if job.is_lossy else {})}
+        told = {
+            "num_empty_documents": num_empty,
+            **(lossy if job.is_lossy else {}),
+            LENGTHS: {DOCUMENTS: added([lengths])},
+        }
         write_receipt(unit, job, splits, told)
 
 
@@ -400,6 +411,7 @@ def dataset_json(
             "num_empty_documents": sum(receipt["num_empty_documents"] for receipt in receipts),
             **(losses if any(losses.values()) else {}),
         },
+        **lengths_json(receipts),
     }
 
 

@@ -17,6 +17,7 @@ import numpy as np
 from llada_jax.data.dialogues import Malformed
 from llada_jax.data.tokenizer import Tokenizer
 from llada_jax.errors import UserError, require
+from llada_jax.storage import files
 
 # For tokenizers without a template of their own: plain text that any vocabulary can spell. Every
 # answer ends with the end-of-text token, which is what sampling stops at.
@@ -88,13 +89,9 @@ def template_of(tokenizer: Tokenizer, setting: str = "") -> str:
 
 def read_template(path: str) -> str:
     """Returns the content of a file with Jinja source."""
-    try:
+    remedy = f"give a file with Jinja source, or one of the words {', '.join(TEMPLATES)}"
+    with files.reading(f"--chat template={path}", remedy=remedy):
         return Path(path).read_text()
-    except (OSError, UnicodeDecodeError) as error:
-        raise UserError(
-            f"--chat template={path} cannot be read ({error}); give a file with Jinja source, or "
-            f"one of the words {', '.join(TEMPLATES)}."
-        ) from error
 
 
 class Chat:

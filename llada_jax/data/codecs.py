@@ -240,7 +240,8 @@ class HuggingFace:
         tokenizers = require("tokenizers", extra="hf")
         try:
             self._tokenizer = tokenizers.Tokenizer.from_str(content)
-        except Exception as error:  # the library raises nothing more specific
+        except Exception as error:
+            # The library raises nothing more specific.
             raise UserError(
                 f"{self._name}: tokenizer.json cannot be used ({error}); fetch it again."
             ) from error
@@ -282,7 +283,8 @@ class HuggingFace:
             }
         )
         self._build()
-        self.companions.pop(self.file, None)  # from here on, the file in `files` is what is saved
+        # From here on, the file in `files` is what is saved.
+        self.companions.pop(self.file, None)
         if "tokenizer_config.json" in self.companions:
             config = {
                 **json.loads(self.companions["tokenizer_config.json"]),

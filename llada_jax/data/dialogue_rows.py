@@ -72,7 +72,8 @@ def split_in_two(probability: float) -> Callable[[dict, np.random.Generator], di
         cut = int(rng.integers(1, num_tokens))
         is_after_T = (segment_ids_T > 0) & (np.arange(len(segment_ids_T)) >= cut)
         if segment_ids_T[cut - 1] != segment_ids_T[cut]:
-            return row  # between two documents, which are apart already
+            # Between two documents, which are apart already.
+            return row
         is_rest_T = is_after_T & (segment_ids_T == segment_ids_T[cut])
         return {
             **row,

@@ -24,6 +24,7 @@ from llada_jax.data.build import (
 from llada_jax.data.chat_template import Chat, Document
 from llada_jax.data.dialogues import KINDS, Malformed, identity_of, parse_record, text_of
 from llada_jax.data.inputs import Input, printable
+from llada_jax.data.lengths import ANSWERS, LENGTHS, added, answer_lengths, rounded_up
 from llada_jax.data.packing import is_heldout
 from llada_jax.data.records import Dialogues
 from llada_jax.data.text import read_records
@@ -93,6 +94,7 @@ def write_dialogues(
     counts = {split: dict.fromkeys((*COUNTS, *SCORED), 0) for split in SPLITS}
     told: dict = {"malformed": Counter(), "first_malformed": "", "num_too_long": 0, "num_cut": 0}
     told["first_too_long"] = ""
+    lengths: Counter = Counter()
 
     def skip(where: str, reason: str) -> None:
         if settings.malformed == "error":
@@ -152,6 +154,10 @@ def write_dialogues(
                 for group in filter(None, (fitting(group, where) for group in made)):
                     for document in group:
                         count(document, counts[split])
+                        if split == "train":
+                            lengths.update(
+                                map(rounded_up, answer_lengths(document, tokenizer.end_ids))
+                            )
                     yield split, group
 
     def count(document: Document, counted: dict) -> None:
@@ -196,7 +202,16 @@ def write_dialogues(
                 for split in SPLITS
             }
             splits = write_records(unit, job, rows, tokenizer, counts)
-        write_receipt(unit, job, splits, {"num_empty_documents": 0, "dialogues": told})
+        write_receipt(
+            unit,
+            job,
+            splits,
+            {
+                "num_empty_documents": 0,
+                "dialogues": told,
+                LENGTHS: {ANSWERS: added([lengths])},
+            },
+        )
 
 
 def groups_of(dialogues: list[list[dict]], turns: str) -> list[tuple[list[dict], ...]]:

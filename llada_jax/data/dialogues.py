@@ -130,7 +130,8 @@ def _message(message: Any) -> dict:
     if not isinstance(role, str) or role.lower() not in ROLES:
         raise Malformed("a message has an unknown role")
     content = message.pop("value", None) if "value" in message else message.get("content")
-    if isinstance(content, list):  # OpenAI's parts, of which only text can be trained on
+    # OpenAI's parts, of which only text can be trained on.
+    if isinstance(content, list):
         if not all(isinstance(part, dict) and part.get("type") == "text" for part in content):
             raise Malformed("a message holds something other than text")
         content = "".join(str(part.get("text", "")) for part in content)

@@ -232,15 +232,22 @@ def _looking_at(pattern: str):
         yield
     except UserError:
         raise
-    except (OSError, ImportError) as error:
-        raise UserError(
-            f"{pattern} cannot be read: {error}; check the path and its permissions."
-        ) from error
     except Exception as error:
-        # The file systems behind URLs share no class of errors.
-        if "://" not in pattern:
+        if (refusal := unreadable(pattern, error)) is None:
             raise
+        raise refusal from error
+
+
+def unreadable(path: str, error: Exception) -> UserError | None:
+    """Returns the UserError for what was raised when a path or URL was read; None for a fault of
+    this program.
+    """
+    if isinstance(error, (OSError, ImportError)):
+        return UserError(f"{path} cannot be read: {error}; check the path and its permissions.")
+    # The file systems behind URLs share no class of errors.
+    if "://" in path:
         library = type(error).__module__.split(".")[0]
-        raise UserError(
-            f"{pattern} cannot be read: {library}: {error}; check the address and credentials."
-        ) from error
+        return UserError(
+            f"{path} cannot be read: {library}: {error}; check the address and credentials."
+        )
+    return None

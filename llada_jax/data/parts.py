@@ -13,6 +13,7 @@ from etils import epath
 
 from llada_jax.data.build import LOSSES, fingerprint
 from llada_jax.data.dialogue_units import dialogues_json
+from llada_jax.data.lengths import LENGTHS, lengths_json
 from llada_jax.data.records import (
     FORMAT,
     DatasetInfo,
@@ -172,7 +173,8 @@ def _joined(
             if name in source:
                 sums[name] += source[name]
     content = {
-        **contents[0],
+        **{name: value for name, value in contents[0].items() if name != LENGTHS},
+        **lengths_json(contents),
         "fingerprint": fingerprint([content["fingerprint"] for content in contents]),
         "splits": splits,
         "source": {

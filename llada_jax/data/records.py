@@ -13,7 +13,7 @@ with uint16. llada_jax.data.shards stores them, each with a checksum.
 
 import json
 import os
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from itertools import chain
 from typing import Any
 
@@ -190,7 +190,8 @@ class Dialogues:
 class DatasetInfo:
     """What dataset.json says.
 
-    is_array_record: whether version 0.1 has written the records.
+    lengths: {"answers" or "documents": {length: number}} of the texts of the training split; {}
+        where they were not counted. is_array_record: whether version 0.1 has written the records.
     """
 
     directory: str
@@ -199,6 +200,7 @@ class DatasetInfo:
     tokenizer: dict
     splits: dict[str, Split]
     dialogues: Dialogues | None = None
+    lengths: dict[str, dict[str, int]] = field(default_factory=dict)
     is_array_record: bool = False
 
     @property
@@ -277,6 +279,10 @@ def parse_dataset(directory: epath.Path, content: dict) -> DatasetInfo:
                     records=told.get("records", "dialogues"),
                 )
             ),
+            lengths={
+                kind: {length: _count(counts, length) for length in counts}
+                for kind, counts in content.get("lengths", {}).items()
+            },
             is_array_record=is_array_record,
         )
         info.tokenizer["fingerprint"]  # Compared across the datasets of a mixture.

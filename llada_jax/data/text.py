@@ -21,7 +21,7 @@ from llada_jax.data.compression import (
     decompressed,
     plain_blocks,
 )
-from llada_jax.data.inputs import Input, format_of
+from llada_jax.data.inputs import Input, format_of, unreadable
 from llada_jax.errors import UserError, require
 
 # Some editors write it where a file begins, to say that it is UTF-8. It is not of the text.
@@ -140,7 +140,8 @@ def _documents_of_part(
     path: str, form: str, cut: Cut, on_read: Callable[[int], None], span: tuple[int, int]
 ) -> Iterator[str]:
     start, end = (_first_document(path, cut, offset) for offset in span)
-    if start >= end:  # one document is longer than the part
+    # One document is longer than the part.
+    if start >= end:
         return
     part = lambda: _blocks(path, on_read, (start, end))  # noqa: E731
     try:
@@ -161,7 +162,8 @@ def _first_document(path: str, cut: Cut, offset: int) -> int:
     if not offset:
         return 0
     with _open(path) as file, _reading(path):
-        file.seek(offset - 1)  # a document may begin right there, after the end of a line
+        # A document may begin right there, after the end of a line.
+        file.seek(offset - 1)
         file.readline()
         if cut.document_start:
             begins, position = re.compile(cut.document_start), file.tell()
@@ -366,17 +368,10 @@ def _reading(path: str):
         raise UserError(f"{path} is damaged ({error}); fetch or compress it again.") from error
     except UnicodeDecodeError as error:
         raise UserError(f"{path} is not valid UTF-8 ({error}); write it again as UTF-8.") from error
-    except (OSError, ImportError) as error:
-        raise UserError(
-            f"{path} cannot be read: {error}; check the path and its permissions."
-        ) from error
     except Exception as error:
         library = type(error).__module__.split(".")[0]
         if library in ("pyarrow", "zstandard"):
             raise UserError(f"{path} is damaged ({error}); fetch or write it again.") from error
-        # The file systems behind URLs share no class of errors.
-        if "://" in path:
-            raise UserError(
-                f"{path} cannot be read: {library}: {error}; check the address and credentials."
-            ) from error
-        raise
+        if (refusal := unreadable(path, error)) is None:
+            raise
+        raise refusal from error

@@ -174,7 +174,8 @@ class Tokenizer:
             return files[CHAT_TEMPLATE].decode()
         for name in ("chat_template.json", "tokenizer_config.json"):
             found = json.loads(files.get(name, b"{}")).get("chat_template")
-            if isinstance(found, list):  # several by name, of which one is for conversations
+            # There may be several by name, of which one is for conversations.
+            if isinstance(found, list):
                 found = {one["name"]: one["template"] for one in found}.get("default")
             if found:
                 return found

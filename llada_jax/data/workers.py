@@ -84,7 +84,8 @@ def _start_worker(job: Job, counters) -> None:
     # Ctrl-C reaches every process of the group; the command then stops its workers by a counter.
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     threading.Thread(target=_die_with_parent, daemon=True).start()
-    os.environ["TOKENIZERS_PARALLELISM"] = "false"  # one process per core is enough
+    # One process per core is enough.
+    os.environ["TOKENIZERS_PARALLELISM"] = "false"
 
     def stop_if_told():
         if counters[3]:

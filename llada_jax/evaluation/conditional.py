@@ -125,7 +125,8 @@ ESTIMATORS = {
 def _rng(seed: int, question: Question) -> np.random.Generator:
     noise = question.noise
     if noise is None:
-        surroundings = [*question.before, -1, *question.after]  # -1 stands where the answer does
+        # -1 marks the place of the answer.
+        surroundings = [*question.before, -1, *question.after]
         noise = zlib.crc32(np.array(surroundings, np.int32).tobytes())
     return np.random.Generator(np.random.Philox(key=[seed, noise]))
 

@@ -105,7 +105,7 @@ class HarnessModel:
         self.cache_hook = api.CacheHook(None)
         self.pretrained, self.tokenizer = pretrained, pretrained.tokenizer
         self.mask = pretrained.record.mask
-        self.longest = pretrained.config["data"]["sequence_length"]
+        self.longest = pretrained.record.sequence_length
         self.scoring: dict[str, Any] = dict(
             num_samples=mc_samples, estimator=estimator, cfg_scale=cfg_scale, seed=seed
         )

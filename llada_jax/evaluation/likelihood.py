@@ -99,7 +99,8 @@ def bound(
                     nll_fn=nll_fn,
                     num_rows=num_rows,
                 )
-                compiled = lowered.compile()  # found again by the next call
+                # The next call finds it again.
+                compiled = lowered.compile()
                 on_compiled()
             sums = jax.device_get(compiled(params, frozen, batch, key, rows))
             wanted = [sums[n] for n in (name, *objective.heldout) if n in sums]

@@ -5,6 +5,7 @@ judges. So there are three: what another model pays for the text, how much of a 
 itself, and how far the frequencies of the tokens are from those of real text.
 """
 
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import numpy as np
@@ -37,6 +38,18 @@ class Quality(NamedTuple):
     bits_per_byte: float
     repetition: float
     unigram_distance: float
+
+
+def best_of(candidates: Sequence[Samples], score_NB: np.ndarray) -> Samples:
+    """Returns the candidate with the greatest score, row by row; the first of equals.
+
+    Args:
+        candidates: N continuations of the same prompts.
+        score_NB: float, of each of them, such as its log-likelihood by the model that made it.
+    """
+    choice_B = np.argmax(score_NB, axis=0)
+    rows = np.arange(len(choice_B))
+    return Samples(*(np.stack(arrays)[choice_B, rows] for arrays in zip(*candidates, strict=True)))
 
 
 def repetition(tokens_BT: np.ndarray) -> np.ndarray:

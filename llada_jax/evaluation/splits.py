@@ -85,7 +85,7 @@ def bound_of_split(
         batch_size: rows at a time, over all processes; the last batch is filled with empty rows.
         batch_sharding: of a [batch_size, sequence_length] array. Each process reads the rows that
             its devices hold.
-        max_batches: scores a random subset of so many, the same in every call with the same
+        max_batches: scores a random subset of this many, the same in every call with the same
             subset_seed; None: the whole split.
         seed: of the corruptions. num_draws: corruptions drawn for each row.
         scored: see llada_jax.evaluation.likelihood.bound.

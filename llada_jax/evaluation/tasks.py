@@ -268,8 +268,8 @@ def answer(
 
     An autoregressive model matches exactly where each token of the answer is its most likely next
     one, which is greedy decoding.
-    With `gen_length` no model is given the length of an answer: it writes up to so many tokens, and
-    what stands before EOS or the end of a turn must be the answer. An answer in front of a given
+    With `gen_length` no model is given the length of an answer: it writes at most this many tokens,
+    and what comes before EOS or the end of a turn must be the answer. An answer in front of a given
     text has its length all the same.
 
     Args:

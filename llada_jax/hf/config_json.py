@@ -256,7 +256,8 @@ def _rope(hf_config: dict) -> tuple[float, tuple[float, ...]]:
             f"config.json: partial_rotary_factor={factor} is not possible here, only 1.0."
         )
     theta = described.get("rope_theta", hf_config.get("rope_theta", 10_000.0))
-    if layout_of(hf_config) == "illada":  # whose code reads the key next to it and not the copy
+    # Its code reads the key next to the copy and not the copy.
+    if layout_of(hf_config) == "illada":
         theta = hf_config["rope_theta"]
     if kind == "default":
         return float(theta), ()
@@ -341,7 +342,8 @@ def hf_config(
     write = {"llada": _to_llada, "illada": _to_illada}[layout]
     silent, stated = write(a, max_sequence_length)
     carried = dict(source) if source and source.get("model_type") == layout else {}
-    carried.pop("rope_parameters", None)  # stated where there is a scaling
+    # It is stated again below where there is a scaling.
+    carried.pop("rope_parameters", None)
     if num_ids is None and carried:
         num_ids = unpadded_vocabulary(carried, a.vocab_size)
     if num_ids is not None and num_ids < a.vocab_size:
@@ -446,7 +448,8 @@ def _to_illada(a: Architecture, max_sequence_length: int) -> tuple[dict, dict]:
     # Not under the name rope_scaling: next to one that is not null, transformers 5.23 does not
     # read a tokenizer.
     if a.rope_scaling:
-        numbers = (*a.rope_scaling[:-1], round(a.rope_scaling[-1]))  # it takes whole tokens
+        # transformers takes a whole number of tokens.
+        numbers = (*a.rope_scaling[:-1], round(a.rope_scaling[-1]))
         stated["rope_parameters"] = {
             "rope_type": "llama3",
             "rope_theta": a.rope_theta,

@@ -99,6 +99,7 @@ def begin_directory(partial: Path, output: Path, until_end: contextlib.ExitStack
             "--output."
         )
     until_end.callback(shutil.rmtree, partial, ignore_errors=True)
-    for leftover in partial.iterdir():  # of an export that was killed
+    # Left by an export that was killed.
+    for leftover in partial.iterdir():
         shutil.rmtree(leftover) if leftover.is_dir() else leftover.unlink()
     files.undo_replacement(output)

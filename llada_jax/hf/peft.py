@@ -57,3 +57,9 @@ def peft_files(
         "adapter_config.json": (json.dumps(config, indent=2) + "\n").encode(),
         "adapter_model.safetensors": save(weights, metadata={"format": "pt"}),
     }
+
+
+def num_adapter_parameters(contents: dict[str, bytes]) -> int:
+    """Returns how many numbers the files of `peft_files` hold."""
+    load = require("safetensors.numpy", extra="hf").load
+    return sum(array.size for array in load(contents["adapter_model.safetensors"]).values())

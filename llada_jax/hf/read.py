@@ -20,6 +20,7 @@ from llada_jax.hf.convert import Tensor, tensors
 from llada_jax.models.transformer import Architecture
 from llada_jax.rng import key_for
 from llada_jax.schemas import GenerationConfig, Index, check, parse_json
+from llada_jax.storage import files
 
 CONFIG = "config.json"
 SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
@@ -43,12 +44,8 @@ def is_huggingface(path) -> bool:
 
 def read_json(file: Path) -> dict:
     """Returns the object in a JSON file; UserError when there is none."""
-    try:
+    with files.reading(file, remedy="fetch the whole checkpoint again"):
         content = file.read_bytes()
-    except OSError as error:
-        raise UserError(
-            f"{file} cannot be read ({error.strerror}); fetch the whole checkpoint again."
-        ) from error
     return parse_json(content, file=file)
 
 
@@ -267,7 +264,8 @@ def _read(stored: Stored, name: str, slices: list[slice]) -> np.ndarray:
 
 
 def _read_parameter(of_path: list[Tensor], stored: dict[str, Stored], leaf) -> jax.Array:
-    parts = {}  # devices that hold the same part share it
+    # Devices that hold the same part share it.
+    parts = {}
 
     def part(index):
         bounds = tuple(s.indices(size)[:2] for s, size in zip(index, leaf.shape))

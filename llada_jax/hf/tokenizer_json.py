@@ -21,7 +21,8 @@ from typing import Any
 
 from llada_jax.data.codecs import SPACE_MARK
 from llada_jax.data.tokenizer import CHAT_TEMPLATE, PROBES, Tokenizer
-from llada_jax.errors import UserError, reason, require
+from llada_jax.errors import UserError, require
+from llada_jax.storage import files
 
 NEVER = -1e6  # a score that no sum of other scores falls below
 BYTE_SCORE = -1e3  # of the byte of an unknown character: below every ordinary piece, above NEVER
@@ -34,13 +35,10 @@ def read_template(path: str) -> str:
         UserError: the file cannot be read, or is not a template.
     """
     jinja2 = require("jinja2", extra="hf")
-    try:
+    with files.reading(f"--chat-template {path}", remedy="give a text file"):
         template = Path(path).read_text()
+    try:
         jinja2.Environment().parse(template)
-    except (OSError, UnicodeDecodeError) as error:
-        raise UserError(
-            f"--chat-template {path} cannot be read ({reason(error)}); give a text file."
-        ) from error
     except jinja2.TemplateSyntaxError as error:
         raise UserError(
             f"--chat-template {path} is not a Jinja template (line {error.lineno}: {error}); fix "
@@ -290,7 +288,8 @@ class Pieces:
         ]
         self.scores = [piece.score for piece in model.pieces]
         top = max((self.scores[i] for i in self.normal), default=0.0)
-        for i in self.user_defined:  # the score that SentencePiece's search gives them
+        # The score that SentencePiece's search gives them.
+        for i in self.user_defined:
             self.scores[i] = len(model.pieces[i].piece.encode()) * top - 0.1
 
 
@@ -374,7 +373,8 @@ def _check_same_ids(tokenizer: Tokenizer, content: bytes) -> None:
     """
     tokenizers = require("tokenizers", extra="hf")
     converted = tokenizers.Tokenizer.from_str(content.decode())
-    converted.encode_special_tokens = True  # as here: "<s>" in a text is three characters
+    # As here: "<s>" in a text is three characters.
+    converted.encode_special_tokens = True
     texts = [*PROBES, *filter(None, (tokenizer.decode([i]) for i in range(tokenizer.vocab_size)))]
     theirs = [
         encoding.ids for encoding in converted.encode_batch_fast(texts, add_special_tokens=False)

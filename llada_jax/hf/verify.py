@@ -116,7 +116,8 @@ def compare_with_torch(
             lambda leaf: leaf.astype(DTYPES[dtype][1]).astype(leaf.dtype), params
         )
         rounded_BTV = np.asarray(logits(rounded))
-    del params, rounded  # PyTorch is about to hold the model too
+    # PyTorch is about to hold the model too.
+    del params, rounded
     found = compare(ours_BTV, rounded_BTV, torch_logits(directory, tokens_BT))
     check(found, dtype=dtype)
     return found

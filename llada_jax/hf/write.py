@@ -75,7 +75,8 @@ def _shard(name: str, tensors: list[Tensor], dtype: str) -> Shard:
         }
         position = end
     header = json.dumps(content, separators=(",", ":")).encode()
-    header += b" " * (-len(header) % 8)  # so that the numbers are aligned
+    # Padded so that the numbers are aligned.
+    header += b" " * (-len(header) % 8)
     header = len(header).to_bytes(8, "little") + header
     start = {t.name: len(header) + content[t.name]["data_offsets"][0] for t in tensors}
     return Shard(name, header, start, len(header) + position)
@@ -100,7 +101,8 @@ def other_files(shards: list[Shard], hf_config: dict, layout: str) -> dict[str, 
     """
     keys = ("bos_token_id", "eos_token_id", "pad_token_id", "transformers_version")
     generation = {key: hf_config[key] for key in keys}
-    if "eot_token_id" in hf_config:  # as published instruct models name all that ends a text
+    # Published instruct models name here all that ends a text.
+    if "eot_token_id" in hf_config:
         generation["eos_token_id"] = [hf_config["eos_token_id"], hf_config["eot_token_id"]]
     objects = {"config.json": hf_config, "generation_config.json": generation}
     contents = {

@@ -72,7 +72,8 @@ def attend_where(q_BTNH: Array, k_BSKH: Array, v_BSKH: Array, allowed_BTS: Array
     products whose batch dims come first, and at a softmax over four dims (a fifth dim for the
     groups costs 18% of a training step there).
     """
-    num_groups = q_BTNH.shape[2] // k_BSKH.shape[2]  # query heads that share a key/value head
+    # Query heads that share a key/value head.
+    num_groups = q_BTNH.shape[2] // k_BSKH.shape[2]
     k_BSNH, v_BSNH = (
         jnp.repeat(x, num_groups, axis=2) if num_groups > 1 else x for x in (k_BSKH, v_BSKH)
     )
@@ -97,8 +98,8 @@ def attend_in_pieces(
     start: Array | int | None = None,
     most_scores: int = MOST_SCORES,
 ) -> Array:
-    """The reference for rows of any length and padding, as scoring and sampling read them: so many
-    queries at a time that a device holds no more than `most_scores` scores.
+    """The reference for rows of any length and padding, as scoring and sampling read them: as many
+    queries at a time as fit where a device holds no more than `most_scores` scores.
 
     LLaDA-8B would have 64 GiB of them for 32 rows of 4,096 tokens. The queries are halved until the
     scores fit, or until their number is odd. A backward pass computes the scores of a piece again.

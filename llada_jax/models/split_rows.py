@@ -46,7 +46,8 @@ def exchange_for(
         num_parts: the size of the mesh axis `sequence`.
     """
     if name.startswith("xla"):
-        return "keys"  # the reference knows the column of each query
+        # The reference knows the column of each query.
+        return "keys"
     # "heads" first, for where both move as much: it keeps no keys of whole rows
     possible = ["heads"] if num_kv_heads % num_parts == 0 else []
     if name in _FROM_SOME_COLUMNS and mask == BIDIRECTIONAL:

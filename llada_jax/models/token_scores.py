@@ -123,7 +123,7 @@ def _score(
 ) -> TokenScores:
     """Returns the scores of all positions of an array [R, C], of the logical axes `names`.
 
-    The vocabulary is cut into n pieces, so many that the logits of a piece are no more than the
+    The vocabulary is cut into n pieces; n is such that the logits of a piece are no more than the
     whole logits of `nll_chunk` positions per row; they are computed again in the backward pass.
     Pieces of the vocabulary and not chunks of the positions, because the gradient of a piece of the
     head is then complete when its turn is over: it is reduced over the devices once per step, in

@@ -74,7 +74,8 @@ def capacity_for(
     """
     if complementary:
         return functools.partial(room_for_masks, share=0.5, is_mirrored=True)
-    if t_sampling == "iid":  # all of them may be late
+    # Independent times may all be late.
+    if t_sampling == "iid":
         return None
     return functools.partial(room_for_masks, share=share, is_mirrored=t_sampling != "stratified")
 

@@ -204,7 +204,8 @@ def bytes_by_purpose(collectives: list[dict]) -> dict[str, int]:
     names = ("sequence", "gather", "scatter", "reduce", "reshard", "between")
     totals = dict.fromkeys(names, 0)
     for c in collectives:
-        kind = c["kind"].partition(" ")[0]  # "all-gather (as all-reduce)"
+        # A kind may be "all-gather (as all-reduce)".
+        kind = c["kind"].partition(" ")[0]
         purpose = "sequence" if c["axes"] == "sequence" else purposes.get(kind, "reshard")
         purpose = "between" if c["spans_slices"] else purpose
         totals[purpose] += c["total_bytes"]

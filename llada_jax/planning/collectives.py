@@ -166,7 +166,8 @@ def _collectives_in(name: str, program: Program, devices_per_slice: int, shape: 
             groups = _groups(instruction.rest)
             group_size = len(groups[0]) if groups else 0
             if group_size == 1:
-                continue  # every device is alone: nothing moves
+                # Every device is alone: nothing moves.
+                continue
             spans_slices = bool(devices_per_slice) and any(
                 len({device // devices_per_slice for device in group}) > 1 for group in groups
             )
@@ -223,7 +224,8 @@ def _axes(groups: list[list[int]], shape: dict[str, int]) -> str:
     """Returns the mesh axes along which the devices of a group lie, joined by "+"."""
     if not shape:
         return ""
-    if not groups:  # all devices
+    # Without groups, all devices are meant.
+    if not groups:
         return "+".join(axis for axis, size in shape.items() if size > 1)
     varies = [False] * len(shape)
     for group in groups:
@@ -280,9 +282,11 @@ def _payloads(instruction: Instruction, kind: str, group_size: int):
     listed = arrays(instruction.type)
     # An asynchronous start lists more than its results, and each kind lists them in its own way.
     if instruction.opcode == "collective-permute-start":
-        listed = listed[:1]  # (source, target, two contexts)
+        # What is listed is (source, target, two contexts).
+        listed = listed[:1]
     elif instruction.opcode.endswith("-start") and kind != "all-reduce":
-        listed = listed[len(listed) // 2 :]  # (operands, results)
+        # What is listed is (operands, results).
+        listed = listed[len(listed) // 2 :]
     # The result of a scatter is a shard; the whole array is as many times larger.
     factor = max(group_size, 1) if kind == "reduce-scatter" else 1
     for index, (num_bytes, dtype) in enumerate(listed):

@@ -25,6 +25,7 @@ from llada_jax.checkpoints.record import RunRecord, reads_ema, write_run
 from llada_jax.checkpoints.workdir import Checkpoints, find_checkpoint
 from llada_jax.cluster.agreement import check_same_everywhere
 from llada_jax.data.batch import Field
+from llada_jax.data.lengths import LENGTHS, described, lengths_json
 from llada_jax.data.loader import Source, SourceSummary, describe
 from llada_jax.data.tokenizer import SPECIAL_IDS, Tokenizer, load_same
 from llada_jax.errors import UserError
@@ -70,6 +71,13 @@ class RunData(NamedTuple):
             {"directory": s.directory, "fingerprint": s.fingerprint, "share": s.share}
             for s in self.summaries
         ]
+
+    def lengths(self) -> dict[str, dict[str, int]]:
+        """Returns how long the training texts of all datasets are, by kind; see
+        llada_jax.data.lengths.described.
+        """
+        counts = lengths_json([{LENGTHS: s.info.lengths} for s in self.summaries])[LENGTHS]
+        return {kind: described(counts[kind]) for kind in counts if counts[kind]}
 
 
 def open_data(sources: Sequence[Source], *, sequence_length: int) -> RunData:

@@ -45,7 +45,8 @@ class Tracker:
             self._library.init(config=config, **settings)
             if not self._counts_steps:
                 self._library.define_metric("*", step_metric="step")
-        except Exception as error:  # the libraries share no class of errors
+        except Exception as error:
+            # The libraries share no class of errors.
             raise UserError(
                 f"The tracker {name} refuses the run ({reason(error)}); set it up in the "
                 "environment, or set config.log.tracker to none."
@@ -75,7 +76,8 @@ class Tracker:
             return
         try:
             getattr(self._library, name)(*args, **kwargs)
-        except Exception as error:  # the libraries share no class of errors
+        except Exception as error:
+            # The libraries share no class of errors.
             self._has_failed = True
             print(
                 f"tracker     {self._library.__name__} takes no more metrics ({reason(error)}): "

@@ -111,7 +111,8 @@ def place_everywhere(tree: Any, sharding: jax.sharding.Sharding | None) -> Any:
             jax.random.wrap_key_data(data, impl=jax.random.key_impl(leaf)) if is_key(leaf) else data
         )
 
-    placed = jax.device_put(jax.tree.map(unwrapped, tree), sharding)  # all at once
+    # One call for all arrays, which are then moved at the same time.
+    placed = jax.device_put(jax.tree.map(unwrapped, tree), sharding)
     return jax.tree.map(wrapped_like, tree, placed)
 
 

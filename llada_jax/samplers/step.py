@@ -117,7 +117,8 @@ def _block_logits(
     vocabulary of 126,464 they take 5.8 GiB.
     """
     rows = _rows(state, fixed, plan)
-    if plan.is_bounded:  # what lies further behind is not there yet
+    # What lies further behind is not there yet.
+    if plan.is_bounded:
         is_there_T = jnp.arange(plan.width) < start + plan.block_length + fixed.lookahead
         rows = rows._replace(segment_ids_BT=jnp.where(is_there_T, rows.segment_ids_BT, 0))
     where: dict = {"start": start, "length": plan.block_length}
@@ -149,7 +150,8 @@ def _block_logits(
         if plan.is_guided:
             logits_BTV = guided(logits_BTV, fixed.cfg_scale)
         logits_BTV = without_ids(logits_BTV, fixed.suppress_n)
-        if plan.eos == "never":  # of a model with turns, their end still ends a text
+        # In a model with turns, their end still ends a text.
+        if plan.eos == "never":
             logits_BTV = without_ids(logits_BTV, fixed.eos_ids_n[:1])
         return logits_BTV
 
@@ -353,7 +355,8 @@ def denoise_block(
     canvas_BT = jnp.where(is_done, ended_BT, state.canvas_BT)
     is_left_BT = is_generated_BT & (canvas_BT == fixed.mask_id)
     confidence_BT = state.confidence_BT
-    if plan.with_confidence:  # what is filled in was never proposed
+    # What is filled in was never proposed.
+    if plan.with_confidence:
         is_filled_BT = canvas_BT != state.canvas_BT
         confidence_BT = jnp.where(is_filled_BT, jnp.nan, confidence_BT)
     result = (

@@ -57,7 +57,8 @@ class Folder:
             return _read_fully(_opened(os.path.join(self._path, name), self), start, length)
         try:
             read = self._wait(self._store.read(name, byte_range=slice(start, start + length)))
-        except Exception as error:  # tensorstore has a class for each of absl's status codes
+        except Exception as error:
+            # tensorstore has a class for each of absl's status codes.
             # Of a range that reaches beyond the end, nothing is returned.
             if "OUT_OF_RANGE" in str(error):
                 return b""

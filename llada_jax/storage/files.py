@@ -54,6 +54,24 @@ def writing(what, *, remedy: str) -> Iterator[None]:
         raise UserError(f"{what} cannot be written ({where}{reason(error)}); {remedy}.") from error
 
 
+@contextlib.contextmanager
+def reading(what, *, remedy: str) -> Iterator[None]:
+    """Turns what a disk or bucket refuses in its block (OSError), and text in it that is not UTF-8,
+    into a UserError: "WHAT cannot be read (REASON); REMEDY.".
+
+    Only the reading belongs in the block. What the content says is another mistake with another
+    remedy: a file that is called damaged gets deleted.
+
+    Args:
+        what: a path, or words with a path in them.
+        remedy: what the user can do, without a full stop.
+    """
+    try:
+        yield
+    except (OSError, UnicodeDecodeError) as error:
+        raise UserError(f"{what} cannot be read ({reason(error)}); {remedy}.") from error
+
+
 def write_whole(
     path, content: str | bytes, *, durable: bool = True, concurrent: bool = False
 ) -> None:
@@ -130,7 +148,8 @@ def whole_directory(path, *, durable: bool = True) -> Iterator[epath.Path]:
         return
     undo_replacement(path)
     partial = path.with_name(f"{path.name}.partial")
-    shutil.rmtree(partial, ignore_errors=True)  # of a process that was killed
+    # Left by a process that was killed.
+    shutil.rmtree(partial, ignore_errors=True)
     try:
         partial.mkdir(parents=True)
         yield partial
@@ -187,7 +206,8 @@ def sizes_in(folder) -> dict[str, int]:
             listed = filesystem.ls(path, detail=True)
         except FileNotFoundError:
             return {}
-        except Exception as error:  # the clients share no class of errors for what can go wrong
+        except Exception as error:
+            # The clients share no class of errors for what can go wrong.
             raise OSError(str(error)) from error
         return {
             entry["name"].rsplit("/", 1)[1]: entry["size"]

@@ -61,7 +61,8 @@ def _connect(scheme: str, bucket: str) -> None:
         say = functools.partial(_say_what_is_waited_for, what=f"{scheme}://{bucket}")
         with reported_every(WAITING_S, say):
             is_there = epath.Path(f"{scheme}://{bucket}").exists()
-    except Exception as error:  # the clients share no class of errors for what can go wrong here
+    except Exception as error:
+        # The clients share no class of errors for what can go wrong here.
         raise UserError(
             f"{scheme}://{bucket} cannot be reached ({reason(error)}): check the credentials and "
             "the endpoint in the environment."

@@ -126,7 +126,8 @@ def tied_to(sweep: int):
 
     def tie() -> None:
         prctl(set_signal_at_death, signal.SIGTERM)
-        if os.getppid() != sweep:  # it ended before that call
+        # The sweep may have ended before that call.
+        if os.getppid() != sweep:
             os._exit(1)
 
     return tie

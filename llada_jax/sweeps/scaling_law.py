@@ -265,7 +265,8 @@ def _exponents(groups: list[list[FinishedRun]], losses: list[np.ndarray]) -> tup
     weights = (log_compute - log_compute.mean()) / np.sum((log_compute - log_compute.mean()) ** 2)
     logs: dict[str, list] = {"parameters": [], "tokens": [], "loss": []}
     variances: dict[str, list] = {name: [] for name in logs}
-    with np.errstate(all="ignore"):  # of samples without a minimum, which the caller drops
+    # Some samples have no minimum; the caller drops them.
+    with np.errstate(all="ignore"):
         for group, loss, log_c in zip(groups, losses, log_compute):
             c, b, a = _parabola(group, loss)
             covariance = np.linalg.inv(_basis(group).T @ _basis(group))
@@ -326,7 +327,8 @@ def fit_surface(runs: Sequence[FinishedRun]) -> Estimate | None:
     # (q + 2 a p)^2 <= t^2 (var q + 4 a cov + 4 a^2 var p), a quadratic in a
     square = 4 * (p * p - t2 * covariance[0, 0])
     if square <= 0:
-        return Estimate(value, -math.inf, math.inf)  # p may be 0: no a can be excluded
+        # p may be 0: no a can be excluded.
+        return Estimate(value, -math.inf, math.inf)
     linear = 4 * (p * q - t2 * covariance[0, 1])
     constant = q * q - t2 * covariance[1, 1]
     half = math.sqrt(max(linear**2 - 4 * square * constant, 0.0))

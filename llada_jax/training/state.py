@@ -63,6 +63,7 @@ def split_abstract(
         return abstract_params, {}
     what = f"split_parameters of the objective {name!r}"
     check_takes(split, what, None, None)
+    # Traced and not run: a mistake is reported in a second, and not after the network was made.
     with blamed_on(name, "objective"):
         returned = jax.eval_shape(lambda p: split(p, jax.random.key(0)), abstract_params)
     if (
@@ -138,11 +139,16 @@ def abstract_state(
     replicated = NamedSharding(mesh, P())
 
     def place(path: Any, leaf: Any) -> Any:
+        # An optimizer keeps its moments in a tree of its own, whose paths end as those of the
+        # parameters do: levels are dropped from the front until the rest is a parameter's path.
+        # Matched by the whole path, the moments of Adam would be replicated, and every device would
+        # hold twice the parameters.
         name = jax.tree_util.keystr(path, simple=True, separator="/")
         while name:
             shape, sharding = sharding_of.get(name, (None, None))
             if shape == leaf.shape:
                 return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding)
+            # The scales of int8 matrices, or what an own optimizer keeps per row or column.
             if shape and _is_reduced(leaf.shape, shape):
                 sharding = reduced(sharding, leaf.shape)
                 return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding)
@@ -188,7 +194,9 @@ def create_state(
         frozen = {}
         if split is not None:
             params, frozen = split(params, key_for("split", seed))
-        # copies, because a step takes over all buffers of the state: no two may be one
+        # Copies, because a step takes over all buffers of the state: no two may be one. The metrics
+        # are part of the state, and not of the loop, so that a step adds to them on the devices and
+        # the loop waits for none of them between two log lines.
         return TrainState(
             step=jnp.zeros((), jnp.int32),
             params=params,
@@ -198,5 +206,7 @@ def create_state(
             frozen=jax.tree.map(jnp.copy, frozen),
         )
 
+    # One compiled program with sharded outputs. Created one by one, arrays would first be whole on
+    # one device, where the largest matrices of a large model do not fit.
     shardings = jax.tree.map(lambda leaf: leaf.sharding, abstract)
     return jax.jit(create, out_shardings=shardings, donate_argnums=0)(params)

@@ -9,8 +9,9 @@ import jax
 
 from llada_jax.checkpoints.orbax_patches import drop_echoes
 from llada_jax.conversation import Answer, Conversation, Question
-from llada_jax.errors import UserError, reason
+from llada_jax.errors import UserError
 from llada_jax.pretrained import load
+from llada_jax.request_checks import length_hint, surprises
 from llada_jax.samplers.denoise import DenoiseStep
 from llada_jax.samplers.settings import check_request
 from llada_jax.samplers.show import make_show
@@ -22,6 +23,7 @@ from llada_jax.sampling_flags import (
     read_schedule,
     read_settings,
 )
+from llada_jax.storage import files
 from llada_jax.streams import warn
 from llada_jax.verbs.command_line import Parser, placement
 
@@ -82,7 +84,7 @@ def begin(args) -> Conversation:
         args.checkpoint, ema=args.ema, tokenizer=args.tokenizer, needs_text=True, **where
     )
     if args.gen_length is None:
-        args.gen_length = default_length(pretrained.config["data"]["sequence_length"])
+        args.gen_length = default_length(pretrained.record.sequence_length)
         schedule = schedule_of(args)
     if pretrained.record.mask.causal:
         schedule = {"gen_length": args.gen_length, **asked}
@@ -132,19 +134,16 @@ def piped() -> Iterator[str]:
         UserError: stdin cannot be read, or a line is not UTF-8.
     """
     number = 0
-    try:
-        for number, line in enumerate(sys.stdin.buffer, 1):
-            # "utf-8-sig" drops a byte order mark, which would become part of the first message.
-            yield line.decode("utf-8" if number > 1 else "utf-8-sig").strip()
-    except OSError as error:
-        raise UserError(
-            f"stdin cannot be read ({reason(error)}); give it a text with one message per line."
-        ) from error
-    except UnicodeDecodeError as error:
-        raise UserError(
-            f"Line {number} of stdin is not UTF-8 at byte {error.start}; convert it, for example "
-            "with iconv -t utf-8."
-        ) from error
+    with files.reading("stdin", remedy="give it a text with one message per line"):
+        try:
+            for number, line in enumerate(sys.stdin.buffer, 1):
+                # "utf-8-sig" drops a byte order mark, which would become part of the first message.
+                yield line.decode("utf-8" if number > 1 else "utf-8-sig").strip()
+        except UnicodeDecodeError as error:
+            raise UserError(
+                f"Line {number} of stdin is not UTF-8 at byte {error.start}; convert it, for "
+                "example with iconv -t utf-8."
+            ) from error
 
 
 # ---- what the model says
@@ -213,19 +212,16 @@ def answer_shown(conversation: Conversation, question: Question) -> Answer:
     return answer
 
 
-def warn_of_length(conversation: Conversation, question: Question) -> None:
-    """Says what does not fit the context."""
+def warn_of_surprises(conversation: Conversation, question: Question) -> None:
+    """Says what does not fit the context, and that a gap is not filled."""
     if question.num_dropped:
         turns = "turn is" if question.num_dropped == 1 else f"{question.num_dropped} turns are"
         warn(
             f"the oldest {turns} forgotten, because the model reads {conversation.context} tokens."
         )
     length = len(question.tokens) + conversation.gen_length
-    if length > conversation.context:
-        warn(
-            f"message and --gen-length make {length} tokens, the model was trained on "
-            f"{conversation.context}; expect a worse answer."
-        )
+    for sentence in surprises([question.text], length=length, trained=conversation.context):
+        warn(sentence)
 
 
 def main(argv: list[str]) -> None:
@@ -235,6 +231,8 @@ def main(argv: list[str]) -> None:
     is_terminal = sys.stdin.isatty()
     if not conversation.has_template:
         warn("the tokenizer has no chat template; messages are written under plain headings.")
+    for sentence in length_hint(conversation.record, gen_length=conversation.gen_length):
+        warn(sentence)
     if is_terminal:
         warn(KEYS)
     num_answers = 0
@@ -247,7 +245,7 @@ def main(argv: list[str]) -> None:
         try:
             check_unicode([text], "The message", remedy="set the terminal to UTF-8")
             question = conversation.ask(text)
-            warn_of_length(conversation, question)
+            warn_of_surprises(conversation, question)
             if is_terminal:
                 answer = answer_shown(conversation, question)
             else:

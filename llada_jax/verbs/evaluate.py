@@ -266,7 +266,7 @@ def evaluate(
             f"({model.tokenizer.fingerprint[:12]}); prepare it with --tokenizer "
             f"{checkpoint}/tokenizer."
         )
-    objective = make_objective(model.tokenizer, **model.config["objective"])
+    objective = make_objective(model.tokenizer, **model.record.knob("objective"))
     of_split = info.split(split)
     sharding.check_divisible(
         model.mesh, {"--mesh: the length of the rows": ("act_position", info.sequence_length)}
@@ -282,7 +282,7 @@ def evaluate(
         # as in training: a model that never saw a document end within a row is not asked to. Of
         # dialogues, none may see another.
         attend_across_documents=(
-            model.config["data"]["attend_across_documents"] and info.dialogues is None
+            model.record.knob("data.attend_across_documents") and info.dialogues is None
         ),
         seed=seed,
         num_draws=mc_samples,
@@ -323,7 +323,7 @@ def evaluate(
             first_tokens(info, split=split),
             mask=model.record.mask,
             ids=model.tokenizer,
-            longest=model.config["data"]["sequence_length"],
+            longest=model.record.sequence_length,
         )
         result["speed"] = {name: one._asdict() for name, one in found.items()}
     return result

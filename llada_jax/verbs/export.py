@@ -7,7 +7,13 @@ from pathlib import Path
 
 import jax
 
-from llada_jax.checkpoints.export import Export, training_of, write_adapters, write_model
+from llada_jax.checkpoints.export import (
+    Export,
+    adapters_of,
+    training_of,
+    write_adapters,
+    write_model,
+)
 from llada_jax.checkpoints.huggingface import tokenizer_of
 from llada_jax.checkpoints.orbax_patches import drop_echoes
 from llada_jax.checkpoints.workdir import find_checkpoint
@@ -18,6 +24,7 @@ from llada_jax.hf.card import check_license, heldout_result, model_card
 from llada_jax.hf.config_json import choose_layout, hf_config
 from llada_jax.hf.convert import tensors
 from llada_jax.hf.directory import check_output
+from llada_jax.hf.peft import num_adapter_parameters
 from llada_jax.hf.tokenizer_json import read_template, tokenizer_files
 from llada_jax.hf.write import DTYPES, other_files, plan_shards
 from llada_jax.models.transformer import num_parameters
@@ -153,7 +160,7 @@ def prepare_export(args) -> tuple[Export, dict]:
     listed = tensors(layout, a)
     found.check_parameters(step, {tensor.path for tensor in listed}, ema=args.ema)
     shards = plan_shards(listed, dtype=args.dtype, shard_size=shard_size)
-    max_length = record.knob("data.sequence_length")
+    max_length = record.sequence_length
     ids = {name: getattr(tokenizer, name) for name in ("mask_id", "eos_id", "bos_id", "pad_id")}
     config = hf_config(
         a,
@@ -181,28 +188,31 @@ def prepare_export(args) -> tuple[Export, dict]:
         has_tokenizer=has_text,
         license_id=args.license,
     ).encode()
+    weights = "ema" if args.ema else "params"
+    export = Export(
+        found, step, record, tokenizer, weights, layout, args.dtype, listed, shards, others
+    )
+    count = num_parameters(a)
     if args.adapters:
         # a few numbers next to those of the model, and there is no model to describe
-        shards, others = [], {}
-    sizes = {shard.name: shard.size for shard in shards}
-    sizes |= {name: len(content) for name, content in others.items()}
+        export = export._replace(dtype="float32", shards=[], others=adapters_of(export))
+        count = num_adapter_parameters(export.others)
+    sizes = {shard.name: shard.size for shard in export.shards}
+    sizes |= {name: len(content) for name, content in export.others.items()}
     result = {
         "checkpoint": args.checkpoint,
         "step": step,
         "output": args.output,
         "layout": layout,
-        "dtype": args.dtype,
-        "weights": "ema" if args.ema else "params",
-        "parameters": num_parameters(a),
+        "dtype": export.dtype,
+        "weights": weights,
+        "parameters": count,
         "keeps_ema": record.keeps_ema,
         "files": dict(sorted(sizes.items())),
         "dry_run": args.dry_run,
         "repository": args.push_to_hub,
     }
-    weights = result["weights"]
-    return Export(
-        found, step, record, tokenizer, weights, layout, args.dtype, listed, shards, others
-    ), result
+    return export, result
 
 
 def write_export(args, export: Export, result: dict) -> dict:

@@ -177,7 +177,8 @@ def remove(path, *, but_itself: bool) -> None:
             for child in remains:
                 child.rmtree() if child.is_dir() else child.unlink()
             num_quiet = 0 if remains else num_quiet + 1
-        except OSError:  # a late writer came in between, or the disk does not let us
+        except OSError:
+            # A late writer came in between, or the disk does not let us.
             num_quiet = 0
         if num_quiet == 5:
             break

@@ -122,6 +122,8 @@ def main(argv: list[str]) -> None:
         report["search"] = search(asked)
     if report["memory"]["peak"] > report["usable_bytes"]:
         report["fit"] = knobs_that_fit(asked)
+    # The memory of a choice is an estimate, so the compiler is asked about the fastest; about three
+    # alone, because each compilation takes minutes.
     if args.search and args.compile:
         for choice in report["search"][:3]:
             print(f"compiling {describe_choice(choice)}", file=sys.stderr)
@@ -132,6 +134,7 @@ def main(argv: list[str]) -> None:
         print(f"compiling the train step for {num_devices} devices", file=sys.stderr)
         report["compiled"] = compile_and_check(asked)
     print(json_text(report) if args.json else "\n".join(describe(report)))
+    # After the report and not instead of it: the report says what takes the memory.
     if not report.get("compiled", {}).get("fits", True):
         raise UserError(does_not_fit(report))
 
@@ -207,6 +210,7 @@ def knobs_that_fit(asked: Asked) -> list[str]:
     except UserError:
         return []
     config, mesh = asked.config, dict(choice["mesh"])
+    # Compared with sizes and not with knobs: fsdp=-1 of the config may be the 128 of the choice.
     shape = stand_in_mesh(config.mesh, asked.machines, asked.num_slices).shape
     flags = [f"mesh.{axis}={size}" for axis, size in mesh.items() if size != shape[axis]]
     if choice["remat"] != config.model.remat:

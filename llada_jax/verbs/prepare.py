@@ -9,6 +9,7 @@ import sys
 
 from llada_jax.data.build import COUNTS
 from llada_jax.data.dialogue_units import CHAT_CHOICES, ChatSettings
+from llada_jax.data.lengths import ANSWERS, LENGTHS, described
 from llada_jax.data.parts import join_parts, parse_part
 from llada_jax.data.preparation import prepare
 from llada_jax.data.text import Cut
@@ -206,6 +207,11 @@ def summary(output, content: dict) -> str:
     if content["source"]["num_empty_documents"]:
         lines.append(f"  {content['source']['num_empty_documents']:,} empty documents were skipped")
     lines += _lines_of_dialogues(content["dialogues"]) if "dialogues" in content else []
+    if lengths := described(content.get(LENGTHS, {}).get(ANSWERS, {})):
+        lines.append(
+            f"  half of the answers to train on have up to {lengths['median']:,} tokens, 99% up to "
+            f"{lengths['most']:,}, the longest {lengths['longest']:,}, their ends included"
+        )
     if "num_lossy_documents" in content["source"]:
         lines.append(
             f"  {content['source']['num_lossy_documents']:,} documents lose text in the tokenizer, "
@@ -223,9 +229,11 @@ def _lines_of_dialogues(told: dict) -> list[str]:
             f"  the first of them is {told['first_malformed']}",
         ]
     if told["num_too_long"]:
-        lines += [
-            f"  {told['num_too_long']:,} dialogues were too long, of which {told['num_cut']:,} "
-            "lost their beginning and the others were left out",
-            f"  the first of them is {told['first_too_long']}",
-        ]
+        # complete data sets of version 0.1 have neither "records" nor "first_too_long"
+        lines.append(
+            f"  {told['num_too_long']:,} {told.get('records', 'dialogues')} were too long, of "
+            f"which {told['num_cut']:,} lost their beginning and the others were left out"
+        )
+        if first := told.get("first_too_long"):
+            lines.append(f"  the first of them is {first}")
     return lines

@@ -15,12 +15,18 @@ from llada_jax.checkpoints.orbax_patches import drop_echoes
 from llada_jax.errors import UserError
 from llada_jax.pretrained import load
 from llada_jax.ranges import SIZE, check_number
-from llada_jax.request_checks import check_can_infill
+from llada_jax.request_checks import check_can_infill, length_hint, surprises
 from llada_jax.samplers.batches import ignore_step
 from llada_jax.samplers.replay import Recording
 from llada_jax.samplers.settings import check_request
 from llada_jax.samplers.show import make_show
-from llada_jax.samplers.text import Completion, continue_text, generate_text, infill_text
+from llada_jax.samplers.text import (
+    Completion,
+    continue_text,
+    generate_text,
+    infill_text,
+    parse_gaps,
+)
 from llada_jax.sampling_flags import (
     add_checkpoint_flag,
     add_sampling_flags,
@@ -88,17 +94,12 @@ def read_prompts(prompts: list[str] | None, path: str | None) -> list[str]:
     if path is None:
         check_unicode(prompts or [], "--prompt", remedy=UTF8_REMEDY)
         return prompts or [""]
-    try:
+    with files.reading(f"--prompt-file {path!r}", remedy="pass a text file, or - for stdin"):
         if path == "-":
             data = sys.stdin.buffer.read()
         else:
             with open(path, "rb") as file:
                 data = file.read()
-    except OSError as error:
-        raise UserError(
-            f"--prompt-file {path!r} cannot be read: {error.strerror}; pass a text file, or - for "
-            "stdin."
-        ) from error
     try:
         # "utf-8-sig" drops a byte order mark, which would become part of the first prompt.
         lines = data.decode("utf-8-sig").replace("\r\n", "\n").split("\n")
@@ -123,17 +124,25 @@ def warn_of_surprises(args, pretrained, prompts: list[str]) -> None:
             f"--num-samples {args.num_samples} at --temperature 0 repeats the same text; try "
             "--temperature 0.7."
         )
-    longest = (
-        max(len(pretrained.tokenizer.encode(prompt)) for prompt in set(prompts)) + args.gen_length
+    lengths = [row_length(args, pretrained.tokenizer, text) for text in set(prompts)]
+    found = surprises(
+        [] if args.infill else prompts,
+        length=max(lengths),
+        trained=pretrained.record.sequence_length,
     )
-    trained = pretrained.config["data"]["sequence_length"]
-    # Not refused: rotary positions extend, and a little beyond the trained length usually still
-    # reads well.
-    if longest > trained:
-        warn(
-            f"prompt and --gen-length make {longest} tokens, the model was trained on {trained}; "
-            "expect worse text."
+    if not args.infill:
+        found += length_hint(
+            pretrained.record, gen_length=args.gen_length, shortest_row=min(lengths)
         )
+    for sentence in found:
+        warn(sentence)
+
+
+def row_length(args, tokenizer, text: str) -> int:
+    """Returns the tokens of a text, with those that are to be generated."""
+    if args.infill:
+        return len(parse_gaps(tokenizer, text)[0])
+    return len(tokenizer.encode(text)) + args.gen_length
 
 
 def print_texts(completions: list[Completion], *, is_infill: bool) -> None:
@@ -189,11 +198,15 @@ def check_infill(args) -> None:
         ("--eos", args.eos != "free"),
         ("--ignore-eos", args.ignore_eos),
         ("--best-of", args.best_of > 1),
-        ("--show", args.show),
-        ("--html", args.html),
     ):
         if value:
             raise UserError(f"{flag} is about texts that go on, and --infill fills gaps; keep one.")
+    for flag, value in (("--show", args.show), ("--html", args.html)):
+        if value:
+            raise UserError(
+                f"{flag} draws a prompt and the generation behind it, and cannot draw the gaps of "
+                "--infill; keep one."
+            )
 
 
 def infill(args, pretrained, settings: dict, texts: list[str]) -> list[Completion]:
@@ -306,8 +319,7 @@ def main(argv: list[str]) -> None:
     if args.infill:
         check_can_infill(pretrained.record)
         settings |= {"steps": args.steps}
-    else:
-        warn_of_surprises(args, pretrained, prompts)
+    warn_of_surprises(args, pretrained, prompts)
 
     # 3. The texts.
     start = time.perf_counter()

@@ -195,7 +195,7 @@ def show_fit(sweep: Sweep, *, in_json: bool) -> None:
                 num_parameters,
                 a.num_layers,
                 a.num_heads * a.head_dim,
-                record.knob("data.sequence_length"),
+                record.sequence_length,
                 causal=record.mask.causal,
             )
             runs.append(

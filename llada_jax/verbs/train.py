@@ -214,6 +214,7 @@ def open_run(
                 parts=parts,
                 special_ids=data.tokenizer.special_ids,
                 chat_template=data.tokenizer.chat_template,
+                lengths=data.lengths() or None,
             ),
             config_text=config_text,
             tokenizer=data.tokenizer,
@@ -240,7 +241,7 @@ def recorded_remat(workdir: str) -> str:
     """
     if not (remote.path_of(workdir) / FILE).exists():
         return AUTO
-    return read_run(workdir).config.get("model", {}).get("remat", AUTO)
+    return read_run(workdir).knob("model.remat")
 
 
 def train_on(
@@ -299,8 +300,8 @@ def train_on(
         lambda sums: jax.tree.map(jnp.zeros_like, sums),
         out_shardings=jax.tree.map(lambda s: s.sharding, recipe.abstract.metrics),
     )
-    # a canvas is padded on the left and of any length, which only the reference attention takes
-    # made once, because what is compiled for it is found again under its functions
+    # A canvas is padded on the left and of any length, which only the reference attention takes.
+    # Made once, because what is compiled for it is found again under its functions.
     sampling_model = make_model(
         recipe.architecture, dtype=recipe.dtype, attention="xla", mask=recipe.objective.mask
     )

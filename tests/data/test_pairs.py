@@ -12,7 +12,7 @@ from llada_jax.data.loader import describe, fields_of, heldout_batches, train_ba
 from llada_jax.data.preparation import prepare
 from llada_jax.data.records import Records, read_dataset
 from llada_jax.data.tokenizer import load_tokenizer
-from llada_jax.verbs.prepare import chat_settings
+from llada_jax.verbs.prepare import chat_settings, summary
 
 T = 64
 TOKENIZER = load_tokenizer("bytes")
@@ -149,8 +149,9 @@ def test_pairs_that_are_too_long_are_refused_left_out_or_cut_alike(tmp_path):
     hopeless = {"prompt": "p", "chosen": "y" * 70, "rejected": "no"}
     message = error_of(prepared, tmp_path / "error", [long])
     assert "in.jsonl:1: the two dialogues of the pair have 87 tokens" in message
-    told = prepared(tmp_path / "drop", [PAIRS[0], long], too_long="drop")["dialogues"]
-    assert (told["num_too_long"], told["num_cut"]) == (1, 0)
+    content = prepared(tmp_path / "drop", [PAIRS[0], long], too_long="drop")
+    assert (content["dialogues"]["num_too_long"], content["dialogues"]["num_cut"]) == (1, 0)
+    assert "  1 pairs were too long, of which 0 lost" in summary("out", content)
     told = prepared(tmp_path / "left", [long, hopeless], too_long="left", malformed="skip")
     told = told["dialogues"]
     assert (told["num_too_long"], told["num_cut"], told["num_malformed"]) == (2, 1, 1)

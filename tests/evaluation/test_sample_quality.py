@@ -5,6 +5,7 @@ import pytest
 
 from llada_jax.evaluation.sample_quality import (
     Samples,
+    best_of,
     difference,
     is_no_worse,
     quality,
@@ -18,6 +19,19 @@ def samples_of(rng, *, num_rows=200, bits=2.0, vocabulary=20):
     num_bytes_B = np.full(num_rows, 36)
     nll_B = num_bytes_B * (bits + rng.normal(0, 0.2, num_rows)) * np.log(2)
     return Samples(nll_B, num_bytes_B, rng.integers(vocabulary, size=(num_rows, 12)))
+
+
+def test_the_best_of_several_is_chosen_for_each_prompt_by_its_score():
+    first = Samples(np.array([1.0, 2.0, 3.0]), np.array([4, 5, 6]), np.array([[7], [8], [9]]))
+    second = Samples(-first.nll_B, first.num_bytes_B + 10, first.tokens_BT + 10)
+    score_NB = np.array([[-1.0, -3.0, -2.0], [-2.0, -1.0, -2.0]])
+    chosen = best_of([first, second], score_NB)
+    assert chosen.nll_B.tolist() == [1, -2, 3]
+    assert chosen.num_bytes_B.tolist() == [4, 15, 6]
+    assert chosen.tokens_BT.tolist() == [[7], [18], [9]]
+    # of one candidate there is no choice
+    for ours, theirs in zip(best_of([second], score_NB[:1]), second, strict=True):
+        np.testing.assert_array_equal(ours, theirs)
 
 
 def test_repetition_is_the_share_of_phrases_that_a_row_has_had_before():

@@ -12,6 +12,8 @@ from llada_jax.objectives.autoregressive import autoregressive
 from llada_jax.objectives.contract import check_objective
 from llada_jax.objectives.masked_diffusion import masked_diffusion
 from llada_jax.objectives.objective import Objective
+from llada_jax.objectives.sft import sft
+from llada_jax.objectives.vrpo import vrpo
 
 B, T = 4, 8
 PARAMS = {"w": jax.ShapeDtypeStruct((3,), jnp.float32)}
@@ -45,10 +47,20 @@ def returning(change):
     return lambda *args, **kwargs: change(*good(*args, **kwargs))
 
 
-def test_the_objectives_of_the_package_keep_the_contract():
-    for objective in (masked_diffusion(mask_id=9), autoregressive(bos_id=1)):
-        metrics = check_objective(objective, PARAMS, frozen={}, num_rows=B, sequence_length=T)
-        assert {"loss", objective.bound_name} <= set(metrics)
+@pytest.mark.parametrize(
+    ("objective", "frozen"),
+    [
+        (masked_diffusion(mask_id=9), {}),
+        (autoregressive(bos_id=1), {}),
+        (sft(mask_id=9), {}),
+        # The reference is the network that the run begins with.
+        (vrpo(mask_id=9), vrpo(mask_id=9).split_parameters(PARAMS, None)[1]),
+    ],
+    ids=["masked_diffusion", "autoregressive", "sft", "vrpo"],
+)
+def test_the_objectives_of_the_package_keep_the_contract(objective, frozen):
+    metrics = check_objective(objective, PARAMS, frozen=frozen, num_rows=B, sequence_length=T)
+    assert {"loss", objective.bound_name} <= set(metrics)
 
 
 def test_masks_and_bounds_are_told_by_the_record():

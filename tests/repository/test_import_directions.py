@@ -170,6 +170,21 @@ def test_imports_form_no_cycle():
     assert len(order) == len(FILES)
 
 
+def test_what_has_a_leading_underscore_is_used_by_its_own_file_alone():
+    folders = [PACKAGE.parent / name for name in ("launch", "benchmarks", "configs", "docs")]
+    others = [path for folder in folders for path in folder.rglob("*.py")]
+    files = [*FILES.values(), *others]
+    assert min(len(FILES), 10 * len(others)) > 150
+    private = [
+        (path.name, name)
+        for path in files
+        for name in imported(path)
+        if any(p.startswith("_") and not p.startswith("__") for p in name.split("."))
+        and name.split(".")[0] in ("llada_jax", *(file.stem for file in files))
+    ]
+    assert private == []
+
+
 def test_verbs_import_no_verb_but_share_the_command_line():
     edges = {(m, o) for m, o in EDGES if room(m) == room(o) == "verbs"}
     assert {other for _, other in edges} == {"verbs.command_line"}

@@ -64,11 +64,21 @@ def test_one_step_per_block_never_reads_a_stale_cache(network):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("cache", ["prefix", "dual"])
-def test_any_row_alone_is_the_same_row_in_any_batch(network, cache):
-    together_BT, _ = sample(network, cache=cache, refresh=3, temperature=1.0)
-    single_BT, _ = sample(network, cache=cache, refresh=3, temperature=1.0, batch_size=1)
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"cache": "prefix", "refresh": 3, "temperature": 1.0},
+        {"cache": "dual", "refresh": 3, "temperature": 1.0},
+        # Rows that need different numbers of passes refresh in the same ones.
+        {"cache": "dual", "refresh": 2, "commit": "frechet=0.1", "eos_id": EOS},
+    ],
+    ids=str,
+)
+def test_any_row_alone_is_the_same_row_in_any_batch(network, options):
+    together_BT, together_B = sample(network, **options)
+    single_BT, single_B = sample(network, batch_size=1, **options)
     np.testing.assert_array_equal(together_BT, single_BT)
+    np.testing.assert_array_equal(together_B, single_B)
 
 
 @pytest.mark.slow

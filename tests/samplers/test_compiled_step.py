@@ -4,7 +4,6 @@ import math
 
 import jax
 import jax.monitoring
-import jax.numpy as jnp
 import numpy as np
 import pytest
 from support.programs import shapes_of
@@ -13,9 +12,7 @@ from support.toy_networks import EOS, MASK, PAD, toy_logits, toy_params
 from llada_jax.cluster.sharding import AXES, make_mesh
 from llada_jax.models.model import make_model, parameter_shardings
 from llada_jax.models.transformer import Architecture
-from llada_jax.samplers import step as sampler
-from llada_jax.samplers.network import Network
-from llada_jax.samplers.remasking import commit_rule
+from llada_jax.planning.sampler_program import traced_block
 from llada_jax.samplers.text import generate_tokens
 
 
@@ -118,62 +115,6 @@ def test_every_mesh_samples_the_same_and_compiles_one_step(count_compilations):
         assert num_compilations == 1, sizes
 
 
-def traced_step(
-    model, *, rows, width, block_length, is_guided, is_stochastic, with_confidence=False
-):
-    """Returns the step of the sampler for canvases of a shape, traced but not compiled."""
-    ids_BT = jax.ShapeDtypeStruct((rows, width), jnp.int32)
-    ids_B = jax.ShapeDtypeStruct((rows,), jnp.int32)
-    no_ids = jax.ShapeDtypeStruct((0,), jnp.int32)
-    kept_BT = jax.ShapeDtypeStruct((rows, width), jnp.float32)
-    number, fraction = jax.ShapeDtypeStruct((), jnp.int32), jax.ShapeDtypeStruct((), jnp.float32)
-    fixed = sampler.Fixed(
-        is_fixed_BT=jax.ShapeDtypeStruct((rows, width), bool),
-        segment_ids_BT=ids_BT,
-        positions_BT=ids_BT,
-        row_B=ids_B,
-        mask_id=number,
-        fill_id=number,
-        eos_ids_n=no_ids,
-        suppress_n=no_ids,
-        steps_per_block=number,
-        lookahead=number,
-        refresh=number,
-        amount=fraction,
-        revise_amount=fraction,
-        temperature=fraction,
-        top_k=number,
-        top_p=fraction,
-        cfg_scale=fraction,
-        num_ids=number,
-    )
-    plan = sampler.Plan(
-        gen_length=2 * block_length,
-        block_length=block_length,
-        rule=commit_rule("low_confidence"),
-        criterion="schedule",
-        reviser="none",
-        eos="free",
-        is_bounded=False,
-        width=width,
-        is_stochastic=is_stochastic,
-        is_filtered=False,
-        is_guided=is_guided,
-        window=0,
-        with_confidence=with_confidence,
-        sharding=None,
-    )
-    return sampler.denoise_block.trace(
-        Network(jax.tree_util.Partial(model.logits_fn, model.abstract), None, None),
-        sampler.State(ids_BT, number, ids_B, ids_B, (), kept_BT if with_confidence else ()),
-        number,
-        number,
-        jax.eval_shape(lambda: jax.random.key(0)),
-        fixed,
-        plan=plan,
-    )
-
-
 @pytest.mark.parametrize("changes", [{}, {"tie_embeddings": True}, {"output_shift": True}], ids=str)
 @pytest.mark.parametrize("is_guided", [False, True])
 @pytest.mark.parametrize("is_stochastic", [False, True])
@@ -189,10 +130,13 @@ def test_the_step_computes_logits_of_the_current_block_alone(is_guided, is_stoch
         d_ff=64,
         **changes,
     )
-    step = traced_step(
-        make_model(architecture),
-        rows=rows,
+    model = make_model(architecture)
+    step = traced_block(
+        model,
+        model.abstract,
+        num_rows=rows,
         width=width,
+        gen_length=2 * block_length,
         block_length=block_length,
         is_guided=is_guided,
         is_stochastic=is_stochastic,

@@ -20,6 +20,7 @@ from support.toy_networks import (
 
 from llada_jax.samplers.canvas import make_canvas
 from llada_jax.samplers.denoise import denoise
+from llada_jax.samplers.remasking import REMASKING
 from llada_jax.samplers.text import generate_tokens
 
 
@@ -105,7 +106,7 @@ def test_confidence_ignores_the_temperature():
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("remasking", ["low_confidence", "random"])
+@pytest.mark.parametrize("remasking", REMASKING)
 def test_a_row_draws_the_same_whatever_else_is_sampled_with_it(remasking):
     request = {
         "mask_id": MASK,

@@ -1,5 +1,6 @@
 """The end-of-text token: free, off, or kept last; rows that stop and rows that do not."""
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
@@ -151,3 +152,19 @@ def test_steps_in_one_loop_are_the_steps_one_by_one(commit, block_length):
     masks = [(canvas == MASK).sum() for canvas in shown]
     assert masks == sorted(masks, reverse=True)
     assert masks[-1] == 0
+
+
+def test_the_host_is_asked_once_per_block_unless_it_is_shown_every_step(monkeypatch):
+    num_asked, device_get = [], jax.device_get
+
+    def counted(values):
+        num_asked.append(1)
+        return device_get(values)
+
+    monkeypatch.setattr(jax, "device_get", counted)
+    request = REQUEST | {"block_length": 2, "temperature": 0.7}
+    generate_tokens(toy_logits, toy_params(), [[1], [2, 3]], **request)
+    assert len(num_asked) == 3 + 1, "after each block of two steps, and for the tokens at the end"
+    num_asked.clear()
+    generate_tokens(toy_logits, toy_params(), [[1], [2, 3]], on_step=lambda *_: None, **request)
+    assert len(num_asked) == 6 + 1

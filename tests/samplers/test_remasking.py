@@ -132,6 +132,29 @@ def test_a_module_that_is_not_there_is_named():
         commit_rule("own_comit_rules:half")
 
 
+@pytest.mark.parametrize(
+    ("name", "expected", "order"),
+    [
+        ("low_confidence", lambda p: p.max(), [0, 1, 2]),
+        ("entropy", lambda p: (p * np.log(p)).sum(), [1, 0, 2]),
+        ("margin", lambda p: np.subtract(*np.sort(p)[:-3:-1]), [0, 2, 1]),
+    ],
+)
+def test_each_rule_measures_certainty_in_its_own_way(name, expected, order):
+    """Against numpy in float64, for three positions that each rule sorts differently."""
+    p_TV = np.array(
+        [
+            [0.6, 0.1, 0.1, 0.1, 0.1],  # one token, or any other
+            [0.4999, 0.4998, 0.0001, 0.0001, 0.0001],  # one of two
+            [0.45, 0.2, 0.2, 0.1499, 0.0001],
+        ]
+    )
+    logits_BTV = jnp.asarray(np.log(p_TV)[None] + 3.0, jnp.float32)
+    confidence_BT = confidences(commit_rule(name), logits_BTV, logits_BTV.argmax(-1), None)
+    np.testing.assert_allclose(confidence_BT[0], [expected(p) for p in p_TV], rtol=1e-4, atol=1e-6)
+    assert np.argsort(-confidence_BT[0]).tolist() == order
+
+
 @pytest.mark.parametrize("name", REMASKING)
 def test_our_rules_keep_the_contract(name):
     logits_BTV = jax.random.normal(jax.random.key(0), (2, 5, 7)).astype(jnp.float32)

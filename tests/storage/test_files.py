@@ -229,8 +229,28 @@ def test_a_full_disk_has_no_file_name_and_is_reported_all_the_same():
     )
 
 
+@pytest.mark.parametrize(
+    ("failure", "said"),
+    [
+        (lambda folder: folder.read_bytes(), "Is a directory"),
+        (lambda folder: (folder / "absent").read_text(), "No such file or directory"),
+        # The clients of buckets raise OSErrors without a number, whose strerror is None.
+        (lambda folder: (_ for _ in ()).throw(OSError("the bucket hung up")), "the bucket hung up"),
+        (lambda folder: b"\xff".decode(), "'utf-8' codec can't decode byte 0xff in position 0"),
+    ],
+    ids=["directory", "absent", "bucket", "text"],
+)
+def test_what_cannot_be_read_is_named_with_the_reason_and_the_remedy(failure, said, tmp_path):
+    with pytest.raises(UserError) as caught, files.reading("FILE", remedy="give another"):
+        failure(tmp_path)
+    assert str(caught.value).startswith(f"FILE cannot be read ({said}")
+    assert str(caught.value).endswith("); give another.")
+
+
 def test_other_errors_pass_through():
     with pytest.raises(KeyError), files.writing("x", remedy="y"):
+        raise KeyError
+    with pytest.raises(KeyError), files.reading("x", remedy="y"):
         raise KeyError
     with pytest.raises(UserError, match="^mine$"), files.writing("x", remedy="y"):
         raise UserError("mine")

@@ -1,4 +1,4 @@
-"""The commands that the documents and the docstrings show."""
+"""The commands that the documents and the docstrings show, and those of version 0.1.0."""
 
 import ast
 import importlib
@@ -8,6 +8,9 @@ from pathlib import Path
 
 from llada_jax.__main__ import VERBS
 from support.paths import ROOT
+
+# Every command line that README and docs of version 0.1.0 showed: users have them in scripts.
+COMMANDS_OF_0_1_0 = ROOT / "tests/fixtures/commands_0.1.0.md"
 
 
 def prose_of(file: Path) -> str:
@@ -39,6 +42,10 @@ def launcher_commands(launcher: str) -> list[tuple[list[str], list[str]]]:
     """
     texts = [importlib.import_module(launcher).__doc__ or ""]
     texts += [path.read_text() for path in sorted((ROOT / "docs").glob("*.md"))]
+    return launcher_commands_in(texts, launcher)
+
+
+def launcher_commands_in(texts: list[str], launcher: str) -> list[tuple[list[str], list[str]]]:
     found = []
     for text in texts:
         for line in re.sub(r"\\\n\s*", " ", text).splitlines():

@@ -1,5 +1,6 @@
 """The chat verb: through pipes, in a terminal, and what it refuses."""
 
+import dataclasses
 import io
 import os
 import pty
@@ -88,13 +89,29 @@ def test_turns_that_do_not_fit_are_dropped_with_a_notice(chat):
 def test_a_message_longer_than_the_context_is_announced_and_asked(chat):
     status, _, err = chat("--gen-length", "8", text=b"Hi" * 50, model=reciting(FIRST, context=40))
     assert status == 0
-    assert "message and --gen-length make 133 tokens, the model was trained on 40" in err
+    assert "have 133 tokens together, and the model was trained on rows of 40" in err
+    assert "read as letters" not in err
+
+
+def test_a_gap_in_a_message_is_announced_as_letters(chat):
+    status, _, err = chat("--gen-length", "8", text=b"The [MASK:3] sat")
+    assert status == 0
+    assert "[MASK:3] in a prompt is read as letters" in err
 
 
 def test_an_answer_that_takes_all_its_tokens_is_announced(chat):
     _, out, err = chat("--gen-length", "2", text=b"Hi")
     assert out == "Ye\n"
     assert "the answer takes all tokens of --gen-length 2" in err
+
+
+def test_an_answer_without_room_for_the_end_of_most_answers_is_announced_once(chat):
+    model = reciting(FIRST, SECOND)
+    lengths = {"answers": {"median": 6, "most": 9, "longest": 30}}
+    model.record = dataclasses.replace(model.record, lengths=lengths)
+    _, out, err = chat("--gen-length", "8", text=b"Hi\nHi", model=model)
+    assert out == "Yes.\n---\nNo.\n"
+    assert err.count("a generation of 8 has no room for some of them; generate 9 tokens") == 1
 
 
 def test_the_system_message_is_in_front(chat):

@@ -1,5 +1,6 @@
 """The sample verb: what it prints where, what it refuses, and what it warns of."""
 
+import dataclasses
 import io
 import json
 import types
@@ -148,7 +149,7 @@ def test_prompts_come_from_a_file_or_stdin(run, tmp_path, monkeypatch):
         (["--temprature", "1"], "there is no '--temprature'. Did you mean '--temperature'?"),
         (["--gen-length", "many"], "invalid int value: 'many'"),
         (["--prompt", "a", "--prompt-file", "b"], "keep one"),
-        (["--prompt-file", "/nowhere/prompts.txt"], "cannot be read: No such file"),
+        (["--prompt-file", "/nowhere/prompts.txt"], "cannot be read (No such file"),
         (["--prompt", "caf\udce9"], "is not UTF-8"),
         (["--seed", "-1"], "seed=-1 must lie between"),
         (["--batch-size", "0"], "batch_size=0 must be at least 1"),
@@ -167,7 +168,11 @@ def test_prompts_come_from_a_file_or_stdin(run, tmp_path, monkeypatch):
         (["--infill", "a[MASK:0]"], "has no token to fill in"),
         (["--infill", "a[MASK]", "--prompt", "b"], "--prompt is about texts that go on"),
         (["--infill", "a[MASK]", "--append"], "--append is about texts that go on"),
-        (["--infill", "a[MASK]", "--html", "page.html"], "--html is about texts that go on"),
+        (
+            ["--infill", "a[MASK]", "--html", "page.html"],
+            "--html draws a prompt and the generation",
+        ),
+        (["--infill", "a[MASK]", "--show"], "cannot draw the gaps of --infill"),
     ],
 )
 def test_mistakes_exit_2_with_one_line(run, argv, sentence):
@@ -262,9 +267,46 @@ def test_options_that_were_asked_for_are_recorded(run):
 def test_surprises_are_announced_but_not_refused(run):
     status, out, err = run("--prompt", "it", "--gen-length", "48", "--num-samples", "2")
     assert status == 0
-    assert "make 50 tokens, the model was trained on 48" in err
+    assert "have 50 tokens together, and the model was trained on rows of 48" in err
     assert "repeats the same text; try --temperature" in err
+    assert "letters" not in err
     assert len(out.split("\n---\n")) == 2
+
+    status, _, err = run("--infill", "it [MASK:47]", "--num-samples", "2", "--steps", "1")
+    assert status == 0
+    assert "have 50 tokens together, and the model was trained on rows of 48" in err
+    assert "repeats the same text; try --temperature" in err
+    assert "letters" not in err
+
+
+def test_a_gap_in_a_prompt_is_announced_as_letters(run):
+    status, out, err = run("--prompt", "it [MASK:3] a", "--gen-length", "4")
+    assert status == 0
+    assert out.startswith("it [MASK:3] a")
+    assert "[MASK:3] in a prompt is read as letters" in err
+    assert "sample --infill" in err
+
+
+def test_a_generation_without_room_for_the_end_of_most_texts_is_announced(run):
+    def said(*argv, **lengths):
+        pretrained = fake_pretrained()
+        pretrained.record = dataclasses.replace(pretrained.record, lengths=lengths)
+        status, _, err = run("--prompt", "it", "it is", *argv, pretrained=pretrained)
+        assert status == 0
+        return err
+
+    answers = {"median": 6, "most": 11, "longest": 30}
+    hint = "99% of the answers in the training data have up to 11 tokens, their end included"
+    assert hint in (err := said("--gen-length", "10", answers=answers))
+    assert "a generation of 10 has no room for some of them; generate 11 tokens" in err
+    assert "training data" not in said("--gen-length", "11", answers=answers)
+    # of documents the prompt is a part
+    err = said("--gen-length", "8", documents=answers)
+    assert "documents in the training data have up to 11 tokens" in err
+    assert "10 with the prompt has no room for some of them; generate 9 tokens" in err
+    assert "training data" not in said("--gen-length", "9", documents=answers)
+    # the rows of 48 tokens have hardly shown how such documents end
+    assert "training data" not in said("--gen-length", "9", documents=answers | {"most": 49})
 
 
 def test_the_help_fits_a_screen_and_ends_with_an_example(monkeypatch):

@@ -71,6 +71,10 @@ def test_every_kind_of_config_trains_when_it_is_made_small(config, runs, dialogu
     log = runs.train(workdir, *words(SMALL), *data, config=config)
     assert [line["step"] for line in metric_lines(workdir, "train")] == [1, 2]
     assert "final heldout" in log
+    if records_of is dialogues:
+        # 1 to 8 letters, and what ends them
+        lengths = json.loads((workdir / "run.json").read_text())["lengths"]["answers"]
+        assert (lengths["most"], lengths["longest"]) == (9, 9)
 
 
 def test_the_compilation_cache_is_where_config_or_environment_say_and_else_in_the_home():

@@ -183,14 +183,19 @@ def test_an_int8_run_has_the_loss_of_bfloat16_and_resumes_and_moves_as_any_other
 
 
 @pytest.mark.slow
-def test_adapters_are_exported_for_peft(base, tuned, tmp_path):
+def test_adapters_are_exported_for_peft(base, tuned, tmp_path, capsys):
     words = ["--output", str(tmp_path / "adapters"), "--adapters"]
-    assert main(["export", "--checkpoint", str(tuned), *words]) == 0
+    assert main(["export", "--checkpoint", str(tuned), *words, "--json"]) == 0
+    told = json.loads(capsys.readouterr().out)
     assert main(["export", "--checkpoint", str(base), *words]) == 2
     config = json.loads((tmp_path / "adapters" / "adapter_config.json").read_text())
     assert (config["r"], config["lora_alpha"]) == (4, Lora().alpha)
     weights = load_file(tmp_path / "adapters" / "adapter_model.safetensors")
     assert len(weights) == 2 * len(config["target_modules"]) == 12
+    assert told["files"] == {
+        path.name: path.stat().st_size for path in (tmp_path / "adapters").iterdir()
+    }
+    assert told["parameters"] == sum(array.size for array in weights.values())
 
 
 @pytest.mark.slow

@@ -1,0 +1,80 @@
+"""The program that denoises a block: traced without devices, and LLaDA-8B compiled for one that is
+not there.
+"""
+
+import json
+import subprocess
+import sys
+
+import jax
+import pytest
+from support.paths import ROOT
+from support.plans import GIB, PARAMETERS
+from support.required import compiler_environment
+
+from llada_jax.cluster.sharding import one_device_mesh
+from llada_jax.models.model import make_model, parameter_shardings
+from llada_jax.models.transformer import Architecture
+from llada_jax.planning.sampler_program import traced_block
+from llada_jax.samplers import denoise
+from llada_jax.samplers.text import generate_tokens
+
+
+@pytest.mark.parametrize("cache", ["none", "prefix", "dual"])
+def test_the_traced_program_is_the_one_that_a_request_runs(monkeypatch, cache):
+    shape = dict(vocab_size=64, num_layers=2, d_model=32, num_heads=4, num_kv_heads=2, head_dim=8)
+    model = make_model(Architecture(**shape, d_ff=64))
+    mesh = one_device_mesh()
+    # as a checkpoint is loaded
+    params = jax.device_put(model.init(jax.random.key(0)), parameter_shardings(model, mesh))
+    run = denoise.denoise_block
+
+    class Seen(Exception):
+        pass
+
+    def seen(*arguments, plan):
+        raise Seen(run.trace(*arguments, plan=plan), arguments[1].canvas_BT.shape)
+
+    monkeypatch.setattr(denoise, "denoise_block", seen)
+    schedule = {"gen_length": 16, "block_length": 8, "cache": cache}
+    with pytest.raises(Seen) as found:
+        generate_tokens(
+            model.logits_fn,
+            params,
+            [[1, 2, 3], [4]],
+            mask_id=63,
+            pad_id=0,
+            cache_fns=model.cache_fns,
+            temperature=1.0,
+            **schedule,
+        )
+    expected, (num_rows, width) = found.value.args
+    traced = traced_block(
+        model, params, num_rows=num_rows, width=width, is_stochastic=True, mesh=mesh, **schedule
+    )
+    assert str(traced.jaxpr) == str(expected.jaxpr)
+
+
+@pytest.mark.slow
+def test_llada_8b_samples_on_one_h100(tmp_path):
+    """The figures of docs/sampling.md come from the same command."""
+    script, config = str(ROOT / "benchmarks/sampler_memory.py"), str(ROOT / "configs/llada_8b.py")
+    done = subprocess.run(
+        [sys.executable, script, "--config", config, "--topology", "1xh100"],
+        env={
+            **compiler_environment("gpu"),
+            "JAX_PLATFORMS": "cpu",
+            "JAX_OPTIMIZATION_LEVEL": "O0",
+        },
+        capture_output=True,
+        text=True,
+        check=False,
+        cwd=tmp_path,
+    )
+    assert done.returncode == 0, done.stderr
+    found = json.loads(done.stdout)
+    # two bytes for each parameter, besides a few norms
+    assert 2 * PARAMETERS < found["argument_bytes"] < 2 * PARAMETERS + GIB // 64
+    # Logits of the whole canvas would not fit in this.
+    assert found["temporary_bytes"] < 4 * 1024 * 126_464 * 4 / 2
+    assert found["argument_bytes"] < found["peak_bytes"] < 17 * GIB < found["usable_bytes"]
