@@ -483,8 +483,7 @@ class Pretrained:
         """
         check_samples(mc_samples)
         questions = [as_question(pair, self.tokenizer) for pair in pairs]
-        longest = self.record.sequence_length
-        check_questions(questions, num_rows=self.num_rows, longest=longest)
+        check_questions(questions, num_rows=self.num_rows, longest=self.record.sequence_length)
         return log_likelihoods(
             self.model,
             self.params,
