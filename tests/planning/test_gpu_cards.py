@@ -1,4 +1,6 @@
-"""One small network compiled for each kind of GPU, with the flags that the docs propose."""
+"""One small network compiled for GPUs of the generations before and after the H100, with the flags
+that the docs propose.
+"""
 
 import json
 import subprocess
@@ -7,7 +9,7 @@ import sys
 import pytest
 from support.required import compiler_environment
 
-CARDS = ("8xa100-80gb", "8xh200", "8xb200", "4xgb200")
+CARDS = ("8xa100-80gb", "8xb200")
 
 # In one process, because starting it takes as long as compiling for a card.
 COMPILE = """
@@ -56,10 +58,9 @@ def test_cudnn_attends_on_every_card(reports, card):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("card", ["8xh200", "8xb200"])
-def test_with_the_preset_products_hide_the_gathers_and_scatters_of_the_layers(reports, card):
+def test_with_the_preset_products_hide_the_gathers_and_scatters_of_the_layers(reports):
     def hidden(kind: str) -> float:
-        found = [c for c in reports[card]["collectives"] if c["kind"].startswith(kind)]
+        found = [c for c in reports["8xb200"]["collectives"] if c["kind"].startswith(kind)]
         moved = sum(c["total_bytes"] for c in found)
         return sum(c["total_bytes"] for c in found if c["is_overlapped"]) / moved
 

@@ -32,7 +32,7 @@ def test_the_search_returns_what_nothing_else_beats_in_both_time_and_memory():
 def test_hosts_of_gpus_are_not_told_to_gather_the_weights_for_dozens_of_microbatches():
     """Communication that costs nothing would let the search take 32 of them."""
     asked = plan.Asked(load_config(LLADA_8B), hardware.machines_named("64xh100"), 1, VOCAB_SIZE)
-    assert plan.search(asked)[0]["microbatches"] <= 4
+    assert plan.search(asked)[0]["microbatches"] <= 8
 
 
 def test_a_search_without_a_result_says_so():
