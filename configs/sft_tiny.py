@@ -3,8 +3,8 @@
     llada-jax train --config configs/sft_tiny.py --workdir runs/sft_tiny
 
 The model comes from runs/tiny/run (`make demo`) and the dialogues from runs/chat, which
-docs/finetuning.md writes. Rows of 64 tokens hold one to three dialogues. docs/log.md has the
-result.
+docs/finetuning.md writes. Rows of 64 tokens hold one to three dialogues. It takes about four
+minutes of CPU time; docs/log.md has the result.
 """
 
 from llada_jax.config import default_config
