@@ -215,6 +215,11 @@ def make_model(architecture: Architecture, **kwargs: Any) -> Model:
     )
 
 
+def is_matrix(name: str) -> bool:
+    """Whether the parameter of this name is multiplied in the compute dtype: no norm, no bias."""
+    return not name.endswith(("norm", "bias"))
+
+
 def in_compute_dtype(params: dict, dtype: Any) -> dict:
     """Returns the parameters with the matrices in the dtype in which they are multiplied, which
     changes no result and halves their memory in bfloat16. Norms and biases are added and multiplied
@@ -230,8 +235,7 @@ def in_compute_dtype(params: dict, dtype: Any) -> dict:
             if isinstance(leaf, dict):
                 tree[name] = cast(leaf)
             else:
-                is_matrix = not name.endswith(("norm", "bias"))
-                tree[name] = leaf.astype(dtype) if is_matrix else leaf
+                tree[name] = leaf.astype(dtype) if is_matrix(name) else leaf
         return tree
 
     return cast(params)

@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
-from llada_jax.models.model import Model, abstract_parameters
+from llada_jax.models.model import Model, abstract_parameters, is_matrix
 from llada_jax.samplers.network import CacheFns, Network
 from llada_jax.samplers.remasking import commit_rule
 from llada_jax.samplers.step import Fixed, Plan, State, denoise_block, empty_cache_of
@@ -21,9 +21,7 @@ def kept_parameters(model: Model, mesh: Mesh, dtype: Any) -> dict:
     """
 
     def kept(path: tuple, leaf: jax.ShapeDtypeStruct) -> jax.ShapeDtypeStruct:
-        # As llada_jax.models.model.in_compute_dtype does it with arrays.
-        is_matrix = not path[-1].key.endswith(("norm", "bias"))
-        kept_dtype = dtype if is_matrix else leaf.dtype
+        kept_dtype = dtype if is_matrix(path[-1].key) else leaf.dtype
         return jax.ShapeDtypeStruct(leaf.shape, kept_dtype, sharding=leaf.sharding)
 
     return jax.tree_util.tree_map_with_path(kept, abstract_parameters(model, mesh))
