@@ -123,14 +123,17 @@ def test_the_dtype_of_the_sums_changes_no_gather_and_no_number_of_sums(programs,
 
 @pytest.mark.slow
 def test_a_float32_sum_over_devices_is_that_of_float64_and_a_bfloat16_one_is_rounded():
+    # On some CPUs the compiler leaves out roundings to bfloat16 between two operations, and others
+    # of them in a partitioned program than in that of one device.
+    options = {"xla_allow_excess_precision": False}
     exact = network(jnp.float32)
     params = exact.init(jax.random.key(0))
-    part = jax.jit(jax.grad(functools.partial(nll_sum, exact)))
+    part = jax.jit(jax.grad(functools.partial(nll_sum, exact)), compiler_options=options)
     parts = [part(params, jnp.int32(TOKENS[row : row + 2])) for row in range(0, B, 2)]
     expected = jax.tree.map(lambda *g: sum(np.asarray(one, np.float64) for one in g), *parts)
 
     def summed(gradient_dtype):
-        program = lowered(gradient_dtype, MESHES["fsdp"]).compile()
+        program = lowered(gradient_dtype, MESHES["fsdp"]).compile(options)
         return program(*jax.device_put((params, jnp.int32(TOKENS)), program.input_shardings[0]))
 
     wide, narrow = summed(jnp.float32), summed(None)
