@@ -91,5 +91,6 @@ def test_transformers_takes_a_spelled_out_special_token_for_one_unless_told_to_s
     assert read["<0x41>"] == tokenizer.encode("<0x41>")
 
 
+@pytest.mark.slow
 def test_a_chat_template_comes_along(in_transformers):
     assert in_transformers["chat"] == "<s>[user]\nHi[assistant]\n"

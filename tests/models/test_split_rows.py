@@ -160,6 +160,7 @@ def test_rows_of_32k_tokens_equal_a_float64_softmax(monkeypatch):
         np.testing.assert_allclose(np.asarray(grad)[0, :, 0], expected, atol=1e-5)
 
 
+@pytest.mark.slow
 def test_a_network_says_the_same_of_packed_rows_that_devices_share():
     """Scores of tokens and gradients; positions begin again in each document, and the embedding and
     the head are exchanged too."""

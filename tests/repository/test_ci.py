@@ -3,6 +3,7 @@
 import subprocess
 import sys
 
+import pytest
 from support.paths import ROOT
 
 NAMES = r"""
@@ -11,6 +12,7 @@ printf '%s\n' "${CORE[@]}" "${WHOLE_RUNS[@]}"
 """
 
 
+@pytest.mark.slow
 def test_every_test_that_runs_on_the_newest_versions_exists():
     listed = subprocess.run(
         ["bash", "-c", NAMES], cwd=ROOT, capture_output=True, text=True, check=True

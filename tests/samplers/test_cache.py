@@ -92,6 +92,7 @@ def test_one_layer_needs_no_refresh_of_what_does_not_change():
     np.testing.assert_array_equal(tokens_BT, expected_BT)
 
 
+@pytest.mark.slow
 def test_steps_that_are_shown_one_by_one_share_the_cache(network):
     expected_BT, _ = sample(network, cache="dual", refresh=3)
     steps = []

@@ -53,7 +53,7 @@ def sample(prompts, **changes):
 @pytest.mark.parametrize(
     ("revise", "commit", "steps"),
     [
-        ("remdm-cap=0.4", "schedule", 24),
+        pytest.param("remdm-cap=0.4", "schedule", 24, marks=pytest.mark.slow),
         pytest.param("remdm-cap=0.4", "threshold=0.35", 12, marks=pytest.mark.slow),
         ("remdm-rescale=0.6", "threshold=0.35", 24),
         ("remdm-loop=0.5", "schedule", 24),

@@ -70,6 +70,7 @@ def test_loss_bound_and_gradient_are_those_of_the_merged_network():
     np.testing.assert_allclose(ours, theirs, rtol=1e-4, atol=1e-4)
 
 
+@pytest.mark.slow
 def test_under_adapters_the_reference_is_the_network_without_them():
     key = jax.random.key(0)
     network = jax.jit(MODEL.init)(key)
@@ -100,6 +101,7 @@ def test_under_adapters_the_reference_is_the_network_without_them():
     assert frozen is network
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("dtype", ["bfloat16", "int8"])
 def test_a_frozen_network_in_few_bits_is_that_of_its_rounded_matrices(dtype):
     key = jax.random.key(0)

@@ -62,6 +62,7 @@ def test_a_checkpoint_of_another_tokenizer_is_refused(home, tmp_path, refused):
         assert tree(tmp_path / "new") == {}
 
 
+@pytest.mark.slow
 def test_other_data_of_the_same_tokenizer_does_not_continue_a_run(home, tmp_path, refused):
     (tmp_path / "more.txt").write_text("Another book.\n" * 400)
     assert main(prepare_argv(tmp_path / "more.txt", tmp_path / "data", "--documents", "line")) == 0

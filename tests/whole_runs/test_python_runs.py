@@ -21,6 +21,7 @@ def printed(argv, capsys) -> dict:
     return json.loads(capsys.readouterr().out)
 
 
+@pytest.mark.slow
 def test_train_returns_the_metrics_of_the_run_that_the_command_makes(home, tmp_path, monkeypatch):
     # what a user writes for a workdir, as `--workdir=~/other`, which no shell replaces
     monkeypatch.setenv("HOME", str(tmp_path))
