@@ -146,7 +146,8 @@ def open_workdir(
     """Opens a workdir for training; returns it with the state that training starts from.
 
     run.json and the metrics are touched last, when nothing can be refused any more: a start that
-    fails leaves the run as it was.
+    fails leaves the run as it was. The state of a local copy or of another run is then saved in the
+    workdir, next to what follows.
 
     Args:
         record: run.json as this start would write it.
@@ -239,6 +240,11 @@ def open_workdir(
         origin=origin,
         changed=changed_knobs(record.config, continued.config) if continued else [],
     )
+    # A local copy is lost with its host, and another run can be deleted. What this run reports as
+    # saved has to be here: its last step, a permanent one, the one at which it is asked to stop.
+    if continued is not None and start_step not in saved.steps:
+        here = dataclasses.replace(record, step=start_step, tokens=continued.tokens)
+        saved.save(state, here)
     return opened, state
 
 

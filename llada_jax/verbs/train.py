@@ -286,6 +286,7 @@ def train_on(
             for length in (*config.data.length_buckets, T)
         }
         if stop.reached(start_step):
+            saved.close()
             raise Preempted(
                 f"asked to stop before step {start_step + 1}: nothing is lost; the same command "
                 "continues."
@@ -350,6 +351,7 @@ def train_on(
             try:
                 evaluate_during_training(start_step)
             except AskedToStop:
+                saved.close()
                 writer.close()
                 raise Preempted(
                     f"asked to stop during the evaluation of step {start_step}: nothing is lost; "

@@ -8,6 +8,7 @@ import signal
 import sys
 import time
 
+import numpy as np
 import pytest
 from support.runs import (
     assert_same_run,
@@ -15,6 +16,7 @@ from support.runs import (
     is_committed,
     kill_when,
     last_logged_step,
+    saved_arrays,
 )
 from support.states import (
     abstract_of,
@@ -56,6 +58,34 @@ def test_a_run_goes_on_from_its_local_copies_or_from_the_workdir_when_they_are_l
     start = rf"step 10 of {workdir}" if is_lost else rf"step (12|15|18) of {disk}"
     assert re.search(f"start       {start}", log), log
     assert_same_run(workdir, straight, step=24)
+
+
+@pytest.mark.slow
+def test_a_step_that_only_its_host_or_another_run_has_is_saved_in_the_workdir(runs, tmp_path):
+    """Killed after the copy on the local disk and before the save in the workdir was whole: at the
+    last step of a run, and at a permanent one. A run that continues another is the same case.
+    """
+    words = ["num_steps=24", "schedule.name=cosine", "checkpoint.every_steps=6"]
+    words += ["checkpoint.keep=1", "checkpoint.keep_every_steps=18"]
+    workdir, disk = tmp_path / "run", tmp_path / "disk"
+    tiers = [f"checkpoint.local_directory={disk}", "checkpoint.local_every_steps=6"]
+    runs.train(workdir, *words, *tiers)
+    before = {step: saved_arrays(workdir, step) for step in (18, 24)}
+    for step in (24, 18):
+        shutil.rmtree(workdir / "checkpoints" / "24")
+        if step == 18:
+            shutil.rmtree(workdir / "checkpoints" / "18")
+            for part in disk.glob("*/24.*"):
+                shutil.rmtree(part)
+        log = runs.train(workdir, *words, *tiers)
+        assert f"start       step {step} of {disk}" in log
+        for saved in (18, 24):
+            after = saved_arrays(workdir, saved)
+            for name, array in before[saved].items():
+                np.testing.assert_array_equal(after[name], array, err_msg=name)
+
+    runs.train(tmp_path / "other", *words, f"checkpoint.restore={workdir}@24")
+    assert is_committed(tmp_path / "other", 24)
 
 
 # ---- two processes
