@@ -118,8 +118,8 @@ SLICES = {
 }
 
 
-# One slice is compiled as a run would compile it, the other in a third of the time (docs/plan.md).
-LEVELS = {"2 x v5e-256": "O0"}
+# In a half and in a third of the time that a run's program takes (docs/plan.md).
+LEVELS = {"v5p-128": "O1", "2 x v5e-256": "O0"}
 
 
 @pytest.fixture(scope="module")
@@ -130,7 +130,7 @@ def report_of(tmp_path_factory):
     def report_of(name: str) -> dict:
         if name not in reports:
             words = ("--config", LLADA_8B, *SLICES[name])
-            directory, level = tmp_path_factory.mktemp("plan"), LEVELS.get(name, "UNKNOWN")
+            directory, level = tmp_path_factory.mktemp("plan"), LEVELS[name]
             done = compile_in_a_process(directory, *words, level=level)
             assert done.returncode == 0, done.stderr
             reports[name] = json.loads(done.stdout)
@@ -160,13 +160,13 @@ def test_weights_are_gathered_twice_and_gradients_reduced_once_a_step(report_of,
         check["what"]: check["words"] for check in report["compiled"]["checks"] if not check["ok"]
     } == {}
     totals = bytes_by_purpose(report["compiled"]["collectives"])
-    # with full effort nothing is gathered a third time
+    # at O0 some of it is gathered a third time
     most_gathered = 1.02 if name == "v5p-128" else 1.3
     assert 2 * 2 * MATRICES * 0.95 < totals["gather"] < 2 * 2 * MATRICES * most_gathered
-    # In multiples of the bfloat16 embedding, what is reduced on top of the matrices. At O0 the
-    # gradient of the embedding stays float32, as it is summed; between replicas it is reduced once
-    # more, and the head's is float32 there.
-    more = {"v5p-128": 0, "2 x v5e-256": 3}[name]
+    # In multiples of the bfloat16 embedding, what is reduced on top of the matrices. Below a run's
+    # level the gradient of the embedding stays float32, as it is summed; between replicas it is
+    # reduced once more, and the head's is float32 there.
+    more = {"v5p-128": 1, "2 x v5e-256": 3}[name]
     most = 2 * MATRICES + more * 2 * VOCAB_SIZE * 4096
     assert 2 * MATRICES * 0.95 < totals["scatter"] + totals["reduce"] < 1.05 * most
 
