@@ -166,6 +166,12 @@ START = faults_of(
         "ema=reads_ema(theirs, init_from_ema, init_from)",
         "ema=False",
     ),
+    (
+        "a step that only local copies have stays there",
+        "if continued is not None and start_step not in saved.steps:",
+        "if False:",
+        "tests/checkpoints/test_tiers.py",
+    ),
 )
 
 CHECKPOINTS = [
