@@ -223,7 +223,7 @@ def main() -> None:
             model.logits_fn,
             model.params,
             prompts,
-            cache_fns=model.model.cache_fns,
+            cached_fn=model.model.cached_fn,
             shadow_fn=model.model.shadow_fn,
             block_length=args.block_length,
             on_step=cost.on_step,
@@ -256,7 +256,7 @@ def main() -> None:
         )
 
     of_control, _ = continue_tokens(
-        control.model.cache_fns, control.params, prompts, bos_id=tokenizer.bos_id, **request
+        control.model.cached_fn, control.params, prompts, bos_id=tokenizer.bos_id, **request
     )
     baselines = {"real text": judged(real_BT), "the control": judged(of_control)}
     found = {

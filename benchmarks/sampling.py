@@ -186,7 +186,7 @@ def main() -> None:
                 model.logits_fn,
                 params,
                 prompts,
-                cache_fns=model.cache_fns,
+                cached_fn=model.cached_fn,
                 shadow_fn=model.shadow_fn,
                 **request,
                 **ids,

@@ -103,7 +103,7 @@ class Conversation:
             # BOS is put in front of every prompt, and some templates write it too.
             begins = question.tokens[:1] == [tokenizer.bos_id]
             tokens_BT, _ = continue_tokens(
-                self._pretrained.model.cache_fns,
+                self._pretrained.model.cached_fn,
                 self._pretrained.params,
                 [question.tokens[1:] if begins else question.tokens],
                 bos_id=tokenizer.bos_id,

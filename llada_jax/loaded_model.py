@@ -266,7 +266,7 @@ class Pretrained:
                     "token after the other; leave it out."
                 )
             return continue_text(
-                self.model.cache_fns,
+                self.model.cached_fn,
                 self.params,
                 self.tokenizer,
                 prompts,
@@ -278,7 +278,7 @@ class Pretrained:
             self.params,
             self.tokenizer,
             prompts,
-            cache_fns=self.model.cache_fns,
+            cached_fn=self.model.cached_fn,
             shadow_fn=self.model.shadow_fn,
             on_step=on_step,
             **settings,
@@ -433,7 +433,7 @@ class Pretrained:
             cfg_scale=cfg_scale,
             eos_id=eos_id,
             num_ids=self.tokenizer.vocab_size,
-            cache_fns=self.model.cache_fns,
+            cached_fn=self.model.cached_fn,
             shadow_fn=self.model.shadow_fn,
             seed=seed,
             batch_size=batch_size,

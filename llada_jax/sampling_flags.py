@@ -147,7 +147,7 @@ def functions_of(pretrained: Any, *, revise: str = NONE, cache: str = "none", **
     if parse_revise(revise).name == WINO:
         functions["shadow_fn"] = pretrained.model.shadow_fn
     if cache != "none":
-        functions["cache_fns"] = pretrained.model.cache_fns
+        functions["cached_fn"] = pretrained.model.cached_fn
     return functions
 
 

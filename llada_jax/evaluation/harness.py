@@ -295,14 +295,14 @@ class HarnessModel:
         model, params = self.pretrained.model, self.pretrained.params
         if self.mask.causal:
             tokens_BT, _ = continue_tokens(
-                model.cache_fns, params, ids, bos_id=self.tokenizer.bos_id, **request
+                model.cached_fn, params, ids, bos_id=self.tokenizer.bos_id, **request
             )
         else:
             tokens_BT, _ = generate_tokens(
                 model.logits_fn,
                 params,
                 ids,
-                cache_fns=model.cache_fns,
+                cached_fn=model.cached_fn,
                 shadow_fn=model.shadow_fn,
                 is_enough=self._have_ended(ids, until, gen_length=gen_length),
                 **request,

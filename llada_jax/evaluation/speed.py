@@ -79,7 +79,7 @@ def sampling_speed(
         return {
             "autoregressive": _timed(
                 lambda: continue_tokens(
-                    model.cache_fns, params, prompts, bos_id=ids.bos_id, **request
+                    model.cached_fn, params, prompts, bos_id=ids.bos_id, **request
                 )
             )
         }
@@ -88,7 +88,7 @@ def sampling_speed(
 
     def sample(settings: dict[str, Any]) -> Callable:
         return lambda: generate_tokens(
-            model.logits_fn, params, prompts, cache_fns=model.cache_fns, **request, **settings
+            model.logits_fn, params, prompts, cached_fn=model.cached_fn, **request, **settings
         )
 
     return {name: _timed(sample(settings)) for name, settings in modes.items()}

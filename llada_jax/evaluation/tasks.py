@@ -209,7 +209,7 @@ def written_to_the_end(
     )
     if mask.causal:
         tokens_BT, _ = continue_tokens(
-            model.cache_fns, params, prompts, bos_id=tokenizer.bos_id, **request
+            model.cached_fn, params, prompts, bos_id=tokenizer.bos_id, **request
         )
     else:
         tokens_BT, _ = generate_tokens(model.logits_fn, params, prompts, **request)

@@ -107,51 +107,35 @@ class Model:
             hidden_BTD = jax.lax.dynamic_slice_in_dim(hidden_BTD, start, length, axis=1)
         return self.head_fn(params, hidden_BTD)
 
-    @property
-    def cache_fns(self) -> tuple[Callable, Callable]:
-        """What samplers with a cache call: `fill_cache` and `read_cache`."""
-        return self.fill_cache, self.read_cache
-
-    def fill_cache(
+    def cached_fn(
         self,
         params: dict,
-        tokens_BT: Array,
-        segment_ids_BT: Array,
-        positions_BT: Array,
-        *,
-        start: int | Array,
-        length: int,
-    ) -> tuple[Array, KeysValues]:
-        """Returns what `logits_fn` returns, and the keys and values of the whole row."""
-        module = self.bind(params)
-        hidden_BTD, cache = hidden_with_cache(module, tokens_BT, segment_ids_BT, positions_BT)
-        hidden_BTD = jax.lax.dynamic_slice_in_dim(hidden_BTD, start, length, axis=1)
-        return module.head(hidden_BTD), cache
-
-    def read_cache(
-        self,
-        params: dict,
-        cache: KeysValues,
         tokens_BW: Array,
-        positions_BW: Array,
         segment_ids_BT: Array,
+        positions_BW: Array,
+        cache: KeysValues | None,
         *,
         start: int | Array,
         length: int,
     ) -> tuple[Array, KeysValues]:
-        """Returns the logits of the first `length` columns of a window, float32 [B, length, V], and
-        the cache with the window's keys and values; all other columns are seen as the cache has
-        them.
+        """What samplers with a cache call: returns the logits of the columns start ... start +
+        length - 1, float32 [B, length, V], and the keys and values of the rows.
 
         Args:
-            tokens_BW, positions_BW: int32, of the columns start ... start + W - 1.
-            segment_ids_BT: int32, of the whole row.
+            tokens_BW, positions_BW: int32, of whole rows (W = T) without a cache, and of the
+                columns start ... start + W - 1 with one.
+            segment_ids_BT: int32, of whole rows.
+            cache: what all other columns are seen as; None: they are computed too.
         """
         module = self.bind(params)
-        hidden_BWD, cache = hidden_with_cache(
-            module, tokens_BW, segment_ids_BT, positions_BW, cache, start
-        )
-        return module.head(hidden_BWD[:, :length]), cache
+        rows = (tokens_BW, segment_ids_BT, positions_BW)
+        if cache is None:
+            hidden_BTD, cache = hidden_with_cache(module, *rows)
+            hidden_BLD = jax.lax.dynamic_slice_in_dim(hidden_BTD, start, length, axis=1)
+        else:
+            hidden_BWD, cache = hidden_with_cache(module, *rows, cache, start)
+            hidden_BLD = hidden_BWD[:, :length]
+        return module.head(hidden_BLD), cache
 
     def shadow_fn(
         self,

@@ -10,7 +10,7 @@ import jax.numpy as jnp
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from llada_jax.models.model import Model, abstract_parameters, is_matrix
-from llada_jax.samplers.network import CacheFns, Network
+from llada_jax.samplers.network import Network
 from llada_jax.samplers.remasking import commit_rule
 from llada_jax.samplers.step import Fixed, Plan, State, denoise_block, empty_cache_of
 
@@ -93,10 +93,8 @@ def traced_block(
         sharding=place,
     )._replace(**options)
     bound = jax.tree_util.Partial
-    cache_fns = None
-    if cache != "none":
-        cache_fns = CacheFns(*(bound(function, params) for function in model.cache_fns))
-    network = Network(bound(model.logits_fn, params), cache_fns, None)
+    cached_fn = None if cache == "none" else bound(model.cached_fn, params)
+    network = Network(bound(model.logits_fn, params), cached_fn, None)
     confidence_BT = array(num_rows, width, dtype=jnp.float32) if plan.with_confidence else ()
     state = State(canvas_BT, number, ids_B, ids_B, (), confidence_BT)
     with nullcontext() if mesh is None else jax.set_mesh(mesh):

@@ -20,7 +20,7 @@ from jax.sharding import NamedSharding
 from llada_jax.rng import key_for, keys_for_rows
 from llada_jax.samplers.canvas import make_canvas
 from llada_jax.samplers.choice import pick_tokens, without_ids
-from llada_jax.samplers.network import CacheFns, checked, place_everywhere, sharding_beside
+from llada_jax.samplers.network import checked, place_everywhere, sharding_beside
 from llada_jax.samplers.settings import check_options, check_request, check_schedule
 
 
@@ -42,7 +42,7 @@ class _Fixed(NamedTuple):
 
 @partial(jax.jit, static_argnames=("gen_length", "is_stochastic", "is_filtered"))
 def _continue_rows(
-    cache_fns: CacheFns,
+    cached_fn: Callable,
     shifted_BT: Array,
     key: Array,
     fixed: _Fixed,
@@ -82,7 +82,7 @@ def _continue_rows(
     rows = (fixed.segment_ids_BT, fixed.positions_BT)
     # The columns behind the prompt hold nothing yet. No column before them sees them, and each is
     # written before it is read.
-    logits_BTV, cache = cache_fns.fill_fn(shifted_BT, *rows, start=first, length=1)
+    logits_BTV, cache = cached_fn(shifted_BT, *rows, None, start=first, length=1)
     token_B = choose(logits_BTV, jnp.int32(0))
     generated_BT = jnp.broadcast_to(fixed.fill_id, (B, gen_length)).at[:, 0].set(token_B)
     state = (generated_BT, token_B, ends(token_B), jnp.ones(B, jnp.int32), cache, jnp.int32(1))
@@ -95,8 +95,8 @@ def _continue_rows(
         generated_BT, token_B, has_ended_B, num_steps_B, cache, number = state
         column = first + number
         position_B1 = jax.lax.dynamic_slice_in_dim(fixed.positions_BT, column, 1, axis=1)
-        logits_BTV, cache = cache_fns.read_fn(
-            cache, token_B[:, None], position_B1, fixed.segment_ids_BT, start=column, length=1
+        logits_BTV, cache = cached_fn(
+            token_B[:, None], fixed.segment_ids_BT, position_B1, cache, start=column, length=1
         )
         token_B = jnp.where(has_ended_B, fixed.fill_id, choose(logits_BTV, number))
         generated_BT = jax.lax.dynamic_update_slice_in_dim(
@@ -116,7 +116,7 @@ def _continue_rows(
 
 
 def continue_tokens(
-    cache_fns: tuple[Callable, Callable],
+    cached_fn: Callable,
     params: dict,
     prompts: Sequence[Sequence[int]],
     *,
@@ -137,7 +137,7 @@ def continue_tokens(
     """Generates up to `gen_length` tokens after each prompt, one per pass, from left to right.
 
     Args:
-        cache_fns: of a causal network, taking `params` first, see llada_jax.samplers.network.
+        cached_fn: of a causal network, taking `params` first, see llada_jax.samplers.network.
         bos_id: the token in front of the prompt.
         The others: see llada_jax.samplers.text.generate_tokens and
             llada_jax.samplers.denoise.denoise. A row that has ended is filled up with EOS.
@@ -167,7 +167,7 @@ def continue_tokens(
         top_p=np.float32(top_p),
         num_ids=np.int32(np.iinfo(np.int32).max if num_ids is None else num_ids),
     )
-    bound = CacheFns(*(jax.tree_util.Partial(function, params) for function in cache_fns))
+    bound = jax.tree_util.Partial(cached_fn, params)
     sharding = sharding_beside(bound)
     mesh = sharding.mesh if isinstance(sharding, NamedSharding) else None
     batch_size = min(batch_size, len(prompts))

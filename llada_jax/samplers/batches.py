@@ -15,7 +15,6 @@ import numpy as np
 from llada_jax.rng import key_for
 from llada_jax.samplers.canvas import Canvas, width_of
 from llada_jax.samplers.denoise import DenoiseStep, denoise
-from llada_jax.samplers.network import CacheFns
 
 
 class Batch(NamedTuple):
@@ -76,7 +75,7 @@ def make_request(
     params: dict,
     *,
     mask_id: int,
-    cache_fns: tuple[Callable, Callable] | None,
+    cached_fn: Callable | None,
     shadow_fn: Callable | None,
     seed: int,
     on_step: Callable[[range, DenoiseStep], None],
@@ -86,7 +85,7 @@ def make_request(
     """Returns a request with the parameters bound to the functions of the network."""
     bind = jax.tree_util.Partial
     network: dict[str, Any] = {
-        "cache_fns": cache_fns and CacheFns(*(bind(function, params) for function in cache_fns)),
+        "cached_fn": cached_fn and bind(cached_fn, params),
         "shadow_fn": shadow_fn and bind(shadow_fn, params),
     }
 

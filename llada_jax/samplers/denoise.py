@@ -35,7 +35,6 @@ from jax.sharding import NamedSharding
 from llada_jax.errors import UserError
 from llada_jax.samplers.commit import CRITERIA, SCHEDULE, parse_commit
 from llada_jax.samplers.network import (
-    CacheFns,
     Network,
     as_partial,
     place_everywhere,
@@ -89,7 +88,7 @@ def denoise(
     suppress: Sequence[int] = (),
     cache: str = "none",
     refresh: int = 0,
-    cache_fns: CacheFns | None = None,
+    cached_fn: Callable | None = None,
     shadow_fn: Callable | None = None,
     row_B: Sequence[int] | None = None,
     num_ids: int | None = None,
@@ -136,9 +135,9 @@ def denoise(
             EOS, and when every row has ended no further step runs. False, as published, generates
             all gen_length tokens.
         suppress: ids whose logits are off.
-        cache, refresh, cache_fns: "prefix" keeps keys and values of all that stands before the
+        cache, refresh, cached_fn: "prefix" keeps keys and values of all that stands before the
             current block, "dual" also of what stands behind it, and computes them again in the
-            first of every `refresh` steps of a block (0: once per block). cache_fns computes them.
+            first of every `refresh` steps of a block (0: once per block). cached_fn computes them.
         shadow_fn: for revise="wino".
         num_ids: only ids below this are generated: the embedding may have more rows than the
             tokenizer has ids. None (as published): every row of the embedding.
@@ -187,7 +186,7 @@ def denoise(
         )
     network = Network(
         as_partial(logits_fn),
-        None if cache == "none" else cache_fns,
+        as_partial(cached_fn) if cache != "none" and cached_fn else None,
         as_partial(shadow_fn) if reviser.name == WINO and shadow_fn else None,
     )
     num_blocks = gen_length // block_length

@@ -1,15 +1,16 @@
 """What a step asks of the network: the logits of the current block, and no others.
 
-The network is a function, with a cache two more, and with a shadow another one:
+The network is a function, or another one where there is a cache or a shadow:
 
     logits_fn(tokens_BT, segment_ids_BT, positions_BT, start=, length=) -> float32 [B, length, V]
-    fill_fn(tokens_BT, segment_ids_BT, positions_BT, start=, length=) -> the same logits, cache
-    read_fn(cache, tokens_BW, positions_BW, segment_ids_BT, start=, length=) -> logits, cache
+    cached_fn(tokens_BW, segment_ids_BT, positions_BW, cache, start=, length=) -> logits, cache
     shadow_fn(tokens_BT, segment_ids_BT, positions_BT, mask_id, start=, length=) -> logits, logits
 
-`read_fn` computes the columns start ... start + W - 1 alone, against what the cache has of all
-others, and returns the logits of the first `length` of them, and the cache with the window's own
-keys and values. `shadow_fn` returns the logits of the window and those of its shadow: as many
+With cache=None, `cached_fn` computes whole rows (W = T) and returns what `logits_fn` returns, and
+the cache. Otherwise it computes the columns start ... start + W - 1 alone, against what the cache
+has of all others, and returns the logits of the first `length` of them, and the cache with the
+window's own keys and values. It is one function, because two would each bring the parameters into
+the compiled program. `shadow_fn` returns the logits of the window and those of its shadow: as many
 masks in the same positions, of which each sees what the window's token in its place sees, but for
 that token itself, and all other masks of the shadow; nothing else sees the shadow.
 """
@@ -26,18 +27,11 @@ from jax.sharding import NamedSharding, PartitionSpec
 from llada_jax.errors import UserError
 
 
-class CacheFns(NamedTuple):
-    """The two functions of a network that can keep keys and values, see above."""
-
-    fill_fn: Callable
-    read_fn: Callable
-
-
 class Network(NamedTuple):
     """What a request may call; the last two are None where nothing asks for them."""
 
     logits_fn: Callable
-    cache_fns: Any  # CacheFns
+    cached_fn: Any
     shadow_fn: Any
 
 
@@ -76,9 +70,9 @@ def guided(both_BTV: Array, cfg_scale: Array) -> Array:
     return unprompted_BTV + (cfg_scale + 1) * (logits_BTV - unprompted_BTV)
 
 
-def empty_cache(fill_fn: Callable, rows: Rows, *, length: int) -> Any:
-    """Returns zeros in the shape of the cache that `fill_fn` gives for these rows."""
-    shapes = jax.eval_shape(lambda *rows: fill_fn(*rows, start=0, length=length)[1], *rows)
+def empty_cache(cached_fn: Callable, rows: Rows, *, length: int) -> Any:
+    """Returns zeros in the shape of the cache that `cached_fn` gives for these rows."""
+    shapes = jax.eval_shape(lambda *rows: cached_fn(*rows, None, start=0, length=length)[1], *rows)
     return jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), shapes)
 
 

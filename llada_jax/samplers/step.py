@@ -132,14 +132,14 @@ def _block_logits(
                 jax.lax.dynamic_slice_in_dim(array, start, plan.window, axis=1)
                 for array in (rows.tokens_BT, rows.positions_BT)
             )
-            return network.cache_fns.read_fn(
-                state.cache, tokens_BW, positions_BW, rows.segment_ids_BT, **where
+            return network.cached_fn(
+                tokens_BW, rows.segment_ids_BT, positions_BW, state.cache, **where
             )
 
         is_due = state.step_in_block % jnp.maximum(fixed.refresh, 1) == 0
         is_due = jnp.where(fixed.refresh > 0, is_due, state.step_in_block == 0)
         logits_BTV, cache = jax.lax.cond(
-            is_due, lambda: network.cache_fns.fill_fn(*rows, **where), read
+            is_due, lambda: network.cached_fn(*rows, None, **where), read
         )
     else:
         logits_BTV = network.logits_fn(*rows, **where)
@@ -387,4 +387,4 @@ def denoise_block(
 @partial(jax.jit, static_argnames="plan")
 def empty_cache_of(network: Network, state: State, fixed: Fixed, *, plan: Plan) -> Any:
     rows = _rows(state, fixed, plan)
-    return empty_cache(network.cache_fns.fill_fn, rows, length=plan.block_length)
+    return empty_cache(network.cached_fn, rows, length=plan.block_length)

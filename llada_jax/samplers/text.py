@@ -57,7 +57,7 @@ def generate_tokens(
     gen_length: int,
     block_length: int | None = None,
     steps: int | None = None,
-    cache_fns: tuple[Callable, Callable] | None = None,
+    cached_fn: Callable | None = None,
     shadow_fn: Callable | None = None,
     eos_id: int | Sequence[int] | None = None,
     stop_at_eos: bool = True,
@@ -76,8 +76,8 @@ def generate_tokens(
         params: its first argument, a pytree of arrays.
         prompts: token ids, of any lengths, empty for unconditional generation.
         block_length, steps: None means gen_length: pure diffusion, one token per step.
-        cache_fns: for cache="prefix" and "dual": llada_jax.samplers.network.CacheFns that take
-            `params` first.
+        cached_fn: for cache="prefix" and "dual", see llada_jax.samplers.network; takes `params`
+            first.
         shadow_fn: for revise="wino", see there; takes `params` first too.
         seed: row r of the request draws the same numbers whatever the batch size and the other
             prompts are.
@@ -112,7 +112,7 @@ def generate_tokens(
         logits_fn,
         params,
         mask_id=mask_id,
-        cache_fns=cache_fns,
+        cached_fn=cached_fn,
         shadow_fn=shadow_fn,
         seed=seed,
         on_step=on_step,
@@ -189,7 +189,7 @@ def infill_tokens(
         logits_fn,
         params,
         mask_id=mask_id,
-        cache_fns=None,
+        cached_fn=None,
         shadow_fn=shadow_fn,
         seed=seed,
         on_step=on_step,
@@ -277,7 +277,7 @@ def generate_text(
 
 
 def continue_text(
-    cache_fns: tuple[Callable, Callable],
+    cached_fn: Callable,
     params: dict,
     tokenizer: Any,
     prompts: Sequence[str],
@@ -288,7 +288,7 @@ def continue_text(
     """Generates text after each prompt with a causal network, token by token.
 
     Args:
-        cache_fns, params: see llada_jax.samplers.autoregressive.continue_tokens.
+        cached_fn, params: see llada_jax.samplers.autoregressive.continue_tokens.
         settings: gen_length and everything else that `continue_tokens` takes. The settings of
             `generate_text` that are about denoising are refused unless they have their defaults.
         The others: see `generate_text`.
@@ -296,7 +296,7 @@ def continue_text(
     settings = without_denoising(settings)
     prompt_ids = [tokenizer.encode(prompt) for prompt in prompts]
     tokens_BT, num_steps_B = continue_tokens(
-        cache_fns,
+        cached_fn,
         params,
         prompt_ids,
         mask_id=tokenizer.mask_id,

@@ -236,7 +236,7 @@ def continue_or_denoise(
         asked = settings | {"block_length": args.block_length, "steps": args.steps}
         settings |= {"gen_length": args.gen_length}
         return continue_text(
-            pretrained.model.cache_fns,
+            pretrained.model.cached_fn,
             pretrained.params,
             pretrained.tokenizer,
             prompts,

@@ -16,7 +16,7 @@ MODES = {"schedule": {}, "threshold": {"commit": "threshold=0.9"}}
 
 
 def speed_of(logits_fn, *, longest: int) -> dict[str, speed.Speed]:
-    model = types.SimpleNamespace(logits_fn=logits_fn, cache_fns=None)
+    model = types.SimpleNamespace(logits_fn=logits_fn, cached_fn=None)
     return speed.sampling_speed(
         model,
         letters("it is a truth"),

@@ -96,7 +96,7 @@ def samples_in_jax(tmp_path_factory) -> Path:
             model.model.logits_fn,
             params,
             PROMPTS,
-            cache_fns=model.model.cache_fns,
+            cached_fn=model.model.cached_fn,
             shadow_fn=model.model.shadow_fn,
             on_step=on_step,
             seed=SEED,

@@ -38,17 +38,17 @@ def test_a_cache_of_the_same_tokens_gives_the_same_logits(mask, changes):
     model, params = small_model(mask, **changes)
     canvas = rows()
     expected_BTV = model.logits_fn(params, *canvas, start=4, length=3)
-    logits_BTV, cache = model.fill_cache(params, *canvas, start=4, length=3)
+    logits_BTV, cache = model.cached_fn(params, *canvas, None, start=4, length=3)
     np.testing.assert_allclose(logits_BTV, expected_BTV, atol=1e-5)
     tokens_BT, segment_ids_BT, positions_BT = canvas
     for width in (3, 6):
         window = slice(4, 4 + width)
-        logits_BTV, _ = model.read_cache(
+        logits_BTV, _ = model.cached_fn(
             params,
-            cache,
             tokens_BT[:, window],
-            positions_BT[:, window],
             segment_ids_BT,
+            positions_BT[:, window],
+            cache,
             start=jnp.int32(4),
             length=3,
         )
@@ -62,21 +62,23 @@ def test_columns_outside_the_window_are_seen_as_they_were():
     """
     model, params = small_model(num_layers=1)
     old_BT, segment_ids_BT, positions_BT = rows()
-    _, cache = model.fill_cache(params, old_BT, segment_ids_BT, positions_BT, start=4, length=3)
+    _, cache = model.cached_fn(
+        params, old_BT, segment_ids_BT, positions_BT, None, start=4, length=3
+    )
     new_BT = (old_BT + 7) % V
-    logits_BTV, cache = model.read_cache(
+    logits_BTV, cache = model.cached_fn(
         params,
-        cache,
         new_BT[:, 4:7],
-        positions_BT[:, 4:7],
         segment_ids_BT,
+        positions_BT[:, 4:7],
+        cache,
         start=4,
         length=3,
     )
     mixed_BT = old_BT.copy()
     mixed_BT[:, 4:7] = new_BT[:, 4:7]
-    expected_BTV, expected = model.fill_cache(
-        params, mixed_BT, segment_ids_BT, positions_BT, start=4, length=3
+    expected_BTV, expected = model.cached_fn(
+        params, mixed_BT, segment_ids_BT, positions_BT, None, start=4, length=3
     )
     np.testing.assert_allclose(logits_BTV, expected_BTV, atol=1e-5)
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-5), cache, expected)

@@ -44,7 +44,7 @@ def test_the_traced_program_is_the_one_that_a_request_runs(monkeypatch, cache):
             [[1, 2, 3], [4]],
             mask_id=63,
             pad_id=0,
-            cache_fns=model.cache_fns,
+            cached_fn=model.cached_fn,
             temperature=1.0,
             **schedule,
         )

@@ -47,7 +47,7 @@ def greedy(network, prompt, length):
 
 def sample(network, prompts=PROMPTS, **changes):
     model, params = network
-    return continue_tokens(model.cache_fns, params, prompts, **(REQUEST | changes))
+    return continue_tokens(model.cached_fn, params, prompts, **(REQUEST | changes))
 
 
 @pytest.mark.slow
@@ -103,10 +103,10 @@ def test_the_first_token_follows_the_softmax(network):
 @pytest.mark.slow
 def test_text_is_continued_and_settings_of_denoising_are_refused(network):
     model, params = network
-    completions = continue_text(model.cache_fns, params, BYTES, ["it", ""], gen_length=6)
+    completions = continue_text(model.cached_fn, params, BYTES, ["it", ""], gen_length=6)
     assert completions[0].tokens == greedy(network, list(b"it"), 6)
     assert completions[0].num_steps == 6
     with pytest.raises(UserError, match="steps=3 is about denoising"):
-        continue_text(model.cache_fns, params, BYTES, ["it"], gen_length=6, steps=3)
+        continue_text(model.cached_fn, params, BYTES, ["it"], gen_length=6, steps=3)
     with pytest.raises(UserError, match="gen_length=0 must be at least 1"):
-        continue_text(model.cache_fns, params, BYTES, ["it"], gen_length=0)
+        continue_text(model.cached_fn, params, BYTES, ["it"], gen_length=0)

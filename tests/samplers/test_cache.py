@@ -28,7 +28,7 @@ def network():
 def sample(network, **changes):
     model, params = network
     return generate_tokens(
-        model.logits_fn, params, PROMPTS, cache_fns=model.cache_fns, **(REQUEST | changes)
+        model.logits_fn, params, PROMPTS, cached_fn=model.cached_fn, **(REQUEST | changes)
     )
 
 
