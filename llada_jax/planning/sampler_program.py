@@ -96,12 +96,12 @@ def traced_block(
     cached_fn = None if cache == "none" else bound(model.cached_fn, params)
     network = Network(bound(model.logits_fn, params), cached_fn, None)
     confidence_BT = array(num_rows, width, dtype=jnp.float32) if plan.with_confidence else ()
-    state = State(canvas_BT, number, ids_B, ids_B, (), confidence_BT)
+    state = State(canvas_BT, number, ids_B, ids_B, confidence_BT)
+    kept: Any = ()
     with nullcontext() if mesh is None else jax.set_mesh(mesh):
         if cache != "none":
             shapes = jax.eval_shape(lambda: empty_cache_of(network, state, fixed, plan=plan))
-            of_cache = jax.tree.map(lambda leaf: array(*leaf.shape, dtype=leaf.dtype), shapes)
-            state = state._replace(cache=of_cache)
+            kept = jax.tree.map(lambda leaf: array(*leaf.shape, dtype=leaf.dtype), shapes)
         key = jax.eval_shape(lambda: jax.random.key(0))
         key = array(*key.shape, dtype=key.dtype)
-        return denoise_block.trace(network, state, number, number, key, fixed, plan=plan)
+        return denoise_block.trace(network, state, kept, number, number, key, fixed, plan=plan)

@@ -218,10 +218,9 @@ def denoise(
         step_in_block=np.int32(0),
         num_steps_B=np.zeros(len(canvas_BT), np.int32),
         num_drafted_B=np.zeros(len(canvas_BT), np.int32),
-        cache=(),
         confidence_BT=np.full(np.shape(canvas_BT), np.nan, np.float32) if with_confidence else (),
     )
-    state = State(**empty)
+    state, kept = State(**empty), ()
     sharding = sharding_beside(network)
     blocks = range(num_blocks) if blocks is None else blocks
     state, number, key, fixed = place_everywhere(
@@ -253,10 +252,10 @@ def denoise(
             of_last = plan.width
             plan = _plan_of_block(plan, block, cache, width=len(canvas_BT[0]), lookahead=num_ahead)
             # Whatever it holds, the first step of a block fills it again.
-            if cache != "none" and (state.cache == () or plan.width != of_last):
-                state = state._replace(cache=empty_cache_of(network, state, fixed, plan=plan))
-            state, is_new_BT, number, num_done, is_over_B = denoise_block(
-                network, state, number, np.int32(max_steps), key, fixed, plan=plan
+            if cache != "none" and (kept == () or plan.width != of_last):
+                kept = empty_cache_of(network, state, fixed, plan=plan)
+            state, kept, is_new_BT, number, num_done, is_over_B = denoise_block(
+                network, state, kept, number, np.int32(max_steps), key, fixed, plan=plan
             )
         # Waits for the device: dozens of dispatched programs deadlock where several processes share
         # a mesh of CPU devices, because those that wait for their turn hold the threads on which

@@ -81,7 +81,6 @@ class State(NamedTuple):
     step_in_block: jax.Array
     num_steps_B: jax.Array
     num_drafted_B: jax.Array  # int32: tokens that the last step of this block has kept
-    cache: Any  # () without one
     confidence_BT: Any  # float32, what tokens were revealed with; () unless the plan asks for it
 
 
@@ -107,7 +106,7 @@ def _rows(state: State, fixed: Fixed, plan: Plan) -> Rows:
 
 
 def _block_logits(
-    network: Network, state: State, fixed: Fixed, start: Array, plan: Plan
+    network: Network, state: State, cache: Any, fixed: Fixed, start: Array, plan: Plan
 ) -> tuple[Array, Array | None, Any]:
     """Returns the logits of the current block, float32 [B, block_length, V], those of its shadow
     where one verifies, and the cache.
@@ -122,7 +121,7 @@ def _block_logits(
         is_there_T = jnp.arange(plan.width) < start + plan.block_length + fixed.lookahead
         rows = rows._replace(segment_ids_BT=jnp.where(is_there_T, rows.segment_ids_BT, 0))
     where: dict = {"start": start, "length": plan.block_length}
-    shadow_BTV, cache = None, ()
+    shadow_BTV = None
     if plan.reviser == WINO:
         logits_BTV, shadow_BTV = network.shadow_fn(*rows, fixed.mask_id, **where)
     elif plan.window:
@@ -132,9 +131,7 @@ def _block_logits(
                 jax.lax.dynamic_slice_in_dim(array, start, plan.window, axis=1)
                 for array in (rows.tokens_BT, rows.positions_BT)
             )
-            return network.cached_fn(
-                tokens_BW, rows.segment_ids_BT, positions_BW, state.cache, **where
-            )
+            return network.cached_fn(tokens_BW, rows.segment_ids_BT, positions_BW, cache, **where)
 
         is_due = state.step_in_block % jnp.maximum(fixed.refresh, 1) == 0
         is_due = jnp.where(fixed.refresh > 0, is_due, state.step_in_block == 0)
@@ -258,25 +255,31 @@ def _rank(score_BT: Array) -> Array:
     return jnp.argsort(jnp.argsort(-score_BT, axis=1, stable=True), axis=1)
 
 
-@partial(jax.jit, static_argnames="plan")
+# The cache is updated in place: next to the parameters it may be the largest array by far.
+@partial(jax.jit, static_argnames="plan", donate_argnames="cache")
 def denoise_block(
     network: Network,
     state: State,
+    cache: Any,
     block: Array,
     max_steps: Array,
     key: Array,
     fixed: Fixed,
     *,
     plan: Plan,
-) -> tuple[State, Array, Array, Array, Array]:
+) -> tuple[State, Any, Array, Array, Array, Array]:
     """Runs steps until the current block is done, but no more than `max_steps` of them.
 
     Static arguments decide what is compiled. What only changes numbers is traced: the block and its
     steps, the schedule, ids, temperature and guidance strength.
 
+    Args:
+        cache: what `cached_fn` returns, of any values at the start of a block, and gone afterwards;
+            () without one.
+
     Returns:
-        the state, is_new_BT, the number of the next block, the steps run, and which rows are
-        complete, bool [B].
+        the state, the cache, is_new_BT, the number of the next block, the steps run, and which rows
+        are complete, bool [B].
     """
     # Only the current block is read and written, so logits, noise and softmax cover it alone.
     # `start` is traced: all blocks share one program.
@@ -291,14 +294,14 @@ def denoise_block(
     def hidden(state: State) -> Array:
         return in_block(is_generated_BT) & (in_block(state.canvas_BT) == fixed.mask_id)
 
-    def step(state_and_count: tuple[State, Array]) -> tuple[State, Array]:
-        state, num_done = state_and_count
+    def step(carried: tuple[State, Any, Array]) -> tuple[State, Any, Array]:
+        state, cache, num_done = carried
         is_hidden_BT = hidden(state)
         is_kept_BT = in_block(is_generated_BT) & ~is_hidden_BT
         current = _Block(in_block(state.canvas_BT), is_hidden_BT, is_kept_BT)
 
         # 1. The logits of the current block.
-        logits_BTV, shadow_BTV, cache = _block_logits(network, state, fixed, start, plan)
+        logits_BTV, shadow_BTV, cache = _block_logits(network, state, cache, fixed, start, plan)
 
         # 2. Keys fold (step, row). The step is counted within the schedule and not over the passes
         # of the batch: neither the other rows nor the padding change what a row draws.
@@ -337,16 +340,15 @@ def denoise_block(
             state.step_in_block + 1,
             state.num_steps_B + jnp.any(is_hidden_BT, axis=1),
             num_drafted_B,
-            cache,
             confidence_BT,
         )
-        return state, num_done + 1
+        return state, cache, num_done + 1
 
-    def is_unfinished(state_and_count: tuple[State, Array]) -> Array:
-        state, num_done = state_and_count
+    def is_unfinished(carried: tuple[State, Any, Array]) -> Array:
+        state, _, num_done = carried
         return jnp.any(hidden(state)) & (num_done < max_steps)
 
-    state, num_done = jax.lax.while_loop(is_unfinished, step, (state, jnp.int32(0)))
+    state, cache, num_done = jax.lax.while_loop(is_unfinished, step, (state, cache, jnp.int32(0)))
 
     # A row that has met EOS in a finished block is complete. Not before its block is finished:
     # positions in front of the EOS are still hidden until then, and may reveal an earlier one.
@@ -359,14 +361,12 @@ def denoise_block(
     if plan.with_confidence:
         is_filled_BT = canvas_BT != state.canvas_BT
         confidence_BT = jnp.where(is_filled_BT, jnp.nan, confidence_BT)
-    result = (
+    state, *others = (
         State(
             canvas_BT,
             jnp.where(is_done, 0, state.step_in_block),
             state.num_steps_B,
             jnp.where(is_done, 0, state.num_drafted_B),
-            # Whatever comes next fills it again.
-            state.cache,
             confidence_BT,
         ),
         is_masked_before_BT & ~is_left_BT,
@@ -374,14 +374,11 @@ def denoise_block(
         num_done,
         ~jnp.any(is_left_BT, axis=1),
     )
-    if plan.sharding is None:
-        return result
     # Placed like its input, or the second call would be compiled again for another placement. The
     # cache stays where it was computed.
-    placed = jax.lax.with_sharding_constraint(
-        (result[0]._replace(cache=()), *result[1:]), plan.sharding
-    )
-    return (placed[0]._replace(cache=result[0].cache), *placed[1:])
+    if plan.sharding is not None:
+        state, *others = jax.lax.with_sharding_constraint((state, *others), plan.sharding)
+    return state, cache, *others
 
 
 @partial(jax.jit, static_argnames="plan")
