@@ -144,6 +144,7 @@ def infill_tokens(
     mask_id: int,
     pad_id: int,
     steps: int | None = None,
+    revise: str = NONE,
     shadow_fn: Callable | None = None,
     seed: int = 0,
     batch_size: int = 16,
@@ -157,6 +158,7 @@ def infill_tokens(
         texts, is_given: see llada_jax.samplers.canvas.make_infill_canvas.
         steps: passes of the network; None means one token per step. A text with fewer gaps than
             that takes fewer.
+        revise: see llada_jax.samplers.denoise.denoise.
         settings: the other settings of llada_jax.samplers.denoise.denoise, but for blocks, caches
             and the end of the text: a gap has the length that it has.
 
@@ -181,8 +183,10 @@ def infill_tokens(
             pad_id=pad_id,
         )
         width = canvas.tokens_BT.shape[1]
-        # One token per step whatever the other gaps are: no row has more gaps than columns.
-        steps_or_all = width if steps is None else steps
+        # One token per step: no text has more gaps. Where a rule that revises spreads over the
+        # steps, their number must not depend on the gaps of other texts.
+        most = max(num_gaps) if revise == NONE else width
+        steps_or_all = most if steps is None else steps
         return canvas, {"gen_length": width, "block_length": width, "steps": steps_or_all}
 
     request = make_request(
@@ -193,6 +197,7 @@ def infill_tokens(
         shadow_fn=shadow_fn,
         seed=seed,
         on_step=on_step,
+        revise=revise,
         **settings,
     )
     filled: list[list[int]] = [[] for _ in texts]

@@ -77,6 +77,24 @@ def test_a_gap_is_filled_as_plain_numpy_fills_it():
     assert filled == [canvas.tolist()]
 
 
+def test_without_a_number_of_steps_a_text_has_as_many_as_gaps():
+    heard = []
+    fill(
+        [[3, 0, 0, 5], [0]],
+        [[True, False, False, True], [False]],
+        on_step=lambda _, s: heard.append(s),
+    )
+    assert [(state.step, state.num_steps) for state in heard] == [(1, 2), (2, 2)]
+
+
+def test_the_gaps_of_others_change_nothing_where_tokens_are_taken_back():
+    text, given_T = [3, 0, 0, 0, 0, 0, 5], [True, *[False] * 5, True]
+    settings = {"temperature": 1.0, "revise": "remdm-loop=0.9"}
+    alone, _ = fill([text], [given_T], **settings)
+    together, _ = fill([text, [3] * 12], [given_T, [False] * 12], **settings)
+    assert together[0] == alone[0]
+
+
 def test_gaps_are_read_from_a_text():
     tokens, is_given = parse_gaps(BYTES, "a [MASK:2] b[MASK]")
     assert tokens == [*b"a ", 256, 256, *b" b", 256]
