@@ -11,7 +11,7 @@ import jax
 import numpy as np
 
 from llada_jax.samplers.denoise import DenoiseStep
-from llada_jax.samplers.show import CanvasText, Cell
+from llada_jax.samplers.show import CanvasText, Cell, Shown
 
 PAGE = Path(__file__).with_name("replay.html")
 PLACEHOLDER = "RECORDING"
@@ -23,19 +23,18 @@ class Recording:
     The sampler is asked for `with_confidence`.
 
     Args:
-        prompts: the text in front of each sample.
+        shown: what is drawn of each row of the request.
     """
 
-    def __init__(self, tokenizer: Any, prompts: Sequence[str], *, gen_length: int) -> None:
-        self.tokenizer, self.gen_length = tokenizer, gen_length
+    def __init__(self, tokenizer: Any, shown: Sequence[Shown]) -> None:
+        self.tokenizer, self._shown = tokenizer, shown
         # An in-memory stream has no encoding of its own: a page can show every character.
         self._canvas_text = CanvasText(tokenizer, io.StringIO(), mask_width=2)
-        all_masked = np.full(gen_length, tokenizer.mask_id)
-        self._tokens = [all_masked for _ in prompts]
-        self._cells = [self._draw(all_masked) for _ in prompts]
+        self._tokens = [np.asarray(row.tokens) for row in shown]
+        self._cells = [self._draw(row, row.tokens) for row in shown]
         self._samples: list[dict[str, Any]] = [
-            {"prompt": prompt, "num_steps": 0, "start": _rows(cells), "frames": []}
-            for prompt, cells in zip(prompts, self._cells, strict=True)
+            {"prompt": row.prompt, "num_steps": 0, "start": _rows(cells), "frames": []}
+            for row, cells in zip(shown, self._cells, strict=True)
         ]
         self._seen: set[int] = set()
 
@@ -43,12 +42,13 @@ class Recording:
         """Called after each step, see llada_jax.samplers.text.generate_tokens."""
         arrays = jax.device_get((state.canvas_BT, state.is_new_BT, state.confidence_BT))
         for place, row in enumerate(rows):
-            tokens, is_new, confidence = (array[place, -self.gen_length :] for array in arrays)
+            shown = self._shown[row]
+            tokens, is_new, confidence = (array[place, shown.columns] for array in arrays)
             is_masked = tokens == self.tokenizer.mask_id
             # A token that was taken back and revealed in the same step is not new to the sampler.
             is_new = (is_new | (tokens != self._tokens[row])) & ~is_masked
             hidden = is_masked & (self._tokens[row] != self.tokenizer.mask_id)
-            cells, before = self._draw(tokens), self._cells[row]
+            cells, before = self._draw(shown, tokens), self._cells[row]
             changed = {column: cell for column, cell in cells.items() if cell != before.get(column)}
             self._seen.update(tokens[is_new].tolist())
             self._samples[row]["frames"].append(
@@ -79,9 +79,8 @@ class Recording:
         # Inside of a script element only "<" can begin a tag, and JSON has another way to write it.
         return PAGE.read_text(encoding="utf-8").replace(PLACEHOLDER, data.replace("<", "\\u003c"))
 
-    def _draw(self, tokens: np.ndarray) -> dict[int, Cell]:
-        is_masked = (tokens == self.tokenizer.mask_id).tolist()
-        cells = self._canvas_text.cells(tokens.tolist(), is_masked)
+    def _draw(self, shown: Shown, tokens: Sequence[int] | np.ndarray) -> dict[int, Cell]:
+        cells = self._canvas_text.cells(tokens, shown.is_given)
         return {cell.columns.start: cell for cell in cells}
 
     def _name(self, token: int) -> str:
@@ -94,11 +93,7 @@ class Recording:
 
 def _rows(cells: dict[int, Cell]) -> list[list]:
     """Returns cells as the page reads them: first column, number of columns, text, kind."""
-    kinds = {
-        column: "mask" if cell.is_mask else "end" if cell.is_end else "token"
-        for column, cell in cells.items()
-    }
-    return [[column, len(cell.columns), cell.text, kinds[column]] for column, cell in cells.items()]
+    return [[column, len(cell.columns), cell.text, cell.kind] for column, cell in cells.items()]
 
 
 def _number(confidence: np.floating) -> float | None:

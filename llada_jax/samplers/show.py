@@ -8,7 +8,7 @@ import jax
 import numpy as np
 
 from llada_jax.samplers.denoise import DenoiseStep
-from llada_jax.samplers.text import decode_after
+from llada_jax.samplers.text import decode_after, parse_gaps
 
 NUM_SNAPSHOTS = 8  # lines written where there is no terminal
 MAX_LINE = 160  # characters of text in such a line
@@ -21,14 +21,41 @@ END_STYLE = "grey50"
 # By the number of steps since the token was revealed.
 AGE_STYLES = ("bold grey7 on gold1", "bold gold1", "light_goldenrod1")
 
+# The kinds of cells.
+MASK, GIVEN, TOKEN, END = "mask", "given", "token", "end"
+# Some bytes of a character; drawn as a token.
+_PARTIAL = "partial"
+
+
+class Shown(NamedTuple):
+    """What is drawn of a row: the text in front of it, the tokens that it starts with, and the
+    columns of the canvas in which they stand.
+    """
+
+    prompt: str
+    tokens: Sequence[int]  # the mask where a token is wanted
+    is_given: Sequence[bool]
+    columns: slice
+
+
+def shown_generations(prompts: Sequence[str], *, gen_length: int, mask_id: int) -> list[Shown]:
+    """Returns what is drawn where text is generated behind prompts."""
+    masks, is_given = [mask_id] * gen_length, [False] * gen_length
+    return [Shown(prompt, masks, is_given, slice(-gen_length, None)) for prompt in prompts]
+
+
+def shown_gaps(tokenizer: Any, texts: Sequence[str]) -> list[Shown]:
+    """Returns what is drawn where the gaps of texts are filled, see parse_gaps."""
+    parsed = [parse_gaps(tokenizer, text) for text in texts]
+    return [Shown("", tokens, is_given, slice(len(tokens))) for tokens, is_given in parsed]
+
 
 class Cell(NamedTuple):
-    """Neighbouring columns that are drawn as one: text, masks (`is_mask`) or EOS (`is_end`)."""
+    """Neighbouring columns that are drawn as one."""
 
     text: str
     columns: range
-    is_mask: bool = False
-    is_end: bool = False
+    kind: str
 
 
 class CanvasText:
@@ -60,65 +87,88 @@ class CanvasText:
             self.text_of[token] = self.decode([token])
         return "\ufffd" in self.text_of[token]
 
-    def cells(self, tokens: Sequence[int], is_masked: Sequence[bool]) -> list[Cell]:
-        """Returns the cells of one row, which cover every column once and in order. Several ends in
-        a row are one cell.
+    def cells(
+        self, tokens: Sequence[int] | np.ndarray, is_given: Sequence[bool] | np.ndarray
+    ) -> list[Cell]:
+        """Returns the cells of one row, which cover every column once and in order. Given tokens in
+        a row are one cell, and so are several ends.
         """
-        cells, ends = [], self.tokenizer.end_ids
+        ids = [int(token) for token in tokens]
+        kinds = [self._kind(token, given) for token, given in zip(ids, is_given, strict=True)]
+        cells: list[Cell] = []
         column = 0
-        while column < len(tokens):
-            token = int(tokens[column])
-            stop = column + 1
-            if is_masked[column]:
-                cells.append(Cell(self.mask, range(column, stop), is_mask=True))
-            elif token in ends:
-                while stop < len(tokens) and not is_masked[stop] and tokens[stop] in ends:
-                    stop += 1
-                cells.append(Cell(self.end, range(column, stop), is_end=True))
-            elif self.is_partial(token):
-                while (
-                    stop < len(tokens)
-                    and not is_masked[stop]
-                    and self.is_partial(int(tokens[stop]))
-                ):
-                    stop += 1
-                cells.append(
-                    Cell(self.decode([int(t) for t in tokens[column:stop]]), range(column, stop))
-                )
+        while column < len(kinds):
+            kind, stop = kinds[column], column + 1
+            while kind not in (MASK, TOKEN) and stop < len(kinds) and kinds[stop] == kind:
+                stop += 1
+            if kind in (MASK, END):
+                text = self.mask if kind == MASK else self.end
+            elif kind == TOKEN:
+                text = self.text_of[ids[column]]
+            elif kind == GIVEN and column == 0:
+                text = self.tokenizer.decode(ids[:stop])
             else:
-                cells.append(Cell(self.text_of[token], range(column, stop)))
+                text = self.decode(ids[column:stop])
+            kind = TOKEN if kind == _PARTIAL else kind
+            cells.append(Cell(text, range(column, stop), kind))
             column = stop
         return cells
 
+    def _kind(self, token: int, is_given: bool) -> str:
+        if is_given:
+            return GIVEN
+        if token == self.tokenizer.mask_id:
+            return MASK
+        if token in self.tokenizer.end_ids:
+            return END
+        return _PARTIAL if self.is_partial(token) else TOKEN
+
+
+class _Row(NamedTuple):
+    """The shown part of a row after a step, on the host: arrays [T]."""
+
+    tokens_T: np.ndarray
+    is_given_T: np.ndarray
+    is_masked_T: np.ndarray
+    is_new_T: np.ndarray
+
 
 class _Frame(NamedTuple):
-    """The generation of one batch after a step, on the host: arrays [rows, gen_length]."""
+    """The rows of a batch after a step, and how many of their tokens are wanted and hidden."""
 
-    tokens_BT: np.ndarray
-    is_masked_BT: np.ndarray
-    is_new_BT: np.ndarray
+    rows: list[_Row]
+    num_wanted: int
+    num_hidden: int
 
     @property
     def share_revealed(self) -> float:
-        return 1 - self.is_masked_BT.mean()
+        return 1 - self.num_hidden / self.num_wanted
 
 
-def _frame(rows: range, state: DenoiseStep, *, mask_id: int, gen_length: int) -> _Frame:
-    canvas_BT, is_new_BT = jax.device_get((state.canvas_BT, state.is_new_BT))
-    tokens_BT = canvas_BT[: len(rows), -gen_length:]
-    return _Frame(tokens_BT, tokens_BT == mask_id, is_new_BT[: len(rows), -gen_length:])
+def _frame(numbers: range, state: DenoiseStep, shown: Sequence[Shown], mask_id: int) -> _Frame:
+    arrays = jax.device_get((state.canvas_BT, state.is_new_BT))
+    rows = []
+    for place, number in enumerate(numbers):
+        tokens_T, is_new_T = (array[place, shown[number].columns] for array in arrays)
+        is_given_T = np.asarray(shown[number].is_given)
+        rows.append(_Row(tokens_T, is_given_T, (tokens_T == mask_id) & ~is_given_T, is_new_T))
+    return _Frame(
+        rows,
+        sum(int((~row.is_given_T).sum()) for row in rows),
+        sum(int(row.is_masked_T.sum()) for row in rows),
+    )
 
 
 class LogShow:
     """Writes NUM_SNAPSHOTS lines per batch to a stream that is not a terminal, each with the first
     row of the batch.
+
+    Args:
+        shown: what is drawn of each row of the request.
     """
 
-    def __init__(
-        self, tokenizer: Any, prompts: Sequence[str], *, gen_length: int, stream: TextIO
-    ) -> None:
-        self.tokenizer, self.prompts = tokenizer, prompts
-        self.gen_length, self.stream = gen_length, stream
+    def __init__(self, tokenizer: Any, shown: Sequence[Shown], *, stream: TextIO) -> None:
+        self.tokenizer, self.shown, self.stream = tokenizer, shown, stream
         self.canvas_text = CanvasText(tokenizer, stream, mask_width=1)
 
     def __enter__(self) -> Any:
@@ -128,20 +178,21 @@ class LogShow:
         return None
 
     def on_step(self, rows: range, state: DenoiseStep) -> None:
-        frame = _frame(rows, state, mask_id=self.tokenizer.mask_id, gen_length=self.gen_length)
+        frame = _frame(rows, state, self.shown, self.tokenizer.mask_id)
         # By what is revealed and not by the step, because a row may need few of its steps.
-        num_revealed = frame.tokens_BT.size - frame.is_masked_BT.sum()
-        num_before = num_revealed - frame.is_new_BT.sum()
+        num_revealed = frame.num_wanted - frame.num_hidden
+        num_before = num_revealed - sum(int(row.is_new_T.sum()) for row in frame.rows)
         before, now = (
-            int(number) * NUM_SNAPSHOTS // frame.tokens_BT.size
-            for number in (num_before, num_revealed)
+            number * NUM_SNAPSHOTS // frame.num_wanted for number in (num_before, num_revealed)
         )
         if now == before:
             return
-        cells = self.canvas_text.cells(frame.tokens_BT[0], frame.is_masked_BT[0])
-        text = "".join([self.prompts[rows[0]], *(cell.text for cell in cells)]).replace("\n", " ")
+        first = frame.rows[0]
+        cells = self.canvas_text.cells(first.tokens_T, first.is_given_T)
+        text = "".join([self.shown[rows[0]].prompt, *(cell.text for cell in cells)])
+        text = text.replace("\n", " ")
         text = text if len(text) <= MAX_LINE else text[: MAX_LINE - 3] + "..."
-        which = f"sample {rows[0] + 1}/{len(self.prompts)}, " if len(self.prompts) > 1 else ""
+        which = f"sample {rows[0] + 1}/{len(self.shown)}, " if len(self.shown) > 1 else ""
         width = len(str(state.num_steps))
         print(
             f"{which}step {state.step:>{width}}/{state.num_steps} {frame.share_revealed:4.0%} | "
@@ -156,30 +207,24 @@ class LiveShow:
     reveals it.
 
     Args:
+        shown: what is drawn of each row of the request.
         transient: remove the picture at the end, because the texts are printed on the same terminal
             next.
     """
 
     def __init__(
-        self,
-        tokenizer: Any,
-        prompts: Sequence[str],
-        *,
-        gen_length: int,
-        console: Any,
-        transient: bool,
+        self, tokenizer: Any, shown: Sequence[Shown], *, console: Any, transient: bool
     ) -> None:
         from rich.live import Live
 
-        self.tokenizer, self.prompts = tokenizer, prompts
-        self.gen_length, self.console = gen_length, console
+        self.tokenizer, self.shown, self.console = tokenizer, shown, console
         # A mask is about as wide as the word that it hides.
         self.canvas_text = CanvasText(tokenizer, console.file, mask_width=3)
         self.live = Live(
             console=console, auto_refresh=False, transient=transient, vertical_overflow="ellipsis"
         )
         self.rows: range | None = None
-        self.age_BT: np.ndarray = np.zeros((0, 0), int)
+        self.ages: list[np.ndarray] = []
         self.last_frame = 0.0
 
     def __enter__(self) -> Any:
@@ -190,10 +235,13 @@ class LiveShow:
         self.live.__exit__(*exception)
 
     def on_step(self, rows: range, state: DenoiseStep) -> None:
-        frame = _frame(rows, state, mask_id=self.tokenizer.mask_id, gen_length=self.gen_length)
+        frame = _frame(rows, state, self.shown, self.tokenizer.mask_id)
         if rows != self.rows:
-            self.rows, self.age_BT = rows, np.zeros(frame.tokens_BT.shape, int)
-        self.age_BT = np.where(frame.is_new_BT | frame.is_masked_BT, 0, self.age_BT + 1)
+            self.rows, self.ages = rows, [np.zeros(len(row.tokens_T), int) for row in frame.rows]
+        self.ages = [
+            np.where(row.is_new_T | row.is_masked_T, 0, age_T + 1)
+            for row, age_T in zip(frame.rows, self.ages, strict=True)
+        ]
         time.sleep(max(0.0, self.last_frame + MIN_FRAME_SECONDS - time.monotonic()))
         self.last_frame = time.monotonic()
         self.live.update(self.picture(rows, state, frame), refresh=True)
@@ -217,8 +265,8 @@ class LiveShow:
             f"{frame.share_revealed:4.0%} revealed",
         )
         texts = [
-            self.row_text(rows[i], frame.tokens_BT[i], frame.is_masked_BT[i], self.age_BT[i])
-            for i in range(len(rows))
+            self.row_text(self.shown[number].prompt, row, age_T)
+            for number, row, age_T in zip(rows, frame.rows, self.ages, strict=True)
         ]
         panels: list[Any] = []
         lines_left = self.console.height - 2
@@ -227,30 +275,28 @@ class LiveShow:
             if panels and height > lines_left:
                 break
             lines_left -= height
-            title = f"sample {row + 1}/{len(self.prompts)}" if len(self.prompts) > 1 else None
+            title = f"sample {row + 1}/{len(self.shown)}" if len(self.shown) > 1 else None
             panels.append(Panel(text, title=title, title_align="left", border_style=MASK_STYLE))
         return Group(header, *panels)
 
-    def row_text(self, row: int, tokens: Any, is_masked: Any, age: Any) -> Any:
-        """Returns the prompt and the generation of one row as styled text."""
+    def row_text(self, prompt: str, row: _Row, age_T: np.ndarray) -> Any:
+        """Returns one row as styled text, with given tokens in the style of a prompt."""
         from rich.text import Text
 
-        text = Text().append(self.prompts[row], style=PROMPT_STYLE)
-        for cell in self.canvas_text.cells(tokens, is_masked):
-            youngest = min(age[column] for column in cell.columns)
-            if cell.is_mask:
-                style = MASK_STYLE
+        text = Text().append(prompt, style=PROMPT_STYLE)
+        for cell in self.canvas_text.cells(row.tokens_T, row.is_given_T):
+            youngest = min(age_T[column] for column in cell.columns)
+            if cell.kind in (MASK, GIVEN):
+                style = MASK_STYLE if cell.kind == MASK else PROMPT_STYLE
             elif youngest < len(AGE_STYLES):
                 style = AGE_STYLES[youngest]
             else:
-                style = END_STYLE if cell.is_end else ""
+                style = END_STYLE if cell.kind == END else ""
             text.append(cell.text, style=style)
         return text
 
 
-def make_show(
-    tokenizer: Any, prompts: Sequence[str], *, gen_length: int, stream: TextIO, transient: bool
-) -> Any:
+def make_show(tokenizer: Any, shown: Sequence[Shown], *, stream: TextIO, transient: bool) -> Any:
     """Returns the show that suits the stream: a context manager with the `on_step` that
     `generate_tokens` calls after each step.
     """
@@ -258,7 +304,5 @@ def make_show(
 
     console = Console(file=stream, highlight=False)
     if console.is_terminal and not console.is_dumb_terminal:
-        return LiveShow(
-            tokenizer, prompts, gen_length=gen_length, console=console, transient=transient
-        )
-    return LogShow(tokenizer, prompts, gen_length=gen_length, stream=stream)
+        return LiveShow(tokenizer, shown, console=console, transient=transient)
+    return LogShow(tokenizer, shown, stream=stream)

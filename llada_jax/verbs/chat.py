@@ -14,7 +14,7 @@ from llada_jax.pretrained import load
 from llada_jax.request_checks import length_hint, surprises
 from llada_jax.samplers.denoise import DenoiseStep
 from llada_jax.samplers.settings import check_request
-from llada_jax.samplers.show import make_show
+from llada_jax.samplers.show import make_show, shown_generations
 from llada_jax.sampling_flags import (
     add_checkpoint_flag,
     add_sampling_flags,
@@ -191,10 +191,10 @@ def answer_shown(conversation: Conversation, question: Question) -> Answer:
     else:
         # Where stdout is the same terminal, the picture is removed at the end: the text is printed
         # in its place, whole and selectable.
+        tokenizer = conversation.tokenizer
         show = make_show(
-            conversation.tokenizer,
-            [""],
-            gen_length=conversation.gen_length,
+            tokenizer,
+            shown_generations([""], gen_length=conversation.gen_length, mask_id=tokenizer.mask_id),
             stream=sys.stderr,
             transient=sys.stdout.isatty(),
         )

@@ -5,8 +5,10 @@ JSON.
 import argparse
 import sys
 import time
-from contextlib import nullcontext
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, nullcontext
 from functools import partial
+from typing import Any
 
 import jax
 
@@ -19,7 +21,7 @@ from llada_jax.request_checks import check_can_infill, length_hint, surprises
 from llada_jax.samplers.batches import ignore_step
 from llada_jax.samplers.replay import Recording
 from llada_jax.samplers.settings import check_request
-from llada_jax.samplers.show import make_show
+from llada_jax.samplers.show import Shown, make_show, shown_gaps, shown_generations
 from llada_jax.samplers.text import (
     Completion,
     continue_text,
@@ -201,23 +203,48 @@ def check_infill(args) -> None:
     ):
         if value:
             raise UserError(f"{flag} is about texts that go on, and --infill fills gaps; keep one.")
-    for flag, value in (("--show", args.show), ("--html", args.html)):
-        if value:
-            raise UserError(
-                f"{flag} draws a prompt and the generation behind it, and cannot draw the gaps of "
-                "--infill; keep one."
-            )
+
+
+@contextmanager
+def pictures(args, tokenizer, shown: Sequence[Shown]) -> Iterator[dict[str, Any]]:
+    """Shows and records what is denoised inside of the context, as --show and --html ask; yields
+    the settings with which the sampler is listened to.
+    """
+    listeners: list = []
+    settings: dict[str, Any] = {}
+    # The steps are the same in all processes, and only the first shows them.
+    is_first = jax.process_index() == 0
+    show = nullcontext()
+    if args.show:
+        # Where stdout is the same terminal, the picture is removed at the end: the texts are
+        # printed in its place, whole and selectable.
+        show = make_show(tokenizer, shown, stream=sys.stderr, transient=sys.stdout.isatty())
+        listeners.append(show.on_step if is_first else ignore_step)
+    if args.html:
+        recording = Recording(tokenizer, shown)
+        listeners.append(recording.on_step)
+        settings["with_confidence"] = True
+    if listeners:
+        settings["on_step"] = lambda rows, state: [hear(rows, state) for hear in listeners]
+    with show if is_first else nullcontext():
+        yield settings
+    if args.html and is_first:
+        with files.writing(f"--html {args.html}", remedy="name another file"):
+            files.write_whole(args.html, recording.page(args.checkpoint))
 
 
 def infill(args, pretrained, settings: dict, texts: list[str]) -> list[Completion]:
-    return infill_text(
-        pretrained.logits_fn,
-        pretrained.params,
-        pretrained.tokenizer,
-        texts,
-        **settings,
-        **functions_of(pretrained, **settings),
-    )
+    tokenizer = pretrained.tokenizer
+    with pictures(args, tokenizer, shown_gaps(tokenizer, texts)) as listening:
+        return infill_text(
+            pretrained.logits_fn,
+            pretrained.params,
+            tokenizer,
+            texts,
+            **settings,
+            **listening,
+            **functions_of(pretrained, **settings),
+        )
 
 
 def continue_or_denoise(
@@ -243,41 +270,18 @@ def continue_or_denoise(
             **(settings | asked),
         )
     settings |= schedule
-    listening: dict = {}
-    listeners: list = []
-    show = nullcontext()
-    if args.show:
-        # Where stdout is the same terminal, the picture is removed at the end: the texts are
-        # printed in its place, whole and selectable.
-        show = make_show(
-            pretrained.tokenizer,
-            prompts,
-            gen_length=args.gen_length,
-            stream=sys.stderr,
-            transient=sys.stdout.isatty(),
-        )
-        # The steps are the same in all processes, and only the first shows them.
-        listeners.append(show.on_step if jax.process_index() == 0 else ignore_step)
-    if args.html:
-        recording = Recording(pretrained.tokenizer, prompts, gen_length=args.gen_length)
-        listeners.append(recording.on_step)
-        listening["with_confidence"] = True
-    if listeners:
-        listening["on_step"] = lambda rows, state: [hear(rows, state) for hear in listeners]
-    with show if jax.process_index() == 0 else nullcontext():
-        completions = generate_text(
+    tokenizer = pretrained.tokenizer
+    shown = shown_generations(prompts, gen_length=args.gen_length, mask_id=tokenizer.mask_id)
+    with pictures(args, tokenizer, shown) as listening:
+        return generate_text(
             pretrained.logits_fn,
             pretrained.params,
-            pretrained.tokenizer,
+            tokenizer,
             prompts,
             **settings,
             **listening,
             **functions_of(pretrained, **settings),
         )
-    if args.html and jax.process_index() == 0:
-        with files.writing(f"--html {args.html}", remedy="name another file"):
-            files.write_whole(args.html, recording.page(args.checkpoint))
-    return completions
 
 
 def check_html(path: str) -> None:

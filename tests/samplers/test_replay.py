@@ -12,7 +12,8 @@ from support.recital import BYTES
 from support.toy_networks import MASK, PAD, toy_logits, toy_logits_of_row, toy_params, windowed
 
 from llada_jax.samplers.replay import Recording
-from llada_jax.samplers.text import generate_tokens
+from llada_jax.samplers.show import shown_gaps, shown_generations
+from llada_jax.samplers.text import generate_tokens, infill_text
 
 REQUEST = {"mask_id": MASK, "pad_id": PAD, "gen_length": 8}
 OF_BYTES = {"mask_id": BYTES.mask_id, "pad_id": BYTES.pad_id, "eos_id": BYTES.end_ids}
@@ -117,8 +118,8 @@ def two_texts(params, tokens_BT, segment_ids_BT, positions_BT):
 def recorded(**settings):
     """A recording of two samples of 12 tokens, each with an end."""
     rows = [[*text.encode(), *[BYTES.eos_id] * 12][:12] for text in TEXTS]
-    prompts = ["", ""]
-    recording = Recording(BYTES, prompts, gen_length=12)
+    shown = shown_generations(["", ""], gen_length=12, mask_id=BYTES.mask_id)
+    recording = Recording(BYTES, shown)
     generate_tokens(
         two_texts,
         np.array(rows),
@@ -130,6 +131,23 @@ def recorded(**settings):
         **settings,
     )
     recording._samples[0]["prompt"] = "<i>given</i> "
+    return recording
+
+
+def recorded_gaps(**settings):
+    """A recording of two texts of different lengths, whose gaps are filled."""
+    texts = ["é [MASK:2]> &", "[MASK]/sc[MASK:3]"]
+    rows = [[*text.encode(), *[BYTES.eos_id] * 12][:12] for text in ("é <b> &", "</script>")]
+    recording = Recording(BYTES, shown_gaps(BYTES, texts))
+    infill_text(
+        two_texts,
+        np.array(rows),
+        BYTES,
+        texts,
+        on_step=recording.on_step,
+        with_confidence=True,
+        **settings,
+    )
     return recording
 
 
@@ -157,6 +175,24 @@ def test_the_frames_of_a_page_end_in_the_texts(settings):
     for sample in data["samples"]:
         shown = [column for frame in sample["frames"] for column, *_ in frame["revealed"]]
         assert set(shown) == set(range(12))
+
+
+@pytest.mark.parametrize("settings", [{}, {"steps": 1}, {"revise": "remdm-cap=0.5"}], ids=str)
+def test_the_frames_of_gaps_reveal_them_alone(settings):
+    data = data_of(recorded_gaps(**settings).page("runs/tiny"))
+    first, second = data["samples"]
+    assert first["prompt"] == second["prompt"] == ""
+    assert first["start"] == [
+        [0, 3, "é ", "given"],
+        [3, 1, "░", "mask"],
+        [4, 1, "░", "mask"],
+        [5, 3, "> &", "given"],
+    ]
+    assert [cell[3] for cell in second["start"]] == ["mask", "given", "mask", "mask", "mask"]
+    assert [replayed(sample) for sample in data["samples"]] == ["é <b> &", "</scrip"]
+    for sample, gaps in ((first, {3, 4}), (second, {0, 4, 5, 6})):
+        shown = [column for frame in sample["frames"] for column, *_ in frame["revealed"]]
+        assert set(shown) == gaps
 
 
 def test_no_text_of_a_page_can_become_markup():
@@ -225,8 +261,49 @@ def test_a_browser_replays_a_sample_step_by_step(tmp_path):
         before = step()
         assert page.value("document.querySelector('#play').textContent") == "▶"
         assert step() == before
-        asked = [m for m in page.messages if m["method"] == "Network.requestWillBeSent"]
-        errors = [
-            m for m in page.messages if m["method"] in ("Runtime.exceptionThrown", "Log.entryAdded")
-        ]
-        assert (asked, errors) == ([], [])
+        assert complaints(page) == []
+
+
+@pytest.mark.slow
+def test_a_browser_replays_how_gaps_are_filled(tmp_path):
+    file = tmp_path / "gaps.html"
+    file.write_text(recorded_gaps().page("runs/tiny"), encoding="utf-8")
+
+    def texts():
+        return page.value("[...document.querySelectorAll('.text')].map((t) => t.textContent)")
+
+    def tip(selector):
+        page.hover(selector)
+        return page.value("document.querySelector('#tip').textContent")
+
+    def style(selector):
+        return page.value(
+            "(({color, fontWeight}) => [color, fontWeight])"
+            f"(getComputedStyle(document.querySelector('{selector}')))"
+        )
+
+    with Page(file, profile=tmp_path / "profile") as page:
+        assert texts() == ["é ░░> &", "░/sc░░░"]
+        headings = "[...document.querySelectorAll('h2')].map((h) => h.textContent)"
+        assert page.value(headings) == ["sample 1/2, 2 steps", "sample 2/2, 4 steps"]
+        assert style("#text-0 .given") == style("#text-0 .prompt")
+        assert style("#text-0 .given") != style("#text-0 .mask")
+        assert tip("#text-0 .given") == "given"
+        assert tip("#text-0 .mask") == "masked, place 4"
+        page.click("#forward")
+        assert texts() == ["é <░> &", "</sc░░░"]
+        assert re.fullmatch(r'"<"  step 1  confidence 0\.\d{3}', tip("#text-0 .token"))
+        page.click("#play")
+        page.wait_for("document.querySelector('#step').textContent === '4/4'")
+        assert texts() == ["é <b> &", "</scrip"]
+        assert page.value("document.querySelectorAll('.given').length") == 3
+        assert page.value("document.querySelectorAll('b').length") == 0
+        page.click("#back")
+        assert texts() == ["é <b> &", "</scri░"]
+        assert complaints(page) == []
+
+
+def complaints(page):
+    """Returns what a page has asked of a network, and its errors."""
+    unwanted = ("Network.requestWillBeSent", "Runtime.exceptionThrown", "Log.entryAdded")
+    return [message for message in page.messages if message["method"] in unwanted]

@@ -168,11 +168,6 @@ def test_prompts_come_from_a_file_or_stdin(run, tmp_path, monkeypatch):
         (["--infill", "a[MASK:0]"], "has no token to fill in"),
         (["--infill", "a[MASK]", "--prompt", "b"], "--prompt is about texts that go on"),
         (["--infill", "a[MASK]", "--append"], "--append is about texts that go on"),
-        (
-            ["--infill", "a[MASK]", "--html", "page.html"],
-            "--html draws a prompt and the generation",
-        ),
-        (["--infill", "a[MASK]", "--show"], "cannot draw the gaps of --infill"),
     ],
 )
 def test_mistakes_exit_2_with_one_line(run, argv, sentence):
@@ -337,6 +332,18 @@ def test_a_page_is_written_next_to_the_texts(run, tmp_path):
     assert "runs/fake" in page
     assert page.count('"prompt": "it') == 2
     assert page.count('"step": 8') == 2
+
+
+def test_gaps_are_shown_and_recorded_while_they_are_filled(run, tmp_path):
+    words = ["--infill", "it [MASK:2] a [MASK:5] universally", "it[MASK]is"]
+    plain = run(*words)
+    status, out, err = run(*words, "--show", "--html", str(tmp_path / "sample.html"))
+    assert (status, out) == plain[:2]
+    assert "sample 1/2, step 1/7  25% | it i" in err
+    assert err.count("step 7/7 100% | it is a truth universally") == 1
+    page = (tmp_path / "sample.html").read_text()
+    assert page.count('" universally", "given"') == 1
+    assert page.count('"num_steps": 7') == page.count('"num_steps": 1') == 1
 
 
 def test_a_page_that_cannot_be_written_is_refused_before_the_model_is_loaded(run, tmp_path):
