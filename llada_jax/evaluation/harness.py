@@ -26,7 +26,6 @@ from llada_jax.evaluation.answer_rows import Question
 from llada_jax.evaluation.conditional import Score, encode_pair, log_likelihoods
 from llada_jax.evaluation.harness_hosts import cache_of_first
 from llada_jax.evaluation.harness_tasks import (
-    check_estimator,
     check_sampling,
     load_tasks,
     monte_carlo_errors,
@@ -420,7 +419,6 @@ def run(
         tasks, include_path=include_path, confirm_run_unsafe_code=confirm_run_unsafe_code
     )
     roots = [root for objects in loaded for root in objects]
-    check_estimator(roots, model.estimator)
     manager = require("lm_eval.tasks", extra="eval").TaskManager(include_defaults=False)
     with cache_of_first(use_cache) as cache:
         results = lm_eval.simple_evaluate(

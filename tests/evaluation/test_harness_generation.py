@@ -1,5 +1,5 @@
-"""Generation by the adapter to lm-evaluation-harness, without the harness: where texts end, and
-what chats are encoded as.
+"""The adapter to lm-evaluation-harness without the harness: where texts end, what chats are encoded
+as, and that a score which is not a bound bounds no text.
 """
 
 import json
@@ -114,3 +114,9 @@ def test_special_tokens_of_a_chat_are_single_tokens(make):
     prompt = model.apply_chat_template([{"role": "user", "content": "hi"}])
     assert prompt == "<|start|>hi<|eot_id|><|endoftext|>"
     assert model.encode(prompt) == [259, *model.tokenizer.encode("hi"), 258, 256]
+
+
+def test_a_score_that_is_not_a_bound_bounds_no_text(make):
+    model = make(estimator="confidence_order")
+    with pytest.raises(UserError, match="is not a bound, and a text is scored by one"):
+        model.loglikelihood_rolling([Request("it is")])
