@@ -1,5 +1,5 @@
-"""The program that denoises a block: traced without devices, and LLaDA-8B compiled for one that is
-not there.
+"""The program that denoises a block: traced without devices, what a cache adds to its memory, and
+LLaDA-8B compiled for a device that is not there.
 """
 
 import json
@@ -53,6 +53,34 @@ def test_the_traced_program_is_the_one_that_a_request_runs(monkeypatch, cache):
         model, params, num_rows=num_rows, width=width, is_stochastic=True, mesh=mesh, **schedule
     )
     assert str(traced.jaxpr) == str(expected.jaxpr)
+
+
+@pytest.mark.parametrize("cache", ["prefix", "dual"])
+def test_a_cache_takes_its_own_size_and_no_second_copy_of_the_parameters(cache):
+    shape = dict(vocab_size=64, num_layers=2, d_model=256, num_heads=4, num_kv_heads=2, head_dim=64)
+    model = make_model(Architecture(**shape, d_ff=1024))
+    num_rows, width = 2, 48
+    of_parameters = sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(model.abstract))
+    of_cache = 2 * 2 * num_rows * width * 2 * 64 * 4  # keys and values of two layers in float32
+
+    def memory(cache):
+        traced = traced_block(
+            model,
+            model.abstract,
+            num_rows=num_rows,
+            width=width,
+            gen_length=16,
+            block_length=8,
+            cache=cache,
+        )
+        return traced.lower().compile().memory_analysis()
+
+    plain, cached = memory("none"), memory(cache)
+    # and one number, the interval of refreshing
+    assert cached.argument_size_in_bytes == plain.argument_size_in_bytes + of_cache + 4
+    assert cached.alias_size_in_bytes == of_cache, "updated in place"
+    grown = cached.peak_memory_in_bytes - plain.peak_memory_in_bytes
+    assert of_cache <= grown < of_parameters / 2
 
 
 @pytest.mark.slow
