@@ -18,9 +18,10 @@ another; the kind reported here is what the program achieves:
 - Between TPU slices data is handed to the network by a `send`, whose attributes say what is done
   with it.
 
-An asynchronous collective is written as a start and a done. The text of a compiled program is in
-the order of its schedule, so what lies between the two is what a device does while the collective
-is under way: with a matrix product there, it is overlapped.
+An asynchronous collective is written as a start and a done, or it stands alone in a computation
+that is called so: a TPU does it on its SparseCores, between a call-start and a call-done. The text
+of a compiled program is in the order of its schedule, so what lies between the two is what a device
+does while the collective is under way: with a matrix product there, it is overlapped.
 
 The forms were found by reading programs of libtpu 0.0.42 and of XLA for GPUs in jax 0.10.2. A form
 that is not recognised is reported under the opcode it has, so that its bytes are never lost.
@@ -34,11 +35,13 @@ from typing import NamedTuple
 import numpy as np
 
 from llada_jax.planning.hlo import (
+    ASYNCHRONOUS_CALLS,
     CONVERSIONS,
     Computations,
     Instruction,
     arrays,
     attribute,
+    called_computation,
     executions,
     parse,
     root_opcode,
@@ -96,7 +99,7 @@ class Program(NamedTuple):
     """A parsed program and what is looked up in it.
 
     with_products: the computations that hold a matrix product. started_by: {computation that an
-    async-start runs: (that instruction, the computation it is in)}.
+    asynchronous call runs: (that instruction, the computation it is in)}.
     """
 
     computations: Computations
@@ -118,10 +121,10 @@ def collectives(
     """
     computations = parse(text)
     started_by = {
-        attribute(instruction, "calls"): (instruction, name)
+        called_computation(instruction): (instruction, name)
         for name, body in computations.items()
         for instruction in body
-        if instruction.opcode == "async-start"
+        if instruction.opcode in ASYNCHRONOUS_CALLS
     }
     program = Program(computations, _with_products(computations), started_by)
     counted = collections.Counter()

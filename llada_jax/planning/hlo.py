@@ -14,6 +14,9 @@ from llada_jax.models.token_scores import SELDOM
 # Operations that change the layout or the element type of an array and not what it holds.
 CONVERSIONS = ("bitcast", "copy", "convert")
 
+# Instructions that start another computation and go on; "call-start" hands it to a SparseCore.
+ASYNCHRONOUS_CALLS = ("async-start", "call-start")
+
 _ITEM_BYTES = {"pred": 1, "bf16": 2, "f16": 2, "f32": 4, "f64": 8, "c64": 8, "c128": 16}
 _ARRAY = re.compile(r"\b(pred|bf16|f16|f32|f64|c64|c128|[su]\d+|f8\w*|f4\w*)\[([\d,]*)\]")
 _COMPUTATION = re.compile(r"^(?:ENTRY )?%?([\w.\-]+) (?:\(.*)?\{$")
@@ -82,6 +85,11 @@ def attribute(instruction: Instruction, name: str) -> str:
     return found.group(1) if found else ""
 
 
+def called_computation(call: Instruction) -> str:
+    """Returns the computation that a call, or an asynchronous one, executes."""
+    return attribute(call, "to_apply") or attribute(call, "calls")
+
+
 def arrays(type_text: str) -> list[tuple[int, str]]:
     """Returns (bytes, dtype) of each array in a result type."""
     found = []
@@ -114,9 +122,8 @@ def executions(computations: Computations) -> dict[str, int]:
             if instruction.opcode == "while":
                 iterations = _trip_count(instruction, computations[name], computations)
                 visit(attribute(instruction, "body"), count * iterations)
-            elif instruction.opcode in ("call", "async-start"):
-                called = attribute(instruction, "to_apply") or attribute(instruction, "calls")
-                visit(called, count)
+            elif instruction.opcode in ("call", *ASYNCHRONOUS_CALLS):
+                visit(called_computation(instruction), count)
             elif instruction.opcode == "conditional":
                 # Which branch is taken depends on values, so all of them are counted, except where
                 # the name says that a step hardly ever does more than nothing.

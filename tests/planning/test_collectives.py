@@ -274,6 +274,59 @@ def test_a_gather_that_is_spread_over_fusions_is_asynchronous():
     assert (gather.is_asynchronous, gather.is_overlapped) == (True, False)
 
 
+# Shortened from what libtpu 0.0.42 makes of one layer on v5p-128 with the preset v5p.
+ON_SPARSE_CORES = """HloModule jit_step, is_scheduled=true
+
+%called_computation.1 (param_0.174: bf16[1,32,8192], param_1.143: token[]) -> bf16[1,2048,8192] {
+  %param_1.143 = token[] parameter(1)
+  %param_0.174 = bf16[1,32,8192]{2,1,0:T(8,128)(2,1)} parameter(0)
+  ROOT %all-gather.21 = bf16[1,2048,8192]{2,1,0:T(8,128)(2,1)} all-gather(%param_0.174), channel_id=9, replica_groups=mesh['axis_0'=64,'axis_1'=1] {'axis_0'}, dimensions={1}, use_global_device_ids=true, backend_config={"device_type":"DEVICE_TYPE_SPARSECORE"}
+}, execution_thread="sparsecore"
+
+%add.clone.clone (x.6: bf16[], y.4: bf16[]) -> bf16[] {
+  %x.6 = bf16[]{:T(256)S(7)} parameter(0)
+  %y.4 = bf16[]{:T(256)S(7)} parameter(1)
+  ROOT %add.69 = bf16[]{:T(256)S(7)} add(%x.6, %y.4)
+}, execution_thread="sparsecore"
+
+%called_computation.4 (param_0.180: bf16[2048,8192], param_1.151: token[]) -> bf16[32,8192] {
+  %param_1.151 = token[] parameter(1)
+  %param_0.180 = bf16[2048,8192]{1,0:T(8,128)(2,1)} parameter(0)
+  ROOT %reduce-scatter.10 = bf16[32,8192]{1,0:T(8,128)(2,1)} reduce-scatter(%param_0.180), channel_id=6, replica_groups=mesh['axis_0'=64,'axis_1'=1] {'axis_0'}, use_global_device_ids=true, dimensions={0}, to_apply=%add.clone.clone, backend_config={"device_type":"DEVICE_TYPE_SPARSECORE"}
+}, execution_thread="sparsecore"
+
+%fused_computation.2 (param_0.1: bf16[2048,8192], param_1.2: bf16[4096,2048]) -> bf16[4096,8192] {
+  %param_0.1 = bf16[2048,8192]{1,0:T(8,128)(2,1)} parameter(0)
+  %param_1.2 = bf16[4096,2048]{1,0:T(8,128)(2,1)} parameter(1)
+  ROOT %convolution.3 = bf16[4096,8192]{1,0:T(8,128)(2,1)} convolution(%param_1.2, %param_0.1), dim_labels=bf_io->bf
+}
+
+ENTRY %main (p: bf16[1,32,8192], q: bf16[2048,8192], r: bf16[4096,2048]) -> bf16[32,8192] {
+  %p = bf16[1,32,8192]{2,1,0:T(8,128)(2,1)} parameter(0)
+  %q = bf16[2048,8192]{1,0:T(8,128)(2,1)} parameter(1)
+  %r = bf16[4096,2048]{1,0:T(8,128)(2,1)} parameter(2)
+  %prepare_start = s32[]{:S(2)} custom-call(), custom_call_target="PrepareAsyncCallStart"
+  %prepare_done = token[] custom-call(%prepare_start), custom_call_target="PrepareAsyncCallDone"
+  %all-gather.22.cloned.1.call-start = ((bf16[1,32,8192]{2,1,0:T(8,128)(2,1)}, token[]), bf16[1,2048,8192]{2,1,0:T(8,128)(2,1)}) call-start(%p, %prepare_done), async_execution_thread="sparsecore", to_apply=%called_computation.1
+  %all-gather.22.cloned.1.call-done = bf16[1,2048,8192]{2,1,0:T(8,128)(2,1)} call-done(%all-gather.22.cloned.1.call-start)
+  %reduce-scatter.11.cloned.1.call-start = ((bf16[2048,8192]{1,0:T(8,128)(2,1)}, token[]), bf16[32,8192]{1,0:T(8,128)(2,1)}) call-start(%q, %prepare_done), async_execution_thread="sparsecore", to_apply=%called_computation.4
+  %fusion.81 = bf16[4096,8192]{1,0:T(8,128)(2,1)} fusion(%all-gather.22.cloned.1.call-done, %r), kind=kOutput, calls=%fused_computation.2
+  ROOT %reduce-scatter.11.cloned.1.call-done = bf16[32,8192]{1,0:T(8,128)(2,1)} call-done(%reduce-scatter.11.cloned.1.call-start)
+}
+"""
+
+
+def test_collectives_on_sparse_cores_are_counted_and_are_asynchronous():
+    found = {
+        c.kind: (c.is_asynchronous, c.is_overlapped, c.total_bytes, c.group_size)
+        for c in collectives(ON_SPARSE_CORES)
+    }
+    assert found == {
+        "all-gather": (True, False, 2048 * 8192 * 2, 64),
+        "reduce-scatter": (True, True, 2048 * 8192 * 2, 64),
+    }
+
+
 COMPILE = """
 import json
 import jax, jax.numpy as jnp
