@@ -1,9 +1,10 @@
 """Named presets of compiler flags for TPUs and GPUs.
 
-They hold what published recipes set beyond the compilers' defaults: MaxText's xla_flags_library.py
-and its v5p, Trillium and Ironwood recipes; NVIDIA's JAX-Toolbox for GPUs. Whether they help a given
-run has to be measured. A compiler ends the process at a flag that it does not know, so
-tests/cluster/test_compiler_flags.py gives all of them to the installed compilers.
+They hold what published recipes set beyond the compilers' defaults: MaxText's for v5p, Trillium and
+Ironwood, and NVIDIA's JAX-Toolbox for GPUs. A flag is kept where it changes the compiled program
+for the better, which `llada-jax plan --compile --flags` shows without a chip (docs/log.md); whether
+it makes a run faster has to be measured. A compiler ends the process at a flag that it does not
+know, so tests/cluster/test_compiler_flags.py gives all of them to the installed compilers.
 """
 
 from llada_jax.errors import look_up
@@ -15,14 +16,22 @@ _OVERLAP_GATHER = (
     "--xla_tpu_overlap_compute_collective_tc=true "
     "--xla_enable_async_all_gather=true"
 )
-_SCATTER_LAYOUT = (
-    "--xla_tpu_use_minor_sharding_for_major_trivial_input=true "
-    "--xla_tpu_relayout_group_size_threshold_for_reduce_scatter=1 "
-    "--xla_tpu_assign_all_reduce_scatter_layout=true"
-)
 _OVERLAP_DATA = (
     "--xla_tpu_enable_data_parallel_all_reduce_opt=true "
     "--xla_tpu_data_parallel_opt_different_sized_ops=true"
+)
+# Gathers and scatters on the SparseCores, as native collectives next to the products, where the
+# compiler would otherwise stop the TensorCores for an all-reduce of the whole array.
+_SPARSE_CORES = (
+    "--xla_enable_async_all_gather=true --xla_tpu_prefer_async_allgather_to_allreduce=true "
+    "--xla_tpu_enable_async_collective_fusion_fuse_all_gather=false "
+    "--xla_tpu_enable_sparse_core_collective_offload_all_gather=true "
+    "--xla_tpu_enable_sparse_core_collective_offload_2d_all_gather=true "
+    "--xla_tpu_enable_sparse_core_collective_offload_3d_all_gather=true "
+    "--xla_tpu_enable_sparse_core_collective_offload_reduce_scatter=true "
+    "--xla_tpu_enable_sparse_core_collective_offload_nd_reduce_scatter=true "
+    "--xla_tpu_enable_sparse_core_reduce_scatter_v2=true "
+    "--xla_tpu_use_tc_device_shape_on_sc=true --xla_sc_disable_megacore_partitioning=true"
 )
 _GPU = (
     "--xla_gpu_enable_latency_hiding_scheduler=true --xla_gpu_enable_command_buffer= "
@@ -39,19 +48,8 @@ _GPU = (
 # a launcher sets them before `llada-jax` starts; a knob of the config would come too late.
 FLAGS = {
     "v5e": {"LIBTPU_INIT_ARGS": _OVERLAP_GATHER},
-    # The program of LLaDA-8B on v5p-128 is the same without it (docs/log.md).
-    "v5p": {
-        "LIBTPU_INIT_ARGS": (
-            f"{_OVERLAP_GATHER} --xla_tpu_megacore_fusion_allow_ags=false "
-            "--xla_enable_async_collective_permute=true "
-            "--xla_tpu_enable_ag_backward_pipelining=true"
-        )
-    },
-    "v6e": {
-        "LIBTPU_INIT_ARGS": (
-            f"{_OVERLAP_GATHER} {_SCATTER_LAYOUT} --xla_tpu_scoped_vmem_limit_kib=98304"
-        )
-    },
+    "v5p": {"LIBTPU_INIT_ARGS": _SPARSE_CORES},
+    "v6e": {"LIBTPU_INIT_ARGS": f"{_SPARSE_CORES} --xla_tpu_scoped_vmem_limit_kib=98304"},
     "tpu7x": {
         "LIBTPU_INIT_ARGS": (
             "--xla_tpu_scoped_vmem_limit_kib=61440 "
