@@ -30,6 +30,8 @@ from llada_jax.models.split_rows import (
 # What `attend` calls attend_in_pieces. No choice of a config: it is not for training.
 IN_PIECES = "xla in pieces"
 MOST_SCORES = 1 << 28  # 1 GiB of float32
+# Of one query and head, for the large tiles of splash: 128 numbers in bfloat16.
+_MOST_BYTES_OF_LARGE_TILES = 256
 
 
 def xla_attention(
@@ -169,15 +171,44 @@ def splash_head_mask(mask: Mask, T: int, S: int) -> Any:
     return LazyMask()
 
 
-def _splash_tile(length: int) -> int:
+def _splash_tile(length: int, most: int = 512) -> int:
     """Returns the side of splash's tiles; raises UserError where none divides the length."""
-    for tile in (512, 256, 128):
-        if length % tile == 0:
+    for tile in (2048, 1024, 512, 256, 128):
+        if tile <= most and length % tile == 0:
             return tile
     raise UserError(
         f"Splash attention needs a sequence length that is a multiple of 128, not {length}; set "
         "config.model.attention to auto or xla."
     )
+
+
+def _splash_tiles(T: int, S: int, mask: Mask, item_bytes: int) -> dict[str, Any]:
+    """Returns the arguments of splash's BlockSizes for T queries and S keys.
+
+    Rows of one or two large tiles of keys have one backward kernel instead of two, which computes
+    scores and their gradients once: 5 products instead of 7. It writes the gradient of the queries
+    once for each tile of keys, which would take too much memory for long rows. Tiles that a mask
+    hides in part are small, so that more of them are hidden as a whole.
+
+    Args:
+        item_bytes: of one query and head. Large tiles of more do not fit the memory of a kernel.
+    """
+    q_tile, kv_tile = _splash_tile(T, 1024), _splash_tile(S, 2048)
+    sees_all = not mask.causal and not mask.has_blocks
+    is_fused = sees_all and S // kv_tile <= 2 and item_bytes <= _MOST_BYTES_OF_LARGE_TILES
+    if not is_fused:
+        q_tile, kv_tile = _splash_tile(T), _splash_tile(S)
+    tiles = {
+        "block_q": q_tile,
+        "block_kv": kv_tile,
+        "block_kv_compute": min(kv_tile, 512),
+        "block_q_dkv": q_tile,
+        "block_kv_dkv": kv_tile,
+        "block_kv_dkv_compute": min(kv_tile, 512),
+    }
+    if is_fused:
+        return {**tiles, "use_fused_bwd_kernel": True}
+    return {**tiles, "block_q_dq": q_tile, "block_kv_dq": kv_tile}
 
 
 def _own_columns(array: Array, start: Array | int | None, length: int) -> Array:
@@ -209,17 +240,7 @@ def splash_attention(
 
     _, T, N, H = q_BTNH.shape
     S = k_BSKH.shape[1]
-    q_tile, kv_tile = _splash_tile(T), _splash_tile(S)
-    tiles = kernels.BlockSizes(
-        block_q=q_tile,
-        block_kv=kv_tile,
-        block_kv_compute=kv_tile,
-        block_q_dkv=q_tile,
-        block_kv_dkv=kv_tile,
-        block_kv_dkv_compute=kv_tile,
-        block_q_dq=q_tile,
-        block_kv_dq=kv_tile,
-    )
+    tiles = kernels.BlockSizes(**_splash_tiles(T, S, mask, H * q_BTNH.dtype.itemsize))
     # Grouped heads: one call of the multi-query kernel for each key/value head and its queries,
     # so that keys and values are never repeated in memory.
     is_grouped = k_BSKH.shape[2] != N

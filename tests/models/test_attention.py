@@ -181,6 +181,48 @@ def test_a_splash_mask_of_blocks_skips_hidden_tiles_and_stores_equal_tiles_once(
     assert tiles(BIDIRECTIONAL).partial_mask_blocks is None
 
 
+@pytest.mark.parametrize(
+    ("mask", "length", "dtype", "num_kernels"),
+    [
+        (BIDIRECTIONAL, 4096, jnp.bfloat16, 2),
+        # the gradient of the queries would be written once for each of four tiles of keys
+        (BIDIRECTIONAL, 8192, jnp.bfloat16, 3),
+        (CAUSAL, 4096, jnp.bfloat16, 3),
+        (BLOCKS, 4096, jnp.bfloat16, 3),
+        # the tiles would not fit the memory of a kernel
+        (BIDIRECTIONAL, 4096, jnp.float32, 3),
+    ],
+)
+def test_splash_has_one_backward_kernel_for_short_rows_that_see_all(
+    mask, length, dtype, num_kernels
+):
+    shapes = [jax.ShapeDtypeStruct((1, length, 1, 128), dtype)] * 3
+
+    def loss(q, k, v):
+        return splash_attention(q, k, v, None, mask=mask).astype(jnp.float32).sum()
+
+    traced = jax.make_jaxpr(jax.grad(loss, argnums=(0, 1, 2)))(*shapes)
+    assert str(traced).count("pallas_call[") == num_kernels
+
+
+@pytest.mark.slow
+def test_two_tiles_of_keys_share_the_gradient_of_the_queries():
+    arrays = inputs(1, 1, rows=1, length=4096)
+    segments = jnp.asarray(np.array([[1] * 1500 + [2] * 2000 + [0] * 596]))
+    is_read = (segments > 0)[:, :, None, None]
+
+    def gradients(kernel):
+        def loss(q, k, v):
+            out = kernel(q, k, v, segments, mask=BIDIRECTIONAL)
+            return jnp.sum(jnp.where(is_read, jnp.sin(out), 0))
+
+        return jax.jit(jax.grad(loss, argnums=(0, 1, 2)))(*arrays)
+
+    interpreted = functools.partial(splash_attention, interpret=True)
+    for grad, expected in zip(gradients(interpreted), gradients(xla_attention), strict=True):
+        np.testing.assert_allclose(grad, expected, atol=2e-5)
+
+
 def test_splash_refuses_a_length_that_its_tiles_do_not_divide():
     with pytest.raises(UserError, match="multiple of 128, not 100; set config.model.attention"):
         splash_attention(*inputs(2, 2, length=100), None, mask=BIDIRECTIONAL)
