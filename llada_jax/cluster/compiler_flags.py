@@ -1,9 +1,9 @@
 """Named presets of compiler flags for TPUs and GPUs.
 
 They hold what published recipes set beyond the compilers' defaults: MaxText's for v5p, Trillium and
-Ironwood, and NVIDIA's JAX-Toolbox for GPUs. A flag is kept where it changes the compiled program
-for the better, which `llada-jax plan --compile --flags` shows without a chip (docs/log.md); whether
-it makes a run faster has to be measured. A compiler ends the process at a flag that it does not
+Ironwood, and NVIDIA's JAX-Toolbox for GPUs. What v5p, v6e and hopper change in the compiled program
+is in docs/log.md, and `llada-jax plan --compile --flags` shows it without a chip; whether a preset
+makes a run faster has to be measured. A compiler ends the process at a flag that it does not
 know, so tests/cluster/test_compiler_flags.py gives all of them to the installed compilers.
 """
 
@@ -47,6 +47,7 @@ _GPU = (
 # {name of a preset: environment variables}. The compilers read them when JAX starts its backend, so
 # a launcher sets them before `llada-jax` starts; a knob of the config would come too late.
 FLAGS = {
+    # This, tpu7x and multislice have not been compared with the program without them.
     "v5e": {"LIBTPU_INIT_ARGS": _OVERLAP_GATHER},
     "v5p": {"LIBTPU_INIT_ARGS": _SPARSE_CORES},
     "v6e": {"LIBTPU_INIT_ARGS": f"{_SPARSE_CORES} --xla_tpu_scoped_vmem_limit_kib=98304"},
