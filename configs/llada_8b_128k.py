@@ -14,8 +14,8 @@ chips of v5p, or for 32 H100 (`--topology 32xh100`) with --config.data.sequence_
 
     llada-jax plan --config configs/llada_8b_128k.py --topology v5p-128
 
-Compiled for 32 absent H100 and those rows, a step needs 50.1 GiB per GPU (docs/benchmarks.md). Time
-and result of this config are unmeasured.
+Compiled for devices that were absent, a step needs 47.4 GiB per chip of v5p, and 50.1 GiB per H100
+with the shorter rows (docs/benchmarks.md). Time and result of this config are unmeasured.
 """
 
 from llada_jax.config import default_config
