@@ -4,6 +4,7 @@ import contextlib
 import importlib
 import os
 import sys
+import time
 import traceback
 
 from llada_jax.errors import (
@@ -36,6 +37,8 @@ VERBS = {
 
 # Verbs that write files and no result to stdout: a reader that leaves does not mean success.
 WITHOUT_RESULT = ("train",)
+# How long the first process of a run outlives its own error.
+GRACE_S = 1.0
 
 
 def usage() -> str:
@@ -157,6 +160,11 @@ def leave_the_others(status: int) -> None:
     if is_one_of_several():
         sys.stdout.flush()
         sys.stderr.flush()
+        from llada_jax.cluster.distributed import serves_the_others
+
+        if serves_the_others():
+            # those that end for the same reason say so before they lose the coordinator
+            time.sleep(GRACE_S)
         os._exit(status)
 
 

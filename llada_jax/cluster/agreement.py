@@ -12,6 +12,7 @@ import jax
 import numpy as np
 from jax.experimental import multihost_utils
 
+from llada_jax.cluster import distributed
 from llada_jax.errors import UserError
 
 # How long the processes wait for each other here, in ms. Between the calls each reads files.
@@ -68,14 +69,18 @@ def check_same_everywhere(facts: Mapping[str, object]) -> None:
         client.key_value_set(f"{place}/differs/{me}", json.dumps(differs))  # type: ignore[union-attr]
     client.wait_at_barrier(f"{place}/compared", _TIMEOUT_MS)  # type: ignore[union-attr]
     found = client.key_value_dir_get(f"{place}/differs")  # type: ignore[union-attr]
-    # The first process serves the answer, and must not end before all have read it.
-    client.wait_at_barrier(f"{place}/read", _TIMEOUT_MS)  # type: ignore[union-attr]
+    error = None
     if found:
         by_process = {int(key.rpartition("/")[2]): json.loads(text) for key, text in found}
-        raise UserError(
+        error = UserError(
             f"The processes of this run differ: {differences(by_process)}; start all of them with "
             "the same command, code and versions, and with the same files."
         )
+        distributed.will_end_with(error)
+    # The first process serves the answer, and must not end before all have read it.
+    client.wait_at_barrier(f"{place}/read", _TIMEOUT_MS)  # type: ignore[union-attr]
+    if error:
+        raise error
 
 
 def differences(by_process: dict[int, dict[str, list[str]]]) -> str:

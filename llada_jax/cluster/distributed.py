@@ -403,14 +403,32 @@ def num_connections(port: int) -> int:
 _KEPT_FOR_C: list[object] = []
 
 
-def _on_abort(sentence) -> None:
-    """Makes an abort of the native runtime end this process with status 42 and `sentence()`.
+def serves_the_others() -> bool:
+    """Whether the coordinator runs in this process, without which the others of a run end."""
+    # jax.process_index() would ask for devices, for which the others may never come.
+    from jax._src.distributed import global_state
+
+    return global_state.process_id == 0
+
+
+def will_end_with(error: UserError) -> None:
+    """Makes an abort of the native runtime end this process with an error that it will raise.
+
+    Where all processes raise one, the first takes the coordinator with it, and another may not have
+    come as far by then.
+    """
+    _on_abort(lambda: str(error), type(error))
+
+
+def _on_abort(sentence, kind=LostPeer) -> None:
+    """Makes an abort of the native runtime end this process with the status of an error class and
+    `sentence()`.
 
     Otherwise it would end with SIGABRT, status 134. The heartbeat's only way to end a process is
     abort(), on a thread of its own. A handler of Python's `signal` module would never run, because
     Python runs it later, on the main thread; one that C calls runs at once.
     """
-    handler = ctypes.CFUNCTYPE(None, ctypes.c_int)(lambda number: leave(sentence(), LostPeer))
+    handler = ctypes.CFUNCTYPE(None, ctypes.c_int)(lambda number: leave(sentence(), kind))
     libc = ctypes.CDLL(None)
     libc.signal.argtypes, libc.signal.restype = (ctypes.c_int, ctypes.c_void_p), ctypes.c_void_p
     libc.signal(signal.SIGABRT, ctypes.cast(handler, ctypes.c_void_p))

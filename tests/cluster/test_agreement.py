@@ -133,3 +133,49 @@ def test_a_workdir_that_the_hosts_do_not_share_is_refused(tmp_path, runs):
     for log in hosts(tmp_path):
         assert "rollbacks.json is" in log.splitlines()[-1]
         assert "the newest checkpoint" not in log.splitlines()[-1]
+
+
+# The last barrier of the agreement keeps the second process for long enough to lose the first.
+LATE = """
+import sys, time
+from jax._src.distributed import global_state
+from llada_jax.__main__ import leave_the_others
+from llada_jax.cluster import agreement, distributed
+from llada_jax.errors import UserError
+
+class Late:
+    def __init__(self, client):
+        self.client = client
+    def __getattr__(self, name):
+        return getattr(self.client, name)
+    def wait_at_barrier(self, name, timeout_ms):
+        self.client.wait_at_barrier(name, timeout_ms)
+        if name.endswith("/read") and global_state.process_id == 1:
+            time.sleep(60)
+
+distributed.initialize()
+global_state.client = Late(global_state.client)
+try:
+    agreement.check_same_everywhere({"the colour": f"colour {global_state.process_id}"})
+except UserError as error:
+    print(f"llada-jax: {error}", file=sys.stderr)
+    leave_the_others(error.exit_status)
+"""
+
+
+@pytest.mark.slow
+def test_a_process_that_loses_the_first_while_both_are_refused_says_why_too():
+    team = {"JAX_COORDINATOR_ADDRESS": f"localhost:{free_port()}", "JAX_NUM_PROCESSES": "2"}
+    processes = [
+        subprocess.Popen(
+            [sys.executable, "-c", LATE],
+            env={**os.environ, **team, "JAX_PROCESS_ID": str(number)},
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+        for number in range(2)
+    ]
+    logs = [process.communicate(timeout=120)[1] for process in processes]
+    assert [process.returncode for process in processes] == [2, 2], logs
+    for log in logs:
+        assert "the colour is colour 0 on process 0 and colour 1 on process 1" in log
