@@ -1,14 +1,21 @@
-"""Programs that every process of a run finds compiled when it starts again."""
+"""Where compiled programs are kept, and that every process of a run finds them when it starts
+again.
+"""
 
 import contextlib
 import json
 import os
 import subprocess
 import sys
+from pathlib import Path
 
+import jax
 import pytest
 from support.buckets import emulated
 from support.runs import free_port
+
+from llada_jax.errors import UserError
+from llada_jax.verbs.train import compilation_cache
 
 PROGRAM = """
 import json
@@ -65,3 +72,21 @@ def check_two_starts(directory) -> None:
     second = start(directory, num_processes=2)
     assert [found["hits"] for found in second] == [1, 1]
     assert [found["misses"] for found in second] == [0, 0]
+
+
+def test_the_compilation_cache_is_where_config_or_environment_say_and_else_in_the_home():
+    known = jax.config.jax_compilation_cache_dir
+    try:
+        for said, setting, expected in (
+            ("/there", "auto", "/there"),
+            ("/there", "/here", "/here"),
+            ("/there", "", None),
+            (None, "auto", str(Path.home() / ".cache/llada_jax")),
+            (None, "", None),
+        ):
+            jax.config.update("jax_compilation_cache_dir", said)
+            assert compilation_cache(setting) == expected
+        with pytest.raises(UserError, match="ftp"):
+            compilation_cache("ftp://bucket/cache")
+    finally:
+        jax.config.update("jax_compilation_cache_dir", known)

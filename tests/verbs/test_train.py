@@ -9,7 +9,6 @@ import re
 from pathlib import Path
 from types import SimpleNamespace
 
-import jax
 import numpy as np
 import pytest
 from support import configs
@@ -19,11 +18,10 @@ from support.runs import losses, metric_lines, saved_arrays
 
 from llada_jax.__main__ import main
 from llada_jax.config import default_config, load_config
-from llada_jax.errors import UserError
 from llada_jax.run.metrics_file import read_samples
 from llada_jax.run.tensorboard import as_code
 from llada_jax.verbs.evaluate import write_report
-from llada_jax.verbs.train import compilation_cache, recorded_remat
+from llada_jax.verbs.train import recorded_remat
 
 SMALL = {
     "num_steps": 2,
@@ -75,24 +73,6 @@ def test_every_kind_of_config_trains_when_it_is_made_small(config, runs, dialogu
         # 1 to 8 letters, and what ends them
         lengths = json.loads((workdir / "run.json").read_text())["lengths"]["answers"]
         assert (lengths["most"], lengths["longest"]) == (9, 9)
-
-
-def test_the_compilation_cache_is_where_config_or_environment_say_and_else_in_the_home():
-    known = jax.config.jax_compilation_cache_dir
-    try:
-        for said, setting, expected in (
-            ("/there", "auto", "/there"),
-            ("/there", "/here", "/here"),
-            ("/there", "", None),
-            (None, "auto", str(Path.home() / ".cache/llada_jax")),
-            (None, "", None),
-        ):
-            jax.config.update("jax_compilation_cache_dir", said)
-            assert compilation_cache(setting) == expected
-        with pytest.raises(UserError, match="ftp"):
-            compilation_cache("ftp://bucket/cache")
-    finally:
-        jax.config.update("jax_compilation_cache_dir", known)
 
 
 @pytest.fixture(scope="module")
