@@ -25,8 +25,9 @@ def get_config():
 @pytest.mark.slow
 @pytest.mark.parametrize(("topology", "preset"), [("v5p-128", "v5p"), ("v6e-256", "v6e")])
 def test_sparse_cores_gather_and_scatter(tmp_path, topology, preset):
-    """Without the preset none of them is asynchronous, and some are an all-reduce. At this level the
-    compiler schedules nothing between start and done.
+    """Without the preset none of them is asynchronous, and some are an all-reduce.
+
+    At this level the compiler schedules nothing between start and done.
     """
     (tmp_path / "small.py").write_text(SMALL)
     words = ("--config", str(tmp_path / "small.py"), "--topology", topology, "--flags", preset)
