@@ -400,9 +400,6 @@ def num_connections(port: int) -> int:
     return sum(row[3] == "01" and int(row[1].rsplit(":", 1)[1], 16) == port for row in rows)
 
 
-_KEPT_FOR_C: list[object] = []
-
-
 def serves_the_others() -> bool:
     """Whether the coordinator runs in this process, without which the others of a run end."""
     # jax.process_index() would ask for devices, for which the others may never come.
@@ -418,6 +415,9 @@ def will_end_with(error: UserError) -> None:
     come as far by then.
     """
     _on_abort(lambda: str(error), type(error))
+
+
+_KEPT_FOR_C: list[object] = []
 
 
 def _on_abort(sentence, kind=LostPeer) -> None:
