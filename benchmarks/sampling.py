@@ -4,6 +4,9 @@ the published loop of the same model in PyTorch?
     python benchmarks/sampling.py [--checkpoint CKPT] [--size 30m] [--gen-length 128] \
         [--block-length 32] [--batch-size 4] [--repeats 3] [--cores 2]
 
+Both libraries run on the first accelerator that JAX finds, in bfloat16, and on a CPU in float32
+where there is none.
+
 Every mode samples the same prompts once to compile, and then all modes take turns, so that other
 load on the machine affects all of them alike; the median over the turns counts. The plain loop is
 the published schedule with one token per pass, which asks the host after every step, as the
@@ -13,11 +16,12 @@ token mean nothing. Give a checkpoint to measure the rules.
 
 PyTorch runs the published loop eagerly: logits of the whole canvas, a softmax over all of them, and
 a sort per row. It has the same parameters, and its tokens must agree with those of the plain loop,
-so that both compute the same function.
+so that both compute the same function; in bfloat16 their roundings differ.
 
 The agreement is the share of tokens that are the plain loop's. The work of the host is measured
 with a network that costs next to nothing, for the same prompts and schedule, and given as a share
 of a pass of the plain loop; it includes the sampler's own arithmetic, so that it is an upper bound.
+On a CPU it is processor time, and on an accelerator, which works next to the host, time.
 
 PyTorch's threads spin while they wait for each other, so that other load slows PyTorch several
 times more than JAX: on a machine that is not idle, --cores 1 and the column of processor time
@@ -38,7 +42,7 @@ import jax.numpy as jnp
 import numpy as np
 from train_step import load_parameters, make_torch_model
 
-from llada_jax.models.model import make_model
+from llada_jax.models.model import compute_dtype, in_compute_dtype, make_model
 from llada_jax.models.transformer import Architecture
 from llada_jax.samplers.text import generate_tokens
 
@@ -81,15 +85,17 @@ def untrained(size: str) -> tuple:
         head_dim=d_model // num_heads,
         d_ff=d_ff,
     )
-    model = make_model(architecture)
+    dtype = compute_dtype("auto", jax.default_backend())
+    model = make_model(architecture, dtype=dtype)
     ids = {"mask_id": vocab_size - 1, "pad_id": 0, "num_ids": vocab_size - 1}
-    return architecture, model, jax.jit(model.init)(jax.random.key(0)), ids
+    params = in_compute_dtype(jax.jit(model.init)(jax.random.key(0)), dtype)
+    return architecture, model, params, ids
 
 
 def trained(checkpoint: str) -> tuple:
     import llada_jax
 
-    loaded = llada_jax.load(checkpoint)
+    loaded = llada_jax.load(checkpoint, keep_float32=False)
     ids = {"mask_id": loaded.tokenizer.mask_id, "pad_id": loaded.tokenizer.pad_id}
     ids["num_ids"] = loaded.tokenizer.vocab_size
     return loaded.record.architecture, loaded.model, loaded.params, ids
@@ -99,29 +105,33 @@ def torch_loop(architecture: Architecture, params: dict, prompts: list, args, id
     """Returns a function that samples as the published code does, with the same parameters."""
     import torch
 
+    is_cpu = jax.default_backend() == "cpu"
+    device, dtype = ("cpu", torch.float32) if is_cpu else ("cuda", torch.bfloat16)
     torch.set_num_threads(len(os.sched_getaffinity(0)))
-    size = {name: getattr(architecture, name) for name in ("vocab_size", "num_layers", "d_model")}
-    size |= {name: getattr(architecture, name) for name in ("num_heads", "head_dim", "d_ff")}
     width = args.prompt_length + args.gen_length
-    net = make_torch_model(size | {"sequence_length": width})
+    net = make_torch_model(vars(architecture) | {"sequence_length": width})
     flat = jax.tree_util.tree_leaves_with_path(params)
     arrays = {
-        jax.tree_util.keystr(path, simple=True, separator="/"): np.asarray(leaf)
+        jax.tree_util.keystr(path, simple=True, separator="/"): np.asarray(leaf, np.float32)
         for path, leaf in flat
     }
     load_parameters(net, Arrays(arrays))
+    # the rotary angles stay in float32, as where the published code computes them
+    angles = net.cos_TH, net.sin_TH
+    net = net.to(device, dtype)
+    net.cos_TH, net.sin_TH = (angle.to(device) for angle in angles)
     steps_per_block = args.block_length
 
     @torch.no_grad()
     def sample() -> np.ndarray:
-        canvas_BT = torch.full((len(prompts), width), ids["mask_id"])
-        canvas_BT[:, : args.prompt_length] = torch.tensor(prompts)
+        canvas_BT = torch.full((len(prompts), width), ids["mask_id"], device=device)
+        canvas_BT[:, : args.prompt_length] = torch.tensor(prompts, device=device)
         for first in range(args.prompt_length, width, args.block_length):
             stop = first + args.block_length
             for _ in range(steps_per_block):
                 is_hidden_BT = canvas_BT == ids["mask_id"]
                 logits_BTV = net(canvas_BT)
-                p_BTV = torch.softmax(logits_BTV, dim=-1)
+                p_BTV = torch.softmax(logits_BTV.float(), dim=-1)
                 logits_BTV[..., ids["num_ids"] :] = -torch.inf
                 logits_BTV[..., ids["mask_id"]] = -torch.inf
                 choices_BT = logits_BTV.argmax(-1)
@@ -131,7 +141,7 @@ def torch_loop(architecture: Architecture, params: dict, prompts: list, args, id
                 for row, confidence_T in enumerate(confidence_BT):
                     place = confidence_T.topk(1).indices
                     canvas_BT[row, place] = choices_BT[row, place]
-        return canvas_BT[:, args.prompt_length :].numpy()
+        return canvas_BT[:, args.prompt_length :].cpu().numpy()
 
     return sample
 
@@ -195,14 +205,17 @@ def main() -> None:
         seconds = np.array([time.perf_counter(), time.process_time()]) - start
         return seconds, tokens_BT, num_steps_B
 
+    is_cpu = jax.default_backend() == "cpu"
+    clock = time.process_time if is_cpu else time.perf_counter
+
     def host_seconds(mode: str) -> float:
-        """Returns the processor's seconds of a pass that computes no network."""
-        start = time.process_time()
+        """Returns the seconds of a pass that computes no network."""
+        start = clock()
         params = {"scores": jnp.arange(8.0)}
         small: dict[str, Any] = {"mask_id": 7, "pad_id": 0}
         small_prompts = np.ones_like(prompts).tolist()
         generate_tokens(no_logits, params, small_prompts, **request, **small, **MODES[mode])
-        return (time.process_time() - start) / args.gen_length
+        return (clock() - start) / args.gen_length
 
     results = {mode: sample(mode) for mode in args.modes}
     seconds: dict[str, list[np.ndarray]] = {mode: [] for mode in args.modes}
@@ -241,7 +254,7 @@ def main() -> None:
     print()
     for mode in loops:
         host_s = statistics.median(host[mode])
-        share = host_s / (plain_cpu_s / args.gen_length)
+        share = host_s * args.gen_length / (plain_cpu_s if is_cpu else plain_s)
         print(f"Host, {mode}: {1e3 * host_s:.2f} ms per pass, {share:.1%} of a plain pass.")
 
 

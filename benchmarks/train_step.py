@@ -221,7 +221,8 @@ class TorchSide:
         self.autocast = torch.autocast(
             self.device.type, torch.bfloat16, enabled=dtype == "bfloat16"
         )
-        self.net = make_torch_model(size).to(self.device)
+        with self.device:
+            self.net = make_torch_model(size)
         matrices = [p for p in self.net.parameters() if p.ndim > 1]
         norms = [p for p in self.net.parameters() if p.ndim == 1]
         self.optimizer = torch.optim.AdamW(
@@ -442,7 +443,8 @@ def print_device() -> None:
 
 def environment(**more: str) -> dict[str, str]:
     root = Path(__file__).resolve().parents[1]
-    return {**os.environ, "PYTHONPATH": str(root), **more}
+    path = os.pathsep.join(filter(None, (str(root), os.environ.get("PYTHONPATH"))))
+    return {**os.environ, "PYTHONPATH": path, **more}
 
 
 class WorkerEnded(Exception):
@@ -568,9 +570,14 @@ def measure(
         parameters = os.path.join(directory, "parameters.npz")
         for group in (names,) if is_cpu else [(name,) for name in names]:
             try:
-                results |= take_turns(
+                measured = take_turns(
                     group, parameters, make=make, repeats=repeats, seconds=seconds
                 )
+                results |= measured
+                for name, result in measured.items():
+                    # at once, because compiling takes minutes and the table comes last
+                    step_s = statistics.median(result.step_s)
+                    print(f"{size_name}, {name}: {1000 * step_s:,.1f} ms/step", file=sys.stderr)
             except WorkerEnded:
                 if "llada_jax" in group:
                     raise SystemExit("a worker has failed; its error is printed above") from None

@@ -19,6 +19,8 @@ ROWS = ("act_batch", "act_head_position")
 DEVICES = ("act_device", None)
 # Logits that a device holds at a time where `nll_chunk` does not decide: 1 GiB of float32.
 MOST_LOGITS = 1 << 28
+# Elements of bfloat16 in 16 bytes.
+ALIGNED = 8
 # The scope of the condition under which the other positions are scored too.
 SELDOM = "seldom"
 
@@ -111,6 +113,17 @@ def _where(where_BT: Array, scores: TokenScores) -> TokenScores:
     return TokenScores(jnp.where(where_BT, scores.nll_BT, 0.0), scores.is_correct_BT & where_BT)
 
 
+class _Head(NamedTuple):
+    """How logits are computed: in how many pieces of the vocabulary, for positions of which logical
+    axes, and in which dtypes.
+    """
+
+    num_pieces: int
+    names: tuple[str, str | None]
+    dtype: Any
+    gradient_dtype: Any
+
+
 def _score(
     x_RCD: Array,
     kernel_DV: Array,
@@ -127,53 +140,129 @@ def _score(
     whole logits of `nll_chunk` positions per row; they are computed again in the backward pass.
     Pieces of the vocabulary and not chunks of the positions, because the gradient of a piece of the
     head is then complete when its turn is over: it is reduced over the devices once per step, in
-    pieces, and neither the whole kernel nor its whole gradient is ever on one device. Pieces are
-    strided (token i * n + j is in piece j), so that a sharded V stays where it is. The tensor axis
-    splits positions here, or the gradient of every position would be reduced once per piece.
+    pieces, and neither the whole kernel nor its whole gradient is ever on one device. The tensor
+    axis splits positions here, or the gradient of every position would be reduced once per piece.
     """
-    V, ways = kernel_DV.shape[1], _ways("vocab")
-    num_pieces = min(num_pieces, max(1, V // ways))
+    most = max(1, kernel_DV.shape[1] // _ways("vocab"))
+    head = _Head(min(num_pieces, most), names, dtype, gradient_dtype)
+    return _scores(head, x_RCD, kernel_DV, targets_RC)
 
-    def score(x_RCD: Array, kernel_DC: Array, token_C: Array) -> Any:
+
+# A rule of our own for the gradient: it knows the normalizer of the whole vocabulary, so that each
+# piece's logits are read once in the backward pass. Derived from the forward pass, it would reduce
+# each piece to its maximum and its sum once more before.
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
+def _scores(head: _Head, x_RCD: Array, kernel_DV: Array, targets_RC: Array) -> TokenScores:
+    return _forward(head, x_RCD, kernel_DV, targets_RC)[0]
+
+
+def _forward(
+    head: _Head, x_RCD: Array, kernel_DV: Array, targets_RC: Array
+) -> tuple[TokenScores, tuple]:
+    def reduced(logits_RCV: Array, token_C: Array) -> tuple[Array, Array, Array]:
         """Returns three arrays [R, C] for one piece of the vocabulary: logsumexp, logit of the
         target (0 when it is in another piece), and largest logit.
         """
-        with jax.named_scope("head"):
-            logits_RCV = project(
-                x_RCD.astype(dtype),
-                kernel_DC,
-                out_dtype=jnp.float32,
-                gradient_dtype=gradient_dtype,
-                is_split=ways > 1 and names == ROWS,
-            )
-            logits_RCV = jnp.where(token_C < V, logits_RCV, jnp.finfo(jnp.float32).min)
-            logits_RCV = constrain(logits_RCV, *names, None)
-            is_target_RCV = token_C == targets_RC[..., None]
-            target_logit_RC = jnp.sum(jnp.where(is_target_RCV, logits_RCV, 0.0), axis=-1)
-            best_RC = jax.lax.stop_gradient(logits_RCV).max(axis=-1)
-            return jax.nn.logsumexp(logits_RCV, axis=-1), target_logit_RC, best_RC
+        is_target_RCV = token_C == targets_RC[..., None]
+        target_logit_RC = jnp.sum(jnp.where(is_target_RCV, logits_RCV, 0.0), axis=-1)
+        best_RC = logits_RCV.max(axis=-1)
+        sum_RC = jnp.sum(jnp.exp(logits_RCV - best_RC[..., None]), axis=-1)
+        return best_RC + jnp.log(sum_RC), target_logit_RC, best_RC
 
-    if num_pieces == 1:
-        normalizer_RC, target_logit_RC, best_RC = score(x_RCD, kernel_DV, jnp.arange(V))
+    V = kernel_DV.shape[1]
+    kernel_nDC, token_nC = _pieces(head, kernel_DV), _tokens(head, V)
+    logits_RCV = None
+    if head.num_pieces == 1:
+        logits_RCV = _logits(head, x_RCD, kernel_nDC[0], token_nC[0], V)
+        normalizer_RC, target_logit_RC, best_RC = reduced(logits_RCV, token_nC[0])
     else:
-        # Tokens that do not exist, so that the pieces are alike.
-        padding = -V % (num_pieces * ways)
-        # in the dtype that the gradient is to have
-        padded_DV = jnp.pad(kernel_DV.astype(gradient_dtype or dtype), ((0, 0), (0, padding)))
 
-        def pieces(array: Array) -> Array:
-            return jnp.moveaxis(array.reshape(*array.shape[:-1], -1, num_pieces), -1, 0)
+        def piece(kernel_and_tokens: tuple[Array, Array]) -> tuple[Array, Array, Array]:
+            kernel_DC, token_C = kernel_and_tokens
+            return reduced(_logits(head, x_RCD, kernel_DC, token_C, V), token_C)
 
-        # float32, because its gradient then is too, which is a sum over the pieces.
-        x_RCD = x_RCD.astype(jnp.float32)
-        piece = jax.checkpoint(score, prevent_cse=False)
-        normalizers_nRC, target_logits_nRC, bests_nRC = jax.lax.map(
-            lambda kernel_and_tokens: piece(x_RCD, *kernel_and_tokens),
-            (pieces(padded_DV), pieces(jnp.arange(V + padding))),
-        )
+        normalizers_nRC, target_logits_nRC, bests_nRC = jax.lax.map(piece, (kernel_nDC, token_nC))
         normalizer_RC = jax.nn.logsumexp(normalizers_nRC, axis=0)
         target_logit_RC, best_RC = target_logits_nRC.sum(axis=0), bests_nRC.max(axis=0)
-    return TokenScores(normalizer_RC - target_logit_RC, target_logit_RC >= best_RC)
+    scores = TokenScores(normalizer_RC - target_logit_RC, target_logit_RC >= best_RC)
+    return scores, (x_RCD, kernel_DV, targets_RC, normalizer_RC, logits_RCV)
+
+
+def _backward(head: _Head, saved: tuple, grads: TokenScores) -> tuple[Array, Array, None]:
+    x_RCD, kernel_DV, targets_RC, normalizer_RC, logits_RCV = saved
+    V = kernel_DV.shape[1]
+    kernel_nDC, join = jax.vjp(functools.partial(_pieces, head), kernel_DV)
+    token_nC = _tokens(head, V)
+
+    def pull(kernel_DC: Array, token_C: Array, saved_RCV: Array | None) -> tuple[Array, Array]:
+        """Returns the gradients of x and of one piece of the kernel."""
+        computed_RCV, back = jax.vjp(
+            lambda x, kernel: _logits(head, x, kernel, token_C, V), x_RCD, kernel_DC
+        )
+        p_RCV = jnp.exp(
+            (computed_RCV if saved_RCV is None else saved_RCV) - normalizer_RC[..., None]
+        )
+        is_target_RCV = token_C == targets_RC[..., None]
+        return back((p_RCV - is_target_RCV) * grads.nll_BT[..., None])
+
+    if head.num_pieces == 1:
+        grad_x_RCD, grad_DC = pull(kernel_nDC[0], token_nC[0], logits_RCV)
+        return grad_x_RCD, join(grad_DC[None])[0], None
+
+    def add(sum_RCD: Array, piece: tuple[Array, Array]) -> tuple[Array, Array]:
+        grad_x_RCD, grad_DC = pull(*piece, None)
+        return sum_RCD + grad_x_RCD.astype(jnp.float32), grad_DC
+
+    # float32, because it is a sum over the pieces
+    zeros_RCD = constrain(jnp.zeros(x_RCD.shape, jnp.float32), *head.names, None)
+    sum_RCD, grad_nDC = jax.lax.scan(add, zeros_RCD, (kernel_nDC, token_nC))
+    return sum_RCD.astype(x_RCD.dtype), join(grad_nDC)[0], None
+
+
+_scores.defvjp(_forward, _backward)
+
+
+def _pieces(head: _Head, kernel_DV: Array) -> Array:
+    """Returns the pieces of the kernel, [n, D, V / n].
+
+    They are strided (token i * n + j is in piece j), so that a sharded V stays where it is. Where
+    there are several, tokens that do not exist make them alike and of a width with which their rows
+    begin at multiples of 16 bytes, or GPUs would fall back to kernels of a third of the speed.
+    """
+    n = head.num_pieces
+    if n == 1:
+        return kernel_DV[None]
+    # in the dtype that the gradient is to have
+    kernel_DV = kernel_DV.astype(head.gradient_dtype or head.dtype)
+    padded_DV = jnp.pad(kernel_DV, ((0, 0), (0, _num_padding(head, kernel_DV.shape[1]))))
+    return jnp.moveaxis(padded_DV.reshape(len(padded_DV), -1, n), -1, 0)
+
+
+def _tokens(head: _Head, V: int) -> Array:
+    """Returns the token of each column of the pieces, [n, V / n]; from V on, there is none."""
+    n = head.num_pieces
+    padding = 0 if n == 1 else _num_padding(head, V)
+    return jnp.arange(V + padding).reshape(-1, n).T
+
+
+def _num_padding(head: _Head, V: int) -> int:
+    return -V % (head.num_pieces * _ways("vocab") * ALIGNED)
+
+
+def _logits(head: _Head, x_RCD: Array, kernel_DC: Array, token_C: Array, V: int) -> Array:
+    """Returns the float32 logits of one piece; those of tokens from V on are the least."""
+    with jax.named_scope("head"):
+        logits_RCV = project(
+            x_RCD.astype(head.dtype),
+            kernel_DC,
+            out_dtype=jnp.float32,
+            gradient_dtype=head.gradient_dtype,
+            is_split=_ways("vocab") > 1 and head.names == ROWS,
+        )
+        if head.num_pieces > 1 and _num_padding(head, V):
+            # added as a vector: a choice between whole arrays would write one of them
+            logits_RCV += jnp.where(token_C < V, 0.0, jnp.finfo(jnp.float32).min)
+        return constrain(logits_RCV, *head.names, None)
 
 
 def _seldom(

@@ -36,7 +36,7 @@ def traced():
     """The equations of loss and gradient of a bfloat16 network with every kind of parameter."""
     a = variant(qk_norm="per_head", attention_bias="qkvo", vocab_size=V)
     model = make_model(a, dtype=jnp.bfloat16, nll_chunk=8)
-    tokens = jax.ShapeDtypeStruct((2, 24), jnp.int32)
+    tokens = jax.ShapeDtypeStruct((2, 22), jnp.int32)
     loss = lambda p, t: model.nll_fn(p, t, t, t > 0, t, t).nll_BT.sum()  # noqa: E731
     return list(equations(jax.make_jaxpr(jax.value_and_grad(loss))(model.abstract, tokens).jaxpr))
 
@@ -57,9 +57,23 @@ def test_matrix_products_of_weights_are_bfloat16_and_the_logits_float32(traced):
     forward = [e for e in products if {v.aval.dtype for v in e.invars} == {jnp.dtype("bfloat16")}]
     assert len(forward) > 7  # q, k, v, out, gate, up and down at least
     # rows times columns of a piece of the head, of which there are three
-    heads = [e for e in forward if e.outvars[0].aval.shape == (2 * 24, V // 3)]
+    heads = [e for e in forward if e.outvars[0].aval.shape == (2 * 22, V // 3)]
     assert heads
     assert {e.outvars[0].aval.dtype for e in heads} == {jnp.dtype("float32")}
+
+
+def test_the_backward_pass_of_the_head_multiplies_in_bfloat16(traced):
+    """A gradient of the logits in float32 would be multiplied in TF32 on GPUs, at a third of the
+    speed.
+    """
+    of_head = [
+        {v.aval.dtype for v in e.invars}
+        for e in traced
+        if e.primitive.name == "dot_general"
+        and any(V // 3 in v.aval.shape for v in (*e.invars, *e.outvars))
+    ]
+    assert len(of_head) >= 4  # once forwards, once again, and one for each gradient
+    assert of_head == [{jnp.dtype("bfloat16")}] * len(of_head)
 
 
 def test_gradients_that_sum_over_tokens_are_summed_in_float32(traced):
