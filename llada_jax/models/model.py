@@ -178,7 +178,7 @@ def compute_dtype(name: str, platform: str) -> jnp.dtype:
 
 def make_model(architecture: Architecture, **kwargs: Any) -> Model:
     """Returns the model of an Architecture; kwargs go to Transformer (dtype, attention, mask,
-    remat, nll_chunk, capacity).
+    remat, nll_chunk, capacity, is_unrolled).
     """
 
     def build(key: Array) -> Transformer:

@@ -8,9 +8,11 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import nnx
+from support.jaxprs import equations
 from support.networks import SMALL, perturbed, random_inputs, variant
 from support.rotary import reference_frequencies
 
+from llada_jax.cluster.sharding import make_mesh
 from llada_jax.masks import BIDIRECTIONAL, CAUSAL, Mask, may_attend
 from llada_jax.models.model import make_model
 from llada_jax.models.transformer import Architecture
@@ -97,6 +99,7 @@ def reference_logits(
     "changes",
     [
         {},
+        {"d_ff": 45},
         {"num_kv_heads": 4},
         {"num_kv_heads": 1},
         {"tie_embeddings": True},
@@ -169,11 +172,12 @@ def test_every_token_sees_every_other_unless_causal():
 
 @pytest.mark.slow
 @pytest.mark.parametrize("remat", ["dots", "attention", "full"])
-def test_recomputation_changes_memory_but_not_the_gradient(remat):
+@pytest.mark.parametrize("is_unrolled", [False, True])
+def test_recomputation_changes_memory_but_not_the_gradient(remat, is_unrolled):
     tokens, segments, positions = random_inputs(SMALL, B=4, T=32)
     grads, memory = [], []
-    for name in ("none", remat):
-        model = make_model(SMALL, remat=name)
+    for changes in ({"remat": "none"}, {"remat": remat, "is_unrolled": is_unrolled}):
+        model = make_model(SMALL, **changes)
 
         def loss(params, model=model):
             scores = model.nll_fn(params, tokens, tokens, tokens > 0, segments, positions)
@@ -185,6 +189,25 @@ def test_recomputation_changes_memory_but_not_the_gradient(remat):
         grads.append(compiled(params))
     assert memory[1] < 0.9 * memory[0], memory
     jax.tree.map(functools.partial(np.testing.assert_allclose, rtol=1e-4, atol=1e-5), *grads)
+
+
+def test_layers_without_a_loop_are_those_of_the_loop():
+    tokens = jax.ShapeDtypeStruct((2, 8), jnp.int32)
+    for is_unrolled in (False, True):
+        model = make_model(SMALL, is_unrolled=is_unrolled)
+        lowered = jax.jit(model.logits_fn).lower(model.abstract, tokens, tokens, tokens)
+        assert ("while" in lowered.compile().as_text()) is not is_unrolled
+
+
+@pytest.mark.parametrize(("ways", "width"), [(1, 96), (2, 90)])
+def test_a_width_that_8_does_not_divide_is_widened_where_the_mesh_does_not_split_it(ways, width):
+    model = make_model(variant(d_ff=90))
+    tokens = jax.ShapeDtypeStruct((2, 8), jnp.int32)
+    with jax.set_mesh(make_mesh({"data": 1, "tensor": ways}, jax.devices()[:ways])):
+        traced = jax.make_jaxpr(model.logits_fn)(model.abstract, tokens, tokens, tokens)
+    products = [e for e in equations(traced.jaxpr) if e.primitive.name == "dot_general"]
+    sizes = {size for e in products for v in (*e.invars, *e.outvars) for size in v.aval.shape}
+    assert sizes & {90, 96} == {width}
 
 
 def test_bfloat16_stays_close_to_float32():

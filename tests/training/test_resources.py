@@ -2,18 +2,22 @@
 eight CPU devices shows it.
 """
 
+import dataclasses
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
 
-from llada_jax.cluster.sharding import AXES, batch_sharding, make_mesh
+from llada_jax.cluster import hardware
+from llada_jax.cluster.sharding import AXES, batch_sharding, make_mesh, one_device_mesh
 from llada_jax.models.model import make_model
 from llada_jax.models.transformer import Architecture
 from llada_jax.objectives.masked_diffusion import masked_diffusion
+from llada_jax.planning.absent_devices import stand_in_mesh
 from llada_jax.training.state import abstract_metrics, abstract_state
-from llada_jax.training.step import Recipe, compile_step, make_train_step
+from llada_jax.training.step import Recipe, compile_step, make_train_step, runs_without_loop
 
 MASK, B, T = 63, 8, 32
 # every width is different, so that the last dim of an activation says which one it is
@@ -74,3 +78,18 @@ def test_no_activation_of_the_layers_is_whole_on_a_device(compiled):
         f"[{B // 4},{T},{ARCHITECTURE.num_heads},{ARCHITECTURE.head_dim}]",
     ):
         assert f"f32{shape}" not in text, shape
+
+
+def test_one_gpu_that_trains_everything_has_no_loop_over_the_layers():
+    def on(topology: str):
+        return stand_in_mesh({"fsdp": -1}, hardware.machines_named(topology), 1)
+
+    objective = masked_diffusion(mask_id=MASK)
+    assert runs_without_loop(objective, on("1xh100"))
+    assert not runs_without_loop(objective, on("8xh100"))
+    assert not runs_without_loop(objective, on("v5p-8"))
+    assert not runs_without_loop(objective, one_device_mesh())
+    partly_frozen = dataclasses.replace(
+        objective, split_parameters=lambda params, key: (params, {})
+    )
+    assert not runs_without_loop(partly_frozen, on("1xh100"))
