@@ -6,12 +6,10 @@ CORPUS := llada_jax/data/austen6.txt.xz
 
 .PHONY: demo test test-fast lint clean
 
-# Huge pages (glibc >= 2.35; elsewhere the variable says nothing): XLA asks for its scratch memory anew at every step, and zeroing
-# it page by page costs 15% of the training time.
 demo: .venv/installed
 	$(BIN)/llada-jax prepare --input $(CORPUS) --output $(RUN)/data --tokenizer spm-bpe:4096 --sequence-length 64 \
 		--document-start '^(CHAPTER|Chapter) ' --heldout 0.05
-	GLIBC_TUNABLES=glibc.malloc.hugetlb=1 $(BIN)/llada-jax train --config configs/tiny.py --workdir $(RUN)/run
+	$(BIN)/llada-jax train --config configs/tiny.py --workdir $(RUN)/run
 	$(BIN)/llada-jax evaluate --checkpoint $(RUN)/run --data $(RUN)/data --baselines
 	$(BIN)/llada-jax sample --checkpoint $(RUN)/run --gen-length 48 --temperature 0.9 --seed 1 --show \
 		--prompt "She was determined"

@@ -5,12 +5,14 @@
 It measures the first accelerator that JAX finds, and a CPU where there is none. Both libraries use
 the same model, batch, loss (masked cross-entropy over p, averaged over all tokens), clipping and
 AdamW; on a CPU all is float32, and on an accelerator the parameters are float32 and the products
-bfloat16. llada_jax runs with its default knobs. PyTorch runs eagerly (as LLaDA's published
-guidelines write the step) and under torch.compile, both with scaled_dot_product_attention. Before
-timing, PyTorch gets the parameters of llada_jax, and the losses of one fixed corrupted batch must
-agree, so that both compute the same function. MFU counts 6 N + 12 L d T operations per token
-(llada_jax.models.flops) and the peak of the data sheet; the peak of a CPU is measured in the same
-run, as the fastest float32 product of two large square matrices in either library.
+bfloat16. llada_jax runs with its default knobs, and on a CPU with the huge pages for which
+`llada-jax train` asks; GLIBC_TUNABLES=glibc.malloc.hugetlb=1 gives them to PyTorch too. PyTorch
+runs eagerly (as LLaDA's published guidelines write the step) and under torch.compile, both with
+scaled_dot_product_attention. Before timing, PyTorch gets the parameters of llada_jax, and the
+losses of one fixed corrupted batch must agree, so that both compute the same function. MFU counts
+6 N + 12 L d T operations per token (llada_jax.models.flops) and the peak of the data sheet; the
+peak of a CPU is measured in the same run, as the fastest float32 product of two large square
+matrices in either library.
 
 Each library runs in its own process. On a CPU all processes live at once and take turns, so that
 other load on the machine affects all of them alike, and the median over the turns counts. On an
@@ -109,6 +111,8 @@ SIZES = {
 CPU_SIZES = ("tiny", "30m")
 ACCELERATOR_SIZES = ("llada_160m", "llada_1b", "llada_8b_wide")
 WORKERS = ("llada_jax", "torch eager", "torch compile")
+# What `llada-jax train` sets for itself (llada_jax/__main__.py).
+SET_BY_TRAIN = {"GLIBC_TUNABLES": "glibc.malloc.hugetlb=1"}
 # Asks which device the others will find; a process of its own, because it would keep the device.
 ASKS_FOR_DEVICE = "device"
 # How far the losses of the two libraries may lie apart, by the dtype of the products.
@@ -463,7 +467,10 @@ class Worker:
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             text=True,
-            env=environment(**({"JAX_PLATFORMS": "cpu"} if is_cpu else {})),
+            env=environment(
+                **({"JAX_PLATFORMS": "cpu"} if is_cpu else {}),
+                **(SET_BY_TRAIN if name == "llada_jax" else {}),
+            ),
         )
 
     def ask(self, request: str, argument=None):
@@ -673,6 +680,13 @@ def main() -> None:
         os.sched_setaffinity(0, sorted(os.sched_getaffinity(0))[: arguments.cores])
         serve(arguments.worker, SIZES[arguments.size[0]], arguments.dtype)
         return
+    with tempfile.TemporaryDirectory() as directory:
+        # not the one that all programs share: a killed one can leave it damaged
+        os.environ["TORCHINDUCTOR_CACHE_DIR"] = directory
+        print_tables(arguments)
+
+
+def print_tables(arguments: argparse.Namespace) -> None:
     found = device()
     is_cpu = found["platform"] == "cpu"
     print(f"Machine: {found['kind']}; {machine()}; each library may use {arguments.cores}.\n")
