@@ -67,7 +67,7 @@ def ask_for_huge_pages() -> None:
     """Starts this command once more in its place, with glibc's variable for huge pages, unless the
     environment decides about them.
 
-    XLA on CPUs asks for its scratch memory anew at every step, and to clear it page by page costs
+    XLA on CPUs asks for its scratch memory again at every step, and to clear it page by page costs
     an eighth of the training time. glibc reads the variable before Python begins. Elsewhere, and
     in versions before 2.35, it has no effect.
     """

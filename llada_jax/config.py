@@ -78,7 +78,7 @@ def default_config() -> ConfigDict:
     config.model.output_shift = False
     # of the matrix products: bfloat16 | float32; auto: float32 on CPU, bfloat16 elsewhere
     config.model.dtype = AUTO
-    # xla | splash (TPU) | cudnn | triton (GPU); auto: from the mesh's platform
+    # xla | xla_by_head (CPU) | splash (TPU) | cudnn | triton (GPU); auto: from the mesh's platform
     config.model.attention = AUTO
     # what is recomputed in the backward pass; auto: as little as fits the devices, never none
     # none | dots | attention | full

@@ -26,7 +26,7 @@ CHOICES = {
     "model.qk_norm": ("none", "full", "per_head"),
     "model.attention_bias": ("none", "qkv", "qkvo"),
     "model.dtype": (AUTO, "bfloat16", "float32"),
-    "model.attention": (AUTO, "xla", "splash", "cudnn", "triton"),
+    "model.attention": (AUTO, "xla", "xla_by_head", "splash", "cudnn", "triton"),
     "model.remat": (AUTO, "none", "dots", "attention", "full"),
     "objective.name": ("masked_diffusion", "sft", "vrpo", "autoregressive"),
     "objective.t_sampling": ("stratified", "mirrored", "iid", "bell"),

@@ -20,6 +20,7 @@ from jax.sharding import AxisType
 from llada_jax.cluster.sharding import RULES, spec
 from llada_jax.errors import UserError
 from llada_jax.masks import BIDIRECTIONAL, Mask, may_attend
+from llada_jax.models.by_head import attention_by_head
 from llada_jax.models.split_rows import (
     attend_to_gathered_keys,
     attend_with_exchanged_heads,
@@ -30,6 +31,8 @@ from llada_jax.models.split_rows import (
 # What `attend` calls attend_in_pieces. No choice of a config: it is not for training.
 IN_PIECES = "xla in pieces"
 MOST_SCORES = 1 << 28  # 1 GiB of float32
+# Tokens in a row from which a CPU is faster head by head. The scores of shorter ones fit its cache.
+BY_HEAD_FROM = 256
 # Of one query and head, for the large tiles of splash: 128 numbers in bfloat16.
 _MOST_BYTES_OF_LARGE_TILES = 256
 
@@ -358,12 +361,13 @@ def triton_attention(
 
 IMPLEMENTATIONS: dict[str, Callable[..., Array]] = {
     "xla": xla_attention,
+    "xla_by_head": attention_by_head,
     "splash": splash_attention,
     "cudnn": cudnn_attention,
     "triton": triton_attention,
 }
 
-# Where a kernel runs; xla runs everywhere.
+# Where a kernel runs; what XLA compiles runs everywhere.
 PLATFORMS = {
     "splash": ("tpu",),
     "cudnn": ("gpu", "cuda"),
@@ -424,6 +428,8 @@ def choose(
             )
         check_expressible(name, mask)
         return name
+    if platform == "cpu" and sequence_length >= BY_HEAD_FROM:
+        return "xla_by_head"
     if sequence_length % 128:
         return "xla"
     if platform == "tpu":
@@ -467,6 +473,8 @@ def attend(
     num_parts = 1 if mesh.empty else mesh.shape[RULES["act_position"]]
     # The rows of a sampler may have any length; XLA then splits the program as it can.
     if num_parts > 1 and not (is_reference and q_BTNH.shape[1] % num_parts):
+        # by head is a matter of speed on one CPU
+        is_reference = implementation.startswith("xla")
         name = IN_PIECES if is_reference else implementation
         kernel = functools.partial(_kernel(name), mask=mask)
         tensor = 1 if is_reference else mesh.shape[RULES["act_heads"]]

@@ -23,6 +23,7 @@ from llada_jax.models.attention import (
     triton_attention,
     xla_attention,
 )
+from llada_jax.models.by_head import attention_by_head
 
 B, T, H = 2, 256, 64
 BLOCKS = Mask(block_length=32)
@@ -107,11 +108,13 @@ def check(kernel, arrays, segments, mask):
 
 @pytest.mark.parametrize("mask", [BIDIRECTIONAL, CAUSAL, BLOCKS, ODD_BLOCKS])
 @pytest.mark.parametrize("segments", SEGMENTS)
-def test_the_reference_follows_may_attend(segments, mask):
-    check(xla_attention, inputs(4, 2, head_dim=16), SEGMENTS[segments], mask)
+@pytest.mark.parametrize("ours", [xla_attention, attention_by_head])
+def test_the_reference_follows_may_attend(ours, segments, mask):
+    check(ours, inputs(4, 2, head_dim=16), SEGMENTS[segments], mask)
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("ours", [xla_attention, attention_by_head])
 @settings(max_examples=10, derandomize=True)
 @given(
     segments=st.lists(
@@ -119,9 +122,9 @@ def test_the_reference_follows_may_attend(segments, mask):
     ).map(np.array),
     mask=st.builds(Mask, causal=st.booleans(), block_length=st.integers(0, 10)),
 )
-def test_the_reference_follows_may_attend_for_any_segments(segments, mask):
+def test_the_reference_follows_may_attend_for_any_segments(ours, segments, mask):
     """Segments in any order, also torn ones, and rows of nothing but padding."""
-    check(xla_attention, inputs(2, 1, length=9, head_dim=4), segments, mask)
+    check(ours, inputs(2, 1, length=9, head_dim=4), segments, mask)
 
 
 # One case for each form in which a mask reaches a kernel; all of them would take minutes.
@@ -343,7 +346,8 @@ def chosen(name="auto", **changes):
 @pytest.mark.parametrize(
     ("expected", "changes"),
     [
-        ("xla", {"platform": "cpu", "packed": True}),
+        ("xla_by_head", {"platform": "cpu", "packed": True}),
+        ("xla", {"platform": "cpu", "sequence_length": 255}),
         ("splash", {"platform": "tpu", "packed": True}),
         ("splash", {"platform": "tpu", "packed": True, "mask": BLOCKS}),
         ("splash", {"platform": "tpu", "dtype": "float32", "head_dim": 256}),
