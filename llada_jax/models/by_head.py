@@ -97,15 +97,22 @@ def _backward(mask: Mask, saved: tuple, grad_G1TH: Array) -> tuple[Any, ...]:
     def head(arrays: tuple) -> tuple[Array, Array, Array]:
         q_1TH, k_1SH, v_1SH, segment_ids_1S, grad_1TH, normalizer_1T, mean_1T = arrays
         scores_1TS = _scores(mask, q_1TH, k_1SH, segment_ids_1S)
-        weights_1TS = jnp.exp(scores_1TS - normalizer_1T[..., None])
+        # Relative to their maximum, as in the forward pass, and then brought to the sum of 1. In
+        # one loop with the mask or with a slice of what was kept, exponentials take XLA ten times
+        # as long; a reduction keeps them apart.
+        best_1T = scores_1TS.max(axis=-1)
+        weights_1TS = jnp.exp(scores_1TS - best_1T[..., None])
+        share_1T1 = jnp.exp(best_1T - normalizer_1T)[..., None]
         grad_weights_1TS = jnp.einsum(
             "GTH,GSH->GTS", grad_1TH, v_1SH, preferred_element_type=jnp.float32
         )
-        grad_scores_1TS = weights_1TS * (grad_weights_1TS - mean_1T[..., None])
-        grad_scores_1TS = (grad_scores_1TS * q_1TH.shape[-1] ** -0.5).astype(q_1TH.dtype)
+        scale_1T1 = share_1T1 * q_1TH.shape[-1] ** -0.5
+        grad_scores_1TS = weights_1TS * ((grad_weights_1TS - mean_1T[..., None]) * scale_1T1)
+        grad_scores_1TS = grad_scores_1TS.astype(q_1TH.dtype)
         # Both as [H, S] first: a product that has the transposed scores on its left takes XLA
         # twice as long on a CPU.
-        grad_v_1HS = jnp.einsum("GTH,GTS->GHS", grad_1TH, weights_1TS.astype(grad_1TH.dtype))
+        shared_1TH = (grad_1TH * share_1T1).astype(grad_1TH.dtype)
+        grad_v_1HS = jnp.einsum("GTH,GTS->GHS", shared_1TH, weights_1TS.astype(grad_1TH.dtype))
         grad_k_1HS = jnp.einsum("GTH,GTS->GHS", q_1TH, grad_scores_1TS)
         return (
             jnp.einsum("GTS,GSH->GTH", grad_scores_1TS, k_1SH),
