@@ -4,11 +4,11 @@ import json
 import os
 import subprocess
 import sys
-import types
 
 import pytest
 from support.errors import error_of
 from support.required import library, python_with
+from support.trackers import StandIn
 
 from llada_jax.config import default_config
 from llada_jax.errors import UserError
@@ -17,28 +17,6 @@ from llada_jax.run.trackers import TRACKERS, Tracker
 from llada_jax.validation import CHOICES, NO_TRACKER
 
 GROUPS = {"train": {"loss": 1.5}, "speed": {"tokens_per_s": 10}}
-
-
-class StandIn(types.ModuleType):
-    """The functions of wandb's interface that both libraries have; it keeps what it is given."""
-
-    def __init__(self, name: str):
-        super().__init__(name)
-        self.calls = []
-
-    def init(self, *, project, name, resume, config=None, id=None):
-        self.calls.append(("init", {"project": project, "name": name, "resume": resume, "id": id}))
-        if project == "forbidden":
-            raise RuntimeError("no permission\nfor this project")
-
-    def define_metric(self, name, *, step_metric):
-        self.calls.append(("define_metric", step_metric))
-
-    def log(self, metrics, *, step=None):
-        self.calls.append(("log", metrics | ({} if step is None else {"step": step})))
-
-    def finish(self):
-        self.calls.append(("finish", None))
 
 
 @pytest.fixture

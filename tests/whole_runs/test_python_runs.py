@@ -4,10 +4,12 @@ commands print.
 
 import json
 import os
+import sys
 
 import pytest
 from support.mishaps import train_argv
 from support.runs import losses, metric_lines
+from support.trackers import StandIn
 
 import llada_jax
 from llada_jax.__main__ import main
@@ -50,6 +52,21 @@ def test_train_takes_a_config_that_was_changed_in_python_and_leaves_it_alone(hom
     assert (run.step, config.seed) == (2, load_config(str(home / "tiny.py")).seed)
     assert llada_jax.load(run.workdir).config["seed"] == 7
     assert not (tmp_path / "run" / "config.py").exists()
+
+
+@pytest.mark.slow
+def test_a_run_sends_what_it_measures_to_the_tracker_of_its_config(home, tmp_path, monkeypatch):
+    tracker = StandIn("wandb")
+    monkeypatch.setitem(sys.modules, "wandb", tracker)
+    changes = {"data.path": str(home / "data"), "log.tracker": "wandb"}
+    run = llada_jax.train(home / "tiny.py", tmp_path / "run", changes=changes)
+    assert [name for name, _ in tracker.calls if name in ("init", "finish")] == ["init", "finish"]
+    sent = [metrics for name, metrics in tracker.calls if name == "log"]
+    losses = {metrics["step"]: metrics["train/loss"] for metrics in sent if "train/loss" in metrics}
+    written = metric_lines(tmp_path / "run", "train")
+    assert losses == {line["step"]: line["train"]["loss"] for line in written}
+    assert max(losses) == run.step
+    assert any("final/nelbo" in metrics for metrics in sent)
 
 
 @pytest.mark.parametrize(
