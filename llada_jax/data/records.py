@@ -247,7 +247,9 @@ def parse_dataset(directory: epath.Path, content: dict) -> DatasetInfo:
     if is_array_record and is_remote(directory):
         raise UserError(
             f"{directory} was prepared by version 0.1, whose records are read from a disk alone: "
-            f"copy it to a disk or mount it, or {PREPARE_AGAIN}."
+            f"copy it to a disk or mount it, or {PREPARE_AGAIN} with `llada-jax prepare "
+            f"--input TEXT --output {directory}-new --sequence-length "
+            f"{content.get('sequence_length')}`."
         )
     try:
         sequence_length = _count(content, "sequence_length", least=2)

@@ -109,7 +109,9 @@ def test_a_data_set_of_version_0_1_is_read_from_a_disk_alone(places):
     folder = epath.Path(f"{remote}-old")
     old = ROOT / "tests/fixtures/version_0.1/data/dataset.json"
     (folder / "dataset.json").write_text(old.read_text())
-    assert f"{folder} was prepared by version 0.1" in error_of(read_dataset, folder)
+    refusal = error_of(read_dataset, folder)
+    assert f"{folder} was prepared by version 0.1" in refusal
+    assert f"`llada-jax prepare --input TEXT --output {folder}-new --sequence-length " in refusal
 
 
 def test_a_folder_of_a_bucket_without_a_data_set_is_named(places):
