@@ -325,8 +325,8 @@ def hf_config(
         dtype: of the tensors in the file, "float32" or "bfloat16".
         eot_id: of the end of a turn, at which the sampler of the export ends a text too; None where
             there is none.
-        num_ids: of the vocabulary, where no tokenizer comes along that has them; None takes what
-            the source says, or else every row of the embedding.
+        num_ids: of the vocabulary, above which no sampler goes; None takes what the source says, or
+            else every row of the embedding.
         source: the config.json of the same layout that the model was imported from; keys of it that
             say nothing about the network (who wrote it, dropouts, initialisation) are carried
             through.

@@ -169,7 +169,8 @@ def prepare_export(args) -> tuple[Export, dict]:
         max_sequence_length=max_length,
         dtype=args.dtype,
         eot_id=tokenizer.eot_id,
-        num_ids=None if has_text else tokenizer.vocab_size,
+        # an imported config.json states its own, which its tokenizer need not fill
+        num_ids=None if has_text and record.source else tokenizer.vocab_size,
         source=(record.source or {}).get("config"),
     )
     others = other_files(shards, config, layout)

@@ -56,6 +56,18 @@ def test_every_token_of_the_split_is_scored_once_however_often_its_row_is_corrup
     assert bound.bits_per_byte_standard_error == pytest.approx(0.0, abs=1e-5)
 
 
+def test_a_limited_number_of_batches_is_a_subset_that_the_seed_chooses(small_dataset):
+    def nll_of_token(params, noisy_BT, targets_BT, where_BT, segment_ids_BT, positions_BT):
+        return TokenScores(jnp.where(where_BT, targets_BT.astype(jnp.float32), 0.0), where_BT)
+
+    bounds = [
+        bound_of(small_dataset, nll_of_token, max_batches=2, subset_seed=seed).nats_per_token
+        for seed in (0, 1, 2, 0)
+    ]
+    assert len(set(bounds)) == 3
+    assert bounds[0] == bounds[3]
+
+
 def test_a_single_batch_has_a_bound_and_no_standard_error(small_dataset):
     bound = bound_of(small_dataset, max_batches=1)
     assert bound.num_tokens == 8 * SEQUENCE_LENGTH

@@ -138,7 +138,7 @@ def test_times_are_uniform_and_each_document_of_a_row_has_its_own():
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("t_sampling", ["stratified", "iid"])
+@pytest.mark.parametrize("t_sampling", ["stratified", "iid", "mirrored"])
 @pytest.mark.parametrize("mean_over", ["answers", "tokens"])
 def test_a_row_is_corrupted_alike_in_any_microbatch(t_sampling, mean_over):
     rng = np.random.default_rng(0)
@@ -198,21 +198,24 @@ def test_mask_ratios_stay_within_their_bounds_and_prompts_stay_clean():
     np.testing.assert_array_equal(seen["noisy"] == MASK, seen["where"])
 
 
-def spied_loss(batch, num_rows, **settings):
-    """Returns what sft_loss returns, and what the network was given."""
+def spied_loss(batch, num_rows, *, rows=None, **settings):
+    """Returns what sft_loss returns, and what the network was given.
+
+    rows: the numbers of the batch's rows in the whole batch; None where it is all of it.
+    """
     seen = {}
 
     def spy(params, noisy_BT, targets_BT, where_BT, *rest):
         seen.update(noisy=np.asarray(noisy_BT), where=np.asarray(where_BT))
         return table_model(params, noisy_BT, targets_BT, where_BT, *rest)
 
-    rows = jnp.arange(num_rows)
+    rows = jnp.arange(num_rows) if rows is None else jnp.asarray(rows)
     result = sft_loss(spy, NATS, batch, KEY, rows, num_rows=num_rows, mask_id=MASK, **settings)
     return result, seen
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("t_sampling", ["stratified", "iid"])
+@pytest.mark.parametrize("t_sampling", ["stratified", "iid", "mirrored"])
 def test_complementary_rows_mask_every_token_of_an_answer_once(t_sampling):
     rng = np.random.default_rng(0)
     rows = [
@@ -271,6 +274,16 @@ def test_a_dropped_prompt_is_hidden_whole_and_never_scored():
     assert 0 < (both[0] & both[1]).sum() < min(b.sum() for b in both)
 
 
+def test_a_prompt_is_dropped_or_kept_alike_in_any_microbatch():
+    rows = [packed([([1, 1, 1], [2, 3]), ([4, 4], [5])], sequence_length=10) for _ in range(40)]
+    batch = batch_of(*rows)
+    _, whole = spied_loss(batch, 40, prompt_dropout=0.5)
+    for numbers in (np.arange(0, 40, 2), np.arange(1, 40, 2)):
+        part = {name: array[numbers] for name, array in batch.items()}
+        _, seen = spied_loss(part, 40, rows=numbers, prompt_dropout=0.5)
+        np.testing.assert_array_equal(seen["noisy"], whole["noisy"][numbers])
+
+
 def test_packed_and_unpacked_rows_of_the_same_pairs_give_the_same_loss_of_each_answer():
     """The network sees the documents of a row apart, so that an answer costs the same in a row of
     its own under the same mask.
@@ -303,7 +316,7 @@ def test_packed_and_unpacked_rows_of_the_same_pairs_give_the_same_loss_of_each_a
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("t_sampling", ["stratified", "iid"])
+@pytest.mark.parametrize("t_sampling", ["stratified", "iid", "mirrored"])
 def test_a_single_answer_per_row_has_the_expectation_of_the_bound(t_sampling):
     """Over many rows the training loss comes to the bound that scores held-out dialogues."""
     B = 20_000

@@ -56,7 +56,10 @@ def test_the_config_has_every_key_with_the_ids_of_the_tokenizer(random_checkpoin
     out = export(random_checkpoint, tmp_path / "out")
     config = json.loads((out / "config.json").read_text())
     ids = {"mask_id": 256, "eos_id": 257, "bos_id": 258, "pad_id": 259}
-    assert config == hf_config(LLADA, "llada", **ids, max_sequence_length=48, dtype="bfloat16")
+    # the rows of the embedding above the last id are padding
+    sizes = {"num_ids": 260, "max_sequence_length": 48}
+    assert config == hf_config(LLADA, "llada", **ids, **sizes, dtype="bfloat16")
+    assert (config["vocab_size"], config["embedding_size"]) == (260, LLADA.vocab_size)
     published = json.loads((PUBLISHED / "config.json").read_text())
     assert set(published) - {"_attn_implementation_autoset"} <= set(config)
     generation = json.loads((out / "generation_config.json").read_text())

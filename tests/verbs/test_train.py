@@ -53,7 +53,7 @@ def kind(path: Path) -> tuple:
     return config.objective.name, config.optimizer.name, config.lora.rank > 0, is_packed
 
 
-# One config of each kind; tests/planning/test_shipped_configs.py traces the steps of all.
+# One config of each kind; those of a kind differ in sizes and rates alone.
 CONFIGS = list({kind(path): path for path in reversed(configs.CONFIGS)}.values())
 
 

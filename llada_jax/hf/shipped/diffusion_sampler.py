@@ -230,6 +230,7 @@ class DiffusionSampler:
         B, P = input_ids.shape
         T = P + gen_length
         mask_id = self.config.mask_token_id
+        num_ids = getattr(self.config, "unpadded_vocab_size", None) or self.config.vocab_size
         end_ids = end_ids_of(self.config)
         steps_per_block = steps * block_length // gen_length
 
@@ -296,6 +297,7 @@ class DiffusionSampler:
                 # 2. a proposal for every hidden position, and the confidence in it
                 choosable_BTV = logits_BTV.clone()
                 choosable_BTV[..., mask_id] = -torch.inf
+                choosable_BTV[..., num_ids:] = -torch.inf  # padding of the embedding
                 choices_BT = pick_tokens(choosable_BTV, temperature, generator, top_k, top_p)
                 order = "entropy" if rule == "entropy" else remasking
                 order_BT = REMASKING[order](logits_BTV, choices_BT, generator)

@@ -63,6 +63,23 @@ def test_the_mask_is_never_chosen(make):
         assert (canvas[0, 2:] != 39).all()
 
 
+@pytest.mark.parametrize(
+    ("layout", "key"), [("llada", "vocab_size"), ("illada", "unpadded_vocab_size")]
+)
+def test_a_row_of_the_embedding_without_a_token_is_never_chosen(make, layout, key):
+    made = make(layout, **{key: 30}, mask_token_id=29, eos_token_id=28, pad_token_id=28)
+
+    def like_padding(logits):
+        logits[..., 30:] += 100
+
+    scripted(made, like_padding)
+    for temperature in (0.0, 1.0):
+        canvas = made.generate_diffusion(
+            torch.tensor([[1, 2]]), gen_length=8, steps=3, temperature=temperature
+        )
+        assert (canvas[0, 2:] < 29).all()
+
+
 def test_every_step_reveals_its_share_in_its_block_and_revises_nothing(make):
     made = make("llada")
     seen = scripted(made, lambda logits: None)
