@@ -10,8 +10,9 @@ from llada_jax.checkpoints.record import reads_ema
 from llada_jax.cluster import sharding
 from llada_jax.errors import UserError
 from llada_jax.loaded_model import Pretrained
-from llada_jax.models.attention import IN_PIECES
+from llada_jax.models.attention import IN_PIECES, choose
 from llada_jax.models.model import (
+    Model,
     abstract_parameters,
     check_mesh,
     compute_dtype,
@@ -80,3 +81,33 @@ def load(
         params = in_compute_dtype(params, computed)
     run = record.to_json()
     return Pretrained(words, run["config"], params, step, model, run, mesh)
+
+
+def network_for_rows(
+    loaded: Pretrained, sequence_length: int, *, dtype: str, packed: bool
+) -> Model:
+    """Returns the network with the attention that training takes for such rows: records have one
+    length and are padded on the right, where a canvas has any length and padding on either side.
+
+    Args:
+        sequence_length: of the rows, in tokens.
+        dtype: what `load` was given.
+        packed: whether the documents of a row may not see each other.
+    """
+    a, mesh, mask = loaded.record.architecture, loaded.mesh, loaded.record.mask
+    platform = sharding.platform(mesh)
+    computed = compute_dtype(dtype, platform)
+    attention = choose(
+        "auto",
+        platform=platform,
+        packed=packed,
+        mask=mask,
+        sequence_length=sequence_length,
+        head_dim=a.head_dim,
+        dtype=computed,
+    )
+    # A kernel runs on the heads of each device by itself, and on whole rows.
+    is_whole = sharding.axis_size(mesh, "act_position") == 1
+    if attention == "xla" or not is_whole or a.num_kv_heads % sharding.axis_size(mesh, "heads"):
+        return loaded.model
+    return make_model(a, dtype=computed, attention=attention, mask=mask)

@@ -2,11 +2,14 @@
 
 import math
 
+import jax
+import numpy as np
 import pytest
 from support.exports import LLADA, write_checkpoint
 from support.hf_directories import random_params
 
 import llada_jax
+from llada_jax import pretrained
 from llada_jax.errors import UserError
 from llada_jax.evaluation.answer_rows import Question
 
@@ -48,3 +51,35 @@ def test_what_is_not_a_list_of_pairs_or_too_long_is_refused(model):
         model.score([("a", "b"), ("a" * 40, "b" * 9)])
     with pytest.raises(UserError, match="is one text; pass a list"):
         model.score_text("a text")
+
+
+@pytest.mark.parametrize("packed", [False, True])
+def test_rows_of_records_are_scored_with_the_attention_of_training(model, packed):
+    tokens = np.random.default_rng(0).integers(0, 256, (2, 256))
+    segments = np.repeat([[1, 2, 0], [1, 1, 0]], [100, 100, 56], axis=1)
+    positions = np.broadcast_to(np.arange(256), tokens.shape)
+    rows = (tokens, tokens, segments > 0, segments, positions)
+    network = pretrained.network_for_rows(model, 256, dtype="float32", packed=packed)
+    assert network is not model.model
+    ours, pieces = (jax.jit(n.nll_fn)(model.params, *rows) for n in (network, model.model))
+    np.testing.assert_allclose(ours.nll_BT, pieces.nll_BT, atol=1e-4)
+    assert pretrained.network_for_rows(model, 48, dtype="float32", packed=packed) is model.model
+
+
+@pytest.mark.parametrize(
+    ("platform", "length", "packed", "attention"),
+    [
+        ("gpu", 4096, False, "cudnn"),
+        ("gpu", 4096, True, "triton"),
+        ("tpu", 4096, True, "splash"),
+        ("tpu", 100, True, None),
+    ],
+)
+def test_the_attention_of_rows_follows_platform_and_length(
+    model, monkeypatch, platform, length, packed, attention
+):
+    monkeypatch.setattr(pretrained.sharding, "platform", lambda mesh: platform)
+    made = []
+    monkeypatch.setattr(pretrained, "make_model", lambda a, **settings: made.append(settings))
+    pretrained.network_for_rows(model, length, dtype="bfloat16", packed=packed)
+    assert [settings["attention"] for settings in made] == ([attention] if attention else [])

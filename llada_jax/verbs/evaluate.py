@@ -287,8 +287,10 @@ def evaluate(
         seed=seed,
         num_draws=mc_samples,
     )
+    packed = not settings["attend_across_documents"]
+    network = pretrained.network_for_rows(model, info.sequence_length, dtype=dtype, packed=packed)
     bound = bound_of_split(
-        model.model,
+        network,
         model.params,
         data,
         bytes_per_token=of_split.num_scored_bytes / of_split.num_scored_tokens,
@@ -312,7 +314,7 @@ def evaluate(
         result["xz_bits_per_byte"] = alone
         result["xz_after_train_bits_per_byte"] = after_train
     if breakdown:
-        parts = breakdown_of_split(model.model, model.params, data, **settings)
+        parts = breakdown_of_split(network, model.params, data, **settings)
         for name, shares in parts._asdict().items():
             if shares is not None:
                 result[name] = shares._asdict()
