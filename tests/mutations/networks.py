@@ -75,8 +75,8 @@ TRANSFORMER = faults_of(
     ),
     (
         "no residual around the feed-forward part",
-        'x_BTD = x_BTD + self.times("ff_out", h_BTF)',
-        'x_BTD = self.times("ff_out", h_BTF)',
+        'x_BTD = x_BTD + self.times("ff_out", h_BTF, ',
+        'x_BTD = self.times("ff_out", h_BTF, ',
     ),
     (
         "shift across segments",
@@ -120,14 +120,14 @@ TOKEN_SCORES = faults_of(
     "tests/models/test_token_nll.py tests/models/test_token_scores.py",
     (
         "logits of the loss in bfloat16",
-        "                out_dtype=jnp.float32,\n                gradient_dtype",
-        "                gradient_dtype",
+        "            out_dtype=jnp.float32,\n            gradient_dtype",
+        "            gradient_dtype",
         "tests/models/test_precision.py",
     ),
     (
         "tokens that do not exist enter the normaliser",
-        "jnp.where(token_C < V, logits_RCV, jnp.finfo(jnp.float32).min)",
-        "jnp.where(token_C <= V + 999, logits_RCV, jnp.finfo(jnp.float32).min)",
+        "jnp.where(token_C < V, 0.0, jnp.finfo(jnp.float32).min)",
+        "jnp.where(token_C <= V + 999, 0.0, jnp.finfo(jnp.float32).min)",
     ),
     (
         "nll outside of the masks",
@@ -224,4 +224,30 @@ SPLIT_ROWS = faults_of(
     ("rows are brought together the dearer way", "return min(", "return max("),
 )
 
-FAULTS: list[Fault] = [*TRANSFORMER, *TOKEN_SCORES, *MODEL, *MASKS, *FLOPS, *SHARDING, *SPLIT_ROWS]
+PRODUCTS = faults_of(
+    "llada_jax/models/products.py",
+    "tests/models/test_precision.py",
+    (
+        "gradient of the logits multiplied in float32",
+        "grad, rows = grad.astype(x.dtype), ",
+        "grad, rows = grad, ",
+    ),
+)
+
+BY_HEAD = faults_of(
+    "llada_jax/models/by_head.py",
+    "tests/models/test_attention.py",
+    ("gradients keep their mean", "(grad_weights_1TS - mean_1T[..., None])", "grad_weights_1TS"),
+)
+
+FAULTS: list[Fault] = [
+    *TRANSFORMER,
+    *TOKEN_SCORES,
+    *MODEL,
+    *MASKS,
+    *FLOPS,
+    *SHARDING,
+    *SPLIT_ROWS,
+    *PRODUCTS,
+    *BY_HEAD,
+]
