@@ -382,8 +382,9 @@ def test_the_gradient_of_the_head_is_reduced_once_per_step_in_however_many_piece
         extra = total(pieces, "all-reduce", "reduce-scatter") - total(
             whole, "all-reduce", "reduce-scatter"
         )
-        # A reduction for each piece would add seven kernels.
-        assert extra < 0.5 * kernel, sizes
+        # A reduction for each piece would add seven kernels. The pieces have 1,152 columns, so that
+        # each is aligned on both sides of `tensor`.
+        assert extra < 0.75 * kernel, sizes
         # The kernel once more, for the backward pass, over one axis after the other.
         again = 2 * 64 * 1030 * 4
         assert total(pieces, "all-gather") < total(whole, "all-gather") + again, sizes
