@@ -240,13 +240,13 @@ def _pieces(head: _Head, kernel_DV: Array) -> Array:
 
 def _tokens(head: _Head, V: int) -> Array:
     """Returns the token of each column of the pieces, [n, V / n]; from V on, there is none."""
-    n = head.num_pieces
-    padding = 0 if n == 1 else _num_padding(head, V)
-    return jnp.arange(V + padding).reshape(-1, n).T
+    return jnp.arange(V + _num_padding(head, V)).reshape(-1, head.num_pieces).T
 
 
 def _num_padding(head: _Head, V: int) -> int:
-    return -V % (head.num_pieces * _ways("vocab") * ALIGNED)
+    """Returns how many tokens that do not exist make the pieces alike and aligned."""
+    n = head.num_pieces
+    return 0 if n == 1 else -V % (n * _ways("vocab") * ALIGNED)
 
 
 def _logits(head: _Head, x_RCD: Array, kernel_DC: Array, token_C: Array, V: int) -> Array:
@@ -259,7 +259,7 @@ def _logits(head: _Head, x_RCD: Array, kernel_DC: Array, token_C: Array, V: int)
             gradient_dtype=head.gradient_dtype,
             is_split=_ways("vocab") > 1 and head.names == ROWS,
         )
-        if head.num_pieces > 1 and _num_padding(head, V):
+        if _num_padding(head, V):
             # added as a vector: a choice between whole arrays would write one of them
             logits_RCV += jnp.where(token_C < V, 0.0, jnp.finfo(jnp.float32).min)
         return constrain(logits_RCV, *head.names, None)

@@ -335,7 +335,7 @@ from llada_jax.models.model import make_model, parameter_shardings
 from llada_jax.models.transformer import Architecture
 from llada_jax.planning.collectives import collectives
 a = Architecture(
-    vocab_size=1030, num_layers=1, d_model=64, num_heads=2, num_kv_heads=2, head_dim=16, d_ff=64
+    vocab_size=1150, num_layers=1, d_model=64, num_heads=2, num_kv_heads=2, head_dim=16, d_ff=64
 )
 results = []
 for sizes in (dict(fsdp=8), dict(data=2, fsdp=2, tensor=2)):
@@ -376,17 +376,16 @@ def test_the_gradient_of_the_head_is_reduced_once_per_step_in_however_many_piece
     for (sizes, _, whole), (_, nll_chunk, pieces), (*_, some) in zip(
         results[::3], results[1::3], results[2::3], strict=True
     ):
-        kernel = 64 * 1030 * 4 // sizes.get("tensor", 1)
+        kernel = 64 * 1150 * 4 // sizes.get("tensor", 1)
         assert nll_chunk == 8
         assert kernel < total(whole, "all-reduce", "reduce-scatter")
         extra = total(pieces, "all-reduce", "reduce-scatter") - total(
             whole, "all-reduce", "reduce-scatter"
         )
-        # A reduction for each piece would add seven kernels. The pieces have 1,152 columns, so that
-        # each is aligned on both sides of `tensor`.
-        assert extra < 0.75 * kernel, sizes
+        # A reduction for each piece would add seven kernels.
+        assert extra < 0.5 * kernel, sizes
         # The kernel once more, for the backward pass, over one axis after the other.
-        again = 2 * 64 * 1030 * 4
+        again = 2 * 64 * 1150 * 4
         assert total(pieces, "all-gather") < total(whole, "all-gather") + again, sizes
         # No position leaves its device. What is new is one bit: whether some device has more.
         assert {c["kind"] for c in some} <= {c["kind"] for c in whole}
