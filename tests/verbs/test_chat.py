@@ -4,12 +4,14 @@ import dataclasses
 import io
 import os
 import pty
+import re
 import select
 import signal
 import subprocess
 import sys
 import time
 import types
+from pathlib import Path
 
 import jax
 import numpy as np
@@ -285,6 +287,22 @@ class Terminal:
                     assert text in self.seen, self.seen
         self.seen = self.seen[self.seen.index(text) + len(text) :]
 
+    def wait_until_it_reads(self) -> None:
+        """Returns once the main thread has slept for a quarter of a second: it reads its input.
+
+        A prompt is written shortly before the input is read, and Python forgets an interrupt that
+        arrives between the two until the next key.
+        """
+        deadline, before = time.monotonic() + 120, None
+        while time.monotonic() < deadline:
+            status = Path(f"/proc/{self.process.pid}/status").read_text()
+            now = re.findall(r"^(?:State|\w*ctxt_switches):\s*(\w+)", status, flags=re.MULTILINE)
+            if now == before and now[0] == "S":
+                return
+            before = now
+            time.sleep(0.25)
+        raise AssertionError(f"the process never waits for input: {before}")
+
     def type(self, text: str) -> None:
         os.write(self.master, text.encode())
 
@@ -312,6 +330,7 @@ def test_a_conversation_in_a_real_terminal(random_checkpoint):
     terminal.interrupt()
     terminal.wait_for("stopped; the message is forgotten.")
     terminal.wait_for("> ")
+    terminal.wait_until_it_reads()
     terminal.interrupt()
     terminal.wait_for("llada-jax: interrupted.")
     assert terminal.end() == 130
