@@ -6,11 +6,9 @@ Every stage below is a grain MapDataset, that is, a function of an index without
 repeat and mix map the index, and the random length draws from a generator that is keyed by (seed,
 index). A host evaluates the function at the rows its devices own, so a step has the same rows on
 1, 2 or 64 hosts, with any number of threads, and before and after a restart. The loader's whole
-state is `step`, and starting at a late step replays nothing.
-
-Decoding a record takes 13 us at T = 128 and 26 us at T = 4096, and the whole pipeline about 130 us
-per row at either length (1 and 20-28 million tokens/s on one CPU core), so threads suffice and no
-worker processes are started.
+state is `step`, and starting at a late step replays nothing. It takes about 80 us per row, so that
+threads suffice (docs/benchmarks.md). A map reads the records, because a grain source takes 40 us
+more, for metrics of each read.
 """
 
 import functools
@@ -117,9 +115,10 @@ def train_batches(
         )
     shuffled = [
         _with_drawn_answers(
-            grain.MapDataset.source(Records(info, split="train"))
+            grain.MapDataset.range(info.splits["train"].num_records)
             .shuffle(seed=_stream(seed, _SHUFFLE, number))
-            .repeat(),
+            .repeat()
+            .map(_records(info, "train", attend_across_documents).__getitem__),
             info,
             seed=_stream(seed, _ANSWER, number),
         )
@@ -180,7 +179,7 @@ def heldout_batches(
     """
     (info,) = _open([(dataset, 1.0)], sequence_length=sequence_length, split=split)
     rows = _check_rows(rows, batch_size=batch_size)
-    records = Records(info, split=split)
+    records = _records(info, split, attend_across_documents)
     num_rows = batch_size * (max_batches or 0)
     if subset_seed is not None and 0 < num_rows < len(records):
         chosen = np.random.default_rng(subset_seed).permutation(len(records))[:num_rows]
@@ -188,7 +187,8 @@ def heldout_batches(
     _check_dialogues([info], attend_across_documents=attend_across_documents)
     fields = fields_of(info)
     source = _Padded(records, fields, multiple=batch_size, sequence_length=sequence_length)
-    scored = _with_drawn_answers(grain.MapDataset.source(source), info, seed=_HELDOUT_ANSWERS)
+    scored = grain.MapDataset.range(len(source)).map(source.__getitem__)
+    scored = _with_drawn_answers(scored, info, seed=_HELDOUT_ANSWERS)
     scored = scored.map(_row_for(attend_across_documents))
     batches = _HostRows(scored, batch_size=batch_size, rows=rows, start_step=0).batch(len(rows))
     return islice(_iterate(batches, num_threads=num_threads, prefetch=prefetch), max_batches)
@@ -436,6 +436,10 @@ def _with_drawn_answers(dataset: grain.MapDataset, info: DatasetInfo, *, seed: i
     if info.dialogues is None or info.dialogues.turns != "one":
         return dataset
     return dataset.random_map(draw_answers(info.tokenizer["eos_id"]), seed=seed)
+
+
+def _records(info: DatasetInfo, split: str, attend_across_documents: bool) -> Records:
+    return Records(info, split=split, with_documents=not attend_across_documents)
 
 
 def _check_rows(rows: Sequence[int] | None, *, batch_size: int) -> Sequence[int]:

@@ -103,6 +103,10 @@ def test_a_decoded_record_is_the_encoded_row_and_padding(row):
     assert decoded["positions"].tolist() == positions + padding
     assert {values.dtype for values in decoded.values()} == {np.dtype(np.int32)}
     assert len(data) == record_size(**sizes)
+    merged = decode_record(data, **sizes, with_documents=False)
+    assert merged.keys() == {"tokens", "segment_ids"}
+    assert merged["tokens"].tolist() == tokens + padding
+    assert merged["segment_ids"].tolist() == [1] * len(tokens) + padding
 
 
 def test_the_bytes_of_a_record_are_as_documented():
