@@ -7,9 +7,18 @@ Keys that are not read are not checked.
 """
 
 import json
+from pathlib import PurePosixPath
 from typing import Annotated, Any, Literal, TypeVar
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import (
+    AfterValidator,
+    BaseModel,
+    ConfigDict,
+    Field,
+    StringConstraints,
+    ValidationError,
+    model_validator,
+)
 
 from llada_jax.errors import UserError, one_line
 from llada_jax.ranges import MAX_SIZE, RANGES
@@ -21,6 +30,8 @@ NotNegative = Annotated[float, Field(ge=0, allow_inf_nan=False)]
 Id = Annotated[int, Field(ge=0, lt=MAX_SIZE)]
 # Published files say -1 where there is no such token.
 OptionalId = Annotated[int, Field(ge=-1, lt=MAX_SIZE)]
+# Of records, tokens or bytes.
+Count = Annotated[int, Field(ge=0, lt=2**63)]
 
 
 class Schema(BaseModel):
@@ -174,6 +185,86 @@ class RecordedLora(Schema):
     frozen_dtype: str = "float32"
 
 
+def _inside(file: str) -> str:
+    if not file or PurePosixPath(file).is_absolute() or ".." in PurePosixPath(file).parts:
+        raise ValueError("must name a file in the directory of the data set")
+    return file
+
+
+class StoredShard(Schema):
+    """A file of records in a dataset.json, see llada_jax.data.shards.Shard."""
+
+    file: Annotated[str, AfterValidator(_inside)]
+    num_records: Count
+    # of version 0.1, whose records have different sizes
+    num_bytes_on_disk: Count | None = None
+
+
+class StoredSplit(Schema):
+    """A split in a dataset.json, see llada_jax.data.records.Split."""
+
+    num_records: Count
+    num_tokens: Count
+    num_bytes: Count
+    num_documents: Count
+    num_padding: Count
+    num_scored_tokens: Count | None = None
+    num_scored_bytes: Count | None = None
+    shards: list[StoredShard]
+
+    @model_validator(mode="after")
+    def _adds_up(self):
+        if sum(shard.num_records for shard in self.shards) != self.num_records:
+            raise ValueError("must have the num_records to which its shards add up")
+        return self
+
+
+class StoredDialogues(Schema):
+    """How a data set of dialogues is read, see llada_jax.data.records.Dialogues."""
+
+    turns: Literal["one", "all", "each"]
+    rows: Literal["packed", "padded"]
+    records: Literal["dialogues", "pairs"] = "dialogues"
+
+
+class StoredTokenizer(Schema):
+    """The identity of a tokenizer in a dataset.json; ids that it does not state are 0."""
+
+    fingerprint: str
+    vocab_size: Size
+    mask_id: Id | None = None
+    eos_id: Id | None = None
+    bos_id: Id | None = None
+    pad_id: Id | None = None
+
+    @model_validator(mode="after")
+    def _has_its_ids(self):
+        others = [i for i in (self.eos_id, self.bos_id, self.pad_id) if i is not None]
+        if max([self.mask_id or 0, *others]) >= self.vocab_size:
+            raise ValueError(f"must have ids below its vocab_size of {self.vocab_size}")
+        if self.mask_id is not None and self.mask_id in others:
+            raise ValueError(f"must have the id {self.mask_id} for its mask alone")
+        return self
+
+
+class DatasetJson(Schema):
+    """dataset.json, see llada_jax.data.records.DatasetInfo."""
+
+    sequence_length: Annotated[int, Field(ge=2, le=MAX_SIZE)]
+    fingerprint: str
+    tokenizer: StoredTokenizer
+    splits: dict[str, StoredSplit]
+    dialogues: StoredDialogues | None = None
+    lengths: dict[str, dict[Annotated[str, StringConstraints(pattern="^[0-9]+$")], Count]] = {}
+
+
+class SavedTokenizer(Schema):
+    """special_ids.json, by which a saved tokenizer is recognised."""
+
+    kind: Literal["sentencepiece", "huggingface", "bytes", "none"]
+    special_ids: dict[Literal["mask", "eos", "bos", "pad", "eot"], Id]
+
+
 # What pydantic calls a value of another type.
 EXPECTED = {
     "int_type": "must be a whole number",
@@ -260,7 +351,9 @@ def fault_of(content: dict, schema: type[Schema]) -> str:
         schema.model_validate(content)
     except ValidationError as error:
         place, shown, says = _first_fault(content, error)
-        return f"has {place}={shown}, which {says}" if says else f"has no field {place!r}"
+        if not says:
+            return f"has no field {place!r}"
+        return f"has {place}={shown}, which {says}" if place else f"is {shown}, which {says}"
     return ""
 
 
@@ -280,7 +373,6 @@ def _first_fault(content: dict, error: ValidationError) -> tuple[str, str, str]:
     if first["type"] == "missing":
         return f"{place}.{first['loc'][-1]}".lstrip("."), "", ""
     shown = repr(value) if len(repr(value)) <= 60 else f"{repr(value)[:57]}..."
-    says = EXPECTED.get(first["type"]) or first["msg"].replace("Input should", "must").removeprefix(
-        "Value error, "
-    )
+    message = first["msg"].replace("Input should", "must").replace("String should", "must")
+    says = EXPECTED.get(first["type"]) or message.removeprefix("Value error, ")
     return place, shown, says

@@ -23,6 +23,7 @@ from etils import epath
 from llada_jax.data.array_records import PREPARE_AGAIN, ArrayRecords
 from llada_jax.data.shards import Shard, StoredRecords, check_sizes, remedy, stored_size
 from llada_jax.errors import UserError, look_up, reason
+from llada_jax.schemas import DatasetJson, StoredShard, StoredSplit, fault_of
 from llada_jax.storage import files
 from llada_jax.storage.remote import is_remote, path_of
 
@@ -262,52 +263,43 @@ def parse_dataset(directory: epath.Path, content: dict) -> DatasetInfo:
             f"--input TEXT --output {directory}-new --sequence-length "
             f"{content.get('sequence_length')}`."
         )
-    try:
-        sequence_length = _count(content, "sequence_length", least=2)
-        tokenizer = {
-            **content["tokenizer"],
-            "vocab_size": _count(content["tokenizer"], "vocab_size", least=1),
-        }
-        told = content.get("dialogues")
-        record_bytes = record_size(
-            sequence_length=sequence_length,
-            vocab_size=tokenizer["vocab_size"],
-            with_answers=told is not None,
-        )
-        info = DatasetInfo(
-            directory=os.fspath(directory),
-            sequence_length=sequence_length,
-            fingerprint=str(content["fingerprint"]),
-            tokenizer=tokenizer,
-            splits={
-                name: _parse_split(split, None if is_array_record else stored_size(record_bytes))
-                for name, split in content["splits"].items()
-            },
-            dialogues=(
-                None
-                if told is None
-                else Dialogues(
-                    turns=told["turns"],
-                    rows=told["rows"],
-                    records=told.get("records", "dialogues"),
-                )
-            ),
-            lengths={
-                kind: {length: _count(counts, length) for length in counts}
-                for kind, counts in content.get("lengths", {}).items()
-            },
-            is_array_record=is_array_record,
-        )
-        info.tokenizer["fingerprint"]  # Compared across the datasets of a mixture.
-        for name in ("mask_id", "eos_id", "bos_id", "pad_id"):
-            if _count(info.tokenizer, name, default=0) >= info.vocab_size:
-                raise ValueError(f"{name} is beyond the {info.vocab_size} ids of the vocabulary")
-    except (KeyError, TypeError, ValueError, AttributeError) as error:
+    if fault := fault_of(content, DatasetJson):
         raise UserError(
-            f"{directory / JSON_NAME} is damaged or was not written by llada-jax prepare "
-            f"({type(error).__name__}: {error}): run prepare again into an empty directory."
-        ) from error
-    return info
+            f"{directory / JSON_NAME} is damaged or was not written by llada-jax prepare, because "
+            f"it {fault}: run prepare again into an empty directory."
+        )
+    stated = DatasetJson.model_validate(content)
+    dialogues = None if stated.dialogues is None else Dialogues(**dict(stated.dialogues))
+    record_bytes = record_size(
+        sequence_length=stated.sequence_length,
+        vocab_size=stated.tokenizer.vocab_size,
+        with_answers=dialogues is not None,
+    )
+
+    def shard_of(shard: StoredShard) -> Shard:
+        num_bytes = shard.num_records * stored_size(record_bytes)
+        if is_array_record:
+            num_bytes = shard.num_bytes_on_disk or 0
+        return Shard(file=shard.file, num_records=shard.num_records, num_bytes=num_bytes)
+
+    def split_of(split: StoredSplit) -> Split:
+        counts = dict(split) | {"shards": tuple(map(shard_of, split.shards))}
+        # Of other text than dialogues everything is scored.
+        for name in ("tokens", "bytes"):
+            if counts[f"num_scored_{name}"] is None:
+                counts[f"num_scored_{name}"] = counts[f"num_{name}"]
+        return Split(**counts)
+
+    return DatasetInfo(
+        directory=os.fspath(directory),
+        sequence_length=stated.sequence_length,
+        fingerprint=stated.fingerprint,
+        tokenizer=content["tokenizer"],
+        splits={name: split_of(split) for name, split in stated.splits.items()},
+        dialogues=dialogues,
+        lengths=stated.lengths,
+        is_array_record=is_array_record,
+    )
 
 
 def check_shards(info: DatasetInfo) -> None:
@@ -354,47 +346,6 @@ def read_json_of(directory: epath.Path) -> dict:
             f"{FORMAT}: prepare the text again."
         )
     return content
-
-
-def _parse_split(content: dict, record_bytes: int | None) -> Split:
-    """Builds a Split; raises KeyError, TypeError or ValueError when the content is not one.
-
-    record_bytes: how many bytes each record takes in its shard; None: dataset.json has the sizes of
-    shards.
-    """
-    shards = tuple(
-        Shard(
-            file=shard["file"],
-            num_records=(num_records := _count(shard, "num_records")),
-            num_bytes=(
-                _count(shard, "num_bytes_on_disk")
-                if record_bytes is None
-                else num_records * record_bytes
-            ),
-        )
-        for shard in content["shards"]
-    )
-    counts = ("num_records", "num_tokens", "num_bytes", "num_documents", "num_padding")
-    split = Split(
-        shards=shards,
-        **{name: _count(content, name) for name in counts},
-        num_scored_tokens=_count(content, "num_scored_tokens", default=content["num_tokens"]),
-        num_scored_bytes=_count(content, "num_scored_bytes", default=content["num_bytes"]),
-    )
-    if sum(shard.num_records for shard in shards) != split.num_records:
-        raise ValueError(f"the shards do not add up to num_records = {split.num_records}")
-    return split
-
-
-def _count(content: dict, name: str, *, least: int = 0, default: int | None = None) -> int:
-    """Returns a number of dataset.json; ValueError unless it is an integer of at least `least`.
-
-    Not int(), which takes true for 1 and "12" for 12.
-    """
-    value = content[name] if default is None else content.get(name, default)
-    if type(value) is not int or value < least:
-        raise ValueError(f"{name} is {value!r} and not an integer of at least {least}")
-    return value
 
 
 class Records:

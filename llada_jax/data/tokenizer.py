@@ -25,6 +25,7 @@ from llada_jax.data.special_ids import (
 )
 from llada_jax.errors import UserError
 from llada_jax.ranges import MAX_SIZE
+from llada_jax.schemas import SavedTokenizer, fault_of
 
 # Lies next to the model's own files in a saved directory, and is written last.
 SPECIAL_IDS = "special_ids.json"
@@ -380,21 +381,22 @@ def load_same(directory, fingerprint: str, *, of: str) -> Tokenizer:
 
 def _load_saved(path) -> Tokenizer:
     try:
-        meta = json.loads((path / SPECIAL_IDS).read_text())
-        kind, special_ids = meta["kind"], meta["special_ids"]
-        made = Tokenizer(_saved_codec(path, kind), special_ids)
-        template = path / CHAT_TEMPLATE
-        if kind != "huggingface" and template.exists():
-            return made.with_chat_template(template.read_text())
-        return made
-    except (
-        *(KeyError, TypeError, AttributeError, ValueError, OSError),
-        WrongSpecialIds,
-    ) as error:
-        raise UserError(
-            f"The tokenizer at {str(path)!r} is damaged ({type(error).__name__}: {error}); restore "
-            "the folder or prepare the data again."
-        ) from error
+        content = json.loads((path / SPECIAL_IDS).read_text())
+        fault = fault_of(content, SavedTokenizer)
+        fault = fault and f"{SPECIAL_IDS} {fault}"
+        if not fault:
+            kind, special_ids = content["kind"], content["special_ids"]
+            made = Tokenizer(_saved_codec(path, kind), special_ids)
+            template = path / CHAT_TEMPLATE
+            if kind != "huggingface" and template.exists():
+                return made.with_chat_template(template.read_text())
+            return made
+    except (KeyError, ValueError, RecursionError, OSError, WrongSpecialIds) as error:
+        fault = f"{type(error).__name__}: {error}"
+    raise UserError(
+        f"The tokenizer at {str(path)!r} is damaged ({fault}); restore the folder or prepare the "
+        "data again."
+    )
 
 
 def _saved_codec(path, kind: str) -> Codec:

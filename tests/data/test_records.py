@@ -187,11 +187,11 @@ def test_a_directory_that_is_no_dataset_is_named(tmp_path):
         ('{"format": 1}', "sequence_length"),
         (
             '{"format": 1, "sequence_length": 8, "fingerprint": "", "tokenizer": {}, "splits": {}}',
-            "vocab_size",
+            "has no field 'tokenizer.fingerprint'",
         ),
         (
             '{"format": 1, "sequence_length": 8, "fingerprint": "", "tokenizer": 3, "splits": {}}',
-            "damaged",
+            "tokenizer=3, which must be an object",
         ),
     ],
 )
@@ -202,36 +202,57 @@ def test_a_foreign_dataset_json_is_refused(tmp_path, text, expected):
     assert expected in message
 
 
-@pytest.mark.parametrize("value", [True, -1, 1.0, "7", None, [7]])
-@pytest.mark.parametrize("place", ["num_bytes", "num_records", "shard", "sequence_length", "ids"])
-def test_a_count_that_is_none_is_refused(tmp_path, place, value):
-    directory = write_dataset(tmp_path / "set")
+@pytest.mark.parametrize("value", [True, -1, 1.0, "7", None, [7], 10**30])
+@pytest.mark.parametrize(
+    "place",
+    [
+        ("splits", "train", "num_bytes"),
+        ("splits", "train", "num_records"),
+        ("splits", "train", "shards", 0, "num_records"),
+        ("sequence_length",),
+        ("tokenizer", "vocab_size"),
+        ("lengths", "documents", "16"),
+    ],
+)
+def test_a_count_that_is_none_is_refused_by_its_place(tmp_path, place, value):
+    message = changed_dataset_json(tmp_path, place, value)
+    assert f"{place[-1]}={value!r}, which must" in message
+    assert "damaged or was not written by llada-jax prepare" in message
+
+
+@pytest.mark.parametrize(
+    ("place", "value", "says"),
+    [
+        (("tokenizer", "mask_id"), V, f"must have ids below its vocab_size of {V}"),
+        (("tokenizer", "mask_id"), -1, "must be greater than or equal to 0"),
+        (("tokenizer", "eos_id"), 1, "must have the id 1 for its mask alone"),
+        (("tokenizer", "fingerprint"), 7, "must be a text"),
+        (("splits", "train", "num_records"), 8, "must have the num_records to which its shards"),
+        (("splits", "train", "shards", 0, "file"), "../other.records", "in the directory of"),
+        (("splits", "train", "shards", 0, "file"), "/tmp/other.records", "in the directory of"),
+        (("splits", "train", "shards"), {}, "must be a list"),
+        (("dialogues",), {"turns": "some", "rows": "packed"}, "'one', 'all' or 'each'"),
+        (("lengths", "documents"), {"long": 1}, "must match pattern"),
+    ],
+)
+def test_values_that_no_data_set_can_have_are_refused(tmp_path, place, value, says):
+    assert says in changed_dataset_json(tmp_path, place, value)
+
+
+def changed_dataset_json(folder, place, value) -> str:
+    """Returns how a dataset.json is refused in which one value is another."""
+    directory = write_dataset(folder / "set")
     content = json.loads((directory / "dataset.json").read_text())
-    within = {
-        "shard": content["splits"]["train"]["shards"][0],
-        "sequence_length": content,
-        "ids": content["tokenizer"],
-    }.get(place, content["splits"]["train"])
-    name = {"shard": "num_records", "ids": "vocab_size"}.get(place, place)
-    within[name] = value
-    (directory / "dataset.json").write_text(json.dumps(content))
-    assert f"{name} is {value!r}" in error_of(read_dataset, directory)
-
-
-def test_a_special_id_beyond_the_vocabulary_is_refused(tmp_path):
-    directory = write_dataset(tmp_path / "set")
-    content = json.loads((directory / "dataset.json").read_text())
-    content["tokenizer"]["mask_id"] = V
-    (directory / "dataset.json").write_text(json.dumps(content))
-    assert "mask_id is beyond" in error_of(read_dataset, directory)
-
-
-def test_shards_that_do_not_add_up_are_refused(tmp_path):
-    write_dataset(tmp_path)
-    content = json.loads((tmp_path / "dataset.json").read_text())
-    content["splits"]["train"]["num_records"] += 1
-    write_dataset_json(tmp_path, content)
-    assert "do not add up" in error_of(read_dataset, tmp_path)
+    content["tokenizer"] |= {"mask_id": 1, "eos_id": 2}
+    content["lengths"] = {"documents": {"16": 14}}
+    write_dataset_json(directory, content)
+    read_dataset(directory)
+    within = content
+    for key in place[:-1]:
+        within = within[key]
+    within[place[-1]] = value
+    write_dataset_json(directory, content)
+    return error_of(read_dataset, directory)
 
 
 def test_an_unknown_split_is_answered_with_those_that_exist(tmp_path):
