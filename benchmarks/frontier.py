@@ -164,6 +164,18 @@ def held_out(data: str, *, num_prompts: int, prompt_length: int, gen_length: int
     return tokens_BT[:, :prompt_length], tokens_BT[:, prompt_length:], counts_V / counts_V.sum()
 
 
+def judged_by(control, prompts: list[list[int]], tokens_BT: np.ndarray) -> Samples:
+    """Returns what an autoregressive model pays for the continuations of prompts."""
+    scores = control.score(list(zip(prompts, tokens_BT.tolist(), strict=True)))
+    pairs = zip(prompts, tokens_BT, strict=True)
+    texts = [decode_after(control.tokenizer, *pair) for pair in pairs]
+    return Samples(
+        -np.array([score.log_likelihood for score in scores]),
+        np.array([len(text.encode()) for text in texts]),
+        tokens_BT,
+    )
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
     parser.add_argument("--checkpoint", required=True, help="a masked diffusion model")
@@ -203,15 +215,7 @@ def main() -> None:
         "batch_size": args.batch_size,
     }
 
-    def judged(tokens_BT: np.ndarray) -> Samples:
-        scores = control.score(list(zip(prompts, tokens_BT.tolist(), strict=True)))
-        texts = [decode_after(tokenizer, *pair) for pair in zip(prompts, tokens_BT, strict=True)]
-        return Samples(
-            -np.array([score.log_likelihood for score in scores]),
-            np.array([len(text.encode()) for text in texts]),
-            tokens_BT,
-        )
-
+    judged = functools.partial(judged_by, control, prompts)
     width = args.prompt_length + args.gen_length
 
     # The texts of the schedule are also the first candidates of the best of several.

@@ -1,8 +1,9 @@
 """How fast is each mode of the sampler next to the plain loop over the whole canvas, and next to
 the published loop of the same model in PyTorch?
 
-    python benchmarks/sampling.py [--checkpoint CKPT] [--size 30m] [--gen-length 128] \
-        [--block-length 32] [--batch-size 4] [--repeats 3] [--cores 2]
+    python benchmarks/sampling.py [--size 30m] [--gen-length 128] [--block-length 32] \
+        [--batch-size 4] [--repeats 3] [--cores 2]
+    python benchmarks/sampling.py --checkpoint CKPT --data DIR --control CKPT --temperature 1
 
 Both libraries run on the first accelerator that JAX finds, in bfloat16, and on a CPU in float32
 where there is none.
@@ -12,11 +13,14 @@ load on the machine affects all of them alike; the median over the turns counts.
 the published schedule with one token per pass, which asks the host after every step, as the
 published code does. Without a checkpoint the network is untrained: its passes cost what those of a
 trained one cost, but a commit rule that waits for confidence finds none, so that the passes per
-token mean nothing. Give a checkpoint to measure the rules.
+token mean nothing. Give a checkpoint and the data of its run to measure the rules: the prompts are
+then held-out text, and what the control pays, which is an autoregressive model of the same data,
+says whether the texts are no worse than those of the plain loop (benchmarks/frontier.py).
 
 PyTorch runs the published loop eagerly: logits of the whole canvas, a softmax over all of them, and
-a sort per row. It has the same parameters, and its tokens must agree with those of the plain loop,
-so that both compute the same function; in bfloat16 their roundings differ.
+a sort per row. It has the same parameters, and its tokens must agree with those of the plain loop
+at temperature 0, so that both compute the same function; in bfloat16 their roundings differ. At
+another temperature it draws as the published code does, from float64 noise.
 
 The agreement is the share of tokens that are the plain loop's. The work of the host is measured
 with a network that costs next to nothing, for the same prompts and schedule, and given as a share
@@ -40,8 +44,11 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+from frontier import held_out, judged_by
 from train_step import load_parameters, make_torch_model
 
+import llada_jax
+from llada_jax.evaluation.sample_quality import is_no_worse, quality
 from llada_jax.models.model import compute_dtype, in_compute_dtype, make_model
 from llada_jax.models.transformer import Architecture
 from llada_jax.samplers.text import generate_tokens
@@ -93,11 +100,11 @@ def untrained(size: str) -> tuple:
 
 
 def trained(checkpoint: str) -> tuple:
-    import llada_jax
-
     loaded = llada_jax.load(checkpoint, keep_float32=False)
     ids = {"mask_id": loaded.tokenizer.mask_id, "pad_id": loaded.tokenizer.pad_id}
     ids["num_ids"] = loaded.tokenizer.vocab_size
+    # Every text has the same length, so that the modes do the same work.
+    ids["suppress"] = loaded.tokenizer.end_ids
     return loaded.record.architecture, loaded.model, loaded.params, ids
 
 
@@ -133,7 +140,11 @@ def torch_loop(architecture: Architecture, params: dict, prompts: list, args, id
                 logits_BTV = net(canvas_BT)
                 p_BTV = torch.softmax(logits_BTV.float(), dim=-1)
                 logits_BTV[..., ids["num_ids"] :] = -torch.inf
-                logits_BTV[..., ids["mask_id"]] = -torch.inf
+                logits_BTV[..., [ids["mask_id"], *ids.get("suppress", ())]] = -torch.inf
+                if args.temperature:
+                    scores_BTV = logits_BTV.to(torch.float64)
+                    noise_BTV = (-torch.rand_like(scores_BTV).log()) ** args.temperature
+                    logits_BTV = scores_BTV.exp() / noise_BTV
                 choices_BT = logits_BTV.argmax(-1)
                 p_BT = p_BTV.gather(-1, choices_BT[..., None])[..., 0]
                 p_BT[:, stop:] = -torch.inf
@@ -163,6 +174,9 @@ def no_logits(params, tokens_BT, segment_ids_BT, positions_BT, start, length):
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--checkpoint")
+    parser.add_argument("--data", help="of the run, with held-out rows of both lengths together")
+    parser.add_argument("--control", help="an autoregressive model, which judges")
+    parser.add_argument("--temperature", type=float, default=0.0)
     parser.add_argument("--size", choices=SIZES, default="30m", help="without a checkpoint")
     parser.add_argument("--gen-length", type=int, default=128)
     parser.add_argument("--block-length", type=int, default=32)
@@ -172,14 +186,28 @@ def main() -> None:
     parser.add_argument("--cores", type=int, help="use no more than that many")
     parser.add_argument("--modes", nargs="+", choices=MODES, default=list(MODES))
     args = parser.parse_args()
+    if bool(args.checkpoint) != bool(args.data) or (args.control and not args.data):
+        parser.error("--checkpoint and --data go together, and --control needs both")
     if args.cores:
         os.sched_setaffinity(0, sorted(os.sched_getaffinity(0))[: args.cores])
     found = trained(args.checkpoint) if args.checkpoint else untrained(args.size)
     architecture, model, params, ids = found
-    rng = np.random.default_rng(0)
-    prompts = rng.integers(1, ids["num_ids"] // 2, (args.batch_size, args.prompt_length)).tolist()
+    if args.data:
+        prompts_BT, _, frequency_V = held_out(
+            args.data,
+            num_prompts=args.batch_size,
+            prompt_length=args.prompt_length,
+            gen_length=args.gen_length,
+            eos_id=llada_jax.load(args.checkpoint).tokenizer.eos_id,
+        )
+        prompts = prompts_BT.tolist()
+    else:
+        rng = np.random.default_rng(0)
+        highest = ids["num_ids"] // 2
+        prompts = rng.integers(1, highest, (args.batch_size, args.prompt_length)).tolist()
     request: dict[str, Any] = {
         "gen_length": args.gen_length,
+        "temperature": args.temperature,
         "block_length": args.block_length,
         "batch_size": args.batch_size,
     }
@@ -237,20 +265,30 @@ def main() -> None:
         f"{args.prompt_length} tokens, {args.gen_length} generated in blocks of "
         f"{args.block_length}; {len(os.sched_getaffinity(0))} cores, medians of {args.repeats}\n"
     )
-    print(
-        "| mode | tokens/s | times the plain loop | in processor time | passes per token | "
-        "agreement |"
-    )
-    print("|---|---|---|---|---|---|")
+    columns = ["mode", "tokens/s", "times the plain loop", "in processor time"]
+    columns += ["passes per token", "agreement"]
+    judged = {}
+    if args.control:
+        columns += ["bits per byte", "no worse"]
+        control = llada_jax.load(args.control)
+        judged = {mode: judged_by(control, prompts, results[mode][1]) for mode in args.modes}
+    print("| " + " | ".join(columns) + " |\n" + "|---" * len(columns) + "|")
     for mode in args.modes:
         median_s, cpu_s = medians[mode]
         _, tokens_BT, num_steps_B = results[mode]
-        agreement = (tokens_BT == results[PLAIN][1]).mean()
-        print(
-            f"| {mode} | {tokens_BT.size / median_s:.1f} | {plain_s / median_s:.2f} | "
-            f"{plain_cpu_s / cpu_s:.2f} | {num_steps_B.mean() / args.gen_length:.3f} | "
-            f"{agreement:.0%} |"
-        )
+        cells = [
+            mode,
+            f"{tokens_BT.size / median_s:.1f}",
+            f"{plain_s / median_s:.2f}",
+            f"{plain_cpu_s / cpu_s:.2f}",
+            f"{num_steps_B.mean() / args.gen_length:.3f}",
+            f"{(tokens_BT == results[PLAIN][1]).mean():.0%}",
+        ]
+        if judged:
+            is_equal = is_no_worse(judged[mode], judged[PLAIN], frequency_V)
+            cells.append(f"{quality(judged[mode], frequency_V).bits_per_byte:.3f}")
+            cells.append("yes" if is_equal else "no")
+        print("| " + " | ".join(cells) + " |")
     print()
     for mode in loops:
         host_s = statistics.median(host[mode])

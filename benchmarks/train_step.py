@@ -308,6 +308,7 @@ def make_torch_model(size: dict):
 
     D, H, V = size["d_model"], size["head_dim"], size["vocab_size"]
     N, K = size["num_heads"], size["num_kv_heads"]
+    theta, eps = size.get("rope_theta", THETA), size.get("norm_eps", NORM_EPS)
 
     def rotate(x_BNTH, cos_TH, sin_TH):
         first, second = x_BNTH.chunk(2, dim=-1)
@@ -316,7 +317,7 @@ def make_torch_model(size: dict):
     class Block(nn.Module):
         def __init__(self):
             super().__init__()
-            self.attn_norm, self.ff_norm = nn.RMSNorm(D, eps=NORM_EPS), nn.RMSNorm(D, eps=NORM_EPS)
+            self.attn_norm, self.ff_norm = nn.RMSNorm(D, eps=eps), nn.RMSNorm(D, eps=eps)
             self.q, self.k, self.v = (nn.Linear(D, n * H, bias=False) for n in (N, K, K))
             self.attn_out = nn.Linear(N * H, D, bias=False)
             self.ff_gate, self.ff_up = (nn.Linear(D, size["d_ff"], bias=False) for _ in range(2))
@@ -339,9 +340,9 @@ def make_torch_model(size: dict):
             super().__init__()
             self.embed = nn.Embedding(V, D)
             self.blocks = nn.ModuleList(Block() for _ in range(size["num_layers"]))
-            self.final_norm = nn.RMSNorm(D, eps=NORM_EPS)
+            self.final_norm = nn.RMSNorm(D, eps=eps)
             self.lm_head = nn.Linear(D, V, bias=False)
-            frequency = THETA ** (-torch.arange(0, H, 2, dtype=torch.float32) / H)
+            frequency = theta ** (-torch.arange(0, H, 2, dtype=torch.float32) / H)
             angle_TH = torch.outer(torch.arange(size["sequence_length"]).float(), frequency).repeat(
                 1, 2
             )

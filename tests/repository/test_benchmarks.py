@@ -30,12 +30,13 @@ def test_the_networks_of_the_train_step_benchmark_are_those_of_the_configs(size,
     assert sizes == {name: shipped.model[name] for name in sizes}
 
 
-@pytest.mark.slow
-def test_the_sampling_benchmark_compares_loops_that_sample_the_same():
-    words = "--size 2m --gen-length 8 --block-length 4 --prompt-length 8 --batch-size 2 --repeats 1"
-    modes = ["PyTorch, published loop", "plain loop", "one loop per block"]
+TORCH, PLAIN, BLOCKS = "PyTorch, published loop", "plain loop", "one loop per block"
+
+
+def sampling_table(words: list) -> dict[str, dict[str, str]]:
+    """Returns the table of benchmarks/sampling.py: {mode: {column: value}}."""
     done = subprocess.run(
-        [sys.executable, "benchmarks/sampling.py", *words.split(), "--modes", *modes],
+        [sys.executable, "benchmarks/sampling.py", *map(str, words)],
         capture_output=True,
         text=True,
         check=False,
@@ -43,6 +44,33 @@ def test_the_sampling_benchmark_compares_loops_that_sample_the_same():
         env={**os.environ, "PYTHONPATH": str(ROOT)},
     )
     assert done.returncode == 0, done.stderr
-    rows = [line.split(" | ") for line in done.stdout.splitlines() if line.startswith("| ")]
-    agreement = {row[0].removeprefix("| "): row[-1].removesuffix(" |") for row in rows}
-    assert agreement == {"mode": "agreement", **dict.fromkeys(modes, "100%")}
+    lines = [line for line in done.stdout.splitlines() if line.startswith("| ")]
+    header, *rows = ([cell.strip() for cell in line.strip("|").split("|")] for line in lines)
+    return {row[0]: dict(zip(header, row, strict=True)) for row in rows}
+
+
+@pytest.mark.slow
+def test_the_sampling_benchmark_compares_loops_that_sample_the_same():
+    words = "--size 2m --gen-length 8 --block-length 4 --prompt-length 8 --batch-size 2 --repeats 1"
+    table = sampling_table([*words.split(), "--modes", TORCH, PLAIN, BLOCKS])
+    assert {mode: row["agreement"] for mode, row in table.items()} == {
+        TORCH: "100%",
+        PLAIN: "100%",
+        BLOCKS: "100%",
+    }
+
+
+@pytest.mark.slow
+def test_the_sampling_benchmark_judges_the_modes_of_a_trained_network(runs, tmp_path):
+    """Its angles and the eps of its norms are not those of an untrained one."""
+    knobs = ("model.rope_theta=30.0", "model.norm_eps=1e-2", "evaluation.every_steps=0")
+    runs.train(tmp_path / "model", *knobs)
+    runs.train(tmp_path / "control", *knobs, "objective.name=autoregressive")
+    words = ["--checkpoint", tmp_path / "model", "--data", runs.dataset]
+    words += ["--control", tmp_path / "control", "--batch-size", 4, "--repeats", 1]
+    words += ["--prompt-length", 8, "--gen-length", 16, "--block-length", 8]
+    table = sampling_table([*words, "--modes", TORCH, PLAIN, "dual cache"])
+    assert table[TORCH]["agreement"] == "100%"
+    assert table[TORCH]["bits per byte"] == table[PLAIN]["bits per byte"]
+    assert table[PLAIN]["no worse"] == "yes"
+    assert float(table["dual cache"]["bits per byte"]) > 0
