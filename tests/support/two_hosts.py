@@ -1,6 +1,7 @@
 """Two hosts in network namespaces of this machine, each with its own name and addresses."""
 
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -22,6 +23,8 @@ class TwoHosts:
 
     def __init__(self):
         self.names = [f"llada{os.getpid()}n{number}" for number in range(2)]
+        # Several workers of one test run may have two hosts each, on the same machine.
+        self._subnet = os.getpid() % 256
 
     def set_up(self) -> None:
         for name in self.names:
@@ -46,17 +49,28 @@ class TwoHosts:
             sh(*f"ip link add {uplink} type veth peer name machine netns {name}".split())
             sh("ip", "address", "add", f"{self.machine_of(number)}/24", "dev", uplink)
             sh("ip", "link", "set", uplink, "up")
-            sh("ip", "-n", name, "address", "add", f"10.78.{number}.2/24", "dev", "machine")
+            sh(
+                "ip",
+                "-n",
+                name,
+                "address",
+                "add",
+                f"{self._network(number)}.2/24",
+                "dev",
+                "machine",
+            )
             sh("ip", "-n", name, "link", "set", "machine", "up")
 
     def machine_of(self, number: int) -> str:
         """Returns the address at which a host finds what listens on this machine."""
-        return f"10.78.{number}.1"
+        return f"{self._network(number)}.1"
+
+    def _network(self, number: int) -> str:
+        return f"10.{78 + number}.{self._subnet}"
 
     def remove(self) -> None:
         for name in self.names:
-            subprocess.run(["ip", "netns", "delete", name], check=False)
-            shutil.rmtree(Path("/etc/netns", name), ignore_errors=True)
+            remove(name)
 
     def set_cable(self, state: str) -> None:
         sh("ip", "-n", self.names[0], "link", "set", "cable", state)
@@ -98,6 +112,19 @@ class TwoHosts:
         return "\n".join(Path(f"{workdir}-host{number}.log").read_text() for number in range(2))
 
 
+def remove_those_of_dead_processes() -> None:
+    """Removes what a test run has left that was killed; its addresses would be in the way."""
+    listed = sh("ip", "netns", "list").stdout
+    for name, pid in re.findall(r"^(llada(\d+)n\d)\b", listed, flags=re.MULTILINE):
+        if not Path("/proc", pid).exists():
+            remove(name)
+
+
+def remove(name: str) -> None:
+    subprocess.run(["ip", "netns", "delete", name], check=False)
+    shutil.rmtree(Path("/etc/netns", name), ignore_errors=True)
+
+
 def two_hosts() -> Iterator[TwoHosts]:
     """Yields two hosts; a test that asks for them is skipped, or fails in CI, where there can be
     none.
@@ -109,6 +136,7 @@ def two_hosts() -> Iterator[TwoHosts]:
     )
     if tried.returncode:
         absent(f"no network namespaces here: {tried.stderr.strip()}")
+    remove_those_of_dead_processes()
     two = TwoHosts()
     try:
         two.set_up()
