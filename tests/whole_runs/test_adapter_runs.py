@@ -199,12 +199,13 @@ def test_adapters_are_exported_for_peft(base, tuned, tmp_path, capsys):
 
 
 @pytest.mark.slow
-def test_peft_gives_the_logits_of_the_merged_network(base, tuned, tmp_path):
+@pytest.mark.parametrize("layout", ["llada", "illada"])
+def test_peft_gives_the_logits_of_the_merged_network(base, tuned, tmp_path, layout):
     peft = library("peft")
     torch, transformers = library("torch"), library("transformers")
-    words = ["--dtype", "float32", "--output"]
+    words = ["--layout", layout, "--dtype", "float32", "--output"]
     assert main(["export", "--checkpoint", str(base), *words, str(tmp_path / "base")]) == 0
-    words = ["--adapters", "--output", str(tmp_path / "adapters")]
+    words = ["--layout", layout, "--adapters", "--output", str(tmp_path / "adapters")]
     assert main(["export", "--checkpoint", str(tuned), *words]) == 0
     network = transformers.AutoModel.from_pretrained(
         str(tmp_path / "base"), trust_remote_code=True, dtype=torch.float32
