@@ -3,9 +3,16 @@
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from support.toy_networks import EOS, MASK, PAD, VOCAB, eos_after
+from support.recital import BYTES, letters, recite
+from support.toy_networks import EOS, MASK, PAD, VOCAB, eos_after, with_likely_padding
 
-from llada_jax.samplers.text import cut_at_end, decode_after, generate_text, generate_tokens
+from llada_jax.samplers.text import (
+    cut_at_end,
+    decode_after,
+    generate_text,
+    generate_tokens,
+    infill_text,
+)
 
 
 class LetterTokenizer:
@@ -60,3 +67,12 @@ def test_rows_of_the_embedding_that_the_tokenizer_has_no_id_for_are_never_sample
     assert tokens_BT.max() == 39
     everything_BT, _ = generate_tokens(likes_the_padding, {}, [[1], [2]], **settings)
     assert everything_BT.max() == 63
+
+
+def test_texts_and_gaps_have_no_ids_that_the_tokenizer_does_not_have():
+    network = with_likely_padding(recite)
+    request = (network, letters("It is a truth."), BYTES)
+    (generated,) = generate_text(*request, ["It is"], gen_length=10)
+    assert generated.text == " a truth."
+    (filled,) = infill_text(*request, ["It [MASK:2] a truth."])
+    assert filled.text == "It is a truth."

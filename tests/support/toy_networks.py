@@ -20,6 +20,18 @@ def windowed(logits_of_row):
     return logits_fn
 
 
+def with_likely_padding(logits_fn, *, num_rows: int = 40):
+    """Returns a network whose embedding has more rows than its tokenizer has ids, and which finds
+    those rows likelier than any id.
+    """
+
+    def padded(*args, **window):
+        logits_BTV = logits_fn(*args, **window)
+        return jnp.pad(logits_BTV, ((0, 0), (0, 0), (0, num_rows)), constant_values=99.0)
+
+    return padded
+
+
 def toy_params(seed=0, width=16) -> dict:
     rng = np.random.default_rng(seed)
     return {

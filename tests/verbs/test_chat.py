@@ -18,6 +18,7 @@ import numpy as np
 import pytest
 from support.recital import BYTES, letters, recite
 from support.records import small_record
+from support.toy_networks import with_likely_padding
 
 import llada_jax.verbs.chat
 from llada_jax import __main__
@@ -120,6 +121,12 @@ def test_the_system_message_is_in_front(chat):
     text = "### system\nBe brief.\n\n" + PROMPT.format("Hi") + "Yes!"
     _, out, _ = chat("--gen-length", "4", "--system", "Be brief.", text=b"Hi", model=reciting(text))
     assert out == "Yes!\n"
+
+
+def test_an_answer_has_no_ids_that_the_tokenizer_does_not_have(chat):
+    model = reciting(FIRST)
+    model.logits_fn = with_likely_padding(recite)
+    assert chat("--gen-length", "8", text=b"Hi", model=model)[1] == "Yes.\n"
 
 
 def test_answers_append_blocks_until_they_end(chat, monkeypatch):
