@@ -150,8 +150,8 @@ def environment(name: str, hosts: Hosts, extra: dict[str, str]) -> list[dict]:
         given |= {"JAX_PLATFORMS": "tpu,cpu", "JAX_COORDINATOR_PORT": str(COORDINATOR_PORT)}
     else:
         # The driver's libraries, which GKE mounts here and an image without CUDA does not look for.
-        # With the platform named, a pod that does not find its GPUs ends, and does not train on
-        # its CPUs.
+        # With the platform named, a pod that does not find its GPUs ends (sharding.check_gpus), and
+        # does not train on its CPUs.
         given |= {"JAX_PLATFORMS": "cuda,cpu", "LD_LIBRARY_PATH": "/usr/local/nvidia/lib64"}
     if not hosts.is_tpu and hosts.hosts_per_group > 1:
         given |= {

@@ -181,7 +181,10 @@ def render(args: argparse.Namespace, command: list[str]) -> str:
         "open-mode": "append",
         "output": f"{log}-task%t.log",
     }
-    env = {"XLA_PYTHON_CLIENT_MEM_FRACTION": "0.9"} if args.gpus_per_node else {}
+    # With the platform named, a task that does not find its GPUs ends, and does not train on its
+    # CPUs.
+    of_gpus = {"XLA_PYTHON_CLIENT_MEM_FRACTION": "0.9", "JAX_PLATFORMS": "cuda,cpu"}
+    env = of_gpus if args.gpus_per_node else {}
     env |= args.flags | dict(pair.split("=", 1) for pair in args.env)
     is_distributed = args.nodes * args.tasks_per_node > 1
     place = PLACE_IN_RUN if is_distributed else ""

@@ -154,7 +154,8 @@ def test_a_single_process_gets_no_coordinator(tmp_path):
         dry_run("--gpus-per-node", 8, "--tasks-per-node", 1, "--", "env"), tmp_path
     )
     assert "\nSLURM_JOB_ID=4100\n" in output
-    assert not [line for line in output.splitlines() if line.startswith("JAX_")]
+    variables = [line for line in output.splitlines() if line.startswith("JAX_")]
+    assert variables == ["JAX_PLATFORMS=cuda,cpu"]
 
 
 @pytest.mark.parametrize(
@@ -194,6 +195,17 @@ def test_a_job_whose_starts_save_no_new_step_is_requeued_only_twice(tmp_path):
         output = start(code)
         assert (message in output) == is_last, (code, output)
         assert ("requeued, to continue" in output) != is_last
+
+
+def test_a_task_with_gpus_does_not_train_on_cpus_unless_asked_to(tmp_path):
+    gpus = ["--gpus-per-node", 8, "--tasks-per-node", 1]
+    for words, platforms in (
+        (gpus, ["JAX_PLATFORMS=cuda,cpu"]),
+        ([*gpus, "--env", "JAX_PLATFORMS=cpu"], ["JAX_PLATFORMS=cpu"]),
+        ([], []),
+    ):
+        output = in_a_fake_job(dry_run(*words, "--", "env"), tmp_path)
+        assert [line for line in output.splitlines() if "JAX_PLATFORMS" in line] == platforms
 
 
 def test_the_index_of_the_array_is_inserted_into_the_command(tmp_path):
