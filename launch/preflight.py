@@ -9,7 +9,7 @@ know: which disks the hosts share, which chips they have and which extras are in
 import dataclasses
 import importlib
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 from llada_jax.__main__ import VERBS
@@ -71,8 +71,12 @@ def config_of(command: list[str]) -> str:
     return ""
 
 
-def check(command: list[str], place: Place) -> str:
+def check(command: list[str], place: Place, *, indices: Sequence[int] = ()) -> str:
     """Returns one line about a command that can run in a place.
+
+    Args:
+        indices: of a sweep, the runs that such commands start, each with its own --index; ():
+            the one that the command names, or all.
 
     Raises:
         UserError: it cannot; the message has the remedy.
@@ -92,7 +96,7 @@ def check(command: list[str], place: Place) -> str:
             check_path(f"--{flag} ", path, place, is_written=flag in WRITTEN_FLAGS)
     if getattr(args, "data", None):
         check_path("--data ", args.data, place, is_written=False)
-    lines = [check_config(config, place) for config in configs_of(args, overrides, place)]
+    lines = [check_config(config, place) for config in configs_of(args, overrides, place, indices)]
     return ": ".join([f"llada-jax {verb} can run there", *dict.fromkeys(filter(None, lines[:1]))])
 
 
@@ -152,7 +156,7 @@ def check_path(what: str, path: str, place: Place, *, is_written: bool) -> None:
         )
 
 
-def configs_of(args, overrides: list[str], place: Place) -> Iterator:
+def configs_of(args, overrides: list[str], place: Place, indices: Sequence[int]) -> Iterator:
     """Yields the config of each run that a command starts; none for verbs without a config."""
     if not hasattr(args, "config"):
         return
@@ -167,13 +171,14 @@ def configs_of(args, overrides: list[str], place: Place) -> Iterator:
     with tempfile.TemporaryDirectory() as nowhere:
         sweep = load_sweep(file, overrides, nowhere)
     runs = sweep.runs
-    if args.index is not None and runs:
-        if not 0 <= args.index < len(runs):
+    wanted = indices or ([] if args.index is None else [args.index])
+    for index in wanted if runs else ():
+        if not 0 <= index < len(runs):
             raise UserError(
-                f"--index {args.index} is not a run of {args.config}, which has {len(runs)}; give "
-                f"0 to {len(runs) - 1}."
+                f"--index {index} is not a run of {args.config}, which has {len(runs)}; give 0 to "
+                f"{len(runs) - 1}."
             )
-        runs = [runs[args.index]]
+    runs = [runs[index] for index in wanted] if wanted and runs else runs
     yield from [run.config for run in runs] or [sweep.base]
 
 
