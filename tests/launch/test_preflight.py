@@ -1,19 +1,14 @@
 """What the launchers find out about a command before anything is rented for it."""
 
 import dataclasses
-import json
 import re
-import subprocess
-import sys
 
-import cloud
 import gke
 import pytest
 import slurm
 import tpu_vm
 from preflight import Place, check, config_of, words_of
-from support.documents import launcher_commands
-from support.paths import LAUNCH, ROOT
+from support.paths import ROOT
 
 from llada_jax.cluster.hardware import machines_named
 from llada_jax.errors import UserError
@@ -195,119 +190,3 @@ def test_a_launcher_can_be_told_not_to_check(launcher, capsys):
     words = [*LAUNCHERS[launcher], "--unchecked", "--dry-run", "--", "llada-jax", "trian"]
     assert launcher.main(words) == 0
     assert "trian" in capsys.readouterr().out
-
-
-# ---- the environment of the hosts
-
-
-def extras_of_the_image() -> str:
-    (line,) = re.findall(r'"\.\[\$\{EXTRA\},(.*?)\]"', (LAUNCH / "Dockerfile").read_text())
-    return line
-
-
-def test_the_image_and_the_tpu_vms_have_the_same_extras():
-    assert tuple(extras_of_the_image().split(",")) == cloud.HOST_EXTRAS
-
-
-# Runs commands with nothing but the packages that the extras bring, up to the first device.
-IN_THE_IMAGE = """
-import json, re, sys
-from importlib import metadata
-
-import llada_jax.__main__
-
-extras, commands = json.loads(sys.argv[1]), json.loads(sys.argv[2])
-names = metadata.packages_distributions()
-
-
-def closure(wanted):
-    # {distribution}, from the requirements that hold for the extras
-    found, waiting = set(), [("llada_jax", frozenset(wanted))]
-    seen = set()
-    while waiting:
-        name, chosen = waiting.pop()
-        if (name, chosen) in seen:
-            continue
-        seen.add((name, chosen))
-        try:
-            required = metadata.requires(name) or []
-        except metadata.PackageNotFoundError:
-            continue  # such as libtpu, which this machine does not have
-        found.add(re.sub(r"[-_.]+", "-", name).lower())
-        for line in required:
-            head, _, marker = line.partition(";")
-            matches = re.match(r"\\s*([\\w.-]+)\\s*(?:\\[([^]]*)\\])?", head)
-            extra = re.search(r"extra\\s*==\\s*['\\"]([^'\\"]+)", marker)
-            if extra and extra[1].replace("_", "-") not in {e.replace("_", "-") for e in chosen}:
-                continue
-            inner = frozenset((matches[2] or "").replace(" ", "").split(",")) - {""}
-            waiting.append((matches[1], inner))
-    return found
-
-
-there = closure(extras)
-
-
-class OnlyTheImage:
-    def find_spec(self, name, path=None, target=None):
-        owners = {re.sub(r"[-_.]+", "-", owner).lower() for owner in names.get(name, [])}
-        if owners and not owners & there:
-            raise ModuleNotFoundError(f"the image has no {name}", name=name)
-
-
-sys.meta_path.insert(0, OnlyTheImage())
-assert "torch" not in there and "gcsfs" in there
-import gcsfs, s3fs  # the paths of the command
-for words in commands:
-    print(llada_jax.__main__.main(words))
-"""
-
-
-def documented() -> list[tuple[str, list[str], list[str]]]:
-    return [
-        (launcher, flags, command)
-        for launcher in ("gke", "tpu_vm", "slurm")
-        for flags, command in launcher_commands(launcher)
-        if command
-    ]
-
-
-def test_the_documents_show_every_launcher():
-    assert {launcher for launcher, _, _ in documented()} == {"gke", "tpu_vm", "slurm"}
-
-
-def test_the_commands_for_slurm_can_run_where_such_disks_are():
-    for launcher, flags, command in documented():
-        if launcher == "slurm":
-            args, _ = slurm.parse([*flags, "--", *command])
-            place = dataclasses.replace(
-                slurm.place_of(args), shares_disks=False, has_own_disks=True, mounts={"runs": True}
-            )
-            words = [word.replace(slurm.INDEX, "0") for word in command]
-            assert "can run there" in check(words, place)
-
-
-@pytest.mark.slow
-def test_documented_commands_run_up_to_the_first_device():
-    """With the launchers' variables, and with no package but those of the image.
-
-    TPUs and GPUs are not there, and the first question for a device is where each command ends.
-    A sweep writes its folder first, and is only checked (the test above).
-    """
-    commands = {tuple(words[1:]) for _, _, words in documented() if words[1] != "sweep"}
-    assert len(commands) >= 6
-    extras = json.dumps(["tpu", *cloud.HOST_EXTRAS])
-    environment = {"PATH": "/usr/bin:/bin", "HOME": "/nonexistent", "PYTHONPATH": str(ROOT)}
-    environment |= {"JAX_PLATFORMS": "tpu", "TPU_SKIP_MDS_QUERY": "1"}
-    done = subprocess.run(
-        [sys.executable, "-c", IN_THE_IMAGE, extras, json.dumps(sorted(commands))],
-        capture_output=True,
-        text=True,
-        check=False,
-        cwd=ROOT,
-        env=environment,
-    )
-    assert done.returncode == 0, done.stderr
-    assert done.stdout.split() == ["2"] * len(commands)
-    ends = re.findall("JAX (?:has nothing for JAX_PLATFORMS='tpu'|finds no devices)", done.stderr)
-    assert len(ends) == len(commands), done.stderr

@@ -4,13 +4,12 @@ import os
 import re
 import subprocess
 import sys
-from pathlib import Path
 
 import pytest
 import slurm
 from support.documents import launcher_commands
 from support.required import program
-from support.slurm import LAUNCHER, dry_run, launch
+from support.slurm import LAUNCHER, dry_run, in_a_fake_job, launch
 
 EVERY_FLAG = [
     "--nodes",
@@ -93,33 +92,6 @@ def test_every_command_of_the_documents_is_accepted(flags, command, capsys):
     # --unchecked, because the records of a document are not on this machine
     assert slurm.main([*flags, "--unchecked", "--dry-run", "--", *command]) == 0
     assert f"command=({' '.join(map(slurm.quote, command))})" in capsys.readouterr().out
-
-
-def in_a_fake_job(script: str, path: Path) -> str:
-    """Runs the script with stand-ins for srun (one task, as number 3 of its node) and scontrol;
-    returns its output.
-    """
-    stand_ins = {
-        "srun": (
-            "while [[ $1 == --* ]]; do shift; done\n"
-            'SLURM_NTASKS=16 SLURM_PROCID=11 SLURM_LOCALID=3 exec "$@"'
-        ),
-        "scontrol": (
-            'if [[ $1 == show ]]; then printf "%s\\n" node7 node8; '
-            'else echo "scontrol $*"; exit 1; fi'
-        ),
-    }
-    for name, stand_in in stand_ins.items():
-        (path / name).write_text(f"#!/usr/bin/env bash\n{stand_in}\n")
-        (path / name).chmod(0o755)
-    job = {"SLURM_JOB_ID": "4100", "SLURM_JOB_NODELIST": "node[7-8]", "SLURM_ARRAY_TASK_ID": "5"}
-    # Other tests may have set variables of JAX.
-    around = {name: value for name, value in os.environ.items() if not name.startswith("JAX_")}
-    env = {**around, "PATH": f"{path}:{os.environ['PATH']}", **job}
-    done = subprocess.run(
-        ["bash"], input=script, capture_output=True, text=True, env=env, check=False
-    )
-    return done.stdout + done.stderr + f"exit {done.returncode}"
 
 
 def test_a_task_finds_its_place_in_the_run(tmp_path):
