@@ -66,6 +66,12 @@ def test_a_run_that_is_estimated_not_to_fit_is_said_to_be_so_and_not_refused():
         ([*GOOD, "--workdir", "s3://b/run"], "install s3."),
         ([*GOOD, "--workdir", "az://b/run"], "kind of URL"),
         ([*GOOD, "--workdir", "/runs/a*"], "contains '*'"),
+        ([*GOOD, "--workdir", ""], "--workdir is empty"),
+        (
+            [*GOOD, "--config.samples.every_steps=10", "--config.samples.gen_length=10"]
+            + ["--config.samples.block_length=4"],
+            "block_length=4 must divide gen_length=10",
+        ),
         ([*TRAIN[:2], "--config", "absent.py", "--workdir", "gs://b/r"], "There is no config file"),
         (
             ["llada-jax", "sample", "--checkpoint", "run@10", "--gen-length", "8"],
@@ -78,6 +84,20 @@ def test_a_run_that_is_estimated_not_to_fit_is_said_to_be_so_and_not_refused():
         (
             ["llada-jax", "evaluate", "--checkpoint", "/runs/a", "--tasks", "gsm8k"],
             "llada-jax evaluate needs the extra 'eval'",
+        ),
+        (["llada-jax", "evaluate", "--checkpoint", "/runs/a"], "evaluate takes --data DIR"),
+        (
+            ["llada-jax", "sample", "--checkpoint", "/runs/a", "--temperature", "0"]
+            + ["--best-of", "2"],
+            "--best-of 2 at --temperature 0",
+        ),
+        (
+            ["llada-jax", "export", "--checkpoint", "/runs/a", "--output", "/runs/b", "--verify"],
+            "llada-jax export needs the extra 'torch'",
+        ),
+        (
+            ["llada-jax", "sweep", "--config", "configs/ladder_tiny.py", "--workdir", "gs://b/s"],
+            "got nothing to do",
         ),
         (
             ["llada-jax", "sweep", "--config", "configs/ladder_tiny.py", "--workdir", "gs://b/s"]
@@ -107,6 +127,7 @@ def test_a_tracker_that_the_hosts_have_is_accepted():
         ("optimizer.gradient_accumulation=20", "gradient_accumulation=64 cannot be split 128 ways"),
         ("model.d_ff=12_290", "config.model.d_ff=12290 cannot be split 4 ways"),
         ("model.vocab_size=126_466", "config.model.vocab_size=126466 cannot be split 4 ways"),
+        ("schedule.name=absent:rate", "The schedule 'absent:rate' cannot be imported"),
     ],
 )
 def test_devices_of_an_unknown_kind_must_split_batch_and_network(knob, message):
@@ -129,8 +150,15 @@ def test_slices_are_joined_along_data():
 def test_disks_that_the_launcher_does_not_know_are_believed_in():
     place = Place(machines=PLACE.machines, has_own_disks=True)
     check([*GOOD, "--workdir", "/nfs/run", "--config.data.path=/nfs/corpus"], place)
-    with pytest.raises(UserError, match="not on a disk"):
+    with pytest.raises(UserError, match="--workdir run is relative"):
         check([*GOOD, "--workdir", "run"], place)
+
+
+def test_of_two_mounts_the_inner_one_decides_whether_it_can_be_written_to():
+    place = Place(machines=PLACE.machines, mounts={"/data": False, "/data/runs": True})
+    check([*GOOD, "--workdir", "/data/runs/a"], place)
+    with pytest.raises(UserError, match="/data is mounted to be read only"):
+        check([*GOOD, "--workdir", "/data/runs-of-others"], place)
 
 
 def test_records_that_the_hosts_share_with_this_machine_are_read(runs):

@@ -125,6 +125,29 @@ def test_a_config_that_git_ignores_is_refused(tmp_path, capsys):
     assert tpu_vm.main([*flags, "--code", str(tmp_path), "--", *command]) == 0
 
 
+def test_a_module_that_the_config_needs_and_git_ignores_is_refused(tmp_path, capsys):
+    subprocess.run(["git", "init", "--quiet", str(tmp_path)], check=True)
+    (tmp_path / ".gitignore").write_text("sizes.py\n")
+    (tmp_path / "own.py").write_text("import shapes\n")
+    (tmp_path / "shapes.py").write_text("import sizes, numpy\n")
+    (tmp_path / "sizes.py").write_text("")
+    flags = ["--name", "run", "--zone", "z", "--topology", "v6e-8", "--unchecked", "--dry-run"]
+    flags += ["--code", str(tmp_path), "--", "llada-jax", "train", "--workdir", "gs://b/run"]
+    assert tpu_vm.main([*flags, "--config", "own.py"]) == 2
+    assert "--config own.py needs sizes.py, which is not among the files" in capsys.readouterr().err
+    (tmp_path / ".gitignore").write_text("")
+    assert tpu_vm.main([*flags, "--config", "own.py"]) == 0
+    # on the workers the checkout has another place
+    assert tpu_vm.main([*flags, "--config", f"{tmp_path}/own.py"]) == 2
+
+
+def test_an_extra_that_does_not_exist_is_refused(capsys):
+    words = ["--name", "run", "--zone", "z", "--topology", "v6e-8", "--dry-run"]
+    assert tpu_vm.main([*words, "--extra", "evla", "--", "true"]) == 2
+    assert "Unknown extra 'evla'. Did you mean 'eval'?" in capsys.readouterr().err
+    assert tpu_vm.main([*words, "--extra", "eval", "--extra", "wandb", "--", "true"]) == 0
+
+
 def test_a_command_of_the_documents_runs_the_installed_program_next_to_its_config(tmp_path):
     """In the environment that the launcher makes on a worker: another llada-jax comes first in the
     path of its login shell, and the paths in the command are relative.
