@@ -11,8 +11,17 @@ The ladder has 30 runs: five budgets C = 6 N D from 6e18 to 1e20 FLOPs, and abou
 each, from 10 to 320 tokens per parameter. Together they take 1.2e21 FLOPs, not counting head and
 attention. Shapes, batch, optimizer and schedule are SMDM's: 256 rows * 2048 = 524,288 tokens per
 step, and a cosine from 2e-4 to 2e-5 after a warm-up of 1%, at least 100 steps. SMDM has not
-published which sizes it trained at which budget. The initialisation is LLaDA's. Hardware, time and
-result are unmeasured. docs/scaling.md explains the method and shows a small ladder that was run.
+published which sizes it trained at which budget. The initialisation is LLaDA's.
+
+Every run is planned for eight H100, all of them for 860 to 1,490 GPU-hours (estimates); this is the
+largest network:
+
+    llada-jax plan --config configs/ladder.py --topology 8xh100 --vocab-size 32000 \\
+        --config.model.num_layers=24 --config.model.d_model=1792 --config.model.num_heads=14 \\
+        --config.model.num_kv_heads=14 --config.model.head_dim=128 --config.model.d_ff=7168
+
+Time and result are unmeasured. docs/scaling.md explains the method and shows a small ladder that
+was run.
 """
 
 from llada_jax.config import default_config

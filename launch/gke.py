@@ -150,9 +150,11 @@ def environment(name: str, hosts: Hosts, extra: dict[str, str]) -> list[dict]:
         given |= {"JAX_PLATFORMS": "tpu,cpu", "JAX_COORDINATOR_PORT": str(COORDINATOR_PORT)}
     else:
         # The driver's libraries, which GKE mounts here and an image without CUDA does not look for.
-        # With the platform named, a pod that does not find its GPUs ends, and does not train on
-        # its CPUs.
+        # With the platform named, a pod that does not find its GPUs ends (sharding.check_gpus), and
+        # does not train on its CPUs.
         given |= {"JAX_PLATFORMS": "cuda,cpu", "LD_LIBRARY_PATH": "/usr/local/nvidia/lib64"}
+        # What the check of the command and `plan` call usable; JAX itself would stop at 75%.
+        given |= {"XLA_PYTHON_CLIENT_MEM_FRACTION": "0.9"}
     if not hosts.is_tpu and hosts.hosts_per_group > 1:
         given |= {
             "JAX_COORDINATOR_ADDRESS": f"{name}-{JOB}-0-0.{name}:{COORDINATOR_PORT}",

@@ -90,30 +90,46 @@ def files_of(config: Path) -> dict[str, str]:
     Raises:
         UserError: one of them is a package, or all together are too large.
     """
-    files, waiting = {}, [config.name]
-    while waiting:
-        name = waiting.pop()
-        if name in files:
-            continue
-        files[name] = (config.parent / name).read_text()
-        try:
-            modules = modules_in(files[name])
-        except SyntaxError as error:
-            raise UserError(f"{config.parent / name} is not Python ({error}); fix it.") from error
-        for module in modules:
-            if (config.parent / module / "__init__.py").is_file():
-                raise UserError(
-                    f"{config} needs the package {module} next to it, and a ConfigMap holds single "
-                    "files; put it into the image, or into one file."
-                )
-            if (config.parent / f"{module}.py").is_file():
-                waiting.append(f"{module}.py")
+    files = {}
+    for path in needed_by(config):
+        if path.name == "__init__.py":
+            raise UserError(
+                f"{config} needs the package {path.parent.name} next to it, and a ConfigMap holds "
+                "single files; put it into the image, or into one file."
+            )
+        files[path.name] = path.read_text()
     if (size := sum(len(text.encode()) for text in files.values())) > MOST_BYTES:
         raise UserError(
             f"{config} and what it imports have {size:,} bytes, and a ConfigMap holds "
             f"{MOST_BYTES:,}; put large tables into the image or into the bucket."
         )
     return files
+
+
+def needed_by(config: Path) -> list[Path]:
+    """Returns a config file and the modules next to it that it needs, and in turn what they need.
+
+    A package is named by its __init__.py, and is not read.
+
+    Raises:
+        UserError: one of the files is not Python.
+    """
+    found, waiting = [], [config]
+    while waiting:
+        path = waiting.pop()
+        if path in found:
+            continue
+        found.append(path)
+        if path.name == "__init__.py":
+            continue
+        try:
+            modules = modules_in(path.read_text())
+        except SyntaxError as error:
+            raise UserError(f"{path} is not Python ({error}); fix it.") from error
+        for module in sorted(modules):
+            places = (config.parent / module / "__init__.py", config.parent / f"{module}.py")
+            waiting += [place for place in places if place.is_file()][:1]
+    return found
 
 
 def modules_in(text: str) -> set[str]:

@@ -9,13 +9,14 @@ know: which disks the hosts share, which chips they have and which extras are in
 import dataclasses
 import importlib
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 from llada_jax.__main__ import VERBS
 from llada_jax.cluster.hardware import Slice
-from llada_jax.config import load_config, parse_sources
+from llada_jax.config import load_config, own_parts, parse_sources
 from llada_jax.errors import UserError, look_up
+from llada_jax.parts import load_part
 from llada_jax.paths import check_savable, split_step
 from llada_jax.storage.remote import LIBRARIES, is_remote
 from llada_jax.validation import NO_TRACKER
@@ -71,8 +72,12 @@ def config_of(command: list[str]) -> str:
     return ""
 
 
-def check(command: list[str], place: Place) -> str:
+def check(command: list[str], place: Place, *, indices: Sequence[int] = ()) -> str:
     """Returns one line about a command that can run in a place.
+
+    Args:
+        indices: of a sweep, the runs that such commands start, each with its own --index; ():
+            the one that the command names, or all.
 
     Raises:
         UserError: it cannot; the message has the remedy.
@@ -86,13 +91,17 @@ def check(command: list[str], place: Place) -> str:
     module, _ = look_up(VERBS, verb, "verb")
     parser = importlib.import_module(f"llada_jax.verbs.{module}").make_parser()
     args, overrides = parser.parse_with_overrides(flags[: _cut(flags)])
+    check_flags(verb, args, flags[_cut(flags) + 1 :])
     check_extras(verb, args, place)
     for flag in (*READ_FLAGS, *WRITTEN_FLAGS):
-        if path := getattr(args, flag, None):
+        path = getattr(args, flag, None)
+        if path == "":
+            raise UserError(f"--{flag} is empty; give a directory or a URL.")
+        if path:
             check_path(f"--{flag} ", path, place, is_written=flag in WRITTEN_FLAGS)
     if getattr(args, "data", None):
         check_path("--data ", args.data, place, is_written=False)
-    lines = [check_config(config, place) for config in configs_of(args, overrides, place)]
+    lines = [check_config(config, place) for config in configs_of(args, overrides, place, indices)]
     return ": ".join([f"llada-jax {verb} can run there", *dict.fromkeys(filter(None, lines[:1]))])
 
 
@@ -100,10 +109,27 @@ def _cut(words: list[str]) -> int:
     return words.index("--") if "--" in words else len(words)
 
 
+def check_flags(verb: str, args, rest: list[str]) -> None:
+    """Raises UserError for flags that a verb refuses together, before it reads anything."""
+    if verb == "sweep":
+        from llada_jax.verbs import sweep
+
+        sweep.check_flags(args, rest)
+    elif verb == "evaluate":
+        from llada_jax.verbs import evaluate
+
+        evaluate.check(args)
+    elif verb == "sample":
+        from llada_jax.verbs import sample
+
+        sample.read_settings(args)
+
+
 def check_extras(verb: str, args, place: Place) -> None:
     """Raises UserError when the hosts lack an extra that a verb needs, whatever its paths are."""
     needed = [EXTRAS_OF_VERBS[verb]] if verb in EXTRAS_OF_VERBS else []
     needed += ["optuna"] if getattr(args, "optuna", None) else []
+    needed += ["torch"] if getattr(args, "verify", None) else []
     if verb == "evaluate":
         from llada_jax.verbs.evaluate import is_harness
 
@@ -138,8 +164,15 @@ def check_path(what: str, path: str, place: Place, *, is_written: bool) -> None:
         check_savable(path)
     if place.shares_disks:
         return
-    mount = next((m for m in place.mounts if f"{path}/".startswith(f"{m.rstrip('/')}/")), None)
-    if mount is None and not (place.has_own_disks and path.startswith("/")):
+    around = [m for m in place.mounts if f"{path}/".startswith(f"{m.rstrip('/')}/")]
+    # a mount may lie within another
+    mount = max(around, key=len, default=None)
+    if mount is None and place.has_own_disks and not path.startswith("/"):
+        raise UserError(
+            f"{what}{path} is relative, and the hosts start in a directory of their own; write an "
+            "absolute path on a disk that they share, or gs://BUCKET/DIR."
+        )
+    if mount is None and not place.has_own_disks:
         form = "BUCKET:/data" if is_written else "BUCKET:/data:ro"
         raise UserError(
             f"{what}{path} is not on a disk that the hosts share: write gs://BUCKET/DIR, or mount "
@@ -152,7 +185,7 @@ def check_path(what: str, path: str, place: Place, *, is_written: bool) -> None:
         )
 
 
-def configs_of(args, overrides: list[str], place: Place) -> Iterator:
+def configs_of(args, overrides: list[str], place: Place, indices: Sequence[int]) -> Iterator:
     """Yields the config of each run that a command starts; none for verbs without a config."""
     if not hasattr(args, "config"):
         return
@@ -167,13 +200,14 @@ def configs_of(args, overrides: list[str], place: Place) -> Iterator:
     with tempfile.TemporaryDirectory() as nowhere:
         sweep = load_sweep(file, overrides, nowhere)
     runs = sweep.runs
-    if args.index is not None and runs:
-        if not 0 <= args.index < len(runs):
+    wanted = indices or ([] if args.index is None else [args.index])
+    for index in wanted if runs else ():
+        if not 0 <= index < len(runs):
             raise UserError(
-                f"--index {args.index} is not a run of {args.config}, which has {len(runs)}; give "
-                f"0 to {len(runs) - 1}."
+                f"--index {index} is not a run of {args.config}, which has {len(runs)}; give 0 to "
+                f"{len(runs) - 1}."
             )
-        runs = [runs[args.index]]
+    runs = [runs[index] for index in wanted] if wanted and runs else runs
     yield from [run.config for run in runs] or [sweep.base]
 
 
@@ -189,6 +223,13 @@ def check_config(config, place: Place) -> str:
         check_path("config.log.compilation_cache=", cache, place, is_written=False)
     if (tracker := config.log.tracker) != NO_TRACKER:
         check_extra(f"config.log.tracker={tracker}", tracker, place)
+    if config.samples.every_steps:
+        from llada_jax.samplers.settings import check_schedule
+        from llada_jax.verbs.train import SAMPLE_KNOBS
+
+        check_schedule(**{name: config.samples[name] for name in SAMPLE_KNOBS}, cfg_scale=0.0)
+    for knob, name in own_parts(config).items():
+        load_part(name, knob.partition(".")[0], {})
     vocab = vocab_size or STAND_IN_VOCAB_SIZE
     if not place.machines:
         if place.num_devices:

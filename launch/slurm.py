@@ -20,6 +20,7 @@ import shlex
 import shutil
 import subprocess
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 
 import preflight
@@ -125,6 +126,27 @@ def workdir_of(command: list[str]) -> str:
     return ""
 
 
+def indices_of(array: str) -> Sequence[int]:
+    """Returns the indices of --array, such as "0-11%4" (4 at a time), "0,3,5-7" or "0-20:5".
+
+    Raises:
+        UserError: it is not of that form, or empty.
+    """
+    parts = array.partition("%")[0].split(",")
+    found = [re.fullmatch(r"(\d+)(?:-(\d+)(?::([1-9]\d*))?)?", part) for part in parts]
+    numbers = [
+        range(int(first), int(last or first) + 1, int(step or 1))
+        for match in found
+        if match
+        for first, last, step in [match.groups()]
+    ]
+    if not all(found) or not all(numbers):
+        raise UserError(
+            f"--array {array} must list numbers and ranges, as in 0-11%4, 0,3,5-7 or 0-20:5."
+        )
+    return numbers[0] if len(numbers) == 1 else sorted(set().union(*numbers))
+
+
 def check_words(args: argparse.Namespace) -> None:
     """Raises UserError for a value that would not stay on its line of the script.
 
@@ -181,7 +203,10 @@ def render(args: argparse.Namespace, command: list[str]) -> str:
         "open-mode": "append",
         "output": f"{log}-task%t.log",
     }
-    env = {"XLA_PYTHON_CLIENT_MEM_FRACTION": "0.9"} if args.gpus_per_node else {}
+    # With the platform named, a task that does not find its GPUs ends, and does not train on its
+    # CPUs.
+    of_gpus = {"XLA_PYTHON_CLIENT_MEM_FRACTION": "0.9", "JAX_PLATFORMS": "cuda,cpu"}
+    env = of_gpus if args.gpus_per_node else {}
     env |= args.flags | dict(pair.split("=", 1) for pair in args.env)
     is_distributed = args.nodes * args.tasks_per_node > 1
     place = PLACE_IN_RUN if is_distributed else ""
@@ -358,12 +383,16 @@ def main(argv: list[str]) -> int:
     args, command = parse(argv)
     script = render(args, command)
     if not args.unchecked:
-        # the runs of an array differ in this word alone
-        digits = re.match(r"\d+", args.array or "")
-        index = digits[0] if digits else "0"
         try:
-            first = [word.replace(INDEX, index) for word in command]
-            found = preflight.check(first, place_of(args))
+            indices = indices_of(args.array) if args.array else range(1)
+            # the runs of an array differ in this word alone
+            first = [word.replace(INDEX, str(indices[0])) for word in command]
+            # a sweep, whose runs may ask for more than the first
+            pairs = zip(command, command[1:])
+            is_numbered = f"--index={INDEX}" in command or ("--index", INDEX) in pairs
+            found = preflight.check(
+                first, place_of(args), indices=indices if is_numbered else range(0)
+            )
         except UserError as error:
             print(f"launch: {error}", file=sys.stderr)
             return error.exit_status

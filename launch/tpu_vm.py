@@ -16,6 +16,8 @@ SIGTERM the workers save, and the launcher exits with 42.
 """
 
 import argparse
+import ast
+import os
 import shlex
 import subprocess
 import sys
@@ -34,6 +36,7 @@ from cloud import (
     make_parser,
     parse_buckets,
 )
+from gke_volumes import needed_by
 from preflight import Place, config_of
 from tpu_vm_commands import (
     ARCHIVE,
@@ -63,7 +66,7 @@ from tpu_vm_workers import (
 )
 
 from llada_jax.cluster.hardware import machines_named
-from llada_jax.errors import UserError
+from llada_jax.errors import UserError, look_up
 
 REPOSITORY = Path(__file__).parent.parent
 # Between two looks at the processes of the workers.
@@ -343,14 +346,41 @@ def place_of(args: argparse.Namespace, target: Target) -> Place:
 
 
 def check_config_is_copied(command: list[str], code: Path) -> None:
-    """Raises UserError when the config of a command is not among the files that are copied."""
+    """Raises UserError when the config of a command, or a module next to it that it needs, is not
+    among the files that are copied.
+    """
     config = config_of(command)
-    if config and (code / config).is_file() and config not in files_of(code):
-        raise UserError(
-            f"--config {config} is not among the files of {code} that are copied to the workers, "
-            "because git ignores it or it lies elsewhere; put it into the checkout and write its "
-            "path from there."
-        )
+    if not config or not (code / config).is_file():
+        return
+    copied = files_of(code)
+    for path in needed_by(code / config):
+        if Path(config).is_absolute() or os.path.relpath(path, code) not in copied:
+            named = config if path == code / config else f"{config} needs {path.name}, which"
+            raise UserError(
+                f"--config {named} is not among the files of {code} that are copied to the "
+                "workers, because git ignores it or it lies elsewhere; put it into the checkout "
+                "and write its path from there."
+            )
+
+
+def check_extras(extras: list[str], code: Path) -> None:
+    """Raises UserError for an extra that setup.py of a checkout does not have.
+
+    The installation would fail, on workers that are paid for by then.
+    """
+    if extras and (code / "setup.py").is_file():
+        tree = ast.parse((code / "setup.py").read_text())
+        calls = [node for node in ast.walk(tree) if isinstance(node, ast.Call)]
+        known = {
+            key.value: None
+            for call in calls
+            for keyword in call.keywords
+            if keyword.arg == "extras_require" and isinstance(keyword.value, ast.Dict)
+            for key in keyword.value.keys
+            if isinstance(key, ast.Constant)
+        }
+        for extra in extras:
+            look_up(known, extra, "extra")
 
 
 def main(argv: list[str]) -> int:
@@ -362,6 +392,7 @@ def main(argv: list[str]) -> int:
         made = installation_of(args, Path(ARCHIVE))
         check_command(args, command, place_of(args, target), launcher="launch")
         check_config_is_copied(command, args.code)
+        check_extras(args.extra, args.code)
         if len(target.workers) >= MANY_WORKERS:
             say(
                 f"{len(target.workers)} workers are as many ssh connections from this machine, and "

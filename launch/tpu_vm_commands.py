@@ -237,7 +237,13 @@ def run_script(command: list[str], env: dict[str, str]) -> str:
 
     It ends with `exec`, so that the process in the pid file is the command itself.
     """
-    exports = {"JAX_COORDINATOR_PORT": str(COORDINATOR_PORT), "PYTHONUNBUFFERED": "1"} | env
+    # With the platform named, a worker that does not find its chips ends, and does not train on its
+    # CPUs.
+    exports = {
+        "JAX_PLATFORMS": "tpu,cpu",
+        "JAX_COORDINATOR_PORT": str(COORDINATOR_PORT),
+        "PYTHONUNBUFFERED": "1",
+    } | env
     lines = [f"export {name}={shlex.quote(value)}" for name, value in exports.items()]
     return "\n".join(
         [

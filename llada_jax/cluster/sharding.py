@@ -122,9 +122,10 @@ def make_mesh(sizes: dict[str, int], devices=None) -> Mesh:
         devices: default: all devices of this run.
 
     Raises:
-        UserError: see `mesh_shape`.
+        UserError: see `mesh_shape`, and `check_gpus`.
     """
     devices = jax.devices() if devices is None else devices
+    check_gpus(devices)
     is_tpu = devices[0].platform == "tpu"
     # Elsewhere slice_index does not name a TPU slice: the GPUs of one host share one.
     num_slices = len({getattr(d, "slice_index", 0) for d in devices}) if is_tpu else 1
@@ -141,6 +142,21 @@ def make_mesh(sizes: dict[str, int], devices=None) -> Mesh:
             within, across, devices, allow_split_physical_axes=True
         )
     return Mesh(grid, AXES, axis_types=types)
+
+
+def check_gpus(devices) -> None:
+    """Raises UserError when the environment asks for GPUs first, and JAX has found CPUs alone.
+
+    JAX passes over cuda without a word where it sees no device file of NVIDIA: the run would train
+    on the CPUs of a machine that was rented for its GPUs.
+    """
+    asked = jax.config.jax_platforms or ""  # type: ignore[attr-defined]
+    if asked.partition(",")[0] in ("cuda", "gpu") and devices[0].platform == "cpu":
+        raise UserError(
+            f"JAX_PLATFORMS={asked!r} names GPUs first, and JAX sees none of them on this machine; "
+            "install NVIDIA's driver, or give the container its GPUs. JAX_PLATFORMS=cpu trains on "
+            "the CPUs."
+        )
 
 
 def abstract_mesh(sizes: dict[str, int], num_devices: int) -> AbstractMesh:

@@ -106,21 +106,23 @@ def run_with_launcher(
     if not waiting:
         say(f"all {len(sweep.runs)} runs are finished")
         return
-    if not dry_run:
-        with only_sweep(sweep, shared=True):
-            write_sweep_json(sweep)
     launcher = [sys.executable, str(script), *(["--dry-run"] if dry_run else []), *launcher_words]
     ours = ["llada-jax", "sweep", "--config", sweep.file, "--workdir", sweep.workdir]
     ours += [f"--config.{word}" for word in sweep.overrides]
+    # Kubernetes allows a-z, 0-9 and "-" in names.
+    directory = sweep.workdir.rstrip("/").rpartition("/")[2]
+    stem = re.sub(r"[^a-z0-9]+", "-", directory.lower()).strip("-")
+    if not dry_run:
+        named = ["--name", f"{stem}-{waiting[0].name}"] if target == "gke" else []
+        check_all_runs([*launcher, *named], ours)
+        with only_sweep(sweep, shared=True):
+            write_sweep_json(sweep)
     if target == "slurm":
         indices = ",".join(str(run.index) for run in waiting)
         # SLURM's notation for "at most so many at a time".
         indices += f"%{num_parallel}" if num_parallel else ""
         commands = [[*launcher, "--array", indices, "--", *ours, "--index", "$SLURM_ARRAY_TASK_ID"]]
     else:
-        # Kubernetes allows a-z, 0-9 and "-" in names.
-        directory = sweep.workdir.rstrip("/").rpartition("/")[2]
-        stem = re.sub(r"[^a-z0-9]+", "-", directory.lower()).strip("-")
         commands = [
             [*launcher, "--name", f"{stem}-{run.name}", "--", *ours, "--index", str(run.index)]
             for run in waiting
@@ -128,3 +130,18 @@ def run_with_launcher(
     for command in commands:
         if status := subprocess.run(command, check=False).returncode:
             sys.exit(status)
+
+
+def check_all_runs(launcher: list[str], ours: list[str]) -> None:
+    """Ends this process as the launcher does, and with what it says, when it refuses a run.
+
+    It is asked about all of them before the first is submitted, or a mistake in the last one would
+    show when the machines of the others are paid for; and before sweep.json is written, which would
+    hold the user to the mistake.
+    """
+    # a sweep of which a command names no single run
+    command = [*launcher, "--dry-run", "--", *ours, "--run", "local"]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    if done.returncode:
+        sys.stderr.write(done.stderr)
+        sys.exit(done.returncode)

@@ -76,6 +76,19 @@ def test_an_axis_may_take_a_part_of_an_axis_of_the_torus(sizes):
     assert len(set(mesh.devices.flat)) == 64
 
 
+@pytest.mark.parametrize("asked", ["cuda,cpu", "gpu,cpu"])
+def test_cpus_are_not_taken_for_the_gpus_that_the_environment_asks_for(asked):
+    before = jax.config.jax_platforms
+    try:
+        jax.config.update("jax_platforms", asked)
+        for make in (lambda: sharding.make_mesh({"fsdp": -1}), sharding.one_device_mesh):
+            with pytest.raises(UserError, match="names GPUs first, and JAX sees none"):
+                make()
+    finally:
+        jax.config.update("jax_platforms", before)
+    sharding.make_mesh({"fsdp": -1})
+
+
 def test_a_size_that_cannot_be_split_names_the_knob_and_the_multiple():
     mesh = sharding.make_mesh({"fsdp": 4, "tensor": 2})
     sharding.check_divisible(mesh, {"config.model.d_ff": ("mlp", 6)})

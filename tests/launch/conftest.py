@@ -1,12 +1,15 @@
-"""What several test files of the launchers share: a cloud to rent TPU VMs from."""
+"""What several test files of the launchers share: a cloud to rent TPU VMs from, and sweeps."""
 
 import os
 import signal
 
 import pytest
 from support.fake_gcloud import Cloud
+from support.sweeps import call_sweep, write_config
 
 from llada_jax.cluster.hardware import SLICES
+
+__all__ = ["call_sweep", "cloud", "write_config"]
 
 
 @pytest.fixture

@@ -151,6 +151,8 @@ def test_gpu_pods_find_their_driver_and_do_not_train_on_cpus():
         env = {entry["name"]: entry.get("value") for entry in container["env"]}
         assert env["LD_LIBRARY_PATH"] == "/usr/local/nvidia/lib64"
         assert env["JAX_PLATFORMS"] == "cuda,cpu"
+        # as llada_jax/cluster/hardware.py counts the memory of a GPU
+        assert env["XLA_PYTHON_CLIENT_MEM_FRACTION"] == "0.9"
 
 
 def test_gpus_are_named_as_plan_names_them():

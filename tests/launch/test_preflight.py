@@ -1,19 +1,14 @@
 """What the launchers find out about a command before anything is rented for it."""
 
 import dataclasses
-import json
 import re
-import subprocess
-import sys
 
-import cloud
 import gke
 import pytest
 import slurm
 import tpu_vm
 from preflight import Place, check, config_of, words_of
-from support.documents import launcher_commands
-from support.paths import LAUNCH, ROOT
+from support.paths import ROOT
 
 from llada_jax.cluster.hardware import machines_named
 from llada_jax.errors import UserError
@@ -71,6 +66,12 @@ def test_a_run_that_is_estimated_not_to_fit_is_said_to_be_so_and_not_refused():
         ([*GOOD, "--workdir", "s3://b/run"], "install s3."),
         ([*GOOD, "--workdir", "az://b/run"], "kind of URL"),
         ([*GOOD, "--workdir", "/runs/a*"], "contains '*'"),
+        ([*GOOD, "--workdir", ""], "--workdir is empty"),
+        (
+            [*GOOD, "--config.samples.every_steps=10", "--config.samples.gen_length=10"]
+            + ["--config.samples.block_length=4"],
+            "block_length=4 must divide gen_length=10",
+        ),
         ([*TRAIN[:2], "--config", "absent.py", "--workdir", "gs://b/r"], "There is no config file"),
         (
             ["llada-jax", "sample", "--checkpoint", "run@10", "--gen-length", "8"],
@@ -83,6 +84,20 @@ def test_a_run_that_is_estimated_not_to_fit_is_said_to_be_so_and_not_refused():
         (
             ["llada-jax", "evaluate", "--checkpoint", "/runs/a", "--tasks", "gsm8k"],
             "llada-jax evaluate needs the extra 'eval'",
+        ),
+        (["llada-jax", "evaluate", "--checkpoint", "/runs/a"], "evaluate takes --data DIR"),
+        (
+            ["llada-jax", "sample", "--checkpoint", "/runs/a", "--temperature", "0"]
+            + ["--best-of", "2"],
+            "--best-of 2 at --temperature 0",
+        ),
+        (
+            ["llada-jax", "export", "--checkpoint", "/runs/a", "--output", "/runs/b", "--verify"],
+            "llada-jax export needs the extra 'torch'",
+        ),
+        (
+            ["llada-jax", "sweep", "--config", "configs/ladder_tiny.py", "--workdir", "gs://b/s"],
+            "got nothing to do",
         ),
         (
             ["llada-jax", "sweep", "--config", "configs/ladder_tiny.py", "--workdir", "gs://b/s"]
@@ -112,6 +127,7 @@ def test_a_tracker_that_the_hosts_have_is_accepted():
         ("optimizer.gradient_accumulation=20", "gradient_accumulation=64 cannot be split 128 ways"),
         ("model.d_ff=12_290", "config.model.d_ff=12290 cannot be split 4 ways"),
         ("model.vocab_size=126_466", "config.model.vocab_size=126466 cannot be split 4 ways"),
+        ("schedule.name=absent:rate", "The schedule 'absent:rate' cannot be imported"),
     ],
 )
 def test_devices_of_an_unknown_kind_must_split_batch_and_network(knob, message):
@@ -134,8 +150,15 @@ def test_slices_are_joined_along_data():
 def test_disks_that_the_launcher_does_not_know_are_believed_in():
     place = Place(machines=PLACE.machines, has_own_disks=True)
     check([*GOOD, "--workdir", "/nfs/run", "--config.data.path=/nfs/corpus"], place)
-    with pytest.raises(UserError, match="not on a disk"):
+    with pytest.raises(UserError, match="--workdir run is relative"):
         check([*GOOD, "--workdir", "run"], place)
+
+
+def test_of_two_mounts_the_inner_one_decides_whether_it_can_be_written_to():
+    place = Place(machines=PLACE.machines, mounts={"/data": False, "/data/runs": True})
+    check([*GOOD, "--workdir", "/data/runs/a"], place)
+    with pytest.raises(UserError, match="/data is mounted to be read only"):
+        check([*GOOD, "--workdir", "/data/runs-of-others"], place)
 
 
 def test_records_that_the_hosts_share_with_this_machine_are_read(runs):
@@ -195,119 +218,3 @@ def test_a_launcher_can_be_told_not_to_check(launcher, capsys):
     words = [*LAUNCHERS[launcher], "--unchecked", "--dry-run", "--", "llada-jax", "trian"]
     assert launcher.main(words) == 0
     assert "trian" in capsys.readouterr().out
-
-
-# ---- the environment of the hosts
-
-
-def extras_of_the_image() -> str:
-    (line,) = re.findall(r'"\.\[\$\{EXTRA\},(.*?)\]"', (LAUNCH / "Dockerfile").read_text())
-    return line
-
-
-def test_the_image_and_the_tpu_vms_have_the_same_extras():
-    assert tuple(extras_of_the_image().split(",")) == cloud.HOST_EXTRAS
-
-
-# Runs commands with nothing but the packages that the extras bring, up to the first device.
-IN_THE_IMAGE = """
-import json, re, sys
-from importlib import metadata
-
-import llada_jax.__main__
-
-extras, commands = json.loads(sys.argv[1]), json.loads(sys.argv[2])
-names = metadata.packages_distributions()
-
-
-def closure(wanted):
-    # {distribution}, from the requirements that hold for the extras
-    found, waiting = set(), [("llada_jax", frozenset(wanted))]
-    seen = set()
-    while waiting:
-        name, chosen = waiting.pop()
-        if (name, chosen) in seen:
-            continue
-        seen.add((name, chosen))
-        try:
-            required = metadata.requires(name) or []
-        except metadata.PackageNotFoundError:
-            continue  # such as libtpu, which this machine does not have
-        found.add(re.sub(r"[-_.]+", "-", name).lower())
-        for line in required:
-            head, _, marker = line.partition(";")
-            matches = re.match(r"\\s*([\\w.-]+)\\s*(?:\\[([^]]*)\\])?", head)
-            extra = re.search(r"extra\\s*==\\s*['\\"]([^'\\"]+)", marker)
-            if extra and extra[1].replace("_", "-") not in {e.replace("_", "-") for e in chosen}:
-                continue
-            inner = frozenset((matches[2] or "").replace(" ", "").split(",")) - {""}
-            waiting.append((matches[1], inner))
-    return found
-
-
-there = closure(extras)
-
-
-class OnlyTheImage:
-    def find_spec(self, name, path=None, target=None):
-        owners = {re.sub(r"[-_.]+", "-", owner).lower() for owner in names.get(name, [])}
-        if owners and not owners & there:
-            raise ModuleNotFoundError(f"the image has no {name}", name=name)
-
-
-sys.meta_path.insert(0, OnlyTheImage())
-assert "torch" not in there and "gcsfs" in there
-import gcsfs, s3fs  # the paths of the command
-for words in commands:
-    print(llada_jax.__main__.main(words))
-"""
-
-
-def documented() -> list[tuple[str, list[str], list[str]]]:
-    return [
-        (launcher, flags, command)
-        for launcher in ("gke", "tpu_vm", "slurm")
-        for flags, command in launcher_commands(launcher)
-        if command
-    ]
-
-
-def test_the_documents_show_every_launcher():
-    assert {launcher for launcher, _, _ in documented()} == {"gke", "tpu_vm", "slurm"}
-
-
-def test_the_commands_for_slurm_can_run_where_such_disks_are():
-    for launcher, flags, command in documented():
-        if launcher == "slurm":
-            args, _ = slurm.parse([*flags, "--", *command])
-            place = dataclasses.replace(
-                slurm.place_of(args), shares_disks=False, has_own_disks=True, mounts={"runs": True}
-            )
-            words = [word.replace(slurm.INDEX, "0") for word in command]
-            assert "can run there" in check(words, place)
-
-
-@pytest.mark.slow
-def test_documented_commands_run_up_to_the_first_device():
-    """With the launchers' variables, and with no package but those of the image.
-
-    TPUs and GPUs are not there, and the first question for a device is where each command ends.
-    A sweep writes its folder first, and is only checked (the test above).
-    """
-    commands = {tuple(words[1:]) for _, _, words in documented() if words[1] != "sweep"}
-    assert len(commands) >= 6
-    extras = json.dumps(["tpu", *cloud.HOST_EXTRAS])
-    environment = {"PATH": "/usr/bin:/bin", "HOME": "/nonexistent", "PYTHONPATH": str(ROOT)}
-    environment |= {"JAX_PLATFORMS": "tpu", "TPU_SKIP_MDS_QUERY": "1"}
-    done = subprocess.run(
-        [sys.executable, "-c", IN_THE_IMAGE, extras, json.dumps(sorted(commands))],
-        capture_output=True,
-        text=True,
-        check=False,
-        cwd=ROOT,
-        env=environment,
-    )
-    assert done.returncode == 0, done.stderr
-    assert done.stdout.split() == ["2"] * len(commands)
-    ends = re.findall("JAX (?:has nothing for JAX_PLATFORMS='tpu'|finds no devices)", done.stderr)
-    assert len(ends) == len(commands), done.stderr

@@ -4,13 +4,12 @@ import os
 import re
 import subprocess
 import sys
-from pathlib import Path
 
 import pytest
 import slurm
 from support.documents import launcher_commands
 from support.required import program
-from support.slurm import LAUNCHER, dry_run, launch
+from support.slurm import LAUNCHER, dry_run, in_a_fake_job, launch
 
 EVERY_FLAG = [
     "--nodes",
@@ -95,33 +94,6 @@ def test_every_command_of_the_documents_is_accepted(flags, command, capsys):
     assert f"command=({' '.join(map(slurm.quote, command))})" in capsys.readouterr().out
 
 
-def in_a_fake_job(script: str, path: Path) -> str:
-    """Runs the script with stand-ins for srun (one task, as number 3 of its node) and scontrol;
-    returns its output.
-    """
-    stand_ins = {
-        "srun": (
-            "while [[ $1 == --* ]]; do shift; done\n"
-            'SLURM_NTASKS=16 SLURM_PROCID=11 SLURM_LOCALID=3 exec "$@"'
-        ),
-        "scontrol": (
-            'if [[ $1 == show ]]; then printf "%s\\n" node7 node8; '
-            'else echo "scontrol $*"; exit 1; fi'
-        ),
-    }
-    for name, stand_in in stand_ins.items():
-        (path / name).write_text(f"#!/usr/bin/env bash\n{stand_in}\n")
-        (path / name).chmod(0o755)
-    job = {"SLURM_JOB_ID": "4100", "SLURM_JOB_NODELIST": "node[7-8]", "SLURM_ARRAY_TASK_ID": "5"}
-    # Other tests may have set variables of JAX.
-    around = {name: value for name, value in os.environ.items() if not name.startswith("JAX_")}
-    env = {**around, "PATH": f"{path}:{os.environ['PATH']}", **job}
-    done = subprocess.run(
-        ["bash"], input=script, capture_output=True, text=True, env=env, check=False
-    )
-    return done.stdout + done.stderr + f"exit {done.returncode}"
-
-
 def test_a_task_finds_its_place_in_the_run(tmp_path):
     script = dry_run("--nodes", 2, "--gpus-per-node", 8, "--", "env")
     output = in_a_fake_job(script, tmp_path)
@@ -154,7 +126,8 @@ def test_a_single_process_gets_no_coordinator(tmp_path):
         dry_run("--gpus-per-node", 8, "--tasks-per-node", 1, "--", "env"), tmp_path
     )
     assert "\nSLURM_JOB_ID=4100\n" in output
-    assert not [line for line in output.splitlines() if line.startswith("JAX_")]
+    variables = [line for line in output.splitlines() if line.startswith("JAX_")]
+    assert variables == ["JAX_PLATFORMS=cuda,cpu"]
 
 
 @pytest.mark.parametrize(
@@ -194,6 +167,17 @@ def test_a_job_whose_starts_save_no_new_step_is_requeued_only_twice(tmp_path):
         output = start(code)
         assert (message in output) == is_last, (code, output)
         assert ("requeued, to continue" in output) != is_last
+
+
+def test_a_task_with_gpus_does_not_train_on_cpus_unless_asked_to(tmp_path):
+    gpus = ["--gpus-per-node", 8, "--tasks-per-node", 1]
+    for words, platforms in (
+        (gpus, ["JAX_PLATFORMS=cuda,cpu"]),
+        ([*gpus, "--env", "JAX_PLATFORMS=cpu"], ["JAX_PLATFORMS=cpu"]),
+        ([], []),
+    ):
+        output = in_a_fake_job(dry_run(*words, "--", "env"), tmp_path)
+        assert [line for line in output.splitlines() if "JAX_PLATFORMS" in line] == platforms
 
 
 def test_the_index_of_the_array_is_inserted_into_the_command(tmp_path):

@@ -1,5 +1,6 @@
-"""Calls launch/slurm.py, and follows the jobs that it submits to a real SLURM."""
+"""Calls launch/slurm.py, runs its script without SLURM, and follows jobs in a real SLURM."""
 
+import os
 import re
 import subprocess
 import sys
@@ -24,6 +25,33 @@ def dry_run(*words) -> str:
     done = launch("--dry-run", *words)
     assert done.returncode == 0, done.stderr
     return done.stdout
+
+
+def in_a_fake_job(script: str, path: Path) -> str:
+    """Runs the script with stand-ins for srun (one task, as number 3 of its node) and scontrol;
+    returns its output.
+    """
+    stand_ins = {
+        "srun": (
+            "while [[ $1 == --* ]]; do shift; done\n"
+            'SLURM_NTASKS=16 SLURM_PROCID=11 SLURM_LOCALID=3 exec "$@"'
+        ),
+        "scontrol": (
+            'if [[ $1 == show ]]; then printf "%s\\n" node7 node8; '
+            'else echo "scontrol $*"; exit 1; fi'
+        ),
+    }
+    for name, stand_in in stand_ins.items():
+        (path / name).write_text(f"#!/usr/bin/env bash\n{stand_in}\n")
+        (path / name).chmod(0o755)
+    job = {"SLURM_JOB_ID": "4100", "SLURM_JOB_NODELIST": "node[7-8]", "SLURM_ARRAY_TASK_ID": "5"}
+    # Other tests may have set variables of JAX.
+    around = {name: value for name, value in os.environ.items() if not name.startswith("JAX_")}
+    env = {**around, "PATH": f"{path}:{os.environ['PATH']}", **job}
+    done = subprocess.run(
+        ["bash"], input=script, capture_output=True, text=True, env=env, check=False
+    )
+    return done.stdout + done.stderr + f"exit {done.returncode}"
 
 
 def scontrol(*words) -> str:
