@@ -12,7 +12,7 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from llada_jax.models.model import Model, abstract_parameters, is_matrix
 from llada_jax.samplers.network import Network
 from llada_jax.samplers.remasking import commit_rule
-from llada_jax.samplers.step import Fixed, Plan, State, denoise_block, empty_cache_of
+from llada_jax.samplers.step import Fixed, Plan, State, denoise_block
 
 
 def kept_parameters(model: Model, mesh: Mesh, dtype: Any) -> dict:
@@ -89,6 +89,7 @@ def traced_block(
         is_filtered=False,
         is_guided=False,
         window={"none": 0, "prefix": gen_length, "dual": block_length}[cache],
+        is_cache_kept=False,
         with_confidence=False,
         sharding=place,
     )._replace(**options)
@@ -97,11 +98,7 @@ def traced_block(
     network = Network(bound(model.logits_fn, params), cached_fn, None)
     confidence_BT = array(num_rows, width, dtype=jnp.float32) if plan.with_confidence else ()
     state = State(canvas_BT, number, ids_B, ids_B, confidence_BT)
-    kept: Any = ()
     with nullcontext() if mesh is None else jax.set_mesh(mesh):
-        if cache != "none":
-            shapes = jax.eval_shape(lambda: empty_cache_of(network, state, fixed, plan=plan))
-            kept = jax.tree.map(lambda leaf: array(*leaf.shape, dtype=leaf.dtype), shapes)
         key = jax.eval_shape(lambda: jax.random.key(0))
         key = array(*key.shape, dtype=key.dtype)
-        return denoise_block.trace(network, state, kept, number, number, key, fixed, plan=plan)
+        return denoise_block.trace(network, state, (), number, number, key, fixed, plan=plan)

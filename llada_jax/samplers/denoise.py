@@ -227,6 +227,7 @@ def denoise(
         (state, np.int32(blocks.start), key, Fixed(**host)), sharding
     )
     mesh_sharding = sharding if isinstance(sharding, NamedSharding) else None
+    is_one_device = sharding is None or sharding.num_devices == 1
     plan = Plan(
         gen_length=gen_length,
         block_length=block_length,
@@ -240,6 +241,7 @@ def denoise(
         is_filtered=top_k > 0 or top_p < 1,
         is_guided=cfg_scale > 0,
         window=0,
+        is_cache_kept=each_step and cache != "none",
         with_confidence=with_confidence,
         sharding=mesh_sharding,
     )
@@ -252,7 +254,11 @@ def denoise(
             of_last = plan.width
             plan = _plan_of_block(plan, block, cache, width=len(canvas_BT[0]), lookahead=num_ahead)
             # Whatever it holds, the first step of a block fills it again.
-            if cache != "none" and (kept == () or plan.width != of_last):
+            if plan.width != of_last:
+                kept = ()
+            # The first step shares the program of the others, but not on a mesh, where this cache
+            # would be whole on every device.
+            if plan.is_cache_kept and is_one_device and not jax.tree.leaves(kept):
                 kept = empty_cache_of(network, state, fixed, plan=plan)
             state, kept, is_new_BT, number, num_done, is_over_B = denoise_block(
                 network, state, kept, number, np.int32(max_steps), key, fixed, plan=plan

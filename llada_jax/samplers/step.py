@@ -45,6 +45,7 @@ class Plan(NamedTuple):
     is_filtered: bool
     is_guided: bool
     window: int  # columns that a pass with a cache computes; 0: there is no cache
+    is_cache_kept: bool  # whether the cache is handed out, for the next step of the block
     with_confidence: bool  # whether the probabilities of revealed tokens are handed out
     sharding: jax.sharding.Sharding | None
 
@@ -275,12 +276,17 @@ def denoise_block(
 
     Args:
         cache: what `cached_fn` returns, of any values at the start of a block, and gone afterwards;
-            () without one.
+            () where there is none, or at the start of a block.
 
     Returns:
-        the state, the cache, is_new_BT, the number of the next block, the steps run, and which rows
-        are complete, bool [B].
+        the state, the cache (() unless it is kept), is_new_BT, the number of the next block, the
+        steps run, and which rows are complete, bool [B].
     """
+    # Made here, so that the partitioner splits it like the keys and values that fill it. A cache
+    # from outside is whole on every device, or split by axes that only the network knows.
+    if plan.window and not jax.tree.leaves(cache):
+        rows = _rows(state, fixed, plan)
+        cache = empty_cache(network.cached_fn, rows, length=plan.block_length)
     # Only the current block is read and written, so logits, noise and softmax cover it alone.
     # `start` is traced: all blocks share one program.
     T = state.canvas_BT.shape[1]
@@ -374,11 +380,11 @@ def denoise_block(
         num_done,
         ~jnp.any(is_left_BT, axis=1),
     )
-    # Placed like its input, or the second call would be compiled again for another placement. The
-    # cache stays where it was computed.
+    # Placed like its input, or the second call would be compiled again for another placement. A
+    # cache that is kept stays where it was computed.
     if plan.sharding is not None:
         state, *others = jax.lax.with_sharding_constraint((state, *others), plan.sharding)
-    return state, cache, *others
+    return state, cache if plan.is_cache_kept else (), *others
 
 
 @partial(jax.jit, static_argnames="plan")

@@ -76,11 +76,12 @@ def test_a_cache_takes_its_own_size_and_no_second_copy_of_the_parameters(cache):
         return traced.lower().compile().memory_analysis()
 
     plain, cached = memory("none"), memory(cache)
-    # and one number, the interval of refreshing
-    assert cached.argument_size_in_bytes == plain.argument_size_in_bytes + of_cache + 4
-    assert cached.alias_size_in_bytes == of_cache, "updated in place"
-    grown = cached.peak_memory_in_bytes - plain.peak_memory_in_bytes
-    assert of_cache <= grown < of_parameters / 2
+    # one number, the interval of refreshing: the cache of a block begins and ends inside
+    assert cached.argument_size_in_bytes == plain.argument_size_in_bytes + 4
+    assert cached.output_size_in_bytes == plain.output_size_in_bytes
+    # The loop over steps has one, and the scan over layers writes another.
+    grown = cached.temp_size_in_bytes - plain.temp_size_in_bytes
+    assert 2 * of_cache <= grown < 2.1 * of_cache < of_parameters / 2
 
 
 @pytest.mark.slow

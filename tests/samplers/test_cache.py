@@ -4,9 +4,11 @@ import jax
 import numpy as np
 import pytest
 
+from llada_jax.cluster.sharding import make_mesh
 from llada_jax.errors import UserError
-from llada_jax.models.model import make_model
+from llada_jax.models.model import make_model, parameter_shardings
 from llada_jax.models.transformer import Architecture
+from llada_jax.samplers import denoise
 from llada_jax.samplers.text import generate_tokens
 
 V, MASK, PAD, EOS = 64, 63, 0, 62
@@ -101,6 +103,71 @@ def test_steps_that_are_shown_one_by_one_share_the_cache(network):
     )
     np.testing.assert_array_equal(tokens_BT, expected_BT)
     assert steps == list(range(1, 13))
+
+
+@pytest.fixture
+def programs(monkeypatch):
+    """A list that grows with every block or step by the part of the cache that a device is given,
+    the part of the cache that it hands out, and the compiled program.
+    """
+    run, seen = denoise.denoise_block, []
+
+    def parts(cache):
+        return [leaf.sharding.shard_shape(leaf.shape) for leaf in jax.tree.leaves(cache)]
+
+    def watched(network, state, cache, *others, plan):
+        compiled = run.lower(network, state, cache, *others, plan=plan).compile()
+        given = parts(cache)
+        result = run(network, state, cache, *others, plan=plan)
+        seen.append((given, parts(result[1]), compiled))
+        return result
+
+    monkeypatch.setattr(denoise, "denoise_block", watched)
+    return seen
+
+
+def sample_on_a_mesh(network, **changes):
+    """Four rows on four devices, of which each has half of the rows and one of two heads."""
+    model, params = network
+    mesh = make_mesh({"fsdp": 2, "tensor": 2}, devices=jax.devices()[:4])
+    return generate_tokens(
+        model.logits_fn,
+        jax.device_put(params, parameter_shardings(model, mesh)),
+        [*PROMPTS, [10]],
+        cached_fn=model.cached_fn,
+        **(REQUEST | changes),
+    )
+
+
+# layers, rows, columns, key/value heads, and the size of a head
+WHOLE, PART = (2, 4, 44, 2, 8), (2, 2, 44, 1, 8)
+
+
+@pytest.mark.parametrize("cache", ["prefix", "dual"])
+def test_no_device_of_a_mesh_has_the_whole_cache(network, programs, cache):
+    sample_on_a_mesh(network, cache=cache)
+    assert len(programs) == 3, "one for each block"
+    for given, handed_out, compiled in programs:
+        assert given == handed_out == [], "the cache of a block ends with it"
+        # what the partitioner has made of it, in the shapes of one device
+        text = compiled.as_text()
+        assert f"f32[{','.join(map(str, PART))}]" in text
+        assert f"f32[{','.join(map(str, WHOLE))}]" not in text
+
+
+def test_a_cache_that_is_kept_between_steps_is_split_from_the_first_one_on(network, programs):
+    sample_on_a_mesh(network, cache="dual", on_step=lambda rows, state: None)
+    assert [given for given, _, _ in programs] == [[], *[[PART, PART]] * 11]
+    assert [handed_out for _, handed_out, _ in programs] == [[PART, PART]] * 12
+    assert f"f32[{','.join(map(str, WHOLE))}]" not in programs[0][-1].as_text()
+
+
+def test_a_cache_that_is_kept_between_steps_is_updated_in_place(network, programs):
+    sample(network, cache="dual", on_step=lambda rows, state: None)
+    shape = (2, 3, 44, 2, 8)
+    for given, handed_out, compiled in programs:
+        assert given == handed_out == [shape, shape]
+        assert compiled.memory_analysis().alias_size_in_bytes == 2 * 4 * np.prod(shape)
 
 
 def test_a_shifted_output_has_no_cache():

@@ -72,7 +72,8 @@ def test_the_last_batch_of_a_request_reuses_the_step_of_the_others(count_compila
 
 
 @pytest.mark.slow
-def test_every_mesh_samples_the_same_and_compiles_one_step(count_compilations):
+@pytest.mark.parametrize("cache", ["none", "dual"])
+def test_every_mesh_samples_the_same_and_compiles_one_step(count_compilations, cache):
     """With a batch that the mesh axes do not divide."""
     model = make_model(
         Architecture(
@@ -92,6 +93,8 @@ def test_every_mesh_samples_the_same_and_compiles_one_step(count_compilations):
         "block_length": 16,
         "steps": 16,
         "cfg_scale": 0.5,
+        "cached_fn": model.cached_fn,
+        "cache": cache,
     }
 
     def sample_on(**sizes):
