@@ -101,7 +101,10 @@ def untrained(size: str) -> tuple:
 
 def trained(checkpoint: str) -> tuple:
     loaded = llada_jax.load(checkpoint, keep_float32=False)
-    ids = {"mask_id": loaded.tokenizer.mask_id, "pad_id": loaded.tokenizer.pad_id}
+    ids: dict[str, Any] = {
+        "mask_id": loaded.tokenizer.mask_id,
+        "pad_id": loaded.tokenizer.pad_id,
+    }
     ids["num_ids"] = loaded.tokenizer.vocab_size
     # Every text has the same length, so that the modes do the same work.
     ids["suppress"] = loaded.tokenizer.end_ids
