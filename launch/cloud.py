@@ -112,7 +112,7 @@ def parse_env(text: str) -> tuple[str, str]:
 
 
 def parse_flags(names: str) -> dict[str, str]:
-    """Reads "v6e" or "v6e+multislice", names of llada_jax.cluster.compiler_flags.FLAGS."""
+    """Reads "v6e" or "v6e+sdc-check", names of llada_jax.cluster.compiler_flags.FLAGS."""
     try:
         return flags_named(names)
     except UserError as error:

@@ -1,25 +1,14 @@
 """Named presets of compiler flags for TPUs and GPUs.
 
-They hold what published recipes set beyond the compilers' defaults: MaxText's for v5p, Trillium and
-Ironwood, and NVIDIA's JAX-Toolbox for GPUs. What v5p, v6e and hopper change in the compiled program
-is in docs/log.md, and `llada-jax plan --compile --flags` shows it without a chip; whether a preset
-makes a run faster has to be measured. A compiler ends the process at a flag that it does not
-know, so tests/cluster/test_compiler_flags.py gives all of them to the installed compilers.
+They hold what published recipes set beyond the compilers' defaults: MaxText's for v5p and Trillium,
+and NVIDIA's JAX-Toolbox for GPUs. A preset is kept where it changes the compiled program, which
+docs/log.md shows, and `llada-jax plan --compile --flags` without a chip; whether it makes a run
+faster has to be measured. A compiler ends the process at a flag that it does not know, so
+tests/cluster/test_compiler_flags.py gives all of them to the installed compilers.
 """
 
 from llada_jax.errors import look_up
 
-_OVERLAP_GATHER = (
-    "--xla_tpu_enable_async_collective_fusion=true "
-    "--xla_tpu_enable_async_collective_fusion_fuse_all_gather=true "
-    "--xla_tpu_enable_async_collective_fusion_multiple_steps=true "
-    "--xla_tpu_overlap_compute_collective_tc=true "
-    "--xla_enable_async_all_gather=true"
-)
-_OVERLAP_DATA = (
-    "--xla_tpu_enable_data_parallel_all_reduce_opt=true "
-    "--xla_tpu_data_parallel_opt_different_sized_ops=true"
-)
 # Gathers and scatters on the SparseCores, as native collectives next to the products, where the
 # compiler would otherwise stop the TensorCores for an all-reduce of the whole array.
 _SPARSE_CORES = (
@@ -47,20 +36,9 @@ _GPU = (
 # {name of a preset: environment variables}. The compilers read them when JAX starts its backend, so
 # a launcher sets them before `llada-jax` starts; a knob of the config would come too late.
 FLAGS = {
-    # This, tpu7x and multislice have not been compared with the program without them.
-    "v5e": {"LIBTPU_INIT_ARGS": _OVERLAP_GATHER},
     "v5p": {"LIBTPU_INIT_ARGS": _SPARSE_CORES},
     "v6e": {"LIBTPU_INIT_ARGS": f"{_SPARSE_CORES} --xla_tpu_scoped_vmem_limit_kib=98304"},
-    "tpu7x": {
-        "LIBTPU_INIT_ARGS": (
-            "--xla_tpu_scoped_vmem_limit_kib=61440 "
-            "--xla_tpu_bf16_emission_mode=NATIVE_EMISSION "
-            "--xla_tpu_enable_sparse_core_collective_offload_all_reduce=true "
-            "--xla_tpu_use_single_sparse_core_for_all_gather_offload=true"
-        )
-    },
-    # Between TPU slices; combine it with the chip's own preset.
-    "multislice": {"LIBTPU_INIT_ARGS": _OVERLAP_DATA},
+    "tpu7x": {"LIBTPU_INIT_ARGS": _SPARSE_CORES},
     # Finds silent data corruption: everything is computed five more times and compared, so use it
     # for a few steps only.
     "sdc-check": {
@@ -82,7 +60,7 @@ FLAGS = {
 
 
 def flags_named(names: str) -> dict[str, str]:
-    """Returns the environment variables of presets joined by "+", as in "v6e+multislice"; "" has
+    """Returns the environment variables of presets joined by "+", as in "v6e+sdc-check"; "" has
     none.
 
     Where several presets set compiler flags, the flags are appended; any other variable is that of

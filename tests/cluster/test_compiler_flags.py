@@ -13,8 +13,8 @@ from llada_jax.errors import UserError
 
 
 def test_presets_join_into_one_environment():
-    both = flags_named("v6e+multislice")["LIBTPU_INIT_ARGS"]
-    assert both == " ".join(FLAGS[name]["LIBTPU_INIT_ARGS"] for name in ("v6e", "multislice"))
+    both = flags_named("v6e+sdc-check")["LIBTPU_INIT_ARGS"]
+    assert both == " ".join(FLAGS[name]["LIBTPU_INIT_ARGS"] for name in ("v6e", "sdc-check"))
     assert flags_named("hopper")["CUDA_DEVICE_MAX_CONNECTIONS"] == "1"
     assert flags_named("") == {}
     with pytest.raises(
@@ -92,10 +92,10 @@ def test_every_launcher_applies_a_preset_by_name(launcher, flags):
             [sys.executable, str(script), *words], capture_output=True, text=True, check=False
         )
 
-    done = dry_run("v6e+multislice")
+    done = dry_run("v6e+sdc-check")
     assert done.returncode == 0, done.stderr
     printed = " ".join(done.stdout.replace("\\\n", " ").split())
-    for flag in flags_named("v6e+multislice")["LIBTPU_INIT_ARGS"].split():
+    for flag in flags_named("v6e+sdc-check")["LIBTPU_INIT_ARGS"].split():
         assert flag in printed
     wrong = dry_run("v6f")
     assert wrong.returncode == 2
