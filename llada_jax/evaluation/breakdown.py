@@ -151,12 +151,14 @@ def breakdown_of_split(
         batch_sharding=batch_sharding,
         attend_across_documents=attend_across_documents,
     )
-    return breakdown(
-        objective,
-        model.nll_fn,
-        params,
-        batches,
-        num_rows=batch_size,
-        seed=seed,
-        num_draws=num_draws,
-    )
+    # see llada_jax.evaluation.splits.bound_of_split
+    with jax.set_mesh(batch_sharding.mesh):  # type: ignore[arg-type]
+        return breakdown(
+            objective,
+            model.nll_fn,
+            params,
+            batches,
+            num_rows=batch_size,
+            seed=seed,
+            num_draws=num_draws,
+        )

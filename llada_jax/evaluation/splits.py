@@ -3,7 +3,8 @@
 from collections.abc import Callable, Iterator
 from typing import NamedTuple
 
-from jax.sharding import NamedSharding
+import jax
+from jax.sharding import Mesh, NamedSharding
 
 from llada_jax.cluster import sharding
 from llada_jax.data.loader import heldout_batches
@@ -27,6 +28,14 @@ class SplitBound(NamedTuple):
     means: dict[str, float]
     bits_per_byte: float
     bits_per_byte_standard_error: float
+
+
+def rows_at_a_time(batch_size: int, num_records: int, mesh: Mesh) -> int:
+    """Returns the rows of a batch: no more than a split of `num_records` needs, or a large batch
+    would be filled with rows that hold nothing, and rounded up to what the mesh splits evenly.
+    """
+    ways = sharding.axis_size(mesh, "act_batch")
+    return -(-min(batch_size, 1 << (num_records - 1).bit_length()) // ways) * ways
 
 
 def placed_batches(
@@ -105,18 +114,21 @@ def bound_of_split(
         attend_across_documents=attend_across_documents,
         on_batch=on_batch,
     )
-    bound = likelihood.bound(
-        objective,
-        model.nll_fn,
-        params,
-        batches,
-        frozen=frozen,
-        num_rows=batch_size,
-        seed=seed,
-        num_draws=num_draws,
-        scored=scored,
-        on_compiled=on_compiled,
-    )
+    # Without it the model states no sharding: XLA has every device compute all rows, and refuses
+    # the kernel of TPUs, which it cannot split. Batches are never on an abstract mesh.
+    with jax.set_mesh(batch_sharding.mesh):  # type: ignore[arg-type]
+        bound = likelihood.bound(
+            objective,
+            model.nll_fn,
+            params,
+            batches,
+            frozen=frozen,
+            num_rows=batch_size,
+            seed=seed,
+            num_draws=num_draws,
+            scored=scored,
+            on_compiled=on_compiled,
+        )
     return SplitBound(
         *bound,
         bits_per_byte(bound.nats_per_token, bytes_per_token=bytes_per_token),

@@ -33,7 +33,7 @@ from llada_jax.evaluation.reports import (
     report_tasks,
 )
 from llada_jax.evaluation.speed import first_tokens, sampling_speed
-from llada_jax.evaluation.splits import bound_of_split
+from llada_jax.evaluation.splits import bound_of_split, rows_at_a_time
 from llada_jax.evaluation.tasks import DIRECTIONS, answer, items_of, read_tasks
 from llada_jax.objectives.named import make_objective
 from llada_jax.paths import user_path
@@ -271,12 +271,10 @@ def evaluate(
     sharding.check_divisible(
         model.mesh, {"--mesh: the length of the rows": ("act_position", info.sequence_length)}
     )
-    ways = sharding.axis_size(model.mesh, "act_batch")
     settings: dict[str, Any] = dict(
         split=split,
         objective=objective,
-        # no larger than the split, or a large one would be filled with rows that hold nothing
-        batch_size=-(-min(batch_size, 1 << (of_split.num_records - 1).bit_length()) // ways) * ways,
+        batch_size=rows_at_a_time(batch_size, of_split.num_records, model.mesh),
         sequence_length=info.sequence_length,
         batch_sharding=sharding.batch_sharding(model.mesh),
         # as in training: a model that never saw a document end within a row is not asked to. Of

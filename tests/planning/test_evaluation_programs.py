@@ -1,0 +1,103 @@
+"""The programs of evaluation, traced without devices."""
+
+from types import SimpleNamespace
+
+import jax
+import pytest
+from support.exports import LLADA, write_checkpoint
+from support.hf_directories import random_params
+from support.jaxprs import equations
+
+import llada_jax
+from llada_jax.__main__ import main
+from llada_jax.cluster.sharding import make_mesh
+from llada_jax.evaluation import breakdown, conditional, likelihood
+from llada_jax.planning.evaluation_program import traced_answers, traced_bound
+from llada_jax.verbs.evaluate import evaluate
+
+
+@pytest.fixture(scope="module")
+def checkpoint(tmp_path_factory):
+    home = tmp_path_factory.mktemp("checkpoint")
+    return write_checkpoint(home / "run", LLADA, random_params(LLADA))
+
+
+@pytest.fixture(scope="module")
+def records(tmp_path_factory):
+    """Rows for which CPUs have an attention of their own, which is no reference."""
+    home = tmp_path_factory.mktemp("records")
+    text = home / "lines.txt"
+    text.write_text("".join(f"line {i * i} of the text\n" for i in range(400)))
+    words = ["--input", str(text), "--output", str(home / "data"), "--documents", "line"]
+    more = ["--sequence-length", "256", "--tokenizer", "bytes", "--heldout", "0.5"]
+    assert main(["prepare", *words, *more]) == 0
+    return home / "data"
+
+
+def small_mesh(**sizes: int):
+    num_devices = 1
+    for size in sizes.values():
+        num_devices *= size
+    return make_mesh(sizes, devices=jax.devices()[:num_devices])
+
+
+class Seen(Exception):
+    """Raised instead of compiling a program: the program, traced, and its static arguments."""
+
+
+def tracer(program):
+    def seen(*arguments, **static):
+        raise Seen(program.trace(*arguments, **static), static)
+
+    return seen
+
+
+MESHES = [{"fsdp": 1}, {"fsdp": 2, "tensor": 2}]
+
+
+@pytest.mark.parametrize("sizes", MESHES, ids=str)
+def test_the_traced_bound_is_the_program_that_evaluate_runs(
+    checkpoint, records, monkeypatch, sizes
+):
+    mesh = small_mesh(**sizes)
+    real = likelihood.batch_sums
+    monkeypatch.setattr(likelihood, "batch_sums", SimpleNamespace(lower=tracer(real)))
+    with pytest.raises(Seen) as found:
+        evaluate(checkpoint, records, batch_size=4, mesh=mesh)
+    expected, static = found.value.args
+    network = static["nll_fn"].__self__
+    names = {equation.primitive.name for equation in equations(expected.jaxpr.jaxpr)}
+    assert "shard_map" in names, "each device attends to its own rows and heads"
+    traced = traced_bound(
+        network,
+        network.abstract,
+        static["objective"],
+        num_rows=static["num_rows"],
+        sequence_length=256,
+        mesh=mesh,
+    )
+    assert str(traced.jaxpr) == str(expected.jaxpr)
+
+
+def test_the_breakdown_splits_attention_over_a_mesh_too(checkpoint, records, monkeypatch):
+    monkeypatch.setattr(breakdown, "_sums", tracer(breakdown._sums))
+    with pytest.raises(Seen) as found:
+        evaluate(
+            checkpoint, records, batch_size=4, mesh=small_mesh(fsdp=2, tensor=2), breakdown=True
+        )
+    names = {equation.primitive.name for equation in equations(found.value.args[0].jaxpr.jaxpr)}
+    assert "shard_map" in names
+
+
+@pytest.mark.parametrize("sizes", MESHES, ids=str)
+def test_the_traced_answers_are_the_program_that_scoring_runs(checkpoint, monkeypatch, sizes):
+    mesh = small_mesh(**sizes)
+    model = llada_jax.load(checkpoint, mesh=mesh)
+    monkeypatch.setattr(conditional, "nll_of_answers", tracer(conditional.nll_of_answers))
+    with pytest.raises(Seen) as found:
+        model.score([("a" * 16, "b" * 8)], batch_size=4)
+    expected, _ = found.value.args
+    traced = traced_answers(
+        model.model, model.model.abstract, num_rows=4, before=16, answer=8, mesh=mesh
+    )
+    assert str(traced.jaxpr) == str(expected.jaxpr)
