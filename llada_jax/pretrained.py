@@ -6,7 +6,7 @@ from jax.sharding import Mesh
 
 from llada_jax.arguments import checked
 from llada_jax.checkpoints.huggingface import find_weights, tokenizer_of
-from llada_jax.checkpoints.record import reads_ema
+from llada_jax.checkpoints.record import RunRecord, reads_ema
 from llada_jax.cluster import sharding
 from llada_jax.errors import UserError
 from llada_jax.loaded_model import Pretrained
@@ -65,22 +65,24 @@ def load(
     if mesh is None:
         mesh = sharding.one_device_mesh()
     check_mesh(record.architecture, mesh)
-    computed = compute_dtype(dtype, sharding.platform(mesh))
-    model = make_model(
-        record.architecture,
-        dtype=computed,
-        # A canvas has any length, and its padding is on the left: the kernels want multiples of
-        # 128, and cuDNN padding on the right.
-        attention=IN_PIECES,
-        mask=record.mask,
-    )
+    model = network_for_canvases(record, mesh, dtype=dtype)
     params = found.restore_params(
         step, abstract_parameters(model, mesh), ema=reads_ema(record, ema, checkpoint)
     )
     if not keep_float32:
-        params = in_compute_dtype(params, computed)
+        params = in_compute_dtype(params, compute_dtype(dtype, sharding.platform(mesh)))
     run = record.to_json()
     return Pretrained(words, run["config"], params, step, model, run, mesh)
+
+
+def network_for_canvases(record: RunRecord, mesh: Mesh, *, dtype: str) -> Model:
+    """Returns the network that samples, and scores answers.
+
+    A canvas has any length, and its padding is on the left: the kernels want multiples of 128, and
+    cuDNN padding on the right.
+    """
+    computed = compute_dtype(dtype, sharding.platform(mesh))
+    return make_model(record.architecture, dtype=computed, attention=IN_PIECES, mask=record.mask)
 
 
 def network_for_rows(

@@ -1,4 +1,6 @@
-"""The programs of evaluation, traced without devices."""
+"""The programs of evaluation: traced without devices, and compiled for LLaDA-8B on devices that are
+not there.
+"""
 
 from types import SimpleNamespace
 
@@ -7,6 +9,7 @@ import pytest
 from support.exports import LLADA, write_checkpoint
 from support.hf_directories import random_params
 from support.jaxprs import equations
+from support.plans import GIB, PARAMETERS, memory_in_a_process
 
 import llada_jax
 from llada_jax.__main__ import main
@@ -24,7 +27,7 @@ def checkpoint(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def records(tmp_path_factory):
-    """Rows for which CPUs have an attention of their own, which is no reference."""
+    """Rows for which CPUs have an attention of their own."""
     home = tmp_path_factory.mktemp("records")
     text = home / "lines.txt"
     text.write_text("".join(f"line {i * i} of the text\n" for i in range(400)))
@@ -101,3 +104,34 @@ def test_the_traced_answers_are_the_program_that_scoring_runs(checkpoint, monkey
         model.model, model.model.abstract, num_rows=4, before=16, answer=8, mesh=mesh
     )
     assert str(traced.jaxpr) == str(expected.jaxpr)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("topology", "kernel", "most"),
+    [
+        ("1xh100", "__cudnn$fmhaSoftmax", 32),
+        ("8xh100", "__cudnn$fmhaSoftmax", 5),
+        ("v5e-8", "splash_mha_fwd_segmented_no_residuals", 6.5),
+    ],
+)
+def test_llada_8b_scores_a_default_batch_of_records_on(tmp_path, topology, kernel, most):
+    """The figures of docs/evaluation.md come from the same command."""
+    words = ("--topology", topology, "--program", "records")
+    platform = "tpu" if topology.startswith("v") else "gpu"
+    found = memory_in_a_process(tmp_path, *words, platform=platform)
+    assert (found["batch_size"], found["width"]) == (64, 4096)
+    assert found["kernels"] == {kernel: 32}, "one call for each layer"
+    # two bytes for each parameter, besides a few norms and the batch
+    shards = 2 * PARAMETERS / found["devices"]
+    assert shards < found["argument_bytes"] < shards + GIB // 64
+    assert found["argument_bytes"] < found["peak_bytes"] < most * GIB < found["usable_bytes"]
+
+
+@pytest.mark.slow
+def test_llada_8b_scores_a_default_batch_of_long_answers_on_one_h100(tmp_path):
+    words = ("--topology", "1xh100", "--program", "answers")
+    found = memory_in_a_process(tmp_path, *words, platform="gpu")
+    assert (found["batch_size"], found["width"], found["gen_length"]) == (64, 4096, 512)
+    assert found["kernels"] == {}
+    assert found["argument_bytes"] < found["peak_bytes"] < 32 * GIB < found["usable_bytes"]

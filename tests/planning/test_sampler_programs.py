@@ -2,15 +2,9 @@
 LLaDA-8B compiled for a device that is not there.
 """
 
-import json
-import subprocess
-import sys
-
 import jax
 import pytest
-from support.paths import ROOT
-from support.plans import GIB, PARAMETERS
-from support.required import compiler_environment
+from support.plans import GIB, PARAMETERS, memory_in_a_process
 
 from llada_jax.cluster.sharding import one_device_mesh
 from llada_jax.models.model import make_model, parameter_shardings
@@ -87,21 +81,7 @@ def test_a_cache_takes_its_own_size_and_no_second_copy_of_the_parameters(cache):
 @pytest.mark.slow
 def test_llada_8b_samples_on_one_h100(tmp_path):
     """The figures of docs/sampling.md come from the same command."""
-    script, config = str(ROOT / "benchmarks/sampler_memory.py"), str(ROOT / "configs/llada_8b.py")
-    done = subprocess.run(
-        [sys.executable, script, "--config", config, "--topology", "1xh100"],
-        env={
-            **compiler_environment("gpu"),
-            "JAX_PLATFORMS": "cpu",
-            "JAX_OPTIMIZATION_LEVEL": "O0",
-        },
-        capture_output=True,
-        text=True,
-        check=False,
-        cwd=tmp_path,
-    )
-    assert done.returncode == 0, done.stderr
-    found = json.loads(done.stdout)
+    found = memory_in_a_process(tmp_path, "--topology", "1xh100", platform="gpu")
     # two bytes for each parameter, besides a few norms
     assert 2 * PARAMETERS < found["argument_bytes"] < 2 * PARAMETERS + GIB // 64
     # Logits of the whole canvas would not fit in this.

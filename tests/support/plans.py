@@ -1,5 +1,6 @@
 """Estimates of LLaDA-8B on machines that are not there, as `llada-jax plan` makes them."""
 
+import json
 import subprocess
 import sys
 
@@ -46,3 +47,27 @@ def compile_in_a_process(
         check=False,
         cwd=directory,
     )
+
+
+def memory_in_a_process(directory, *words: str, platform: str) -> dict:
+    """Returns what benchmarks/sampler_memory.py prints of LLaDA-8B, from a process that loads the
+    compiler and does not optimise.
+
+    Args:
+        platform: "tpu" or "gpu".
+    """
+    script = str(ROOT / "benchmarks/sampler_memory.py")
+    done = subprocess.run(
+        [sys.executable, script, "--config", LLADA_8B, *words],
+        env={
+            **compiler_environment(platform),
+            "JAX_PLATFORMS": "cpu",
+            "JAX_OPTIMIZATION_LEVEL": "O0",
+        },
+        capture_output=True,
+        text=True,
+        check=False,
+        cwd=directory,
+    )
+    assert done.returncode == 0, done.stderr
+    return json.loads(done.stdout)
