@@ -28,19 +28,22 @@ class Page:
             "--remote-debugging-port=0",
             "--window-size=1000,800",
         ]
-        command += [f"--user-data-dir={profile}", file.as_uri()]
+        command += [f"--user-data-dir={profile}", "about:blank"]
+        self._url = file.as_uri()
         self._process = subprocess.Popen(command, stderr=self._log, stdout=subprocess.DEVNULL)
         self._number = 0
-        self.messages: list[
-            dict
-        ] = []  # of the page: what it logs, and what it asks the network for
+        # Of the page: what it logs, and what it asks the network for.
+        self.messages: list[dict] = []
 
     def __enter__(self):
         try:
             self._loop.run_until_complete(self._connect())
             for domain in ("Runtime", "Log", "Network"):
                 self.send(f"{domain}.enable")
-            self.wait_for("document.readyState === 'complete'")
+            # The empty document before the file is "complete" too, so the address is asked for.
+            self.send("Page.navigate", url=self._url)
+            loaded = f"location.href === {json.dumps(self._url)}"
+            self.wait_for(f"{loaded} && document.readyState === 'complete'")
         except BaseException:
             self.__exit__()
             raise
@@ -69,7 +72,7 @@ class Page:
     async def _targets(self, address: str) -> list[str]:
         async with self._session.get(f"http://{address}/json/list") as reply:
             targets = await reply.json()
-        return [t["webSocketDebuggerUrl"] for t in targets if t["url"].startswith("file:")]
+        return [t["webSocketDebuggerUrl"] for t in targets if t["type"] == "page"]
 
     async def _until(self, ask, *, seconds: float = 60):
         deadline = time.monotonic() + seconds
