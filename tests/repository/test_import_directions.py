@@ -53,6 +53,7 @@ FLOORS = (
     ("loaded_model",),
     ("pretrained",),
     ("verbs",),
+    ("sample",),
     ("__main__",),
 )
 FLOOR_OF = {name: number for number, names in enumerate(FLOORS) for name in names}

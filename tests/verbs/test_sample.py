@@ -10,6 +10,7 @@ import pytest
 from support.recital import BYTES, SENTENCE, letters, recite
 from support.records import small_record
 
+import llada_jax.sample
 import llada_jax.verbs.sample
 from llada_jax import __main__
 from llada_jax.errors import UserError
@@ -363,3 +364,7 @@ def test_a_byte_order_mark_is_not_part_of_the_first_prompt(tmp_path):
     (tmp_path / "prompts.txt").write_bytes(b"\xef\xbb\xbfIt is\nIt was\n")
     prompts = llada_jax.verbs.sample.read_prompts(None, str(tmp_path / "prompts.txt"))
     assert prompts == ["It is", "It was"]
+
+
+def test_prompts_are_read_from_the_former_place_too():
+    assert llada_jax.sample.read_prompts is llada_jax.verbs.sample.read_prompts
