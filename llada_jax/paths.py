@@ -20,7 +20,8 @@ def user_path(text: str | os.PathLike[str]) -> str:
     """
     text = os.fspath(text)
     if not text.startswith("~"):
-        return text
+        # pathlib makes ~/run of ./~/run, and what is handed that may expand it.
+        return os.path.abspath(text) if os.path.normpath(text).startswith("~") else text
     path = os.path.expanduser(text)
     if path.startswith("~"):
         raise UserError(

@@ -3,8 +3,10 @@
 import os
 
 import pytest
+from etils import epath
 from support.errors import error_of
 
+from llada_jax.checkpoints.workdir import Checkpoints
 from llada_jax.paths import check_savable, split_step, user_path
 
 
@@ -12,9 +14,25 @@ def test_only_a_tilde_at_the_beginning_is_a_home_directory(monkeypatch, tmp_path
     monkeypatch.setenv("HOME", str(tmp_path))
     assert user_path("~/run") == f"{tmp_path}/run"
     assert user_path("~") == str(tmp_path)
-    for path in ("run", "", "a/~/b", "gs://bucket/~x", "./~", "-"):
+    for path in ("run", "", "a/~/b", "gs://bucket/~x", "./run", "-"):
         assert user_path(path) == path
     assert "does not know" in error_of(user_path, "~nobody-of-that-name/run")
+
+
+def test_a_directory_that_is_called_a_tilde_is_in_no_home_directory(monkeypatch, tmp_path):
+    """pathlib takes the ./ away that keeps them apart, and Orbax is handed such a path."""
+    home, here = tmp_path / "home", tmp_path / "here"
+    home.mkdir()
+    here.mkdir()
+    monkeypatch.setenv("HOME", str(home))
+    monkeypatch.chdir(here)
+    for path in ("./~/run", "./~", ".//~/run", "a/../~/run"):
+        meant = user_path(path)
+        assert os.path.expanduser(str(epath.Path(meant))) == os.path.normpath(here / path)
+    saved = Checkpoints(user_path("./~/run"))
+    saved.close()
+    assert (here / "~" / "run").exists()
+    assert list(home.iterdir()) == []
 
 
 @pytest.mark.parametrize(

@@ -58,9 +58,7 @@ class LocalCheckpoints:
         name = str(workdir).rstrip("/")
         # Of the whole path: runs of a sweep have workdirs with the same last name.
         digest = hashlib.sha256(name.encode()).hexdigest()[:12]
-        self.directory = (
-            Path(directory).expanduser().resolve() / f"{name.rpartition('/')[2]}-{digest}"
-        )
+        self.directory = Path(directory).resolve() / f"{name.rpartition('/')[2]}-{digest}"
         with self._writing():
             self.directory.mkdir(parents=True, exist_ok=True)
             # Of a killed attempt. No process saves before all of them have come past here, so this
@@ -189,7 +187,7 @@ class LocalCheckpoints:
         found = {}
         for step, name in self._parts():
             try:
-                index = json.loads((self.directory / name / "index.json").read_text())
+                index = files.decode_json((self.directory / name / "index.json").read_text())
                 found.setdefault((step, index["attempt"]), []).append(
                     {**index, "data": self.directory / name / "data"}
                 )

@@ -409,7 +409,7 @@ def read_run(workdir) -> RunRecord:
     """
     file = remote.path_of(workdir) / FILE
     try:
-        content = json.loads(file.read_text())
+        content = files.decode_json(file.read_text())
     except FileNotFoundError as error:
         raise UserError(
             f"{workdir} has no {FILE}; give the workdir of a run that `llada-jax train` began."

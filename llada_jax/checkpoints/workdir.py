@@ -69,7 +69,7 @@ def find_checkpoint(checkpoint: str | os.PathLike[str]) -> tuple["Checkpoints", 
     """
     workdir, step = parse_checkpoint(checkpoint)
     # Asked before Orbax is: it would create the folder.
-    if not (workdir.expanduser() / FOLDER).exists():
+    if not (workdir / FOLDER).exists():
         raise UserError(
             f"{workdir} holds no checkpoints; give the workdir of a run that `llada-jax train` has "
             "saved."
@@ -109,7 +109,7 @@ class Checkpoints:
             self.directory = remote.path_of(workdir) / FOLDER
             teach_orbax_s3()
         else:
-            self.directory = epath.Path(workdir).expanduser().resolve() / FOLDER
+            self.directory = epath.Path(workdir).resolve() / FOLDER
         is_writer = self._is_remote and owned and jax.process_index() == 0
         self._claim = remote.Claim(self.directory.parent) if is_writer else None
         context = ocp.Context()

@@ -77,7 +77,7 @@ def read_json(path: Path):
     with files.reading(path, remedy="check the disk and its permissions"):
         content = path.read_bytes()
     try:
-        return json.loads(content)
+        return files.decode_json(content)
     except ValueError as error:
         raise UserError(f"{path} is damaged ({error}); delete it and run prepare again.") from error
 

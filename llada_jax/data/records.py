@@ -321,7 +321,7 @@ def read_json_of(directory: epath.Path) -> dict:
     """
     path = directory / JSON_NAME
     try:
-        content = json.loads(path.read_text())
+        content = files.decode_json(path.read_text())
     except (FileNotFoundError, NotADirectoryError) as error:
         raise UserError(
             f"{directory} holds no {JSON_NAME}: give the --output directory of a finished "

@@ -52,7 +52,8 @@ class Ledger:
         self._say, self._is_refused = say, False
         if enabled and start_step and self._path.exists():
             try:
-                self._continue(_checked(json.loads(self._path.read_text())), start_step, began)
+                kept = _checked(files.decode_json(self._path.read_text()))
+                self._continue(kept, start_step, began)
             # a file of any content: what is missing or of another type raises one of these
             except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
                 say(

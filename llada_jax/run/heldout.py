@@ -115,7 +115,7 @@ class Unfinished:
         if self._is_first:
             # It only saves time: a file that is damaged or of something else costs a repetition.
             with contextlib.suppress(OSError, ValueError, TypeError, KeyError, AttributeError):
-                content = json.loads(self._path.read_text())
+                content = files.decode_json(self._path.read_text())
                 if content["step"] == step and content["settings"] == self._settings:
                     scored = {
                         group: [tuple(map(float, sums)) for sums in batches]

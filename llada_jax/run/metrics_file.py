@@ -66,17 +66,18 @@ class StepLines:
 
     Args:
         path: in the workdir. is_remote: in a bucket.
-        until: lines of later steps are dropped.
+        until: lines of later steps are dropped; -1: all of them, at a start from scratch.
         what: one line is called.
 
     Raises:
-        UserError: the file holds something else.
+        UserError: the file holds something else, and no run is resumed.
     """
 
     def __init__(self, path, *, is_remote: bool, until: int, what: str):
         # Object stores cannot append: there the whole text is kept and sent at each flush.
         self._path, self._is_remote = path, is_remote
         self._file: TextIO | None = None
+        self.damage = ""  # a sentence about lines that cannot be read and were left out
         kept = self._keep_until(until, what)
         self._text = "".join(line for line, _ in kept) if is_remote else ""
         # of each key, the last step whose line has it
@@ -86,25 +87,37 @@ class StepLines:
         """Drops the lines of later steps and a half-written last line; returns the others as they
         stand and as they are read.
 
-        Only the last line may be broken, by a kill. Any other is not of a run: the file may be
-        a file of notes, and must not be rewritten.
+        A kill breaks the last line alone. Where any other cannot be read and no run is resumed, the
+        file may be a file of notes, and must not be rewritten. A run that is resumed leaves out
+        such lines and keeps the whole file next to the new one.
         """
         if not self._path.exists():
             return []
         lines = self._path.read_bytes().decode("utf-8", errors="replace").splitlines(keepends=True)
-        kept = []
+        kept, damaged = [], []
         for number, line in enumerate(lines, start=1):
             try:
-                entry = json.loads(line)
+                entry = files.decode_json(line)
                 if int(entry["step"]) <= step and line.endswith("\n"):
                     kept.append((line, entry))
             except (ValueError, KeyError, TypeError, OverflowError) as error:
                 is_half_written = number == len(lines) and not line.endswith("\n")
-                if not is_half_written:
+                if is_half_written:
+                    continue
+                if step < 0:
                     raise UserError(
                         f"{self._path} line {number} is not a line of {what}, so the file was not "
                         "written by a training run; move it away, or choose another --workdir."
                     ) from error
+                damaged.append(number)
+        if damaged:
+            aside = self._path.parent / f"{self._path.name}.damaged"
+            files.write_whole(aside, self._path.read_bytes())
+            self.damage = (
+                f"{self._path}: {len(damaged)} of {len(lines)} lines cannot be read, the first of "
+                f"them line {damaged[0]}; the run continues without them, and {aside.name} keeps "
+                "the file as it was"
+            )
         if len(kept) < len(lines):
             files.write_whole(self._path, "".join(line for line, _ in kept))
         return kept
@@ -196,6 +209,15 @@ class MetricsWriter:
             f"The metrics in {self._workdir}",
             remedy="free some space or change the permissions, and start the same command again, "
             "which continues from the last checkpoint, or choose another --workdir",
+        )
+
+    @property
+    def damage(self) -> list[str]:
+        """Sentences about lines of an earlier attempt that cannot be read and were left out."""
+        return (
+            [found for lines in (self._metrics, self._samples) if (found := lines.damage)]
+            if self._enabled
+            else []
         )
 
     def gap_before(self, step: int, *, every_steps: int) -> str:
@@ -306,13 +328,13 @@ def _read(path, what: str, *, texts: Sequence[str] = ()) -> list[dict]:
     entries = []
     for number, line in enumerate(lines if lines != [""] else [], start=1):
         try:
-            entry = json.loads(line)
+            entry = files.decode_json(line)
             if type(entry["step"]) is not int:
                 raise ValueError(f"its step is {entry['step']!r}")
             for name in texts:
                 if not isinstance(entry[name], str):
                     raise ValueError(f"its {name} is {entry[name]!r}")
-        except (ValueError, KeyError, TypeError, RecursionError) as error:
+        except (ValueError, KeyError, TypeError) as error:
             raise UserError(
                 f"{path} line {number} is not a line of {what} ({reason(error)}); fix that line, "
                 "or move the file away."

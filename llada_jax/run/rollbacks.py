@@ -64,8 +64,8 @@ def read_rollbacks(workdir) -> Rollbacks:
     if not path.exists():
         return Rollbacks()
     try:
-        return as_rollbacks(json.loads(path.read_text()))
-    except (OSError, ValueError, KeyError, TypeError) as error:
+        return as_rollbacks(files.decode_json(path.read_text()))
+    except (OSError, ValueError, KeyError, TypeError, OverflowError) as error:
         raise UserError(
             f"{path} cannot be read ({reason(error)}); put back a copy of it, or move it away to "
             "leave out the batches that the record of the newest checkpoint names."

@@ -119,8 +119,10 @@ class OpenWorkdir(NamedTuple):
         """
         # of another workdir (checkpoint.restore) the lines are there, and not here
         gap = self.writer.gap_before(self.start_step, every_steps=log_every_steps)
-        return [gap] * bool(gap and self.is_continued) + [
-            f"start       {line}" for line in self.changed
+        return [
+            *self.writer.damage,
+            *([gap] if gap and self.is_continued else []),
+            *(f"start       {line}" for line in self.changed),
         ]
 
 

@@ -18,10 +18,12 @@ that file last which shows readers that the folder is complete.
 
 import contextlib
 import errno
+import json
 import os
 import shutil
 import uuid
 from collections.abc import Iterator
+from typing import Any
 
 from etils import epath
 
@@ -189,6 +191,14 @@ def undo_replacement(path) -> None:
 
 def _replaced(path: epath.Path) -> epath.Path:
     return path.with_name(f"{path.name}.replaced")
+
+
+def decode_json(text: str | bytes) -> Any:
+    """Returns json.loads(text); ValueError for whatever is wrong with it, too deep nesting too."""
+    try:
+        return json.loads(text)
+    except RecursionError as error:
+        raise ValueError("it has more brackets within brackets than Python can read") from error
 
 
 def sizes_in(folder) -> dict[str, int]:

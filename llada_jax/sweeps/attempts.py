@@ -18,6 +18,7 @@ from typing import NamedTuple
 
 from etils import epath
 
+from llada_jax.errors import reason
 from llada_jax.run.tensorboard import EventsFile
 from llada_jax.storage import remote
 from llada_jax.sweeps.results import EXIT_FILE, write_exit
@@ -146,7 +147,14 @@ def record_end(attempt: Attempt, *, pruned: bool = False) -> int:
     """
     code = attempt.process.returncode
     status = code if code >= 0 else 128 - code
-    write_exit(attempt.run.workdir, status=status, pruned=pruned)
+    try:
+        write_exit(attempt.run.workdir, status=status, pruned=pruned)
+    except OSError as error:
+        # Accounting stops nothing: a run that is not complete counts as interrupted.
+        say(
+            f"{attempt.run.workdir}/{EXIT_FILE} cannot be written ({reason(error)}), so the exit "
+            f"status {status} of this run is not recorded"
+        )
     if status == 0 and attempt.run.config.log.tensorboard:
         write_hparams(attempt.run)
     return status

@@ -10,7 +10,7 @@ from etils import epath
 
 from llada_jax.errors import UserError
 from llada_jax.run.metrics_file import is_over, read_lines
-from llada_jax.storage.files import write_whole
+from llada_jax.storage import files
 
 # How the last attempt ended. `sweep` writes it, because `train` cannot record that it was killed.
 EXIT_FILE = "exit.json"
@@ -103,7 +103,7 @@ def write_exit(workdir, *, status: int, pruned: bool = False) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     ended = {"exit_status": status, "pruned": pruned}
     # All processes of a run on several hosts write it.
-    write_whole(path, json.dumps(ended) + "\n", concurrent=True)
+    files.write_whole(path, json.dumps(ended) + "\n", concurrent=True)
 
 
 def _state(workdir, *, is_over: bool, has_begun: bool) -> str:
@@ -112,8 +112,8 @@ def _state(workdir, *, is_over: bool, has_begun: bool) -> str:
     ended = {"exit_status": 42, "pruned": False}
     if path.exists():
         # A file that is damaged says no more than one that is missing.
-        with contextlib.suppress(OSError, ValueError, KeyError, TypeError):
-            found = json.loads(path.read_text())
+        with contextlib.suppress(OSError, ValueError, KeyError, TypeError, OverflowError):
+            found = files.decode_json(path.read_text())
             ended = {"exit_status": int(found["exit_status"]), "pruned": bool(found["pruned"])}
     if is_over or ended["exit_status"] == 0:
         return "complete"

@@ -12,7 +12,7 @@ from ml_collections import ConfigDict
 from llada_jax.config import AUTO, load_config, neighbours_importable, parse_sources
 from llada_jax.data.records import read_dataset
 from llada_jax.errors import UserError, reason
-from llada_jax.storage.files import write_whole, writing
+from llada_jax.storage.files import decode_json, write_whole, writing
 from llada_jax.storage.locks import only_sweep_in
 from llada_jax.sweeps.grid import Knobs, added_by
 from llada_jax.sweeps.results import FINISHED, Result, read_result
@@ -240,7 +240,7 @@ def read_sweep_json(workdir: str) -> dict | None:
     try:
         if not path.exists():
             return None
-        recorded = json.loads(path.read_text())
+        recorded = decode_json(path.read_text())
         if not isinstance(recorded["base"], dict) or any(
             not isinstance(changes, dict) for changes in recorded["runs"]
         ):

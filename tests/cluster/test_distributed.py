@@ -378,6 +378,7 @@ def test_when_one_process_is_killed_the_other_may_be_started_again(runs, killed)
         "checkpoint.every_steps=1000000",
         "evaluation.every_steps=0",
         "log.tensorboard=False",
+        "distributed.heartbeat_timeout_s=10",
     )
     processes = [
         runs.start(workdir, *knobs, environment={**team, "JAX_PROCESS_ID": str(i)})

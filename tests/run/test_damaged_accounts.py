@@ -15,7 +15,8 @@ from llada_jax.run.rollbacks import Rollbacks, read_rollbacks, write_rollbacks
 from llada_jax.sweeps.results import read_result
 from llada_jax.sweeps.runs import read_sweep_json
 
-WRONG = ["", "{", "[]", "null", "3", '"text"', "{}", '{"count": 1}', "\x00" * 40]
+TOO_DEEP = "[" * 100_000 + "]" * 100_000
+WRONG = ["", "{", "[]", "null", "3", '"text"', "{}", '{"count": 1}', "\x00" * 40, TOO_DEEP]
 
 
 @pytest.mark.parametrize(
@@ -57,7 +58,13 @@ def test_a_disk_that_refuses_the_account_is_said_once_and_stops_nothing(tmp_path
 
 
 @pytest.mark.parametrize(
-    "content", [*WRONG, '{"count": 1, "skipped": [[3]]}', '{"count": 1, "skipped": [[5, 3]]}']
+    "content",
+    [
+        *WRONG,
+        '{"count": 1, "skipped": [[3]]}',
+        '{"count": 1, "skipped": [[5, 3]]}',
+        '{"count": 1e999, "skipped": []}',
+    ],
 )
 def test_a_damaged_list_of_rollbacks_is_refused_with_its_name(content, tmp_path):
     (tmp_path / "rollbacks.json").write_text(content)
@@ -69,11 +76,29 @@ def test_rollbacks_read_back_as_written(tmp_path):
     assert read_rollbacks(tmp_path) == Rollbacks(2, ((5, 8), (11, 11)))
 
 
-@pytest.mark.parametrize("line", ["", "{", "[]", "3", "{}", '{"step": "4"}', '{"step": null}'])
+@pytest.mark.parametrize(
+    "line", ["", "{", "[]", "3", "{}", '{"step": "4"}', '{"step": null}', TOO_DEEP]
+)
 def test_a_damaged_line_of_metrics_is_refused_with_its_number(line, tmp_path):
     lines = ['{"step": 1}', line, '{"step": 3}', ""]
     (tmp_path / "metrics.jsonl").write_text("\n".join(lines))
     assert "metrics.jsonl line 2 is not a line of metrics" in error_of(read_lines, tmp_path)
+
+
+@pytest.mark.parametrize("line", ["", "{", "[]", "{}", '{"step": Infinity}', TOO_DEEP, "\udcff"])
+def test_a_run_continues_without_the_damaged_lines_of_its_log(line, tmp_path):
+    damaged = f'{{"step": 1}}\n{line}\n{{"step": 3}}\n'.encode("utf-8", "surrogateescape")
+    (tmp_path / "metrics.jsonl").write_bytes(damaged)
+    writer = MetricsWriter(tmp_path, resume_step=3, tensorboard=False)
+    writer.write(4, {"train": {"loss": 1.0}})
+    writer.close()
+    assert [entry["step"] for entry in read_lines(tmp_path)] == [1, 3, 4]
+    (said,) = writer.damage
+    assert "metrics.jsonl: 1 of 3 lines cannot be read, the first of them line 2" in said
+    assert (tmp_path / "metrics.jsonl.damaged").read_bytes() == damaged
+    again = MetricsWriter(tmp_path, resume_step=4, tensorboard=False)
+    again.close()
+    assert again.damage == []
 
 
 def test_a_file_of_metrics_without_any_line_has_none(tmp_path):

@@ -7,7 +7,7 @@ import pytest
 from support.runs import metric_lines
 from support.sweeps import RATES, states, stopped_under_way
 
-from llada_jax.sweeps import devices
+from llada_jax.sweeps import devices, results
 from llada_jax.sweeps.attempts import Attempts
 
 
@@ -119,3 +119,17 @@ def test_index_runs_one_run_and_passes_its_exit_status_on(
     assert states(call_sweep) == ["complete", "failed", "diverged"]
     call_sweep("--index", "0")  # complete: the second start has nothing left to do
     assert len(metric_lines(tmp_path / "runs" / "000")) == 13  # 10 train, 1 heldout, 2 final
+
+
+def test_a_disk_that_refuses_the_exit_status_is_said_and_stops_nothing(
+    write_config, call_sweep, fake_train, monkeypatch
+):
+    def full(*args, **kwargs):
+        raise OSError(28, "No space left on device")
+
+    write_config(RATES)
+    with monkeypatch.context() as patch:
+        patch.setattr(results.files, "write_whole", full)
+        _, err = call_sweep("--run", "local")
+    assert err.count("exit.json cannot be written (No space left on device)") == 3
+    assert states(call_sweep) == ["complete"] * 3
