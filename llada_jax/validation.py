@@ -10,6 +10,8 @@ objectives of the package read. What runs asks the Objective record instead.
 
 import math
 import re
+from collections.abc import Callable
+from typing import Any
 
 from ml_collections import ConfigDict
 
@@ -100,6 +102,24 @@ READ_BY = {
 }
 
 
+# Knobs that do nothing while another one has a certain value: (that one, whether it lets them act,
+# what to do about it). Those that only watch a run (samples, profiles) are not here: they are set
+# once and switched on and off.
+_ADAPTERS = ("lora.rank", bool, "set rank for adapters")
+SWITCHED_BY: dict[str, tuple[str, Callable[[Any], bool], str]] = {
+    "lora.alpha": _ADAPTERS,
+    "lora.targets": _ADAPTERS,
+    "lora.frozen_dtype": _ADAPTERS,
+    "checkpoint.init_from_weights": ("checkpoint.init_from", bool, "name a run in init_from"),
+    "data.padding_cycle": ("data.eos_padding", bool, "set eos_padding, which fills rows up"),
+    "objective.bell_width": (
+        "objective.t_sampling",
+        lambda name: name == "bell",
+        "set t_sampling to bell",
+    ),
+}
+
+
 def validate(config: ConfigDict, defaults: ConfigDict) -> None:
     """Raises UserError for a value that a knob cannot have, and for knobs that contradict each
     other.
@@ -114,6 +134,7 @@ def validate(config: ConfigDict, defaults: ConfigDict) -> None:
     check_ranges(values)
     check_sizes(values)
     check_read(config, defaults)
+    check_switches(config, defaults)
     check_tables(config)
     check_contradictions(config, defaults)
 
@@ -142,6 +163,19 @@ def check_read(config: ConfigDict, defaults: ConfigDict) -> None:
                 f"{group}.name={name!r} reads {', '.join(read) or 'none of the knobs next to it'}; "
                 f"set {key} back to {defaults[group][key]!r}, or choose a {group} that "
                 "reads it."
+            )
+
+
+def check_switches(config: ConfigDict, defaults: ConfigDict) -> None:
+    """Raises UserError for a changed knob that another one switches off: a sweep over it would
+    train the same run again and again.
+    """
+    for path, (switch, is_on, remedy) in SWITCHED_BY.items():
+        value, default = (_plain(knob(of, path)) for of in (config, defaults))
+        if value != default and not is_on(knob(config, switch)):
+            raise UserError(
+                f"config.{path}={value!r} changes nothing, because config.{switch}="
+                f"{knob(config, switch)!r}; {remedy}, or set {path} back to {default!r}."
             )
 
 
@@ -185,12 +219,6 @@ def check_contradictions(config: ConfigDict, defaults: ConfigDict) -> None:
             "config.objective.t_sampling='mirrored' is for masked_diffusion and sft, and "
             "config.objective.name='vrpo' draws the times of an answer; choose stratified or iid."
         )
-    is_bell_changed = objective.bell_width != defaults.objective.bell_width
-    if is_bell_changed and objective.t_sampling != "bell":
-        raise UserError(
-            f"config.objective.bell_width={objective.bell_width} changes nothing, because "
-            f"config.objective.t_sampling={objective.t_sampling!r}; set that to bell."
-        )
     if (
         objective.complementary
         and objective.name == "masked_diffusion"
@@ -220,11 +248,6 @@ def check_contradictions(config: ConfigDict, defaults: ConfigDict) -> None:
         raise UserError(
             f"config.data.split_probability={data.split_probability} would part answers from their "
             "prompts; it is for text, and for config.objective.masked='documents'."
-        )
-    if data.padding_cycle and not data.eos_padding:
-        raise UserError(
-            f"config.data.padding_cycle={data.padding_cycle} changes nothing, because "
-            "config.data.eos_padding=0 fills no row up; set eos_padding, or leave the cycle empty."
         )
     buckets = [1, *data.length_buckets, data.sequence_length]
     if not all(type(length) is int for length in buckets) or not all(

@@ -39,6 +39,9 @@ READERS = {
     "objective.beta": {"objective.name": "vrpo"},
     "objective.num_times": {"objective.name": "vrpo"},
     "objective.masks_per_time": {"objective.name": "vrpo"},
+    "lora.alpha": {"lora.rank": 8},
+    "lora.frozen_dtype": {"lora.rank": 8},
+    "checkpoint.init_from_weights": {"checkpoint.init_from": "runs/base"},
 }
 
 
@@ -286,12 +289,16 @@ def test_the_knob_to_lower_is_the_one_that_the_schedule_reads():
         ),
         ({"objective.name": "sft", "data.split_probability": 0.3}, "part answers from"),
         ({"objective.name": "vrpo", "data.split_probability": 0.3}, "part answers from"),
-        ({"data.padding_cycle": (5, 6)}, "fills no row up"),
+        ({"data.padding_cycle": (5, 6)}, "changes nothing, because config.data.eos_padding=0"),
         ({"data.length_buckets": (64, 32)}, "ascending"),
         ({"data.length_buckets": (4096,)}, "below config.data.sequence_length"),
         ({"data.length_buckets": (1.5,)}, "ascending whole numbers"),
         ({"data.padding_cycle": ("a",), "data.eos_padding": 2}, "must be ids"),
         ({"objective.beta": 0.2}, "changes nothing"),
+        ({"lora.alpha": 64.0}, "changes nothing, because config.lora.rank=0; set rank"),
+        ({"lora.targets": "blocks/"}, "changes nothing, because config.lora.rank=0"),
+        ({"lora.frozen_dtype": "int8"}, "changes nothing, because config.lora.rank=0"),
+        ({"checkpoint.init_from_weights": "raw"}, "because config.checkpoint.init_from=''"),
         ({"objective.name": "sft", "objective.num_times": 2}, "changes nothing"),
         ({"objective.name": "vrpo", "objective.mean_over": "tokens"}, "changes nothing"),
     ],
@@ -308,6 +315,8 @@ def test_knobs_of_fine_tuning_that_do_not_fit_together_are_refused(changes, says
         {"objective.complementary": True, "objective.max_mask_ratio": 0.9},
         {"objective.masked": "documents", "data.split_probability": 0.3},
         {"data.padding_cycle": (5, 6), "data.eos_padding": 2},
+        {"lora.alpha": 64.0, "lora.targets": "blocks/", "lora.rank": 8},
+        {"checkpoint.init_from_weights": "raw", "checkpoint.init_from": "runs/base"},
     ],
 )
 def test_knobs_of_fine_tuning_that_fit_together_are_accepted(changes):
