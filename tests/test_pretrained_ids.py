@@ -1,11 +1,15 @@
 """Token ids that a loaded model is given: those without a row in the embedding are refused."""
 
+import numpy as np
 import pytest
 from support.exports import LLADA, write_checkpoint
 from support.hf_directories import random_params
 
 import llada_jax
+from llada_jax.config import default_config
 from llada_jax.errors import UserError
+from llada_jax.evaluation import tasks
+from llada_jax.evaluation.answer_rows import Question
 
 
 @pytest.fixture(scope="module")
@@ -31,3 +35,34 @@ def test_ids_without_a_row_in_the_embedding_are_refused(wrong, model):
 
 def test_the_first_and_the_last_row_are_ids(model):
     assert model.logits([[0, LLADA.vocab_size - 1]]).shape == (1, 2, LLADA.vocab_size)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("objective", ["masked_diffusion", "autoregressive"])
+def test_rows_without_an_id_are_never_written_although_they_are_the_likeliest(
+    objective, tmp_path, monkeypatch
+):
+    """The embedding has 320 rows and the tokenizer 260 ids."""
+    params = random_params(LLADA)
+    for row, sign in ((300, 1), (301, -1)):  # one of them is far above every id, whatever the state
+        params["lm_head"][:, row] = sign * 100 * params["lm_head"][:, 7]
+    config = default_config()
+    config.objective.name = objective
+    run = write_checkpoint(tmp_path / "run", LLADA, params, config=config.to_dict())
+    model = llada_jax.load(run)
+    num_ids = model.tokenizer.vocab_size
+    assert np.all(np.argmax(model.logits([[1, 2, 3]]), axis=-1) >= num_ids)
+    (completion,) = model.complete(["a"], gen_length=4)
+    assert len(completion.tokens) == 4 or completion.tokens[-1:] == [model.tokenizer.eos_id]
+    assert max(completion.tokens) < num_ids
+    if objective == "masked_diffusion":
+        assert np.max(model.generate_tokens([[1, 2]], gen_length=4)) < num_ids
+        question = Question((97,), (98, 99))
+        (tokens,) = tasks.written(model.model, model.params, [question], tokenizer=model.tokenizer)
+        assert max(tokens) < num_ids
+    said = []
+    monkeypatch.setattr(tasks, "decode_after", lambda _, before, tokens: said.extend(tokens))
+    settings = {"tokenizer": model.tokenizer, "mask": model.record.mask, "gen_length": 3}
+    tasks.written_to_the_end(model.model, model.params, [Question((97,), (98,))], **settings)
+    assert said
+    assert max(said) < num_ids
