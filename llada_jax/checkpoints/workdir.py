@@ -226,8 +226,11 @@ class Checkpoints:
         """Returns the state of a step with the shapes, dtypes and shardings of `abstract`.
 
         Raises:
-            UserError: the step cannot be read.
+            UserError: the step cannot be read, or holds other parameters than `abstract`.
         """
+        network = abstract.frozen if self.record(step).lora.rank else abstract.params
+        leaves = jax.tree_util.tree_leaves_with_path(network)
+        self.check_parameters(step, {path_text(path) for path, _ in leaves}, ema=False)
         loaded = self._load(step, items_of(abstract))
         optional = {name: loaded.get(name, {}) for name in ("ema", "frozen")}
         state = TrainState(params=loaded["params"], **optional, **loaded["train"])

@@ -7,6 +7,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
+from llada_jax.data.round_trip import num_encoded_bytes
 from llada_jax.errors import UserError
 from llada_jax.evaluation.answer_rows import Question
 from llada_jax.evaluation.conditional import log_likelihoods
@@ -96,7 +97,8 @@ def bounds_of_texts(
         mine = [next(scores) for _ in asked]
         nats = -sum(score.log_likelihood for score in mine) / len(tokens)
         error = math.sqrt(sum(score.standard_error**2 for score in mine)) / len(tokens)
-        num_bytes = len(text.encode())
+        # What a tokenizer loses is not scored, and would make the bound per byte too small.
+        num_bytes = num_encoded_bytes(text, tokenizer.decode(tokens))
         rate = num_bytes / len(tokens)
         bounds.append(
             TextBound(

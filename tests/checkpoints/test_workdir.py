@@ -13,7 +13,7 @@ from support.errors import error_of
 from support.exports import LLADA, write_checkpoint
 from support.hf_directories import random_params
 from support.records import small_record
-from support.states import abstract_of, assert_same
+from support.states import abstract_of, assert_same, mesh_of, state_at
 
 from llada_jax.checkpoints.workdir import Checkpoints, find_checkpoint
 from llada_jax.cluster.sharding import make_mesh, one_device_mesh
@@ -198,3 +198,20 @@ def test_a_restored_state_is_never_held_twice(tmp_path, monkeypatch):
     total, largest = 8 * 2**20, 2**20
     assert total < max(seen) < total + 2 * largest
     jax.tree.map(np.testing.assert_array_equal, jax.device_get(restored.params), expected)
+
+
+def test_a_state_with_other_parameters_than_the_network_has_is_refused_by_their_names(tmp_path):
+    """Orbax refuses it too, but as trees that do not match, and the folder would look damaged."""
+    state = state_at(3, mesh_of(fsdp=2, tensor=2))
+    saved = Checkpoints(tmp_path)
+    saved.save(state, small_record())
+    saved.close()
+    found, step = find_checkpoint(str(tmp_path))
+    for change, says in (
+        (lambda params: params.pop("half"), "holds half, which the network .* does not have"),
+        (lambda params: params.update(gate=params["rows"]), "lacks gate, which the network .* has"),
+    ):
+        params = dict(state.params)
+        change(params)
+        with pytest.raises(UserError, match=says):
+            found.restore(step, abstract_of(state._replace(params=params)))

@@ -1,11 +1,12 @@
 """Presets of compiler flags: the installed compilers know them, and launchers apply them."""
 
 import os
+import re
 import subprocess
 import sys
 
 import pytest
-from support.paths import LAUNCH
+from support.paths import LAUNCH, ROOT
 from support.required import compiler_environment
 
 from llada_jax.cluster.compiler_flags import FLAGS, flags_named
@@ -39,7 +40,10 @@ def run_python(code: str, **environment: str) -> subprocess.CompletedProcess:
 @pytest.mark.slow
 def test_gpu_flags_are_known_to_the_installed_compiler():
     start = "import jax; jax.devices()"
-    done = run_python(start, XLA_FLAGS=all_flags("XLA_FLAGS"))
+    # and those with which docs/operations.md makes GPUs deterministic
+    written = re.findall(r'XLA_FLAGS="(.+?)"', (ROOT / "docs/operations.md").read_text())
+    assert "--xla_gpu_deterministic_ops=true" in written[0]
+    done = run_python(start, XLA_FLAGS=" ".join([all_flags("XLA_FLAGS"), *written]))
     assert done.returncode == 0, done.stderr
     misspelt = run_python(start, XLA_FLAGS="--xla_gpu_enable_latency_hiding_schedulers=true")
     assert misspelt.returncode != 0, "an unknown flag is no longer refused: this test shows nothing"

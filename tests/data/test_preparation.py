@@ -17,9 +17,10 @@ from hypothesis import strategies as st
 from support.corpora import T, documents_of, refusal, stream, write_corpus
 from support.paths import ROOT
 
+from llada_jax.data import preparation
 from llada_jax.data.build import UNIT_BYTES, Job, units_of
 from llada_jax.data.inputs import Input
-from llada_jax.data.preparation import _saying_that_it_goes_on, prepare, sample_texts
+from llada_jax.data.preparation import prepare, sample_texts
 from llada_jax.data.records import Records, read_dataset
 from llada_jax.data.text import Cut
 from llada_jax.data.tokenizer import load_tokenizer
@@ -220,14 +221,22 @@ def test_files_with_small_shares_give_whole_documents_from_beginning_to_end(tmp_
     assert numbers == list(range(0, 100, 10))
 
 
-def test_training_a_tokenizer_says_that_it_goes_on(monkeypatch, capsys):
-    monkeypatch.setattr("llada_jax.data.preparation.TRAINING_SECONDS", 0.01)
-    error, deadline = "", time.monotonic() + 60
-    with _saying_that_it_goes_on("training spm-bpe:320"):
-        while " so far\n" not in error and time.monotonic() < deadline:
+def test_prepare_says_that_training_its_tokenizer_goes_on(monkeypatch, tmp_path, capsys):
+    monkeypatch.setattr(preparation, "TRAINING_SECONDS", 0.01)
+    train, seen = preparation.train_sentencepiece, []
+
+    def slowly(texts, **settings):
+        deadline = time.monotonic() + 60
+        while not seen or " so far\n" not in seen[-1]:
+            assert time.monotonic() < deadline
             time.sleep(0.01)
-            error += capsys.readouterr().err
-    assert error.startswith("prepare: training spm-bpe:320, ")
+            seen.append(capsys.readouterr().err)
+        return train(texts, **settings)
+
+    monkeypatch.setattr(preparation, "train_sentencepiece", slowly)
+    (tmp_path / "a.txt").write_text("it is a truth universally acknowledged\n" * 200)
+    prepare([str(tmp_path / "a.txt")], tmp_path / "out", sequence_length=T, tokenizer="spm-bpe:290")
+    assert "prepare: training spm-bpe:290, " in "".join(seen)
     assert not [t for t in threading.enumerate() if "say" in t.name]
 
 

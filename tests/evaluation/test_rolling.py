@@ -59,6 +59,27 @@ def test_a_text_that_fits_the_window_has_the_bound_of_one_answer():
     assert bound.bits_per_byte == pytest.approx(bound.nats_per_token / math.log(2))
 
 
+class DropsLineEnds:
+    """The tokenizer of bytes, but that it loses line ends, as some of SentencePiece do."""
+
+    def __getattr__(self, name):
+        return getattr(BYTES, name)
+
+    def encode(self, text):
+        return BYTES.encode(text.replace("\n", ""))
+
+
+@pytest.mark.slow
+def test_bytes_that_the_tokenizer_loses_do_not_lower_the_bound_per_byte():
+    model = make_model(A)
+    params = perturbed(model)
+    settings = {"length": 16, "mask": BIDIRECTIONAL, "num_samples": 4}
+    (lossy,) = bounds_of_texts(model, params, ["a\n\nb\nc"], tokenizer=DropsLineEnds(), **settings)
+    (whole,) = bounds_of_texts(model, params, ["abc"], tokenizer=BYTES, **settings)
+    assert lossy == whole
+    assert whole.num_bytes == 3
+
+
 @pytest.mark.slow
 def test_the_windows_of_an_autoregressive_model_that_sees_everything_give_the_whole_text():
     """With context for all of the text before it, windows of any cut add up to the chain rule."""

@@ -8,10 +8,20 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from support.attention import (
+    BLOCKS,
+    ODD_BLOCKS,
+    SEGMENTS,
+    T,
+    allowed,
+    check,
+    inputs,
+    reference,
+)
 
 from llada_jax.cluster.sharding import AXES, make_mesh
 from llada_jax.errors import UserError
-from llada_jax.masks import BIDIRECTIONAL, CAUSAL, Mask, may_attend
+from llada_jax.masks import BIDIRECTIONAL, CAUSAL, Mask
 from llada_jax.models import attention
 from llada_jax.models.attention import (
     IMPLEMENTATIONS,
@@ -24,86 +34,6 @@ from llada_jax.models.attention import (
     xla_attention,
 )
 from llada_jax.models.by_head import attention_by_head
-
-B, T, H = 2, 256, 64
-BLOCKS = Mask(block_length=32)
-ODD_BLOCKS = Mask(block_length=48)  # does not divide the tiles of a kernel
-
-# Ids of the segments of two rows: one document each, two documents, padding on either side.
-SEGMENTS = {
-    "whole": None,
-    "packed": np.array([[1] * 100 + [2] * 156, [1] * 30 + [2] * 30 + [3] * 196]),
-    "padded": np.array([[1] * 256, [1] * 200 + [0] * 56]),
-    "left-padded": np.array([[0] * 100 + [1] * 156, [1] * 256]),
-    "packed and padded": np.array([[1] * 100 + [2] * 156, [1] * 70 + [2] * 130 + [0] * 56]),
-}
-
-
-def inputs(num_heads, num_kv_heads, *, rows=B, length=T, head_dim=H, seed=0):
-    rng = np.random.default_rng(seed)
-    q = rng.normal(size=(rows, length, num_heads, head_dim)).astype(np.float32)
-    k, v = (
-        rng.normal(size=(rows, length, num_kv_heads, head_dim)).astype(np.float32) for _ in "kv"
-    )
-    return q, k, v
-
-
-def allowed(mask, segments, length=T):
-    """Returns what may be attended to, bool [rows or 1, length, length]."""
-    segments = np.ones((1, length), int) if segments is None else np.asarray(segments)
-    index = np.arange(length)
-    return np.asarray(
-        may_attend(
-            mask,
-            query_segment=segments[:, :, None],
-            key_segment=segments[:, None, :],
-            query_index=index[:, None],
-            key_index=index[None, :],
-        )
-    )
-
-
-def reference(q, k, v, segments, mask, out_grad):
-    """Returns attention in float64 and plain numpy, and the gradients of sum(out * out_grad)."""
-    q, k, v, out_grad = (np.asarray(x, np.float64) for x in (q, k, v, out_grad))
-    num_groups, scale = q.shape[2] // k.shape[2], q.shape[-1] ** -0.5
-    k, v = (np.repeat(x, num_groups, axis=2) for x in (k, v))
-    scores = np.einsum("btnh,bsnh->bnts", q, k) * scale
-    scores = np.where(allowed(mask, segments, q.shape[1])[:, None], scores, -np.inf)
-    weights = np.exp(scores - scores.max(-1, keepdims=True))
-    weights /= weights.sum(-1, keepdims=True)
-    out = np.einsum("bnts,bsnh->btnh", weights, v)
-    # by hand: the derivative of a softmax is weights * (gradient - its mean under the weights)
-    weights_grad = np.einsum("btnh,bsnh->bnts", out_grad, v)
-    mean = (weights * weights_grad).sum(-1, keepdims=True)
-    scores_grad = weights * (weights_grad - mean) * scale
-    k_grad = np.einsum("bnts,btnh->bsnh", scores_grad, q)
-    v_grad = np.einsum("bnts,btnh->bsnh", weights, out_grad)
-    grouped = (*k.shape[:2], -1, num_groups, k.shape[3])
-    return out, (
-        np.einsum("bnts,bsnh->btnh", scores_grad, k),
-        k_grad.reshape(grouped).sum(3),
-        v_grad.reshape(grouped).sum(3),
-    )
-
-
-def check(kernel, arrays, segments, mask):
-    """Compares outputs and gradients where they are read: not at padding."""
-    q, k, v = arrays
-    is_read = np.ones(q.shape[:2], bool) if segments is None else segments > 0
-    out_grad = np.random.default_rng(1).normal(size=q.shape).astype(np.float32)
-    out_grad = out_grad * is_read[:, :, None, None]
-    ids = None if segments is None else jnp.asarray(segments, jnp.int32)
-
-    def loss(q, k, v):
-        out = kernel(q, k, v, ids, mask=mask)
-        return jnp.sum(out * out_grad), out
-
-    (_, out), grads = jax.jit(jax.value_and_grad(loss, argnums=(0, 1, 2), has_aux=True))(q, k, v)
-    expected, expected_grads = reference(q, k, v, segments, mask, out_grad)
-    np.testing.assert_allclose(np.asarray(out)[is_read], expected[is_read], atol=2e-5)
-    for name, grad, expected_grad in zip("qkv", grads, expected_grads):
-        np.testing.assert_allclose(grad, expected_grad, atol=2e-4, err_msg=name)
 
 
 @pytest.mark.parametrize("mask", [BIDIRECTIONAL, CAUSAL, BLOCKS, ODD_BLOCKS])
@@ -235,82 +165,6 @@ def test_splash_refuses_a_length_that_its_tiles_do_not_divide():
 def test_kernels_refuse_masks_that_they_cannot_express(kernel):
     with pytest.raises(UserError, match="cannot express blocks, .* block_length=32; set config"):
         kernel(*inputs(2, 2), None, mask=BLOCKS)
-
-
-@pytest.mark.parametrize("mask", [BIDIRECTIONAL, CAUSAL])
-@pytest.mark.parametrize("segments", ["whole", "padded"])
-def test_cudnn_attention_is_handed_lengths_and_never_a_mask(monkeypatch, segments, mask):
-    """cuDNN needs a GPU; what jax.nn is asked to let it compute is computed here by XLA."""
-    seen = {}
-    real = jax.nn.dot_product_attention
-
-    def stand_in(q, k, v, *, implementation, **kwargs):
-        seen.update(kwargs, implementation=implementation)
-        return real(q, k, v, implementation="xla", **kwargs)
-
-    monkeypatch.setattr(jax.nn, "dot_product_attention", stand_in)
-    check(cudnn_attention, inputs(4, 2), SEGMENTS[segments], mask)
-    assert seen["implementation"] == "cudnn"
-    assert not {"mask", "bias"} & set(seen)
-    if segments == "padded":
-        np.testing.assert_array_equal(seen["query_seq_lengths"].shape, [B])
-    else:
-        assert seen["query_seq_lengths"] is None
-
-
-def leaves_padding_unwritten(real):
-    """Returns a kernel like cuDNN's in memory full of NaN: what lies beyond the lengths is NaN, in
-    its output and in its gradients.
-    """
-
-    def beyond_is_nan(x, lengths):
-        beyond = jnp.arange(x.shape[1]) >= lengths[:, None]
-        return jnp.where(beyond[:, :, None, None], jnp.nan, x)
-
-    @jax.custom_vjp
-    def kernel(q, k, v, lengths):
-        given = {"query_seq_lengths": lengths, "key_value_seq_lengths": lengths}
-        return beyond_is_nan(real(q, k, v, implementation="xla", **given), lengths)
-
-    def forward(q, k, v, lengths):
-        return kernel(q, k, v, lengths), (q, k, v, lengths)
-
-    def backward(saved, out_grad):
-        q, k, v, lengths = saved
-        given = {"query_seq_lengths": lengths, "key_value_seq_lengths": lengths}
-        _, pull = jax.vjp(lambda *x: real(*x, implementation="xla", **given), q, k, v)
-        return (*(beyond_is_nan(grad, lengths) for grad in pull(out_grad)), None)
-
-    kernel.defvjp(forward, backward)
-    return lambda q, k, v, *, query_seq_lengths, **_: kernel(q, k, v, query_seq_lengths)
-
-
-@pytest.mark.slow
-def test_what_cudnn_leaves_unwritten_at_padding_reaches_neither_output_nor_gradients(monkeypatch):
-    """Not even where the inputs are NaN there, as after a layer that did not write them."""
-    stand_in = leaves_padding_unwritten(jax.nn.dot_product_attention)
-    monkeypatch.setattr(jax.nn, "dot_product_attention", stand_in)
-    segments = np.array([[1] * 256, [1] * 200 + [0] * 56])
-    q, k, v = inputs(4, 2)
-    # with gradients that are 0 at padding, as the reference has them
-    check(cudnn_attention, (q, k, v), segments, BIDIRECTIONAL)
-    full_of_nan = [np.where((segments > 0)[:, :, None, None], x, np.nan) for x in (q, k, v)]
-    ids = jnp.asarray(segments, jnp.int32)
-    weight = jnp.ones((H, H), jnp.float32)
-
-    def loss(weight, q, k, v):
-        # as a network does: the gradient of a matrix sums over all positions
-        q, k, v = (x @ weight for x in (q, k, v))
-        return cudnn_attention(q, k, v, ids, mask=BIDIRECTIONAL).sum()
-
-    clean = jax.grad(loss)(weight, q, k, v)
-    assert np.isfinite(clean).all()
-    out = cudnn_attention(*full_of_nan, ids, mask=BIDIRECTIONAL)
-    np.testing.assert_array_equal(out, cudnn_attention(q, k, v, ids, mask=BIDIRECTIONAL))
-    for grad in jax.grad(lambda *x: cudnn_attention(*x, ids, mask=BIDIRECTIONAL).sum(), (0, 1, 2))(
-        *full_of_nan
-    ):
-        assert np.isfinite(grad).all()
 
 
 @pytest.mark.slow

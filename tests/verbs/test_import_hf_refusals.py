@@ -4,6 +4,7 @@ import dataclasses
 import errno
 import json
 import os
+import re
 import shutil
 import subprocess
 import threading
@@ -22,6 +23,7 @@ from support.hf_directories import (
     write_weights,
 )
 
+import llada_jax
 from llada_jax.__main__ import main
 from llada_jax.checkpoints.workdir import Checkpoints
 from llada_jax.data.tokenizer import load_tokenizer
@@ -292,6 +294,14 @@ def test_code_in_a_directory_is_never_run(whole, tmp_path):
         == 0
     )
     assert not mark.exists()
+    # No other file of the package may ask transformers to run what it finds.
+    asking = re.compile(r"from_pretrained\([^)]*trust_remote_code=True", re.DOTALL)
+    package = Path(llada_jax.__file__).parent
+    found = [path for path in package.rglob("*.py") if asking.search(path.read_text())]
+    assert sorted(path.relative_to(package).as_posix() for path in found) == [
+        "hf/card.py",  # which writes the line into the model card
+        "hf/verify.py",
+    ]
 
 
 def test_tied_copies_that_differ_are_refused(tmp_path, refused):
