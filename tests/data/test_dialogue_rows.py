@@ -223,14 +223,20 @@ def test_a_row_is_cut_in_two_at_a_random_place_with_the_probability_asked_for():
     assert set(cuts) == {(), *((place,) for place in (1, 2, 3, 5, 6, 7, 8))}
 
 
-def test_rows_that_are_cut_are_the_same_on_every_host(directory):
+@pytest.mark.parametrize("probability", [0.3, 1.0])
+def test_rows_that_are_cut_are_the_same_on_every_host_and_after_a_restart(directory, probability):
     plain = batches(directory("packed"), 6)
-    whole = batches(directory("packed"), 6, split_probability=1.0)
-    part = batches(directory("packed"), 6, rows=[3, 1], split_probability=1.0)
-    assert any((a["segment_ids"] != b["segment_ids"]).any() for a, b in zip(plain, whole))
+    whole = batches(directory("packed"), 6, split_probability=probability)
+    part = batches(directory("packed"), 6, rows=[3, 1], split_probability=probability)
+    late = batches(directory("packed"), 2, start_step=4, split_probability=probability)
+    for steps in (slice(4), slice(4, 6)):
+        pairs = zip(plain[steps], whole[steps])
+        assert any((a["segment_ids"] != b["segment_ids"]).any() for a, b in pairs)
     for step in range(6):
         for name, array in whole[step].items():
             np.testing.assert_array_equal(part[step][name], array[[3, 1]])
+            if step >= 4:
+                np.testing.assert_array_equal(late[step - 4][name], array)
 
 
 def test_held_out_dialogues_are_scored_on_the_same_answers_always(directory):

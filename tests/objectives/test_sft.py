@@ -284,13 +284,11 @@ def test_a_prompt_is_dropped_or_kept_alike_in_any_microbatch():
         np.testing.assert_array_equal(seen["noisy"], whole["noisy"][numbers])
 
 
-def test_packed_and_unpacked_rows_of_the_same_pairs_give_the_same_loss_of_each_answer():
-    """The network sees the documents of a row apart, so that an answer costs the same in a row of
-    its own under the same mask.
-    """
+@pytest.fixture(scope="module")
+def network():
+    """Returns a small network, its parameters, and three pairs of a prompt and an answer."""
     rng = np.random.default_rng(0)
     pairs = [(rng.integers(0, 8, a), rng.integers(0, 8, b)) for a, b in ((3, 4), (2, 5), (5, 3))]
-    T = 22
     model = make_model(
         Architecture(
             vocab_size=11,
@@ -302,7 +300,15 @@ def test_packed_and_unpacked_rows_of_the_same_pairs_give_the_same_loss_of_each_a
             d_ff=16,
         )
     )
-    params = jax.jit(model.init)(KEY)
+    return model, jax.jit(model.init)(KEY), pairs
+
+
+def test_packed_and_unpacked_rows_of_the_same_pairs_give_the_same_loss(network):
+    """The network sees the documents of a row apart, so that an answer costs the same in a row of
+    its own under the same mask.
+    """
+    model, params, pairs = network
+    T = 22
     loss = jax.jit(
         functools.partial(sft_loss, model.nll_fn, num_rows=1, mask_id=MASK, eps=1 - 1e-7)
     )
@@ -313,6 +319,46 @@ def test_packed_and_unpacked_rows_of_the_same_pairs_give_the_same_loss_of_each_a
     ]
     assert float(one_row[1]) == 3
     assert float(one_row[0]) == pytest.approx(sum(float(part[0]) for part in alone), rel=1e-5)
+
+
+@pytest.mark.parametrize("mean_over", ["answers", "tokens"])
+def test_each_answer_under_half_a_mask_costs_the_same_in_a_packed_row_and_alone(network, mean_over):
+    model, params, pairs = network
+    T = 22
+
+    def loss_of(document, batch, is_masked_BT):
+        """Returns the loss that one document of a row adds to the sum."""
+
+        def nll_fn(params, noisy_BT, targets_BT, where_BT, segment_ids_BT, positions_BT):
+            scores = model.nll_fn(
+                params, noisy_BT, targets_BT, where_BT, segment_ids_BT, positions_BT
+            )
+            is_asked_BT = segment_ids_BT == document
+            return scores._replace(nll_BT=jnp.where(is_asked_BT, scores.nll_BT, 0.0))
+
+        half_BT = jnp.full(is_masked_BT.shape, 0.5)
+        return sums_of_corruption(
+            nll_fn,
+            params,
+            batch,
+            is_masked_BT,
+            half_BT,
+            mask_id=MASK,
+            mean_over=mean_over,
+            t_BT=half_BT,
+        )[0]
+
+    loss_of = jax.jit(loss_of)
+    # every other token of an answer; its other tokens are seen, as prompts are
+    masks = [np.r_[np.zeros(len(a), bool), np.arange(len(b)) % 2 == 0] for a, b in pairs]
+    row = batch_of(packed(pairs, sequence_length=T))
+    together = np.concatenate([*masks, np.zeros(T - sum(map(len, masks)), bool)])[None]
+    for document, (pair, mask) in enumerate(zip(pairs, masks), start=1):
+        alone = batch_of(packed([pair], sequence_length=T))
+        expected = loss_of(1, alone, np.pad(mask, (0, T - len(mask)))[None])
+        assert float(expected) > 0.1
+        found = loss_of(document, row, together)
+        assert float(found) == pytest.approx(float(expected), rel=1e-5)
 
 
 @pytest.mark.slow

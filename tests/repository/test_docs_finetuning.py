@@ -1,8 +1,10 @@
 """The documented commands of prepare --chat work with the tokenizers that LLaDA publishes, and the
-config that is trained next can read what they write.
+config that is trained next can read what they write. The scripts of the page write what its
+commands read.
 """
 
 import json
+import re
 from types import SimpleNamespace
 
 import numpy as np
@@ -11,6 +13,7 @@ from support.configs import CONFIGS
 from support.documents import commands, prose_of
 from support.hf_directories import write_tokenizer
 from support.paths import ROOT
+from support.required import library
 
 from llada_jax.__main__ import main
 from llada_jax.config import load_config
@@ -37,6 +40,11 @@ PREPARED = [
     for words in commands(prose_of(file))
     if words[:2] == ["prepare", "--chat"] and "--input" in words
 ]
+SCRIPTS = re.findall(
+    r"^python - <<'END'\n(.*?)^END$",
+    (ROOT / "docs/finetuning.md").read_text(),
+    flags=re.MULTILINE | re.DOTALL,
+)
 
 
 def after(flag: str, words: list[str]) -> str:
@@ -92,3 +100,30 @@ def test_a_documented_preparation_works_with_the_template_of_llada(file, words, 
         batch = next(open_batches(config, data, opened, [0, 1], copies=1))
         assert batch["is_maskable"].any()
         assert ("is_chosen" in batch) == (config.objective.name == "vrpo")
+
+
+def test_the_scripts_of_the_page_write_dialogues_and_pairs(tmp_path, monkeypatch):
+    library("yaml")
+    monkeypatch.chdir(tmp_path)
+    corpus = tmp_path / "chatterbot_corpus/data/english"
+    corpus.mkdir(parents=True)
+    (tmp_path / "runs").mkdir()
+    # answers: a number, a text before a turn without an answer, a text, and a list
+    dialogues = [["How many?", 42], ["Hi", "Hello", "and then"], ["Who?", "An AI."], ["No", [1, 2]]]
+    (corpus / "ai.yml").write_text(json.dumps({"conversations": dialogues}))  # which is YAML too
+    write_dialogues, write_pairs = (compile(script, "finetuning.md", "exec") for script in SCRIPTS)
+
+    exec(write_dialogues, {})
+    lines = (tmp_path / "runs/chat.jsonl").read_text().splitlines()
+    written = [json.loads(line)["messages"] for line in lines]
+    assert [[(turn["role"], turn["content"]) for turn in turns] for turns in written] == [
+        [("user", "How many?"), ("assistant", "42")],
+        [("user", "Hi"), ("assistant", "Hello")],
+        [("user", "Who?"), ("assistant", "An AI.")],
+    ]
+    exec(write_pairs, {})
+    pairs = [json.loads(line) for line in (tmp_path / "runs/pairs.jsonl").read_text().splitlines()]
+    assert pairs == [
+        {"prompt": "Hi", "chosen": "hello", "rejected": "Hello"},
+        {"prompt": "Who?", "chosen": "an ai.", "rejected": "An AI."},
+    ]

@@ -74,7 +74,7 @@ def circle_dataset(directory: Path) -> Path:
     return write_dataset(directory, {"train": letters[:36_000], "heldout": letters[36_000:]})
 
 
-def dialogue_dataset(directory: Path, *, rows: str) -> Path:
+def dialogue_dataset(directory: Path, *, rows: str, tokenizer: str = "bytes") -> Path:
     """Dialogues of two short turns in byte tokens, whose answers repeat a letter of the prompt."""
     records = []
     rng = np.random.default_rng(0)
@@ -89,7 +89,7 @@ def dialogue_dataset(directory: Path, *, rows: str) -> Path:
             )
         ]
         records.append({"messages": turns})
-    return _prepared(directory, records, rows=rows)
+    return _prepared(directory, records, tokenizer=tokenizer, rows=rows)
 
 
 def pair_dataset(directory: Path, *, rows: str) -> Path:
@@ -102,7 +102,7 @@ def pair_dataset(directory: Path, *, rows: str) -> Path:
     return _prepared(directory, records, rows=rows, records="pairs")
 
 
-def _prepared(directory: Path, lines: list[dict], **settings) -> Path:
+def _prepared(directory: Path, lines: list[dict], *, tokenizer: str = "bytes", **settings) -> Path:
     directory.mkdir()
     (directory / "template.jinja").write_text("{% for m in messages %}{{ m.content }}{% endfor %}")
     (directory / "in.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
@@ -110,7 +110,7 @@ def _prepared(directory: Path, lines: list[dict], **settings) -> Path:
         [str(directory / "in.jsonl")],
         directory / "data",
         sequence_length=SEQUENCE_LENGTH,
-        tokenizer="bytes",
+        tokenizer=tokenizer,
         heldout=0.1,
         chat=ChatSettings(template=str(directory / "template.jinja"), **settings),
     )

@@ -28,13 +28,16 @@ SMALL = Architecture(
 )
 
 
-def write_tokenizer(directory: Path, *special: str, chat_template: str = "") -> None:
-    """Writes tokenizer.json and tokenizer_config.json: 256 byte tokens, then the special ones,
-    <|endoftext|> first.
+def write_tokenizer(
+    directory: Path, *special: str, end_id: int = 256, chat_template: str = ""
+) -> None:
+    """Writes tokenizer.json and tokenizer_config.json: 256 byte tokens, tokens of no text up to
+    `end_id`, then the special ones, <|endoftext|> first.
     """
     letters = sorted(pre_tokenizers.ByteLevel.alphabet())
+    unused = [f"unused {i}" for i in range(len(letters), end_id)]
     tokenizer = Tokenizer(
-        models.BPE(vocab={letter: i for i, letter in enumerate(letters)}, merges=[])
+        models.BPE(vocab={token: i for i, token in enumerate([*letters, *unused])}, merges=[])
     )
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()

@@ -62,8 +62,9 @@ CONFIGS = list({kind(path): path for path in reversed(configs.CONFIGS)}.values()
 def test_every_kind_of_config_trains_when_it_is_made_small(config, runs, dialogues, pairs):
     workdir = runs.directory / f"config-{config.stem}"
     data = []
-    rows = "packed" if "packed" in config.stem else "padded"
-    records_of = {"sft": dialogues, "vrpo": pairs}.get(config.stem.split("_")[0])
+    # as its docstring prepares them
+    rows = "padded" if "rows=padded" in config.read_text() else "packed"
+    records_of = {"sft": dialogues, "vrpo": pairs}.get(load_config(str(config)).objective.name)
     if records_of:
         data = [f"data.path={records_of(rows)}", "checkpoint.init_from="]
     log = runs.train(workdir, *words(SMALL), *data, config=config)

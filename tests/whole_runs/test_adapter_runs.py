@@ -1,13 +1,17 @@
 """A run that trains adapters: the base stays, and every verb sees the network with them."""
 
 import json
+import shutil
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 from safetensors.numpy import load_file
+from support.datasets import dialogue_dataset
 from support.exports import read_back
+from support.hf_directories import write_tokenizer
+from support.paths import ROOT
 from support.required import library
 from support.runs import losses, metric_lines, saved_arrays
 
@@ -25,6 +29,17 @@ WORDS = (
     "samples.gen_length=8",
     "samples.steps=8",
     "samples.block_length=8",
+)
+# of the published fixture
+ARCHITECTURE = (
+    "model.vocab_size=512",
+    "model.num_layers=3",
+    "model.d_model=64",
+    "model.num_heads=4",
+    "model.num_kv_heads=4",
+    "model.head_dim=16",
+    "model.d_ff=176",
+    "model.rope_theta=500000.0",
 )
 
 
@@ -44,30 +59,55 @@ def base(runs):
 
 
 @pytest.fixture(scope="module")
-def tuned(runs, base, dialogues):
+def official(published, tmp_path_factory):
+    """A directory as LLaDA is published: the files of the fixture as they are, a tokenizer with
+    the ids that its config.json states, and the code that it names.
+    """
+    directory = tmp_path_factory.mktemp("official")
+    for file in ("config.json", "model.safetensors"):
+        shutil.copyfile(published / file, directory / file)
+    write_tokenizer(directory, *(f"<|reserved {n}|>" for n in range(9)), "<|mdm_mask|>", end_id=500)
+    for file in (ROOT / "llada_jax/hf/shipped").glob("*.py"):
+        shutil.copyfile(file, directory / file.name)
+    return directory
+
+
+@pytest.fixture(scope="module")
+def official_dialogues(official, tmp_path_factory):
+    directory = tmp_path_factory.mktemp("dialogues") / "of"
+    return dialogue_dataset(directory, rows="packed", tokenizer=str(official))
+
+
+@pytest.fixture(scope="module")
+def tuned(runs, official, official_dialogues):
+    """A run that trains adapters of the published network."""
     workdir = runs.directory / "adapters"
-    data = f"data.path={dialogues('packed')}"
-    runs.train(workdir, *WORDS, data, f"checkpoint.init_from={base}")
+    data = f"data.path={official_dialogues}"
+    runs.train(workdir, *WORDS, *ARCHITECTURE, data, f"checkpoint.init_from={official}")
     return workdir
 
 
 @pytest.mark.slow
-def test_adapters_learn_and_the_base_stays_as_it_was(base, tuned):
+def test_adapters_learn_and_the_base_stays_as_it_was(official, tuned):
     curve = losses(tuned)
     assert np.mean(curve[-5:]) < np.mean(curve[:5]) - 0.3
-    before, after = arrays_of(base, 10), arrays_of(tuned, 20)
+    before, after = llada_jax.load(official).params, arrays_of(tuned, 20)
     frozen = {name: array for name, array in after.items() if name.startswith("frozen/")}
-    assert len(frozen) > 8
-    for name, array in frozen.items():
-        np.testing.assert_array_equal(array, before[name.replace("frozen/", "params/")])
+    leaves = jax.tree_util.tree_leaves_with_path(before)
+    assert len(frozen) == len(leaves) > 8
+    for path, leaf in leaves:
+        name = jax.tree_util.keystr(path, simple=True, separator="/")
+        np.testing.assert_array_equal(frozen[f"frozen/{name}"], leaf)
     assert {name for name in after if name.startswith("params/")} == {
         f"params/blocks/{name}/{part}" for name in ("q", "attn_out", "ff_up") for part in "ab"
     }
 
 
 @pytest.mark.slow
-def test_load_evaluate_and_export_see_the_merged_network(base, tuned, dialogues, tmp_path, capsys):
-    model, plain = llada_jax.load(str(tuned)), llada_jax.load(str(base))
+def test_load_evaluate_and_export_see_the_merged_network(
+    official, official_dialogues, tuned, tmp_path, capsys
+):
+    model, plain = llada_jax.load(str(tuned)), llada_jax.load(str(official))
     arrays = arrays_of(tuned, 20)
     for name, matrix in plain.params["blocks"].items():
         expected = np.asarray(matrix, np.float64)
@@ -77,8 +117,7 @@ def test_load_evaluate_and_export_see_the_merged_network(base, tuned, dialogues,
             expected = expected + (16.0 / 4 * (a @ b)).reshape(expected.shape)
         np.testing.assert_allclose(model.params["blocks"][name], expected, rtol=1e-5, atol=1e-6)
     # evaluate gives the bound that the run has logged at its end
-    data = str(dialogues("packed"))
-    words = ["--data", data, "--json", "--mc-samples", "1", "--batch-size", "16"]
+    words = ["--data", str(official_dialogues), "--json", "--mc-samples", "1", "--batch-size", "16"]
     assert main(["evaluate", "--checkpoint", str(tuned), *words]) == 0
     evaluated = json.loads(capsys.readouterr().out)
     (final,) = metric_lines(tuned, "final")
@@ -191,7 +230,7 @@ def test_adapters_are_exported_for_peft(base, tuned, tmp_path, capsys):
     config = json.loads((tmp_path / "adapters" / "adapter_config.json").read_text())
     assert (config["r"], config["lora_alpha"]) == (4, Lora().alpha)
     weights = load_file(tmp_path / "adapters" / "adapter_model.safetensors")
-    assert len(weights) == 2 * len(config["target_modules"]) == 12
+    assert len(weights) == 2 * len(config["target_modules"]) == 18
     assert told["files"] == {
         path.name: path.stat().st_size for path in (tmp_path / "adapters").iterdir()
     }
@@ -200,15 +239,20 @@ def test_adapters_are_exported_for_peft(base, tuned, tmp_path, capsys):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("layout", ["llada", "illada"])
-def test_peft_gives_the_logits_of_the_merged_network(base, tuned, tmp_path, layout):
+def test_peft_gives_the_logits_of_the_merged_network(official, tuned, tmp_path, layout):
+    """On the published directory itself, and on the other layout of the same network."""
     peft = library("peft")
     torch, transformers = library("torch"), library("transformers")
-    words = ["--layout", layout, "--dtype", "float32", "--output"]
-    assert main(["export", "--checkpoint", str(base), *words, str(tmp_path / "base")]) == 0
     words = ["--layout", layout, "--adapters", "--output", str(tmp_path / "adapters")]
     assert main(["export", "--checkpoint", str(tuned), *words]) == 0
+    base = official
+    if layout == "illada":
+        imported, base = tmp_path / "imported", tmp_path / "base"
+        assert main(["import", "--from", str(official), "--output", str(imported)]) == 0
+        words = ["--layout", layout, "--dtype", "float32", "--output", str(base)]
+        assert main(["export", "--checkpoint", str(imported), *words]) == 0
     network = transformers.AutoModel.from_pretrained(
-        str(tmp_path / "base"), trust_remote_code=True, dtype=torch.float32
+        str(base), trust_remote_code=True, dtype=torch.float32
     )
     with_adapters = peft.PeftModel.from_pretrained(network, str(tmp_path / "adapters")).eval()
     tokens = np.random.default_rng(0).integers(0, 256, (2, 12))
@@ -216,5 +260,5 @@ def test_peft_gives_the_logits_of_the_merged_network(base, tuned, tmp_path, layo
         theirs = with_adapters(torch.tensor(tokens)).logits.numpy()
     ours = np.asarray(llada_jax.load(str(tuned)).logits(tokens))
     np.testing.assert_allclose(theirs[..., :256], ours[..., :256], atol=2e-4)
-    plain = np.asarray(llada_jax.load(str(base)).logits(tokens))
+    plain = np.asarray(llada_jax.load(str(official)).logits(tokens))
     assert np.abs(plain - ours).max() > 0.05

@@ -18,14 +18,20 @@ SFT = (
     "data.attend_across_documents=False",
     "log.tensorboard=False",
 )
+# the recipes of configs/sft_llada_8b.py and configs/sft_packed.py
 PADDED = ("data.eos_padding=2", "objective.t_sampling=iid")
+PACKED = (
+    "data.split_probability=0.3",
+    "objective.masked=documents",
+    "objective.mean_over=tokens",
+)
 
 
 @pytest.fixture(scope="module")
 def straight(runs, dialogues):
     """The run on packed rows, on one device."""
     workdir = runs.directory / "sft"
-    runs.train(workdir, f"data.path={dialogues('packed')}", *SFT)
+    runs.train(workdir, f"data.path={dialogues('packed')}", *SFT, *PACKED)
     return workdir
 
 
@@ -34,7 +40,8 @@ def test_a_killed_run_on_packed_rows_equals_the_straight_one(runs, dialogues, st
     curve = losses(straight)
     assert len(curve) == 20
     assert np.mean(curve[-5:]) < np.mean(curve[:3]) - 1  # it learns
-    workdir, words = runs.directory / "sft-killed", (f"data.path={dialogues('packed')}", *SFT)
+    workdir = runs.directory / "sft-killed"
+    words = (f"data.path={dialogues('packed')}", *SFT, *PACKED)
     process = runs.start(workdir, *words)
     kill_when(process, lambda: is_committed(workdir, 10) and last_logged_step(workdir) >= 11)
     assert "start       step 10 of" in runs.train(workdir, *words)
@@ -57,6 +64,7 @@ def test_the_curve_depends_neither_on_mesh_nor_on_hosts_nor_on_microbatches(
         workdir,
         f"data.path={dialogues('packed')}",
         *SFT,
+        *PACKED,
         "evaluation.every_steps=0",
         *overrides,
         num_devices=num_devices,
@@ -66,11 +74,12 @@ def test_the_curve_depends_neither_on_mesh_nor_on_hosts_nor_on_microbatches(
 
 
 @pytest.mark.slow
-def test_rows_that_are_filled_up_are_the_same_on_two_hosts(runs, dialogues):
+def test_rows_that_are_filled_up_are_the_same_on_two_hosts_and_in_microbatches(runs, dialogues):
     words = (f"data.path={dialogues('padded')}", *SFT, *PADDED, "evaluation.every_steps=0")
     one, two = runs.directory / "sft-padded", runs.directory / "sft-padded-2"
     runs.train(one, *words, "num_steps=6")
-    runs.train(two, *words, "num_steps=6", num_devices=4, num_processes=2)
+    words += ("num_steps=6", "optimizer.gradient_accumulation=2")
+    runs.train(two, *words, num_devices=4, num_processes=2)
     np.testing.assert_allclose(losses(two), losses(one), rtol=1e-5)
 
 
