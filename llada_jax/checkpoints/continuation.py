@@ -136,4 +136,5 @@ def _shown(value) -> str:
 
 
 def _as_json(value):
-    return json.loads(json.dumps(value))  # a tuple saved as JSON comes back as a list
+    # a tuple saved as JSON comes back as a list
+    return json.loads(json.dumps(value))

@@ -34,7 +34,8 @@ class LayerReader:
         )
         self._trained = "ema" if ema else "params"
         self._sums: dict[str, int] = collections.defaultdict(int)
-        self._path = ""  # of the parameter that is being read
+        # of the parameter that is being read
+        self._path = ""
         # of its arrays: (the first layer that is held, the layers)
         self._held: dict[str, tuple[int, np.ndarray]] = {}
 

@@ -474,6 +474,7 @@ def git_commit() -> str:
             text=True,
             check=False,
         )
-    except OSError:  # there is no git here, as in most containers
+    except OSError:
+        # there is no git here, as in most containers
         return ""
     return done.stdout.strip()

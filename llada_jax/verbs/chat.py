@@ -111,7 +111,8 @@ def typed() -> Iterator[str]:
         try:
             if sys.stdout.isatty():
                 line = input("> ")
-            else:  # stdout holds nothing but answers
+            else:
+                # stdout holds nothing but answers
                 print("> ", end="", file=sys.stderr, flush=True)
                 if not (line := sys.stdin.readline()):
                     raise EOFError
