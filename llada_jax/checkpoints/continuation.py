@@ -10,8 +10,8 @@ from llada_jax.errors import UserError
 
 # The knobs from which the order of the data, the noise, or the layout of the optimizer's state
 # follow. Others, such as the learning rate, may change between two starts of a run: that is how
-# runs are steered, and the metrics show it. So may the mesh and the number of hosts, because neither
-# data nor noise depends on them.
+# runs are steered, and the metrics show it. So may the mesh and the number of hosts, because
+# neither data nor noise depends on them.
 DECISIVE = (
     "seed",
     "data.batch_size",

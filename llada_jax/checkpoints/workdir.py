@@ -128,7 +128,7 @@ class Checkpoints:
             # Every step that is handed in is saved: when, the training loop decides, which also
             # knows about signals and about the last step.
             save_decision_policy=ocp.training.save_decision_policies.FixedIntervalPolicy(1),
-            # A step stays if either policy wants to keep it.
+            # A step stays if either policy keeps it.
             preservation_policy=policies.AnyPreservationPolicy(kept),
             cleanup_tmp_directories=owned,
             context=context,
