@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from cloud import Bucket, check_mount_points
-from preflight import config_of
+from preflight import config_of, with_config
 
 from llada_jax.errors import UserError
 
@@ -174,13 +174,4 @@ def shipped(name: str, command: list[str]) -> tuple[dict | None, list[str]]:
         "immutable": True,
         "data": dict(sorted(files.items())),
     }
-    there = f"{DIRECTORY}/{config.name}"
-    moved, previous = [], ""
-    for word in command:
-        if previous == "--config":
-            word = there
-        elif word.startswith("--config="):
-            word = f"--config={there}"
-        moved.append(word)
-        previous = word
-    return manifest, moved
+    return manifest, with_config(command, f"{DIRECTORY}/{config.name}")

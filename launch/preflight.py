@@ -64,12 +64,30 @@ def words_of(command: list[str]) -> list[str] | None:
     return command[3:] if command[1:3] == ["-m", "llada_jax"] else None
 
 
+def _words_with_config(command: list[str]) -> Iterator[tuple[int, str]]:
+    """Yields where a command of llada-jax names a config file: the number of the word, and what
+    precedes the file in this word.
+    """
+    for number, word in enumerate(command) if words_of(command) else ():
+        if word.startswith("--config="):
+            yield number, "--config="
+        elif word == "--config" and number + 1 < len(command):
+            yield number + 1, ""
+
+
 def config_of(command: list[str]) -> str:
     """Returns the config file that a command of llada-jax names, "" without one."""
-    for word, following in zip(command, [*command[1:], ""]) if words_of(command) else ():
-        if word == "--config" or word.startswith("--config="):
-            return following if word == "--config" else word.partition("=")[2]
+    for number, before in _words_with_config(command):
+        return command[number].removeprefix(before)
     return ""
+
+
+def with_config(command: list[str], file: str) -> list[str]:
+    """Returns a command of llada-jax that names another config file."""
+    words = list(command)
+    for number, before in _words_with_config(command):
+        words[number] = f"{before}{file}"
+    return words
 
 
 def check(command: list[str], place: Place, *, indices: Sequence[int] = ()) -> str:

@@ -45,9 +45,9 @@ def load(
     See llada_jax.pretrained.load, which this calls.
     """
     # Imported here, because importing the package alone must not import jax.
-    from llada_jax.pretrained import load as load_pretrained
+    from llada_jax import pretrained
 
-    return load_pretrained(
+    return pretrained.load(
         checkpoint,
         dtype=dtype,
         mesh=mesh,
@@ -72,9 +72,9 @@ def train(
 
     See llada_jax.verbs.train.train, which this calls.
     """
-    from llada_jax.verbs.train import train as run
+    from llada_jax.verbs import train
 
-    return run(config, workdir, changes=changes)
+    return train.train(config, workdir, changes=changes)
 
 
 def evaluate(
@@ -98,9 +98,9 @@ def evaluate(
 
     See llada_jax.verbs.evaluate.evaluate, which this calls, for the arguments.
     """
-    from llada_jax.verbs.evaluate import evaluate as evaluate_split
+    from llada_jax.verbs import evaluate
 
-    return evaluate_split(
+    return evaluate.evaluate(
         checkpoint,
         data,
         split=split,
@@ -140,9 +140,9 @@ def evaluate_tasks(
 
     See llada_jax.verbs.evaluate.evaluate_tasks, which this calls, for the arguments.
     """
-    from llada_jax.verbs.evaluate import evaluate_tasks as answer_questions
+    from llada_jax.verbs import evaluate
 
-    return answer_questions(
+    return evaluate.evaluate_tasks(
         checkpoint,
         tasks,
         ask=ask,

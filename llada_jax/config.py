@@ -19,7 +19,7 @@ from typing import Any
 
 from ml_collections import ConfigDict
 
-from llada_jax.errors import UserError, did_you_mean
+from llada_jax.errors import UserError, did_you_mean, without_value
 from llada_jax.parts import add_to_path, is_own
 from llada_jax.paths import user_path
 from llada_jax.validation import AUTO, OWN_PARTS, READ_BY, knob, knobs, unread, validate
@@ -410,7 +410,7 @@ def apply_override(config: ConfigDict, override: str) -> None:
     """
     path, equals, text = override.partition("=")
     if not equals:
-        raise UserError(f"--config.{override} has no value; write --config.{override}=VALUE.")
+        raise without_value(f"--config.{override}")
     node, key = _find(config, path, written=f"--config.{path}")
     node[key] = _parse(path, text, like=node[key])
 

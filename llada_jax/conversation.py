@@ -36,7 +36,7 @@ class Conversation:
 
     Args:
         pretrained: what llada_jax.load returns.
-        system: the message in front of all others; "" has none.
+        system: the system message, which comes before all others; "" has none.
         gen_length: the most tokens of an answer, which the context holds next to its prompt.
         seed: answer n of a conversation has the noise of seed + n.
         settings: every other setting of llada_jax.samplers.text.generate_tokens; for an

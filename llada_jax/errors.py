@@ -55,6 +55,11 @@ class Unreachable(RuntimeError):
     exit_status = 42
 
 
+def without_value(flag: str) -> UserError:
+    """Returns the error about a flag, such as "--config.seed", that was given without its value."""
+    return UserError(f"{flag} has no value; write {flag}=VALUE.")
+
+
 def reason(error: BaseException) -> str:
     """Returns the message of an error in one line."""
     return one_line(getattr(error, "strerror", None) or str(error) or type(error).__name__)

@@ -335,7 +335,8 @@ def unread(config: ConfigDict, defaults: ConfigDict, group: str) -> list[str]:
     parts = READ_BY[group]
     name = config[group].name
     if not is_own(name) and name not in parts:
-        return []  # the name is misspelt, which `validate` says
+        # the name is misspelt, which `validate` says
+        return []
     read = parts["own" if is_own(name) else name]
     of_some_part = [key for key in defaults[group] if any(key in keys for keys in parts.values())]
     return [

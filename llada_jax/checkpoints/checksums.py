@@ -28,6 +28,7 @@ def checksums(items: dict, *, scheme: int = SCHEME) -> dict[str, dict[str, int]]
     Args:
         scheme: one of SCHEMES.
     """
+    # One program for all arrays, and one transfer: a state has dozens of them.
     sums = jax.device_get(_sums(items, scheme=scheme))
     return {
         item: {
@@ -47,6 +48,7 @@ def _sums(tree, *, scheme: int):
 # for all of them.
 @functools.partial(jax.jit, static_argnames="scheme")
 def _sum(leaf, *, scheme: int):
+    # The bits and not the value: 0.0 and -0.0 differ, and a NaN equals itself.
     unsigned = jnp.dtype(f"uint{8 * leaf.dtype.itemsize}")
     bits = jax.lax.bitcast_convert_type(leaf, unsigned).astype(jnp.uint32)
     if scheme != 1:

@@ -10,7 +10,8 @@ from llada_jax.errors import UserError
 
 # The knobs from which the order of the data, the noise, or the layout of the optimizer's state
 # follow. Others, such as the learning rate, may change between two starts of a run: that is how
-# runs are steered, and the metrics show it.
+# runs are steered, and the metrics show it. So may the mesh and the number of hosts, because
+# neither data nor noise depends on them.
 DECISIVE = (
     "seed",
     "data.batch_size",
@@ -60,6 +61,7 @@ def check_continues(theirs: RunRecord, ours: RunRecord, directory) -> None:
     data or state.
     """
     check_fits(theirs, ours, directory)
+    # After the tokenizer: with another one the data differ too, and would be blamed for it.
     if mixture_of(theirs) != mixture_of(ours):
         raise UserError(
             f"The run in {directory} was trained on other data: {describe_mixture(theirs)} there "
@@ -76,6 +78,7 @@ def check_continues(theirs: RunRecord, ours: RunRecord, directory) -> None:
 
 def mixture_of(record: RunRecord) -> list[tuple[str, float]]:
     """Returns what decides which row is read when. The directories do not: data may be moved."""
+    # A list and not a set: the number of a dataset in it decides how the dataset is shuffled.
     return [(source.fingerprint, source.share) for source in record.data]
 
 
@@ -97,6 +100,7 @@ def decisive_knobs(record: RunRecord) -> dict:
         **{f"config.{name}": record.knob(name) for name in DECISIVE},
         "config.optimizer.first_moment_dtype": record.first_moment_dtype,
         "keeps an EMA": record.keeps_ema,
+        # Without adapters nothing reads their other knobs, which may then change.
         "config.lora": record.lora if record.lora.rank else None,
     }
 
@@ -107,6 +111,7 @@ def changed_knobs(config: dict, before: dict, prefix: str = "config.") -> list[s
     A knob that one of them does not know is left out: it belongs to another version.
     """
     lines = []
+    # Not all keys, as in check_same: a knob that is new in this version has not been changed.
     for key in config.keys() & before.keys():
         new, old = config[key], before[key]
         if isinstance(new, dict) and isinstance(old, dict):
@@ -136,4 +141,5 @@ def _shown(value) -> str:
 
 
 def _as_json(value):
-    return json.loads(json.dumps(value))  # a tuple saved as JSON comes back as a list
+    # a tuple saved as JSON comes back as a list
+    return json.loads(json.dumps(value))

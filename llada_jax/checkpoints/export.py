@@ -89,6 +89,7 @@ def write_model(export: Export, output: Path, *, verify: bool) -> dict | None:
                 num_layers=export.record.architecture.num_layers,
                 dtype=export.dtype,
             )
+        # Once all hosts have read their layers, and before the directory gets its name.
         reader.check()
         if jax.process_index() == 0:
             for name, content in export.others.items():
@@ -127,6 +128,7 @@ def compared(directory: Path, export: Export) -> dict:
     dataset = record.data[0].directory if record.data else None
     tokens_BT, origin = tokens_to_compare(dataset, export.tokenizer)
     mesh = sharding.one_device_mesh()
+    # Read again, in the way of `sample`: what the export was written from cannot vouch for itself.
     params = export.found.restore_params(
         export.step,
         abstract_parameters(make_model(record.architecture), mesh),

@@ -66,6 +66,8 @@ class LocalCheckpoints:
             for leftover in (*self.directory.glob("*.partial"), *self.directory.glob("*.replaced")):
                 shutil.rmtree(leftover, ignore_errors=True)
         # One number for all processes: parts of two attempts at the same step must not be mixed.
+        # Random and not counted, because a disk that was replaced has no memory of earlier
+        # attempts; of 32 bits, because JAX would cut a longer number on its way to the others.
         attempt = np.frombuffer(os.urandom(4), np.uint32)[0]
         self._attempt = int(multihost_utils.broadcast_one_to_all(attempt))
         self._writer = ThreadPoolExecutor(max_workers=1, thread_name_prefix="local-checkpoint")
@@ -86,6 +88,7 @@ class LocalCheckpoints:
             data.copy_to_host_async()
         # np.array copies: on the CPU np.asarray would be a view of a buffer that is donated soon.
         slices = jax.tree.map(np.array, slices)
+        # int() here and not in the thread, before which the state may have been donated.
         self._pending = self._writer.submit(self._write, int(state.step), slices, record)
 
     def _write(self, step: int, slices: dict, record: RunRecord) -> None:
@@ -94,6 +97,7 @@ class LocalCheckpoints:
         ours = sorted(
             before for before, name in self._parts() if name.endswith(who) and before < step
         )
+        # Before the new copy is written and not after it, so that the disk needs room for KEEP + 1.
         self._remove(lambda other: other < min(ours[-KEEP:], default=0))
         index = {"attempt": self._attempt, "run": sealed(record), "arrays": {}}
         with files.whole_directory(self.directory / f"{step}{who}", durable=False) as partial:
@@ -170,6 +174,8 @@ class LocalCheckpoints:
             lacking = [i for i, pairs in enumerate(everywhere) if pair not in pairs]
             why = "has no copy"
             if not lacking:
+                # Reading is the check: only then does it show that a listed copy is whole and fits
+                # this mesh. What has been read is kept, so that nothing is read twice.
                 slices, record = self._read(found[pair], abstract)
                 lacking = np.flatnonzero(
                     multihost_utils.process_allgather(np.int32(slices is None))
@@ -188,6 +194,8 @@ class LocalCheckpoints:
         for step, name in self._parts():
             try:
                 index = files.decode_json((self.directory / name / "index.json").read_text())
+                # All parts on this disk together: after a restart a process may have another
+                # number, and its slices may lie in the part of another process of this host.
                 found.setdefault((step, index["attempt"]), []).append(
                     {**index, "data": self.directory / name / "data"}
                 )
@@ -199,6 +207,7 @@ class LocalCheckpoints:
         """Returns the (step, attempt) pairs of every process."""
         table = np.zeros((MAX_FOUND, 3), np.uint32)
         for row, pair in zip(table, pairs):
+            # The 1 marks the row as used, since 0 is a possible number too.
             row[:] = (1, *pair)
         gathered = multihost_utils.process_allgather(table).reshape(
             self._num_processes, MAX_FOUND, 3
@@ -216,6 +225,7 @@ class LocalCheckpoints:
         slices = {}
         try:
             for path, leaf in paths_of(abstract):
+                # Several devices may hold the same slice, which is read once.
                 slices[path] = {}
                 for index in leaf.sharding.addressable_devices_indices_map(leaf.shape).values():
                     where = range_text(index, leaf.shape)
@@ -252,6 +262,7 @@ def read_slice(parts: list[dict], path: str, where: str, leaf) -> np.ndarray:
         raise KeyError(f"{path}[{where}]")
     entry = part["arrays"][path][where]
     shape = leaf.sharding.shard_shape(leaf.shape)
+    # Another mesh or config may have left copies here, whose slices have other shapes.
     if entry["dtype"] != leaf.dtype.name or tuple(entry["shape"]) != shape:
         raise ValueError(
             f"{path} is {entry['dtype']}{entry['shape']} and should be {leaf.dtype.name}{shape}"

@@ -29,12 +29,14 @@ class LayerReader:
         self._checkpoints, self._step = checkpoints, step
         record = checkpoints.record(step)
         self._lora, self._scheme = record.lora, record.checksum_scheme
+        # Sorted, so that row i of `check` is the same array on every host.
         self._paths = sorted(
             f"{item}/{path}" for item, sums in (record.checksums or {}).items() for path in sums
         )
         self._trained = "ema" if ema else "params"
         self._sums: dict[str, int] = collections.defaultdict(int)
-        self._path = ""  # of the parameter that is being read
+        # of the parameter that is being read
+        self._path = ""
         # of its arrays: (the first layer that is held, the layers)
         self._held: dict[str, tuple[int, np.ndarray]] = {}
 
@@ -52,6 +54,7 @@ class LayerReader:
             UserError: it cannot be read.
         """
         if path != self._path:
+            # so that no more than the arrays of one parameter are held
             self._held.clear()
             self._path = path
         if not self._lora.rank:
@@ -70,6 +73,7 @@ class LayerReader:
 
     def _read(self, path: str, shape: tuple[int, ...], layer: int | None) -> np.ndarray:
         if layer is None:
+            # One host reads the whole array, so that its checksum can be compared at once.
             return self._checkpoints.read_array(self._step, path, shape)
         first, layers = self._held.get(path, (0, ()))
         if not first <= layer < first + len(layers):
@@ -78,6 +82,7 @@ class LayerReader:
             layers = ()
             first, layers = self._held[path] = self._read_chunk(path, shape, layer)
         array = layers[layer - first]
+        # With a dim of one in front, for the index of the layer, which the checksum includes.
         self._sums[path] += checksum_of_array(array[None], scheme=self._scheme, first=layer)
         return array.astype(np.float32, copy=False)
 
@@ -90,6 +95,7 @@ class LayerReader:
         first = layer // in_chunk * in_chunk
         part = store[first : min(first + in_chunk, shape[0])]
         with self._checkpoints.reading(self._step):
+            # A part of a tensorstore keeps the indices of the whole; read_chunks counts from 0.
             return first, read_chunks(part[tensorstore.d[0].translate_to[0]])
 
     def check(self) -> None:
@@ -101,9 +107,12 @@ class LayerReader:
         # every host has read other layers, and perhaps of fewer arrays
         ours = np.array(
             [[self._sums.get(path, 0) % 2**32, path in self._sums] for path in self._paths],
+            # In 32 bits, which JAX exchanges as they are.
             np.uint32,
         )
         if jax.process_count() > 1:
+            # In 64 bits, so that adding up the hosts does not wrap around before the modulo below.
             ours = multihost_utils.process_allgather(ours).astype(np.uint64).sum(axis=0)
+        # What no host has read, such as the state of the optimizer, has no sum to compare.
         sums = {path: int(n) % 2**32 for path, (n, readers) in zip(self._paths, ours) if readers}
         self._checkpoints.check_sums(self._step, sums)

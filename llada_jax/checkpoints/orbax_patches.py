@@ -26,6 +26,8 @@ def teach_orbax_s3() -> None:
     from orbax.checkpoint._src.path import gcs_utils
     from orbax.checkpoint._src.serialization import tensorstore_utils
 
+    # Each replacement calls what it replaces. A second call of this function would wrap the first
+    # replacement, which functools.cache prevents.
     is_gcs, gcs_spec = tensorstore_utils._use_gcs_driver, gcs_utils.get_kvstore_for_gcs
     # One slash: Orbax has normalised the path to s3:/bucket/... by then.
     is_s3 = lambda directory: directory.startswith("s3:/")  # noqa: E731

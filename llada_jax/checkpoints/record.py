@@ -99,6 +99,7 @@ class RunRecord:
     source: dict[str, Any] | None = None
     lengths: dict[str, dict[str, int]] | None = None
     checksums: dict[str, dict[str, int]] | None = None
+    # 1 and not the newest: a record without this field is of a version that knew no other.
     checksum_scheme: int = 1
     unknown: dict[str, Any] = dataclasses.field(default_factory=dict)
 
@@ -193,6 +194,7 @@ class RunRecord:
             "source": self.source,
             "lengths": self.lengths,
             "checksums": self.checksums,
+            # Scheme 1 is not written, as in the records of the versions that had no other.
             "checksum_scheme": self.checksum_scheme if self.checksum_scheme != 1 else None,
         }
         # A tokenizer without a template is recorded as null.
@@ -228,6 +230,7 @@ class RunRecord:
     def _parsed(cls, content) -> Self:
         if not isinstance(content, dict):
             raise _WrongField(f"holds a {type(content).__name__} where an object is expected")
+        # Checked first: a damaged record would otherwise be blamed on whichever field was hit.
         if SEAL in content:
             # Not kept: the record of another step would carry it on.
             content = dict(content)
@@ -258,12 +261,14 @@ class RunRecord:
             "checksum_scheme": (int, 1),
         }
         values: dict[str, Any] = {
+            # null is read like a missing key: a tokenizer without a template is recorded so.
             key: default if content.get(key) is None else _field(content, key, kind)
             for key, (kind, default) in optional.items()
         }
         if values["rollbacks"] is not None:
             _field(content, "rollbacks.count", int)
             _field(content, "rollbacks.skipped", list)
+        # Another scheme cannot be guessed: an undamaged checkpoint would be reported as damaged.
         if values["checksum_scheme"] not in SCHEMES:
             raise _WrongField(
                 f"has checksum_scheme={values['checksum_scheme']}, which llada_jax {__version__} "
@@ -305,6 +310,7 @@ def sealed(record: RunRecord) -> dict:
 
 def _checksum(content: dict) -> int:
     """Returns the CRC-32 of JSON values, whatever the order of their keys."""
+    # A CRC suffices against damage; nothing here protects against someone who edits the record.
     return zlib.crc32(json.dumps(content, sort_keys=True).encode())
 
 
@@ -386,6 +392,7 @@ def run_record(
         more: further fields of RunRecord, by name.
     """
     return RunRecord(
+        # Tuples become lists, as in a record that is read back: the two are compared at a restart.
         config=json.loads(json.dumps(config.to_dict())),
         architecture=architecture,
         tokenizer=TokenizerIdentity(tokenizer.kind, tokenizer.vocab_size, tokenizer.fingerprint),
@@ -439,6 +446,7 @@ def write_run(workdir, tokenizer: Tokenizer, record: RunRecord, *, config_text: 
             tokenizer.save(partial)
     if config_text:
         files.write_whole(path / "config.py", config_text)
+    # Last, so that a run.json never names a tokenizer that is not there yet.
     files.write_whole(path / FILE, json.dumps(record.to_json(), indent=1) + "\n")
 
 
@@ -474,6 +482,7 @@ def git_commit() -> str:
             text=True,
             check=False,
         )
-    except OSError:  # there is no git here, as in most containers
+    except OSError:
+        # there is no git here, as in most containers
         return ""
     return done.stdout.strip()

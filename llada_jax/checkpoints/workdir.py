@@ -110,9 +110,13 @@ class Checkpoints:
             teach_orbax_s3()
         else:
             self.directory = epath.Path(workdir).resolve() / FOLDER
+        # One process claims for the whole run: a claim of each would make the last one the owner
+        # and all others outdated.
         is_writer = self._is_remote and owned and jax.process_index() == 0
         self._claim = remote.Claim(self.directory.parent) if is_writer else None
         context = ocp.Context()
+        # Orbax's default is one chunk per shard: of an array that one device has saved, a reader
+        # would hold the only chunk next to the array, twice its size.
         context.array.saving.storage_options.chunk_byte_size = CHUNK_BYTES
         context.array.saving.scoped_storage_options_creator = _storage_of
         if self._is_remote:
@@ -124,6 +128,7 @@ class Checkpoints:
             # Every step that is handed in is saved: when, the training loop decides, which also
             # knows about signals and about the last step.
             save_decision_policy=ocp.training.save_decision_policies.FixedIntervalPolicy(1),
+            # A step stays if either policy keeps it.
             preservation_policy=policies.AnyPreservationPolicy(kept),
             cleanup_tmp_directories=owned,
             context=context,
@@ -153,6 +158,7 @@ class Checkpoints:
         self._check_claim()
         step = int(state.step)
         items = items_of(state)
+        # Summed on the devices, before Orbax copies, so that a fault of the copy shows as well.
         record = dataclasses.replace(record, checksums=checksums(items), checksum_scheme=SCHEME)
         try:
             # A step that is saved again, after a rollback, replaces the one of the same number.
@@ -161,6 +167,7 @@ class Checkpoints:
             )
         except Exception as error:
             raise self._failed(step, error) from error
+        # Training has waited until here; the rest of the save happens while it goes on.
         blocked = time.monotonic() - began
         gib = sum(leaf.nbytes for leaf in jax.tree.leaves(items)) / 2**30
 
@@ -201,6 +208,8 @@ class Checkpoints:
         """
         if not self._is_remote:
             return
+        # All processes get one answer: one that raised alone would leave the others waiting in the
+        # next collective call.
         is_ours = np.array(self._claim.is_ours() if self._claim else True)
         if not multihost_utils.broadcast_one_to_all(is_ours):
             raise UserError(
@@ -232,6 +241,7 @@ class Checkpoints:
         leaves = jax.tree_util.tree_leaves_with_path(network)
         self.check_parameters(step, {path_text(path) for path, _ in leaves}, ema=False)
         loaded = self._load(step, items_of(abstract))
+        # An empty item has no folder, see items_of.
         optional = {name: loaded.get(name, {}) for name in ("ema", "frozen")}
         state = TrainState(params=loaded["params"], **optional, **loaded["train"])
         # Restored buffers cannot be donated to the train step (jax#18617), which would keep the
@@ -252,6 +262,7 @@ class Checkpoints:
         """
         params = self._restore_params(step, abstract_params, ema=ema)
         if lora is not None:
+            # One by one: rounding all of them together would hold the network in both dtypes.
             for path in NUM_INPUT_DIMS:
                 round_in_place(params, path, lora)
         return params
@@ -259,11 +270,13 @@ class Checkpoints:
     def _restore_params(self, step: int, abstract_params: dict, *, ema: bool) -> dict:
         name = "ema" if ema else "params"
         leaves = jax.tree_util.tree_leaves_with_path(abstract_params)
+        # Before Orbax reads: from the record, the error can list all names that differ.
         self.check_parameters(step, {path_text(path) for path, _ in leaves}, ema=ema)
         lora = self.record(step).lora
         if not lora.rank:
             return self._load(step, {name: abstract_params})[name]
         shapes = adapter_shapes(abstract_params, lora)
+        # Adapters are small, so that every device holds all of them.
         everywhere = NamedSharding(
             jax.tree.leaves(abstract_params)[0].sharding.mesh, PartitionSpec()
         )
@@ -291,6 +304,7 @@ class Checkpoints:
             paths = paths | {f"scales/{path}" for path in record.lora.int8_paths}
         # under adapters, which are what is trained, the network itself is frozen
         item = "frozen" if record.lora.rank else "ema" if ema else "params"
+        # Every array that was saved has a checksum, so that nothing needs to be listed on the disk.
         saved = set((record.checksums or {}).get(item, {}))
         for names, verb in ((saved - paths, "holds"), (paths - saved, "lacks")):
             if names:
@@ -312,6 +326,7 @@ class Checkpoints:
             array = read_chunks(store)
         scheme = self.record(step).checksum_scheme
         self.check_sums(step, {path: checksum_of_array(array, scheme=scheme)})
+        # Only now, because the checksum is of the bits that were saved.
         return array.astype(np.float32, copy=False)
 
     def open_array(self, step: int, path: str, shape: tuple[int, ...]) -> tensorstore.TensorStore:
@@ -330,12 +345,14 @@ class Checkpoints:
         """
         item, _, key = path.partition("/")
         base = self.directory / str(step) / item
+        # How Orbax lays out an item: one OCDBT store, in which a key is the path joined by dots.
         kvstore = {
             "driver": "ocdbt",
             "base": kvstore_of(str(base)),
             "path": key.replace("/", ".") + "/",
         }
         with self.reading(step):
+            # Opened and never created: a reader must not add an empty array to a damaged step.
             store = tensorstore.open({"driver": "zarr3", "kvstore": kvstore}, open=True).result()
         dtype = store.dtype.numpy_dtype
         expected = self.record(step).lora.dtype_of(key) if item == "frozen" else np.dtype("float32")
@@ -360,6 +377,7 @@ class Checkpoints:
         """Returns the items of a step, each of which has the checksum with which it was saved."""
         with self.reading(step):
             loaded = self._checkpointer.load_checkpointables(step, items)
+        # Once the arrays are on their devices: what is compared is what will be used.
         for item, sums in checksums(loaded, scheme=self.record(step).checksum_scheme).items():
             self.check_sums(step, {f"{item}/{path}": number for path, number in sums.items()})
         return loaded
@@ -389,6 +407,7 @@ class Checkpoints:
             file=f"The record of the checkpoint {self.directory / str(step)}",
             remedy=self._remedy(step),
         )
+        # Refused rather than read unchecked: every version has written checksums.
         if record.checksums is None:
             raise self._damaged(step, "its record has no checksums")
         return record
@@ -443,6 +462,7 @@ def items_of(state: TrainState) -> dict:
 
 def _root(error: BaseException) -> BaseException:
     """Returns the first of a chain of errors."""
+    # `raise ... from None` hides the errors before it on purpose.
     while below := error.__cause__ or (None if error.__suppress_context__ else error.__context__):
         error = below
     return error

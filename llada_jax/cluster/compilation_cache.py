@@ -28,7 +28,8 @@ def _write(
     module_name: str,
     backend: Any,
     executable: Any,
-    host_callbacks: Sequence[Any] = (),  # jax 0.12 has none
+    # jax 0.12 has none
+    host_callbacks: Sequence[Any] = (),
 ) -> None:
     """What JAX does in process 0, by the same rules."""
     from jax._src import compilation_cache

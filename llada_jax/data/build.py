@@ -296,7 +296,8 @@ def _batches(unit: Unit, job: Job, on_progress: Callable[..., None]) -> Iterator
             file.path, job.cut, lambda num_bytes: on_progress(read_bytes=num_bytes), file.span
         ):
             batch.append(text)
-            size += len(text) + 1  # so that empty documents fill a batch too
+            # plus one, so that empty documents fill a batch too
+            size += len(text) + 1
             if size >= BATCH_CHARS:
                 yield batch
                 batch, size = [], 0

@@ -224,7 +224,8 @@ class Chat:
         ]
         try:
             return bare != messages and self.render(bare, tools=tools) == whole
-        except Malformed:  # the template asks for what was taken away
+        except Malformed:
+            # the template asks for what was taken away
             return False
 
     def _place_of(

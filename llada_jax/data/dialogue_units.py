@@ -323,7 +323,8 @@ def dialogue_texts(
             try:
                 dialogues = parse_record(record, kind)
             except Malformed:
-                continue  # reported when the unit is written
+                # reported when the unit is written
+                continue
             if not is_heldout(_identity_of(dialogues), fraction=heldout):
                 # of a pair the prompt once
                 text = "\n".join(map(text_of, [dialogues[0], *(d[-1:] for d in dialogues[1:])]))

@@ -32,7 +32,8 @@ _HELDOUT_ANSWERS = 0
 Source = tuple[str | DatasetInfo, float]
 Batch = dict[str, np.ndarray]
 
-_SHUFFLE, _LENGTH, _ANSWER, _SPLIT = 0, 1, 2, 3  # What a random stream is for; see _stream.
+# What a random stream is for; see _stream.
+_SHUFFLE, _LENGTH, _ANSWER, _SPLIT = 0, 1, 2, 3
 
 
 def train_batches(
@@ -168,14 +169,12 @@ def heldout_batches(
     length.
 
     The last batch is filled with empty rows (segment 0, not maskable), so that all hosts see the
-    same number of batches of the same shape. The arguments that are not listed are those of
-    `train_batches`.
+    same number of batches of the same shape. `train_batches` explains the other arguments.
 
     Args:
         max_batches: how many are read; None: all.
-        subset_seed: of which rows these are, where the split has more: a random subset that is the
-            same in every call. None takes the first ones, which may all be of one source, because
-            `prepare` writes the texts in the order in which it was given them.
+        subset_seed: chooses a random subset where the split has more rows, the same in every call.
+            None takes the first rows, which `prepare` may all have written from one source.
     """
     (info,) = _open([(dataset, 1.0)], sequence_length=sequence_length, split=split)
     rows = _check_rows(rows, batch_size=batch_size)
@@ -183,7 +182,8 @@ def heldout_batches(
     num_rows = batch_size * (max_batches or 0)
     if subset_seed is not None and 0 < num_rows < len(records):
         chosen = np.random.default_rng(subset_seed).permutation(len(records))[:num_rows]
-        records = _Chosen(records, np.sort(chosen))  # type: ignore[assignment]  # in file order, which reads fastest
+        # in file order, which reads fastest
+        records = _Chosen(records, np.sort(chosen))  # type: ignore[assignment]
     _check_dialogues([info], attend_across_documents=attend_across_documents)
     fields = fields_of(info)
     source = _Padded(records, fields, multiple=batch_size, sequence_length=sequence_length)

@@ -74,7 +74,8 @@ def join_parts(directory) -> dict:
     try:
         before = read_json_of(directory)
     except UserError:
-        before = content  # there is none
+        # there is none, so that nothing differs
+        before = content
     if before != content:
         raise UserError(
             f"{directory} was joined before, from parts with other records; a run that reads it "

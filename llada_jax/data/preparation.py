@@ -280,7 +280,8 @@ def _parse_tokenizer(
 
         return train, spec
     tokenizer = load_tokenizer(spec, add_mask_token=add_mask_token)
-    tokenizer.encode("")  # refuses ids without texts before anything is written
+    # refuses ids without texts before anything is written
+    tokenizer.encode("")
     # The fingerprint rather than the path: the same model may have moved.
     name = spec if tokenizer.kind == "bytes" else f"{tokenizer.kind} {tokenizer.fingerprint[:16]}"
     return lambda texts: tokenizer, name
@@ -299,7 +300,8 @@ def _chat_source(chat: ChatSettings) -> dict:
 
 def _with_template(tokenizer: Tokenizer, setting: str) -> Tokenizer:
     template = template_of(tokenizer, setting)
-    Chat(template, tokenizer)  # refuses what is not Jinja, before anything is written
+    # refuses what is not Jinja, before anything is written
+    Chat(template, tokenizer)
     return tokenizer.with_chat_template(template)
 
 

@@ -22,7 +22,7 @@ from etils import epath
 
 from llada_jax.data.array_records import PREPARE_AGAIN, ArrayRecords
 from llada_jax.data.shards import Shard, StoredRecords, check_sizes, remedy, stored_size
-from llada_jax.errors import UserError, look_up, reason
+from llada_jax.errors import UserError, look_up
 from llada_jax.schemas import DatasetJson, StoredShard, StoredSplit, fault_of
 from llada_jax.storage import files
 from llada_jax.storage.remote import is_remote, path_of
@@ -320,21 +320,18 @@ def read_json_of(directory: epath.Path) -> dict:
     Raises UserError, which was caused by an OSError when the file is not there.
     """
     path = directory / JSON_NAME
-    try:
-        content = files.decode_json(path.read_text())
-    except (FileNotFoundError, NotADirectoryError) as error:
-        raise UserError(
-            f"{directory} holds no {JSON_NAME}: give the --output directory of a finished "
-            "llada-jax prepare (parts are finished with prepare --join)."
-        ) from error
-    except OSError as error:
-        raise UserError(
-            f"{path} cannot be read ({reason(error)}): check its permissions."
-        ) from error
-    except ValueError as error:
-        raise UserError(
-            f"{path} is not valid JSON ({error}): run prepare again into an empty directory."
-        ) from error
+    with files.reading(path, remedy="check its permissions"):
+        try:
+            content = files.decode_json(path.read_text())
+        except (FileNotFoundError, NotADirectoryError) as error:
+            raise UserError(
+                f"{directory} holds no {JSON_NAME}: give the --output directory of a finished "
+                "llada-jax prepare (parts are finished with prepare --join)."
+            ) from error
+        except ValueError as error:
+            raise UserError(
+                f"{path} is not valid JSON ({error}): run prepare again into an empty directory."
+            ) from error
     if not isinstance(content, dict) or "format" not in content:
         raise UserError(
             f"{path} was not written by llada-jax prepare, because it names no format: give the "

@@ -141,12 +141,8 @@ def check_sizes(directory: str, shards: Iterable[Shard], *, what_to_do: str) -> 
         folder, name = os.path.split(shard.file)
         if folder not in sizes:
             place = os.path.join(directory, folder)
-            try:
+            with files.reading(place, remedy="check its permissions"):
                 sizes[folder] = files.sizes_in(place)
-            except OSError as error:
-                raise UserError(
-                    f"{place} cannot be listed ({reason(error)}): check its permissions."
-                ) from error
         path = os.path.join(directory, shard.file)
         if name not in sizes[folder]:
             raise UserError(f"Shard {path} is missing: {what_to_do}.")

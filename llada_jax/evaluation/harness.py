@@ -99,7 +99,8 @@ class HarnessModel:
         chat_template: str | None = None,
     ):
         api = require("lm_eval.api.model", extra="eval")
-        api.LM.register(HarnessModel)  # the harness checks that the model is one
+        # the harness checks that the model is an instance of its own class
+        api.LM.register(HarnessModel)
         self.rank, self.world_size, self.device = 0, 1, None
         self.cache_hook = api.CacheHook(None)
         self.pretrained, self.tokenizer = pretrained, pretrained.tokenizer

@@ -134,7 +134,8 @@ def load_tasks(
         try:
             # loading changes a config
             loaded = manager.load([copy.deepcopy(task) if isinstance(task, dict) else task])
-        except Exception as error:  # tasks come with code of their own, which raises what it likes
+        except Exception as error:
+            # tasks come with code of their own, which raises what it likes
             raise UserError(
                 f"The task {name} of lm-evaluation-harness cannot be loaded ({reason(error)}); "
                 "fix that, or leave the task out."

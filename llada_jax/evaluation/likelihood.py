@@ -40,7 +40,8 @@ def batch_sums(params, frozen, batch, key, row_B, *, objective, nll_fn, num_rows
         key,
         row_B,
         num_rows=num_rows,
-        step=jnp.int32(0),  # a bound does not depend on it
+        # a bound does not depend on it
+        step=jnp.int32(0),
         frozen=frozen,
     )[2]
     return jax.tree.map(lambda leaf: constrain(leaf, *[None] * leaf.ndim), sums)

@@ -25,7 +25,8 @@ from llada_jax.storage import files
 CONFIG = "config.json"
 SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
 DTYPES = ("F32", "BF16", "F16", "F64")
-COMPARED_ROWS = 4096  # of two copies of an embedding, at a time
+# of two copies of an embedding, at a time
+COMPARED_ROWS = 4096
 
 
 class Stored(NamedTuple):

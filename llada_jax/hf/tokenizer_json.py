@@ -24,8 +24,10 @@ from llada_jax.data.tokenizer import CHAT_TEMPLATE, PROBES, Tokenizer
 from llada_jax.errors import UserError, require
 from llada_jax.storage import files
 
-NEVER = -1e6  # a score that no sum of other scores falls below
-BYTE_SCORE = -1e3  # of the byte of an unknown character: below every ordinary piece, above NEVER
+# a score that no sum of other scores falls below
+NEVER = -1e6
+# of the byte of an unknown character: below every ordinary piece, above NEVER
+BYTE_SCORE = -1e3
 
 
 def read_template(path: str) -> str:
@@ -109,7 +111,8 @@ def _config(tokenizer: Tokenizer, max_length: int) -> dict:
         "clean_up_tokenization_spaces": False,
         "model_input_names": ["input_ids", "attention_mask"],
         "model_max_length": max_length,
-        "padding_side": "left",  # masks to be denoised come after the prompt
+        # masks to be denoised come after the prompt
+        "padding_side": "left",
     }
 
 

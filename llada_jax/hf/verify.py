@@ -19,7 +19,8 @@ from llada_jax.hf.write import DTYPES
 from llada_jax.models.model import make_model
 from llada_jax.models.transformer import Architecture
 
-COMPARED = (4, 64)  # rows, and positions per row, whose logits are compared
+# rows, and positions per row, whose logits are compared
+COMPARED = (4, 64)
 # Nats per token by which the distributions may differ: what rounding the weights costs.
 MAX_KL = {"float32": 1e-6, "bfloat16": 5e-2}
 # Share of the largest logit by which those of PyTorch may differ from ours with the weights rounded

@@ -214,7 +214,8 @@ def _between_slices(send: Instruction, overlap: tuple[bool, bool]) -> Collective
         num_bytes=num_bytes,
         times=0,
         group_size=0,
-        axes="data",  # along which slices are joined
+        # along which slices are joined
+        axes="data",
         spans_slices=True,
         is_asynchronous=overlap[0],
         is_overlapped=overlap[1],

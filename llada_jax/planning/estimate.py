@@ -280,7 +280,8 @@ def bandwidth(
         return {"fast": whole, "slow": whole / len(machines.topology)}
     names, size = list(shape), math.prod(shape[axis] for axis in axes)
     stride = math.prod(shape[other] for other in names[names.index(axes[-1]) + 1 :])
-    together = max(1, machines.chips_per_host // stride)  # devices of a group that share a host
+    # devices of a group that share a host
+    together = max(1, machines.chips_per_host // stride)
     rate = whole if together >= size else min(whole, together * network)
     return {"fast": rate, "slow": _SLOW_SHARE_OF_LINKS * rate}
 

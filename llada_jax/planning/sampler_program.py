@@ -12,7 +12,7 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from llada_jax.models.model import Model, abstract_parameters, is_matrix
 from llada_jax.samplers.network import Network
 from llada_jax.samplers.remasking import commit_rule
-from llada_jax.samplers.step import Fixed, Plan, State, denoise_block
+from llada_jax.samplers.step import BlockProgram, Fixed, State, denoise_block
 
 
 def kept_parameters(model: Model, mesh: Mesh, dtype: Any) -> dict:
@@ -47,7 +47,7 @@ def traced_block(
         num_rows, width: of the canvas; its last `gen_length` columns are generated.
         cache: "none", "prefix" (for the first block, which has the longest rest) or "dual".
         mesh: where the parameters are; None: one device, the default one.
-        options: other fields of llada_jax.samplers.step.Plan than a plain request has.
+        options: other fields of llada_jax.samplers.step.BlockProgram than a plain request has.
     """
     place = None if mesh is None else NamedSharding(mesh, PartitionSpec())
 
@@ -76,7 +76,7 @@ def traced_block(
         cfg_scale=fraction,
         num_ids=number,
     )
-    plan = Plan(
+    program = BlockProgram(
         gen_length=gen_length,
         block_length=block_length,
         rule=commit_rule("low_confidence"),
@@ -96,9 +96,9 @@ def traced_block(
     bound = jax.tree_util.Partial
     cached_fn = None if cache == "none" else bound(model.cached_fn, params)
     network = Network(bound(model.logits_fn, params), cached_fn, None)
-    confidence_BT = array(num_rows, width, dtype=jnp.float32) if plan.with_confidence else ()
+    confidence_BT = array(num_rows, width, dtype=jnp.float32) if program.with_confidence else ()
     state = State(canvas_BT, number, ids_B, ids_B, confidence_BT)
     with nullcontext() if mesh is None else jax.set_mesh(mesh):
         key = jax.eval_shape(lambda: jax.random.key(0))
         key = array(*key.shape, dtype=key.dtype)
-        return denoise_block.trace(network, state, (), number, number, key, fixed, plan=plan)
+        return denoise_block.trace(network, state, (), number, number, key, fixed, program=program)

@@ -263,7 +263,8 @@ def removed_if_refused(workdir: str):
     except UserError:
         if folders and jax.process_index() == 0 and not remote.is_remote(workdir):
             shutil.rmtree(path, ignore_errors=True)
-            for folder in folders[1:]:  # those in which others have put something by now stay
+            # those in which others have put something by now stay
+            for folder in folders[1:]:
                 with contextlib.suppress(OSError):
                     folder.rmdir()
         raise

@@ -43,7 +43,7 @@ from llada_jax.samplers.network import (
 from llada_jax.samplers.remasking import commit_rule
 from llada_jax.samplers.revise import NONE, WINO, parse_revise
 from llada_jax.samplers.settings import check_options, check_schedule
-from llada_jax.samplers.step import Fixed, Plan, State, denoise_block, empty_cache_of
+from llada_jax.samplers.step import BlockProgram, Fixed, State, denoise_block, empty_cache_of
 
 
 class DenoiseStep(NamedTuple):
@@ -228,7 +228,7 @@ def denoise(
     )
     mesh_sharding = sharding if isinstance(sharding, NamedSharding) else None
     is_one_device = sharding is None or sharding.num_devices == 1
-    plan = Plan(
+    program = BlockProgram(
         gen_length=gen_length,
         block_length=block_length,
         rule=commit_rule("entropy" if is_by_entropy else remasking),
@@ -251,17 +251,19 @@ def denoise(
     while True:
         # never an abstract mesh: its devices hold the parameters
         with jax.set_mesh(mesh_sharding.mesh) if mesh_sharding else nullcontext():  # type: ignore[arg-type]
-            of_last = plan.width
-            plan = _plan_of_block(plan, block, cache, width=len(canvas_BT[0]), lookahead=num_ahead)
+            of_last = program.width
+            program = _program_of_block(
+                program, block, cache, width=len(canvas_BT[0]), lookahead=num_ahead
+            )
             # Whatever it holds, the first step of a block fills it again.
-            if plan.width != of_last:
+            if program.width != of_last:
                 kept = ()
             # The first step shares the program of the others, but not on a mesh, where this cache
             # would be whole on every device.
-            if plan.is_cache_kept and is_one_device and not jax.tree.leaves(kept):
-                kept = empty_cache_of(network, state, fixed, plan=plan)
+            if program.is_cache_kept and is_one_device and not jax.tree.leaves(kept):
+                kept = empty_cache_of(network, state, fixed, program=program)
             state, kept, is_new_BT, number, num_done, is_over_B = denoise_block(
-                network, state, kept, number, np.int32(max_steps), key, fixed, plan=plan
+                network, state, kept, number, np.int32(max_steps), key, fixed, program=program
             )
         # Waits for the device: dozens of dispatched programs deadlock where several processes share
         # a mesh of CPU devices, because those that wait for their turn hold the threads on which
@@ -285,22 +287,24 @@ def denoise(
             return
 
 
-def _plan_of_block(plan: Plan, block: int, cache: str, *, width: int, lookahead: int) -> Plan:
-    """Returns the plan for a block: how much of the canvas the network has to see, and how much of
-    that a pass with a cache computes.
+def _program_of_block(
+    program: BlockProgram, block: int, cache: str, *, width: int, lookahead: int
+) -> BlockProgram:
+    """Returns the program for a block: how much of the canvas the network has to see, and how much
+    of that a pass with a cache computes.
     """
-    num_left = plan.gen_length - block * plan.block_length
-    if plan.is_bounded:
-        num_left = min(num_left, plan.block_length + lookahead)
-        num_seen = block * plan.block_length + num_left
+    num_left = program.gen_length - block * program.block_length
+    if program.is_bounded:
+        num_left = min(num_left, program.block_length + lookahead)
+        num_seen = block * program.block_length + num_left
         # Cut to quarters of the generation and not to the column: every width is compiled.
-        piece = plan.block_length * -(-plan.gen_length // (4 * plan.block_length))
-        num_seen = min(plan.gen_length, -(-num_seen // piece) * piece)
-        plan = plan._replace(width=width - plan.gen_length + num_seen)
+        piece = program.block_length * -(-program.gen_length // (4 * program.block_length))
+        num_seen = min(program.gen_length, -(-num_seen // piece) * piece)
+        program = program._replace(width=width - program.gen_length + num_seen)
     if cache == "none":
-        return plan
+        return program
     # What stands behind the block is computed with it unless its cache is kept too.
-    return plan._replace(window=num_left if cache == "prefix" else plan.block_length)
+    return program._replace(window=num_left if cache == "prefix" else program.block_length)
 
 
 def generate(logits_fn: Callable, canvas_BT: Any, key: Array, **settings: Any) -> jax.Array:

@@ -19,7 +19,8 @@ from jax import Array
 from llada_jax.errors import UserError
 from llada_jax.parts import call_part, load_part
 
-KIND = "commit rule"  # what messages call these functions
+# what messages call these functions
+KIND = "commit rule"
 
 
 def low_confidence(logits_BTV: Array, choices_BT: Array, keys_B: Array) -> Array:

@@ -30,8 +30,8 @@ from llada_jax.samplers.revise import (
 )
 
 
-class Plan(NamedTuple):
-    """What decides which program is compiled; each different plan is compiled once."""
+class BlockProgram(NamedTuple):
+    """What is known when the step of a block is compiled; each different value is compiled once."""
 
     gen_length: int
     block_length: int
@@ -82,7 +82,7 @@ class State(NamedTuple):
     step_in_block: jax.Array
     num_steps_B: jax.Array
     num_drafted_B: jax.Array  # int32: tokens that the last step of this block has kept
-    confidence_BT: Any  # float32, what tokens were revealed with; () unless the plan asks for it
+    confidence_BT: Any  # float32, what tokens were revealed with; () unless the program asks for it
 
 
 def _is_among(tokens_BT: Array, ids_n: Array) -> Array:
@@ -97,17 +97,17 @@ def _fill_after_eos(canvas_BT: Array, is_generated_BT: Array, fixed: Fixed) -> A
     return jnp.where(fixed.fill_id >= 0, filled_BT, canvas_BT)
 
 
-def _rows(state: State, fixed: Fixed, plan: Plan) -> Rows:
+def _rows(state: State, fixed: Fixed, program: BlockProgram) -> Rows:
     """Returns what of the canvas goes through the network, with guidance twice."""
     everything = (state.canvas_BT, fixed.segment_ids_BT, fixed.positions_BT, fixed.is_fixed_BT)
-    *rows, is_fixed_BT = (array[:, : plan.width] for array in everything)
-    if plan.is_guided:
+    *rows, is_fixed_BT = (array[:, : program.width] for array in everything)
+    if program.is_guided:
         return with_unprompted(Rows(*rows), is_fixed_BT, fixed.mask_id)
     return Rows(*rows)
 
 
 def _block_logits(
-    network: Network, state: State, cache: Any, fixed: Fixed, start: Array, plan: Plan
+    network: Network, state: State, cache: Any, fixed: Fixed, start: Array, program: BlockProgram
 ) -> tuple[Array, Array | None, Any]:
     """Returns the logits of the current block, float32 [B, block_length, V], those of its shadow
     where one verifies, and the cache.
@@ -116,20 +116,20 @@ def _block_logits(
     whole canvas would be the largest array by far, and thrown away: at 16 rows of 768 tokens and a
     vocabulary of 126,464 they take 5.8 GiB.
     """
-    rows = _rows(state, fixed, plan)
+    rows = _rows(state, fixed, program)
     # What lies further behind is not there yet.
-    if plan.is_bounded:
-        is_there_T = jnp.arange(plan.width) < start + plan.block_length + fixed.lookahead
+    if program.is_bounded:
+        is_there_T = jnp.arange(program.width) < start + program.block_length + fixed.lookahead
         rows = rows._replace(segment_ids_BT=jnp.where(is_there_T, rows.segment_ids_BT, 0))
-    where: dict = {"start": start, "length": plan.block_length}
+    where: dict = {"start": start, "length": program.block_length}
     shadow_BTV = None
-    if plan.reviser == WINO:
+    if program.reviser == WINO:
         logits_BTV, shadow_BTV = network.shadow_fn(*rows, fixed.mask_id, **where)
-    elif plan.window:
+    elif program.window:
 
         def read() -> tuple[Array, Any]:
             tokens_BW, positions_BW = (
-                jax.lax.dynamic_slice_in_dim(array, start, plan.window, axis=1)
+                jax.lax.dynamic_slice_in_dim(array, start, program.window, axis=1)
                 for array in (rows.tokens_BT, rows.positions_BT)
             )
             return network.cached_fn(tokens_BW, rows.segment_ids_BT, positions_BW, cache, **where)
@@ -144,12 +144,12 @@ def _block_logits(
     num_rows = rows.tokens_BT.shape[0]
 
     def ready(logits_BTV: Array) -> Array:
-        logits_BTV = checked(logits_BTV, num_rows=num_rows, length=plan.block_length)
-        if plan.is_guided:
+        logits_BTV = checked(logits_BTV, num_rows=num_rows, length=program.block_length)
+        if program.is_guided:
             logits_BTV = guided(logits_BTV, fixed.cfg_scale)
         logits_BTV = without_ids(logits_BTV, fixed.suppress_n)
         # In a model with turns, their end still ends a text.
-        if plan.eos == "never":
+        if program.eos == "never":
             logits_BTV = without_ids(logits_BTV, fixed.eos_ids_n[:1])
         return logits_BTV
 
@@ -165,7 +165,7 @@ class _Block(NamedTuple):
 
 
 def _orders_and_counts(
-    plan: Plan,
+    program: BlockProgram,
     fixed: Fixed,
     state: State,
     block: _Block,
@@ -176,9 +176,9 @@ def _orders_and_counts(
     """Returns what sorts the hidden positions of the block, the greatest first, and how many of
     them a step keeps for good, int32 [B].
     """
-    order_BT = confidences(plan.rule, logits_BTV, choices_BT, keys_B)
+    order_BT = confidences(program.rule, logits_BTV, choices_BT, keys_B)
     is_last_BT = jnp.zeros_like(block.is_hidden_BT)
-    if plan.eos == "last":
+    if program.eos == "last":
         is_last_BT = _is_among(choices_BT, fixed.eos_ids_n)
     order_BT = jnp.where(is_last_BT, jnp.finfo(jnp.float32).min, order_BT)
     # ceil(hidden / steps left) is the published count: hidden // steps, and one more in each of the
@@ -186,28 +186,28 @@ def _orders_and_counts(
     # tokens inside the block, or one that is ahead of the schedule, reveals fewer per step.
     num_hidden_B = jnp.sum(block.is_hidden_BT, axis=1)
     count_B = -(-num_hidden_B // (fixed.steps_per_block - state.step_in_block))
-    if plan.reviser == LOOP:
+    if program.reviser == LOOP:
         total_B = num_hidden_B + jnp.sum(block.is_kept_BT, axis=1)
         count_B = loop_count(num_hidden_B, total_B, state.step_in_block, fixed.steps_per_block)
-    if plan.criterion != SCHEDULE:
+    if program.criterion != SCHEDULE:
         probability_BT = low_confidence(logits_BTV, choices_BT, keys_B)
-        is_by_entropy = CRITERIA[plan.criterion].is_by_entropy
+        is_by_entropy = CRITERIA[program.criterion].is_by_entropy
         entropy_BT = entropies(logits_BTV) if is_by_entropy else jnp.zeros_like(probability_BT)
         sure_B = count_kept(
-            plan.criterion,
+            program.criterion,
             probability_BT,
             entropy_BT,
             block.is_hidden_BT & ~is_last_BT,
             fixed.amount,
         )
-        if plan.reviser == WINO:
+        if program.reviser == WINO:
             sure_B = jnp.minimum(sure_B, most_drafted(num_hidden_B))
         count_B = jnp.maximum(count_B, sure_B)
     return order_BT, count_B
 
 
 def _next_tokens(
-    plan: Plan,
+    program: BlockProgram,
     fixed: Fixed,
     state: State,
     block: _Block,
@@ -218,7 +218,7 @@ def _next_tokens(
 ) -> tuple[Array, Array]:
     """Returns the block after a step, int32 [B, T], and how many of its tokens were revealed."""
     order_BT, count_B = _orders_and_counts(
-        plan, fixed, state, block, logits_BTV, choices_BT, keys_B
+        program, fixed, state, block, logits_BTV, choices_BT, keys_B
     )
     num_hidden_B = jnp.sum(block.is_hidden_BT, axis=1)
     is_taken_back_BT = jnp.zeros_like(block.is_hidden_BT)
@@ -232,9 +232,9 @@ def _next_tokens(
             state.num_drafted_B,
             is_last=state.step_in_block >= fixed.steps_per_block - 1,
         )
-    elif plan.reviser != NONE:
+    elif program.reviser != NONE:
         is_taken_back_BT = taken_back_by_chance(
-            plan.reviser,
+            program.reviser,
             fixed.revise_amount,
             block.is_kept_BT,
             num_hidden_B - count_B,
@@ -257,7 +257,7 @@ def _rank(score_BT: Array) -> Array:
 
 
 # The cache is updated in place: next to the parameters it may be the largest array by far.
-@partial(jax.jit, static_argnames="plan", donate_argnames="cache")
+@partial(jax.jit, static_argnames="program", donate_argnames="cache")
 def denoise_block(
     network: Network,
     state: State,
@@ -267,7 +267,7 @@ def denoise_block(
     key: Array,
     fixed: Fixed,
     *,
-    plan: Plan,
+    program: BlockProgram,
 ) -> tuple[State, Any, Array, Array, Array, Array]:
     """Runs steps until the current block is done, but no more than `max_steps` of them.
 
@@ -284,18 +284,18 @@ def denoise_block(
     """
     # Made here, so that the partitioner splits it like the keys and values that fill it. A cache
     # from outside is whole on every device, or split by axes that only the network knows.
-    if plan.window and not jax.tree.leaves(cache):
-        rows = _rows(state, fixed, plan)
-        cache = empty_cache(network.cached_fn, rows, length=plan.block_length)
+    if program.window and not jax.tree.leaves(cache):
+        rows = _rows(state, fixed, program)
+        cache = empty_cache(network.cached_fn, rows, length=program.block_length)
     # Only the current block is read and written, so logits, noise and softmax cover it alone.
     # `start` is traced: all blocks share one program.
     T = state.canvas_BT.shape[1]
-    start = T - plan.gen_length + block * plan.block_length
-    is_generated_BT = ~fixed.is_fixed_BT & (jnp.arange(T) >= T - plan.gen_length)
+    start = T - program.gen_length + block * program.block_length
+    is_generated_BT = ~fixed.is_fixed_BT & (jnp.arange(T) >= T - program.gen_length)
     is_masked_before_BT = is_generated_BT & (state.canvas_BT == fixed.mask_id)
 
     def in_block(array: Array) -> Array:
-        return jax.lax.dynamic_slice_in_dim(array, start, plan.block_length, axis=1)
+        return jax.lax.dynamic_slice_in_dim(array, start, program.block_length, axis=1)
 
     def hidden(state: State) -> Array:
         return in_block(is_generated_BT) & (in_block(state.canvas_BT) == fixed.mask_id)
@@ -307,7 +307,7 @@ def denoise_block(
         current = _Block(in_block(state.canvas_BT), is_hidden_BT, is_kept_BT)
 
         # 1. The logits of the current block.
-        logits_BTV, shadow_BTV, cache = _block_logits(network, state, cache, fixed, start, plan)
+        logits_BTV, shadow_BTV, cache = _block_logits(network, state, cache, fixed, start, program)
 
         # 2. Keys fold (step, row). The step is counted within the schedule and not over the passes
         # of the batch: neither the other rows nor the padding change what a row draws.
@@ -325,14 +325,14 @@ def denoise_block(
             temperature=fixed.temperature,
             top_k=fixed.top_k,
             top_p=fixed.top_p,
-            is_stochastic=plan.is_stochastic,
-            is_filtered=plan.is_filtered,
+            is_stochastic=program.is_stochastic,
+            is_filtered=program.is_filtered,
         )
         tokens_BT, num_drafted_B = _next_tokens(
-            plan, fixed, state, current, logits_BTV, shadow_BTV, choices_BT, remasking_keys_B
+            program, fixed, state, current, logits_BTV, shadow_BTV, choices_BT, remasking_keys_B
         )
         confidence_BT = state.confidence_BT
-        if plan.with_confidence:
+        if program.with_confidence:
             probability_BT = low_confidence(logits_BTV, choices_BT, remasking_keys_B)
             is_revealed_BT = is_hidden_BT & (tokens_BT != fixed.mask_id)
             confidence_BT = jax.lax.dynamic_update_slice_in_dim(
@@ -364,7 +364,7 @@ def denoise_block(
     is_left_BT = is_generated_BT & (canvas_BT == fixed.mask_id)
     confidence_BT = state.confidence_BT
     # What is filled in was never proposed.
-    if plan.with_confidence:
+    if program.with_confidence:
         is_filled_BT = canvas_BT != state.canvas_BT
         confidence_BT = jnp.where(is_filled_BT, jnp.nan, confidence_BT)
     state, *others = (
@@ -382,12 +382,12 @@ def denoise_block(
     )
     # Placed like its input, or the second call would be compiled again for another placement. A
     # cache that is kept stays where it was computed.
-    if plan.sharding is not None:
-        state, *others = jax.lax.with_sharding_constraint((state, *others), plan.sharding)
-    return state, cache if plan.is_cache_kept else (), *others
+    if program.sharding is not None:
+        state, *others = jax.lax.with_sharding_constraint((state, *others), program.sharding)
+    return state, cache if program.is_cache_kept else (), *others
 
 
-@partial(jax.jit, static_argnames="plan")
-def empty_cache_of(network: Network, state: State, fixed: Fixed, *, plan: Plan) -> Any:
-    rows = _rows(state, fixed, plan)
-    return empty_cache(network.cached_fn, rows, length=plan.block_length)
+@partial(jax.jit, static_argnames="program")
+def empty_cache_of(network: Network, state: State, fixed: Fixed, *, program: BlockProgram) -> Any:
+    rows = _rows(state, fixed, program)
+    return empty_cache(network.cached_fn, rows, length=program.block_length)

@@ -342,7 +342,8 @@ def make_train_step(
             (_, (count, metrics)), grads = value_and_grad(state.params, part)
             return jax.tree.map(jnp.add, sums, (grads, count, metrics)), None
 
-        if num_microbatches == 1:  # without a scan, which would keep a second copy of the gradient
+        # One microbatch does without a scan, which would keep a second copy of the gradient.
+        if num_microbatches == 1:
             (_, (count, metrics)), grads = value_and_grad(state.params, first)
         else:
             own = {name: sums for name, sums in state.metrics.items() if name not in STEP_METRICS}

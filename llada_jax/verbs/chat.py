@@ -42,11 +42,11 @@ def make_parser() -> Parser:
     parser.usage = "llada-jax chat --checkpoint CKPT [flags]"
     parser.epilog = f"{KEYS}\n\n{more_flags()}\n\n{parser.epilog}"
     add_checkpoint_flag(parser)
-    parser.add_argument("--system", default="", metavar="TEXT", help="message in front of all")
+    parser.add_argument("--system", default="", metavar="TEXT", help="system message")
     add_sampling_flags(
         parser,
         gen_length=None,
-        gen_length_help=f"most tokens of an answer ({GEN_LENGTH}, or half of the context)",
+        gen_length_help=f"maximum tokens per answer ({GEN_LENGTH}, or half of the context)",
         block_length_help=f"tokens denoised together (default {BLOCK_LENGTH})",
         append=None,
     )
@@ -111,7 +111,8 @@ def typed() -> Iterator[str]:
         try:
             if sys.stdout.isatty():
                 line = input("> ")
-            else:  # stdout holds nothing but answers
+            else:
+                # stdout holds nothing but answers
                 print("> ", end="", file=sys.stderr, flush=True)
                 if not (line := sys.stdin.readline()):
                     raise EOFError

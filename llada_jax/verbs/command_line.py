@@ -7,7 +7,7 @@ import json
 import math
 import re
 
-from llada_jax.errors import UserError, did_you_mean
+from llada_jax.errors import UserError, did_you_mean, without_value
 from llada_jax.paths import user_path
 
 KNOB = "--config."
@@ -139,7 +139,7 @@ def take_overrides(argv: list[str]) -> tuple[list[str], list[str]]:
             # "-1" is a value; "--workdir" is the next flag, and so the value was forgotten
             value = next(words, "--")
             if value.startswith("--"):
-                raise UserError(f"{KNOB}{key} has no value; write {KNOB}{key}=VALUE.")
+                raise without_value(f"{KNOB}{key}")
         overrides.append(f"{key}={value}")
     return others, overrides
 

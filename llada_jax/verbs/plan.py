@@ -167,7 +167,8 @@ def recipe_of_shapes(config, mesh, vocab_size: int) -> Recipe:
     """
     traced = config.copy_and_resolve_references()
     traced.model.attention = "xla"
-    if traced.model.remat == AUTO:  # chosen below, for the kernel of the run
+    # chosen below, for the kernel of the run
+    if traced.model.remat == AUTO:
         traced.model.remat = "full"
     recipe = make_recipe(traced, stand_in_tokenizer(vocab_size), mesh)
     attention = choose(

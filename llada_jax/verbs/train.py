@@ -195,8 +195,9 @@ def open_run(
     if config.model.remat == AUTO:
         config.model.remat = recorded_remat(workdir)
     recipe = make_recipe(config, data.tokenizer, mesh, provided=data.fields)
-    config.model.remat = recipe.remat  # so that run.json records it
-    if config.samples.every_steps:  # now, and not after hours of training
+    # run.json records the choice. Samples are checked now, and not after hours of training.
+    config.model.remat = recipe.remat
+    if config.samples.every_steps:
         check_schedule(**{name: config.samples[name] for name in SAMPLE_KNOBS}, cfg_scale=0.0)
 
     # 4. The state, from the first of four places that has one.
@@ -312,8 +313,7 @@ def train_on(
         num_steps=config.log.profile_num_steps,
         last_step=num_steps,
     )
-    # of a state without an average the parameters; check_contradictions() has refused to be asked
-    # for one
+    # the parameters where there is no average, which check_contradictions() refuses to be asked for
     weights_of = lambda state: (  # noqa: E731
         (WEIGHTS[config.evaluation.weights] is not False and state.ema) or state.params
     )

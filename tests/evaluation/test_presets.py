@@ -17,7 +17,7 @@ def test_every_preset_has_a_source_and_a_published_score_for_each_task(name):
     assert all(0 < setting.score < 100 for setting in settings.values())
 
 
-def test_guidance_is_what_tells_the_script_from_the_paper():
+def test_the_script_differs_from_the_paper_in_its_guidance_alone():
     _, paper = preset("llada-8b-base")
     _, script = preset("llada-8b-base-cfg")
     assert set(script) < set(paper)

@@ -7,7 +7,7 @@ import gke
 import pytest
 import slurm
 import tpu_vm
-from preflight import Place, check, config_of, words_of
+from preflight import Place, check, config_of, with_config, words_of
 from support.paths import ROOT
 
 from llada_jax.cluster.hardware import machines_named
@@ -190,6 +190,9 @@ def test_another_program_is_not_checked_and_that_is_said(command):
 )
 def test_the_config_of_a_command_is_found(command, config):
     assert config_of(command) == config
+    moved = with_config(command, "/there/c.py")
+    assert len(moved) == len(command)
+    assert config_of(moved) == ("/there/c.py" if config else "")
 
 
 # ---- each launcher

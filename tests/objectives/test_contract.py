@@ -63,7 +63,7 @@ def test_the_objectives_of_the_package_keep_the_contract(objective, frozen):
     assert {"loss", objective.bound_name} <= set(metrics)
 
 
-def test_masks_and_bounds_are_told_by_the_record():
+def test_the_record_names_the_mask_and_the_bound():
     ours, control = masked_diffusion(mask_id=9), autoregressive(bos_id=1)
     assert (ours.mask, ours.bound_name) == (BIDIRECTIONAL, "nelbo")
     assert (control.mask, control.bound_name) == (CAUSAL, "nll")

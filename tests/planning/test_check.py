@@ -61,7 +61,7 @@ def test_a_program_that_does_what_the_mesh_means_passes_every_check():
         (("collective-permute", 100, "bf16", False), "resharded"),
     ],
 )
-def test_a_collective_that_nobody_meant_fails_the_check_that_names_it(more, what):
+def test_a_collective_that_was_not_meant_fails_the_check_that_names_it(more, what):
     assert failed(*AS_MEANT, more) == {what}
 
 

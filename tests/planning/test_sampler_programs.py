@@ -26,8 +26,8 @@ def test_the_traced_program_is_the_one_that_a_request_runs(monkeypatch, cache):
     class Seen(Exception):
         pass
 
-    def seen(*arguments, plan):
-        raise Seen(run.trace(*arguments, plan=plan), arguments[1].canvas_BT.shape)
+    def seen(*arguments, program):
+        raise Seen(run.trace(*arguments, program=program), arguments[1].canvas_BT.shape)
 
     monkeypatch.setattr(denoise, "denoise_block", seen)
     schedule = {"gen_length": 16, "block_length": 8, "cache": cache}

@@ -28,7 +28,7 @@ WRONG = ["", "{", "[]", "null", "3", '"text"', "{}", '{"count": 1}', "\x00" * 40
         '{"first_start": 0, "last": 1, "seconds": {}, "marks": [1]}',
     ],
 )
-def test_a_damaged_account_of_time_is_said_and_begins_anew(content, tmp_path):
+def test_a_damaged_account_of_time_is_reported_and_begins_again(content, tmp_path):
     (tmp_path / "goodput.json").write_text(content)
     said = []
     ledger = Ledger(tmp_path, Clock(), start_step=5, say=said.append)

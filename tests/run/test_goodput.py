@@ -69,7 +69,7 @@ def test_the_whole_of_the_time_since_the_first_start_is_accounted_for(tmp_path):
     assert sum(ledger.seconds().values()) == pytest.approx(time.seconds)
 
 
-def test_a_run_that_starts_from_scratch_starts_its_account_anew(tmp_path):
+def test_a_run_that_starts_from_scratch_starts_a_new_account(tmp_path):
     time = Time()
     attempt(tmp_path, time, start_step=0, steps=10)
     report = attempt(tmp_path, time, start_step=0, steps=10).report()

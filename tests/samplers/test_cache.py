@@ -115,10 +115,10 @@ def programs(monkeypatch):
     def parts(cache):
         return [leaf.sharding.shard_shape(leaf.shape) for leaf in jax.tree.leaves(cache)]
 
-    def watched(network, state, cache, *others, plan):
-        compiled = run.lower(network, state, cache, *others, plan=plan).compile()
+    def watched(network, state, cache, *others, program):
+        compiled = run.lower(network, state, cache, *others, program=program).compile()
         given = parts(cache)
-        result = run(network, state, cache, *others, plan=plan)
+        result = run(network, state, cache, *others, program=program)
         seen.append((given, parts(result[1]), compiled))
         return result
 

@@ -125,7 +125,7 @@ def test_nothing_is_renamed_because_a_folder_of_objects_cannot_be(bucket):
 
 
 @pytest.mark.slow
-def test_the_older_of_two_writers_is_told_at_its_next_save(bucket):
+def test_the_older_of_two_writers_is_refused_at_its_next_save(bucket):
     older = saved_steps(f"{bucket}/claimed", 10)
     newer = Checkpoints(f"{bucket}/claimed")
     with pytest.raises(UserError, match="Another train has started"):
@@ -134,12 +134,12 @@ def test_the_older_of_two_writers_is_told_at_its_next_save(bucket):
     newer.close()
 
 
-def test_a_bucket_that_is_not_there_is_told_in_a_sentence(bucket):
+def test_a_bucket_that_is_not_there_is_refused_in_a_sentence(bucket):
     with pytest.raises(UserError, match="create it, or check its name"):
         find_checkpoint(f"{bucket}-that-is-not-there/run")
 
 
-def test_a_workdir_without_checkpoints_is_told(bucket):
+def test_a_workdir_without_checkpoints_is_refused(bucket):
     with pytest.raises(UserError, match="holds no checkpoints"):
         find_checkpoint(f"{bucket}/nothing")
 

@@ -118,7 +118,7 @@ def test_tensors_are_put_in_any_order(tmp_path):
 
 
 @pytest.mark.slow
-def test_ema_takes_the_moving_average_and_without_it_the_run_is_told_to_keep_one(
+def test_ema_takes_the_moving_average_and_without_it_the_average_is_mentioned(
     random_checkpoint, tmp_path, capfd
 ):
     out = export(random_checkpoint, tmp_path / "ema", "--ema", "--dtype", "float32")

@@ -9,7 +9,7 @@ from llada_jax.hf.card import heldout_result
 
 
 @pytest.mark.slow
-def test_the_card_tells_what_the_run_was(random_checkpoint, tmp_path):
+def test_the_card_reports_what_the_run_was(random_checkpoint, tmp_path):
     (random_checkpoint / "metrics.jsonl").write_text(
         '{"step": 5, "heldout": {"nelbo": 3.5, "standard_error": 0.01, "bits_per_byte": 5.0}}\n'
         '{"step": 7, "final": {"nelbo": 3.25, "standard_error": 0.125, "bits_per_byte": 4.5}}\n'

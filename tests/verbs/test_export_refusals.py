@@ -154,7 +154,7 @@ def test_the_hub_gets_the_whole_directory_in_a_private_repository(
 
 
 @pytest.mark.slow
-def test_a_hub_that_refuses_is_told_before_the_work_and_an_upload_that_fails_keeps_the_export(
+def test_a_hub_that_refuses_is_reported_before_the_work_and_an_upload_that_fails_keeps_the_export(
     random_checkpoint, tmp_path, refused_export, monkeypatch, capfd
 ):
     out = tmp_path / "out"

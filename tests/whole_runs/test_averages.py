@@ -72,7 +72,7 @@ def test_evaluations_load_and_init_from_read_what_they_are_asked_to(home, tmp_pa
             np.testing.assert_array_equal(start, expected)
 
 
-def test_a_moving_average_that_nobody_kept_is_refused(home, tmp_path, refused):
+def test_a_moving_average_that_was_not_kept_is_refused(home, tmp_path, refused):
     with pytest.raises(UserError, match="kept none .*ask for the raw parameters"):
         llada_jax.load(home / "run", ema=True)
     argv = train_argv(home, tmp_path / "run", "evaluation.weights=ema")
