@@ -12,7 +12,7 @@ cache and refresh interval, before the samples get worse?
 Held-out rows are cut in two, the model continues the first parts, and the separately trained
 autoregressive control says how many bits per byte the continuations cost after their prompts. Next
 to that stand the share of repeated phrases and the distance of the token frequencies from those of
-the training text. The real continuations and those of the control itself are measured alike.
+all held-out text. The real continuations and those of the control itself are measured alike.
 
 Passes are those that a text would need alone. A pass with a cache computes fewer columns, so that
 the columns computed per token are the second measure of cost; the first pass of a block, and every
@@ -135,14 +135,16 @@ class Cost:
 
 def held_out(data: str, *, num_prompts: int, prompt_length: int, gen_length: int, eos_id: int):
     """Returns prompts and their real continuations, int [B, T] each, and the frequencies of the
-    tokens of the training text.
+    tokens of all held-out rows.
     """
     info = read_dataset(data)
     length = prompt_length + gen_length
     rows = Records(info, split="heldout")
     found = []
+    counts_V = np.zeros(info.tokenizer["vocab_size"])
     for number in range(len(rows)):
         row = rows[number]
+        counts_V += np.bincount(row["tokens"][row["segment_ids"] > 0], minlength=len(counts_V))
         tokens = row["tokens"][:length]
         # One document without its end: what comes after an end is another text.
         is_one_text = len(set(row["segment_ids"][:length])) == 1 and eos_id not in tokens
@@ -155,11 +157,6 @@ def held_out(data: str, *, num_prompts: int, prompt_length: int, gen_length: int
         )
     places = np.linspace(0, len(found) - 1, num_prompts).astype(int)
     tokens_BT = np.stack([found[place] for place in places])
-    train = Records(info, split="train")
-    counts_V = np.zeros(info.tokenizer["vocab_size"])
-    for number in range(len(train)):
-        row = train[number]
-        counts_V += np.bincount(row["tokens"][row["segment_ids"] > 0], minlength=len(counts_V))
     counts_V[eos_id] = 0
     return tokens_BT[:, :prompt_length], tokens_BT[:, prompt_length:], counts_V / counts_V.sum()
 

@@ -304,12 +304,11 @@ class Pretrained:
                 f"{len(completions)}."
             )
         encode = self.tokenizer.encode
-        is_empty = [not completion.tokens for completion in completions]
         pairs = [(encode(c.prompt), c.tokens) for c in completions if c.tokens]
         scores = iter(self.score(pairs, mc_samples=mc_samples, seed=seed) if pairs else ())
         per_token = []
-        for empty in is_empty:
-            score = None if empty else next(scores)
+        for completion in completions:
+            score = next(scores) if completion.tokens else None
             per_token.append(-np.inf if score is None else score.log_likelihood / score.num_tokens)
         best = [
             first + int(np.argmax(per_token[first : first + num]))
@@ -333,9 +332,9 @@ class Pretrained:
         suppress: Sequence[int] = (),
         seed: int = 0,
         batch_size: int = 16,
+        on_step: Callable[[range, DenoiseStep], None] = ignore_step,
     ) -> list[str]:
-        """Returns the texts with their gaps filled: "The [MASK:4] sat on the mat." has one of four
-        tokens.
+        """Returns the texts with their gaps filled, such as "The [MASK:4] sat on the mat."
 
         Args:
             texts: a list of texts, each with at least one gap; see
@@ -367,6 +366,7 @@ class Pretrained:
             suppress=suppress,
             seed=seed,
             batch_size=batch_size,
+            on_step=on_step,
         )
         return [completion.text for completion in completions]
 

@@ -3,12 +3,14 @@
 import dataclasses
 import warnings
 
+import jax.numpy as jnp
 import numpy as np
 import pytest
 from support.exports import LLADA, write_checkpoint
 from support.hf_directories import random_params
 
 import llada_jax
+from llada_jax.config import default_config
 from llada_jax.errors import UserError
 from llada_jax.samplers.text import Completion
 
@@ -32,8 +34,37 @@ def test_a_cache_that_is_refreshed_in_every_step_changes_no_text(model):
     )
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("objective", "settings"),
+    [
+        ("masked_diffusion", {"cache": "dual", "refresh": 2}),
+        ("masked_diffusion", {"commit": "threshold=0.01", "revise": "wino=0.5"}),
+        ("autoregressive", {}),
+    ],
+)
+def test_the_loops_of_the_samplers_carry_bfloat16(tmp_path, objective, settings):
+    """What a loop or a branch returns must have the dtypes of what goes in."""
+    config = default_config()
+    config.data.sequence_length = 48
+    config.objective.name = objective
+    params = random_params(LLADA)
+    directory = write_checkpoint(tmp_path / "run", LLADA, params, config=config.to_dict())
+    halved = llada_jax.load(str(directory), dtype="bfloat16", keep_float32=False)
+    assert halved.params["blocks"]["q"].dtype == jnp.bfloat16
+    if objective != "autoregressive":
+        settings = {"block_length": 4, **settings}
+    (completion,) = halved.complete(["it is"], gen_length=8, stop_at_eos=False, **settings)
+    assert len(completion.tokens) == 8
+    assert halved.tokenizer.mask_id not in completion.tokens
+
+
 def test_gaps_are_filled_between_what_is_given(model):
-    (text,) = model.infill(["it [MASK:3] a truth"])
+    heard = []
+    (text,) = model.infill(
+        ["it [MASK:3] a truth"], on_step=lambda rows, state: heard.append((rows, state.step))
+    )
+    assert heard == [(range(1), 1), (range(1), 2), (range(1), 3)]
     assert text.startswith("it ")
     assert text.endswith(" a truth")
 

@@ -14,6 +14,8 @@ The harness finds no plug-ins, so the model object is passed to `lm_eval.simple_
 """
 
 import re
+import zlib
+from collections import Counter
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -247,12 +249,17 @@ class HarnessModel:
     def generate_until(self, requests):
         """Returns the text after each prompt, up to the first of the task's stop strings.
 
-        A batch of masked diffusion ends as soon as each of its texts has one, EOS or the end of a
-        turn in a finished block. An autoregressive model writes token by token.
+        With blocks, a text of masked diffusion takes no further pass once it has one, EOS or the
+        end of a turn in a finished block. An autoregressive model writes token by token.
         """
-        return self._in_parts("generate_until", requests, self._generate_part)
+        noise_numbers = iter(_noise_numbers(requests))
 
-    def _generate_part(self, arguments):
+        def answer_part(arguments):
+            return self._generate_part(arguments, [next(noise_numbers) for _ in arguments])
+
+        return self._in_parts("generate_until", requests, answer_part)
+
+    def _generate_part(self, arguments, noise_numbers):
         by_settings: dict[tuple, list[int]] = {}
         for number, (_, settings) in enumerate(arguments):
             by_settings.setdefault(_generation(settings), []).append(number)
@@ -265,12 +272,19 @@ class HarnessModel:
                 until,
                 gen_length=self.gen_length or most,
                 temperature=temperature,
+                noise_numbers=[noise_numbers[number] for number in numbers],
             )
             found.update(zip(numbers, texts, strict=True))
         return [found[number] for number in range(len(arguments))]
 
     def _generate(
-        self, prompts: Sequence[str], until: Sequence[str], *, gen_length: int, temperature: float
+        self,
+        prompts: Sequence[str],
+        until: Sequence[str],
+        *,
+        gen_length: int,
+        temperature: float,
+        noise_numbers: Sequence[int],
     ) -> list[str]:
         """Returns the text after each prompt, up to the first stop string."""
         room = self.longest - gen_length
@@ -288,6 +302,7 @@ class HarnessModel:
             num_ids=self.tokenizer.vocab_size,
             gen_length=gen_length,
             temperature=temperature,
+            noise_numbers=noise_numbers,
             seed=self.seed,
             batch_size=self.batch_size,
             **self.sampling,
@@ -314,19 +329,19 @@ class HarnessModel:
 
     def _have_ended(
         self, ids: Sequence[Sequence[int]], until: Sequence[str], *, gen_length: int
-    ) -> Callable[[range, DenoiseStep], bool]:
-        """Returns a function that says whether each text of a batch has an end in the blocks that
-        are finished.
+    ) -> Callable[[Sequence[int], DenoiseStep], list[bool]]:
+        """Returns a function that says which texts of a batch have an end in the blocks that are
+        finished.
         """
         block_length = self.sampling["block_length"] or gen_length
 
-        def have_ended(rows: range, state: DenoiseStep) -> bool:
+        def have_ended(rows: Sequence[int], state: DenoiseStep) -> list[bool]:
             finished_BT = jax.device_get(state.canvas_BT)[: len(rows), -gen_length:]
             finished_BT = finished_BT[:, : state.block * block_length]
-            return all(
+            return [
                 self._until(ids[row], tokens.tolist(), until)[1]
                 for row, tokens in zip(rows, finished_BT, strict=True)
-            )
+            ]
 
         return have_ended
 
@@ -383,6 +398,21 @@ def _generation(settings: dict) -> tuple[tuple[str, ...], int, float]:
         int(settings.get("max_gen_toks", 256)),
         temperature,
     )
+
+
+def _noise_numbers(requests: Sequence[Any]) -> list[int]:
+    """Returns the number of each request by which its noise is drawn, 31 bits.
+
+    It follows from what is asked, so that neither `limit` nor other requests change a text, and
+    from how often that was asked before, so that the repeats of a question differ.
+    """
+    times: Counter = Counter()
+    found = []
+    for request in requests:
+        asked = repr((request.task_name, request.doc_id, request.args[0]))
+        found.append(zlib.crc32(f"{asked} {times[asked]}".encode()) >> 1)
+        times[asked] += 1
+    return found
 
 
 def run(

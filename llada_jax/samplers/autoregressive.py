@@ -133,6 +133,7 @@ def continue_tokens(
     num_ids: int | None = None,
     seed: int = 0,
     batch_size: int = 16,
+    noise_numbers: Sequence[int] | None = None,
 ) -> tuple[np.ndarray, np.ndarray]:
     """Generates up to `gen_length` tokens after each prompt, one per pass, from left to right.
 
@@ -171,18 +172,20 @@ def continue_tokens(
     sharding = sharding_beside(bound)
     mesh = sharding.mesh if isinstance(sharding, NamedSharding) else None
     batch_size = min(batch_size, len(prompts))
+    noise_numbers = range(len(prompts)) if noise_numbers is None else noise_numbers
     tokens_BT = np.empty((len(prompts), gen_length), np.int32)
     num_steps_B = np.empty(len(prompts), np.int32)
     for first in range(0, len(prompts), batch_size):
         rows = range(first, min(first + batch_size, len(prompts)))
-        batch = [prompts[min(row, rows[-1])] for row in range(first, first + batch_size)]
+        filled = [min(row, rows[-1]) for row in range(first, first + batch_size)]
+        batch = [prompts[row] for row in filled]
         canvas = make_canvas(batch, gen_length=gen_length, mask_id=mask_id, pad_id=pad_id)
         starts_BT = (canvas.positions_BT == 0) & (canvas.segment_ids_BT == 1)
         shifted_BT = np.where(starts_BT, bos_id, np.roll(canvas.tokens_BT, 1, axis=1))
         rows_of_batch: dict[str, Any] = dict(
             segment_ids_BT=canvas.segment_ids_BT,
             positions_BT=canvas.positions_BT,
-            row_B=np.arange(first, first + batch_size, dtype=np.int32),
+            row_B=np.array([noise_numbers[row] for row in filled], np.int32),
         )
         fixed = _Fixed(**rows_of_batch, **numbers)
         arguments = place_everywhere((shifted_BT, key_for("sampling", seed), fixed), sharding)

@@ -23,6 +23,7 @@ class Batch(NamedTuple):
     rows: list[int]  # their numbers in the request
     canvas_BT: np.ndarray
     num_steps_B: np.ndarray
+    has_enough_B: np.ndarray  # bool: what is still masked is not wanted
 
 
 def ignore_step(rows: range, state: DenoiseStep) -> None:
@@ -50,24 +51,25 @@ class Request(NamedTuple):
 
     denoise: Callable[..., Iterator[DenoiseStep]]
     on_step: Callable[[range, DenoiseStep], None]
-    is_enough: Callable[[range, DenoiseStep], bool] | None
+    is_enough: Callable[[Sequence[int], DenoiseStep], Sequence[bool]] | None
 
     @property
     def is_heard(self) -> bool:
         """Whether a listener is called between the steps, which counts on rows in their order."""
-        return self.on_step is not ignore_step or self.is_enough is not None
+        return self.on_step is not ignore_step
 
     def run(self, canvas: Canvas, rows: Sequence[int], batch_size: int, **settings: Any) -> Batch:
         """Returns what becomes of a canvas whose first rows have these numbers."""
+        has_enough_B = np.zeros(len(rows), bool)
         for state in self.denoise(canvas, filled_up(rows, batch_size), **settings):
-            if not self.is_heard:
-                continue
-            consecutive = range(rows[0], rows[0] + len(rows))
-            self.on_step(consecutive, state)
-            if self.is_enough is not None and self.is_enough(consecutive, state):
-                break
+            if self.is_heard:
+                self.on_step(range(rows[0], rows[0] + len(rows)), state)
+            if self.is_enough is not None:
+                has_enough_B = np.array(self.is_enough(rows, state), bool)
+                if has_enough_B.all():
+                    break
         canvas_BT, num_steps_B = jax.device_get((state.canvas_BT, state.num_steps_B))
-        return Batch(list(rows), canvas_BT[: len(rows)], num_steps_B[: len(rows)])
+        return Batch(list(rows), canvas_BT[: len(rows)], num_steps_B[: len(rows)], has_enough_B)
 
 
 def make_request(
@@ -79,7 +81,8 @@ def make_request(
     shadow_fn: Callable | None,
     seed: int,
     on_step: Callable[[range, DenoiseStep], None],
-    is_enough: Callable[[range, DenoiseStep], bool] | None = None,
+    is_enough: Callable[[Sequence[int], DenoiseStep], Sequence[bool]] | None = None,
+    noise_numbers: Sequence[int] | None = None,
     **settings: Any,
 ) -> Request:
     """Returns a request with the parameters bound to the functions of the network."""
@@ -98,7 +101,7 @@ def make_request(
             is_fixed_BT=canvas.is_fixed_BT,
             segment_ids_BT=canvas.segment_ids_BT,
             positions_BT=canvas.positions_BT,
-            row_B=row_B,
+            row_B=[noise_numbers[row] for row in row_B] if noise_numbers is not None else row_B,
             each_step=on_step is not ignore_step,
             **network,
             **schedule,
@@ -163,7 +166,7 @@ def block_batches(
                 tokens_BT[place, -gen_length:] = generated[row]
         canvas = canvas._replace(tokens_BT=tokens_BT)
         done = request.run(canvas, rows, batch_size, blocks=range(block, block + 1), **schedule)
-        is_over_B = ~(done.canvas_BT[:, -gen_length:] == mask_id).any(axis=1)
+        is_over_B = ~(done.canvas_BT[:, -gen_length:] == mask_id).any(axis=1) | done.has_enough_B
         for row, canvas_T, num in zip(rows, done.canvas_BT, done.num_steps_B, strict=True):
             generated[row] = canvas_T[-gen_length:]
             num_steps[row] += int(num)
@@ -173,4 +176,4 @@ def block_batches(
         if is_over_B.any():
             over = [row for row, is_over in zip(rows, is_over_B, strict=True) if is_over]
             numbers_B = np.array([num_steps[row] for row in over], np.int32)
-            yield Batch(over, done.canvas_BT[is_over_B], numbers_B)
+            yield Batch(over, done.canvas_BT[is_over_B], numbers_B, done.has_enough_B[is_over_B])

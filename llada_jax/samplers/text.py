@@ -64,7 +64,8 @@ def generate_tokens(
     seed: int = 0,
     batch_size: int = 16,
     on_step: Callable[[range, DenoiseStep], None] = ignore_step,
-    is_enough: Callable[[range, DenoiseStep], bool] | None = None,
+    is_enough: Callable[[Sequence[int], DenoiseStep], Sequence[bool]] | None = None,
+    noise_numbers: Sequence[int] | None = None,
     **settings: Any,
 ) -> tuple[np.ndarray, np.ndarray]:
     """Generates `gen_length` tokens after each prompt.
@@ -81,15 +82,18 @@ def generate_tokens(
         shadow_fn: for revise="wino", see there; takes `params` first too.
         seed: row r of the request draws the same numbers whatever the batch size and the other
             prompts are.
+        noise_numbers: what stands for r in that: int32, one for each prompt; None: 0, 1, 2, ...
         batch_size: rows in one pass, of similar length; the logits take batch_size * block_length *
             vocabulary float32 numbers, and twice that with guidance.
         on_step: called as on_step(rows, state) after each step; `rows` are the numbers of the
             prompts that the first rows of the canvas continue. Without it the host is asked once
             per block.
-        is_enough: asked in the same way after each block; True ends the batch, of which the tokens
-            that have not been generated remain `mask_id`.
+        is_enough: asked after each block with the numbers of the prompts, in any order, which rows
+            have enough. When all have, the batch ends, and tokens that have not been generated
+            remain `mask_id`.
         eos_id, stop_at_eos: see llada_jax.samplers.denoise.denoise. Where texts end early and there
-            are more prompts than batch_size, rows that have ended make room for others.
+            are more prompts than batch_size, rows that have ended or have enough make room for
+            others.
         settings: every other setting of llada_jax.samplers.denoise.denoise.
 
     Returns:
@@ -117,13 +121,15 @@ def generate_tokens(
         seed=seed,
         on_step=on_step,
         is_enough=is_enough,
+        noise_numbers=noise_numbers,
         eos_id=eos_id,
         stop_at_eos=stop_at_eos,
         **settings,
     )
     lengths = [len(prompt) for prompt in prompts]
-    is_leaving = eos_id is not None and stop_at_eos and len(prompts) > batch_size
-    if is_leaving and block_length not in (None, gen_length) and not request.is_heard:
+    ends_early = (eos_id is not None and stop_at_eos) or is_enough is not None
+    is_leaving = ends_early and len(prompts) > batch_size and not request.is_heard
+    if is_leaving and block_length not in (None, gen_length):
         batches = block_batches(request, lengths, make, mask_id=mask_id, batch_size=batch_size)
     else:
         batches = whole_batches(request, lengths, make, batch_size=batch_size)

@@ -94,6 +94,8 @@ def test_texts_are_written_up_to_the_stop_string(found, checkpoint):
 def test_chats_are_written_with_the_template_and_interrupted_evaluations_continue(found):
     assert found["prompt_of_chat"] == "[user] Ada\n"
     assert found["again"]
+    # of seven answers, asked two by two
+    assert found["interrupted"] == {"before": 2, "after": 5, "is_same": True}
 
 
 @pytest.mark.slow

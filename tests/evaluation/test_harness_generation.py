@@ -13,14 +13,18 @@ from support.hf_directories import SMALL, our_config, random_params, write_token
 import llada_jax
 from llada_jax.config import default_config
 from llada_jax.errors import UserError
+from llada_jax.evaluation import harness
 from llada_jax.evaluation.harness import HarnessModel
+from llada_jax.samplers import denoise
 
 TEMPLATE = "{% for m in messages %}<|start|>{{ m['content'] }}<|eot_id|>{% endfor %}{{ eos_token }}"
 
 
 class Request:
-    def __init__(self, *args):
-        self.args = args
+    task_name, doc_id = "task", 0
+
+    def __init__(self, prompt, settings=None):
+        self.args = (prompt,) if settings is None else (prompt, settings)
 
 
 @pytest.fixture(scope="module")
@@ -48,23 +52,64 @@ def make(pretrained, monkeypatch):
 
 
 PROMPTS = ["it is", "a", "truth that is longer", "in", "of it"]
+SAMPLED = {"max_gen_toks": 16, "do_sample": True, "temperature": 1.0}
+BLOCKS = {"batch_size": 2, "block_length": 4, "steps": 8}
+
+
+@pytest.fixture
+def denoised(monkeypatch):
+    """A list that grows by the number of each block of a batch that is denoised."""
+    run, seen = denoise.denoise_block, []
+
+    def counted(network, state, cache, block, *others, plan):
+        seen.append(int(block))
+        return run(network, state, cache, block, *others, plan=plan)
+
+    monkeypatch.setattr(denoise, "denoise_block", counted)
+    return seen
 
 
 @pytest.mark.slow
-def test_texts_end_at_a_stop_string_or_at_the_end_of_a_turn(make, pretrained):
-    asked = {"max_gen_toks": 16, "do_sample": True, "temperature": 1.0}
-    model = make(batch_size=2, block_length=4, steps=8)
-    request = {"gen_length": 16, "block_length": 4, "steps": 8, "temperature": 1.0, "seed": 5}
-    # as the adapter sorts them, because the number of a prompt decides on its noise
-    in_order = sorted(PROMPTS, key=len)
-    completions = pretrained.complete(in_order, batch_size=2, **request)
+def test_texts_end_at_a_stop_string_or_at_the_end_of_a_turn(
+    make, pretrained, denoised, monkeypatch
+):
+    monkeypatch.setattr(
+        harness, "_noise_numbers", lambda asked: [PROMPTS.index(one.args[0]) for one in asked]
+    )
+    completions = pretrained.complete(PROMPTS, gen_length=16, temperature=1.0, seed=5, **BLOCKS)
     assert any(len(completion.tokens) < 16 for completion in completions)
-    whole = dict(zip(in_order, (completion.text for completion in completions)))
-    stop = next(text for text in whole.values() if text)[0]
-    found = model.generate_until([Request(p, {**asked, "until": []}) for p in PROMPTS])
-    assert found == [whole[prompt] for prompt in PROMPTS]
-    found = model.generate_until([Request(p, {**asked, "until": [stop]}) for p in PROMPTS])
-    assert found == [whole[prompt].split(stop)[0] for prompt in PROMPTS]
+    whole = [completion.text for completion in completions]
+    num_blocks = {one.prompt: one.num_steps // 2 for one in completions}
+    model = make(**BLOCKS)
+
+    def written(*until):
+        denoised.clear()
+        return model.generate_until([Request(p, {**SAMPLED, "until": until}) for p in PROMPTS])
+
+    assert written() == whole
+    # Batch after batch, each would last as long as its longest text.
+    in_order = sorted(PROMPTS, key=len)
+    batches = [in_order[:2], in_order[2:4], in_order[4:]]
+    assert len(denoised) < sum(max(num_blocks[prompt] for prompt in batch) for batch in batches)
+    first = [text[0] for text in whole if text]
+    assert written(first[0]) == [text.split(first[0])[0] for text in whole]
+    # where every text has an end in its first block, no other block is denoised
+    assert written(*first) == [""] * 5
+    assert denoised == [0, 0, 0]
+
+
+@pytest.mark.slow
+def test_a_sampled_text_depends_on_its_question_and_how_often_it_was_asked_alone(make):
+    model = make(**BLOCKS, eos="never", suppress=[258])  # or some texts would be empty
+    settings = {**SAMPLED, "until": []}
+    everything = [Request(prompt, settings) for prompt in [*PROMPTS, "a", "a"]]
+    texts = model.generate_until(everything)
+    assert model.generate_until(everything[:2]) == texts[:2]
+    assert model.generate_until(everything[4:0:-1]) == texts[4:0:-1]
+    everything[-1].doc_id = 1
+    again = model.generate_until(everything)
+    assert again[:6] == texts[:6]
+    assert len({texts[1], texts[5], texts[6], again[6]}) == 4
 
 
 # This model ends its texts at once, where it may.

@@ -2,10 +2,12 @@
 
 import json
 import math
+import runpy
 
 import jax
 import jax.numpy as jnp
 import pytest
+from support.paths import ROOT
 
 from llada_jax.data.tokenizer import load_tokenizer
 from llada_jax.errors import UserError
@@ -163,6 +165,21 @@ def test_an_answer_in_front_of_a_given_text_keeps_its_length():
 
 
 # ---- the file
+
+
+def test_facts_of_one_order_are_never_stated_in_the_one_in_which_they_are_asked_backwards(tmp_path):
+    """Of the reversal experiment: it would show nothing if the training text held them."""
+    runpy.run_path(str(ROOT / "configs/reversal/make_pairs.py"))["main"](tmp_path)
+    text = (tmp_path / "facts.txt").read_text()
+
+    def stated(name, ask):
+        rows = read_tasks(str(tmp_path / name))
+        assert len(rows) == 32
+        return [ask(row)["prompt"] + ask(row)["answer"] + "." in text for row in rows]
+
+    for name, backwards in (("one_order.jsonl", False), ("both_orders.jsonl", True)):
+        assert all(stated(name, lambda row: row))
+        assert stated(name, lambda row: row["backwards"]) == [backwards] * 32
 
 
 def test_a_file_is_read_with_a_byte_order_mark_and_empty_lines(tmp_path):

@@ -47,6 +47,7 @@ REQUESTS = [
     {"commit": "entropy=0.5", "cache": "prefix", "stop_at_eos": True},
     {"commit": "factor=2", "cache": "prefix", "refresh": 3},
     {"commit": "frechet=0.1", "cache": "dual", "refresh": 2, "append": True},
+    {"commit": "entropy=0.5", "cache": "dual"},
     {"commit": "threshold=0.2", "revise": "wino", "cfg_scale": 0.5},
     {"commit": "threshold=0.1", "revise": "wino=0.6", "append": True},
     {"revise": "remdm-cap=0.3"},

@@ -1,5 +1,5 @@
 """The program that denoises a block: traced without devices, what a cache adds to its memory, and
-LLaDA-8B compiled for a device that is not there.
+LLaDA-8B compiled for devices that are not there.
 """
 
 import jax
@@ -87,3 +87,12 @@ def test_llada_8b_samples_on_one_h100(tmp_path):
     # Logits of the whole canvas would not fit in this.
     assert found["temporary_bytes"] < 4 * 1024 * 126_464 * 4 / 2
     assert found["argument_bytes"] < found["peak_bytes"] < 17 * GIB < found["usable_bytes"]
+
+
+@pytest.mark.slow
+def test_llada_8b_samples_with_a_cache_on_a_v5e_8(tmp_path):
+    """A cache of 2 GiB, of which the program holds two, and parameters of 15: each split by 8."""
+    words = ("--topology", "v5e-8", "--cache", "dual")
+    found = memory_in_a_process(tmp_path, *words, platform="tpu")
+    assert 2 * PARAMETERS < 8 * found["argument_bytes"] < 2 * PARAMETERS + GIB // 64
+    assert found["argument_bytes"] < found["peak_bytes"] < 5 * GIB < found["usable_bytes"]

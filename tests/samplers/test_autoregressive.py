@@ -76,7 +76,11 @@ def test_a_row_draws_the_same_whatever_else_is_sampled_with_it(network):
     together_BT, _ = sample(network, temperature=1.0, seed=4)
     single_BT, _ = sample(network, temperature=1.0, seed=4, batch_size=1)
     other_BT, _ = sample(network, temperature=1.0, seed=5)
+    last_BT, _ = sample(
+        network, PROMPTS[:0:-1], noise_numbers=[2, 1], temperature=1.0, seed=4, batch_size=1
+    )
     np.testing.assert_array_equal(together_BT, single_BT)
+    np.testing.assert_array_equal(last_BT, single_BT[:0:-1])
     assert (together_BT != other_BT).any()
 
 

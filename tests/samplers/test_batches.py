@@ -89,9 +89,8 @@ def passes_of(batch_size, prompts, **settings):
         pad_id=PAD,
         gen_length=12,
         block_length=2,
-        eos_id=EOS,
         batch_size=batch_size,
-        **settings,
+        **{"eos_id": EOS, **settings},
     )
     jax.effects_barrier()
     return *found, sum(computed)
@@ -112,6 +111,22 @@ def test_rows_that_have_ended_make_room_for_others():
     _, _, one_by_one = passes_of(4, prompts, on_step=lambda rows, state: None)
     assert needed <= computed < needed + 4 * 6 * 2
     assert computed < one_by_one
+
+
+@pytest.mark.slow
+def test_rows_of_which_their_caller_has_enough_make_room_for_others():
+    """The caller has enough once a finished block holds EOS, which ends no text by itself here."""
+    prompts = [[1 + (5 * i) % 12] for i in range(16)]
+
+    def is_enough(rows, state):
+        finished_BT = np.asarray(state.canvas_BT)[: len(rows), -12 : state.block * 2 - 12 or None]
+        return [EOS in finished_T for finished_T in finished_BT]
+
+    tokens_BT, num_steps_B, computed = passes_of(4, prompts, eos_id=None, is_enough=is_enough)
+    ends_B = [prompt[0] for prompt in prompts]
+    assert [row.tolist().index(EOS) for row in tokens_BT] == [end - 1 for end in ends_B]
+    assert num_steps_B.tolist() == [2 * -(-end // 2) for end in ends_B]
+    assert int(num_steps_B.sum()) <= computed < int(num_steps_B.sum()) + 4 * 6 * 2
 
 
 def test_who_listens_hears_of_the_rows_in_their_order():

@@ -48,6 +48,8 @@ def make_one_layer():
         ("dual", {"append": True}),
         ("dual", {"cfg_scale": 1.0, "temperature": 1.0}),
         ("prefix", {"commit": "threshold=0.05", "eos_id": EOS}),
+        ("dual", {"lookahead": 4}),
+        ("dual", {"revise": "remdm-cap=0.4", "temperature": 1.0}),
     ],
     ids=str,
 )
@@ -56,6 +58,13 @@ def test_a_refresh_in_every_step_equals_no_cache(network, cache, options):
     tokens_BT, num_steps_B = sample(network, cache=cache, refresh=1, **options)
     np.testing.assert_array_equal(tokens_BT, expected_BT)
     np.testing.assert_array_equal(num_steps_B, expected_B)
+
+
+@pytest.mark.slow
+def test_an_interval_is_between_a_refresh_in_every_step_and_one_per_block(network):
+    """Otherwise it could be taken for either."""
+    tokens = [sample(network, cache="dual", refresh=refresh)[0].tolist() for refresh in (0, 1, 2)]
+    assert tokens[2] not in tokens[:2]
 
 
 @pytest.mark.slow
@@ -73,6 +82,7 @@ def test_one_step_per_block_never_reads_a_stale_cache(network):
         {"cache": "dual", "refresh": 3, "temperature": 1.0},
         # Rows that need different numbers of passes refresh in the same ones.
         {"cache": "dual", "refresh": 2, "commit": "frechet=0.1", "eos_id": EOS},
+        {"cache": "dual", "refresh": 3, "revise": "remdm-cap=0.4", "temperature": 1.0},
     ],
     ids=str,
 )

@@ -43,8 +43,9 @@ def test_a_free_end_is_kept_as_soon_as_it_is_the_surest():
     assert order[:2] == [3, 4]
 
 
-def test_the_last_end_is_kept_after_everything_else():
-    tokens, order = order_of(eos="last", stop_at_eos=False)
+@pytest.mark.parametrize("temperature", [0.0, 0.3])
+def test_the_last_end_is_kept_after_everything_else(temperature):
+    tokens, order = order_of(eos="last", stop_at_eos=False, temperature=temperature)
     assert tokens == [3, 3, 3, EOS, EOS, 3]
     assert order == [0, 1, 2, 5, 3, 4]
 
@@ -119,12 +120,12 @@ def test_a_batch_stops_when_its_caller_has_enough():
 
     def is_enough(rows, state):
         asked.append((rows, state.block))
-        return state.block == 2
+        return [state.block == 2] * len(rows)
 
     tokens_BT, _ = generate_tokens(
         likes_the_end, {}, [[], []], block_length=2, is_enough=is_enough, **REQUEST
     )
-    assert asked == [(range(2), 1), (range(2), 2)]
+    assert asked == [([0, 1], 1), ([0, 1], 2)]
     assert tokens_BT[0].tolist() == [3, 3, 3, EOS, MASK, MASK]
 
 

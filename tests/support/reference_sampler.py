@@ -32,6 +32,7 @@ def reference_generate(
     seed: int = 0,
     row: int = 0,
     eos_id: int | Sequence[int] | None = None,
+    eos: str = "free",
     ends_early: bool = False,
 ) -> np.ndarray:
     """Returns the tokens after one prompt by the published algorithm.
@@ -40,6 +41,8 @@ def reference_generate(
         temperature, seed, row: above 0, argmax(l + T g) with the Gumbel noise of the row.
         eos_id: what ends a text, EOS first: once a block is finished, all that was generated after
             the first of them becomes EOS.
+        eos: "never": EOS has no probability; "last": what ends a text is kept after all else, from
+            left to right.
         ends_early: after every step instead, as a sampler must not.
     """
 
@@ -65,6 +68,8 @@ def reference_generate(
             if cfg_scale:
                 un = logits_of(np.where(is_prompt, MASK, canvas))
                 logits = un + (cfg_scale + 1) * (logits - un)
+            if eos == "never":
+                logits[:, ends[0]] = -np.inf
             p = np.exp(logits - logits.max(-1, keepdims=True))
             p /= p.sum(-1, keepdims=True)
             noisy = logits.copy()
@@ -74,13 +79,16 @@ def reference_generate(
                 noisy[places] += temperature * noise
             noisy[:, MASK] = -np.inf
             choice = noisy.argmax(-1)
-            candidates = sorted(hidden, key=lambda i: (-p[i, choice[i]], i))
+            sure = p[np.arange(len(canvas)), choice]
+            if eos == "last":
+                sure[np.isin(choice, ends)] = -1.0
+            candidates = sorted(hidden, key=lambda i: (-sure[i], i))
             for i in candidates[: base + (step < remainder)]:
                 canvas[i] = choice[i]
                 hidden.remove(i)
-            is_last = step == steps_per_block - 1
+            is_finished = step == steps_per_block - 1
             is_end = np.isin(canvas, ends) & ~is_prompt
-            if (is_last or ends_early) and is_end.any():
+            if (is_finished or ends_early) and is_end.any():
                 canvas[np.argmax(is_end) + 1 :] = ends[0]
                 hidden = {i for i in hidden if canvas[i] == MASK}
     assert MASK not in canvas[len(prompt) :]

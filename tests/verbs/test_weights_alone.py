@@ -86,7 +86,7 @@ def test_what_needs_text_says_that_there_is_no_tokenizer(bare, capfd):
     ):
         with pytest.raises(UserError, match=NO_TOKENIZER):
             needs_text()
-    for argv in (["sample"], ["evaluate", "--data", "runs/absent"]):
+    for argv in (["sample"], ["chat"], ["evaluate", "--data", "runs/absent"]):
         assert main([*argv, "--checkpoint", str(bare)]) == 2
         out, err = capfd.readouterr()
         assert out == ""

@@ -13,6 +13,7 @@ import sys
 from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
+from unittest.mock import patch
 
 import jax
 import lm_eval
@@ -24,7 +25,7 @@ from llada_jax.__main__ import main
 from llada_jax.cluster import distributed
 from llada_jax.cluster.sharding import make_mesh
 from llada_jax.errors import UserError
-from llada_jax.evaluation import harness_tasks
+from llada_jax.evaluation import harness, harness_tasks
 from llada_jax.evaluation.harness import HarnessModel, run
 from llada_jax.evaluation.presets import PRESETS, Setting
 
@@ -103,6 +104,41 @@ first = run(cached, [RANKED], use_cache=cache, bootstrap_iters=0)
 cached._scores = None  # whatever is asked again fails
 again = run(cached, [RANKED], use_cache=cache, bootstrap_iters=0)
 
+
+@patch.object(harness, "CACHED_TOGETHER", 2)
+def interrupted() -> dict:
+    """Returns how many answers are scored in an evaluation that stops in its second part, and in
+    the one that continues it.
+    """
+    asked = []
+
+    def scoring(least: int) -> HarnessModel:
+        model = HarnessModel(pretrained, mc_samples=4, seed=3)
+        scores = model._scores
+
+        def counted(questions):
+            if len(asked) >= least:
+                raise InterruptedError
+            asked.extend(questions)
+            return scores(questions)
+
+        model._scores = counted
+        return model
+
+    stopped = scoring(2)
+    with contextlib.suppress(InterruptedError):
+        run(stopped, [RANKED], use_cache=str(HOME / "stopped"), bootstrap_iters=0)
+    stopped.cache_hook.dbdict.close()  # as the end of a process does
+    num_before = len(asked)
+    results = run(scoring(99), [RANKED], use_cache=str(HOME / "stopped"), bootstrap_iters=0)
+    return {
+        "before": num_before,
+        "after": len(asked) - num_before,
+        "is_same": results["results"]["ranked"]["acc,none"]
+        == first["results"]["ranked"]["acc,none"],
+    }
+
+
 refused = ""
 if mesh is not None:
     own = Instance("loglikelihood", {}, ("Ada", f" {jax.process_index()}"), 0)
@@ -150,6 +186,7 @@ def verbs() -> dict:
 print(
     json.dumps(
         {
+            "interrupted": None if mesh is not None else interrupted(),
             "verbs": None if mesh is not None else verbs(),
             "results": found["results"],
             "answers": [[*arguments, value] for (_, arguments), value in answers.items()],
