@@ -2,11 +2,13 @@
 
 import importlib.util
 import os
+import re
 import subprocess
 import sys
 
 import pytest
 from support.paths import ROOT
+from support.required import library
 
 from llada_jax.config import load_config
 
@@ -33,10 +35,10 @@ def test_the_networks_of_the_train_step_benchmark_are_those_of_the_configs(size,
 TORCH, PLAIN, BLOCKS = "PyTorch, published loop", "plain loop", "one loop per block"
 
 
-def sampling_table(words: list) -> dict[str, dict[str, str]]:
-    """Returns the table of benchmarks/sampling.py: {mode: {column: value}}."""
+def run_benchmark(script: str, words: list) -> str:
+    """Returns what a script of benchmarks/ prints."""
     done = subprocess.run(
-        [sys.executable, "benchmarks/sampling.py", *map(str, words)],
+        [sys.executable, f"benchmarks/{script}", *map(str, words)],
         capture_output=True,
         text=True,
         check=False,
@@ -44,7 +46,13 @@ def sampling_table(words: list) -> dict[str, dict[str, str]]:
         env={**os.environ, "PYTHONPATH": str(ROOT)},
     )
     assert done.returncode == 0, done.stderr
-    lines = [line for line in done.stdout.splitlines() if line.startswith("| ")]
+    return done.stdout
+
+
+def sampling_table(words: list) -> dict[str, dict[str, str]]:
+    """Returns the table of benchmarks/sampling.py: {mode: {column: value}}."""
+    printed = run_benchmark("sampling.py", words)
+    lines = [line for line in printed.splitlines() if line.startswith("| ")]
     header, *rows = ([cell.strip() for cell in line.strip("|").split("|")] for line in lines)
     return {row[0]: dict(zip(header, row, strict=True)) for row in rows}
 
@@ -74,3 +82,29 @@ def test_the_sampling_benchmark_judges_the_modes_of_a_trained_network(runs, tmp_
     assert table[TORCH]["bits per byte"] == table[PLAIN]["bits per byte"]
     assert table[PLAIN]["no worse"] == "yes"
     assert float(table["dual cache"]["bits per byte"]) > 0
+
+
+def tables(text: str) -> list[list[list[str]]]:
+    """Returns the Markdown tables of a text: of each the header and then its rows."""
+    return [
+        [[cell.strip() for cell in line.strip("|").split("|")] for line in (header, *rows)]
+        for header, _, *rows in map(str.splitlines, re.findall(r"(?:^\|.*\n)+", text, re.M))
+    ]
+
+
+@pytest.mark.slow
+def test_the_benchmark_of_records_prints_the_tables_of_the_page():
+    library("gcsfs")
+    page = re.search(
+        r"^## Records from a bucket.*?(?=^## )",
+        (ROOT / "docs/benchmarks.md").read_text(),
+        re.MULTILINE | re.DOTALL,
+    )[0]
+    words = "--latency 0.001 --shards 30 --seconds 0.1 --threads 1"
+    rates, starts = tables(run_benchmark("records.py", words.split()))
+    assert rates[0] == tables(page)[0][0]
+    assert [row[:2] for row in rates[1:]] == [["disk", "1"], ["bucket, 1 ms", "1"]]
+    assert starts[0] == ["30 shards on", *tables(page)[1][0][1:]]
+    assert [row[0] for row in starts[1:]] == ["disk", "bucket, 1 ms"]
+    rows_per_s, tokens_per_s = (float(cell.replace(",", "")) for cell in rates[1][2:4])
+    assert tokens_per_s == pytest.approx(4096 * rows_per_s, abs=4096)
