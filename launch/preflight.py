@@ -157,7 +157,7 @@ def check_extra(what: str, extra: str, place: Place) -> None:
 
 
 def check_mesh(args, place: Place) -> None:
-    """Raises UserError for a --mesh that is not one, or that the devices of the hosts cannot make."""
+    """Raises UserError for a --mesh that is not one, or not of the devices of the hosts."""
     if not getattr(args, "mesh", None):
         return
     from llada_jax.cluster.sharding import mesh_shape, parse_mesh
