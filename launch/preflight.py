@@ -22,7 +22,22 @@ from llada_jax.storage.remote import LIBRARIES, is_remote
 from llada_jax.validation import NO_TRACKER
 
 # Flags that name what a command reads, and what it writes.
-READ_FLAGS, WRITTEN_FLAGS = ("checkpoint",), ("workdir", "output", "report")
+READ_FLAGS = (
+    *("checkpoint", "source", "data", "input", "tasks"),
+    *("tokenizer", "prompt_file", "chat_template"),
+)
+WRITTEN_FLAGS = ("workdir", "output", "report", "html", "join", "plot")
+# Of these, what an empty path would not leave out.
+NEVER_EMPTY = ("checkpoint", "workdir", "output", "report")
+# {verb: flags whose files it opens on a disk}; and those that read URLs of any kind.
+ONLY_ON_DISKS = {
+    "import": ("source",),
+    "sample": ("prompt_file",),
+    "export": ("output", "chat_template"),
+    "prepare": ("output",),
+    "sweep": ("plot",),
+}
+OF_FSSPEC = ("input", "tasks")
 # Extras that a verb needs whatever its flags are; the extra of a URL has the name of its scheme.
 EXTRAS_OF_VERBS = {"import": "hf", "export": "hf"}
 # Rows of the embedding where only the tokenizer knows them: enough for shapes, not for memory.
@@ -111,14 +126,8 @@ def check(command: list[str], place: Place, *, indices: Sequence[int] = ()) -> s
     args, overrides = parser.parse_with_overrides(flags[: _cut(flags)])
     check_flags(verb, args, flags[_cut(flags) + 1 :])
     check_extras(verb, args, place)
-    for flag in (*READ_FLAGS, *WRITTEN_FLAGS):
-        path = getattr(args, flag, None)
-        if path == "":
-            raise UserError(f"--{flag} is empty; give a directory or a URL.")
-        if path:
-            check_path(f"--{flag} ", path, place, is_written=flag in WRITTEN_FLAGS)
-    if getattr(args, "data", None):
-        check_path("--data ", args.data, place, is_written=False)
+    check_mesh(args, place)
+    check_paths(verb, args, place)
     lines = [check_config(config, place) for config in configs_of(args, overrides, place, indices)]
     return ": ".join([f"llada-jax {verb} can run there", *dict.fromkeys(filter(None, lines[:1]))])
 
@@ -165,21 +174,73 @@ def check_extra(what: str, extra: str, place: Place) -> None:
         )
 
 
-def check_path(what: str, path: str, place: Place, *, is_written: bool) -> None:
+def check_mesh(args, place: Place) -> None:
+    """Raises UserError for a --mesh that is not one, or not of the devices of the hosts."""
+    if not getattr(args, "mesh", None):
+        return
+    from llada_jax.cluster.sharding import mesh_shape, parse_mesh
+
+    sizes = parse_mesh(args.mesh)
+    if place.machines:
+        num_devices = place.machines.num_devices * place.num_slices
+        mesh_shape(sizes, num_devices, num_slices=place.num_slices)
+    elif place.num_devices:
+        mesh_shape(sizes, place.num_devices)
+
+
+def check_paths(verb: str, args, place: Place) -> None:
+    """Raises UserError for a path of a flag that the hosts cannot read, or write to."""
+    for flag in (*READ_FLAGS, *WRITTEN_FLAGS):
+        given = getattr(args, flag, None)
+        name = f"--{flag.replace('_', '-').replace('source', 'from')}"
+        if given == "" and flag in NEVER_EMPTY:
+            raise UserError(f"{name} is empty; give a directory or a URL.")
+        takes_urls = flag not in ONLY_ON_DISKS.get(verb, ())
+        for path in given if isinstance(given, list) else [given] if given else []:
+            if not is_path(flag, path):
+                continue
+            if flag == "checkpoint":
+                path, _ = split_step(path)
+            if flag in ("workdir", "output"):
+                check_savable(path)
+            if flag in OF_FSSPEC and is_remote(path):
+                check_extra(f"{name} {path}", "data", place)
+                if path.partition("://")[0] not in LIBRARIES:
+                    continue
+            is_written = flag in WRITTEN_FLAGS
+            check_path(f"{name} ", path, place, is_written=is_written, takes_urls=takes_urls)
+
+
+def is_path(flag: str, value: str) -> bool:
+    """Whether the value of a flag is a path, and not the name of something that needs none."""
+    if flag == "tokenizer":
+        return value != "bytes" and not value.startswith(("spm:", "spm-bpe:"))
+    if flag == "source":  # or a repository on the Hub
+        return value.startswith(("/", ".")) or is_remote(value)
+    return flag != "tasks" or value.endswith(".jsonl")
+
+
+def check_path(
+    what: str, path: str, place: Place, *, is_written: bool, takes_urls: bool = True
+) -> None:
     """Raises UserError for a path that the hosts cannot read, or write to.
 
     Args:
         what: the flag or the knob, as the user writes it in front of the path.
-        path: WORKDIR, WORKDIR@STEP, a directory or a URL.
+        path: a path or a URL. takes_urls: whether it may be a URL.
     """
-    path, _ = split_step(path)
     if is_remote(path):
-        scheme = path.partition("://")[0]
+        scheme, _, rest = path.partition("://")
+        if not takes_urls:
+            raise UserError(
+                f"{what}{path} must be on a disk; write a path on one that the hosts share, such "
+                "as a mounted bucket."
+            )
         look_up(LIBRARIES, scheme, "kind of URL")
+        if not rest.partition("/")[0]:
+            raise UserError(f"{what}{path} names no bucket; write {scheme}://BUCKET/DIR.")
         check_extra(f"{what}{path}", scheme, place)
         return
-    if is_written:
-        check_savable(path)
     if place.shares_disks:
         return
     around = [m for m in place.mounts if f"{path}/".startswith(f"{m.rstrip('/')}/")]
@@ -188,18 +249,19 @@ def check_path(what: str, path: str, place: Place, *, is_written: bool) -> None:
     if mount is None and place.has_own_disks and not path.startswith("/"):
         raise UserError(
             f"{what}{path} is relative, and the hosts start in a directory of their own; write an "
-            "absolute path on a disk that they share, or gs://BUCKET/DIR."
+            f"absolute path on a disk that they share{', or gs://BUCKET/DIR' * takes_urls}."
         )
     if mount is None and not place.has_own_disks:
         form = "BUCKET:/data" if is_written else "BUCKET:/data:ro"
         raise UserError(
-            f"{what}{path} is not on a disk that the hosts share: write gs://BUCKET/DIR, or mount "
-            f"a bucket with --gcs-fuse {form} and write {what}/data/DIR."
+            f"{what}{path} is not on a disk that the hosts share: "
+            f"{'write gs://BUCKET/DIR, or ' * takes_urls}mount a bucket with --gcs-fuse {form} and "
+            f"write {what}/data/DIR."
         )
     if mount is not None and is_written and not place.mounts[mount]:
         raise UserError(
             f"{what}{path} is written to, and {mount} is mounted to be read only; leave out the "
-            ":ro of --gcs-fuse, or write to gs://BUCKET/DIR."
+            f":ro of --gcs-fuse{', or write to gs://BUCKET/DIR' * takes_urls}."
         )
 
 
@@ -235,7 +297,8 @@ def check_config(config, place: Place) -> str:
     vocab_size = config.model.vocab_size or num_ids
     for knob in ("restore", "init_from"):
         if path := config.checkpoint[knob]:
-            check_path(f"config.checkpoint.{knob}=", path, place, is_written=False)
+            workdir, _ = split_step(path)
+            check_path(f"config.checkpoint.{knob}=", workdir, place, is_written=False)
     # A directory for compiled programs may be on the host's own disk; only a URL can be wrong.
     if is_remote(cache := config.log.compilation_cache):
         check_path("config.log.compilation_cache=", cache, place, is_written=False)

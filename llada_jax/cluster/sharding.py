@@ -72,19 +72,21 @@ def mesh_shape(sizes: dict[str, int], num_devices: int, *, num_slices: int = 1) 
         if num_devices % stated:
             raise UserError(
                 f"The mesh {written} needs a multiple of {stated} devices, and there are "
-                f"{num_devices}; change config.mesh so that the stated sizes divide the devices."
+                f"{num_devices}; change config.mesh or --mesh so that the stated sizes divide the "
+                "devices."
             )
         shape[shape.index(-1)] = num_devices // stated
     if math.prod(shape) != num_devices:
         raise UserError(
             f"The mesh {written} needs {math.prod(shape)} devices, and there are {num_devices}; "
-            "change config.mesh, or leave one axis at -1."
+            "change config.mesh or --mesh, or leave one axis at -1."
         )
     data = shape[AXES.index("data")]
     if data % num_slices:
         raise UserError(
             f"config.mesh.data={data} is not a multiple of the {num_slices} slices, which are "
-            f"joined along data; set --config.mesh.data={num_slices}."
+            f"joined along data; set --config.mesh.data={num_slices}, or data={num_slices} in "
+            "--mesh."
         )
     return tuple(shape)
 

@@ -2,6 +2,7 @@
 
 import itertools
 import os
+import re
 import shutil
 from pathlib import Path
 
@@ -12,6 +13,8 @@ from support.paths import ROOT
 from llada_jax.data import assembly, build
 from llada_jax.data.preparation import prepare
 
+# before a test makes it smaller
+SHARD_BYTES = assembly.SHARD_BYTES
 ARGS = {"sequence_length": T, "tokenizer": "bytes", "heldout": 0.2}
 
 
@@ -26,6 +29,13 @@ def small(monkeypatch):
 def corpus(tmp_path):
     write_corpus(tmp_path / "corpus", num_files=8, num_documents=30)
     return [str(tmp_path / "corpus")]
+
+
+def test_a_shard_holds_as_much_as_the_page_says():
+    page = (ROOT / "docs/data.md").read_text()
+    sizes = re.findall(r"up to (\d+) GiB", page)
+    assert len(sizes) == 2
+    assert SHARD_BYTES == 2 << 30 == int(sizes[0]) << 30 == int(sizes[1]) << 30
 
 
 def shards_of(content: dict, split: str = "train") -> list[dict]:

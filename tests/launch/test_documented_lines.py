@@ -15,6 +15,7 @@ import cloud
 import pytest
 import slurm
 from preflight import check
+from support import documents
 from support.documents import commands, launcher_commands, prose_of
 from support.hosts import Start, extras_of_the_image, on_gke, on_slurm, on_tpu_vm
 from support.paths import ROOT
@@ -124,6 +125,24 @@ def test_the_documents_show_every_launcher_on_every_kind_of_chip_and_its_sweeps(
         ("slurm", "cuda,cpu", "sweep"),
         ("slurm", "", "train"),
     }
+
+
+def test_lines_are_looked_for_in_the_readme_the_pages_and_the_configs(tmp_path, monkeypatch):
+    texts = {
+        "README.md": "{}",
+        "docs/page.md": "text\n\n{}",
+        "configs/own.py": '"""Own.\n\n{}\n"""\n',
+    }
+    for number, (name, text) in enumerate(texts.items()):
+        file = tmp_path / name
+        file.parent.mkdir(exist_ok=True)
+        file.write_text(
+            text.format(f"    python launch/gke.py --slices {number} -- llada-jax train")
+        )
+    before = launcher_commands("gke")
+    monkeypatch.setattr(documents, "ROOT", tmp_path)
+    found = [line for line in launcher_commands("gke") if line not in before]
+    assert found == [(["--slices", str(number)], ["llada-jax", "train"]) for number in range(3)]
 
 
 def test_the_image_and_the_tpu_vms_have_the_same_extras():

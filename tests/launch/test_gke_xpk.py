@@ -1,7 +1,9 @@
 """The manifests of launch/gke.py equal those of xpk, but for deliberate differences."""
 
+import json
 import os
 import re
+import shlex
 import subprocess
 import sys
 from pathlib import Path
@@ -10,6 +12,7 @@ import gke
 import pytest
 import yaml
 from support.gke_manifests import COMMAND, container_of, job_of, pod_of, render
+from support.paths import ROOT
 from support.required import absent
 
 
@@ -176,3 +179,48 @@ def test_a_gpu_job_has_the_shape_that_xpk_gives_it(ours, theirs, xpk, tmp_path):
     for key in ("job", "codes", "limits", "rank", "count"):
         assert mine[key] == theirs[key]
     assert mine["keys"] <= theirs["keys"]
+
+
+# Reads [words, ...] and prints what argparse says against each of them, "" for nothing.
+PARSE = """
+import argparse, contextlib, io, json, sys
+from xpk.parser.core import set_parser
+
+said = []
+for words in json.loads(sys.argv[1]):
+    parser = argparse.ArgumentParser(prog="xpk")
+    set_parser(parser=parser)
+    error = io.StringIO()
+    with contextlib.redirect_stderr(error), contextlib.suppress(SystemExit):
+        parser.parse_args(words)
+    said.append(error.getvalue())
+print(json.dumps(said))
+"""
+
+
+def documented_xpk() -> list[list[str]]:
+    """Returns the words after xpk of every line and every `xpk ...` of docs/ and of the README."""
+    found = []
+    for path in [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]:
+        text = re.sub(r"\\\n\s*", " ", path.read_text())
+        found += re.findall(r"^\s*xpk (.+)$|`xpk ([^`]+)`", text, re.MULTILINE)
+    # what the reader is to fill in
+    lines = [(line or span).replace("...", "--cluster llada") for line, span in found]
+    return [shlex.split(line, comments=True) for line in lines]
+
+
+@pytest.mark.slow
+def test_the_real_xpk_takes_every_command_in_the_documents(xpk, tmp_path):
+    wrong = ["cluster", "create", "--cluster", "llada", "--tpu-type", "v5p-128", "--no-such-flag"]
+    lines = documented_xpk()
+    assert len(lines) >= 2
+    done = subprocess.run(
+        [Path(xpk).with_name("python"), "-c", PARSE, json.dumps([*lines, wrong])],
+        capture_output=True,
+        text=True,
+        check=True,
+        env={**os.environ, "HOME": str(tmp_path), "PYTHONPATH": ""},
+    )
+    *said, of_wrong = json.loads(done.stdout.splitlines()[-1])
+    assert said == [""] * len(lines)
+    assert "--no-such-flag" in of_wrong

@@ -2,6 +2,7 @@
 
 import importlib.util
 import os
+import re
 import subprocess
 import sys
 from types import SimpleNamespace
@@ -10,6 +11,7 @@ import numpy as np
 import pytest
 from support.datasets import write_dataset
 from support.paths import ROOT
+from support.required import library
 
 from llada_jax.config import load_config
 from llada_jax.verbs.evaluate import write_report
@@ -44,6 +46,7 @@ TORCH, PLAIN, BLOCKS = "PyTorch, published loop", "plain loop", "one loop per bl
 
 
 def printed_by(script: str, words: list) -> str:
+    """Returns what a script of benchmarks/ prints."""
     done = subprocess.run(
         [sys.executable, f"benchmarks/{script}.py", *map(str, words)],
         capture_output=True,
@@ -111,3 +114,29 @@ def test_the_frequencies_of_the_frontier_are_those_of_all_held_out_text(tmp_path
     expected = {1: 16 / 56, 2: 8 / 56, 3: 8 / 56, 4: 24 / 56}
     assert dict(enumerate(frequency_V[:6])) == pytest.approx({0: 0, 5: 0, **expected})
     assert frequency_V[6:].sum() == 0
+
+
+def tables(text: str) -> list[list[list[str]]]:
+    """Returns the Markdown tables of a text: of each the header and then its rows."""
+    return [
+        [[cell.strip() for cell in line.strip("|").split("|")] for line in (header, *rows)]
+        for header, _, *rows in map(str.splitlines, re.findall(r"(?:^\|.*\n)+", text, re.M))
+    ]
+
+
+@pytest.mark.slow
+def test_the_benchmark_of_records_prints_the_tables_of_the_page():
+    library("gcsfs")
+    page = re.search(
+        r"^## Records from a bucket.*?(?=^## )",
+        (ROOT / "docs/benchmarks.md").read_text(),
+        re.MULTILINE | re.DOTALL,
+    )[0]
+    words = "--latency 0.001 --shards 30 --seconds 0.1 --threads 1"
+    rates, starts = tables(printed_by("records", words.split()))
+    assert rates[0] == tables(page)[0][0]
+    assert [row[:2] for row in rates[1:]] == [["disk", "1"], ["bucket, 1 ms", "1"]]
+    assert starts[0] == ["30 shards on", *tables(page)[1][0][1:]]
+    assert [row[0] for row in starts[1:]] == ["disk", "bucket, 1 ms"]
+    rows_per_s, tokens_per_s = (float(cell.replace(",", "")) for cell in rates[1][2:4])
+    assert tokens_per_s == pytest.approx(4096 * rows_per_s, abs=4096)

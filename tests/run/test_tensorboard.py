@@ -12,6 +12,7 @@ from support.tensorboard import board_of
 
 from llada_jax.run.metrics_file import MetricsWriter
 from llada_jax.run.tensorboard import EventsFile, as_code, tags_of
+from llada_jax.samplers.text import Completion
 
 
 def test_what_is_learned_comes_first_and_the_machine_last():
@@ -43,17 +44,36 @@ def test_the_curve_of_held_out_text_ends_with_the_last_step(tmp_path):
 AWKWARD = ["# no heading", "<b>bold</b> & <script>", "a*b*c", "1. one\n\n    two", "```", "", "|a|"]
 
 
+def blocks_of(markdown: str) -> list[str]:
+    """Returns the texts that a browser shows for the code in Markdown, by TensorBoard's own
+    conversion.
+    """
+    page = library("tensorboard.plugin_util").markdown_to_safe_html(markdown)
+    found = re.findall(r"<pre><code>(.*?)</code></pre>", page, flags=re.DOTALL)
+    return [html.unescape(code) for code in found]
+
+
 def shown(text: str) -> str:
-    """Returns the text that a browser shows for Markdown, by TensorBoard's own conversion."""
-    convert = library("tensorboard.plugin_util").markdown_to_safe_html
-    page = convert(f"prompt\n\n{as_code(text)}\n\nend")
-    (code,) = re.findall(r"<pre><code>(.*)</code></pre>", page, flags=re.DOTALL) or [""]
-    return html.unescape(code)
+    (code,) = blocks_of(f"prompt\n\n{as_code(text)}\n\nend") or [""]
+    return code
 
 
 @pytest.mark.parametrize("text", AWKWARD)
 def test_a_sampled_text_is_shown_as_it_is(text):
     assert shown(text).rstrip("\n") == text.rstrip("\n")
+
+
+def test_the_samples_of_a_run_are_shown_as_they_are(tmp_path):
+    texts = [text for text in AWKWARD if text]
+    samples = [Completion(prompt, text, [], 0) for prompt, text in zip(texts, texts[::-1])]
+    writer = MetricsWriter(tmp_path)
+    writer.samples(10, samples)
+    writer.close()
+    board = board_of(tmp_path)
+    (tag,) = board.Tags()["tensors"]
+    (markdown,) = board.Tensors(tag)[0].tensor_proto.string_val
+    found = [block.rstrip("\n") for block in blocks_of(markdown.decode())]
+    assert found == [text.rstrip("\n") for sample in samples for text in sample[:2]]
 
 
 @given(st.text(alphabet="ab *_#`<>&[]()|-1.\n", max_size=40))

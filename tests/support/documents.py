@@ -36,12 +36,14 @@ def commands(text: str) -> list[list[str]]:
 
 
 def launcher_commands(launcher: str) -> list[tuple[list[str], list[str]]]:
-    """Returns (flags of the launcher, words of the command) of every use in docs/ and docstrings.
+    """Returns (flags of the launcher, words of the command) of every use in the README, in docs/,
+    and in the docstrings of the configs and of the launcher.
 
     A line without `--` has no command, as `--follow` and `--delete`.
     """
-    texts = [importlib.import_module(launcher).__doc__ or ""]
-    texts += [path.read_text() for path in sorted((ROOT / "docs").glob("*.md"))]
+    files = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
+    files += sorted((ROOT / "configs").glob("*.py"))
+    texts = [importlib.import_module(launcher).__doc__ or "", *map(prose_of, files)]
     return launcher_commands_in(texts, launcher)
 
 

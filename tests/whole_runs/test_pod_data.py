@@ -54,7 +54,10 @@ def test_parts_joined_in_a_slow_bucket_train_on_two_hosts_are_killed_and_resume_
         upload(corpus, f"{bucket}/set")
         assert main(["prepare", "--join", f"{bucket}/set"]) == 0
         join_parts(corpus)
+        begun = time.monotonic()
         info = read_dataset(f"{bucket}/set")
+        # or the bucket would not be a slow one
+        assert time.monotonic() - begun >= LATENCY_S
         assert info.fingerprint == read_dataset(corpus).fingerprint
         assert len(info.splits["train"].shards) == NUM_PARTS
 
