@@ -10,6 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from support.corpora import T, stream
 
+from llada_jax.data.dialogue_units import ChatSettings
 from llada_jax.data.preparation import prepare
 from llada_jax.data.round_trip import PROBE, describe_loss, is_lossless, num_encoded_bytes
 from llada_jax.data.tokenizer import Tokenizer, load_tokenizer
@@ -145,3 +146,21 @@ def test_nothing_changes_where_nothing_is_lost(tmp_path, capsys, lower_casing):
         assert content["splits"]["train"]["num_bytes"] == 12
         assert not {"num_lossy_documents", "num_lost_bytes"} & set(content["source"])
     assert "cannot give back" not in capsys.readouterr().err
+
+
+def test_what_dialogues_lose_is_said_too(tmp_path, capsys, sentencepiece_defaults):
+    dialogue = {"prompt": "hello\n\nworld", "response": "hello   world"}
+    (tmp_path / "a.jsonl").write_text(json.dumps(dialogue) + "\n")
+    content = prepare(
+        [str(tmp_path / "a.jsonl")],
+        tmp_path / "out",
+        sequence_length=256,
+        tokenizer=sentencepiece_defaults,
+        heldout=0,
+        add_mask_token=True,
+        chat=ChatSettings(template="default"),
+    )
+    assert "the tokenizer cannot give back the text: in 1 of 1 sampled" in capsys.readouterr().err
+    decoded = load_tokenizer(tmp_path / "out" / "tokenizer").decode
+    document = stream(tmp_path / "out", "train")
+    assert content["splits"]["train"]["num_bytes"] == len(decoded(document).encode())
