@@ -259,6 +259,34 @@ SPLITS = faults_of(
         "tests/evaluation/test_splits.py tests/verbs/test_evaluate.py",
     ),
     ("only one corruption", "num_draws=num_draws,", "num_draws=1,"),
+    (
+        "every device attends to all rows",
+        "with jax.set_mesh(batch_sharding.mesh):",
+        "if True:",
+        "tests/planning/test_evaluation_programs.py"
+        "::test_the_traced_bound_is_the_program_that_evaluate_runs",
+    ),
+)
+
+ROLLING = faults_of(
+    "llada_jax/evaluation/rolling.py",
+    "tests/evaluation/test_rolling.py",
+    (
+        "bytes that the tokenizer lost are counted",
+        "num_encoded_bytes(text, tokenizer.decode(tokens))",
+        "len(text.encode())",
+    ),
+)
+
+TASKS = faults_of(
+    "llada_jax/evaluation/tasks.py",
+    "tests/test_pretrained_ids.py",
+    (
+        "answers hold rows without an id",
+        "                steps=max(len(questions[number].answer) for number in batch),\n"
+        "                num_ids=tokenizer.vocab_size,",
+        "                steps=max(len(questions[number].answer) for number in batch),",
+    ),
 )
 
 RNG = faults_of(
@@ -287,5 +315,7 @@ FAULTS: list[Fault] = [
     *REMASKING,
     *LIKELIHOOD,
     *SPLITS,
+    *ROLLING,
+    *TASKS,
     *RNG,
 ]

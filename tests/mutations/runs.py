@@ -144,6 +144,16 @@ TRAIN = faults_of(
         "state.params",
     ),
     (
+        "held-out bounds during training ignore the average",
+        "step, weights_of(state), state.frozen, config.evaluation.num_batches",
+        "step, state.params, state.frozen, config.evaluation.num_batches",
+    ),
+    (
+        "samples during training ignore the average",
+        "network = recipe.objective.network(weights_of(state), state.frozen)",
+        "network = recipe.objective.network(state.params, state.frozen)",
+    ),
+    (
         "batches of a rollback come back",
         "batch_of_step(step + 1, opened.rollbacks.skipped) - 1",
         "step",

@@ -186,4 +186,33 @@ LAUNCH = [
     ),
 ]
 
-FAULTS: list[Fault] = [*DATA, *HARDWARE, *RECIPES, *HF, *SWEEPS, *LAUNCH]
+WHAT_A_USER_WRITES = [
+    *faults_of(
+        "llada_jax/paths.py",
+        "tests/test_paths.py",
+        (
+            "a directory called ~ is the home directory",
+            'os.path.abspath(text) if os.path.normpath(text).startswith("~") else text',
+            "text",
+        ),
+    ),
+    *faults_of(
+        "llada_jax/validation.py",
+        "tests/config/test_validation.py",
+        (
+            "knobs that another one switches off are taken",
+            "if value != default and not is_on(knob(config, switch)):",
+            "if False:",
+        ),
+    ),
+]
+
+FAULTS: list[Fault] = [
+    *DATA,
+    *HARDWARE,
+    *RECIPES,
+    *HF,
+    *SWEEPS,
+    *LAUNCH,
+    *WHAT_A_USER_WRITES,
+]
