@@ -61,11 +61,12 @@ def test_a_limited_number_of_batches_is_a_subset_that_the_seed_chooses(small_dat
         return TokenScores(jnp.where(where_BT, targets_BT.astype(jnp.float32), 0.0), where_BT)
 
     bounds = [
-        bound_of(small_dataset, nll_of_token, max_batches=2, subset_seed=seed).nats_per_token
-        for seed in (0, 1, 2, 0)
+        bound_of(small_dataset, nll_of_token, max_batches=2, **chosen).nats_per_token
+        for chosen in (*({"subset_seed": seed} for seed in (0, 1, 2, None)), {})
     ]
-    assert len(set(bounds)) == 3
-    assert bounds[0] == bounds[3]
+    assert len(set(bounds)) == 4
+    # as `train` evaluates: not the first rows of the split, which None would take
+    assert bounds[4] == bounds[0]
 
 
 def test_a_single_batch_has_a_bound_and_no_standard_error(small_dataset):
