@@ -10,76 +10,84 @@ from support.runs import metric_lines
 
 from llada_jax.__main__ import main
 from llada_jax.cluster import sharding
+from llada_jax.config import default_config
 from llada_jax.evaluation import splits
 
 WHOLE = ("evaluation.final_num_batches=0", "evaluation.num_batches=0", "evaluation.every_steps=2")
 
 
-@pytest.fixture
-def heldout_batches(monkeypatch):
-    """Returns heldout_batches(argv, status, signal_at=None, number=None) -> how many held-out
-    batches a `train` has scored; the signal comes while it places batch `signal_at`.
+def count_batches(argv, status, *, signal_at=None, number=signal.SIGTERM) -> int:
+    """Returns how many held-out batches a `train` has scored; the signal comes while it places
+    batch `signal_at`.
     """
+    num_placed = 0
 
-    def heldout_batches(argv, status, *, signal_at=None, number=signal.SIGTERM) -> int:
-        num_placed = 0
+    def place_batch(*args):
+        nonlocal num_placed
+        num_placed += 1
+        if num_placed == signal_at:
+            os.kill(os.getpid(), number)
+        return sharding.place_batch(*args)
 
-        def place_batch(*args):
-            nonlocal num_placed
-            num_placed += 1
-            if num_placed == signal_at:
-                os.kill(os.getpid(), number)
-            return sharding.place_batch(*args)
-
+    with pytest.MonkeyPatch.context() as patch:
         watched = types.SimpleNamespace(**{**vars(sharding), "place_batch": place_batch})
-        monkeypatch.setattr(splits, "sharding", watched)
+        patch.setattr(splits, "sharding", watched)
         assert main(argv) == status
-        return num_placed
+    return num_placed
 
-    return heldout_batches
+
+@pytest.fixture(scope="module")
+def undisturbed(home, tmp_path_factory):
+    """A run without a signal, and the batches of one evaluation of its whole split."""
+    workdir = tmp_path_factory.mktemp("undisturbed") / "run"
+    num_batches = count_batches(train_argv(home, workdir, *WHOLE), 0)
+    return workdir, num_batches // 2  # one evaluation after step 2, one after step 4
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
 def test_a_signal_in_the_final_evaluation_stops_within_a_batch(
-    number, heldout_batches, home, tmp_path, capsys
+    number, undisturbed, home, tmp_path, capsys
 ):
-    undisturbed = train_argv(home, tmp_path / "undisturbed", *WHOLE)
-    whole = heldout_batches(undisturbed, 0) // 2  # one evaluation after step 2, one after step 4
+    workdir, whole = undisturbed
     assert whole > 6
     argv = train_argv(home, tmp_path / "run", *WHOLE)
     capsys.readouterr()
-    assert heldout_batches(argv, 42, signal_at=whole + 3, number=number) == whole + 3
+    assert count_batches(argv, 42, signal_at=whole + 3, number=number) == whole + 3
     last = capsys.readouterr().err.splitlines()[-1]
     assert "asked to stop during the final evaluation" in last
     assert "step 4 of 4 is saved; the same command continues" in last
     assert (tmp_path / "run" / "evaluation.json").exists()
     # the same numbers as without the signal, to the last bit
-    assert heldout_batches(argv, 0) == whole
-    assert metric_lines(tmp_path / "run") == metric_lines(tmp_path / "undisturbed")
+    assert count_batches(argv, 0) == whole
+    assert metric_lines(tmp_path / "run") == metric_lines(undisturbed[0])
     assert not (tmp_path / "run" / "evaluation.json").exists()
 
 
 @pytest.mark.slow
 def test_an_evaluation_between_steps_is_finished_by_the_next_start(
-    heldout_batches, home, tmp_path, capsys
+    undisturbed, home, tmp_path, capsys
 ):
-    heldout_batches(train_argv(home, tmp_path / "undisturbed", *WHOLE), 0)
     argv = train_argv(home, tmp_path / "run", *WHOLE)
     capsys.readouterr()
-    assert heldout_batches(argv, 42, signal_at=3) == 3
+    assert count_batches(argv, 42, signal_at=3) == 3
     assert "step 2 of 4 is saved" in capsys.readouterr().err.splitlines()[-1]
-    heldout_batches(argv, 0)
-    assert metric_lines(tmp_path / "run") == metric_lines(tmp_path / "undisturbed")
+    count_batches(argv, 0)
+    assert metric_lines(tmp_path / "run") == metric_lines(undisturbed[0])
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("content", ["", "{", "[1]", '{"step": 4}', '{"step": 4, "settings": 1}'])
-def test_damaged_partial_sums_cost_time_and_not_the_run(content, heldout_batches, home, tmp_path):
+def test_damaged_partial_sums_cost_time_and_not_the_run(content, undisturbed, home, tmp_path):
     argv = train_argv(home, tmp_path / "run", *WHOLE)
-    heldout_batches(train_argv(home, tmp_path / "undisturbed", *WHOLE), 0)
-    heldout_batches(argv, 42, signal_at=3)
+    count_batches(argv, 42, signal_at=3)
     (tmp_path / "run" / "evaluation.json").write_text(content)
-    heldout_batches(argv, 0)
-    final = [metric_lines(tmp_path / name, "final") for name in ("run", "undisturbed")]
-    assert final[0] == final[1]
+    count_batches(argv, 0)
+    assert metric_lines(tmp_path / "run", "final") == metric_lines(undisturbed[0], "final")
+
+
+@pytest.mark.slow
+def test_the_final_evaluation_takes_as_many_batches_as_it_is_told_to(home, tmp_path):
+    few = ("evaluation.final_num_batches=2", "evaluation.every_steps=0")
+    assert count_batches(train_argv(home, tmp_path / "run", *few), 0) == 2
+    assert default_config().evaluation.final_num_batches > 0  # 0 takes the whole split
