@@ -61,9 +61,9 @@ def denoised(monkeypatch):
     """A list that grows by the number of each block of a batch that is denoised."""
     run, seen = denoise.denoise_block, []
 
-    def counted(network, state, cache, block, *others, plan):
+    def counted(network, state, cache, block, *others, program):
         seen.append(int(block))
-        return run(network, state, cache, block, *others, plan=plan)
+        return run(network, state, cache, block, *others, program=program)
 
     monkeypatch.setattr(denoise, "denoise_block", counted)
     return seen
