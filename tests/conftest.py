@@ -22,14 +22,14 @@ os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0.1")
 # `XLA_FLAGS= make test` compiles as users do.
 os.environ.setdefault("XLA_FLAGS", fast_compilation.XLA_FLAGS)
 
-# Python would look for garbage after every 700 objects, and JAX cleans up each time, which takes a
-# fifth of the time of the tests.
-gc.set_threshold(50_000, 10, 10)
-
 import hypothesis
 import jax
 
 jax.config.update("jax_num_cpu_devices", 8)
+
+# Python would look for garbage after every 700 objects, and JAX cleans up each time, which takes a
+# fifth of the time of the tests.
+gc.set_threshold(50_000, 10, 10)
 
 # A test passes or fails by what is computed and never by how long a busy machine takes for it.
 hypothesis.settings.register_profile(
