@@ -226,6 +226,7 @@ def test_a_workdir_is_written_with_tokenizer_config_and_record_and_read_back(tmp
 def test_a_workdir_without_a_record_or_with_a_torn_one_is_refused(tmp_path):
     with pytest.raises(UserError, match=r"has no run\.json; give the workdir of a run"):
         read_run(tmp_path)
-    (tmp_path / "run.json").write_text('{"config": ')
-    with pytest.raises(UserError, match=r"run\.json is not valid JSON"):
-        read_run(tmp_path)
+    for torn in ('{"config": ', "[" * 100_000 + "]" * 100_000):
+        (tmp_path / "run.json").write_text(torn)
+        with pytest.raises(UserError, match=r"run\.json is not valid JSON"):
+            read_run(tmp_path)

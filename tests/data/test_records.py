@@ -180,6 +180,7 @@ def test_a_directory_that_is_no_dataset_is_named(tmp_path):
     ("text", "expected"),
     [
         ("{", "not valid JSON"),
+        ("[" * 100_000 + "]" * 100_000, "not valid JSON"),
         ("[1]", "names no format"),
         ('{"splits": {}}', "names no format"),
         ('{"format": 2}', "sequence_length"),

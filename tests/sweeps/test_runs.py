@@ -192,6 +192,8 @@ def test_a_workdir_with_something_else_in_it_is_reported(write_config, call_swee
     (tmp_path / "runs" / "000").mkdir(parents=True)
     (tmp_path / "runs" / "000" / "metrics.jsonl").write_text("not a metric\n")
     assert states(call_sweep) == ["damaged", "missing", "missing"]
+    table, _ = call_sweep("--table")
+    assert "damaged" in table
     # a line that is being written at this moment
     (tmp_path / "runs" / "000" / "metrics.jsonl").write_text('{"step": 1, "tr')
     assert states(call_sweep) == ["missing"] * 3
