@@ -6,13 +6,13 @@ from types import SimpleNamespace
 
 import jax
 import pytest
+from support.datasets import lines_dataset
 from support.exports import LLADA, write_checkpoint
 from support.hf_directories import random_params
 from support.jaxprs import equations
 from support.plans import GIB, PARAMETERS, memory_in_a_process
 
 import llada_jax
-from llada_jax.__main__ import main
 from llada_jax.cluster.sharding import make_mesh
 from llada_jax.evaluation import breakdown, conditional, likelihood
 from llada_jax.planning.evaluation_program import traced_answers, traced_bound
@@ -28,13 +28,7 @@ def checkpoint(tmp_path_factory):
 @pytest.fixture(scope="module")
 def records(tmp_path_factory):
     """Rows for which CPUs have an attention of their own."""
-    home = tmp_path_factory.mktemp("records")
-    text = home / "lines.txt"
-    text.write_text("".join(f"line {i * i} of the text\n" for i in range(400)))
-    words = ["--input", str(text), "--output", str(home / "data"), "--documents", "line"]
-    more = ["--sequence-length", "256", "--tokenizer", "bytes", "--heldout", "0.5"]
-    assert main(["prepare", *words, *more]) == 0
-    return home / "data"
+    return lines_dataset(tmp_path_factory.mktemp("lines"), num_lines=400, sequence_length=256)
 
 
 def small_mesh(**sizes: int):

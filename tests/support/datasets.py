@@ -5,6 +5,7 @@ from pathlib import Path
 
 import numpy as np
 
+from llada_jax.__main__ import main
 from llada_jax.data.dialogue_units import ChatSettings
 from llada_jax.data.preparation import prepare
 from llada_jax.data.records import FORMAT, encode_record, write_dataset_json
@@ -72,6 +73,16 @@ def circle_dataset(directory: Path) -> Path:
     letters = (97 + np.cumsum(moves) % 26).astype(np.int32)
     directory.mkdir()
     return write_dataset(directory, {"train": letters[:36_000], "heldout": letters[36_000:]})
+
+
+def lines_dataset(directory: Path, *, num_lines: int, sequence_length: int) -> Path:
+    """Prepares documents of one line each, of which a row holds several; half are held out."""
+    text = directory / "lines.txt"
+    text.write_text("".join(f"line {i * i} of the text\n" for i in range(num_lines)))
+    words = ["--input", str(text), "--output", str(directory / "data"), "--documents", "line"]
+    words += ["--sequence-length", str(sequence_length), "--tokenizer", "bytes"]
+    assert main(["prepare", *words, "--heldout", "0.5"]) == 0
+    return directory / "data"
 
 
 def dialogue_dataset(directory: Path, *, rows: str, tokenizer: str = "bytes") -> Path:

@@ -4,6 +4,7 @@ import json
 import math
 
 import pytest
+from support.datasets import lines_dataset
 from support.exports import LLADA, write_checkpoint
 from support.hf_directories import random_params
 
@@ -15,13 +16,7 @@ from llada_jax.verbs import evaluate
 @pytest.fixture(scope="module")
 def lines(tmp_path_factory):
     """A dataset whose rows hold several documents each."""
-    directory = tmp_path_factory.mktemp("lines")
-    text = directory / "lines.txt"
-    text.write_text("".join(f"line {i * i} of the text\n" for i in range(200)))
-    words = ["--input", str(text), "--output", str(directory / "data"), "--documents", "line"]
-    more = ["--sequence-length", "48", "--tokenizer", "bytes", "--heldout", "0.5"]
-    assert main(["prepare", *words, *more]) == 0
-    return directory / "data"
+    return lines_dataset(tmp_path_factory.mktemp("lines"), num_lines=200, sequence_length=48)
 
 
 def evaluated(tmp_path, lines, capsys, *, attend_across_documents: bool) -> dict:

@@ -7,6 +7,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from support.datasets import lines_dataset
 from support.fork_server import SERVER
 from support.runs import free_port
 
@@ -34,13 +35,7 @@ def said(capfd):
 
 @pytest.fixture(scope="module")
 def records(tmp_path_factory):
-    directory = tmp_path_factory.mktemp("records")
-    text = directory / "lines.txt"
-    text.write_text("".join(f"line {i * i} of the text\n" for i in range(100)))
-    words = ["--input", str(text), "--output", str(directory / "data"), "--documents", "line"]
-    more = ["--sequence-length", "48", "--tokenizer", "bytes", "--heldout", "0.5"]
-    assert main(["prepare", *words, *more]) == 0
-    return directory / "data"
+    return lines_dataset(tmp_path_factory.mktemp("lines"), num_lines=100, sequence_length=48)
 
 
 @pytest.mark.slow
