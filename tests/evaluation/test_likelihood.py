@@ -6,6 +6,7 @@ import math
 import jax
 import numpy as np
 import pytest
+from support import fast_compilation
 
 from llada_jax.cluster.sharding import one_device_mesh
 from llada_jax.evaluation import likelihood
@@ -98,6 +99,7 @@ def trained(objective, *, num_steps):
             ema_decay=0,
         ),
         donate_argnums=0,
+        compiler_options=fast_compilation.COMPILER_OPTIONS,
     )
     rng = np.random.default_rng(0)
     for _ in range(num_steps):

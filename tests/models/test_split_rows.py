@@ -6,6 +6,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from support import fast_compilation
 from support.networks import perturbed, variant
 
 from llada_jax.cluster.sharding import AXES, batch_sharding, make_mesh
@@ -44,7 +45,7 @@ def arrays_of(num_heads, num_kv_heads, *, rows=B, length=T):
     return (q, k, v), out_grad
 
 
-def outputs_and_gradients(attend_to, arrays, out_grad, segments):
+def outputs_and_gradients(attend_to, arrays, out_grad, segments, compiler_options=None):
     """Returns [output where it is read, gradients of q, k and v]."""
     ids = None if segments is None else jnp.asarray(segments, jnp.int32)
     is_read = True if segments is None else (ids > 0)[:, :, None, None]
@@ -53,7 +54,8 @@ def outputs_and_gradients(attend_to, arrays, out_grad, segments):
         out = attend_to(q, k, v, ids)
         return jnp.sum(out * jnp.where(is_read, out_grad, 0)), jnp.where(is_read, out, 0)
 
-    (_, out), grads = jax.jit(jax.value_and_grad(loss, (0, 1, 2), has_aux=True))(*arrays)
+    function = jax.value_and_grad(loss, (0, 1, 2), has_aux=True)
+    (_, out), grads = jax.jit(function, compiler_options=compiler_options)(*arrays)
     return [out, *grads]
 
 
@@ -141,6 +143,7 @@ def test_rows_of_32k_tokens_equal_a_float64_softmax(monkeypatch):
             (q, k, v),
             out_grad,
             segments,
+            fast_compilation.COMPILER_OPTIONS,
         )
     # the softmax of the rows that are read, and its derivative by hand
     q64, k64, v64, g64 = (np.asarray(x, np.float64)[0, :, 0] for x in (q, k, v, out_grad))

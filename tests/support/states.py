@@ -1,5 +1,6 @@
 """States that are functions of their step alone, and scripts that save them in other processes."""
 
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -73,13 +74,14 @@ def steps_in(disk: Path) -> list[int]:
     ]
 
 
-def start_script(code: str, *words) -> subprocess.Popen:
+def start_script(code: str, *words, **environment: str) -> subprocess.Popen:
     """Starts Python code that may import what stands next to this file; it finds `words` in
-    sys.argv.
+    sys.argv, and `environment` in addition to that of the tests.
     """
     head = f"import json, sys, time\nsys.path.insert(0, {str(ROOT / 'tests')!r})\nimport jax\n"
     return subprocess.Popen(
         [sys.executable, "-c", head + code, *map(str, words)],
+        env=os.environ | environment,
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,
