@@ -152,27 +152,45 @@ def _trip_count(loop: Instruction, around: list[Instruction], computations: Comp
     if stated:
         return int(stated.group(1))
     condition = computations[attribute(loop, "condition")]
+    fused = [attribute(i, "calls") for i in condition if i.opcode == "fusion"]
+    compared = condition + [i for name in fused for i in computations[name]]
     limits = [
         int(i.operands[0])
-        for i in condition
+        for i in compared
         if i.opcode == "constant" and i.operands and i.operands[0].isdigit()
     ]
     # The element of the loop's state that the condition reads is the counter.
     counters = [
         re.search(r"index=(\d+)", i.rest) for i in condition if i.opcode == "get-tuple-element"
     ]
-    by_name = {instruction.name: instruction for instruction in around}
-    start = 0
-    if len(counters) == 1 and loop.operands[0] in by_name:
-        entering = by_name[loop.operands[0]].operands
+    entering = next((i.operands for i in around if i.name == loop.operands[0]), ())
+    start = None
+    if len(counters) == 1:
         position = int(counters[0].group(1))  # type: ignore[union-attr]
-        first = by_name.get(entering[position]) if position < len(entering) else None
-        while first is not None and first.opcode in ("copy", "bitcast"):
-            first = by_name.get(first.operands[0])
-        if first is not None and first.opcode == "constant":
-            start = int(first.operands[0])
+        if position < len(entering):
+            start = _constant(entering[position], around, computations)
+    start = start or 0
     # Without a constant to compare with, one iteration: too few rather than an invented number.
     return max(limits, default=start + 1) - start
+
+
+def _constant(name: str, body: list[Instruction], computations: Computations) -> int | None:
+    """Returns the number that an instruction of a computation always has, None where that does not
+    follow from constants, their copies and their sums, of which GPUs make fusions.
+    """
+    instruction = next((i for i in body if i.name == name), None)
+    if instruction is None:
+        return None
+    if instruction.opcode == "constant":
+        number = "".join(instruction.operands)
+        return int(number) if number.lstrip("-").isdigit() else None
+    if instruction.opcode == "fusion":
+        inside = computations[attribute(instruction, "calls")]
+        return _constant(next(i.name for i in inside if i.is_root), inside, computations)
+    if instruction.opcode in (*CONVERSIONS, "add"):
+        terms = [_constant(operand, body, computations) for operand in instruction.operands]
+        return sum(terms) if None not in terms else None  # type: ignore[arg-type]
+    return None
 
 
 def root_opcode(instruction: Instruction, computations: Computations) -> str:

@@ -53,6 +53,35 @@ def test_kernels_are_named_and_counted_once_per_iteration():
     assert kernels(WRITTEN_BY_HAND) == {"splash_mha_fwd": 3, "__cudnn$fmhaSoftmax": 3}
 
 
+def test_a_loop_whose_first_iteration_was_taken_out_is_read_as_gpus_write_it():
+    """The counter starts at a sum of constants, and a fusion compares it."""
+    fused = """
+%sum () -> s32[] {
+  %zero = s32[] constant(0)
+  %one = s32[] constant(1)
+  ROOT %first = s32[] add(%zero, %one)
+}
+
+%is_less (n: s32[]) -> pred[] {
+  %n = s32[] parameter(0)
+  %limit = s32[] constant(3)
+  ROOT %less.1 = pred[] compare(%n, %limit), direction=LT
+}
+
+%condition ("""
+    program = WRITTEN_BY_HAND
+    for before, after in (
+        ("\n%condition (", fused),
+        ("  %limit = s32[] constant(3)\n  %state.1", "  %state.1"),
+        ("compare(%i.1, %limit), direction=LT", "fusion(%i.1), kind=kLoop, calls=%is_less"),
+        ("%start = s32[] constant(0)", "%sums = s32[] fusion(), kind=kLoop, calls=%sum"),
+        ("%init =", "%start = s32[] copy(%sums)\n  %init ="),
+    ):
+        assert program.count(before) == 1
+        program = program.replace(before, after)
+    assert kernels(program) == {"splash_mha_fwd": 2, "__cudnn$fmhaSoftmax": 2}
+
+
 def test_copies_to_another_layout_are_counted_and_moves_to_another_memory_are_not():
     """Two in each of three iterations: the copy that turns, and the fusion that ends in a transpose.
 
