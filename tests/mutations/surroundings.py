@@ -113,6 +113,17 @@ HARDWARE = faults_of(
     ("NVLink of the h100", "989, 80, 3.35, 900,", "989, 80, 3.35, 600,"),
 )
 
+COMPILED_PROGRAMS = faults_of(
+    "llada_jax/planning/hlo.py",
+    "tests/planning/test_compiled_program.py",
+    ("loops without their first iteration start at 0", "start = start or 0", "start = 0"),
+    (
+        "limits of loops inside of fusions are not found",
+        'for i in condition if i.opcode == "fusion"]',
+        'for i in condition if i.opcode == "call"]',
+    ),
+)
+
 RECIPES = faults_of(
     "configs/llada_8b.py",
     "tests/config/test_config_files.py tests/models/test_initialisation.py",
@@ -210,6 +221,7 @@ WHAT_A_USER_WRITES = [
 FAULTS: list[Fault] = [
     *DATA,
     *HARDWARE,
+    *COMPILED_PROGRAMS,
     *RECIPES,
     *HF,
     *SWEEPS,
