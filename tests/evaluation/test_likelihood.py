@@ -99,7 +99,7 @@ def trained(objective, *, num_steps):
             ema_decay=0,
         ),
         donate_argnums=0,
-        compiler_options=fast_compilation.COMPILER_OPTIONS,
+        compiler_options=fast_compilation.WITH_LLVM_PASSES,
     )
     rng = np.random.default_rng(0)
     for _ in range(num_steps):

@@ -143,7 +143,7 @@ def test_rows_of_32k_tokens_equal_a_float64_softmax(monkeypatch):
             (q, k, v),
             out_grad,
             segments,
-            fast_compilation.COMPILER_OPTIONS,
+            fast_compilation.WITH_LLVM_PASSES,
         )
     # the softmax of the rows that are read, and its derivative by hand
     q64, k64, v64, g64 = (np.asarray(x, np.float64)[0, :, 0] for x in (q, k, v, out_grad))

@@ -235,5 +235,4 @@ if __name__ == "__main__":
 
     gc.collect()
     gc.freeze()
-    gc.set_threshold(50_000, 10, 10)  # for the reason given in conftest.py
     serve(socket.socket(fileno=int(sys.argv[1])))
