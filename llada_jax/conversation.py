@@ -112,7 +112,7 @@ class Conversation:
             )
         else:
             tokens_BT, _ = generate_tokens(
-                self._pretrained.logits_fn,
+                self._pretrained.model.logits_fn,
                 self._pretrained.params,
                 [question.tokens],
                 on_step=on_step,

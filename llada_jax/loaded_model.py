@@ -51,7 +51,7 @@ class Pretrained:
     config: the run's config as a nested dict.
     params: nested dict of sharded arrays, float32 unless keep_float32=False.
     step: optimizer steps done.
-    model: the network without its numbers; its functions take `params` first.
+    model: the network, whose functions take `params` first, for rows of one segment each.
     run: run.json of the checkpoint.
     mesh: where params live.
     """
@@ -81,7 +81,7 @@ class Pretrained:
         With start= and length= it returns the logits of those columns alone, see
         llada_jax.models.model.Model.logits_fn.
         """
-        return self.model.logits_fn
+        return self.model.for_any_rows.logits_fn
 
     def logits(
         self,
@@ -274,7 +274,7 @@ class Pretrained:
                 **denoising,
             )
         return generate_text(
-            self.logits_fn,
+            self.model.logits_fn,
             self.params,
             self.tokenizer,
             prompts,
@@ -350,7 +350,7 @@ class Pretrained:
         texts = list(texts)
         self._warn_of_surprises([], [len(parse_gaps(self.tokenizer, text)[0]) for text in texts])
         completions = infill_text(
-            self.logits_fn,
+            self.model.logits_fn,
             self.params,
             self.tokenizer,
             texts,
@@ -420,7 +420,7 @@ class Pretrained:
         prompt_BT = np.asarray(prompt_BT, np.int32)
         self._warn_of_surprises([], [prompt_BT.shape[1] + gen_length])
         generated_BT, _ = generate_tokens(
-            self.logits_fn,
+            self.model.logits_fn,
             self.params,
             prompt_BT.tolist(),
             mask_id=self.tokenizer.mask_id if mask_id is None else mask_id,

@@ -12,6 +12,9 @@ whole row is one segment.
 
 from typing import Any, NamedTuple
 
+import jax
+from jax import Array
+
 
 class Mask(NamedTuple):
     """Which positions of its own segment a query may attend to.
@@ -62,3 +65,12 @@ def may_attend(
         is_no_later_block = key_index // mask.block_length <= query_index // mask.block_length
         allowed = allowed & is_no_later_block
     return allowed
+
+
+def own_columns(array: Array, start: Array | int | None, length: int) -> Array:
+    """Returns the columns start ... start + length - 1, the last dim of `array`; all where start is
+    None.
+    """
+    if start is None:
+        return array
+    return jax.lax.dynamic_slice_in_dim(array, start, length, axis=-1)

@@ -10,7 +10,7 @@ from llada_jax.checkpoints.record import RunRecord, reads_ema
 from llada_jax.cluster import sharding
 from llada_jax.errors import UserError
 from llada_jax.loaded_model import Pretrained
-from llada_jax.models.attention import IN_PIECES, choose
+from llada_jax.models.attention import choose, choose_for_canvases
 from llada_jax.models.model import (
     Model,
     abstract_parameters,
@@ -78,11 +78,15 @@ def load(
 def network_for_canvases(record: RunRecord, mesh: Mesh, *, dtype: str) -> Model:
     """Returns the network that samples, and scores answers.
 
-    A canvas has any length, and its padding is on the left: the kernels want multiples of 128, and
-    cuDNN padding on the right.
+    A canvas has any length and one segment, and its padding is on the left: the kernels of training
+    want multiples of 128, or padding on the right.
     """
-    computed = compute_dtype(dtype, sharding.platform(mesh))
-    return make_model(record.architecture, dtype=computed, attention=IN_PIECES, mask=record.mask)
+    a, mask, platform = record.architecture, record.mask, sharding.platform(mesh)
+    computed = compute_dtype(dtype, platform)
+    attention = choose_for_canvases(
+        platform=platform, num_devices=mesh.size, mask=mask, head_dim=a.head_dim, dtype=computed
+    )
+    return make_model(a, dtype=computed, attention=attention, mask=mask)
 
 
 def network_for_rows(
@@ -111,5 +115,5 @@ def network_for_rows(
     # A kernel runs on the heads of each device by itself, and on whole rows.
     is_whole = sharding.axis_size(mesh, "act_position") == 1
     if attention == "xla" or not is_whole or a.num_kv_heads % sharding.axis_size(mesh, "heads"):
-        return loaded.model
+        return loaded.model.for_any_rows
     return make_model(a, dtype=computed, attention=attention, mask=mask)

@@ -13,14 +13,14 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from jax import Array
 from jax.sharding import AxisType
 
 from llada_jax.cluster.sharding import RULES, spec
 from llada_jax.errors import UserError
-from llada_jax.masks import BIDIRECTIONAL, Mask, may_attend
+from llada_jax.masks import BIDIRECTIONAL, Mask, may_attend, own_columns
 from llada_jax.models.by_head import attention_by_head
+from llada_jax.models.splash import splash_attention
 from llada_jax.models.split_rows import (
     attend_to_gathered_keys,
     attend_with_exchanged_heads,
@@ -28,13 +28,13 @@ from llada_jax.models.split_rows import (
     exchange_for,
 )
 
-# What `attend` calls attend_in_pieces. No choice of a config: it is not for training.
+# What `attend` calls attend_in_pieces and cudnn_on_canvases. No choices of a config: they are not
+# for training.
 IN_PIECES = "xla in pieces"
+ON_CANVASES = "cudnn on canvases"
 MOST_SCORES = 1 << 28  # 1 GiB of float32
 # Tokens in a row from which a CPU is faster head by head. The scores of shorter ones fit its cache.
 BY_HEAD_FROM = 256
-# Of one query and head, for the large tiles of splash: 128 numbers in bfloat16.
-_MOST_BYTES_OF_LARGE_TILES = 256
 
 
 def xla_attention(
@@ -58,7 +58,7 @@ def xla_attention(
     if segment_ids_BT is None:
         segment_ids_BT = jnp.zeros((1, len(index_S)), jnp.int32)
     query_segment_BT, index_T = (
-        _own_columns(array, start, q_BTNH.shape[1]) for array in (segment_ids_BT, index_S)
+        own_columns(array, start, q_BTNH.shape[1]) for array in (segment_ids_BT, index_S)
     )
     allowed_BTS = may_attend(
         mask,
@@ -134,152 +134,6 @@ def attend_in_pieces(
     return jnp.moveaxis(out, 0, 1).reshape(q_BTNH.shape)
 
 
-@functools.cache
-def splash_head_mask(mask: Mask, T: int, S: int) -> Any:
-    """Returns the splash attention mask of one head, [T, S]; segments are handed to the kernel.
-
-    T is S but for a bidirectional mask, under which it does not matter which columns the queries
-    are those of.
-
-    FullMask and CausalMask cost nothing in the kernel: it skips no tile or half of them, and
-    computes the diagonal. Blocks become a lazy mask, of which splash reads one tile at a time: it
-    skips hidden tiles and keeps each different partial tile once, where a dense array of [T, T]
-    would take 1 GiB at 32k positions.
-
-    Cached, so that all layers share one object: splash caches what it derives from a mask by the
-    identity of the object.
-    """
-    from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_mask as splash
-
-    if mask.causal:
-        return splash.CausalMask((T, S))
-    if not mask.has_blocks:
-        return splash.FullMask((T, S))
-
-    class LazyMask(splash.Mask):
-        """`may_attend` within one segment, for the rows and columns that are asked for."""
-
-        shape = (T, S)
-
-        def __getitem__(self, slices: tuple[slice, slice]) -> np.ndarray:
-            rows, columns = (np.arange(S)[part] for part in slices)
-            return may_attend(
-                mask,
-                query_segment=np.zeros((len(rows), 1), np.int32),
-                key_segment=np.zeros((1, len(columns)), np.int32),
-                query_index=rows[:, None],
-                key_index=columns[None, :],
-            )
-
-    return LazyMask()
-
-
-def _splash_tile(length: int, most: int = 512) -> int:
-    """Returns the side of splash's tiles; raises UserError where none divides the length."""
-    for tile in (2048, 1024, 512, 256, 128):
-        if tile <= most and length % tile == 0:
-            return tile
-    raise UserError(
-        f"Splash attention needs a sequence length that is a multiple of 128, not {length}; set "
-        "config.model.attention to auto or xla."
-    )
-
-
-def _splash_tiles(T: int, S: int, mask: Mask, item_bytes: int) -> dict[str, Any]:
-    """Returns the arguments of splash's BlockSizes for T queries and S keys.
-
-    Rows of one or two large tiles of keys have one backward kernel instead of two, which computes
-    scores and their gradients once: 5 products instead of 7. It writes the gradient of the queries
-    once for each tile of keys, which would take too much memory for long rows. Tiles that a mask
-    hides in part are small, so that more of them are hidden as a whole.
-
-    Args:
-        item_bytes: of one query and head. Large tiles of more do not fit the memory of a kernel.
-    """
-    q_tile, kv_tile = _splash_tile(T, 1024), _splash_tile(S, 2048)
-    sees_all = not mask.causal and not mask.has_blocks
-    is_fused = sees_all and S // kv_tile <= 2 and item_bytes <= _MOST_BYTES_OF_LARGE_TILES
-    if not is_fused:
-        q_tile, kv_tile = _splash_tile(T), _splash_tile(S)
-    tiles = {
-        "block_q": q_tile,
-        "block_kv": kv_tile,
-        "block_kv_compute": min(kv_tile, 512),
-        "block_q_dkv": q_tile,
-        "block_kv_dkv": kv_tile,
-        "block_kv_dkv_compute": min(kv_tile, 512),
-    }
-    if is_fused:
-        return {**tiles, "use_fused_bwd_kernel": True}
-    return {**tiles, "block_q_dq": q_tile, "block_kv_dq": kv_tile}
-
-
-def _own_columns(array: Array, start: Array | int | None, length: int) -> Array:
-    """Returns the columns start ... start + length - 1, the last dim of `array`; all where start is
-    None.
-    """
-    if start is None:
-        return array
-    return jax.lax.dynamic_slice_in_dim(array, start, length, axis=-1)
-
-
-def splash_attention(
-    q_BTNH: Array,
-    k_BSKH: Array,
-    v_BSKH: Array,
-    segment_ids_BT: Array | None,
-    *,
-    mask: Mask,
-    start: Array | int | None = None,
-    interpret: bool = False,
-) -> Array:
-    """TPU splash attention (jax.experimental.pallas.ops.tpu.splash_attention): every Mask, with
-    packing and padding as segment ids.
-
-    start: see `xla_attention`; for bidirectional masks alone.
-    """
-    from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_kernel as kernels
-    from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_mask as masks
-
-    _, T, N, H = q_BTNH.shape
-    S = k_BSKH.shape[1]
-    tiles = kernels.BlockSizes(**_splash_tiles(T, S, mask, H * q_BTNH.dtype.itemsize))
-    # Grouped heads: one call of the multi-query kernel for each key/value head and its queries,
-    # so that keys and values are never repeated in memory.
-    is_grouped = k_BSKH.shape[2] != N
-    make = kernels.make_splash_mqa if is_grouped else kernels.make_splash_mha
-    num_masks = N // k_BSKH.shape[2] if is_grouped else N
-    kernel = make(
-        mask=masks.MultiHeadMask([splash_head_mask(mask, T, S)] * num_masks),
-        block_sizes=tiles,
-        head_shards=1,
-        q_seq_shards=1,
-        interpret=interpret,
-        # The name of output and normaliser, which its backward pass reads: rematerialisation keeps
-        # them (see REMAT_POLICIES), or the whole kernel would run a second time.
-        residual_checkpoint_name="attention",
-    )
-
-    def one_row(q_NTH: Array, k_KSH: Array, v_KSH: Array, segments_S: Array | None) -> Array:
-        ids = None
-        if segments_S is not None:
-            ids = kernels.SegmentIds(q=_own_columns(segments_S, start, T), kv=segments_S)
-        if not is_grouped:
-            return kernel(q_NTH, k_KSH, v_KSH, segment_ids=ids)
-        q_KGTH = q_NTH.reshape(k_KSH.shape[0], -1, T, H)
-        group = jax.vmap(lambda q, k, v: kernel(q, k, v, segment_ids=ids))
-        return group(q_KGTH, k_KSH, v_KSH).reshape(q_NTH.shape)
-
-    # Splash does not scale: the queries are scaled before they come in.
-    scaled_q = q_BTNH * jnp.asarray(H**-0.5, q_BTNH.dtype)
-    q, k, v = (jnp.swapaxes(x, 1, 2) for x in (scaled_q, k_BSKH, v_BSKH))
-    if segment_ids_BT is None:
-        out = jax.vmap(lambda q, k, v: one_row(q, k, v, None))(q, k, v)
-    else:
-        out = jax.vmap(one_row)(q, k, v, segment_ids_BT)
-    return jnp.swapaxes(out, 1, 2).astype(q_BTNH.dtype)
-
-
 def cudnn_attention(
     q_BTNH: Array,
     k_BSKH: Array,
@@ -307,7 +161,7 @@ def cudnn_attention(
     query_lengths = key_lengths = None
     if segment_ids_BT is not None:
         is_real_BS = segment_ids_BT > 0
-        is_real_BT = _own_columns(is_real_BS, start, q_BTNH.shape[1])
+        is_real_BT = own_columns(is_real_BS, start, q_BTNH.shape[1])
         query_lengths, key_lengths = (
             is_real.sum(axis=1).astype(jnp.int32) for is_real in (is_real_BT, is_real_BS)
         )
@@ -329,6 +183,47 @@ def cudnn_attention(
     if segment_ids_BT is None:
         return out_BTNH
     return jnp.where(is_real_BT[:, :, None, None], out_BTNH, 0)
+
+
+def cudnn_on_canvases(
+    q_BTNH: Array,
+    k_BSKH: Array,
+    v_BSKH: Array,
+    segment_ids_BT: Array | None,
+    *,
+    mask: Mask,
+    start: Array | int | None = None,
+) -> Array:
+    """cuDNN flash attention for the rows of a sampler: padded on either side, and forwards alone.
+
+    cuDNN takes padding as a length, and so on the right only. The keys of a row are therefore moved
+    to its front: in whatever order a bidirectional softmax sees its keys, it gives the same.
+    Queries at padding attend to the keys of their row, because nobody reads what they give, and
+    cuDNN leaves nothing unwritten then. Segments above 1 count as segment 1.
+
+    start: not read. Queries are those of any columns, and whole rows see what they see.
+    """
+    del start
+    check_expressible(ON_CANVASES, mask)
+    B, T = q_BTNH.shape[:2]
+    query_lengths = key_lengths = None
+    if segment_ids_BT is not None:
+        is_real_BS = segment_ids_BT > 0
+        order_BS = jnp.argsort(~is_real_BS, axis=1, stable=True)
+        k_BSKH, v_BSKH = (
+            jnp.take_along_axis(x, order_BS[:, :, None, None], axis=1) for x in (k_BSKH, v_BSKH)
+        )
+        # A row that is all padding would be a softmax over nothing.
+        key_lengths = jnp.maximum(is_real_BS.sum(axis=1), 1).astype(jnp.int32)
+        query_lengths = jnp.full(B, T, jnp.int32)
+    return jax.nn.dot_product_attention(
+        q_BTNH,
+        k_BSKH,
+        v_BSKH,
+        query_seq_lengths=query_lengths,
+        key_value_seq_lengths=key_lengths,
+        implementation="cudnn",
+    )
 
 
 def triton_attention(
@@ -380,6 +275,7 @@ WITHOUT_BLOCKS = ("cudnn", "triton")
 
 def check_expressible(name: str, mask: Mask) -> None:
     """Raises UserError when the kernel `name` cannot express the mask."""
+    assert name != ON_CANVASES or mask == BIDIRECTIONAL, mask
     if name in WITHOUT_BLOCKS and mask.has_blocks:
         raise UserError(
             f"The attention kernel {name!r} cannot express blocks, and the mask has "
@@ -440,6 +336,25 @@ def choose(
     return "xla"
 
 
+def choose_for_canvases(
+    *, platform: str, num_devices: int, mask: Mask, head_dim: int, dtype: Any
+) -> str:
+    """Returns what samplers and scores of answers attend with: ON_CANVASES on one GPU, which has no
+    scores in memory, and IN_PIECES elsewhere.
+
+    Args: see `choose`. num_devices: of the mesh; XLA splits what it compiles itself.
+    """
+    is_one_gpu = platform in ("gpu", "cuda") and num_devices == 1
+    is_half = jnp.dtype(dtype).itemsize == 2
+    takes_heads = is_half and head_dim % 8 == 0 and head_dim <= 128
+    return ON_CANVASES if is_one_gpu and takes_heads and mask == BIDIRECTIONAL else IN_PIECES
+
+
+def attend_from_canvas(attention: str) -> Callable[..., Array]:
+    """Returns the implementation for windows of a canvas, by the name of that for whole rows."""
+    return cudnn_on_canvases if attention == ON_CANVASES else attend_in_pieces
+
+
 def attend(
     q_BTNH: Array,
     k_BSKH: Array,
@@ -458,7 +373,7 @@ def attend(
     Args:
         q_BTNH, k_BSKH, v_BSKH: [B, T, N, H] and [B, T, K, H] twice; K divides N.
         segment_ids_BT: int32, 0 is padding; None means that each row is one segment.
-        implementation: a key of IMPLEMENTATIONS, or IN_PIECES.
+        implementation: a key of IMPLEMENTATIONS, IN_PIECES or ON_CANVASES.
         mask: what a query may see within its segment.
 
     Returns:
@@ -470,6 +385,8 @@ def attend(
     """
     arrays = (q_BTNH, k_BSKH, v_BSKH, segment_ids_BT)
     mesh, is_reference = jax.sharding.get_abstract_mesh(), implementation in ("xla", IN_PIECES)
+    if implementation == ON_CANVASES:
+        return cudnn_on_canvases(*arrays, mask=mask)
     num_parts = 1 if mesh.empty else mesh.shape[RULES["act_position"]]
     # The rows of a sampler may have any length; XLA then splits the program as it can.
     if num_parts > 1 and not (is_reference and q_BTNH.shape[1] % num_parts):

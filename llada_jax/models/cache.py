@@ -12,7 +12,7 @@ from jax import Array
 
 from llada_jax.cluster.sharding import constrain
 from llada_jax.errors import UserError
-from llada_jax.models.attention import attend_in_pieces
+from llada_jax.models.attention import attend_from_canvas
 from llada_jax.models.transformer import Block, Transformer, embed, rms_norm, rotary_angles
 
 
@@ -41,9 +41,8 @@ def _run_block(
             jax.lax.dynamic_update_slice_in_dim(old, new, start, axis=1)
             for old, new in zip(cache, (k_BWKH, v_BWKH), strict=True)
         )
-    out_BWNH = attend_in_pieces(
-        q_BWNH, k_BTKH, v_BTKH, segment_ids_BT, mask=network.mask, start=start
-    )
+    attend = attend_from_canvas(network.attention)
+    out_BWNH = attend(q_BWNH, k_BTKH, v_BTKH, segment_ids_BT, mask=network.mask, start=start)
     x_BWD = block.add_attention(x_BWD, out_BWNH, a=a)
     return block.add_feed_forward(x_BWD, a=a), KeysValues(k_BTKH, v_BTKH)
 

@@ -3,6 +3,7 @@ jax.jit.
 """
 
 import dataclasses
+import functools
 from collections.abc import Callable
 from typing import Any
 
@@ -13,6 +14,7 @@ from jax import Array
 from jax.sharding import Mesh, NamedSharding
 
 from llada_jax.cluster.sharding import check_divisible, spec
+from llada_jax.models.attention import IN_PIECES, ON_CANVASES
 from llada_jax.models.cache import KeysValues, hidden_with_cache
 from llada_jax.models.shadow import hidden_with_shadow
 from llada_jax.models.token_scores import TokenScores
@@ -28,6 +30,7 @@ class Model:
     graphdef, variables: the module's structure and its abstract variables, which `bind` fills.
     abstract: the parameters as a nested dict of ShapeDtypeStructs.
     names: the same dict with the logical axis names of each parameter.
+    architecture, settings: the arguments of make_model.
     """
 
     build: Callable[[Array], Transformer]
@@ -35,6 +38,15 @@ class Model:
     variables: nnx.State
     abstract: dict
     names: dict
+    architecture: Architecture
+    settings: dict
+
+    @functools.cached_property
+    def for_any_rows(self) -> "Model":
+        """The network for rows of several segments too, which ON_CANVASES does not tell apart."""
+        if self.settings.get("attention") != ON_CANVASES:
+            return self
+        return make_model(self.architecture, **{**self.settings, "attention": IN_PIECES})
 
     def bind(self, params: dict) -> Transformer:
         """Returns the module that computes with `params`; call it inside jax.jit.
@@ -196,6 +208,8 @@ def make_model(architecture: Architecture, **kwargs: Any) -> Model:
         variables,
         nnx.to_pure_dict(variables),
         nnx.traversals.unflatten_mapping(names),
+        architecture,
+        kwargs,
     )
 
 

@@ -352,7 +352,7 @@ class Transformer(nnx.Module):
         dtype: of the matrix products.
         gradient_dtype: of the gradients of the matrices where devices add up their parts: float32,
             or None for `dtype`. All other gradients are float32 there.
-        attention: implementation, a key of llada_jax.models.attention.IMPLEMENTATIONS.
+        attention: implementation, see llada_jax.models.attention.attend.
         mask: what a position may see within its segment; an objective names it.
         remat: "none" or a key of REMAT_POLICIES.
         nll_chunk: peak memory of the logits in `token_nll`, in positions per row. None: what keeps

@@ -237,7 +237,7 @@ def infill(args, pretrained, settings: dict, texts: list[str]) -> list[Completio
     tokenizer = pretrained.tokenizer
     with pictures(args, tokenizer, shown_gaps(tokenizer, texts)) as listening:
         return infill_text(
-            pretrained.logits_fn,
+            pretrained.model.logits_fn,
             pretrained.params,
             tokenizer,
             texts,
@@ -274,7 +274,7 @@ def continue_or_denoise(
     shown = shown_generations(prompts, gen_length=args.gen_length, mask_id=tokenizer.mask_id)
     with pictures(args, tokenizer, shown) as listening:
         return generate_text(
-            pretrained.logits_fn,
+            pretrained.model.logits_fn,
             pretrained.params,
             tokenizer,
             prompts,

@@ -28,12 +28,11 @@ from llada_jax.models.attention import (
     attend,
     choose,
     cudnn_attention,
-    splash_attention,
-    splash_head_mask,
     triton_attention,
     xla_attention,
 )
 from llada_jax.models.by_head import attention_by_head
+from llada_jax.models.splash import splash_attention, splash_head_mask
 
 
 @pytest.mark.parametrize("mask", [BIDIRECTIONAL, CAUSAL, BLOCKS, ODD_BLOCKS])

@@ -17,11 +17,11 @@ from llada_jax.models.attention import (
     IN_PIECES,
     attend,
     attend_in_pieces,
-    splash_attention,
     triton_attention,
     xla_attention,
 )
 from llada_jax.models.model import make_model, parameter_shardings
+from llada_jax.models.splash import splash_attention
 from llada_jax.models.split_rows import exchange_for, exchanged_heads
 
 B, T, H = 2, 512, 16
