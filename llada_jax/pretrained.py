@@ -10,7 +10,7 @@ from llada_jax.checkpoints.record import RunRecord, reads_ema
 from llada_jax.cluster import sharding
 from llada_jax.errors import UserError
 from llada_jax.loaded_model import Pretrained
-from llada_jax.models.attention import choose, choose_for_canvases
+from llada_jax.models.attention import ON_CANVASES, choose, choose_for_canvases
 from llada_jax.models.model import (
     Model,
     abstract_parameters,
@@ -86,7 +86,8 @@ def network_for_canvases(record: RunRecord, mesh: Mesh, *, dtype: str) -> Model:
     attention = choose_for_canvases(
         platform=platform, num_devices=mesh.size, mask=mask, head_dim=a.head_dim, dtype=computed
     )
-    return make_model(a, dtype=computed, attention=attention, mask=mask)
+    is_unrolled = attention == ON_CANVASES
+    return make_model(a, dtype=computed, attention=attention, mask=mask, is_unrolled=is_unrolled)
 
 
 def network_for_rows(

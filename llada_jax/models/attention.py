@@ -196,18 +196,23 @@ def cudnn_on_canvases(
 ) -> Array:
     """cuDNN flash attention for the rows of a sampler: padded on either side, and forwards alone.
 
-    cuDNN takes padding as a length, and so on the right only. The keys of a row are therefore moved
-    to its front: in whatever order a bidirectional softmax sees its keys, it gives the same.
+    cuDNN takes padding as a length, and so on the right only. The keys of whole rows are therefore
+    moved to the front: in whatever order a bidirectional softmax sees its keys, it gives the same.
     Queries at padding attend to the keys of their row, because nobody reads what they give, and
     cuDNN leaves nothing unwritten then. Segments above 1 count as segment 1.
+
+    A window of queries leaves its keys where they are, in the cache, and names the padding in an
+    array of the shape of its scores, which is small.
 
     start: not read. Queries are those of any columns, and whole rows see what they see.
     """
     del start
     check_expressible(ON_CANVASES, mask)
-    B, T = q_BTNH.shape[:2]
-    query_lengths = key_lengths = None
-    if segment_ids_BT is not None:
+    (B, T), S = q_BTNH.shape[:2], k_BSKH.shape[1]
+    query_lengths = key_lengths = is_real_B1TS = None
+    if segment_ids_BT is not None and T < S:
+        is_real_B1TS = jnp.broadcast_to((segment_ids_BT > 0)[:, None, None], (B, 1, T, S))
+    elif segment_ids_BT is not None:
         is_real_BS = segment_ids_BT > 0
         order_BS = jnp.argsort(~is_real_BS, axis=1, stable=True)
         k_BSKH, v_BSKH = (
@@ -220,6 +225,7 @@ def cudnn_on_canvases(
         q_BTNH,
         k_BSKH,
         v_BSKH,
+        mask=is_real_B1TS,
         query_seq_lengths=query_lengths,
         key_value_seq_lengths=key_lengths,
         implementation="cudnn",

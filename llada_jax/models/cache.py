@@ -4,6 +4,7 @@ For a bidirectional network that is an approximation: every key depends on every
 so a cache is stale as soon as one of them changes. Under a causal mask it is exact.
 """
 
+import operator
 from typing import Any, NamedTuple
 
 import jax
@@ -17,10 +18,14 @@ from llada_jax.models.transformer import Block, Transformer, embed, rms_norm, ro
 
 
 class KeysValues(NamedTuple):
-    """What attention may see of rows, rotated: [B, T, K, H] of a layer, [L, B, T, K, H] of all."""
+    """What attention may see of rows, rotated: [B, T, K, H] of a layer, [L, B, T, K, H] of all.
 
-    keys: Array
-    values: Array
+    A network without a loop over its layers has a tuple of L arrays instead: a window is written
+    into each where it is, and a kernel reads it from there.
+    """
+
+    keys: Any
+    values: Any
 
 
 def _run_block(
@@ -84,5 +89,14 @@ def hidden_with_cache(
         block = nnx.merge(graphdef, params)
         return _run_block(block, x_BWD, angles, segment_ids_BT, layer_cache, start, network)
 
-    x_BWD, new_cache = jax.lax.scan(run_block, x_BWD, (stacked, cache))
+    if network.is_unrolled:
+        layers = []
+        for number in range(a.num_layers):
+            params = jax.tree.map(operator.itemgetter(number), stacked)
+            old = None if cache is None else KeysValues(cache.keys[number], cache.values[number])
+            x_BWD, new = run_block(x_BWD, (params, old))
+            layers.append(new)
+        new_cache = KeysValues(*(tuple(part) for part in zip(*layers, strict=True)))
+    else:
+        x_BWD, new_cache = jax.lax.scan(run_block, x_BWD, (stacked, cache))
     return rms_norm(x_BWD, network.final_norm[...], a.norm_eps), new_cache

@@ -106,11 +106,24 @@ def _rows(state: State, fixed: Fixed, program: BlockProgram) -> Rows:
     return Rows(*rows)
 
 
+def _fills_cache(state: State, fixed: Fixed) -> Array:
+    """Whether the next step computes all columns, and with them the cache."""
+    is_due = state.step_in_block % jnp.maximum(fixed.refresh, 1) == 0
+    return jnp.where(fixed.refresh > 0, is_due, state.step_in_block == 0)
+
+
 def _block_logits(
-    network: Network, state: State, cache: Any, fixed: Fixed, start: Array, program: BlockProgram
+    network: Network,
+    state: State,
+    cache: Any,
+    fixed: Fixed,
+    start: Array,
+    program: BlockProgram,
+    *,
+    reads_cache: bool,
 ) -> tuple[Array, Array | None, Any]:
     """Returns the logits of the current block, float32 [B, block_length, V], those of its shadow
-    where one verifies, and the cache.
+    where one verifies, and the cache, which was read or is filled.
 
     The whole canvas goes through the network and the current block through its head. Logits of the
     whole canvas would be the largest array by far, and thrown away: at 16 rows of 768 tokens and a
@@ -125,20 +138,16 @@ def _block_logits(
     shadow_BTV = None
     if program.reviser == WINO:
         logits_BTV, shadow_BTV = network.shadow_fn(*rows, fixed.mask_id, **where)
-    elif program.window:
-
-        def read() -> tuple[Array, Any]:
-            tokens_BW, positions_BW = (
-                jax.lax.dynamic_slice_in_dim(array, start, program.window, axis=1)
-                for array in (rows.tokens_BT, rows.positions_BT)
-            )
-            return network.cached_fn(tokens_BW, rows.segment_ids_BT, positions_BW, cache, **where)
-
-        is_due = state.step_in_block % jnp.maximum(fixed.refresh, 1) == 0
-        is_due = jnp.where(fixed.refresh > 0, is_due, state.step_in_block == 0)
-        logits_BTV, cache = jax.lax.cond(
-            is_due, lambda: network.cached_fn(*rows, None, **where), read
+    elif program.window and reads_cache:
+        tokens_BW, positions_BW = (
+            jax.lax.dynamic_slice_in_dim(array, start, program.window, axis=1)
+            for array in (rows.tokens_BT, rows.positions_BT)
         )
+        logits_BTV, cache = network.cached_fn(
+            tokens_BW, rows.segment_ids_BT, positions_BW, cache, **where
+        )
+    elif program.window:
+        logits_BTV, cache = network.cached_fn(*rows, None, **where)
     else:
         logits_BTV = network.logits_fn(*rows, **where)
     num_rows = rows.tokens_BT.shape[0]
@@ -300,14 +309,18 @@ def denoise_block(
     def hidden(state: State) -> Array:
         return in_block(is_generated_BT) & (in_block(state.canvas_BT) == fixed.mask_id)
 
-    def step(carried: tuple[State, Any, Array]) -> tuple[State, Any, Array]:
+    def step(
+        carried: tuple[State, Any, Array], *, reads_cache: bool = False
+    ) -> tuple[State, Any, Array]:
         state, cache, num_done = carried
         is_hidden_BT = hidden(state)
         is_kept_BT = in_block(is_generated_BT) & ~is_hidden_BT
         current = _Block(in_block(state.canvas_BT), is_hidden_BT, is_kept_BT)
 
         # 1. The logits of the current block.
-        logits_BTV, shadow_BTV, cache = _block_logits(network, state, cache, fixed, start, program)
+        logits_BTV, shadow_BTV, cache = _block_logits(
+            network, state, cache, fixed, start, program, reads_cache=reads_cache
+        )
 
         # 2. Keys fold (step, row). The step is counted within the schedule and not over the passes
         # of the batch: neither the other rows nor the padding change what a row draws.
@@ -354,7 +367,21 @@ def denoise_block(
         state, _, num_done = carried
         return jnp.any(hidden(state)) & (num_done < max_steps)
 
-    state, cache, num_done = jax.lax.while_loop(is_unfinished, step, (state, cache, jnp.int32(0)))
+    def steps_with_cache(carried: tuple[State, Any, Array]) -> tuple[State, Any, Array]:
+        """Fills the cache where that is due, and reads it until it is due again.
+
+        Two loops, and no choice within one: a choice would copy the cache in every step, which is
+        most of what a step with a cache moves.
+        """
+        fills = lambda carried: _fills_cache(carried[0], fixed)  # noqa: E731
+        carried = jax.lax.while_loop(lambda c: is_unfinished(c) & fills(c), step, carried)
+        return jax.lax.while_loop(
+            lambda c: is_unfinished(c) & ~fills(c), partial(step, reads_cache=True), carried
+        )
+
+    state, cache, num_done = jax.lax.while_loop(
+        is_unfinished, steps_with_cache if program.window else step, (state, cache, jnp.int32(0))
+    )
 
     # A row that has met EOS in a finished block is complete. Not before its block is finished:
     # positions in front of the EOS are still hidden until then, and may reveal an earlier one.
