@@ -35,7 +35,7 @@ from llada_jax.evaluation.splits import rows_at_a_time
 from llada_jax.loaded_model import Pretrained
 from llada_jax.objectives.named import make_objective
 from llada_jax.planning.absent_devices import absent_mesh, load_compiler, stand_in_tokenizer
-from llada_jax.planning.compiled_program import kernels
+from llada_jax.planning.compiled_program import copies_in_loops, kernels
 from llada_jax.planning.evaluation_program import traced_answers, traced_bound
 from llada_jax.planning.sampler_program import kept_parameters, traced_block
 from llada_jax.training.step import architecture_of
@@ -52,7 +52,7 @@ def loaded_on(mesh: Mesh, config: Any) -> Pretrained:
         architecture_of(config.model, tokenizer),
         TokenizerIdentity("bytes", tokenizer.vocab_size, ""),
     )
-    model = pretrained.network_for_canvases(record, mesh, dtype=DTYPE)
+    model = pretrained.network_for_canvases(record.architecture, record.mask, mesh, dtype=DTYPE)
     params = kept_parameters(model, mesh, jnp.bfloat16)
     run, words = record.to_json(), cast(Tokenizer, tokenizer)
     return Pretrained(words, run["config"], params, 0, model, run, mesh)
@@ -117,6 +117,7 @@ def main() -> None:
     with jax.set_mesh(loaded.mesh):
         compiled = traced(loaded, args).lower().compile()
     memory = compiled.memory_analysis()
+    text = compiled.as_text()
     found = {
         **vars(args),
         "devices": machines.num_devices,
@@ -124,7 +125,8 @@ def main() -> None:
         "argument_bytes": memory.argument_size_in_bytes,
         "temporary_bytes": memory.temp_size_in_bytes,
         "usable_bytes": machines.accelerator.usable_bytes_per_device,
-        "kernels": kernels(compiled.as_text()),
+        "kernels": kernels(text),
+        "copied_in_loops_bytes": copies_in_loops(text).total_bytes,
         "seconds_to_compile": round(time.perf_counter() - start, 1),
     }
     print(json.dumps(found))

@@ -48,9 +48,13 @@ from frontier import held_out, judged_by
 from train_step import load_parameters, make_torch_model
 
 import llada_jax
+from llada_jax.cluster.sharding import one_device_mesh
 from llada_jax.evaluation.sample_quality import is_no_worse, quality
-from llada_jax.models.model import compute_dtype, in_compute_dtype, make_model
+from llada_jax.masks import BIDIRECTIONAL
+from llada_jax.models.layers import by_layer
+from llada_jax.models.model import compute_dtype, in_compute_dtype
 from llada_jax.models.transformer import Architecture
+from llada_jax.pretrained import network_for_canvases
 from llada_jax.samplers.text import generate_tokens
 
 # (vocabulary, layers, width, heads, feed-forward width); "160m" is the network of
@@ -75,8 +79,10 @@ MODES: dict[str, dict[str, Any]] = {
     "prefix cache": {"cache": "prefix"},
     "dual cache": {"cache": "dual"},
     "dual cache, refresh 8": {"cache": "dual", "refresh": 8},
+    "dual cache, refresh 16": {"cache": "dual", "refresh": 16},
     "append, cache": {"append": True, "cache": "dual"},
     "frechet, dual cache": {"commit": "frechet=0.25", "cache": "dual"},
+    "frechet, dual cache, refresh 16": {"commit": "frechet=0.25", "cache": "dual", "refresh": 16},
 }
 
 
@@ -93,9 +99,11 @@ def untrained(size: str) -> tuple:
         d_ff=d_ff,
     )
     dtype = compute_dtype("auto", jax.default_backend())
-    model = make_model(architecture, dtype=dtype)
+    mesh = one_device_mesh()
+    model = network_for_canvases(architecture, BIDIRECTIONAL, mesh, dtype=str(dtype))
     ids = {"mask_id": vocab_size - 1, "pad_id": 0, "num_ids": vocab_size - 1}
     params = in_compute_dtype(jax.jit(model.init)(jax.random.key(0)), dtype)
+    params = by_layer(params) if model.is_unrolled else params
     return architecture, model, params, ids
 
 
@@ -120,6 +128,9 @@ def torch_loop(architecture: Architecture, params: dict, prompts: list, args, id
     torch.set_num_threads(len(os.sched_getaffinity(0)))
     width = args.prompt_length + args.gen_length
     net = make_torch_model(vars(architecture) | {"sequence_length": width})
+    if isinstance(params["blocks"], tuple):
+        stacked = jax.tree.map(lambda *layers: np.stack(layers), *params["blocks"])
+        params = {**params, "blocks": stacked}
     flat = jax.tree_util.tree_leaves_with_path(params)
     arrays = {
         jax.tree_util.keystr(path, simple=True, separator="/"): np.asarray(leaf, np.float32)

@@ -6,11 +6,13 @@ from jax.sharding import Mesh
 
 from llada_jax.arguments import checked
 from llada_jax.checkpoints.huggingface import find_weights, tokenizer_of
-from llada_jax.checkpoints.record import RunRecord, reads_ema
+from llada_jax.checkpoints.record import reads_ema
 from llada_jax.cluster import sharding
 from llada_jax.errors import UserError
 from llada_jax.loaded_model import Pretrained
+from llada_jax.masks import Mask
 from llada_jax.models.attention import ON_CANVASES, choose, choose_for_canvases
+from llada_jax.models.layers import by_layer
 from llada_jax.models.model import (
     Model,
     abstract_parameters,
@@ -19,6 +21,7 @@ from llada_jax.models.model import (
     in_compute_dtype,
     make_model,
 )
+from llada_jax.models.transformer import Architecture
 
 
 @checked
@@ -65,23 +68,25 @@ def load(
     if mesh is None:
         mesh = sharding.one_device_mesh()
     check_mesh(record.architecture, mesh)
-    model = network_for_canvases(record, mesh, dtype=dtype)
+    model = network_for_canvases(record.architecture, record.mask, mesh, dtype=dtype)
     params = found.restore_params(
         step, abstract_parameters(model, mesh), ema=reads_ema(record, ema, checkpoint)
     )
     if not keep_float32:
         params = in_compute_dtype(params, compute_dtype(dtype, sharding.platform(mesh)))
+        params = by_layer(params) if model.is_unrolled else params
     run = record.to_json()
     return Pretrained(words, run["config"], params, step, model, run, mesh)
 
 
-def network_for_canvases(record: RunRecord, mesh: Mesh, *, dtype: str) -> Model:
+def network_for_canvases(a: Architecture, mask: Mask, mesh: Mesh, *, dtype: str) -> Model:
     """Returns the network that samples, and scores answers.
 
     A canvas has any length and one segment, and its padding is on the left: the kernels of training
-    want multiples of 128, or padding on the right.
+    want multiples of 128, or padding on the right. One GPU does without a loop over the layers,
+    which would copy the weights of each in every pass.
     """
-    a, mask, platform = record.architecture, record.mask, sharding.platform(mesh)
+    platform = sharding.platform(mesh)
     computed = compute_dtype(dtype, platform)
     attention = choose_for_canvases(
         platform=platform, num_devices=mesh.size, mask=mask, head_dim=a.head_dim, dtype=computed

@@ -23,7 +23,7 @@ def recites(text, *, context=200, tokenizer=BYTES):
         config=record.config,
         record=record,
         params=letters(text),
-        logits_fn=recite,
+        model=types.SimpleNamespace(logits_fn=recite),
     )
 
 

@@ -4,11 +4,9 @@ For a bidirectional network that is an approximation: every key depends on every
 so a cache is stale as soon as one of them changes. Under a causal mask it is exact.
 """
 
-import operator
 from typing import Any, NamedTuple
 
 import jax
-from flax import nnx
 from jax import Array
 
 from llada_jax.cluster.sharding import constrain
@@ -82,21 +80,11 @@ def hidden_with_cache(
         "act_position",
         "act_embed",
     )
-    graphdef, stacked = nnx.split(network.blocks)
 
-    def run_block(x_BWD: Array, layer: Any) -> tuple[Array, KeysValues]:
-        params, layer_cache = layer
-        block = nnx.merge(graphdef, params)
+    def run_block(
+        block: Block, x_BWD: Array, layer_cache: KeysValues | None
+    ) -> tuple[Array, KeysValues]:
         return _run_block(block, x_BWD, angles, segment_ids_BT, layer_cache, start, network)
 
-    if network.is_unrolled:
-        layers = []
-        for number in range(a.num_layers):
-            params = jax.tree.map(operator.itemgetter(number), stacked)
-            old = None if cache is None else KeysValues(cache.keys[number], cache.values[number])
-            x_BWD, new = run_block(x_BWD, (params, old))
-            layers.append(new)
-        new_cache = KeysValues(*(tuple(part) for part in zip(*layers, strict=True)))
-    else:
-        x_BWD, new_cache = jax.lax.scan(run_block, x_BWD, (stacked, cache))
+    x_BWD, new_cache = network.run_layers(run_block, x_BWD, cache)
     return rms_norm(x_BWD, network.final_norm[...], a.norm_eps), new_cache

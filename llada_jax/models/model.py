@@ -41,6 +41,11 @@ class Model:
     architecture: Architecture
     settings: dict
 
+    @property
+    def is_unrolled(self) -> bool:
+        """Whether its layers are compiled one by one, and no loop over them."""
+        return self.settings.get("is_unrolled", False)
+
     @functools.cached_property
     def for_any_rows(self) -> "Model":
         """The network for rows of several segments too, which ON_CANVASES does not tell apart."""
@@ -51,10 +56,14 @@ class Model:
     def bind(self, params: dict) -> Transformer:
         """Returns the module that computes with `params`; call it inside jax.jit.
 
+        The blocks may be a tuple of layers, see llada_jax.models.layers.by_layer.
         `params["adapters"]` and `params["scales"]`, if there are some, are those of `joined` and of
         `stored` in llada_jax.models.adapters.
         """
         params = dict(params)
+        layers = None
+        if isinstance(params["blocks"], tuple):
+            layers = params.pop("blocks")
         extras = params.pop("adapters", {})
         scales = params.pop("scales", {"blocks": {}})["blocks"]
         extras = {**extras, **{f"{name}_scale": array for name, array in scales.items()}}
@@ -62,6 +71,7 @@ class Model:
         variables = jax.tree.map(lambda leaf: leaf, self.variables)
         nnx.replace_by_pure_dict(variables, params)
         module = nnx.merge(self.graphdef, variables)
+        module.layers = nnx.data(layers)
         for name, array in extras.items():
             setattr(module.blocks, name, nnx.Param(array))
         return module

@@ -1,10 +1,7 @@
 """The network with a shadow of some columns: what it would say of them if it did not see them."""
 
-from typing import Any
-
 import jax
 import jax.numpy as jnp
-from flax import nnx
 from jax import Array
 
 from llada_jax.cluster.sharding import constrain
@@ -82,15 +79,13 @@ def hidden_with_shadow(
     x_BSD = constrain(
         embed(network.embed[...], tokens_BS, network.dtype), "act_batch", None, "act_embed"
     )
-    graphdef, stacked = nnx.split(network.blocks)
 
-    def run_block(x_BSD: Array, params: Any) -> tuple[Array, None]:
-        block: Block = nnx.merge(graphdef, params)
+    def run_block(block: Block, x_BSD: Array, _: None) -> tuple[Array, None]:
         q_BSNH, k_BSKH, v_BSKH = block.queries_keys_values(x_BSD, *angles, a=a)
         out_BSNH = attend_where(q_BSNH, k_BSKH, v_BSKH, sees_BSS)
         x_BSD = block.add_attention(x_BSD, out_BSNH, a=a)
         return block.add_feed_forward(x_BSD, a=a), None
 
-    x_BSD, _ = jax.lax.scan(run_block, x_BSD, stacked)
+    x_BSD, _ = network.run_layers(run_block, x_BSD)
     x_BSD = rms_norm(x_BSD, network.final_norm[...], a.norm_eps)
     return block_of(x_BSD), x_BSD[:, tokens_BT.shape[1] :]

@@ -12,12 +12,15 @@ from llada_jax.planning.hlo import (
     attribute,
     executions,
     parse,
+    root_opcode,
 )
 
 # A copy of less than this costs next to nothing: it is one of counters, norms and small tables.
 _SMALL_BYTES = 2**20
 # Operations that write the elements of an array in another order.
 _REORDERING = ("copy", "transpose", "reshape")
+# Operations that only move elements.
+_COPYING = ("copy", "slice", "dynamic-slice")
 
 
 def kernels(text: str) -> dict[str, int]:
@@ -60,6 +63,31 @@ def layout_copies(text: str) -> Copies:
         for instruction in body.values():
             num_bytes = array_bytes(instruction.type)
             if num_bytes >= _SMALL_BYTES and _reorders(instruction, body, computations):
+                copies += times
+                total += times * num_bytes
+    return Copies(copies, total)
+
+
+def copies_in_loops(text: str) -> Copies:
+    """Returns the large copies that one iteration of each loop makes: of whole arrays, and of a
+    part of a stacked array that an operation wants by itself.
+
+    They compute nothing, and as what a loop moves is often all that it costs, they may be most of
+    its time. An iteration is counted as often as `executions` says of those around it.
+    """
+    computations = parse(text)
+    bodies = {
+        attribute(instruction, "body")
+        for body in computations.values()
+        for instruction in body
+        if instruction.opcode == "while"
+    }
+    copies, total = 0, 0
+    for name, times in executions(computations).items():
+        for instruction in computations[name] if name in bodies else ():
+            num_bytes = array_bytes(instruction.type)
+            is_copy = root_opcode(instruction, computations) in _COPYING
+            if num_bytes >= _SMALL_BYTES and is_copy:
                 copies += times
                 total += times * num_bytes
     return Copies(copies, total)

@@ -39,6 +39,12 @@ class Instruction(NamedTuple):
     is_root: bool
 
 
+# What the condition of a loop that counts consists of.
+_OF_COUNTERS = (
+    *CONVERSIONS,
+    *("parameter", "get-tuple-element", "constant", "compare", "fusion"),
+)
+
 # {name of a computation: its instructions}
 Computations = dict[str, list[Instruction]]
 
@@ -154,6 +160,9 @@ def _trip_count(loop: Instruction, around: list[Instruction], computations: Comp
     condition = computations[attribute(loop, "condition")]
     fused = [attribute(i, "calls") for i in condition if i.opcode == "fusion"]
     compared = condition + [i for name in fused for i in computations[name]]
+    # A loop that ends by what it has computed, as that of a sampler does, has no number.
+    if any(i.opcode not in _OF_COUNTERS for i in compared):
+        return 1
     limits = [
         int(i.operands[0])
         for i in compared

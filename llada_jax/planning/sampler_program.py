@@ -16,15 +16,23 @@ from llada_jax.samplers.step import BlockProgram, Fixed, State, denoise_block
 
 
 def kept_parameters(model: Model, mesh: Mesh, dtype: Any) -> dict:
-    """Returns the parameters as shapes on a mesh, with the matrices in `dtype`, as
-    `load(..., keep_float32=False)` leaves them.
+    """Returns the parameters as shapes on a mesh, with the matrices in `dtype` and in layers where
+    the network has no loop over them, as `load(..., keep_float32=False)` leaves them.
     """
 
     def kept(path: tuple, leaf: jax.ShapeDtypeStruct) -> jax.ShapeDtypeStruct:
         kept_dtype = dtype if is_matrix(path[-1].key) else leaf.dtype
         return jax.ShapeDtypeStruct(leaf.shape, kept_dtype, sharding=leaf.sharding)
 
-    return jax.tree_util.tree_map_with_path(kept, abstract_parameters(model, mesh))
+    params = jax.tree_util.tree_map_with_path(kept, abstract_parameters(model, mesh))
+    if not model.is_unrolled:
+        return params
+    place = NamedSharding(mesh, PartitionSpec())
+    layer = {
+        name: jax.ShapeDtypeStruct(leaf.shape[1:], leaf.dtype, sharding=place)
+        for name, leaf in params["blocks"].items()
+    }
+    return {**params, "blocks": (layer,) * model.architecture.num_layers}
 
 
 def traced_block(

@@ -199,15 +199,17 @@ def test_layers_without_a_loop_are_those_of_the_loop():
         assert ("while" in lowered.compile().as_text()) is not is_unrolled
 
 
-@pytest.mark.parametrize(("ways", "width"), [(1, 96), (2, 90)])
-def test_a_width_that_8_does_not_divide_is_widened_where_the_mesh_does_not_split_it(ways, width):
-    model = make_model(variant(d_ff=90))
+@pytest.mark.parametrize(
+    ("ways", "d_ff", "width"), [(1, 90, 96), (1, 2562, 2688), (1, 2552, 2552), (2, 90, 90)]
+)
+def test_an_uneven_width_is_widened_where_the_mesh_does_not_split_it(ways, d_ff, width):
+    model = make_model(variant(d_ff=d_ff))
     tokens = jax.ShapeDtypeStruct((2, 8), jnp.int32)
     with jax.set_mesh(make_mesh({"data": 1, "tensor": ways}, jax.devices()[:ways])):
         traced = jax.make_jaxpr(model.logits_fn)(model.abstract, tokens, tokens, tokens)
     products = [e for e in equations(traced.jaxpr) if e.primitive.name == "dot_general"]
     sizes = {size for e in products for v in (*e.invars, *e.outvars) for size in v.aval.shape}
-    assert sizes & {90, 96} == {width}
+    assert sizes & {d_ff, width} == {width}
 
 
 def test_bfloat16_stays_close_to_float32():

@@ -1,6 +1,6 @@
-"""The reader of kernels and layout copies, on a program written by hand."""
+"""The reader of kernels and copies, on a program written by hand."""
 
-from llada_jax.planning.compiled_program import Copies, kernels, layout_copies
+from llada_jax.planning.compiled_program import Copies, copies_in_loops, kernels, layout_copies
 
 # HLO has one instruction per line.
 # ruff: noqa: E501
@@ -90,3 +90,28 @@ def test_copies_to_another_layout_are_counted_and_moves_to_another_memory_are_no
     """
     sizes = 1024 * 512 * 4 + 1024 * 512 * 2
     assert layout_copies(WRITTEN_BY_HAND) == Copies(times=6, total_bytes=3 * sizes)
+
+
+def test_what_a_loop_copies_is_counted_with_parts_of_stacked_arrays():
+    assert copies_in_loops(WRITTEN_BY_HAND) == Copies(6, 6 * 1024 * 512 * 4)
+    sliced = """
+%part (c: f32[4,1024,512], n: s32[]) -> f32[1,1024,512] {
+  %c = f32[4,1024,512]{2,1,0} parameter(0)
+  %n = s32[] parameter(1)
+  ROOT %cut = f32[1,1024,512]{2,1,0} dynamic-slice(%c, %n, %n, %n), dynamic_slice_sizes={1,1024,512}
+}
+
+%body (state"""
+    stacked = WRITTEN_BY_HAND.replace("\n%body (state", sliced, 1).replace(
+        "%small = ", "%layer = f32[1,1024,512]{2,1,0} fusion(%x, %i), calls=%part\n  %small = ", 1
+    )
+    assert copies_in_loops(stacked) == Copies(9, 9 * 1024 * 512 * 4)
+
+
+def test_a_loop_that_ends_by_what_it_has_computed_is_counted_once():
+    """The loop of a sampler goes on while anything is hidden, and at most so many steps."""
+    until = WRITTEN_BY_HAND.replace(
+        "ROOT %less = pred[] compare(%i.1, %limit), direction=LT",
+        "%less = pred[] compare(%i.1, %limit), direction=LT\n  ROOT %both = pred[] and(%less, %less)",
+    )
+    assert kernels(until) == {"splash_mha_fwd": 1, "__cudnn$fmhaSoftmax": 1}

@@ -104,7 +104,7 @@ def test_the_traced_answers_are_the_program_that_scoring_runs(checkpoint, monkey
 @pytest.mark.parametrize(
     ("topology", "kernel", "most"),
     [
-        ("1xh100", "__cudnn$fmhaSoftmax", 32),
+        ("1xh100", "__cudnn$fmhaSoftmax", 34),
         ("8xh100", "__cudnn$fmhaSoftmax", 5),
         ("v5e-8", "splash_mha_fwd_segmented_no_residuals", 6.5),
     ],
@@ -127,5 +127,5 @@ def test_llada_8b_scores_a_default_batch_of_long_answers_on_one_h100(tmp_path):
     words = ("--topology", "1xh100", "--program", "answers")
     found = memory_in_a_process(tmp_path, *words, platform="gpu")
     assert (found["batch_size"], found["width"], found["gen_length"]) == (64, 4096, 512)
-    assert found["kernels"] == {}
-    assert found["argument_bytes"] < found["peak_bytes"] < 32 * GIB < found["usable_bytes"]
+    assert found["kernels"] == {"__cudnn$fmhaSoftmax": 32}
+    assert found["argument_bytes"] < found["peak_bytes"] < 34 * GIB < found["usable_bytes"]

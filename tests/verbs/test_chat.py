@@ -40,7 +40,7 @@ def reciting(*texts, context=240):
         config=record.config,
         record=record,
         params=np.concatenate([letters(text) for text in texts]),
-        logits_fn=recite,
+        model=types.SimpleNamespace(logits_fn=recite),
     )
 
 
@@ -125,7 +125,7 @@ def test_the_system_message_is_in_front(chat):
 
 def test_an_answer_has_no_ids_that_the_tokenizer_does_not_have(chat):
     model = reciting(FIRST)
-    model.logits_fn = with_likely_padding(recite)
+    model.model.logits_fn = with_likely_padding(recite)
     assert chat("--gen-length", "8", text=b"Hi", model=model)[1] == "Yes.\n"
 
 

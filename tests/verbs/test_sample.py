@@ -30,7 +30,7 @@ def fake_pretrained(text=SENTENCE, objective="masked_diffusion"):
         record=record,
         params=letters(text),
         step=1200,
-        logits_fn=recite,
+        model=types.SimpleNamespace(logits_fn=recite),
     )
 
 
