@@ -48,12 +48,11 @@ class Pretrained:
     """Parameters with all that is needed to use them.
 
     tokenizer: of the run; see llada_jax.data.tokenizer.
-    config: of the run, as a nested dict.
     params: nested dict of sharded arrays, float32 unless keep_float32=False, which on one GPU also
         takes stacked blocks apart (llada_jax.models.layers.by_layer).
     step: optimizer steps done.
     model: the network, whose functions take `params` first, for rows of one segment each.
-    run: run.json of the checkpoint.
+    config, run: of the run, as a nested dict, and run.json of the checkpoint.
     mesh: where params live.
     """
 

@@ -198,8 +198,8 @@ def cudnn_on_canvases(
 
     cuDNN takes padding as a length, and so on the right only. The keys of whole rows are therefore
     moved to the front: in whatever order a bidirectional softmax sees its keys, it gives the same.
-    Queries at padding attend to the keys of their row, because nobody reads what they give, and
-    cuDNN leaves nothing unwritten then. Segments above 1 count as segment 1.
+    Queries at padding attend to the keys of their row: what they give is never read, and cuDNN
+    leaves nothing unwritten then. Segments above 1 count as segment 1.
 
     A window of queries leaves its keys where they are, in the cache, and names the padding in an
     array of the shape of its scores, which is small.

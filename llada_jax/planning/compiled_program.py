@@ -70,7 +70,7 @@ def layout_copies(text: str) -> Copies:
 
 def copies_in_loops(text: str) -> Copies:
     """Returns the large copies that one iteration of each loop makes: of whole arrays, and of a
-    part of a stacked array that an operation wants by itself.
+    part of a stacked array that an operation needs by itself.
 
     They compute nothing, and as what a loop moves is often all that it costs, they may be most of
     its time. An iteration is counted as often as `executions` says of those around it.

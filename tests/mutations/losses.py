@@ -115,6 +115,12 @@ DENOISE = faults_of(
         "tests/samplers/test_eos.py tests/samplers/test_denoise.py",
     ),
     (
+        "a cache filled one step late",
+        "state.step_in_block % jnp.maximum(fixed.refresh, 1) == 0",
+        "state.step_in_block % jnp.maximum(fixed.refresh, 1) == 1",
+        "tests/samplers/test_cache.py",
+    ),
+    (
         "EOS of the prompt ends a row",
         "_is_among(canvas_BT, fixed.eos_ids_n) & is_generated_BT",
         "_is_among(canvas_BT, fixed.eos_ids_n)",

@@ -91,8 +91,8 @@ TRANSFORMER = faults_of(
     ),
     (
         "recomputation never switched on",
-        'if self.remat != "none":',
-        'if self.remat == "always":',
+        'if self.remat == "none":',
+        'if self.remat != "always":',
         "tests/models/test_transformer.py::test_recomputation_changes_memory_but_not_the_gradient",
     ),
     (
@@ -248,11 +248,30 @@ ATTENTION = faults_of(
         "query_lengths = jnp.maximum(query_lengths, 1)",
         "pass",
     ),
+    (
+        "keys of a canvas stay behind its padding",
+        "jnp.argsort(~is_real_BS, axis=1, stable=True)",
+        "jnp.broadcast_to(jnp.arange(S), is_real_BS.shape)",
+        "tests/models/test_canvas_attention.py",
+    ),
+    (
+        "a window sees padding",
+        "(segment_ids_BT > 0)[:, None, None], (B, 1, T, S)",
+        "(segment_ids_BT >= 0)[:, None, None], (B, 1, T, S)",
+        "tests/models/test_canvas_attention.py",
+    ),
+)
+
+LAYERS = faults_of(
+    "llada_jax/models/layers.py",
+    "tests/models/test_layers.py",
+    ("a cache of the first layer for all", "parts[number],", "parts[0],"),
 )
 
 FAULTS: list[Fault] = [
     *TRANSFORMER,
     *ATTENTION,
+    *LAYERS,
     *TOKEN_SCORES,
     *MODEL,
     *MASKS,
