@@ -29,12 +29,14 @@ from jax.sharding import Mesh
 from llada_jax import pretrained
 from llada_jax.checkpoints.record import RunRecord, TokenizerIdentity
 from llada_jax.cluster import hardware
+from llada_jax.cluster.sharding import parse_mesh
 from llada_jax.config import load_config
 from llada_jax.data.tokenizer import Tokenizer
 from llada_jax.evaluation.splits import rows_at_a_time
 from llada_jax.loaded_model import Pretrained
 from llada_jax.objectives.named import make_objective
 from llada_jax.planning.absent_devices import absent_mesh, load_compiler, stand_in_tokenizer
+from llada_jax.planning.collectives import collectives
 from llada_jax.planning.compiled_program import copies_in_loops, kernels
 from llada_jax.planning.evaluation_program import traced_answers, traced_bound
 from llada_jax.planning.sampler_program import kept_parameters, traced_block
@@ -97,6 +99,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
     parser.add_argument("--config", required=True, metavar="FILE")
     parser.add_argument("--topology", required=True, metavar="NAME", help="as of `llada-jax plan`")
+    parser.add_argument("--mesh", default="fsdp=-1", metavar="AXES", help="as of `sample`")
     parser.add_argument("--program", default="sample", choices=("sample", "records", "answers"))
     parser.add_argument("--batch-size", type=int, help="4 of `sample`, else that of `evaluate`")
     parser.add_argument("--width", type=int, help="1024 of `sample`, else the rows of the config")
@@ -112,7 +115,7 @@ def main() -> None:
         args.width = 1024 if is_sampled else config.data.sequence_length
     machines = hardware.machines_named(args.topology)
     load_compiler(machines, {})
-    loaded = loaded_on(absent_mesh({"fsdp": -1}, machines, 1), config)
+    loaded = loaded_on(absent_mesh(parse_mesh(args.mesh), machines, 1), config)
     start = time.perf_counter()
     with jax.set_mesh(loaded.mesh):
         compiled = traced(loaded, args).lower().compile()
@@ -126,6 +129,12 @@ def main() -> None:
         "temporary_bytes": memory.temp_size_in_bytes,
         "usable_bytes": machines.accelerator.usable_bytes_per_device,
         "kernels": kernels(text),
+        "collective_bytes": sum(
+            moved.total_bytes
+            for moved in collectives(
+                text, devices_per_slice=machines.num_devices, shape=dict(loaded.mesh.shape)
+            )
+        ),
         "copied_in_loops_bytes": copies_in_loops(text).total_bytes,
         "seconds_to_compile": round(time.perf_counter() - start, 1),
     }

@@ -11,7 +11,7 @@ from llada_jax.cluster import sharding
 from llada_jax.errors import UserError
 from llada_jax.loaded_model import Pretrained
 from llada_jax.masks import Mask
-from llada_jax.models.attention import ON_CANVASES, choose, choose_for_canvases
+from llada_jax.models.attention import choose, choose_for_canvases
 from llada_jax.models.layers import by_layer
 from llada_jax.models.model import (
     Model,
@@ -83,15 +83,17 @@ def network_for_canvases(a: Architecture, mask: Mask, mesh: Mesh, *, dtype: str)
     """Returns the network that samples, and scores answers.
 
     A canvas has any length and one segment, and its padding is on the left: the kernels of training
-    want multiples of 128, or padding on the right. One GPU does without a loop over the layers,
-    which would copy the weights of each in every pass.
+    want multiples of 128, or padding on the right. GPUs do without a loop over the layers, which
+    would copy the weights of each in every pass; where the mesh gathers weights, the loop bounds
+    how many layers are whole at a time.
     """
     platform = sharding.platform(mesh)
     computed = compute_dtype(dtype, platform)
     attention = choose_for_canvases(
         platform=platform, num_devices=mesh.size, mask=mask, head_dim=a.head_dim, dtype=computed
     )
-    is_unrolled = attention == ON_CANVASES
+    gathers_weights = sharding.axis_size(mesh, "embed") > 1
+    is_unrolled = platform in ("gpu", "cuda") and not gathers_weights
     return make_model(a, dtype=computed, attention=attention, mask=mask, is_unrolled=is_unrolled)
 
 

@@ -5,6 +5,7 @@ from typing import Any
 
 import jax
 from flax import nnx
+from jax.sharding import NamedSharding, PartitionSpec
 
 
 def by_layer(params: dict) -> dict:
@@ -24,8 +25,15 @@ def by_layer(params: dict) -> dict:
     return {**params, "blocks": tuple(layers)}
 
 
-@jax.jit
 def _unstack(stacked: jax.Array) -> list[jax.Array]:
+    """Returns the parts, each split over the devices as the whole was."""
+    place = stacked.sharding
+    if isinstance(place, NamedSharding):
+        place = NamedSharding(place.mesh, PartitionSpec(*place.spec[1:]))
+    return jax.jit(_parts, out_shardings=place)(stacked)
+
+
+def _parts(stacked: jax.Array) -> list[jax.Array]:
     return [stacked[number] for number in range(len(stacked))]
 
 

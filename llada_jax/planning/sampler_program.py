@@ -27,11 +27,12 @@ def kept_parameters(model: Model, mesh: Mesh, dtype: Any) -> dict:
     params = jax.tree_util.tree_map_with_path(kept, abstract_parameters(model, mesh))
     if not model.is_unrolled:
         return params
-    place = NamedSharding(mesh, PartitionSpec())
-    layer = {
-        name: jax.ShapeDtypeStruct(leaf.shape[1:], leaf.dtype, sharding=place)
-        for name, leaf in params["blocks"].items()
-    }
+
+    def of_layer(leaf: jax.ShapeDtypeStruct) -> jax.ShapeDtypeStruct:
+        place = NamedSharding(mesh, PartitionSpec(*leaf.sharding.spec[1:]))
+        return jax.ShapeDtypeStruct(leaf.shape[1:], leaf.dtype, sharding=place)
+
+    layer = {name: of_layer(leaf) for name, leaf in params["blocks"].items()}
     return {**params, "blocks": (layer,) * model.architecture.num_layers}
 
 

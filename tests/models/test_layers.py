@@ -6,10 +6,10 @@ import numpy as np
 import pytest
 from support.networks import perturbed, variant
 
-from llada_jax.cluster.sharding import one_device_mesh
+from llada_jax.cluster.sharding import make_mesh, one_device_mesh
 from llada_jax.masks import BIDIRECTIONAL, CAUSAL
 from llada_jax.models.layers import by_layer
-from llada_jax.models.model import make_model
+from llada_jax.models.model import make_model, parameter_shardings
 from llada_jax.planning.sampler_program import kept_parameters
 from llada_jax.pretrained import network_for_canvases
 
@@ -78,7 +78,7 @@ def params_shape(name):
     return models()[0].abstract["blocks"][name].shape[1:]
 
 
-def test_one_gpu_has_no_loop_and_its_planned_parameters_are_in_layers(monkeypatch):
+def test_a_gpu_has_no_loop_and_its_planned_parameters_are_in_layers(monkeypatch):
     monkeypatch.setattr("llada_jax.pretrained.sharding.platform", lambda mesh: "gpu")
     mesh = one_device_mesh()
     a = variant(num_layers=3)
@@ -92,3 +92,28 @@ def test_one_gpu_has_no_loop_and_its_planned_parameters_are_in_layers(monkeypatc
     assert planned["blocks"][0]["attn_norm"].dtype == jnp.float32
     monkeypatch.setattr("llada_jax.pretrained.sharding.platform", lambda mesh: "cpu")
     assert not network_for_canvases(a, BIDIRECTIONAL, mesh, dtype="float32").is_unrolled
+
+
+def test_layers_are_split_over_the_devices_as_the_stacks_were(monkeypatch):
+    monkeypatch.setattr("llada_jax.pretrained.sharding.platform", lambda mesh: "gpu")
+    a = variant(num_layers=3, vocab_size=96)
+    mesh = make_mesh({"tensor": 2}, jax.devices()[:2])
+    model = network_for_canvases(a, BIDIRECTIONAL, mesh, dtype="float32")
+    assert model.is_unrolled
+    params = jax.device_put(model.init(jax.random.key(0)), parameter_shardings(model, mesh))
+    expected = jax.jit(model.logits_fn)(params, *ROWS)
+    params = by_layer(params)
+    planned = kept_parameters(model, mesh, jnp.float32)
+    for ours, theirs in zip(jax.tree.leaves(params), jax.tree.leaves(planned), strict=True):
+        assert ours.sharding.is_equivalent_to(theirs.sharding, ours.ndim)
+    assert not params["blocks"][0]["q"].sharding.is_fully_replicated
+    logits = jax.jit(model.logits_fn)(params, *ROWS)
+    np.testing.assert_allclose(logits[IS_READ], expected[IS_READ], atol=1e-5)
+
+
+def test_weights_that_a_mesh_gathers_stay_in_a_loop(monkeypatch):
+    """It bounds how many layers are whole at a time."""
+    monkeypatch.setattr("llada_jax.pretrained.sharding.platform", lambda mesh: "gpu")
+    mesh = make_mesh({"fsdp": 2}, jax.devices()[:2])
+    model = network_for_canvases(variant(), BIDIRECTIONAL, mesh, dtype="bfloat16")
+    assert not model.is_unrolled

@@ -103,9 +103,22 @@ def test_a_pass_on_one_h100_copies_neither_weights_nor_cache(tmp_path, cache):
 
 
 @pytest.mark.slow
-def test_llada_8b_samples_with_a_cache_on_a_v5e_8(tmp_path):
-    """A cache of 2 GiB, of which the program holds two, and parameters of 15: each split by 8."""
-    words = ("--topology", "v5e-8", "--cache", "dual")
+@pytest.mark.parametrize(("mesh", "most", "moved"), [("fsdp=8", 4.5, 80), ("tensor=8", 3, 2.2)])
+def test_llada_8b_samples_with_a_cache_on_a_v5e_8(tmp_path, mesh, most, moved):
+    """A cache of 2 GiB and parameters of 15, each split by 8.
+
+    fsdp gathers the parameters in every pass; tensor exchanges what they are multiplied by.
+    """
+    words = ("--topology", "v5e-8", "--cache", "dual", "--mesh", mesh)
     found = memory_in_a_process(tmp_path, *words, platform="tpu")
     assert 2 * PARAMETERS < 8 * found["argument_bytes"] < 2 * PARAMETERS + GIB // 64
-    assert found["argument_bytes"] < found["peak_bytes"] < 5 * GIB < found["usable_bytes"]
+    assert found["argument_bytes"] < found["peak_bytes"] < most * GIB < found["usable_bytes"]
+    assert 0 < found["collective_bytes"] < moved * GIB
+
+
+@pytest.mark.slow
+def test_tensor_parallel_gpus_copy_neither_weights_nor_cache(tmp_path):
+    words = ("--topology", "8xh100", "--cache", "dual", "--mesh", "tensor=8")
+    found = memory_in_a_process(tmp_path, *words, platform="gpu")
+    assert found["copied_in_loops_bytes"] < 0.1 * GIB
+    assert 0 < found["collective_bytes"] < 2.2 * GIB
