@@ -4,7 +4,8 @@ cache and refresh interval, before the samples get worse?
     make demo
     llada-jax train --config configs/tiny.py --workdir runs/tiny/control \
         --config.objective.name=autoregressive --config.objective.masking=bernoulli \
-        --config.objective.weight=1/p --config.samples.every_steps=0
+        --config.objective.weight=1/p --config.objective.t_sampling=stratified \
+        --config.samples.every_steps=0
     python benchmarks/frontier.py --checkpoint runs/tiny/run --control runs/tiny/control \
         --data runs/tiny/data --output runs/tiny/report
     llada-jax evaluate --checkpoint runs/tiny/run --data runs/tiny/data --report runs/tiny/report
@@ -81,9 +82,19 @@ def settings_of(gen_length: int, block_length: int) -> dict[str, dict[str, dict]
         "frechet": rules("frechet", 0.25, 0),
         "entropy": rules("entropy", 0.1, 1, 2, 4),
         "wino": {"threshold=0.3, wino=0.5": {"commit": "threshold=0.3", "revise": "wino=0.5"}},
+        "other orders": {
+            f"{order}, 1 per pass": {"remasking": order, **steps(1)}
+            for order in ("margin", "entropy")
+        },
         "remdm": {
-            f"remdm-rescale=0.1, {share} per pass": {"revise": "remdm-rescale=0.1", **steps(share)}
+            f"{rule}, {share} per pass": {"revise": rule, **steps(share)}
+            for rule in ("remdm-rescale=0.1", "remdm-cap=0.02", "remdm-loop=0.02")
             for share in shares[:2]
+        },
+        "lookahead": {
+            "append": {"append": True, **steps(1)},
+            f"lookahead {block_length}": {"lookahead": block_length, **steps(1)},
+            "append, dual, once per block": {"append": True, "cache": "dual", **steps(1)},
         },
         "prefix cache": caches("prefix"),
         "dual cache": caches("dual"),
@@ -221,7 +232,7 @@ def main() -> None:
         cost = Cost(len(prompts), width, args.gen_length, args.block_length)
         cost.cache, cost.refresh = settings.get("cache", "none"), settings.get("refresh", 0)
         tokens_BT, num_steps_B = generate_tokens(
-            model.logits_fn,
+            model.model.logits_fn,
             model.params,
             prompts,
             cached_fn=model.model.cached_fn,
