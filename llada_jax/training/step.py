@@ -34,6 +34,9 @@ from llada_jax.training.optim import by_path, make_optimizer, make_schedule
 from llada_jax.training.state import STEP_METRICS, TrainState, abstract_metrics, abstract_state
 from llada_jax.validation import AUTO
 
+# See runs_without_loop.
+MOST_LAYERS_WITHOUT_LOOP = 16
+
 
 class Recipe(NamedTuple):
     """The parts of a run, none of them with numbers yet."""
@@ -104,7 +107,7 @@ def make_recipe(config: Any, tokenizer: Any, mesh: Mesh, *, provided: Any = None
         nll_chunk=config.model.nll_chunk,
         mask=objective.mask,
         capacity=objective.capacity,
-        is_unrolled=runs_without_loop(objective, mesh),
+        is_unrolled=runs_without_loop(objective, mesh, num_layers=architecture.num_layers),
     )
     # The state is the same whatever is kept, and what fits next to it depends on its size.
     model = make(remat="full" if config.model.remat == AUTO else config.model.remat)
@@ -226,16 +229,18 @@ def check_mesh(config: Any, a: Architecture, mesh: Mesh | AbstractMesh) -> None:
     )
 
 
-def runs_without_loop(objective: Objective, mesh: Mesh) -> bool:
+def runs_without_loop(objective: Objective, mesh: Mesh, *, num_layers: int) -> bool:
     """Whether the layers are better compiled one by one than as a loop.
 
-    On one GPU a loop costs 7% of the time, for copies of each layer's part of the stacked arrays.
-    Several devices need it, because the gathers of one turn overlap with the turn before. So do
-    frozen weights, of which XLA would otherwise keep a second copy in another layout: the peak of
-    LLaDA-8B with adapters rises from 37 to 64 GiB.
+    On one GPU a loop over 12 layers costs 7% of the time, for copies of each layer's part of the
+    stacked arrays; but 22 layers took 12% longer without one, for a reason that no profile has
+    shown yet. Several devices need it, because the gathers of one turn overlap with the turn
+    before. So do frozen weights, of which XLA would otherwise keep a second copy in another layout:
+    the peak of LLaDA-8B with adapters rises from 37 to 64 GiB.
     """
     is_gpu = sharding.platform(mesh) in ("gpu", "cuda")
-    return is_gpu and mesh.size == 1 and objective.split_parameters is None
+    is_short = num_layers <= MOST_LAYERS_WITHOUT_LOOP
+    return is_gpu and is_short and mesh.size == 1 and objective.split_parameters is None
 
 
 def check_rows(a: Architecture, attention: str, mask: Mask, mesh: Mesh) -> None:

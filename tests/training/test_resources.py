@@ -85,11 +85,12 @@ def test_one_gpu_that_trains_everything_has_no_loop_over_the_layers():
         return stand_in_mesh({"fsdp": -1}, hardware.machines_named(topology), 1)
 
     objective = masked_diffusion(mask_id=MASK)
-    assert runs_without_loop(objective, on("1xh100"))
-    assert not runs_without_loop(objective, on("8xh100"))
-    assert not runs_without_loop(objective, on("v5p-8"))
-    assert not runs_without_loop(objective, one_device_mesh())
+    assert runs_without_loop(objective, on("1xh100"), num_layers=12)
+    assert not runs_without_loop(objective, on("1xh100"), num_layers=22)
+    assert not runs_without_loop(objective, on("8xh100"), num_layers=12)
+    assert not runs_without_loop(objective, on("v5p-8"), num_layers=12)
+    assert not runs_without_loop(objective, one_device_mesh(), num_layers=12)
     partly_frozen = dataclasses.replace(
         objective, split_parameters=lambda params, key: (params, {})
     )
-    assert not runs_without_loop(partly_frozen, on("1xh100"))
+    assert not runs_without_loop(partly_frozen, on("1xh100"), num_layers=12)
