@@ -48,11 +48,11 @@ class Pretrained:
     """Parameters with all that is needed to use them.
 
     tokenizer: of the run; see llada_jax.data.tokenizer.
-    params: nested dict of sharded arrays, float32 unless keep_float32=False, which on one GPU also
+    params: nested dict of sharded arrays, float32 unless keep_float32=False, which on GPUs also
         takes stacked blocks apart (llada_jax.models.layers.by_layer).
     step: optimizer steps done.
     model: the network, whose functions take `params` first, for rows of one segment each.
-    config, run: of the run, as a nested dict, and run.json of the checkpoint.
+    config, run: the run's config as a nested dict, and its run.json.
     mesh: where params live.
     """
 

@@ -90,7 +90,11 @@ def network_for_canvases(a: Architecture, mask: Mask, mesh: Mesh, *, dtype: str)
     platform = sharding.platform(mesh)
     computed = compute_dtype(dtype, platform)
     attention = choose_for_canvases(
-        platform=platform, num_devices=mesh.size, mask=mask, head_dim=a.head_dim, dtype=computed
+        platform=sharding.kernel_platform(mesh),
+        num_devices=mesh.size,
+        mask=mask,
+        head_dim=a.head_dim,
+        dtype=computed,
     )
     gathers_weights = sharding.axis_size(mesh, "embed") > 1
     is_unrolled = platform in ("gpu", "cuda") and not gathers_weights
@@ -109,11 +113,10 @@ def network_for_rows(
         packed: whether the documents of a row may not see each other.
     """
     a, mesh, mask = loaded.record.architecture, loaded.mesh, loaded.record.mask
-    platform = sharding.platform(mesh)
-    computed = compute_dtype(dtype, platform)
+    computed = compute_dtype(dtype, sharding.platform(mesh))
     attention = choose(
         "auto",
-        platform=platform,
+        platform=sharding.kernel_platform(mesh),
         packed=packed,
         mask=mask,
         sequence_length=sequence_length,

@@ -287,3 +287,13 @@ def replicated_by_accident(tree, mesh: Mesh, *, num_elements: int = 1 << 20) -> 
 def platform(mesh: Mesh) -> str:
     """Returns "cpu", "gpu" or "tpu": that of the mesh's devices, which need not be present."""
     return mesh.devices.flat[0].platform
+
+
+def kernel_platform(mesh: Mesh) -> str:
+    """Returns `platform`, but "other gpu" where neither cuDNN's nor Triton's attention runs: on
+    GPUs of NVIDIA before Ampere (compute capability 8.0), and on those of others.
+    """
+    name = platform(mesh)
+    generation = str(getattr(mesh.devices.flat[0], "compute_capability", "8.0")).partition(".")[0]
+    is_known = generation.isdigit() and int(generation) >= 8
+    return name if is_known or name not in ("gpu", "cuda") else "other gpu"

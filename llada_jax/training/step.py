@@ -83,7 +83,7 @@ def make_recipe(config: Any, tokenizer: Any, mesh: Mesh, *, provided: Any = None
     choose_for = functools.partial(
         choose,
         config.model.attention,
-        platform=platform,
+        platform=sharding.kernel_platform(mesh),
         packed=not config.data.attend_across_documents,
         mask=objective.mask,
         head_dim=architecture.head_dim,

@@ -2,6 +2,7 @@
 
 import dataclasses
 import re
+import types
 
 import jax
 import numpy as np
@@ -11,6 +12,8 @@ from jax.sharding import PartitionSpec as P
 
 from llada_jax.cluster import sharding
 from llada_jax.errors import UserError
+from llada_jax.masks import BIDIRECTIONAL
+from llada_jax.models.attention import choose
 
 ALL_ONE = dict.fromkeys(sharding.AXES, 1)
 
@@ -118,3 +121,28 @@ def test_a_large_array_that_every_device_holds_whole_is_named():
     assert sharding.replicated_by_accident(tree, mesh, num_elements=256) == ["whole (16, 16)"]
     replicas = sharding.make_mesh({"data": 8})
     assert sharding.replicated_by_accident(tree, replicas, num_elements=256) == []
+
+
+@pytest.mark.parametrize(
+    ("platform", "capability", "expected"),
+    [
+        ("gpu", "9.0", "gpu"),
+        ("gpu", "12.0", "gpu"),
+        ("cuda", "8.6", "cuda"),
+        ("gpu", "7.5", "other gpu"),
+        ("gpu", "gfx90a", "other gpu"),
+        ("tpu", None, "tpu"),
+        ("gpu", None, "gpu"),  # a stand-in for a device that is not there
+    ],
+)
+def test_old_gpus_have_no_kernels_of_attention(platform, capability, expected):
+    given = {"compute_capability": capability} if capability else {}
+    device = types.SimpleNamespace(platform=platform, **given)
+    mesh = types.SimpleNamespace(devices=np.array([device], object))
+    assert sharding.kernel_platform(mesh) == expected
+    rows = {"packed": False, "mask": BIDIRECTIONAL, "sequence_length": 256, "head_dim": 64}
+    kernel = choose("auto", platform=expected, dtype="bfloat16", **rows)
+    assert (kernel == "xla") == (expected == "other gpu")
+    if expected == "other gpu":
+        with pytest.raises(UserError, match="the mesh is of other gpu devices"):
+            choose("cudnn", platform=expected, dtype="bfloat16", **rows)
