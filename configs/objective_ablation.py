@@ -7,7 +7,7 @@ each choice, at 500 and 1450 steps, with three learning rates and three seeds.
 
 Every run is scored by the same held-out bound, which keeps uniform times whatever the training loss
 does; compare each variant at its own best learning rate. By the demo's time, the 198 runs take
-about 10 hours on two idle cores. They have not been made yet.
+about 10 hours on two idle cores. docs/log.md has the table of those that have been made.
 """
 
 from llada_jax.config import default_config
