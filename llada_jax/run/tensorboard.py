@@ -104,7 +104,9 @@ class EventsFile:
 
 
 def as_code(text: str) -> str:
-    """Returns Markdown that shows a text as it is, whatever characters it has."""
+    """Returns Markdown that shows a text as it is, whatever characters it has, but for "&#1": the
+    library that TensorBoard converts it with (Python-Markdown 3.11) ends such numbers with ";".
+    """
     # a carriage return or a form feed would end the block
     return "\n".join(f"    {line}" for line in text.splitlines() or [""])
 
