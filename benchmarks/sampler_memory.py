@@ -9,8 +9,9 @@ scored?
 Compiles the very program that denoises a block (llada_jax.samplers.step.denoise_block), the one of
 `evaluate --data` that scores a batch of records (llada_jax.evaluation.likelihood.batch_sums), or
 the one that scores answers (llada_jax.evaluation.answer_rows.nll_of_answers), for absent devices,
-with the parameters split over all of them and their matrices in bfloat16, and prints what the
-compiler says about the memory of one device. Rows have --width tokens: prompt and generation
+with the parameters split over all of them as --mesh says and their matrices in bfloat16, and prints
+what the compiler says about the memory of one device, what the devices exchange, and what a loop
+copies. Rows have --width tokens: prompt and generation
 together, a record, or prompt and answer. --gen-length is the length of the answer too.
 
 Needs libtpu (the extra tpu) or JAX's plugin for CUDA (plan-gpu), and no device. Prints a line of

@@ -207,7 +207,7 @@ def cudnn_on_canvases(
     start: not read. Queries are those of any columns, and whole rows see what they see.
     """
     del start
-    check_expressible(ON_CANVASES, mask)
+    assert mask == BIDIRECTIONAL, mask
     (B, T), S = q_BTNH.shape[:2], k_BSKH.shape[1]
     query_lengths = key_lengths = is_real_B1TS = None
     if segment_ids_BT is not None and T < S:
@@ -281,7 +281,6 @@ WITHOUT_BLOCKS = ("cudnn", "triton")
 
 def check_expressible(name: str, mask: Mask) -> None:
     """Raises UserError when the kernel `name` cannot express the mask."""
-    assert name != ON_CANVASES or mask == BIDIRECTIONAL, mask
     if name in WITHOUT_BLOCKS and mask.has_blocks:
         raise UserError(
             f"The attention kernel {name!r} cannot express blocks, and the mask has "

@@ -25,11 +25,16 @@ def by_layer(params: dict) -> dict:
     return {**params, "blocks": tuple(layers)}
 
 
+def place_of_layer(stacked: NamedSharding) -> NamedSharding:
+    """Returns the sharding of one layer's part of a stacked array, by that of the whole."""
+    return NamedSharding(stacked.mesh, PartitionSpec(*stacked.spec[1:]))
+
+
 def _unstack(stacked: jax.Array) -> list[jax.Array]:
     """Returns the parts, each split over the devices as the whole was."""
     place = stacked.sharding
     if isinstance(place, NamedSharding):
-        place = NamedSharding(place.mesh, PartitionSpec(*place.spec[1:]))
+        place = place_of_layer(place)
     return jax.jit(_parts, out_shardings=place)(stacked)
 
 

@@ -9,6 +9,7 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
+from llada_jax.models.layers import place_of_layer
 from llada_jax.models.model import Model, abstract_parameters, is_matrix
 from llada_jax.samplers.network import Network
 from llada_jax.samplers.remasking import commit_rule
@@ -29,7 +30,7 @@ def kept_parameters(model: Model, mesh: Mesh, dtype: Any) -> dict:
         return params
 
     def of_layer(leaf: jax.ShapeDtypeStruct) -> jax.ShapeDtypeStruct:
-        place = NamedSharding(mesh, PartitionSpec(*leaf.sharding.spec[1:]))
+        place = place_of_layer(leaf.sharding)
         return jax.ShapeDtypeStruct(leaf.shape[1:], leaf.dtype, sharding=place)
 
     layer = {name: of_layer(leaf) for name, leaf in params["blocks"].items()}

@@ -99,7 +99,7 @@ def test_one_gpu_takes_it_where_cudnn_can(changed, name):
     assert choose_for_canvases(**{**usual, "dtype": "bfloat16", **changed}) == name
 
 
-def test_a_network_attends_with_it_with_a_cache_and_without(asked, monkeypatch):
+def test_a_network_attends_with_it_with_a_cache_and_without(asked):
     a = Architecture(**SHAPE, d_ff=64)
     ours, pieces = (make_model(a, attention=name) for name in (ON_CANVASES, IN_PIECES))
     params = ours.init(jax.random.key(0))

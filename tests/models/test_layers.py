@@ -65,17 +65,13 @@ def test_a_shadow_is_that_of_the_loop():
 
 
 def test_taking_the_layers_apart_drops_the_stacked_arrays():
-    _, _, params = models()
+    looped, _, params = models()
     params = jax.tree.map(jnp.copy, params)
     stacked = params["blocks"]
     layers = by_layer(params)["blocks"]
     assert stacked == {}
     assert len(layers) == 3
-    assert layers[0]["q"].shape == params_shape("q")
-
-
-def params_shape(name):
-    return models()[0].abstract["blocks"][name].shape[1:]
+    assert layers[0]["q"].shape == looped.abstract["blocks"]["q"].shape[1:]
 
 
 def test_a_gpu_has_no_loop_and_its_planned_parameters_are_in_layers(monkeypatch):

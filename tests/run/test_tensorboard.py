@@ -81,10 +81,10 @@ def test_the_samples_of_a_run_are_shown_as_they_are(tmp_path):
 def test_any_sampled_text_is_shown_as_it_is(text):
     # blank lines at both ends of a block, and spaces at the end of a line, are not shown
     def visible(s):
-        s = re.sub(r"(&#\d+);?", r"\1", s)  # see as_code
         return "\n".join(line.rstrip() for line in s.split("\n")).strip("\n")
 
-    assert visible(shown(text)) == visible(text)
+    ended = re.sub(r"(&#\d+)(?![\d;])", r"\1;", text)  # see as_code
+    assert visible(shown(text)) == visible(ended)
 
 
 def test_knobs_and_results_are_in_the_table_of_hparams(tmp_path):
