@@ -31,6 +31,8 @@ def get_config():
     config.model.head_dim = 64
     config.model.d_ff = 2048
     config.model.remat = "dots"
+    # So that every device has as many masked tokens, and computes logits for half of its positions.
+    config.objective.t_sampling = "mirrored"
     config.optimizer.gradient_accumulation = 8
     config.schedule.name = "wsd"
     config.schedule.learning_rate = 6e-4
