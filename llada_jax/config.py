@@ -2,7 +2,8 @@
 
 A run is described by one small Python file (see `configs/`) with `get_config()` that starts from
 `default_config()` and changes what differs; `--config.group.key=value` changes single knobs on the
-command line. Only verbs see the config; everything below them takes keyword arguments.
+command line. Only verbs and training/step.py see the config; everything below takes keyword
+arguments.
 """
 
 import ast

@@ -318,6 +318,8 @@ def write_records(
         rows, counts: by split; see _write_split. The rows of "heldout" are read when those of
             "train" have been, and the counts when a split is finished.
     """
+    # The receipt of older records could be right again after the next change of an input.
+    receipt_path(job.output, unit).unlink(missing_ok=True)
     splits = {}
     for split in SPLITS:
         digest = _write_split(split, unit, job, rows[split], tokenizer, counts[split])

@@ -16,7 +16,7 @@ import numpy as np
 
 from llada_jax.data.dialogues import Malformed
 from llada_jax.data.tokenizer import Tokenizer
-from llada_jax.errors import UserError, require
+from llada_jax.errors import UserError, one_line, require
 from llada_jax.storage import files
 
 # For tokenizers without a template of their own: plain text that any vocabulary can spell. Every
@@ -141,7 +141,8 @@ class Chat:
                 **self._names,
             )
         except self._errors as error:
-            raise Malformed(f"the template fails ({str(error).splitlines()[0][:80]})") from error
+            reason = one_line(str(error))[:80] or type(error).__name__
+            raise Malformed(f"the template fails ({reason})") from error
 
     def prompt_ids(self, messages: list[dict], *, tools: Any = None) -> list[int]:
         """Returns the tokens after which the answer to `messages` is written.

@@ -33,9 +33,13 @@ def parse_record(record: Any, kind: str) -> list[list[dict]]:
     """Returns the dialogues of one record: one, or of "pairs" the chosen and the rejected one.
 
     Raises:
-        Malformed: see parse_dialogue and parse_pair.
+        Malformed: see parse_dialogue and parse_pair, or a text within has half of a surrogate pair,
+            which no file can hold.
     """
-    return [parse_dialogue(record)] if kind == "dialogues" else list(parse_pair(record))
+    dialogues = [parse_dialogue(record)] if kind == "dialogues" else list(parse_pair(record))
+    # what a template may write
+    _check_unicode([dialogues, record.get("tools")])
+    return dialogues
 
 
 def parse_pair(record: Any) -> tuple[list[dict], list[dict]]:
@@ -139,10 +143,6 @@ def _message(message: Any) -> dict:
         content = ""
     if not isinstance(content, str):
         raise Malformed("a message has no text")
-    try:
-        content.encode()
-    except UnicodeEncodeError as error:
-        raise Malformed("a message is not Unicode text") from error
     return {**message, "role": ROLES[role.lower()], "content": content}
 
 
@@ -161,6 +161,13 @@ def _checked(messages: list[dict]) -> list[dict]:
         if is_answer and not message["content"].strip() and not message.get("tool_calls"):
             raise Malformed("an answer is empty")
     return messages[: len(roles) - roles[::-1].index("assistant")]
+
+
+def _check_unicode(value: Any) -> None:
+    try:
+        json.dumps(value, ensure_ascii=False, default=str).encode()
+    except UnicodeEncodeError as error:
+        raise Malformed("a text is not Unicode") from error
 
 
 def identity_of(messages: list[dict]) -> str:

@@ -6,7 +6,7 @@ the order of the inputs alone, so that what is left out does not depend on the n
 
 import dataclasses
 import hashlib
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -22,21 +22,26 @@ from llada_jax.data.build import (
     write_json,
     writing_to,
 )
+from llada_jax.storage import files
 
 # Two 64-bit numbers: among 10^12 documents two different ones meet with a chance of 10^-15.
 _HASH = np.dtype([("high", "<u8"), ("low", "<u8")])
 NOTE = "duplicates.json"
+# How many hashes are compared at once. There is no room for another copy of all of them.
+BLOCK = 1 << 20
 
 
 def count_duplicates(output: Path, units: list[Unit]) -> int | None:
     """Returns how many documents are copies of an earlier one; None where a unit that an older
     version has finished left no hashes.
     """
-    paths = [hashes_path(output, unit) for unit in units]
-    if not all(path.exists() for path in paths):
+    if not all(hashes_path(output, unit).exists() for unit in units):
         return None
-    hashes = np.concatenate([np.fromfile(path, _HASH) for path in paths])
-    return len(hashes) - len(np.unique(hashes))
+    hashes = _read_hashes(output, units)
+    hashes.sort()
+    return sum(
+        int(np.count_nonzero(_is_as_before(hashes[block]))) for block in _blocks(len(hashes))
+    )
 
 
 def without_duplicates(
@@ -56,6 +61,9 @@ def without_duplicates(
         duplicates_path(job.output, unit).exists() for unit in units
     )
     if not is_known:
+        # An older note could be right again after the next change of an input.
+        with writing_to(job.output):
+            note.unlink(missing_ok=True)
         hash_all(units, dataclasses.replace(job, only_hashes=True))
         with writing_to(job.output):
             _write_duplicates(job.output, units)
@@ -74,12 +82,42 @@ def without_duplicates(
     ]
 
 
-def _write_duplicates(output: Path, units: Iterable[Unit]) -> None:
-    hashes = [np.fromfile(hashes_path(output, unit), _HASH) for unit in units]
-    # return_index is that of the first of equal values
-    _, first = np.unique(np.concatenate(hashes), return_index=True)
-    is_copy = np.ones(sum(map(len, hashes)), dtype=bool)
-    is_copy[first] = False
-    ends = np.cumsum([len(part) for part in hashes])
+def _write_duplicates(output: Path, units: Sequence[Unit]) -> None:
+    hashes = _read_hashes(output, units)
+    # stable: of equal hashes the first document comes first
+    order = np.lexsort((hashes["low"], hashes["high"]))
+    is_copy = np.zeros(len(hashes), dtype=bool)
+    for block in _blocks(len(hashes)):
+        places = order[block]
+        is_copy[places[1:][_is_as_before(hashes[places])]] = True
+    ends = np.cumsum([_num_hashes(output, unit) for unit in units])
     for unit, copies in zip(units, np.split(is_copy, ends[:-1])):
-        np.flatnonzero(copies).astype("<u8").tofile(duplicates_path(output, unit))
+        places = np.flatnonzero(copies).astype("<u8")
+        files.write_whole(duplicates_path(output, unit), places.tobytes())
+
+
+def _read_hashes(output: Path, units: Sequence[Unit]) -> np.ndarray:
+    """Returns the hashes of all units, in their order, read into one array."""
+    hashes = np.empty(sum(_num_hashes(output, unit) for unit in units), _HASH)
+    start = 0
+    for unit in units:
+        stop = start + _num_hashes(output, unit)
+        with open(hashes_path(output, unit), "rb") as file:
+            file.readinto(memoryview(hashes[start:stop]).cast("B"))
+        start = stop
+    return hashes
+
+
+def _num_hashes(output: Path, unit: Unit) -> int:
+    return hashes_path(output, unit).stat().st_size // _HASH.itemsize
+
+
+def _blocks(num_hashes: int) -> Iterator[slice]:
+    """Yields places in blocks, each with the first one of the next."""
+    for start in range(0, num_hashes, BLOCK):
+        yield slice(start, start + BLOCK + 1)
+
+
+def _is_as_before(hashes: np.ndarray) -> np.ndarray:
+    """Returns which hashes from the second on are equal to the one before."""
+    return hashes[1:] == hashes[:-1]

@@ -25,7 +25,8 @@ from llada_jax.data.dialogue_rows import BucketCut, EosPadded, draw_answers, spl
 from llada_jax.data.records import DatasetInfo, Records, check_shards, read_dataset
 from llada_jax.errors import UserError
 
-# Of the answers of held-out dialogues that are scored: the same ones in every evaluation.
+# Of the answers of held-out dialogues that are scored: the same ones in every evaluation that reads
+# as many batches.
 _HELDOUT_ANSWERS = 0
 
 # (a dataset, or its directory, whose description is then read; its weight in the mixture)
@@ -410,6 +411,12 @@ def _check_dialogues(
                 f"{info.directory} holds pairs, whose answers config.data.split_probability="
                 f"{split_probability} would part from their prompts; set it to 0."
             )
+        if eos_padding and split_probability:
+            raise UserError(
+                f"config.data.eos_padding={eos_padding} fills up whole rows, and "
+                f"config.data.split_probability={split_probability} cuts rows in two; set one of "
+                "them to 0."
+            )
         if length_buckets and not is_padded:
             raise UserError(
                 f"config.data.length_buckets={tuple(length_buckets)} cuts padding off, and the "
@@ -418,7 +425,8 @@ def _check_dialogues(
             )
         for token in padding_cycle:
             special = (info.tokenizer["mask_id"], info.tokenizer["eos_id"])
-            if not 0 <= token < info.vocab_size or (token in special and len(padding_cycle) > 1):
+            is_eos_alone = token == special[1] and len(padding_cycle) == 1
+            if not 0 <= token < info.vocab_size or (token in special and not is_eos_alone):
                 raise UserError(
                     f"config.data.padding_cycle={tuple(padding_cycle)}: {token} is not an ordinary "
                     f"id of the {info.vocab_size} of {info.directory} (mask and end-of-text are "

@@ -35,7 +35,6 @@ _SHARED = {
     "tokenizers": lambda info: {
         name: value for name, value in info.tokenizer.items() if name != "kind"
     },
-    "--chat settings": lambda info: info.dialogues,
 }
 
 
@@ -76,7 +75,8 @@ def join_parts(directory) -> dict:
     except UserError:
         # there is none, so that nothing differs
         before = content
-    if before != content:
+    # not its sources, which may have moved
+    if any(before.get(name) != content[name] for name in ("fingerprint", "splits")):
         raise UserError(
             f"{directory} was joined before, from parts with other records; a run that reads it "
             f"would be refused at its next start: delete {directory / 'dataset.json'} to join "
@@ -135,9 +135,16 @@ def _read_parts(directory: epath.Path, folders: Sequence[epath.Path]) -> list[di
 
 
 def _check_that_they_fit(infos: Sequence[DatasetInfo], contents: Sequence[dict]) -> None:
-    for info in infos[1:]:
-        for what, of in _SHARED.items():
-            if of(info) != of(infos[0]):
+    settings = [
+        {
+            **{what: of(info) for what, of in _SHARED.items()},
+            "--chat settings": content["source"].get("chat"),
+        }
+        for info, content in zip(infos, contents)
+    ]
+    for info, found in zip(infos, settings):
+        for what, value in found.items():
+            if value != settings[0][what]:
                 raise UserError(
                     f"{infos[0].directory} and {info.directory} were prepared with different "
                     f"{what}; prepare one of them again with those of the other."

@@ -133,8 +133,9 @@ def prepare(
     _check_numbers(sequence_length=sequence_length, heldout=heldout, workers=workers)
     make_tokenizer, tokenizer_name = _parse_tokenizer(tokenizer, add_mask_token=add_mask_token)
     _check_words(tokenizer, cut)
+    is_trained = tokenizer.startswith(("spm:", "spm-bpe:"))
     if part is not None:
-        if tokenizer.startswith(("spm:", "spm-bpe:")):
+        if is_trained:
             raise UserError(
                 f"--tokenizer {tokenizer}: each part would train another one; train it once, for "
                 "example by preparing a sample of the text, and give every part that folder, "
@@ -155,7 +156,9 @@ def prepare(
         "heldout": heldout,
         **({"format": cut.form} if cut.form else {}),
         **({"drop_duplicates": True} if drop_duplicates else {}),
-        **({"chat": _chat_source(chat)} if chat else {}),
+        **(
+            {"chat": _chat_source(chat, None if is_trained else make_tokenizer([]))} if chat else {}
+        ),
         **({INPUTS: [fingerprint(i.identity)[:16] for i in inputs]} if part else {}),
     }
     output = _begin_output(output)
@@ -290,11 +293,17 @@ def _parse_tokenizer(
 # ---- dialogues
 
 
-def _chat_source(chat: ChatSettings) -> dict:
-    """Returns what dataset.json says of the settings."""
+def _chat_source(chat: ChatSettings, tokenizer: Tokenizer | None) -> dict:
+    """Returns what dataset.json says of the settings.
+
+    Args:
+        tokenizer: whose own template its fingerprint leaves out; None where it will be trained.
+    """
     template = chat.template
-    if template not in ("", *TEMPLATES):
+    if template and template not in TEMPLATES:
         template = fingerprint(read_template(template))[:16]
+    elif not template and tokenizer and tokenizer.chat_template:
+        template = fingerprint(tokenizer.chat_template)[:16]
     return {**chat.to_json(), "template": template}
 
 
@@ -444,11 +453,14 @@ def _refuse_other_settings(output: Path, source: dict) -> None:
     before = read_json(file)
     before = before.get("source", {}) if is_complete else before
     for key in SETTINGS:
-        if before.get(key) != source.get(key):
+        was, now = before.get(key), source.get(key)
+        if key == "chat" and was and now and not was["template"]:
+            # by a version that did not write down the tokenizer's own template
+            now = {**now, "template": ""}
+        if was != now:
             raise UserError(
-                f"{output} was prepared with --{key.replace('_', '-')} {before.get(key)!r} and "
-                f"this command says {source.get(key)!r}; give the same value, another --output, or "
-                "delete the directory."
+                f"{output} was prepared with --{key.replace('_', '-')} {was!r} and this command "
+                f"says {now!r}; give the same value, another --output, or delete the directory."
             )
     if is_complete and before.get("input_fingerprint") != source["input_fingerprint"]:
         raise UserError(

@@ -117,6 +117,9 @@ class Tokenizer:
             # encoded again in parts.
             if self._is_special_V[ids].any():
                 arrays[i] = np.concatenate(self._codec.encode(self._inside_special.split(texts[i])))
+                # Spelled only by what the library made of the text, such as its lower case.
+                if self._is_special_V[arrays[i]].any():
+                    arrays[i] = np.concatenate(self._codec.encode(list(texts[i])))
         return arrays
 
     def decode(self, ids: Iterable[int]) -> str:

@@ -26,9 +26,12 @@ def main(argv: list[str]) -> None:
     args = parser.parse_args(argv)
     given = {flag: getattr(args, flag[2:].replace("-", "_")) for flag in (*_REQUIRED, "--part")}
     if args.join is not None:
-        if others := [flag for flag, value in given.items() if value is not None]:
+        alone = parser.parse_args([f"--join={args.join}", *["--json"] * args.json])
+        others = [name for name, value in vars(args).items() if value != getattr(alone, name)]
+        if others:
             raise UserError(
-                f"--join takes what the parts were prepared with from them; leave {others[0]} out."
+                f"--join takes what the parts were prepared with from them; leave "
+                f"--{others[0].replace('_', '-')} out."
             )
         return report(args.join, join_parts(args.join), as_json=args.json)
     if absent := [flag for flag in _REQUIRED if given[flag] is None]:

@@ -126,6 +126,7 @@ def test_every_answer_of_the_default_template_ends_with_end_of_text():
     ("template", "reason"),
     [
         ("{{ raise_exception('no system role') }}", "no system role"),
+        ("{{ raise_exception('') }}", "TemplateError"),
         ("{{ messages[0].content.__class__.__mro__ }}", "unsafe"),
         ("{{ messages[0].absent.name }}", "no attribute"),
         ("{{ messages | length }}", "beginning"),

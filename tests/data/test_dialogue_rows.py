@@ -147,10 +147,19 @@ def test_a_rainbow_fills_rows_up_with_a_cycle_that_begins_after_the_answer(direc
 
 @pytest.mark.parametrize(
     ("cycle", "says"),
-    [((250, TOKENIZER.mask_id), "not an ordinary id"), ((10**6,), "not an ordinary id")],
+    [
+        ((250, TOKENIZER.mask_id), "not an ordinary id"),
+        ((TOKENIZER.mask_id,), "not an ordinary id"),
+        ((10**6,), "not an ordinary id"),
+    ],
 )
 def test_a_rainbow_of_ids_that_mean_something_else_is_refused(directory, cycle, says):
     assert says in error_of(batches, directory("padded"), eos_padding=2, padding_cycle=cycle)
+
+
+def test_rows_that_are_cut_in_two_are_not_filled_up(directory):
+    says = error_of(batches, directory("padded"), eos_padding=2, split_probability=0.5)
+    assert "cuts rows in two" in says
 
 
 def test_each_record_comes_in_as_many_rows_as_the_objective_asks_for(directory):

@@ -2,7 +2,7 @@
 
 import pytest
 
-from llada_jax.data.dialogues import Malformed, parse_dialogue
+from llada_jax.data.dialogues import Malformed, parse_dialogue, parse_record
 
 ASKED = {"role": "user", "content": "Hi"}
 ANSWERED = {"role": "assistant", "content": "Hello"}
@@ -59,10 +59,13 @@ def test_calls_of_tools_and_their_results_are_kept():
         ({"messages": [ANSWERED]}, "no prompt before"),
         ({"prompt": "Hi", "response": " \n"}, "answer is empty"),
         ({"prompt": "Hi", "response": "\ud800"}, "not Unicode"),
+        ({"system": "\ud800", "prompt": "Hi", "response": "Hi"}, "not Unicode"),
+        ({"messages": [{**ASKED, "name": "\ud800"}, ANSWERED]}, "not Unicode"),
+        ({"messages": [ASKED, ANSWERED], "tools": [{"name": "\ud800"}]}, "not Unicode"),
         ({"messages": [{"role": "system", "content": "a"}] * 2 + [ASKED, ANSWERED]}, "two system"),
         ({"messages": [ASKED, {"role": "system", "content": "a"}, ANSWERED]}, "not the first"),
     ],
 )
 def test_what_is_not_a_dialogue_is_named(record, reason):
     with pytest.raises(Malformed, match=reason):
-        parse_dialogue(record)
+        parse_record(record, "dialogues")

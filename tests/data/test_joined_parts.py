@@ -140,6 +140,41 @@ def test_parts_that_do_not_fit_together_are_refused(prepared, parts, tmp_path, c
     assert message in error_of(join_parts, parts)
 
 
+@pytest.mark.parametrize("changes", [{"template": "llada.jinja"}, {"too_long": "left"}])
+def test_parts_with_other_chat_settings_are_refused(tmp_path, changes):
+    (tmp_path / "llada.jinja").write_text("{% for m in messages %}{{ m.content }}.{% endfor %}")
+    for number, settings in enumerate([{"template": "default"}, {"template": "default"} | changes]):
+        turns = [{"role": role, "content": f"{role} {number}"} for role in ("user", "assistant")]
+        text = tmp_path / f"{number}.jsonl"
+        text.write_text((json.dumps({"messages": turns}) + "\n") * 20)
+        if settings["template"] != "default":
+            settings["template"] = str(tmp_path / settings["template"])
+        prepare(
+            [str(text)],
+            tmp_path / "set",
+            part=(number, 2),
+            **{**ARGS, "heldout": 0, "sequence_length": 64},
+            chat=ChatSettings(**settings),
+        )
+    assert "different --chat settings" in error_of(join_parts, tmp_path / "set")
+
+
+def test_a_part_whose_inputs_have_moved_is_joined_as_before(tmp_path):
+    folder = tmp_path / "corpus"
+    write_corpus(folder, num_files=2, num_documents=30)
+    for number in range(2):
+        prepare(
+            [str(folder / f"part-00{number}.jsonl")], tmp_path / "set", part=(number, 2), **ARGS
+        )
+    content = join_parts(tmp_path / "set")
+    shutil.move(folder, tmp_path / "elsewhere")
+    shutil.rmtree(tmp_path / "set" / "part-00001-of-00002")
+    prepare([str(tmp_path / "elsewhere/part-001.jsonl")], tmp_path / "set", part=(1, 2), **ARGS)
+    joined = join_parts(tmp_path / "set")
+    assert joined["fingerprint"] == content["fingerprint"]
+    assert "elsewhere" in json.dumps(joined["source"])
+
+
 def test_inputs_that_two_parts_have_read_are_noticed(prepared, parts):
     shutil.rmtree(parts / "part-00002-of-00003")
     files = [str(prepared / f"corpus/part-00{number}.jsonl") for number in (1, 5)]
@@ -181,5 +216,7 @@ def test_the_command_line_joins_parts_and_says_what_comes_next(prepared, tmp_pat
     assert "documents" in capsys.readouterr().out
     assert main(["prepare", "--join", str(out), "--tokenizer", "bytes"]) == 2
     assert "leave --tokenizer out" in capsys.readouterr().err
+    assert main(["prepare", "--join", str(out), "--drop-duplicates"]) == 2
+    assert "leave --drop-duplicates out" in capsys.readouterr().err
     assert main(["prepare", "--input", "x", "--output", str(out)]) == 2
     assert "--sequence-length, --tokenizer" in capsys.readouterr().err

@@ -2,6 +2,7 @@
 disks and damaged files.
 """
 
+import json
 import os
 import shutil
 import signal
@@ -190,6 +191,53 @@ def test_units_that_no_longer_exist_leave_no_shard_behind(tmp_path, small_units)
     shards = {shard["file"] for split in content["splits"].values() for shard in split["shards"]}
     assert {path.name for path in (tmp_path / "out").glob("*.records")} == shards
     assert not list((tmp_path / "out").rglob("unit-*.records"))
+
+
+class Killed(BaseException):
+    """Ends a preparation where a kill would."""
+
+
+def kill_at(monkeypatch, name: str, *arguments, **keywords) -> None:
+    """Prepares, and ends where the function `name` would be called."""
+
+    def killed(*_, **__):
+        raise Killed
+
+    with monkeypatch.context() as patch:
+        patch.setattr(name, killed)
+        with pytest.raises(Killed):
+            prepare(*arguments, **keywords)
+
+
+@pytest.mark.parametrize(
+    ("place", "drop_duplicates"),
+    [
+        ("build.write_receipt", False),
+        ("build.write_receipt", True),
+        ("duplicates._write_duplicates", True),
+        ("preparation.join_units", True),
+    ],
+)
+def test_inputs_that_change_and_change_back_give_the_bytes_of_an_undisturbed_run(
+    tmp_path, monkeypatch, place, drop_duplicates
+):
+    """Records, copies and their notes of the wrong inputs must not pass for those of the right
+    ones, which have as many.
+    """
+    for name, word in (("right", "r"), ("wrong", "w")):
+        texts = [f"{word} {number % (5 if name == 'right' else 7)}" for number in range(30)]
+        (tmp_path / f"{name}.jsonl").write_text(
+            "".join(json.dumps({"text": text}) + "\n" for text in texts)
+        )
+    right, wrong = ([str(tmp_path / f"{name}.jsonl")] for name in ("right", "wrong"))
+    args = {"sequence_length": 16, "tokenizer": "bytes", "heldout": 0}
+    args["drop_duplicates"] = drop_duplicates
+    alone = prepare(right, tmp_path / "alone", **args)
+    out = tmp_path / "out"
+    kill_at(monkeypatch, "llada_jax.data.preparation.join_units", right, out, **args)
+    kill_at(monkeypatch, f"llada_jax.data.{place}", wrong, out, **args)
+    assert prepare(right, out, **args) == alone
+    assert tree(out) == tree(tmp_path / "alone")
 
 
 @pytest.mark.slow

@@ -230,6 +230,8 @@ def test_a_mask_that_the_model_matches_in_text_is_not_forged_by_a_text(tmp_path)
     ids = tokenizer.encode("a<mask>b")
     assert tokenizer.mask_id not in ids
     assert tokenizer.decode(ids) == "a<mask>b"
+    # full-width letters, of which the model's normalisation makes the same
+    assert tokenizer.mask_id not in tokenizer.encode("a\uff1cmask\uff1eb")
 
 
 # ---- Hugging Face tokenizer.json
@@ -315,6 +317,22 @@ def test_a_unigram_whose_vocabulary_holds_its_specials_does_not_emit_them_for_te
     ids = loaded.encode("a</s><mask>b")
     assert not special_ids(loaded) & set(ids)
     assert loaded.decode(ids) == "a</s><mask>b"
+
+
+@pytest.mark.parametrize("text", ["a<MASK>b", "a\uff1cmask\uff1eb", "a<mask>b"])
+def test_a_special_token_that_only_the_normalised_text_spells_is_text_too(tmp_path, text):
+    import tokenizers as hf
+
+    tokenizer = byte_level_bpe(["</s>"])
+    tokenizer.normalizer = hf.normalizers.Sequence(
+        [hf.normalizers.NFKC(), hf.normalizers.Lowercase()]
+    )
+    tokenizer.add_tokens([hf.AddedToken("<mask>", special=False, normalized=True)])
+    loaded = load_tokenizer(save_huggingface(tmp_path / "hf", tokenizer))
+    assert tokenizer.encode(text).ids.count(loaded.mask_id) == 1
+    ids = loaded.encode(text)
+    assert not special_ids(loaded) & set(ids)
+    assert loaded.decode(ids) == "a<mask>b"
 
 
 def test_truncation_and_padding_stored_in_the_file_are_switched_off(tmp_path):
