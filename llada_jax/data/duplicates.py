@@ -101,10 +101,9 @@ def _read_hashes(output: Path, units: Sequence[Unit]) -> np.ndarray:
     hashes = np.empty(sum(_num_hashes(output, unit) for unit in units), _HASH)
     start = 0
     for unit in units:
-        stop = start + _num_hashes(output, unit)
-        with open(hashes_path(output, unit), "rb") as file:
-            file.readinto(memoryview(hashes[start:stop]).cast("B"))
-        start = stop
+        part = np.fromfile(hashes_path(output, unit), _HASH)
+        hashes[start : start + len(part)] = part
+        start += len(part)
     return hashes
 
 
