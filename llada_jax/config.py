@@ -305,7 +305,10 @@ def completed(
     # is itself an override is refused by `validate`.
     overridden = {override.partition("=")[0] for override in overrides} | set(values)
     for group, name in names.items():
-        for key in unread(config, default_config(), group) if config[group].name != name else ():
+        if config[group].name == name:
+            continue
+        of_own_parts = [] if is_own(config[group].name) else ["arguments"]
+        for key in of_own_parts + unread(config, default_config(), group):
             if f"{group}.{key}" not in overridden:
                 config[group][key] = default_config()[group][key]
     validate(config, default_config())

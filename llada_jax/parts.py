@@ -14,6 +14,7 @@ import sys
 import traceback
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 from llada_jax.errors import UserError, did_you_mean, look_up, one_line
 
@@ -85,7 +86,21 @@ def _module_of(name: str, kind: str):
         raise broken(kind, name, "cannot be imported", error) from error
 
 
-def call_part(part: Callable, name: str, kind: str, *args, **kwargs):
+def with_arguments(given: dict, arguments: Any, name: str, kind: str) -> dict:
+    """Returns what an own part is called with: `given`, and the ((name, value), ...) of its config.
+
+    Raises:
+        UserError: both have an argument of one name.
+    """
+    if taken := sorted(given.keys() & dict(arguments).keys()):
+        raise UserError(
+            f"The {kind} {name!r} is given {taken[0]}= by the run; leave it out of "
+            f"config.{kind}.arguments, or give it another name."
+        )
+    return {**given, **dict(arguments)}
+
+
+def call_part(part: Callable, name: str, kind: str, /, *args, **kwargs):
     """Returns what an own part returns; raises UserError when it does not take these arguments, or
     fails.
     """
@@ -94,7 +109,7 @@ def call_part(part: Callable, name: str, kind: str, *args, **kwargs):
         return part(*args, **kwargs)
 
 
-def check_takes(function: Callable, what: str, *args, **kwargs) -> None:
+def check_takes(function: Callable, what: str, /, *args, **kwargs) -> None:
     """Raises UserError when a function cannot be called with these arguments; it is not called."""
     try:
         signature = inspect.signature(function)

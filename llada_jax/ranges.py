@@ -70,9 +70,10 @@ RANGES = {
     "model.rope_theta": Range(0, above=True),
     "model.norm_eps": Range(0, 1, above=True),
     "model.nll_chunk": SIZE,
-    "objective.eps": Range(0, 1, below=True),
-    # of a narrower bell, the extremes of t would never be drawn, whatever their weight
-    "objective.bell_width": Range(0.05, 10),
+    # without a floor, a time of 0 has the weight 1/0
+    "objective.eps": Range(0, 1, above=True, below=True),
+    # a narrower bell would never draw the extremes of t, whatever their weight
+    "objective.bell_width": Range(0.1, 10),
     "objective.max_mask_ratio": Range(0, 1, above=True),
     "objective.prompt_dropout": Range(0, 1),
     "objective.beta": Range(0, above=True),

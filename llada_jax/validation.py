@@ -209,6 +209,12 @@ def check_contradictions(config: ConfigDict, defaults: ConfigDict) -> None:
             f"{objective.max_mask_ratio}: the mask ratio runs from the first to the second, which "
             "must be larger."
         )
+    if config.optimizer.name == "muon" and config.lora.rank:
+        raise UserError(
+            f"config.optimizer.name='muon' is for the matrices that config.lora.rank="
+            f"{config.lora.rank} freezes, and would train the adapters with Adam alone; choose "
+            "adamw or lion."
+        )
     if objective.t_sampling == "bell" and objective.name != "masked_diffusion":
         raise UserError(
             "config.objective.t_sampling='bell' is for masked_diffusion, and "
@@ -417,3 +423,9 @@ def knob(config: ConfigDict, path: str):
     for key in path.split("."):
         config = config[key]
     return config
+
+
+def num_steps_of(config: ConfigDict) -> int:
+    """Returns config.num_steps, or in how many steps a run sees config.num_tokens."""
+    tokens_per_step = config.data.batch_size * config.data.sequence_length
+    return config.num_steps or max(1, config.num_tokens // tokens_per_step)

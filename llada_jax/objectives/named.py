@@ -8,7 +8,7 @@ from llada_jax.objectives.masked_diffusion import masked_diffusion
 from llada_jax.objectives.objective import Objective
 from llada_jax.objectives.sft import sft
 from llada_jax.objectives.vrpo import vrpo
-from llada_jax.parts import call_part, is_own, load_part
+from llada_jax.parts import call_part, is_own, load_part, with_arguments
 
 OBJECTIVES = {
     "masked_diffusion": masked_diffusion,
@@ -51,15 +51,9 @@ def make_objective(
     """
     make = load_part(name, "objective", OBJECTIVES)
     if is_own(name):
-        objective = call_part(
-            make,
-            name,
-            "objective",
-            mask_id=tokenizer.mask_id,
-            bos_id=tokenizer.bos_id,
-            vocab_size=tokenizer.vocab_size,
-            **dict(arguments),
-        )
+        given = {name: getattr(tokenizer, name) for name in ("mask_id", "bos_id", "vocab_size")}
+        own = with_arguments(given, arguments, name, "objective")
+        objective = call_part(make, name, "objective", **own)
         if not isinstance(objective, Objective):
             raise UserError(
                 f"The objective {name!r} returns a {type(objective).__name__}; it must return a "

@@ -23,6 +23,7 @@ from llada_jax.storage import files, remote
 if TYPE_CHECKING:
     from llada_jax.samplers.text import Completion
 
+METRICS = "metrics.jsonl"
 SAMPLES = "samples.jsonl"
 
 # how long TensorBoard events, and lines for a remote workdir, may stay in memory
@@ -187,7 +188,7 @@ class MetricsWriter:
         if not enabled:
             return
         self._workdir = remote.path_of(workdir)
-        self._path = self._workdir / "metrics.jsonl"
+        self._path = self._workdir / METRICS
         self._events: EventsFile | None = None
         self._last_flush = time.monotonic()
         is_remote = remote.is_remote(workdir)
@@ -274,6 +275,10 @@ class MetricsWriter:
                 self._samples.write({"step": int(step)} | found)
         self.text(step, "samples", as_markdown(completions))
 
+    def lacks_samples(self, step: int) -> bool:
+        """Returns whether the step from which a resumed run continues has no samples yet."""
+        return self._samples.last_steps.get("prompt", 0) < step
+
     def flush(self) -> None:
         """Makes everything written so far visible to readers, and durable for a remote workdir."""
         if not self._enabled:
@@ -298,13 +303,22 @@ class MetricsWriter:
             self._tracker.close()
 
 
+def drop_lines_after(workdir, step: int) -> None:
+    """Drops the lines of later steps from metrics.jsonl and samples.jsonl, as a start from `step`
+    would.
+    """
+    path, is_remote = remote.path_of(workdir), remote.is_remote(workdir)
+    for name, what in ((METRICS, "metrics"), (SAMPLES, "samples")):
+        StepLines(path / name, is_remote=is_remote, until=step, what=what)
+
+
 def read_lines(workdir) -> list[dict]:
     """Returns the lines of WORKDIR/metrics.jsonl; [] for a run without that file.
 
     Raises:
         UserError: a line is not JSON with a step.
     """
-    return _read(remote.path_of(workdir) / "metrics.jsonl", "metrics")
+    return _read(remote.path_of(workdir) / METRICS, "metrics")
 
 
 def read_samples(workdir) -> list[dict]:
@@ -349,6 +363,51 @@ def is_over(lines: list[dict], num_steps: int) -> bool:
         line["step"] == num_steps and any(group.startswith("final") for group in line)
         for line in lines
     )
+
+
+def bound_of(line: dict, kind: str) -> dict | None:
+    """Returns the bound on held-out text in a line of metrics.jsonl; None for a line without one.
+
+    A mixture has several splits, whose mean is taken: every source counts alike, whatever its size.
+
+    Args:
+        kind: "heldout" (during training) or "final".
+
+    Returns:
+        {"name": "nelbo" or "nll", "nats_per_token", "bits_per_byte", "nats_error", "bits_error":
+        the standard errors of these two, nan where there is none, "num_splits"}.
+    """
+    groups = [group for key, group in line.items() if key.startswith(kind)]
+    name = next((n for n in ("nelbo", "nll") if groups and n in groups[0]), None)
+    if name is None:
+        return None
+    nats = [float(group[name]) for group in groups]
+    bits = [float(group.get("bits_per_byte", math.nan)) for group in groups]
+    errors = [float(group.get("standard_error", math.nan)) for group in groups]
+    # It is logged in nats, and the ratio of the two bounds converts it.
+    in_bits = [error * b / n for error, b, n in zip(errors, bits, nats)]
+    count = len(groups)
+    return {
+        "name": name,
+        "nats_per_token": sum(nats) / count,
+        "bits_per_byte": sum(bits) / count,
+        # The splits are scored independently of each other.
+        "nats_error": math.hypot(*errors) / count,
+        "bits_error": math.hypot(*in_bits) / count,
+        "num_splits": count,
+    }
+
+
+def last_bound(lines: list[dict], step: int) -> dict | None:
+    """Returns `bound_of` the last line before or at a step that has one, with its "step"; None
+    where nothing was measured.
+    """
+    found = None
+    for line in lines:
+        for kind in ("heldout", "final"):
+            if line["step"] <= step and (bound := bound_of(line, kind)):
+                found = {"step": line["step"], **bound}
+    return found
 
 
 def _plain(values: dict) -> dict:

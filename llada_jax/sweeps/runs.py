@@ -16,7 +16,7 @@ from llada_jax.storage.files import decode_json, write_whole, writing
 from llada_jax.storage.locks import only_sweep_in
 from llada_jax.sweeps.grid import Knobs, added_by
 from llada_jax.sweeps.results import FINISHED, Result, read_result
-from llada_jax.validation import knob, knobs
+from llada_jax.validation import knob, knobs, num_steps_of
 
 # Knobs that change how a run is carried out and not what comes out of it. They may differ from one
 # start to the next, so that a sweep can continue on other machines.
@@ -45,10 +45,7 @@ class Run(NamedTuple):
 
     @property
     def num_steps(self) -> int:
-        data = self.config.data
-        return self.config.num_steps or max(
-            1, self.config.num_tokens // (data.batch_size * data.sequence_length)
-        )
+        return num_steps_of(self.config)
 
     def scored_on(self) -> dict[str, object]:
         """Returns what the final held-out bound of the run is taken with, by its name for the user:

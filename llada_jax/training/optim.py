@@ -15,7 +15,14 @@ import optax
 from jax import Array
 
 from llada_jax.errors import UserError
-from llada_jax.parts import blamed_on, call_part, check_takes, is_own, load_part
+from llada_jax.parts import (
+    blamed_on,
+    call_part,
+    check_takes,
+    is_own,
+    load_part,
+    with_arguments,
+)
 
 # ---- schedules
 # Each returns a function from the 0-based step to a learning rate. make_schedule multiplies all of
@@ -40,12 +47,13 @@ def staged(stages: Any, *, tokens_per_step: int) -> Callable:
     """
 
     def schedule(step: Array) -> Array:
-        tokens = jnp.asarray(step, jnp.float32) * tokens_per_step
+        # float, because jax takes whole numbers as int32, which trillions of tokens exceed
+        tokens = jnp.asarray(step, jnp.float32) * float(tokens_per_step)
         rate, begin = jnp.float32(stages[0][1]), 0.0
         for until, first, last in stages:
             done = jnp.clip((tokens - begin) / (until - begin), 0.0, 1.0)
             rate = jnp.where(tokens >= begin, first + (last - first) * done, rate)
-            begin = until
+            begin = float(until)
         return rate
 
     return schedule
@@ -121,9 +129,8 @@ def make_schedule(*, name: str, warmup_steps: int, arguments: Any = (), **knobs:
     if not is_own(name):
         return warmed_up(make(knobs), warmup_steps=warmup_steps)
     given = ("learning_rate", "final_learning_rate", "num_steps", "tokens_per_step")
-    schedule = call_part(
-        make, name, "schedule", **{knob: knobs[knob] for knob in given}, **dict(arguments)
-    )
+    own = with_arguments({knob: knobs[knob] for knob in given}, arguments, name, "schedule")
+    schedule = call_part(make, name, "schedule", **own)
     check_schedule(schedule, name)
     return warmed_up(schedule, warmup_steps=warmup_steps)
 
@@ -308,7 +315,8 @@ def make_optimizer(
     """
     make = load_part(name, "optimizer", OPTIMIZERS)
     if is_own(name):
-        direction = call_part(make, name, "optimizer", b1=b1, b2=b2, eps=eps, **dict(arguments))
+        own = with_arguments({"b1": b1, "b2": b2, "eps": eps}, arguments, name, "optimizer")
+        direction = call_part(make, name, "optimizer", **own)
         direction = checked_direction(direction, name)
     else:
         direction = make(b1=b1, b2=b2, eps=eps, first_moment_dtype=jnp.dtype(first_moment_dtype))

@@ -32,7 +32,7 @@ from llada_jax.training.adapted import adapted
 from llada_jax.training.memory import Workload, choose_remat
 from llada_jax.training.optim import by_path, make_optimizer, make_schedule
 from llada_jax.training.state import STEP_METRICS, TrainState, abstract_metrics, abstract_state
-from llada_jax.validation import AUTO
+from llada_jax.validation import AUTO, num_steps_of
 
 # See runs_without_loop.
 MOST_LAYERS_WITHOUT_LOOP = 16
@@ -92,6 +92,9 @@ def make_recipe(config: Any, tokenizer: Any, mesh: Mesh, *, provided: Any = None
     num_parts = sharding.axis_size(mesh, "act_position")
     attention = choose_for(sequence_length=T // num_parts)
     for length in config.data.length_buckets:
+        # what XLA compiles takes any length
+        if attention.startswith("xla"):
+            break
         if choose_for(sequence_length=length // num_parts) != attention:
             raise UserError(
                 f"config.data.length_buckets: the attention kernel {attention!r}, which suits "
@@ -112,7 +115,7 @@ def make_recipe(config: Any, tokenizer: Any, mesh: Mesh, *, provided: Any = None
     # The state is the same whatever is kept, and what fits next to it depends on its size.
     model = make(remat="full" if config.model.remat == AUTO else config.model.remat)
     # 2. The optimizer, and the state that it advances.
-    num_steps = config.num_steps or max(1, config.num_tokens // (B * T))
+    num_steps = num_steps_of(config)
     schedule = make_schedule(**config.schedule, num_steps=num_steps, tokens_per_step=B * T)
     optimizer = make_optimizer(schedule, **optimizer_knobs(config.optimizer))
     with jax.set_mesh(mesh):

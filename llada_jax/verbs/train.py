@@ -55,7 +55,7 @@ from llada_jax.storage import remote
 from llada_jax.training.state import TrainState
 from llada_jax.training.step import Recipe, compile_step, make_recipe
 from llada_jax.units import bits_per_byte
-from llada_jax.validation import knob, knobs
+from llada_jax.validation import knob, knobs, num_steps_of
 from llada_jax.verbs.command_line import Parser
 
 # Steps that are dispatched and not finished: two keep the devices busy while the host prepares the
@@ -125,7 +125,7 @@ def train(
         config = load_config(file, values=changes)
         text = Path(file).read_text()
     run_config(config, workdir, config_text=text)
-    return trained_run(workdir, config.num_steps)
+    return trained_run(workdir, num_steps_of(config))
 
 
 def run_config(config: ConfigDict, workdir: str, *, config_text: str = "") -> None:
@@ -346,17 +346,29 @@ def train_on(
                     progress.say(f"step {step} {group} {bound_line(bound, bound_name)}")
             evaluations.forget()
 
-        # The attempt before was asked to stop in the middle of the evaluation after this step.
+        def sample_during_training(step: int) -> None:
+            with clock.span("samples"):
+                network = recipe.objective.network(weights_of(state), state.frozen)
+                texts = sample(config, sampling_model, data, network, watchdog.beat)
+                writer.samples(step, texts)
+
+        def stopped(how: str) -> Preempted:
+            # saves are asynchronous: close() waits until the last one is whole
+            saved.close()
+            writer.close()
+            return Preempted(f"asked to stop{how}; the same command continues.")
+
+        # What the attempt before left out when it was asked to stop: a part of the evaluation after
+        # this step, and its samples.
         if 0 < start_step < num_steps and evaluations.is_unfinished(start_step):
             try:
                 evaluate_during_training(start_step)
             except AskedToStop:
-                saved.close()
-                writer.close()
-                raise Preempted(
-                    f"asked to stop during the evaluation of step {start_step}: nothing is lost; "
-                    "the same command continues."
-                ) from None
+                how = f" during the evaluation of step {start_step}: nothing is lost"
+                raise stopped(how) from None
+        is_due_at_start = start_step and is_due(start_step, config.samples.every_steps)
+        if is_due_at_start and on_first_process(lambda: writer.lacks_samples(start_step)):
+            sample_during_training(start_step)
         for step in range(start_step + 1, num_steps + 1):
             profiler.before(step)
             with clock.span("data"):
@@ -433,10 +445,7 @@ def train_on(
                     )
             # not when the run is to stop: the grace period is for the checkpoint
             if is_due(step, config.samples.every_steps) and not must_stop:
-                with clock.span("samples"):
-                    network = recipe.objective.network(weights_of(state), state.frozen)
-                    texts = sample(config, sampling_model, data, network, watchdog.beat)
-                    writer.samples(step, texts)
+                sample_during_training(step)
 
             # 6c. Save; then, if asked to, stop.
             if must_save or must_copy:
@@ -451,13 +460,7 @@ def train_on(
                         saved.save(state, record)
             if must_save:
                 if must_stop and step < num_steps:
-                    # saves are asynchronous: close() waits until this one is whole
-                    saved.close()
-                    writer.close()
-                    raise Preempted(
-                        f"asked to stop: step {step} of {num_steps} is saved; the same command "
-                        "continues."
-                    )
+                    raise stopped(f": step {step} of {num_steps} is saved")
                 watchdog.beat(f"step {step} was given to the disk")
                 progress.say(f"saving step {step}")
 
@@ -474,12 +477,8 @@ def train_on(
                     config.evaluation.final_num_batches,
                 )
             except AskedToStop:
-                saved.close()
-                writer.close()
-                raise Preempted(
-                    f"asked to stop during the final evaluation: step {num_steps} of {num_steps} "
-                    "is saved; the same command continues."
-                ) from None
+                how = f" during the final evaluation: step {num_steps} of {num_steps} is saved"
+                raise stopped(how) from None
             for group, bound in bounds.items():
                 progress.say(f"final {group} {bound_line(bound, bound_name)}")
             if bounds:

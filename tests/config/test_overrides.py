@@ -112,3 +112,19 @@ def test_overrides_are_applied_in_order_and_reach_the_validated_config(tmp_path)
     assert (config.num_steps, config.seed) == (5, 2)
     with pytest.raises(UserError, match="exactly one"):
         load_config(str(file), [])
+
+
+def test_the_arguments_of_a_file_are_for_the_part_that_it_names(tmp_path):
+    file = tmp_path / "c.py"
+    file.write_text(
+        "from llada_jax.config import default_config\n"
+        "def get_config():\n"
+        "    config = default_config()\n"
+        "    config.num_steps = 5\n"
+        "    config.objective.name = 'own:objective'\n"
+        "    config.objective.arguments = (('margin', 0.1),)\n"
+        "    return config\n"
+    )
+    assert load_config(str(file)).objective.arguments == (("margin", 0.1),)
+    control = load_config(str(file), ["objective.name=masked_diffusion"])
+    assert control.objective.arguments == ()

@@ -41,15 +41,25 @@ def test_auto_is_the_first_policy_of_which_the_estimate_fits(topology):
     assert chosen["remat"] == (fits[0] if fits else "full")
 
 
-def test_a_cpu_keeps_the_products():
+def small_recipe(**data):
     config = default_config()
-    config.data.batch_size, config.data.sequence_length = 8, 64
+    config.data.update(batch_size=8, **data)
     config.model.num_layers, config.model.d_model = 1, 32
     config.model.num_heads = config.model.num_kv_heads = 2
     config.model.head_dim, config.model.d_ff = 16, 64
     config.num_steps = 10
-    recipe = make_recipe(config, stand_in_tokenizer(512), one_device_mesh())
+    return make_recipe(config, stand_in_tokenizer(512), one_device_mesh())
+
+
+def test_a_cpu_keeps_the_products():
+    recipe = small_recipe(sequence_length=64)
     assert recipe.remat == "dots"
+
+
+def test_rows_may_be_cut_to_any_length_that_the_kernel_takes():
+    """A CPU would choose another kernel for the short rows, but takes them with this one too."""
+    recipe = small_recipe(sequence_length=512, length_buckets=(128,))
+    assert recipe.attention == "xla_by_head"
 
 
 def test_the_choice_is_made_for_the_kernel_of_the_run():

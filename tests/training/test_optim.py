@@ -57,6 +57,21 @@ def test_the_published_schedule_follows_tokens_not_steps():
         assert float(large(tokens / 1e7)) == pytest.approx(float(small(tokens / 1e6)), rel=1e-4)
 
 
+def test_stages_may_end_at_whole_numbers_of_tokens_above_those_of_int32():
+    stages = ((1_200_000_000_000, 4e-4, 4e-4), (2_000_000_000_000, 1e-4, 1e-5))
+    whole, floats = (
+        schedule_of(name="llada", stages=rows, tokens_per_step=tokens, warmup_steps=0)
+        for rows, tokens in (
+            (stages, 3 * 2**30),
+            ([(float(until), *rates) for until, *rates in stages], 3.0 * 2**30),
+        )
+    )
+    steps = jnp.arange(0, 800, 7)
+    np.testing.assert_array_equal(jax.vmap(whole)(steps), jax.vmap(floats)(steps))
+    assert float(whole(0)) == pytest.approx(4e-4)
+    assert float(whole(799)) == pytest.approx(1e-5)
+
+
 @pytest.mark.parametrize("shape", ["linear", "1-sqrt"])
 def test_wsd_is_flat_and_then_decays_to_its_end(shape):
     rate = schedule_of(

@@ -122,3 +122,18 @@ def test_an_optimizer_that_breaks_the_contract_is_refused(name, said, monkeypatc
 def test_an_argument_that_a_part_does_not_take_is_named():
     with pytest.raises(UserError, match="unexpected keyword argument 'stairs'"):
         schedule_of("staircase:staircase", ("stairs", 2))
+
+
+def named(*, learning_rate, num_steps, kind, name, **_):
+    assert (kind, name) == ("linear", "a name")
+    return lambda step: jnp.float32(learning_rate)
+
+
+def test_an_argument_may_have_any_name_but_those_that_the_run_gives(monkeypatch):
+    monkeypatch.setitem(sys.modules, "named_parts", ours)
+    schedule = schedule_of("named_parts:named", ("kind", "linear"), ("name", "a name"))
+    assert float(schedule(7)) == pytest.approx(4e-4)
+    with pytest.raises(UserError, match="is given num_steps= by the run; leave it out of config.s"):
+        schedule_of("named_parts:named", ("num_steps", 2))
+    with pytest.raises(UserError, match="is given b1= by the run"):
+        optimizer_of("sign_momentum:sign_momentum", ("b1", 0.5))

@@ -52,6 +52,9 @@ def test_train_takes_a_config_that_was_changed_in_python_and_leaves_it_alone(hom
     assert (run.step, config.seed) == (2, load_config(str(home / "tiny.py")).seed)
     assert llada_jax.load(run.workdir).config["seed"] == 7
     assert not (tmp_path / "run" / "config.py").exists()
+    rows = config.data.batch_size * config.data.sequence_length
+    longer = {"num_steps": 0, "num_tokens": 3 * rows, "seed": 7}
+    assert llada_jax.train(config, str(tmp_path / "run"), changes=longer).step == 3
 
 
 @pytest.mark.slow

@@ -10,8 +10,10 @@ from support.runs import metric_lines
 
 from llada_jax.__main__ import main
 from llada_jax.cluster import sharding
+from llada_jax.cluster.stop_request import StopRequest
 from llada_jax.config import default_config
 from llada_jax.evaluation import splits
+from llada_jax.run.metrics_file import read_samples
 
 WHOLE = ("evaluation.final_num_batches=0", "evaluation.num_batches=0", "evaluation.every_steps=2")
 
@@ -91,3 +93,30 @@ def test_the_final_evaluation_takes_as_many_batches_as_it_is_told_to(home, tmp_p
     few = ("evaluation.final_num_batches=2", "evaluation.every_steps=0")
     assert count_batches(train_argv(home, tmp_path / "run", *few), 0) == 2
     assert default_config().evaluation.final_num_batches > 0  # 0 takes the whole split
+
+
+SAMPLES = ("samples.every_steps=2", "samples.gen_length=4", "samples.steps=4")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("stop_at", [2, 4])
+def test_the_samples_of_a_step_at_which_a_run_stops_are_made_by_the_next_start(
+    stop_at, home, tmp_path, monkeypatch
+):
+    words = (*SAMPLES, "samples.block_length=4", "evaluation.every_steps=0")
+    assert main(train_argv(home, tmp_path / "straight", *words)) == 0
+    argv = train_argv(home, tmp_path / "run", *words)
+    with monkeypatch.context() as patch:
+        reached = StopRequest.reached
+
+        def reached_at(self, step):
+            return step == stop_at or reached(self, step)
+
+        patch.setattr(StopRequest, "reached", reached_at)
+        assert main(argv) == 42
+    assert [line["step"] for line in read_samples(tmp_path / "run")] == [2] * (stop_at == 4)
+    assert main(argv) == 0
+    assert read_samples(tmp_path / "run") == read_samples(tmp_path / "straight")
+    # and only once
+    assert main(argv) == 0
+    assert read_samples(tmp_path / "run") == read_samples(tmp_path / "straight")
