@@ -234,8 +234,9 @@ def draw_times(
     """
     num_segments = segment_ids_BT.shape[1] + 1
     num_drawn = 1 if t_sampling == "stratified" else num_times
-    draw = jax.vmap(lambda k: jax.random.uniform(k, (num_drawn, num_segments)), out_axes=1)
-    t_NBS = draw(keys_for_rows(key, row_B))
+    # segments first: those of a row are then the same ones, also where a bucket has cut the row
+    draw = jax.vmap(lambda k: jax.random.uniform(k, (num_segments, num_drawn)))
+    t_NBS = jnp.moveaxis(draw(keys_for_rows(key, row_B)), -1, 0)
     if t_sampling == "stratified":
         return (t_NBS + jnp.arange(num_times).reshape(-1, 1, 1) / num_times) % 1.0
     assert t_sampling == "iid", t_sampling

@@ -279,6 +279,20 @@ def test_a_row_is_scored_alike_in_any_microbatch():
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("t_sampling", ["stratified", "iid"])
+@pytest.mark.parametrize("masking", ["exact_count", "bernoulli"])
+def test_a_row_is_scored_alike_where_a_bucket_has_cut_its_padding_off(t_sampling, masking):
+    batches = [
+        batch_of(*[row_of([[1, 2], [3, 4, 5], [6, 7]], sequence_length=length)] * 4)
+        for length in (10, 16)
+    ]
+    objective = vrpo(mask_id=MASK, num_times=3, t_sampling=t_sampling, masking=masking)
+    loss = functools.partial(objective.loss, table_model, NATS, key=KEY, row_B=jnp.arange(4))
+    cut, whole = (loss(batch=batch, num_rows=4, frozen=NATS**0.5) for batch in batches)
+    jax.tree.map(functools.partial(np.testing.assert_allclose, rtol=1e-6), cut, whole)
+
+
+@pytest.mark.slow
 def test_held_out_pairs_have_margins_where_there_is_a_reference():
     batch = batch_of(row_of(([1, 1], [2, 3], [4]), sequence_length=8))
     objective = vrpo(mask_id=MASK, beta=1.0)
