@@ -12,6 +12,7 @@ from jax.sharding import Mesh
 from jax.typing import ArrayLike
 
 from llada_jax.arguments import checked
+from llada_jax.checkpoints.checksums import checksums
 from llada_jax.checkpoints.record import RunRecord
 from llada_jax.data.tokenizer import Tokenizer
 from llada_jax.errors import UserError
@@ -25,9 +26,10 @@ from llada_jax.request_checks import (
     check_ids,
     check_list,
     check_questions,
-    check_samples,
+    check_rows,
     length_hint,
     surprises,
+    window_of,
 )
 from llada_jax.samplers.batches import ignore_step
 from llada_jax.samplers.commit import SCHEDULE
@@ -75,6 +77,11 @@ class Pretrained:
         return self.record.architecture.vocab_size
 
     @property
+    def checksums(self) -> dict[str, int]:
+        """{path of a parameter: checksum of its values}, the same on every mesh."""
+        return checksums({"params": self.params})["params"]
+
+    @property
     def logits_fn(self) -> Callable[..., jax.Array]:
         """The pure function (params, tokens_BT, segment_ids_BT, positions_BT) -> logits_BTV.
 
@@ -98,10 +105,10 @@ class Pretrained:
             positions_BT: int32; None counts from 0 at the start of the row.
 
         Raises:
-            UserError: an id has no row in the embedding.
+            UserError: the rows have several lengths, or an id has no row in the embedding.
         """
         if not isinstance(tokens_BT, jax.core.Tracer):
-            check_ids(self.num_rows, tokens_BT)
+            check_rows(self.num_rows, "tokens_BT", tokens_BT)
         tokens_BT = jnp.asarray(tokens_BT, jnp.int32)
         if segment_ids_BT is None:
             segment_ids_BT = jnp.ones_like(tokens_BT)
@@ -236,42 +243,31 @@ class Pretrained:
         shortest = min(lengths, default=0)
         hint = length_hint(self.record, gen_length=gen_length, shortest_row=shortest)
         self._warn_of_surprises(prompts, lengths, hint)
-        denoising: dict[str, Any] = dict(
+        settings: dict[str, Any] = dict(
+            gen_length=gen_length,
             block_length=block_length,
             steps=steps,
             remasking=remasking,
+            temperature=temperature,
             cfg_scale=cfg_scale,
+            stop_at_eos=stop_at_eos,
+            seed=seed,
+            batch_size=batch_size,
             commit=commit,
             revise=revise,
             append=append,
             lookahead=lookahead,
-            eos=eos,
-            cache=cache,
-            refresh=refresh,
-        )
-        settings: dict[str, Any] = dict(
-            gen_length=gen_length,
-            temperature=temperature,
             top_k=top_k,
             top_p=top_p,
+            eos=eos,
             suppress=suppress,
-            stop_at_eos=stop_at_eos,
-            seed=seed,
-            batch_size=batch_size,
+            cache=cache,
+            refresh=refresh,
+            on_step=on_step,
         )
         if self.record.mask.causal:
-            if on_step is not ignore_step:
-                raise UserError(
-                    "on_step is called between steps of denoising, and this model predicts one "
-                    "token after the other; leave it out."
-                )
             return continue_text(
-                self.model.cached_fn,
-                self.params,
-                self.tokenizer,
-                prompts,
-                **settings,
-                **denoising,
+                self.model.cached_fn, self.params, self.tokenizer, prompts, **settings
             )
         return generate_text(
             self.model.logits_fn,
@@ -280,14 +276,18 @@ class Pretrained:
             prompts,
             cached_fn=self.model.cached_fn,
             shadow_fn=self.model.shadow_fn,
-            on_step=on_step,
             **settings,
-            **denoising,
         )
 
     @checked
     def best_of(
-        self, completions: Sequence[Completion], num: int, *, mc_samples: int = 32, seed: int = 0
+        self,
+        completions: Sequence[Completion],
+        num: int,
+        *,
+        mc_samples: int = 32,
+        seed: int = 0,
+        batch_size: int = 32,
     ) -> list[Completion]:
         """Returns, of every `num` completions in a row, the one that the model finds most likely.
 
@@ -296,7 +296,7 @@ class Pretrained:
 
         Args:
             completions: of `complete`, those of one prompt next to each other.
-            mc_samples, seed: of the estimate for masked diffusion, see `score`.
+            mc_samples, seed, batch_size: of the estimate for masked diffusion, see `score`.
         """
         if num < 1 or len(completions) % num:
             raise UserError(
@@ -304,12 +304,11 @@ class Pretrained:
                 f"{len(completions)}."
             )
         encode = self.tokenizer.encode
-        pairs = [(encode(c.prompt), c.tokens) for c in completions if c.tokens]
-        scores = iter(self.score(pairs, mc_samples=mc_samples, seed=seed) if pairs else ())
-        per_token = []
-        for completion in completions:
-            score = next(scores) if completion.tokens else None
-            per_token.append(-np.inf if score is None else score.log_likelihood / score.num_tokens)
+        asked = [Question(encode(c.prompt), c.tokens) for c in completions if c.tokens]
+        # Without the check of `score`: a text longer than the rows of training is sampled too.
+        scores = self._scores(asked, num_samples=mc_samples, seed=seed, batch_size=batch_size)
+        each = (score.log_likelihood / score.num_tokens for score in scores)
+        per_token = [next(each) if c.tokens else -np.inf for c in completions]
         best = [
             first + int(np.argmax(per_token[first : first + num]))
             for first in range(0, len(completions), num)
@@ -401,7 +400,7 @@ class Pretrained:
         """Returns prompts and generations as ids, int32 [B, T + gen_length].
 
         Args:
-            prompt_BT: ids of prompts of one length, int [B, T].
+            prompt_BT: ids of prompts of one length, int [B, T]; T may be 0.
             eos_id: a row that has generated this token is filled up with it, and sampling stops
                 when all rows have. Of several ids (`tokenizer.end_ids`) each ends a row, and the
                 first fills it. None, the default, generates all gen_length tokens.
@@ -409,14 +408,15 @@ class Pretrained:
             The others: see `generate`.
 
         Raises:
-            UserError: an id has no row in the embedding, a setting is out of range, or the model is
-                autoregressive.
+            UserError: the prompts have several lengths, an id has no row in the embedding, a
+                setting is out of range, or the model is autoregressive.
         """
         if self.record.mask.causal:
             raise UserError(
                 "generate_tokens denoises, and this model has never seen a mask; use generate."
             )
-        check_ids(self.num_rows, prompt_BT, eos_id, mask_id, pad_id)
+        check_rows(self.num_rows, "prompt_BT", prompt_BT)
+        check_ids(self.num_rows, eos_id, mask_id, pad_id)
         prompt_BT = np.asarray(prompt_BT, np.int32)
         self._warn_of_surprises([], [prompt_BT.shape[1] + gen_length])
         generated_BT, _ = generate_tokens(
@@ -481,22 +481,20 @@ class Pretrained:
             UserError: an answer is empty, an id has no row in the embedding, a pair is longer than
                 the model's context, or a setting is out of range.
         """
-        check_samples(mc_samples)
         questions = [as_question(pair, self.tokenizer) for pair in pairs]
         check_questions(questions, num_rows=self.num_rows, longest=self.record.sequence_length)
-        return log_likelihoods(
-            self.model,
-            self.params,
+        return self._scores(
             questions,
-            mask=self.record.mask,
-            ids=self.tokenizer,
             num_samples=mc_samples,
             estimator=estimator,
             cfg_scale=cfg_scale,
             seed=seed,
             batch_size=batch_size,
-            mesh=self.mesh,
         )
+
+    def _scores(self, questions: Sequence[Question], **settings: Any) -> list[Score]:
+        network: dict[str, Any] = dict(mask=self.record.mask, ids=self.tokenizer, mesh=self.mesh)
+        return log_likelihoods(self.model, self.params, questions, **network, **settings)
 
     @checked
     def score_text(
@@ -514,7 +512,7 @@ class Pretrained:
 
         Args:
             texts: of any length.
-            window: tokens in one pass; None: the rows that the model was trained on.
+            window: tokens in one pass; None: the rows that the model was trained on, the most.
             context: tokens of a window that are only seen; None: half of it.
             The others: see `score`; mc_samples are drawn for each window.
 
@@ -522,13 +520,12 @@ class Pretrained:
             UserError: texts is a single text, one of them is empty, or a setting is out of range.
         """
         check_list(texts, "score_text")
-        check_samples(mc_samples)
         return bounds_of_texts(
             self.model,
             self.params,
             list(texts),
             tokenizer=self.tokenizer,
-            length=self.record.sequence_length if window is None else window,
+            length=window_of(self.record, window),
             context=context,
             mask=self.record.mask,
             num_samples=mc_samples,

@@ -15,20 +15,42 @@ from llada_jax.samplers.text import GAP
 
 
 def check_ids(num_rows: int, *ids: Any) -> None:
-    """Raises UserError for token ids without a row in the embedding, which a gather would silently
-    clip to one that has.
+    """Raises UserError for token ids that are not whole numbers, or have no row in the embedding,
+    where a gather would silently take another one.
 
     Args:
         ids: arrays, lists or single ids; None stands for none.
     """
     for some in ids:
         array = np.asarray([] if some is None else some)
-        is_wrong = (array < 0) | (array >= num_rows)
+        is_whole = array.dtype.kind in "iu"
+        is_wrong = (array < 0) | (array >= num_rows) if is_whole else np.ones(array.shape, bool)
         if is_wrong.any():
             raise UserError(
                 f"{array[is_wrong].flat[0]} is not a token id of this model, whose embedding "
-                f"has {num_rows} rows; give ids from 0 to {num_rows - 1}."
+                f"has {num_rows} rows; give whole numbers from 0 to {num_rows - 1}."
             )
+
+
+def check_rows(num_rows: int, name: str, rows: Any) -> None:
+    """Raises UserError for what is not token ids [B, T], such as rows of several lengths.
+
+    Args:
+        num_rows: of the embedding, see `check_ids`.
+        name: of the rows in the message.
+    """
+    try:
+        num_dims = np.ndim(rows)
+    except ValueError:
+        # numpy has no array of rows of several lengths
+        num_dims = 0
+    if num_dims != 2:
+        shown = repr(rows) if len(repr(rows)) <= 60 else f"{repr(rows)[:57]}..."
+        raise UserError(
+            f"{name}={shown} must be rows of token ids, all of one length; pass a list of lists, "
+            "such as [[5, 6], [7, 8]], and rows of another length in another call."
+        )
+    check_ids(num_rows, rows)
 
 
 def check_list(texts: Sequence[str], function: str) -> None:
@@ -37,12 +59,6 @@ def check_list(texts: Sequence[str], function: str) -> None:
         name = "prompts" if function == "generate" else "texts"
         shown = repr(texts) if len(texts) <= 40 else f"{texts[:40]!r}..."
         raise UserError(f"{name}={shown} is one text; pass a list, as in {function}([text]).")
-
-
-def check_samples(mc_samples: int) -> None:
-    """Raises UserError for a Monte Carlo estimate without samples."""
-    if mc_samples < 1:
-        raise UserError(f"mc_samples={mc_samples} must be at least 1.")
 
 
 def check_can_infill(record: RunRecord) -> None:
@@ -82,6 +98,21 @@ def check_questions(questions: Sequence[Question], *, num_rows: int, longest: in
                 f"Pair {number} has {length} tokens and the model was trained on rows of "
                 f"{longest}; shorten its prompt, or bound a whole text with score_text."
             )
+
+
+def window_of(record: RunRecord, window: int | None) -> int:
+    """Returns the tokens of a window over whole texts: all of a row unless it says fewer.
+
+    Raises:
+        UserError: it holds no token, or more than the rows that the model was trained on.
+    """
+    longest = record.sequence_length
+    if window is not None and not 1 <= window <= longest:
+        raise UserError(
+            f"window={window} must be at least 1 and at most {longest}, the length of the rows "
+            "that the model was trained on; leave it out for that length."
+        )
+    return longest if window is None else window
 
 
 def surprises(prompts: Sequence[str], *, length: int, trained: int) -> list[str]:

@@ -33,6 +33,28 @@ def test_ids_without_a_row_in_the_embedding_are_refused(wrong, model):
         model.score([([wrong], [3])])
 
 
+@pytest.mark.parametrize("rows", [[[1, 2], [3]], [1, 2], [], 3])
+def test_what_is_not_rows_of_one_length_is_refused_by_name(rows, model):
+    with pytest.raises(UserError, match="prompt_BT=.* must be rows of token ids, all of one"):
+        model.generate_tokens(rows, gen_length=2)
+    with pytest.raises(UserError, match="tokens_BT=.* must be rows of token ids, all of one"):
+        model.logits(rows)
+
+
+def test_ids_that_are_not_whole_numbers_are_refused(model):
+    for ask in (
+        lambda: model.generate_tokens([[1.7, 2]], gen_length=2),
+        lambda: model.logits([[1.7, 2]]),
+        lambda: model.score([([1], [1.7])]),
+    ):
+        with pytest.raises(UserError, match="1.7 is not a token id .* give whole numbers from 0"):
+            ask()
+
+
+def test_a_prompt_may_be_empty(model):
+    assert model.generate_tokens([[], []], gen_length=2).shape == (2, 2)
+
+
 def test_the_first_and_the_last_row_are_ids(model):
     assert model.logits([[0, LLADA.vocab_size - 1]]).shape == (1, 2, LLADA.vocab_size)
 

@@ -12,6 +12,7 @@ from support.hf_directories import random_params
 import llada_jax
 from llada_jax.config import default_config
 from llada_jax.errors import UserError
+from llada_jax.evaluation.conditional import Score
 from llada_jax.samplers.text import Completion
 
 
@@ -77,6 +78,20 @@ def test_the_best_of_several_texts_is_the_most_likely_per_token(model):
     per_token.insert(2, -np.inf)
     expected = [int(np.argmax(per_token[:3])), 3 + int(np.argmax(per_token[3:]))]
     assert model.best_of(completions, 3) == [completions[number] for number in expected]
+
+
+def test_texts_longer_than_the_rows_of_training_are_compared_too(model, monkeypatch):
+    """The model was trained on rows of 48 bytes."""
+    asked = []
+
+    def likelihoods(model, params, questions, *, batch_size, **_):
+        asked.append(batch_size)
+        return [Score(-float(q.answer[0]), 0.0, len(q.answer), 1, None) for q in questions]
+
+    monkeypatch.setattr(llada_jax.loaded_model, "log_likelihoods", likelihoods)
+    texts = [Completion("it" * 20, letter * 20, [ord(letter)] * 20, 20) for letter in "bac"]
+    assert model.best_of(texts, 3, batch_size=2) == texts[1:2]
+    assert asked == [2]
 
 
 def test_one_text_instead_of_a_list_is_refused(model):

@@ -51,6 +51,9 @@ def test_what_is_not_a_list_of_pairs_or_too_long_is_refused(model):
         model.score([("a", "b"), ("a" * 40, "b" * 9)])
     with pytest.raises(UserError, match="is one text; pass a list"):
         model.score_text("a text")
+    for window in (0, 49):
+        with pytest.raises(UserError, match=f"window={window} must be at least 1 and at most 48"):
+            model.score_text(["a text"], window=window)
 
 
 @pytest.mark.parametrize("packed", [False, True])

@@ -1,6 +1,7 @@
 """Where the bound on held-out text comes from: which positions of a row, and which times."""
 
 import functools
+import math
 from collections.abc import Iterable
 from typing import Any, NamedTuple
 
@@ -86,10 +87,11 @@ def _sums(
 def _shares(nats_NP: np.ndarray, tokens_NP: np.ndarray) -> Shares:
     """The ratio estimator of llada_jax.evaluation.likelihood.bound, for each part."""
     num, total_P = len(nats_NP), tokens_NP.sum(axis=0)
+    correction = num / (num - 1) if num > 1 else math.nan
     with np.errstate(invalid="ignore", divide="ignore"):
         mean_P = nats_NP.sum(axis=0) / total_P
         residual_NP = nats_NP - mean_P * tokens_NP
-        variance_P = (residual_NP**2).sum(axis=0) * num / (num - 1) / total_P**2
+        variance_P = (residual_NP**2).sum(axis=0) * correction / total_P**2
     return Shares(mean_P.tolist(), np.sqrt(variance_P).tolist())
 
 

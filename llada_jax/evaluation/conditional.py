@@ -199,20 +199,20 @@ def log_likelihoods(
     scores: dict[int, Score] = {}
     for widths, numbers in sorted(by_widths.items()):
         draws = {}
+        if not mask.causal:
+            settings: dict[str, Any] = dict(estimator=estimator, num_samples=num_samples, seed=seed)
+            draws = {number: draws_of(questions[number], **settings) for number in numbers}
 
         def rows_of(numbers=numbers, widths=widths, draws=draws):
             for number in numbers:
                 question = questions[number]
                 if mask.causal:
                     yield causal_rows(question, widths, ids)
-                    continue
-                draws[number] = draws_of(
-                    question, estimator=estimator, num_samples=num_samples, seed=seed
-                )
-                yield diffusion_rows(question, draws[number].is_masked_NL, widths, ids)
+                else:
+                    yield diffusion_rows(question, draws[number].is_masked_NL, widths, ids)
 
-        most = len(numbers) * (1 if mask.causal else num_samples)
-        size = min(batch_size, 1 << (most - 1).bit_length())
+        num_rows = sum(len(drawn.weight_N) for drawn in draws.values()) or len(numbers)
+        size = min(batch_size, 1 << (num_rows - 1).bit_length())
         nll, is_correct = run(
             nll_in_confidence_order if is_ordered else nll_of_answers,
             model,

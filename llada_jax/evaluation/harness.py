@@ -13,6 +13,7 @@ The harness finds no plug-ins, so the model object is passed to `lm_eval.simple_
 `run` does that and adds the errors of the Monte Carlo.
 """
 
+import hashlib
 import re
 import zlib
 from collections import Counter
@@ -71,8 +72,8 @@ class HarnessModel:
         chat_template: Jinja source; None takes that of the checkpoint.
 
     Raises:
-        UserError: a setting is unknown or out of range, or is about denoising, and the model is
-            autoregressive.
+        UserError: a setting is unknown or out of range, does not fit another one or the rows of the
+            model, or is about denoising, and the model is autoregressive.
     """
 
     def __init__(
@@ -130,9 +131,11 @@ class HarnessModel:
             top_p=top_p,
             cfg_scale=cfg_scale,
         )
-        check_sampling(**self.sampling)
         if self.mask.causal:
             self.sampling = without_denoising(self.sampling)
+        check_sampling(gen_length=gen_length, **self.sampling)
+        if gen_length is not None:
+            self._room_of_prompt(gen_length)
         found = pretrained.record.chat_template
         self.template = found if chat_template is None else chat_template
         self.writes_chats = False
@@ -150,11 +153,32 @@ class HarnessModel:
             return self.tokenizer.encode(text)
         longest_first = sorted(special, key=len, reverse=True)
         parts = re.split(f"({'|'.join(map(re.escape, longest_first))})", text)
-        return [
+        ids = [
             token
             for part in parts
             for token in ([special[part]] if part in special else self.tokenizer.encode(part))
         ]
+        # An autoregressive model is given BOS in front of every row, and some templates write it.
+        begins = self.mask.causal and ids[:1] == [self.tokenizer.bos_id]
+        return ids[1:] if begins else ids
+
+    def identity(self) -> str:
+        """Returns a digest of all that an answer follows from, apart from its request and the
+        rounding of a batch.
+        """
+        known = (
+            self.pretrained.checksums,
+            self.pretrained.record.architecture,
+            self.pretrained.model.settings["dtype"],
+            self.mask,
+            self.tokenizer.fingerprint,
+            self.longest,
+            self.template,
+            self.scoring,
+            self.gen_length,
+            self.sampling,
+        )
+        return hashlib.sha256(repr(known).encode()).hexdigest()[:16]
 
     def set_cache_hook(self, cache_hook: Any) -> None:
         """Takes what writes results to the harness's cache."""
@@ -287,12 +311,7 @@ class HarnessModel:
         noise_numbers: Sequence[int],
     ) -> list[str]:
         """Returns the text after each prompt, up to the first stop string."""
-        room = self.longest - gen_length
-        if room < 0:
-            raise UserError(
-                f"gen_length={gen_length} is longer than the rows of {self.longest} tokens that "
-                "the model was trained on; set a smaller one."
-            )
+        room = self._room_of_prompt(gen_length)
         ids = [self.encode(prompt) for prompt in prompts]
         ids = [row[max(0, len(row) - room) :] for row in ids]
         request: dict[str, Any] = dict(
@@ -326,6 +345,16 @@ class HarnessModel:
             self._until(before, tokens, until)[0]
             for before, tokens in zip(ids, tokens_BT.tolist(), strict=True)
         ]
+
+    def _room_of_prompt(self, gen_length: int) -> int:
+        """Returns how many tokens the rows of the model have for a prompt."""
+        room = self.longest - gen_length
+        if room < 0:
+            raise UserError(
+                f"gen_length={gen_length} is longer than the rows of {self.longest} tokens that "
+                "the model was trained on; set a smaller one."
+            )
+        return room
 
     def _have_ended(
         self, ids: Sequence[Sequence[int]], until: Sequence[str], *, gen_length: int
@@ -435,9 +464,12 @@ def run(
     adds to it: the scores are perturbed with independent normal errors of their own size, and the
     metric is computed again; the spread of the results is reported. Errors of the answers to one
     question are positively correlated, because they share their noise, so that it is an upper bound
-    for metrics that compare answers.
+    for metrics that compare answers. It is nan where a score has no error: one that comes from the
+    cache, or that was drawn once.
 
     Args:
+        use_cache: where results are kept, as the beginning of the name of a file. The name goes on
+            with the model's `identity`, because the harness finds a result by its request alone.
         tasks, include_path, confirm_run_unsafe_code: see
             llada_jax.evaluation.harness_tasks.load_tasks.
         The others: see lm_eval.simple_evaluate.
@@ -451,7 +483,8 @@ def run(
     )
     roots = [root for objects in loaded for root in objects]
     manager = require("lm_eval.tasks", extra="eval").TaskManager(include_defaults=False)
-    with cache_of_first(use_cache) as cache:
+    name = use_cache and f"{use_cache}_{model.identity()}"
+    with cache_of_first(name) as cache:
         results = lm_eval.simple_evaluate(
             model,
             tasks=roots,

@@ -13,7 +13,7 @@ import numpy as np
 from llada_jax.errors import UserError, look_up, reason, require
 from llada_jax.evaluation.rolling import check_can_bound
 from llada_jax.ranges import SIZE, check_number
-from llada_jax.samplers.settings import check_options, check_strengths
+from llada_jax.samplers.settings import check_options, check_schedule, check_strengths
 
 # How often the scores are perturbed for the error of the Monte Carlo.
 NUM_PERTURBATIONS = 64
@@ -88,8 +88,8 @@ def check_sampling(
     """Raises UserError for settings of generated texts that are unknown, out of range or do not fit
     together.
 
-    How blocks and steps divide the text, and what top_k and top_p are good for, is known only with
-    a task, which has a length and a temperature of its own.
+    Without a gen_length, the length of a text is that of a task, and with it how blocks and steps
+    divide it. What top_k and top_p are good for depends on the temperature, which is the task's.
     """
     for name, size in (
         ("gen_length", gen_length),
@@ -99,6 +99,14 @@ def check_sampling(
         if size is not None:
             check_number(f"{name}=", size, SIZE)
     check_strengths(cfg_scale=cfg_scale)
+    if gen_length is not None:
+        check_schedule(
+            gen_length=gen_length,
+            block_length=gen_length if block_length is None else block_length,
+            steps=gen_length if steps is None else steps,
+            temperature=0.0,
+            cfg_scale=cfg_scale,
+        )
     # top_k and top_p need a temperature, which is the task's
     check_options(temperature=1.0, top_k=top_k, top_p=top_p, **options)
 
@@ -165,19 +173,24 @@ def check_estimator(tasks: Sequence[Any], estimator: str) -> None:
 
 
 def monte_carlo_errors(task: Any, samples: Sequence[dict], standard_errors: dict) -> dict:
-    """Returns {(metric, filter): the error that the Monte Carlo adds to it}; see `run`."""
+    """Returns {(metric, filter): the error that the Monte Carlo adds to it}; see `run`.
+
+    All of them are nan where the error of a score is not known: it comes from the cache of the
+    harness, which keeps no errors, or was drawn once.
+    """
+    asked = [arguments for sample in samples for arguments in sample["arguments"]]
+    is_known = all(math.isfinite(standard_errors.get(arguments, math.nan)) for arguments in asked)
     rng = np.random.default_rng(0)
     found: dict[tuple[str, str], list[float]] = {}
     aggregation = task.aggregation()
-    for _ in range(NUM_PERTURBATIONS):
+    for _ in range(NUM_PERTURBATIONS if is_known else 1):
         items: dict[tuple[str, str], list] = {}
         for sample in samples:
             perturbed = []
             for arguments, response in zip(
                 sample["arguments"], sample["filtered_resps"], strict=True
             ):
-                # not a number where the score came from the harness's cache, which has no errors
-                shift = standard_errors.get(arguments, math.nan) * rng.normal()
+                shift = standard_errors[arguments] * rng.normal() if is_known else 0.0
                 if isinstance(response, (tuple, list)):
                     perturbed.append((response[0] + shift, *response[1:]))
                 else:
@@ -188,4 +201,4 @@ def monte_carlo_errors(task: Any, samples: Sequence[dict], standard_errors: dict
                 items.setdefault((metric, sample["filter"]), []).append(item)
         for key, values in items.items():
             found.setdefault(key, []).append(float(aggregation[key[0]](values)))
-    return {key: float(np.std(values)) for key, values in found.items()}
+    return {key: float(np.std(values)) if is_known else math.nan for key, values in found.items()}

@@ -136,9 +136,10 @@ def as_arguments(setting: Setting) -> tuple[dict[str, Any], dict[str, Any]]:
     if setting.gen_length is None:
         model["mc_samples"] = setting.mc_samples
     else:
-        block_length = setting.block_length or setting.gen_length
-        model |= {"gen_length": setting.gen_length, "block_length": block_length}
-        model["eos"] = setting.eos
+        model |= {"gen_length": setting.gen_length, "eos": setting.eos}
+        # Without blocks, another gen_length may be asked for, and models without blocks be asked.
+        if setting.block_length is not None:
+            model["block_length"] = setting.block_length
     asked: dict[str, Any] = {}
     if setting.num_fewshot is not None:
         asked["num_fewshot"] = setting.num_fewshot

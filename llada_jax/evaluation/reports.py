@@ -26,7 +26,7 @@ def harness_lines(name: str, answered: dict) -> list[str]:
             line = f"  {task}  {metric}  {value:.4f}"
             for error_name, what in (("stderr", "sample"), ("mc_stderr", "Monte Carlo")):
                 error = metrics.get(f"{metric}_{error_name},{filtered}")
-                if isinstance(error, float):
+                if isinstance(error, float) and math.isfinite(error):
                     line += f"  +- {error:.4f} ({what})"
             lines.append(line)
     if answered.get("estimator") == "confidence_order":

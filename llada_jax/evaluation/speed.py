@@ -58,7 +58,7 @@ def sampling_speed(
 
     All tokens are generated, as if no text ended, so that models are compared at the same work.
     Every mode runs once to compile and is timed the second time. An autoregressive model has one
-    mode, "autoregressive".
+    mode, "autoregressive", and a network with a shifted output has no mode with a cache.
 
     Args:
         model, params: see llada_jax.models.model.Model.
@@ -91,7 +91,12 @@ def sampling_speed(
             model.logits_fn, params, prompts, cached_fn=model.cached_fn, **request, **settings
         )
 
-    return {name: _timed(sample(settings)) for name, settings in modes.items()}
+    has_cache = not model.architecture.output_shift
+    return {
+        name: _timed(sample(settings))
+        for name, settings in modes.items()
+        if has_cache or settings.get("cache", "none") == "none"
+    }
 
 
 def _timed(sample: Callable[[], tuple[np.ndarray, np.ndarray]]) -> Speed:

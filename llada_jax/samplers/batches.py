@@ -7,6 +7,7 @@ changes a text, because no row sees another and the noise of a row depends on it
 """
 
 from collections.abc import Callable, Iterator, Sequence
+from itertools import groupby
 from typing import Any, NamedTuple
 
 import jax
@@ -117,20 +118,26 @@ def whole_batches(
     make: Callable[[Sequence[int]], tuple[Canvas, dict]],
     *,
     batch_size: int,
+    of_one_width: bool = False,
 ) -> Iterator[Batch]:
     """Denoises one batch after the other from its first block to its last: of rows of similar
     length, or in the order of the request where there is a listener.
 
-    make: the canvas of some rows, and the schedule of their batch.
+    Args:
+        make: the canvas of some rows, and the schedule of their batch.
+        of_one_width: end a batch where the width of its rows would change, because its schedule
+            follows from the width.
     """
     order = list(range(len(lengths)))
     if not request.is_heard:
         order = by_length(lengths, order)
     batch_size = min(batch_size, len(order))
-    for first in range(0, len(order), batch_size):
-        rows = order[first : first + batch_size]
-        canvas, schedule = make(filled_up(rows, batch_size))
-        yield request.run(canvas, rows, batch_size, **schedule)
+    for _, part in groupby(order, lambda row: of_one_width and width_of(lengths[row])):
+        rows_of_part = list(part)
+        for first in range(0, len(rows_of_part), batch_size):
+            rows = rows_of_part[first : first + batch_size]
+            canvas, schedule = make(filled_up(rows, batch_size))
+            yield request.run(canvas, rows, batch_size, **schedule)
 
 
 def block_batches(

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from llada_jax.errors import UserError, look_up
 from llada_jax.ranges import MAX_INT, MAX_SIZE, SIZE, SIZE_OR_NONE, check_number
 from llada_jax.samplers.commit import SCHEDULE, parse_commit
-from llada_jax.samplers.remasking import commit_rule
+from llada_jax.samplers.remasking import REMASKING, commit_rule
 from llada_jax.samplers.revise import LOOP, NONE, WINO, parse_revise
 
 EOS = {
@@ -144,6 +144,16 @@ def check_options(
         raise UserError(
             f"append is lookahead=0, and lookahead={lookahead} is given too; keep one of them."
         )
+
+
+def may_draw(*, temperature: float, remasking: str, revise: str) -> bool:
+    """Returns whether two texts of one prompt may differ: whether anything is drawn.
+
+    A rule of the user's own is given random keys, and may draw from them.
+    """
+    is_order_fixed = remasking in REMASKING and remasking != "random"
+    is_kept = parse_revise(revise).name in (NONE, WINO)
+    return temperature > 0 or not is_order_fixed or not is_kept
 
 
 def check_request(*, num_prompts: int, batch_size: int, seed: int) -> None:

@@ -189,10 +189,10 @@ def infill_tokens(
             pad_id=pad_id,
         )
         width = canvas.tokens_BT.shape[1]
-        # One token per step: no text has more gaps. Where a rule that revises spreads over the
-        # steps, their number must not depend on the gaps of other texts.
+        # One token per step: no text has more gaps, and none of this batch more than columns. Where
+        # a rule that revises spreads over the steps, their number must not depend on other texts.
         most = max(num_gaps) if revise == NONE else width
-        steps_or_all = most if steps is None else steps
+        steps_or_all = min(most if steps is None else steps, width)
         return canvas, {"gen_length": width, "block_length": width, "steps": steps_or_all}
 
     request = make_request(
@@ -209,7 +209,9 @@ def infill_tokens(
     filled: list[list[int]] = [[] for _ in texts]
     num_steps_B = np.empty(len(texts), np.int32)
     lengths = [len(text) for text in texts]
-    for batch in whole_batches(request, lengths, make, batch_size=batch_size):
+    for batch in whole_batches(
+        request, lengths, make, batch_size=batch_size, of_one_width=revise != NONE
+    ):
         for row, canvas_T in zip(batch.rows, batch.canvas_BT, strict=True):
             filled[row] = canvas_T[: len(texts[row])].tolist()
         num_steps_B[batch.rows] = batch.num_steps_B
@@ -294,6 +296,7 @@ def continue_text(
     prompts: Sequence[str],
     *,
     stop_at_eos: bool = True,
+    on_step: Callable[[range, DenoiseStep], None] = ignore_step,
     **settings: Any,
 ) -> list[Completion]:
     """Generates text after each prompt with a causal network, token by token.
@@ -301,9 +304,15 @@ def continue_text(
     Args:
         cached_fn, params: see llada_jax.samplers.autoregressive.continue_tokens.
         settings: gen_length and everything else that `continue_tokens` takes. The settings of
-            `generate_text` that are about denoising are refused unless they have their defaults.
+            `generate_text` that are about denoising, `on_step` among them, are refused unless they
+            have their defaults.
         The others: see `generate_text`.
     """
+    if on_step is not ignore_step:
+        raise UserError(
+            "on_step is called between steps of denoising, and this model predicts one token after "
+            "the other; leave it out."
+        )
     settings = without_denoising(settings)
     prompt_ids = [tokenizer.encode(prompt) for prompt in prompts]
     tokens_BT, num_steps_B = continue_tokens(

@@ -27,8 +27,8 @@ from llada_jax.storage import files
 from llada_jax.streams import warn
 from llada_jax.verbs.command_line import Parser, placement
 
-# Of an answer: the most tokens where --gen-length does not say it, and those of a block.
-GEN_LENGTH, BLOCK_LENGTH = 256, 32
+# Of an answer where the flags do not say it: the most tokens, and the most and fewest of a block.
+GEN_LENGTH, BLOCK_LENGTH, LEAST_BLOCK = 256, 32, 8
 RESET = "/reset"
 KEYS = f"{RESET} begins again, Ctrl-C stops an answer, Ctrl-D leaves."
 
@@ -47,7 +47,7 @@ def make_parser() -> Parser:
         parser,
         gen_length=None,
         gen_length_help=f"maximum tokens per answer ({GEN_LENGTH}, or half of the context)",
-        block_length_help=f"tokens denoised together (default {BLOCK_LENGTH})",
+        block_length_help=f"tokens denoised together (default: at most {BLOCK_LENGTH})",
         append=None,
     )
     parser.add_ema_flag(is_listed=False)
@@ -59,6 +59,14 @@ def default_length(context: int) -> int:
     """Returns the most tokens of an answer: half of the context stays for the question."""
     half = max(1, min(GEN_LENGTH, context // 2))
     return half if half < BLOCK_LENGTH else half // BLOCK_LENGTH * BLOCK_LENGTH
+
+
+def default_block(gen_length: int) -> int:
+    """Returns the greatest number of tokens up to BLOCK_LENGTH that divides an answer; all of them
+    where that would be fewer than LEAST_BLOCK.
+    """
+    block = max(size for size in range(1, BLOCK_LENGTH + 1) if gen_length % size == 0)
+    return block if block >= LEAST_BLOCK else gen_length
 
 
 def begin(args) -> Conversation:
@@ -95,7 +103,7 @@ def begin(args) -> Conversation:
 
 def schedule_of(args) -> dict[str, int]:
     if args.block_length is None:
-        args.block_length = min(BLOCK_LENGTH, args.gen_length)
+        args.block_length = default_block(args.gen_length)
     return read_schedule(args)
 
 

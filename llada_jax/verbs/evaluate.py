@@ -454,6 +454,8 @@ def evaluate_harness(args) -> dict:
         "source": source,
         "tasks": {},
     }
+    # The settings of every task are checked before the first is asked.
+    plans = []
     for task in names:
         mine = {"mc_samples": args.mc_samples, "cfg_scale": args.cfg_scale}
         asked: dict = {}
@@ -462,8 +464,18 @@ def evaluate_harness(args) -> dict:
         mine, asked = {**mine, **sampling}, {**asked, **settings}
         if args.estimator != "exact_count":
             mine["estimator"] = args.estimator
-        subject = harness.HarnessModel(model, batch_size=args.batch_size, seed=args.seed, **mine)
-        # the requests of a task, which it keeps, are gone with it
+        try:
+            subject = harness.HarnessModel(
+                model, batch_size=args.batch_size, seed=args.seed, **mine
+            )
+        except UserError as error:
+            if not args.preset:
+                raise
+            raise UserError(f"The task {task} of --preset {args.preset}: {error}") from error
+        plans.append((task, mine, asked, subject))
+    while plans:
+        # the requests of a task, and the errors of its scores, are gone with it
+        task, mine, asked, subject = plans.pop(0)
         found = harness.run(subject, loaded.pop(0), **asked)
         answered = {**mine, **asked, "results": found["results"]}
         if args.preset:

@@ -20,7 +20,7 @@ from llada_jax.ranges import SIZE, check_number
 from llada_jax.request_checks import check_can_infill, length_hint, surprises
 from llada_jax.samplers.batches import ignore_step
 from llada_jax.samplers.replay import Recording
-from llada_jax.samplers.settings import check_request
+from llada_jax.samplers.settings import check_request, may_draw
 from llada_jax.samplers.show import Shown, make_show, shown_gaps, shown_generations
 from llada_jax.samplers.text import (
     Completion,
@@ -121,7 +121,7 @@ def read_prompts(prompts: list[str] | None, path: str | None) -> list[str]:
 
 def warn_of_surprises(args, pretrained, prompts: list[str]) -> None:
     """Says on stderr what will work but may disappoint."""
-    if args.num_samples > 1 and args.temperature == 0 and args.remasking == "low_confidence":
+    if args.num_samples > 1 and not draws(args):
         warn(
             f"--num-samples {args.num_samples} at --temperature 0 repeats the same text; try "
             "--temperature 0.7."
@@ -138,6 +138,11 @@ def warn_of_surprises(args, pretrained, prompts: list[str]) -> None:
         )
     for sentence in found:
         warn(sentence)
+
+
+def draws(args) -> bool:
+    """Whether several texts of a prompt may differ."""
+    return may_draw(temperature=args.temperature, remasking=args.remasking, revise=args.revise)
 
 
 def row_length(args, tokenizer, text: str) -> int:
@@ -180,7 +185,7 @@ def read_settings(args) -> dict:
     check_number("--num-samples ", args.num_samples, SIZE)
     check_number("--best-of ", args.best_of, SIZE)
     settings = sampling_flags.read_settings(args)
-    if args.best_of > 1 and args.temperature == 0 and args.remasking != "random":
+    if args.best_of > 1 and not draws(args):
         raise UserError(
             f"--best-of {args.best_of} at --temperature 0 chooses from {args.best_of} times the "
             "same text; set --temperature 0.7, or leave it out."
@@ -334,7 +339,9 @@ def main(argv: list[str]) -> None:
     num_passes = sum(c.num_steps for c in completions)
     if args.best_of > 1:
         settings["best_of"] = args.best_of
-        completions = pretrained.best_of(completions, args.best_of, seed=args.seed)
+        completions = pretrained.best_of(
+            completions, args.best_of, seed=args.seed, batch_size=args.batch_size
+        )
     seconds = time.perf_counter() - start
 
     # 4. The results, which all processes of a run have.

@@ -7,7 +7,7 @@ from support.datasets import SEQUENCE_LENGTH
 
 from llada_jax.cluster.sharding import batch_sharding, one_device_mesh
 from llada_jax.evaluation import likelihood
-from llada_jax.evaluation.breakdown import NUM_PARTS, breakdown, breakdown_of_split
+from llada_jax.evaluation.breakdown import NUM_PARTS, _shares, breakdown, breakdown_of_split
 from llada_jax.models.transformer import TokenScores
 from llada_jax.objectives.autoregressive import autoregressive
 from llada_jax.objectives.masked_diffusion import masked_diffusion
@@ -55,6 +55,13 @@ def test_each_part_of_the_row_has_its_own_mean_within_its_error(name):
     else:  # chance leaves 5 errors once in 200,000 runs
         assert np.all(np.abs(found.by_position.mean - expected) < 5 * errors)
         assert np.all(errors > 0)
+
+
+def test_a_single_batch_and_draw_has_no_error():
+    """Although 1 / 49 * 49 is not 1 in float64, so that a residual is left."""
+    found = _shares(np.ones((1, NUM_PARTS)), np.full((1, NUM_PARTS), 49.0))
+    np.testing.assert_allclose(found.mean, 1 / 49)
+    assert np.isnan(found.standard_error).all()
 
 
 @pytest.mark.slow

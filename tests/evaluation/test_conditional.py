@@ -20,6 +20,7 @@ from support.networks import SMALL, perturbed
 from llada_jax.cluster.sharding import make_mesh
 from llada_jax.data.tokenizer import load_tokenizer
 from llada_jax.errors import UserError
+from llada_jax.evaluation import answer_rows
 from llada_jax.evaluation.answer_rows import Question, bucket, nll_of_answers
 from llada_jax.evaluation.conditional import (
     draws_of,
@@ -62,6 +63,22 @@ def test_an_answer_of_one_token_takes_one_pass_whatever_the_number_of_samples():
         (score,) = scores([Question(ROW[:2], ROW[2:3], ROW[3:])], num_samples=num_samples)
         assert score.log_likelihood == pytest.approx(bound_by_enumeration(ROW, range(2, 3)))
         assert (score.standard_error, score.num_passes) == (0, 1)
+
+
+@pytest.mark.parametrize(
+    ("estimator", "num_rows"), [("exact_count", 4), ("confidence_order", 1), ("uniform_time", 32)]
+)
+def test_a_batch_has_no_more_rows_than_its_answers_need(estimator, num_rows, monkeypatch):
+    """Of two tokens there are three sets, and a batch is filled up to a power of two."""
+    sizes, batches = [], answer_rows._batches
+
+    def spy(pieces, batch_size):
+        sizes.append(batch_size)
+        return batches(pieces, batch_size)
+
+    monkeypatch.setattr(answer_rows, "_batches", spy)
+    scores([Question(ROW[:2], ROW[2:])], num_samples=128, estimator=estimator)
+    assert sizes == [num_rows]
 
 
 @pytest.mark.parametrize(("estimator", "eps"), [("exact_count", None), ("uniform_time", 1e-3)])

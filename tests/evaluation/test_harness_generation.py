@@ -1,11 +1,14 @@
 """The adapter to lm-evaluation-harness without the harness: where texts end, what chats are encoded
-as, and that a score which is not a bound bounds no text.
+as, what it refuses, and that a score which is not a bound bounds no text.
 """
 
+import dataclasses
 import json
 import sys
 import types
 
+import jax
+import numpy as np
 import pytest
 from support.exports import LLADA, write_checkpoint
 from support.hf_directories import SMALL, our_config, random_params, write_tokenizer, write_weights
@@ -14,7 +17,9 @@ import llada_jax
 from llada_jax.config import default_config
 from llada_jax.errors import UserError
 from llada_jax.evaluation import harness
+from llada_jax.evaluation.conditional import encode_pair
 from llada_jax.evaluation.harness import HarnessModel
+from llada_jax.masks import CAUSAL
 from llada_jax.samplers import denoise
 
 TEMPLATE = "{% for m in messages %}<|start|>{{ m['content'] }}<|eot_id|>{% endfor %}{{ eos_token }}"
@@ -133,15 +138,19 @@ def test_the_sampler_is_asked_as_the_settings_say(make, pretrained, settings, sa
     assert found == whole
 
 
-@pytest.mark.slow
-def test_an_autoregressive_model_writes_up_to_the_stop_string(make, tmp_path):
+@pytest.fixture(scope="module")
+def causal(tmp_path_factory):
     config = default_config()
     config.data.sequence_length = 48
     config.objective.name = "autoregressive"
-    directory = write_checkpoint(
-        tmp_path / "run", LLADA, random_params(LLADA), config=config.to_dict()
+    home = tmp_path_factory.mktemp("causal")
+    return llada_jax.load(
+        write_checkpoint(home / "run", LLADA, random_params(LLADA), config=config.to_dict())
     )
-    causal = llada_jax.load(str(directory))
+
+
+@pytest.mark.slow
+def test_an_autoregressive_model_writes_up_to_the_stop_string(make, causal):
     in_order = sorted(PROMPTS, key=len)
     whole = causal.generate(in_order, gen_length=8)
     stop = max(whole, key=len)[3]
@@ -150,8 +159,6 @@ def test_an_autoregressive_model_writes_up_to_the_stop_string(make, tmp_path):
     )
     assert found != whole
     assert found == [text.split(stop)[0] for text in whole]
-    with pytest.raises(UserError, match="block_length=4 is about denoising"):
-        make(causal, block_length=4)
 
 
 def test_special_tokens_of_a_chat_are_single_tokens(make):
@@ -159,6 +166,53 @@ def test_special_tokens_of_a_chat_are_single_tokens(make):
     prompt = model.apply_chat_template([{"role": "user", "content": "hi"}])
     assert prompt == "<|start|>hi<|eot_id|><|endoftext|>"
     assert model.encode(prompt) == [259, *model.tokenizer.encode("hi"), 258, 256]
+
+
+def test_a_row_of_an_autoregressive_model_has_one_bos_where_its_template_writes_one(
+    make, pretrained
+):
+    """Each row is given BOS when it is scored or continued."""
+    template = "{{ bos_token }}{% for m in messages %}{{ m['content'] }}<|eot_id|>{% endfor %}"
+    causal = dataclasses.replace(pretrained, run={**pretrained.run, "mask": CAUSAL._asdict()})
+    words, hi = causal.tokenizer, causal.tokenizer.encode("hi")
+    for asked, bos in ((causal, []), (pretrained, [words.bos_id])):
+        model = make(asked, chat_template=template)
+        prompt = model.apply_chat_template([{"role": "user", "content": "hi"}])
+        assert prompt == f"{words.piece(words.bos_id)}hi<|eot_id|>"
+        assert model.encode(prompt) == [*bos, *hi, 258]
+        question = encode_pair(model, prompt, "yes")
+        assert question[:2] == ((*bos, *hi, 258), tuple(words.encode("yes")))
+
+
+@pytest.mark.parametrize(
+    ("is_causal", "settings", "message"),
+    [
+        (True, {"block_length": 4}, "block_length=4 is about denoising"),
+        (True, {"gen_length": 49}, "gen_length=49 is longer than the rows of 48 tokens"),
+        (False, {"gen_length": 10, "block_length": 4}, "block_length=4 must divide gen_length=10"),
+        (False, {"gen_length": 8, "steps": 16}, "steps=16 must not exceed gen_length=8"),
+    ],
+)
+def test_settings_that_no_text_can_have_are_refused_at_once(
+    make, pretrained, causal, is_causal, settings, message
+):
+    with pytest.raises(UserError, match=message):
+        make(causal if is_causal else pretrained, **settings)
+
+
+def test_what_changes_an_answer_changes_the_identity_of_the_model(make, pretrained, causal):
+    other = dataclasses.replace(pretrained, params=jax.tree.map(np.negative, pretrained.params))
+    others = [
+        make(other),
+        make(causal),
+        *(make(**settings) for settings in ({"cfg_scale": 1.0}, {"estimator": "uniform_time"})),
+        *(make(**settings) for settings in ({"mc_samples": 2}, {"gen_length": 8}, {"steps": 8})),
+        make(chat_template="{{ bos_token }}"),
+        HarnessModel(pretrained, seed=6),
+    ]
+    identities = {model.identity() for model in (make(), *others)}
+    assert len(identities) == 1 + len(others)
+    assert make(batch_size=1).identity() == make().identity()
 
 
 def test_a_score_that_is_not_a_bound_bounds_no_text(make):

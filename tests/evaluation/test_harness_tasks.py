@@ -27,6 +27,12 @@ TASK = types.SimpleNamespace(
     aggregation=lambda: {"weighted": sum},
 )
 
+# A metric that takes the best answer, of which a score that is not a number would be one.
+RANKING = types.SimpleNamespace(
+    process_results=lambda doc, responses: {"acc": float(np.argmax([responses[0][0], -5.0]))},
+    aggregation=lambda: {"acc": np.mean},
+)
+
 
 def test_the_error_of_a_metric_is_its_spread_over_independent_noise():
     """Of a linear metric the spread is known; 64 perturbations find it to a tenth (1 / sqrt(128)),
@@ -45,5 +51,8 @@ def test_the_error_of_a_metric_is_its_spread_over_independent_noise():
 def test_scores_without_noise_have_no_error_and_scores_of_the_cache_an_unknown_one():
     exact = {(number,): 0.0 for number in range(4)}
     assert monte_carlo_errors(TASK, samples_of(SCORES), exact) == {("weighted", "f"): 0.0}
-    (unknown,) = monte_carlo_errors(TASK, samples_of(SCORES), {}).values()
-    assert math.isnan(unknown)
+    # a score of the cache has no error, and one that was drawn once has none that is known
+    for known in ({}, {**exact, (3,): math.nan}):
+        for task in (TASK, RANKING):
+            (unknown,) = monte_carlo_errors(task, samples_of(SCORES), known).values()
+            assert math.isnan(unknown)

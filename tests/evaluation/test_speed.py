@@ -15,8 +15,11 @@ PROMPTS = [letters("it i").tolist(), letters("it i").tolist()]
 MODES = {"schedule": {}, "threshold": {"commit": "threshold=0.9"}}
 
 
-def speed_of(logits_fn, *, longest: int) -> dict[str, speed.Speed]:
-    model = types.SimpleNamespace(logits_fn=logits_fn, cached_fn=None)
+def speed_of(
+    logits_fn, *, longest: int, modes=MODES, output_shift: bool = False
+) -> dict[str, speed.Speed]:
+    architecture = types.SimpleNamespace(output_shift=output_shift)
+    model = types.SimpleNamespace(logits_fn=logits_fn, cached_fn=None, architecture=architecture)
     return speed.sampling_speed(
         model,
         letters("it is a truth"),
@@ -24,7 +27,7 @@ def speed_of(logits_fn, *, longest: int) -> dict[str, speed.Speed]:
         mask=BIDIRECTIONAL,
         ids=BYTES,
         longest=longest,
-        modes=MODES,
+        modes=modes,
     )
 
 
@@ -37,6 +40,11 @@ def test_a_sure_model_takes_one_pass_per_token_or_per_block(longest, num_tokens,
         assert one.num_tokens == 2 * num_tokens
         assert one.tokens_per_s == pytest.approx(one.num_tokens / one.seconds)
         assert one.seconds > 0
+
+
+def test_a_network_with_a_shifted_output_has_no_mode_with_a_cache():
+    found = speed_of(recite, longest=24, modes=speed.MODES, output_shift=True)
+    assert set(found) == {"schedule", "threshold"}
 
 
 def test_compilation_is_not_timed(monkeypatch):

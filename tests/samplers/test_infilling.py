@@ -88,11 +88,24 @@ def test_without_a_number_of_steps_a_text_has_as_many_as_gaps():
 
 
 def test_the_gaps_of_others_change_nothing_where_tokens_are_taken_back():
-    text, given_T = [3, 0, 0, 0, 0, 0, 5], [True, *[False] * 5, True]
+    text, given_T = [3, *[0] * 20, 5], [True, *[False] * 20, True]
     settings = {"temperature": 1.0, "revise": "remdm-loop=0.9"}
-    alone, _ = fill([text], [given_T], **settings)
-    together, _ = fill([text, [3] * 12], [given_T, [False] * 12], **settings)
-    assert together[0] == alone[0]
+    alone, num_alone = fill([text], [given_T], **settings)
+    # a text of the same width, and one of another
+    for length in (30, 40):
+        together, num_together = fill([text, [3] * length], [given_T, [False] * length], **settings)
+        assert (together[0], num_together[0]) == (alone[0], num_alone[0])
+
+
+@pytest.mark.parametrize("batch_size", [1, 2])
+def test_a_batch_of_short_texts_is_filled_next_to_one_with_more_gaps_than_it_has_columns(
+    batch_size,
+):
+    texts, is_given = [[3, 0, 0, 5], [3] * 40], [[True, False, False, True], [False] * 40]
+    for steps in (None, 40):
+        filled, num_steps_B = fill(texts, is_given, batch_size=batch_size, steps=steps)
+        assert num_steps_B.tolist() == [2, 40]
+        assert [len(row) for row in filled] == [4, 40]
 
 
 def test_gaps_are_read_from_a_text():

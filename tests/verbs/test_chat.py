@@ -141,10 +141,12 @@ def test_answers_append_blocks_until_they_end(chat, monkeypatch):
     chat(text=b"Hi")
     chat("--no-append", "--gen-length", "48", "--block-length", "16", text=b"Hi")
     chat("--lookahead", "4", "--gen-length", "8", text=b"Hi")
+    chat("--gen-length", "40", text=b"Hi")
     assert [(a["gen_length"], a["block_length"], a.get("append", False)) for a in asked] == [
         (96, 32, True),  # half of the context of 240, in whole blocks
         (48, 16, False),
         (8, 8, False),
+        (40, 20, True),
     ]
     assert asked[2]["lookahead"] == 4
 
@@ -156,6 +158,13 @@ def test_an_answer_leaves_half_of_the_context_to_the_messages(context, length):
     assert llada_jax.verbs.chat.default_length(context) == length
 
 
+@pytest.mark.parametrize(
+    ("length", "block"), [(5, 5), (31, 31), (64, 32), (40, 20), (100, 25), (74, 74), (97, 97)]
+)
+def test_a_default_block_divides_the_answer_and_is_not_tiny(length, block):
+    assert llada_jax.verbs.chat.default_block(length) == block
+
+
 @pytest.mark.slow
 def test_a_causal_model_answers_token_by_token(chat):
     shape = dict(vocab_size=260, num_layers=1, d_model=16, num_heads=2, num_kv_heads=2, head_dim=8)
@@ -163,9 +172,10 @@ def test_a_causal_model_answers_token_by_token(chat):
     model = reciting(FIRST)
     model.record.config["objective"]["name"] = "autoregressive"
     model.model, model.params = network, network.init(jax.random.key(0))
-    status, out, _ = chat("--gen-length", "5", text=b"Hi", model=model)
-    assert status == 0
-    assert out.endswith("\n")
+    for length in ("5", "40"):
+        status, out, _ = chat("--gen-length", length, text=b"Hi", model=model)
+        assert status == 0
+        assert out.endswith("\n")
     for words in (["--steps", "4"], ["--append"], ["--block-length", "8"]):
         status, out, err = chat("--gen-length", "8", *words, text=b"Hi", model=model)
         assert (status, out) == (2, "")
@@ -175,7 +185,7 @@ def test_a_causal_model_answers_token_by_token(chat):
 @pytest.mark.parametrize(
     ("argv", "sentence"),
     [
-        (["--gen-length", "40"], "block_length=32 must divide gen_length=40; nearest: 40"),
+        (["--gen-length", "40", "--block-length", "32"], "block_length=32 must divide gen_length"),
         (["--gen-length", "0"], "gen_length=0 must be at least 1"),
         (["--temperature", "-1"], "temperature=-1.0 must be a finite number"),
         (["--seed", "-1"], "seed=-1 must lie between"),

@@ -94,6 +94,10 @@ def test_answers_are_scored_by_the_estimator_that_is_named(random_checkpoint, qu
         (("--tasks", "t.jsonl", "--estimator", "exact"), "Did you mean 'exact_count'?"),
         (("--tasks", "piqa", "--harness", "refresh=2"), "refresh=2 is about a cache"),
         (("--tasks", "piqa", "--harness", "steps=0"), "steps=0 must be at least 1"),
+        (
+            ("--tasks", "a", "--harness", "gen_length=100", "--harness", "block_length=32"),
+            "block_length=32 must divide gen_length=100; nearest: 25",
+        ),
         (("--tasks", "piqa", "--harness", "steps=few"), "steps='few' must be a number"),
         (("--tasks", "piqa", "--harness", "step=4"), "Did you mean 'steps'?"),
         (("--data", "d", "--mc-samples", "0"), "--mc-samples 0 must be at least 1"),
@@ -139,13 +143,16 @@ def test_the_report_is_a_page_with_the_result(random_checkpoint, small_dataset, 
 
 @pytest.fixture
 def harness(monkeypatch):
-    """Puts stand-ins where the model and the harness are, whose task "broken" fails.
+    """Puts stand-ins where the model and the harness are, whose task "broken" fails, and which
+    cannot write more than 512 tokens.
 
     Returns what they are asked: settings of the model and of the task, in turn.
     """
     asked = []
 
     def make(model, **settings):
+        if settings.get("gen_length", 0) > 512:
+            raise UserError("the rows are shorter.")
         asked.append(settings)
         return model
 
@@ -169,6 +176,15 @@ def test_what_is_done_is_said_before_a_later_task_of_the_harness_fails(harness, 
     err = said(capfd, *words, status=2)
     assert "  first  acc  0.5000  +- 0.2500 (sample)\n" in err
     assert "the device is gone" in err
+
+
+def test_the_settings_of_all_tasks_of_the_harness_are_checked_before_the_first_is_asked(
+    harness, capfd
+):
+    words = ("--checkpoint", "c", "--preset", "llada-1.5", "--tasks", "gsm8k")
+    err = said(capfd, *words, "--tasks", "minerva_math", status=2)
+    assert "The task minerva_math of --preset llada-1.5: the rows are shorter." in err
+    assert [settings.get("gen_length") for settings in harness] == [256]
 
 
 def test_the_sampler_of_a_harness_task_is_set_by_the_preset_and_by_key_and_value(harness, capfd):

@@ -156,6 +156,8 @@ def test_prompts_come_from_a_file_or_stdin(run, tmp_path, monkeypatch):
         (["--batch-size", "0"], "batch_size=0 must be at least 1"),
         (["--best-of", "0"], "--best-of 0 must be at least 1"),
         (["--best-of", "3"], "3 times the same text; set --temperature"),
+        (["--best-of", "3", "--remasking", "margin"], "3 times the same text"),
+        (["--best-of", "3", "--commit", "threshold", "--revise", "wino"], "3 times the same text"),
         (["--commit", "treshold"], "Did you mean 'threshold'?"),
         (["--commit", "threshold=2"], "must be a number between 0 and 1"),
         (["--revise", "wino=2"], "between 0 and 1; the usual one is wino=0.9"),
@@ -241,14 +243,25 @@ def test_gaps_are_filled_where_the_text_has_them(run):
 
 def test_the_best_of_several_texts_is_kept_for_each_prompt(run):
     pretrained = fake_pretrained()
-    pretrained.best_of = lambda texts, num, *, seed: texts[num - 1 :: num]
-    _, out, err = run(
-        *("--prompt", "it", "IT IS", "--gen-length", "4", "--temperature", "0.1"),
-        *("--best-of", "3"),
-        pretrained=pretrained,
-    )
-    assert out == "it is \n---\nIT IS a t\n"
-    assert "2 texts, 8 tokens in 24 passes" in err
+    sizes = []
+
+    def best_of(texts, num, *, seed, batch_size):
+        sizes.append(batch_size)
+        return texts[num - 1 :: num]
+
+    pretrained.best_of = best_of
+    words = ("--prompt", "it", "IT IS", "--gen-length", "4", "--best-of", "3", "--batch-size", "5")
+    for drawing in (
+        ("--temperature", "0.1"),
+        ("--revise", "remdm-loop=0.9"),
+        ("--remasking", "random"),
+        ("--remasking", "llada_jax.samplers.remasking:random"),
+    ):
+        _, out, err = run(*words, *drawing, pretrained=pretrained)
+        assert out == "it is \n---\nIT IS a t\n"
+        assert "2 texts, 8 tokens in " in err
+    assert "24 passes" in err
+    assert sizes == [5] * 4
 
 
 def test_options_that_were_asked_for_are_recorded(run):
@@ -266,6 +279,8 @@ def test_surprises_are_announced_but_not_refused(run):
     assert "have 50 tokens together, and the model was trained on rows of 48" in err
     assert "repeats the same text; try --temperature" in err
     assert "letters" not in err
+    more = ("--revise", "remdm-loop=0.9")
+    assert "same text" not in run("--gen-length", "4", "--num-samples", "2", *more)[2]
     assert len(out.split("\n---\n")) == 2
 
     status, _, err = run("--infill", "it [MASK:47]", "--num-samples", "2", "--steps", "1")

@@ -101,8 +101,17 @@ answers = {
 cached = HarnessModel(pretrained, mc_samples=4, seed=3)
 cache = str(HOME / "cache")
 first = run(cached, [RANKED], use_cache=cache, bootstrap_iters=0)
+cached = HarnessModel(pretrained, mc_samples=4, seed=3)
 cached._scores = None  # whatever is asked again fails
 again = run(cached, [RANKED], use_cache=cache, bootstrap_iters=0)
+# other noise, and the same requests
+other = run(
+    HarnessModel(pretrained, mc_samples=4, seed=4), [RANKED], use_cache=cache, bootstrap_iters=0
+)
+
+
+def scores_of(results: dict) -> list:
+    return [sample["resps"] for sample in results["samples"]["ranked"]]
 
 
 @patch.object(harness, "CACHED_TOGETHER", 2)
@@ -197,8 +206,9 @@ print(
             ],
             "prompt_of_chat": chatted["samples"]["ranked"][0]["arguments"][0][0],
             "refused": refused,
-            "again": first["results"]["ranked"]["acc,none"]
-            == again["results"]["ranked"]["acc,none"],
+            "again": scores_of(first) == scores_of(again),
+            "error_again": again["results"]["ranked"]["acc_mc_stderr,none"],
+            "is_other": scores_of(first) != scores_of(other),
         },
         default=str,
     )
