@@ -55,7 +55,9 @@ def training_of(record: RunRecord, step: int) -> Training:
         learning_rate=record.knob("schedule.learning_rate"),
         schedule=record.knob("schedule.name"),
         optimizer=record.knob("optimizer.name"),
-        keeps_ema=record.keeps_ema,
+        # not a knob of the first versions
+        scores_average=record.keeps_ema
+        and record.config.get("evaluation", {}).get("weights") != "raw",
         imported_from=None if record.source is None else record.source.get("from", ""),
         init_from=record.knob("checkpoint.init_from"),
         data=tuple((source.fingerprint, source.share) for source in record.data),
@@ -135,6 +137,6 @@ def compared(directory: Path, export: Export) -> dict:
         ema=export.weights == "ema",
     )
     found = compare_with_torch(
-        directory, record.architecture, params, tokens_BT, dtype=export.dtype
+        directory, record.architecture, params, tokens_BT, mask=record.mask, dtype=export.dtype
     )
     return {**found, "num_tokens": tokens_BT.size, "tokens": origin}

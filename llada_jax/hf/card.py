@@ -20,7 +20,7 @@ class Training:
 
     step: optimizer steps done; 0 for weights that were imported and not trained here. tokens: seen
     in them. batch_size: in rows. sequence_length: in tokens. learning_rate: the peak. schedule,
-    optimizer: their names. keeps_ema: whether the results are those of the moving average.
+    optimizer: their names. scores_average: whether the results are those of the moving average.
     imported_from: directory or repository of imported weights, None for others. init_from:
     config.checkpoint.init_from. data: (fingerprint, share of the rows) of each dataset. versions:
     {library: version}. commit: of llada_jax, "" if unknown.
@@ -33,7 +33,7 @@ class Training:
     learning_rate: float
     schedule: str
     optimizer: str
-    keeps_ema: bool
+    scores_average: bool
     imported_from: str | None
     init_from: str
     data: tuple[tuple[str, float], ...]
@@ -52,30 +52,6 @@ def check_license(license_id: str | None) -> None:
             f"--license {license_id!r} must be an identifier of the Hub in lower case, such as "
             "apache-2.0, mit or cc-by-4.0; for a licence that the Hub does not list, write other."
         )
-
-
-def heldout_result(lines: list[dict], step: int) -> dict | None:
-    """Returns the bound on held-out text that the metrics of a run hold for a step: {step, name,
-    nats, bits, ...}.
-
-    The final evaluation counts before those during training; of several, the last before or at the
-    step.
-    """
-    found = None
-    for line in lines:
-        for group in ("heldout", "final"):
-            bound = line.get(group) or {}
-            name = next((n for n in ("nelbo", "nll") if n in bound), None)
-            if name and line["step"] <= step:
-                found = {
-                    "step": line["step"],
-                    "name": name,
-                    "nats": bound[name],
-                    "bits": bound.get("bits_per_byte"),
-                    "standard_error": bound.get("standard_error"),
-                    "is_final": group == "final",
-                }
-    return found
 
 
 def model_card(
@@ -97,7 +73,7 @@ def model_card(
     Args:
         name: what the directory, or the repository, is called.
         weights: "parameters" or "moving average of the parameters".
-        result: of `heldout_result`.
+        result: of llada_jax.run.metrics_file.last_bound.
         has_tokenizer: whether the export holds one; without it the snippets work on token ids.
         license_id: the licence of the weights as the Hub writes it, such as "mit"; None leaves it
             open.
@@ -250,9 +226,11 @@ def _result(result: dict | None, training: Training) -> str:
         if result["name"] == "nelbo"
         else "NLL"
     )
-    error = result["standard_error"]
-    spread = f" +- {error:.4f}" if error is not None and math.isfinite(error) else ""
-    bits = f", {result['bits']:.4f} bits per byte" if result["bits"] is not None else ""
+    error, bits, num_splits = (result[key] for key in ("nats_error", "bits_per_byte", "num_splits"))
+    numbers = f"{result['nats_per_token']:.4f}"
+    numbers += f" +- {error:.4f} nats per token" if math.isfinite(error) else " nats per token"
+    numbers += f", {bits:.4f} bits per byte" if math.isfinite(bits) else ""
     late = "" if result["step"] == training.step else f" at step {result['step']:,}"
-    average = ", measured with the moving average of the parameters" if training.keeps_ema else ""
-    return f"{bound}{late}: {result['nats']:.4f}{spread} nats per token{bits}{average}."
+    splits = f", the mean of {num_splits} held-out splits" if num_splits > 1 else ""
+    average = ", measured with the moving average of the parameters"
+    return f"{bound}{late}: {numbers}{splits}{average if training.scores_average else ''}."

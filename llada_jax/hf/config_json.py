@@ -342,10 +342,12 @@ def hf_config(
     write = {"llada": _to_llada, "illada": _to_illada}[layout]
     silent, stated = write(a, max_sequence_length)
     carried = dict(source) if source and source.get("model_type") == layout else {}
-    # It is stated again below where there is a scaling.
-    carried.pop("rope_parameters", None)
-    if num_ids is None and carried:
-        num_ids = unpadded_vocabulary(carried, a.vocab_size)
+    # The first is stated again below where there is a scaling; the second is transformers 5's name
+    # for torch_dtype, which it reads in place of it.
+    for key in ("rope_parameters", "dtype"):
+        carried.pop(key, None)
+    if num_ids is None and source:
+        num_ids = unpadded_vocabulary(source, a.vocab_size)
     if num_ids is not None and num_ids < a.vocab_size:
         stated["vocab_size" if layout == "llada" else UNPADDED] = num_ids
     return dict(sorted({**silent, **carried, **stated, **ids, "torch_dtype": dtype}.items()))

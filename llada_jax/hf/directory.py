@@ -11,6 +11,8 @@ import numpy as np
 from jax.experimental import multihost_utils
 
 from llada_jax.errors import UserError
+from llada_jax.hf.peft import ADAPTER_FILES
+from llada_jax.hf.write import SHARED
 from llada_jax.storage import files
 from llada_jax.storage.locks import try_lock
 
@@ -27,8 +29,8 @@ def check_output(output: str, *, force: bool) -> None:
         raise UserError(f"--output {output} is a file; give a directory.")
     if not path.exists() or not any(path.iterdir()):
         return
-    # --force replaces the directory, and must never delete a home directory.
-    if not (path / "config.json").exists():
+    # --force replaces the directory, and must never delete anything but an export.
+    if not _holds_export(path):
         raise UserError(
             f"--output {output} is not empty and does not hold an export; give a new directory."
         )
@@ -36,6 +38,13 @@ def check_output(output: str, *, force: bool) -> None:
         raise UserError(
             f"--output {output} holds an export already; give another, or --force to replace it."
         )
+
+
+def _holds_export(path: Path) -> bool:
+    """Whether `export` has written a directory: a whole model, or adapters alone."""
+    names = {file.name for file in path.iterdir()}
+    # A config.json alone would not do: other checkpoints have one, and so have many projects.
+    return names >= {"config.json", SHARED[0]} or names == set(ADAPTER_FILES)
 
 
 @contextlib.contextmanager

@@ -10,6 +10,8 @@ from llada_jax.hf.convert import tensors
 from llada_jax.models.adapters import Lora, adapter_dims
 from llada_jax.models.transformer import Architecture
 
+ADAPTER_FILES = CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
+
 
 def peft_files(
     read: Callable[[str, tuple[int, ...]], np.ndarray],
@@ -19,7 +21,7 @@ def peft_files(
     layout: str,
     base: str,
 ) -> dict[str, bytes]:
-    """Returns {name: content} of adapter_config.json and adapter_model.safetensors.
+    """Returns {name: content} of ADAPTER_FILES.
 
     Args:
         read: (path, shape) -> float32 array, with paths such as "blocks/q/a".
@@ -54,12 +56,12 @@ def peft_files(
     }
     save = require("safetensors.numpy", extra="hf").save
     return {
-        "adapter_config.json": (json.dumps(config, indent=2) + "\n").encode(),
-        "adapter_model.safetensors": save(weights, metadata={"format": "pt"}),
+        CONFIG: (json.dumps(config, indent=2) + "\n").encode(),
+        WEIGHTS: save(weights, metadata={"format": "pt"}),
     }
 
 
 def num_adapter_parameters(contents: dict[str, bytes]) -> int:
     """Returns how many numbers the files of `peft_files` hold."""
     load = require("safetensors.numpy", extra="hf").load
-    return sum(array.size for array in load(contents["adapter_model.safetensors"]).values())
+    return sum(array.size for array in load(contents[WEIGHTS]).values())

@@ -16,6 +16,7 @@ from llada_jax.data.records import JSON_NAME, Records, read_dataset
 from llada_jax.data.tokenizer import Tokenizer
 from llada_jax.errors import NumericsError, UserError
 from llada_jax.hf.write import DTYPES
+from llada_jax.masks import Mask
 from llada_jax.models.model import make_model
 from llada_jax.models.transformer import Architecture
 
@@ -84,7 +85,13 @@ def _heldout_tokens(directory: epath.PathLike, tokenizer: Tokenizer, *, size: in
 
 
 def compare_with_torch(
-    directory: Path, a: Architecture, params: dict, tokens_BT: np.ndarray, *, dtype: str
+    directory: Path,
+    a: Architecture,
+    params: dict,
+    tokens_BT: np.ndarray,
+    *,
+    mask: Mask,
+    dtype: str,
 ) -> dict[str, float]:
     """Returns how far PyTorch's logits of an export are from those of our parameters.
 
@@ -92,6 +99,7 @@ def compare_with_torch(
         directory: the export.
         params: float32, of the checkpoint.
         tokens_BT: what both are asked.
+        mask: what attention saw in training.
         dtype: of the weights in the export.
 
     Returns:
@@ -100,7 +108,7 @@ def compare_with_torch(
     Raises:
         NumericsError: too far, or the export cannot be loaded.
     """
-    model = make_model(a, attention="xla")
+    model = make_model(a, attention="xla", mask=mask)
     positions_BT = np.broadcast_to(np.arange(tokens_BT.shape[1]), tokens_BT.shape)
 
     @jax.jit

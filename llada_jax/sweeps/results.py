@@ -5,11 +5,10 @@ import json
 import math
 from typing import NamedTuple
 
-import numpy as np
 from etils import epath
 
 from llada_jax.errors import UserError
-from llada_jax.run.metrics_file import is_over, read_lines
+from llada_jax.run.metrics_file import bound_of, is_over, read_lines
 from llada_jax.storage import files
 
 # How the last attempt ended. `sweep` writes it, because `train` cannot record that it was killed.
@@ -77,9 +76,9 @@ def read_result(workdir, *, index: int, knobs: dict, num_steps: int) -> Result:
 def _result(workdir, *, index: int, knobs: dict, num_steps: int) -> Result:
     entries = read_lines(workdir)
     train = [(entry["step"], entry["train"]) for entry in entries if "train" in entry]
-    bounds = [(e["step"], bound) for e in entries if (bound := _bound_of(e, "heldout"))]
-    final = [bound for entry in entries if (bound := _bound_of(entry, "final"))]
-    unknown = dict.fromkeys(("bits_per_byte", "standard_error", "nats_per_token"), math.nan)
+    bounds = [(e["step"], bound) for e in entries if (bound := bound_of(e, "heldout"))]
+    final = [bound for entry in entries if (bound := bound_of(entry, "final"))]
+    unknown = dict.fromkeys(("bits_per_byte", "bits_error", "nats_per_token"), math.nan)
     last = [unknown, *(bound for _, bound in bounds), *final][-1]
     step = entries[-1]["step"] if entries else 0
     state = _state(workdir, is_over=is_over(entries, num_steps), has_begun=bool(entries))
@@ -91,7 +90,9 @@ def _result(workdir, *, index: int, knobs: dict, num_steps: int) -> Result:
         step=step,
         num_steps=num_steps,
         tokens=train[-1][1]["tokens"] if train else 0,
-        **last,
+        bits_per_byte=last["bits_per_byte"],
+        standard_error=last["bits_error"],
+        nats_per_token=last["nats_per_token"],
         curve=[(step, bound["bits_per_byte"]) for step, bound in bounds],
         train_curve=[(step, float(numbers["bits_per_byte"])) for step, numbers in train],
     )
@@ -124,27 +125,3 @@ def _state(workdir, *, is_over: bool, has_begun: bool) -> str:
     if ended["exit_status"] not in INTERRUPTED:
         return "failed"
     return "partial" if has_begun else "missing"
-
-
-def _bound_of(entry: dict, kind: str) -> dict[str, float]:
-    """Returns the bound of one kind ("heldout" or "final") of a line of metrics.jsonl, {} without
-    one.
-
-    A mixture has several splits, whose mean is taken: every source counts alike, whatever its size.
-    """
-    groups = [group for key, group in entry.items() if key.startswith(kind)]
-    if not groups:
-        return {}
-    nats = [float(group["nelbo"] if "nelbo" in group else group["nll"]) for group in groups]
-    bits = [float(group["bits_per_byte"]) for group in groups]
-    # Logged in nats, and wanted in bits per byte: the ratio of the two bounds converts it.
-    errors = [
-        float(group.get("standard_error", math.nan)) * b / n
-        for group, b, n in zip(groups, bits, nats)
-    ]
-    return {
-        "bits_per_byte": float(np.mean(bits)),
-        # The splits are evaluated independently.
-        "standard_error": math.sqrt(sum(error**2 for error in errors)) / len(errors),
-        "nats_per_token": float(np.mean(nats)),
-    }

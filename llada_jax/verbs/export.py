@@ -20,17 +20,21 @@ from llada_jax.checkpoints.workdir import find_checkpoint
 from llada_jax.cluster import distributed
 from llada_jax.errors import UserError
 from llada_jax.hf import hub
-from llada_jax.hf.card import check_license, heldout_result, model_card
-from llada_jax.hf.config_json import choose_layout, hf_config
+from llada_jax.hf.card import check_license, model_card
+from llada_jax.hf.config_json import WRITTEN, choose_layout, hf_config
 from llada_jax.hf.convert import tensors
 from llada_jax.hf.directory import check_output
 from llada_jax.hf.peft import num_adapter_parameters
 from llada_jax.hf.tokenizer_json import read_template, tokenizer_files
 from llada_jax.hf.write import DTYPES, other_files, plan_shards
+from llada_jax.masks import BIDIRECTIONAL
 from llada_jax.models.transformer import num_parameters
-from llada_jax.run.metrics_file import read_lines
+from llada_jax.run.metrics_file import last_bound, read_lines
 from llada_jax.units import format_bytes, format_count, parse_bytes
 from llada_jax.verbs.command_line import Parser, json_text
+
+# flags that say something about a whole model alone
+OF_MODELS = ("--dtype", "--shard-size", "--tokenizer", "--chat-template", "--license", "--verify")
 
 
 def make_parser() -> Parser:
@@ -46,11 +50,10 @@ def make_parser() -> Parser:
     add("--output", required=True, metavar="DIR", help="local directory to write")
     add(
         "--dtype",
-        default="bfloat16",
         choices=tuple(DTYPES),
         help="of the weights in the files (bfloat16)",
     )
-    add("--shard-size", default="5GB", metavar="SIZE", help="most bytes of weights per file (5GB)")
+    add("--shard-size", metavar="SIZE", help="most bytes of weights per file (5GB)")
     add(
         "--ema",
         action="store_true",
@@ -117,7 +120,17 @@ def prepare_export(args) -> tuple[Export, dict]:
     check_output(args.output, force=args.force)
     if args.push_to_hub is not None and jax.process_index() == 0:
         hub.check_upload(args.push_to_hub)
-    shard_size = parse_bytes(args.shard_size, flag="--shard-size")
+    idle = [flag for flag in OF_MODELS if getattr(args, flag.lstrip("-").replace("-", "_"))]
+    if args.adapters and idle:
+        raise UserError(
+            "--adapters writes adapters in float32 and their config and nothing else, so that "
+            f"{', '.join(idle)} would have no effect; leave {'it' if len(idle) == 1 else 'them'} "
+            "out."
+        )
+    dtype = args.dtype or "bfloat16"
+    shard_size = parse_bytes(
+        "5GB" if args.shard_size is None else args.shard_size, flag="--shard-size"
+    )
     template = read_template(args.chat_template) if args.chat_template else None
     check_license(args.license)
     if args.verify and jax.process_count() > 1:
@@ -129,10 +142,13 @@ def prepare_export(args) -> tuple[Export, dict]:
     # 2. The checkpoint.
     found, step = find_checkpoint(args.checkpoint)
     record = found.record(step)
-    if record.mask.causal:
+    if record.mask != BIDIRECTIONAL:
+        blocks = f"to its own block of {record.mask.block_length} positions and those before it"
+        seen = "to the left alone" if record.mask.causal else blocks
         raise UserError(
-            f"{args.checkpoint} was trained with objective.name={record.objective!r}, and the "
-            "layouts of LLaDA attend in both directions; export a checkpoint of masked_diffusion."
+            f"{args.checkpoint} was trained with objective.name={record.objective!r}, which "
+            f"attends {seen}, and the layouts of LLaDA attend in both directions; export a "
+            "checkpoint of masked_diffusion."
         )
     if args.ema and not record.keeps_ema:
         raise UserError(
@@ -149,29 +165,29 @@ def prepare_export(args) -> tuple[Export, dict]:
         )
 
     # 3. The files.
-    if args.adapters and (not record.lora.rank or args.verify):
+    if args.adapters and not record.lora.rank:
         raise UserError(
-            f"--adapters cannot be used: {args.checkpoint} was trained "
-            f"{'with' if record.lora.rank else 'without'} adapters (config.lora.rank="
-            f"{record.lora.rank}), and --verify is for whole models; leave one of the flags out."
+            f"--adapters: {args.checkpoint} was trained without any (config.lora.rank=0); leave "
+            "the flag out."
         )
     a = record.architecture
     layout = choose_layout(a, args.layout)
     listed = tensors(layout, a)
     found.check_parameters(step, {tensor.path for tensor in listed}, ema=args.ema)
-    shards = plan_shards(listed, dtype=args.dtype, shard_size=shard_size)
+    shards = plan_shards(listed, dtype=dtype, shard_size=shard_size)
     max_length = record.sequence_length
+    source = record.source or {}
     ids = {name: getattr(tokenizer, name) for name in ("mask_id", "eos_id", "bos_id", "pad_id")}
     config = hf_config(
         a,
         layout,
         **ids,
         max_sequence_length=max_length,
-        dtype=args.dtype,
+        dtype=dtype,
         eot_id=tokenizer.eot_id,
-        # an imported config.json states its own, which its tokenizer need not fill
-        num_ids=None if has_text and record.source else tokenizer.vocab_size,
-        source=(record.source or {}).get("config"),
+        # an imported config.json of these layouts states its own, which its tokenizer need not fill
+        num_ids=None if has_text and source.get("layout") in WRITTEN else tokenizer.vocab_size,
+        source=source.get("config"),
     )
     others = other_files(shards, config, layout)
     if has_text:
@@ -180,19 +196,17 @@ def prepare_export(args) -> tuple[Export, dict]:
         name=args.push_to_hub or Path(args.output).absolute().name,
         a=a,
         layout=layout,
-        dtype=args.dtype,
+        dtype=dtype,
         training=training_of(record, step),
         hf_config=config,
         weights="moving average of the parameters" if args.ema else "parameters",
-        result=heldout_result(read_lines(workdir), step),
+        result=last_bound(read_lines(workdir), step),
         special_tokens=tokenizer.special_tokens,
         has_tokenizer=has_text,
         license_id=args.license,
     ).encode()
     weights = "ema" if args.ema else "params"
-    export = Export(
-        found, step, record, tokenizer, weights, layout, args.dtype, listed, shards, others
-    )
+    export = Export(found, step, record, tokenizer, weights, layout, dtype, listed, shards, others)
     count = num_parameters(a)
     if args.adapters:
         # a few numbers next to those of the model, and there is no model to describe
@@ -222,11 +236,11 @@ def write_export(args, export: Export, result: dict) -> dict:
     output = Path(args.output).absolute()
     if args.adapters:
         write_adapters(export, output)
-        return result
-    verified = write_model(export, output, verify=args.verify)
+    elif (verified := write_model(export, output, verify=args.verify)) is not None:
+        result = {**result, "verify": verified}
     if args.push_to_hub and jax.process_index() == 0:
         hub.upload(args.output, args.push_to_hub)
-    return result if verified is None else {**result, "verify": verified}
+    return result
 
 
 # ---- what is printed

@@ -10,6 +10,7 @@ from llada_jax.hf.config_json import architecture_from, choose_layout, hf_config
 
 PUBLISHED = our_config("llada", SMALL)
 LLAMA = causal_config("llama", SMALL)
+IDS = {"mask_id": 257, "eos_id": 256, "bos_id": 256, "pad_id": 256, "max_sequence_length": 128}
 LLAMA3 = {
     "rope_type": "llama3",
     "factor": 32.0,
@@ -156,10 +157,27 @@ def test_a_scaling_is_exported_as_transformers_reads_it_and_comes_back_however_i
     saved = {**written, "rope_parameters": {**LLAMA3, "rope_theta": 1.0}}
     older = {**written, "rope_parameters": None, "rope_scaling": LLAMA3}
     assert architecture_from(saved) == architecture_from(older) == a
-    ids = {"mask_id": 257, "eos_id": 256, "bos_id": 256, "pad_id": 256}
-    again = hf_config(a, "illada", **ids, max_sequence_length=128, dtype="float32", source=saved)
+    again = hf_config(a, "illada", **IDS, dtype="float32", source=saved)
     assert again == written
     with pytest.raises(
         UserError, match=r"'llada' cannot hold this model: rope_scaling=\(32.0, .*\) has no key"
     ):
         choose_layout(a, "llada")
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_the_dtype_of_the_files_is_not_overruled_by_that_of_the_source(dtype):
+    """transformers 5 writes `dtype`, and reads it before `torch_dtype`."""
+    source = our_config("llada", SMALL, dtype="float16", torch_dtype="float16", init_std=0.5)
+    written = hf_config(SMALL, "llada", **IDS, dtype=dtype, source=source)
+    assert (written["torch_dtype"], written["init_std"]) == (dtype, 0.5)
+    assert "dtype" not in written
+
+
+@pytest.mark.parametrize("layout", ["llada", "illada"])
+@pytest.mark.parametrize("other", ["llada", "illada"])
+def test_the_vocabulary_of_the_source_is_stated_in_either_layout(layout, other):
+    key = {"llada": "vocab_size", "illada": "unpadded_vocab_size"}
+    source = our_config(other, SMALL, **{key[other]: 300})
+    written = hf_config(SMALL, layout, **IDS, dtype="float32", source=source)
+    assert written[key[layout]] == 300

@@ -21,7 +21,9 @@ from llada_jax.errors import UserError
 from llada_jax.run import metrics_file
 from llada_jax.run.metrics_file import (
     MetricsWriter,
+    bound_of,
     is_over,
+    last_bound,
     means,
     read_lines,
     read_samples,
@@ -195,6 +197,37 @@ def test_a_run_is_over_when_its_last_step_has_its_bound(tmp_path):
     assert lines[-1] == {"step": 20, "final_books": {"nelbo": 1.0}}
     assert is_over(lines, 20)
     assert not is_over(lines, 30)
+
+
+def test_the_bound_of_a_step_is_the_last_one_before_it():
+    lines = [
+        {"step": 1, "train": {}},
+        {"step": 2, "heldout": {"nelbo": 2.0}},
+        {"step": 4, "final": {"nll": 1.0, "standard_error": "nan"}},
+    ]
+    assert last_bound(lines, 1) is None
+    assert last_bound(lines, 3)["nats_per_token"] == 2.0
+    last = last_bound(lines, 4)
+    assert (last["step"], last["name"], last["num_splits"]) == (4, "nll", 1)
+    assert all(math.isnan(last[name]) for name in ("bits_per_byte", "nats_error", "bits_error"))
+
+
+def test_the_bound_of_a_mixture_is_the_mean_over_its_splits():
+    splits = {
+        "final_0_a": {"nelbo": 3.0, "standard_error": 0.03, "bits_per_byte": 6.0},
+        "final_1_b": {"nelbo": 1.0, "standard_error": 0.04, "bits_per_byte": 1.0},
+    }
+    assert bound_of({"step": 7, **splits}, "heldout") is None
+    assert bound_of({"step": 7, **splits}, "final") == pytest.approx(
+        {
+            "name": "nelbo",
+            "nats_per_token": 2.0,
+            "bits_per_byte": 3.5,
+            "nats_error": 0.025,
+            "bits_error": math.hypot(0.06, 0.04) / 2,
+            "num_splits": 2,
+        }
+    )
 
 
 def test_a_half_written_last_line_is_not_read_and_no_line_is_passed_over(tmp_path):

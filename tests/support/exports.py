@@ -49,6 +49,7 @@ def write_checkpoint(
     *,
     step: int = 7,
     ema: dict | None = None,
+    frozen: dict | None = None,
     **changes,
 ):
     """Writes a workdir as `train` leaves it; changes are of run.json."""
@@ -70,8 +71,8 @@ def write_checkpoint(
     record = RunRecord.from_json(json.loads(json.dumps(run)), file="test")
     saved = Checkpoints(workdir)
     # where they are, if they are on devices already
-    arrays = jax.tree.map(jnp.asarray, (params, ema or {}))
-    saved.save(TrainState(jnp.int32(step), arrays[0], (), arrays[1], {}), record)
+    params, ema, frozen = jax.tree.map(jnp.asarray, (params, ema or {}, frozen or {}))
+    saved.save(TrainState(jnp.int32(step), params, (), ema, {}, frozen), record)
     saved.close()
     return workdir
 

@@ -174,6 +174,18 @@ def test_a_published_checkpoint_comes_back_with_every_tensor_and_key(published, 
 
 
 @pytest.mark.slow
+def test_rows_that_are_not_ids_are_counted_out_of_the_vocabulary_of_an_imported_model(
+    imported_workdirs, tmp_path
+):
+    """Qwen's config.json says nothing about the rows that were added with the mask."""
+    out = export(imported_workdirs["qwen"], tmp_path / "out")
+    config = json.loads((out / "config.json").read_text())
+    num_ids = load_tokenizer(out).vocab_size
+    assert num_ids < config["vocab_size"]
+    assert (config["model_type"], config["unpadded_vocab_size"]) == ("illada", num_ids)
+
+
+@pytest.mark.slow
 def test_a_dry_run_writes_and_uploads_nothing(random_checkpoint, tmp_path, capfd, monkeypatch):
     calls = []
     monkeypatch.setattr("huggingface_hub.HfApi", FakeHub(calls))

@@ -5,7 +5,8 @@ import yaml
 from support.exports import export
 
 from llada_jax.__main__ import main
-from llada_jax.hf.card import heldout_result
+from llada_jax.checkpoints.export import training_of
+from llada_jax.checkpoints.workdir import find_checkpoint
 
 
 @pytest.mark.slow
@@ -71,12 +72,27 @@ def test_a_licence_that_the_hub_cannot_know_is_refused(
     assert not (tmp_path / "out").exists()
 
 
-def test_the_result_on_the_card_is_the_last_one_up_to_the_step():
-    lines = [
-        {"step": 1, "train": {}},
-        {"step": 2, "heldout": {"nelbo": 2.0}},
-        {"step": 4, "final": {"nll": 1.0}},
-    ]
-    assert heldout_result(lines, 1) is None
-    assert heldout_result(lines, 3)["nats"] == 2.0
-    assert heldout_result(lines, 4)["name"] == "nll"
+@pytest.mark.slow
+def test_the_card_has_the_mean_over_the_splits_of_a_mixture(random_checkpoint, tmp_path):
+    (random_checkpoint / "metrics.jsonl").write_text(
+        '{"step": 7, "final_0_data_a": {"nelbo": 3.0, "standard_error": 0.03, "bits_per_byte": 4.5}'
+        ', "final_1_data_b": {"nelbo": 2.0, "standard_error": 0.04, "bits_per_byte": 3.5}}\n'
+    )
+    card = (export(random_checkpoint, tmp_path / "model") / "README.md").read_text()
+    (random_checkpoint / "metrics.jsonl").unlink()
+    assert "2.5000 +- 0.0250 nats per token, 4.0000 bits per byte, the mean of 2 held-out" in card
+
+
+@pytest.mark.parametrize(
+    ("weights", "decay", "is_average"),
+    [("auto", 0.5, True), ("raw", 0.5, False), ("auto", 0, False)],
+)
+def test_the_card_says_which_weights_were_scored(weights, decay, is_average, random_checkpoint):
+    found, step = find_checkpoint(str(random_checkpoint))
+    record = found.record(step)
+    record.config["evaluation"]["weights"] = weights
+    record.config["optimizer"]["ema_decay"] = decay
+    assert training_of(record, step).scores_average == is_average
+    # a knob that the first versions did not have
+    del record.config["evaluation"]["weights"]
+    assert training_of(record, step).scores_average == (decay > 0)

@@ -56,10 +56,6 @@ def test_what_cannot_be_exported_is_refused_with_the_reason(
     assert "qk_norm='per_head' has no key in it" in refused_export(
         "--checkpoint", other, "--layout", "llada", output=out
     )
-    config = default_config().to_dict()
-    config["objective"]["name"] = "autoregressive"
-    causal = write_checkpoint(tmp_path / "causal", LLADA, random_params(LLADA), config=config)
-    assert "attend in both directions" in refused_export("--checkpoint", causal, output=out)
     described = {"kind": "bytes", "vocab_size": 260, "fingerprint": "f" * 64}
     stranger = write_checkpoint(
         tmp_path / "stranger", LLADA, random_params(LLADA), tokenizer=described
@@ -67,6 +63,26 @@ def test_what_cannot_be_exported_is_refused_with_the_reason(
     assert "is not the tokenizer of the checkpoint" in refused_export(
         "--checkpoint", stranger, output=out
     )
+
+
+@pytest.mark.parametrize(
+    ("name", "mask", "seen"),
+    [
+        ("autoregressive", None, "to the left alone"),
+        ("own", {"causal": True, "block_length": 0}, "to the left alone"),
+        ("own", {"causal": False, "block_length": 8}, "to its own block of 8 positions and those"),
+    ],
+)
+def test_a_network_that_does_not_attend_in_both_directions_is_refused(
+    name, mask, seen, tmp_path, refused_export
+):
+    config = default_config().to_dict()
+    config["objective"]["name"] = name
+    changes = {"config": config, "mask": mask}
+    run = write_checkpoint(tmp_path / "run", LLADA, random_params(LLADA), **changes)
+    sentence = refused_export("--checkpoint", run, output=tmp_path / "out")
+    assert f"attends {seen}" in sentence
+    assert "the layouts of LLaDA attend in both directions" in sentence
 
 
 @pytest.mark.slow

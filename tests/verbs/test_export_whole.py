@@ -1,14 +1,16 @@
 """An export appears whole or not at all: kills, other exports, full disks, several processes."""
 
 import json
+import shutil
 import signal
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 from support.exports import LLADA, assert_same_params, contents_of, export, read_back
 from support.hf_directories import random_params
-from support.paths import LAUNCH
+from support.paths import LAUNCH, ROOT
 
 from llada_jax.errors import UserError
 from llada_jax.hf import read
@@ -83,20 +85,41 @@ def test_an_export_is_replaced_only_by_force_and_then_whole(
     assert [path.name for path in tmp_path.iterdir()] == ["out"]
 
 
-@pytest.mark.slow
-def test_force_never_removes_what_is_no_export(random_checkpoint, tmp_path, refused_export):
-    (tmp_path / "home").mkdir()
-    (tmp_path / "home" / "thesis.tex").write_text("keep me")
+@pytest.mark.parametrize(
+    "names",
+    [
+        ["thesis.tex"],
+        # a project, a published checkpoint, our own sources, adapters that peft has saved
+        ["config.json", "src/thesis.tex"],
+        ["config.json", "model.safetensors", "modeling_llada.py"],
+        ["masked_diffusion.py", "sft.py"],
+        ["adapter_config.json", "adapter_model.safetensors", "README.md"],
+    ],
+)
+def test_force_never_removes_what_is_no_export(names, random_checkpoint, tmp_path, refused_export):
+    home = tmp_path / "home"
+    for name in names:
+        (home / name).parent.mkdir(parents=True, exist_ok=True)
+        (home / name).write_text("{}")
     for flags in ([], ["--force"]):
         assert "does not hold an export" in refused_export(
-            "--checkpoint", random_checkpoint, *flags, output=tmp_path / "home"
+            "--checkpoint", random_checkpoint, *flags, output=home
         )
-    assert (tmp_path / "home" / "thesis.tex").read_text() == "keep me"
-    assert "is a file" in refused_export(
-        "--checkpoint", random_checkpoint, output=tmp_path / "home" / "thesis.tex"
-    )
+    assert sorted(contents_of(home)) == sorted(names)
+    assert "is a file" in refused_export("--checkpoint", random_checkpoint, output=home / names[0])
+
+
+@pytest.mark.slow
+def test_an_empty_directory_and_an_export_of_an_older_version_are_replaced(
+    random_checkpoint, tmp_path
+):
     (tmp_path / "empty").mkdir()
     assert (export(random_checkpoint, tmp_path / "empty") / "config.json").exists()
+    older = Path(shutil.copytree(ROOT / "tests/fixtures/version_0.1/export", tmp_path / "older"))
+    assert_same_params(
+        read_back(export(random_checkpoint, older, "--force", "--dtype", "float32"), LLADA),
+        random_params(LLADA),
+    )
 
 
 @pytest.mark.slow
