@@ -7,8 +7,11 @@ which is what makes `search` possible; `check` asks the compiler, which takes mi
 
 import math
 
+import jax
+
 from llada_jax.cluster import sharding
 from llada_jax.cluster.hardware import Slice
+from llada_jax.models.adapters import NUM_INPUT_DIMS
 from llada_jax.models.flops import flops_per_token
 from llada_jax.models.split_rows import exchanged_heads
 from llada_jax.models.transformer import num_matmul_parameters, num_parameters
@@ -147,7 +150,8 @@ def estimate_run(
         ),
         "seconds_per_step": seconds,
         # Model FLOPs utilisation does not count what is recomputed, as in the PaLM paper: a policy
-        # that recomputes less must not look worse. It counts the head at every position.
+        # that recomputes less must not look worse. It counts the head at every position, and
+        # gradients of frozen matrices.
         "mfu": {case: tokens_per_device * flops / (s * peak_flops) for case, s in seconds.items()},
         "days": {case: s * num_steps / 86400 for case, s in seconds.items()},
         "chip_hours": {case: s * num_steps / 3600 * num_chips for case, s in seconds.items()},
@@ -174,7 +178,9 @@ def recomputed_flops(recipe: Recipe, workload: Workload, shape: dict[str, int]) 
     head = a.d_model * a.vocab_size
     scored = head * scored_share(recipe, workload, shape)
     projections = 2 * (num_matmul_parameters(a) - head)
-    scores = 4 * a.num_layers * a.num_heads * a.head_dim * T
+    # half of it in a causal network, as in flops_per_token
+    per_position = (2 if recipe.objective.mask.causal else 4) * a.num_heads * a.head_dim
+    scores = a.num_layers * per_position * T
     again = scores / 2 if recipe.attention == "xla" else 0
     layers = {
         "none": 0,
@@ -184,16 +190,37 @@ def recomputed_flops(recipe: Recipe, workload: Workload, shape: dict[str, int]) 
     }[workload.remat]
     once = layers + (2 * scored if pieces_of_head(recipe, workload, shape) > 1 else 0)
     num_passes = recipe.objective.trained_passes
-    whole = projections + 2 * scored + 4 * a.num_layers * a.num_heads * a.head_dim * T
+    whole = projections + 2 * scored + scores
     return num_passes * once + (num_passes * whole if num_passes > 1 else 0)
 
 
 def skipped_flops(recipe: Recipe, workload: Workload, shape: dict[str, int]) -> float:
     """Returns the FLOPs per token that `flops_per_token` counts and no device executes: those of
-    the head at positions that carry no loss.
+    the head at positions that carry no loss, and those of the gradients of frozen matrices.
     """
-    head = recipe.architecture.d_model * recipe.architecture.vocab_size
-    return recipe.objective.passes * 6 * head * (1 - scored_share(recipe, workload, shape))
+    a, objective = recipe.architecture, recipe.objective
+    head, share = a.d_model * a.vocab_size, scored_share(recipe, workload, shape)
+    trained_layers, trained_head = trained_matrices(recipe)
+    frozen = num_matmul_parameters(a) - head - trained_layers + share * (head - trained_head)
+    return objective.passes * 6 * head * (1 - share) + objective.trained_passes * 2 * frozen
+
+
+def trained_matrices(recipe: Recipe) -> tuple[int, int]:
+    """Returns how many parameters of the layers' matrices, and of the head, have gradients.
+
+    All have them but those that the objective freezes. Adapters do not count: they are a hundredth
+    of the matrices, and whole on every device.
+    """
+    head = "embed" if recipe.architecture.tie_embeddings else "lm_head"
+    sizes = dict.fromkeys((*NUM_INPUT_DIMS, head), 0)
+    # Not what `abstract.frozen` lacks: a reference is a frozen copy of what is trained.
+    for path, leaf in jax.tree_util.tree_leaves_with_path(recipe.abstract.params):
+        # an own objective may keep the parameters in a tree of its own, as in abstract_state
+        name = f"/{jax.tree_util.keystr(path, simple=True, separator='/')}"
+        for matrix in sizes:
+            if name.endswith(f"/{matrix}"):
+                sizes[matrix] = math.prod(leaf.shape)
+    return sum(sizes.values()) - sizes[head], sizes[head]
 
 
 def traffic_of(
@@ -202,12 +229,12 @@ def traffic_of(
     """Returns bytes of whole arrays in whose exchange one device takes part per step, by purpose.
 
     gather: every weight matrix once per microbatch and pass, forward or backward, in the compute
-    dtype, over fsdp and sequence. scatter: its gradient once per backward pass, in the gradient
-    dtype, over the same. data: the gradient's shard once per microbatch, over data within a slice;
-    dcn: between slices. tensor: activations, twice per forward pass, twice per backward pass and
-    once more when a layer is recomputed. sequence: what attention brings together of a row,
-    forward, backward and recomputed: keys and values of the whole row, or queries, keys, values and
-    outputs of a device (llada_jax.models.split_rows).
+    dtype, over fsdp and sequence. scatter: its gradient, if it is trained, once per backward pass,
+    in the gradient dtype, over the same. data: the gradient's shard once per microbatch, over data
+    within a slice; dcn: between slices. tensor: activations, twice per forward pass, twice per
+    backward pass and once more when a layer is recomputed. sequence: what attention brings together
+    of a row, forward, backward and recomputed: keys and values of the whole row, or queries, keys,
+    values and outputs of a device (llada_jax.models.split_rows).
 
     Whole arrays, and not what a link carries: a ring of n devices carries (n - 1) / n of that,
     which is nearly all of it on the meshes in question, and the compiler's programs are counted
@@ -218,7 +245,7 @@ def traffic_of(
     """
     a, A, itemsize = recipe.architecture, workload.num_microbatches, recipe.dtype.itemsize
     matrices = num_matmul_parameters(a) / shape["tensor"] * itemsize
-    gradients = num_matmul_parameters(a) / shape["tensor"] * recipe.gradient_dtype.itemsize
+    gradients = sum(trained_matrices(recipe)) / shape["tensor"] * recipe.gradient_dtype.itemsize
     backward = recipe.objective.trained_passes
     # of several trained passes each runs forward again before it is differentiated
     forward = backward * (2 if backward > 1 else 1) + recipe.objective.other_passes
@@ -351,14 +378,16 @@ def intensity_of(
     A layer of P parameters takes 6 P tokens FLOPs and moves 3 * 2 P bytes over fsdp (where weights
     and gradients are bfloat16), so that computing takes longer above peak / bandwidth tokens per
     device (the "How to Scale Your Model" book, chapter on training). With several slices, 2 * 2 P
-    bytes of gradient go over the data centre network against 6 P tokens of FLOPs on a slice.
+    bytes of gradient go over the data centre network against 6 P tokens of FLOPs on a slice. A
+    frozen layer has no gradient: 4 P tokens FLOPs, and 2 * 2 P bytes over fsdp alone.
     """
     chip = machines.accelerator
     links = bandwidth(machines, shape, *_OF_PARAMETERS, network=network)
     peak = chip.peak_flops_per_device
     # against those of bfloat16
     gathered, reduced = recipe.dtype.itemsize / 2, recipe.gradient_dtype.itemsize / 2
-    exchanged = (2 * gathered + reduced) / 3
+    trained = sum(trained_matrices(recipe)) / num_matmul_parameters(recipe.architecture)
+    exchanged = (2 * gathered + trained * reduced) / (2 + trained)
     limits = {
         "tokens_per_device": tokens,
         "needed_on_all_links": exchanged * peak / links["fast"] / shape["tensor"],
@@ -366,6 +395,7 @@ def intensity_of(
     }
     if num_slices > 1:
         limits["tokens_per_slice"] = tokens_per_slice
+        reduced *= 3 * trained / (2 + trained)
         limits["needed_between_slices"] = (
             reduced * chip.peak_flops_per_device / between_slices(machines, network=network)
         )

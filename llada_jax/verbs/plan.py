@@ -24,7 +24,7 @@ from llada_jax.planning.absent_devices import (
 )
 from llada_jax.planning.check import check_program, compile_report
 from llada_jax.planning.estimate import NETWORK_GBPS, estimate_run
-from llada_jax.planning.search import REMATS, find_choices
+from llada_jax.planning.search import REMATS, TENSOR_SIZES, find_choices
 from llada_jax.ranges import RANGES, Range, check_number
 from llada_jax.training.memory import Workload
 from llada_jax.training.step import (
@@ -136,7 +136,7 @@ def main(argv: list[str]) -> None:
     print(json_text(report) if args.json else "\n".join(describe(report)))
     # After the report and not instead of it: the report says what takes the memory.
     if not report.get("compiled", {}).get("fits", True):
-        raise UserError(does_not_fit(report))
+        raise UserError(does_not_fit(report, asked))
 
 
 # ---- from the config to the arguments of llada_jax.planning
@@ -245,26 +245,46 @@ def compile_and_check(asked: Asked) -> dict:
     return report
 
 
-def does_not_fit(report: dict) -> str:
+def does_not_fit(report: dict, asked: Asked) -> str:
     """Returns the sentence for a program that is too large: its size, and what to change.
 
-    The remedies come in the order of their price (docs/plan.md, "It does not fit").
+    The remedies come in the order of their price (docs/plan.md, "It does not fit"). Those that the
+    run could not be split by are left out.
     """
-    compiled, mesh = report["compiled"], report["mesh"]
+    compiled, mesh, rows = report["compiled"], report["mesh"], report["rows_per_device"]
     remedies = []
     if report["remat"] != REMATS[-1]:
-        remedies.append(f"--config.model.remat={REMATS[-1]}")
-    if report["rows_per_device"] > 1:
-        remedies.append(f"--config.optimizer.gradient_accumulation={2 * report['microbatches']}")
+        remedies.append(("model.remat", REMATS[-1], ""))
+    if rows > 1:
+        # as few microbatches as divide the rows that a device has
+        more = next(n for n in range(2, rows + 1) if rows % n == 0)
+        remedies.append(("optimizer.gradient_accumulation", more * report["microbatches"], ""))
     if mesh["data"] > report["slices"]:
-        remedies.append(f"--config.mesh.data={report['slices']} (more fsdp)")
-    elif mesh["tensor"] < 8:
-        remedies.append(f"--config.mesh.tensor={2 * mesh['tensor']}")
+        remedies.append(("mesh.data", report["slices"], " (more fsdp)"))
+    elif mesh["tensor"] < TENSOR_SIZES[-1]:
+        remedies.append(("mesh.tensor", 2 * mesh["tensor"], ""))
+    possible = [
+        f"--config.{name}={value}{note}"
+        for name, value, note in remedies
+        if is_possible(asked, {name: value})
+    ]
     return (
         f"The train step needs {format_bytes(compiled['needed_bytes'])} and a "
         f"{report['accelerator']} device has {format_bytes(compiled['usable_bytes'])}: "
-        f"try {', then '.join([*remedies, 'a larger --topology'])}."
+        f"try {', then '.join([*possible, 'a larger --topology'])}."
     )
+
+
+def is_possible(asked: Asked, knobs: dict) -> bool:
+    """Whether a plan takes the config with some knobs changed, {dotted name: value}."""
+    config = asked.config.copy_and_resolve_references()
+    config.update_from_flattened_dict(knobs)
+    try:
+        check_vocabulary(config, asked.vocab_size)
+        estimate(asked._replace(config=config))
+    except UserError:
+        return False
+    return True
 
 
 # ---- in words

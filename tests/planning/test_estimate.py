@@ -35,6 +35,48 @@ def test_a_causal_objective_takes_half_the_flops_of_attention():
     assert past["flops_per_token"] == 6 * MATRICES + 6 * 32 * 4096 * 4096
 
 
+def test_a_causal_network_repeats_half_of_the_attention():
+    def repeated(*words: str) -> float:
+        remats = ("model.remat=full", "model.remat=none")
+        full, none = (estimated("v5p-128", *words, remat)["executed_flops"] for remat in remats)
+        return (full - none) / (5_242_880 / 64)
+
+    projections = 2 * (MATRICES - 126_464 * 4096)
+    assert repeated() == pytest.approx(projections + 4 * 32 * 4096 * 4096)
+    assert repeated("objective.name=autoregressive") == pytest.approx(
+        projections + 2 * 32 * 4096 * 4096
+    )
+
+
+ADAPTERS = ("lora.rank=16", "checkpoint.init_from=base")
+
+
+@pytest.mark.parametrize("words", [(), ("objective.t_sampling=mirrored",), ("model.remat=full",)])
+def test_frozen_matrices_have_no_gradients(words):
+    """Those of the head are left out at the positions that are scored, half of them and a few more
+    with mirrored times."""
+    whole, adapted = estimated("v5p-128", *words), estimated("v5p-128", *words, *ADAPTERS)
+    assert adapted["flops_per_token"] == whole["flops_per_token"]
+    head = 126_464 * 4096
+    saved = 2 * (MATRICES - head + whole["scored_share"] * head)
+    assert whole["executed_flops"] - adapted["executed_flops"] == pytest.approx(
+        5_242_880 / 64 * saved
+    )
+    assert adapted["traffic"] == {**whole["traffic"], "scatter": 0}
+    # without them, a layer takes 4 P FLOPs per token and moves 4 P bytes
+    wide = estimated("v5p-128", *words, *ADAPTERS, "optimizer.gradient_dtype=float32")
+    for key in ("needed_on_all_links", "needed_on_one_axis"):
+        assert wide["intensity"][key] == pytest.approx(whole["intensity"][key])
+
+
+def test_a_frozen_network_sends_no_gradients_between_slices():
+    pods = ("v5e-256", "mesh.data=4", "data.batch_size=512")
+    whole, adapted = estimated(*pods, slices=2), estimated(*pods, *ADAPTERS, slices=2)
+    assert min(whole["traffic"]["data"], whole["traffic"]["dcn"]) > 0
+    assert (adapted["traffic"]["data"], adapted["traffic"]["dcn"]) == (0, 0)
+    assert adapted["intensity"]["needed_between_slices"] == 0
+
+
 @pytest.mark.parametrize(
     ("topology", "mesh", "ways"),
     [("v5p-128", {}, 64), ("v6e-256", {}, 256), ("v5p-128", {"data": 4, "tensor": 2}, 16)],

@@ -1,6 +1,7 @@
 """The search over meshes, remat policies and microbatches."""
 
 import math
+import re
 
 import pytest
 from support.plans import LLADA_8B, VOCAB_SIZE
@@ -54,3 +55,28 @@ def test_a_config_that_does_not_fit_is_answered_with_knobs_that_do():
     changed = load_config(LLADA_8B, ["model.remat=none", *overrides])
     found = plan.estimate(asked._replace(config=changed))
     assert found["memory"]["peak"] < 0.95 * found["usable_bytes"]
+
+
+@pytest.mark.parametrize(
+    ("words", "advised"),
+    [
+        # 24 rows on 8 devices: 2 microbatches of 12 rows cannot be split
+        (
+            ["data.batch_size=24", "model.remat=none"],
+            ["model.remat=full", "optimizer.gradient_accumulation=3", "mesh.tensor=2"],
+        ),
+        (["data.batch_size=32", "model.num_kv_heads=1"], ["optimizer.gradient_accumulation=2"]),
+        (["data.batch_size=8", "mesh.data=2"], ["mesh.data=1"]),
+        # without fsdp=-1 the mesh would be one of 4 devices
+        (["data.batch_size=8", "mesh.data=2", "mesh.fsdp=4"], []),
+    ],
+)
+def test_a_program_that_is_too_large_is_answered_with_what_the_machines_can_split(words, advised):
+    config = load_config(LLADA_8B, ["model.remat=full", *words])
+    asked = plan.Asked(config, hardware.machines_named("8xh100"), 1, VOCAB_SIZE)
+    compiled = {"needed_bytes": 2**40, "usable_bytes": 2**36}
+    sentence = plan.does_not_fit({**plan.estimate(asked), "compiled": compiled}, asked)
+    assert re.findall(r"--config\.(\S+?)(?=,| )", sentence) == advised
+    assert sentence.endswith("a larger --topology.")
+    for flag in advised:
+        plan.estimate(asked._replace(config=load_config(LLADA_8B, [*words, flag])))
