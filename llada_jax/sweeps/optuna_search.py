@@ -29,10 +29,11 @@ def run_optuna(sweep: Sweep, num_trials: int) -> None:
     """Runs trials of suggest(trial) one after another until `num_trials` are over.
 
     Continues where it was stopped. A trial's value is the held-out bits per byte. After each
-    held-out evaluation Optuna's pruner may end the run.
+    held-out evaluation Optuna's pruner may end the run. A run that diverges counts as pruned.
 
     Raises:
-        UserError: the file has no suggest(trial), Optuna is missing, or a suggestion is impossible.
+        UserError: the file has no suggest(trial), Optuna is missing, a suggestion is impossible, or
+            no trial has a value.
         Preempted: asked to stop; the same command continues.
     """
     if not sweep.suggest:
@@ -77,6 +78,11 @@ def search(optuna, sweep: Sweep, num_trials: int, held: Sequence[int]) -> None:
             write_sweep_json(sweep)
         trial.set_user_attr("run", same[0].index if same else sweep.runs[-1].index)
         run_trial(optuna, study, trial, sweep, held)
+    if not study.get_trials(deepcopy=False, states=(states.COMPLETE,)):
+        raise UserError(
+            f"None of {num_trials} trials has a result, because the loss of each became NaN; let "
+            f"suggest(trial) of {sweep.file} choose other values, such as lower learning rates."
+        )
     best = study.best_trial
     run = sweep.runs[best.user_attrs["run"]]
     say(
@@ -112,8 +118,15 @@ def open_study(optuna, sweep: Sweep):
 
 
 def run_trial(optuna, study, trial, sweep: Sweep, held: Sequence[int]) -> None:
-    """Runs one trial to its end, or until it is pruned, and reports its value to the study."""
+    """Runs one trial to its end, or until it is pruned, and reports its value to the study.
+
+    A run that an earlier attempt has ended without a value is not started again.
+    """
     states, run = optuna.trial.TrialState, sweep.runs[trial.user_attrs["run"]]
+    if (state := run.result().state) in ("diverged", "pruned"):
+        say(f"trial {trial.number} is not run: {run.name}, of the same values, ended as {state}")
+        study.tell(trial, state=states.PRUNED)
+        return
     # Not empty for a trial that is continued: Optuna warns about a step reported twice.
     reported = set(study.get_trials(deepcopy=False)[trial.number].intermediate_values)
     is_pruned = False
@@ -146,7 +159,9 @@ def run_trial(optuna, study, trial, sweep: Sweep, held: Sequence[int]) -> None:
     if attempts.must_stop or (status in INTERRUPTED and not is_pruned and not is_over):
         raise Preempted(f"asked to stop in trial {trial.number}; the same command continues it.")
     result = run.result()
-    if is_pruned:
+    # 3 is a loss that is not finite. Optuna's sampler avoids what was pruned, and would suggest
+    # again what has failed.
+    if is_pruned or (status == 3 and not is_over):
         study.tell(trial, state=states.PRUNED)
     elif is_over and not math.isnan(result.bits_per_byte):
         study.tell(trial, result.bits_per_byte)
@@ -157,8 +172,6 @@ def run_trial(optuna, study, trial, sweep: Sweep, held: Sequence[int]) -> None:
                 f"{run.workdir} has no held-out bits per byte to report to Optuna; prepare the "
                 "data with --heldout."
             )
-        # 3 is a loss that is not finite, which only says not to look here. Any other
-        # failure would meet the next trial too.
-        if status != 3:
-            say(f"trial {trial.number} failed with status {status}; see {run.workdir}/train.log")
-            sys.exit(status)
+        # It would meet the next trial too.
+        say(f"trial {trial.number} failed with status {status}; see {run.workdir}/train.log")
+        sys.exit(status)

@@ -59,6 +59,27 @@ def test_optuna_prunes_a_run_that_is_worse_than_the_median(write_config, call_sw
     )  # a pruned trial is over: nothing is started again
 
 
+def test_values_whose_loss_became_nan_are_not_tried_again_and_count(
+    write_config, call_sweep, fake_train
+):
+    """A second attempt of FAKE_TRAIN would complete the run."""
+    library("optuna")
+    write_config("return {'seed': 14 if trial.number < 2 else 1}", head="def suggest(trial):")
+    _, err = call_sweep("--optuna", "3")
+    assert "trial 1 is not run: 000, of the same values, ended as diverged" in err
+    assert "best of 3 trials: 001" in err
+    listed = json.loads(call_sweep("--list", "--json")[0])["runs"]
+    assert [run["state"] for run in listed] == ["diverged", "complete"]
+
+
+def test_a_search_in_which_everything_diverges_ends(write_config, call_sweep, fake_train):
+    library("optuna")
+    write_config("return {'seed': 14}", head="def suggest(trial):")
+    assert "None of 3 trials has a result" in call_sweep("--optuna", "3", status=2)[1]
+    (run,) = json.loads(call_sweep("--list", "--json")[0])["runs"]
+    assert (run["state"], run["step"]) == ("diverged", 5)
+
+
 @pytest.mark.slow
 def test_optuna_continues_the_trial_that_was_stopped(
     write_config, call_sweep, tmp_path, fake_train
