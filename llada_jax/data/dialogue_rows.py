@@ -2,10 +2,83 @@
 dialogue is drawn, and end-of-text tokens fill it up.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import grain
 import numpy as np
+
+from llada_jax.data.records import DatasetInfo
+from llada_jax.errors import UserError
+
+
+def check_dialogues(
+    infos: list[DatasetInfo],
+    *,
+    attend_across_documents: bool,
+    batch_size: int = 1,
+    random_length_probability: float = 0.0,
+    eos_padding: int = 0,
+    padding_cycle: Sequence[int] = (),
+    split_probability: float = 0.0,
+    length_buckets: Sequence[int] = (),
+) -> None:
+    """Raises UserError for settings that would spoil dialogues, or that need some."""
+    for info in infos:
+        if info.dialogues and random_length_probability:
+            raise UserError(
+                f"{info.directory} holds dialogues, whose answers "
+                f"config.data.random_length_probability={random_length_probability} would cut off; "
+                "set it to 0."
+            )
+        if info.dialogues and info.dialogues.are_pairs and attend_across_documents:
+            raise UserError(
+                f"{info.directory} holds pairs, whose answers must not see each other; set "
+                "config.data.attend_across_documents=False."
+            )
+        if info.dialogues and info.dialogues.rows == "packed" and attend_across_documents:
+            raise UserError(
+                f"{info.directory} holds several dialogues in a row, which must not see each "
+                "other; set config.data.attend_across_documents=False, or prepare it with "
+                "--chat rows=padded."
+            )
+        is_padded = info.dialogues and info.dialogues.rows == "padded"
+        if eos_padding and not (is_padded and not info.dialogues.are_pairs):  # type: ignore[union-attr]
+            raise UserError(
+                f"config.data.eos_padding={eos_padding} fills up rows of one dialogue each, and "
+                f"{info.directory} has others; prepare with --chat rows=padded, or set it to "
+                "0."
+            )
+        if info.dialogues and info.dialogues.are_pairs and split_probability:
+            raise UserError(
+                f"{info.directory} holds pairs, whose answers config.data.split_probability="
+                f"{split_probability} would part from their prompts; set it to 0."
+            )
+        if eos_padding and split_probability:
+            raise UserError(
+                f"config.data.eos_padding={eos_padding} fills up whole rows, and "
+                f"config.data.split_probability={split_probability} cuts rows in two; set one of "
+                "them to 0."
+            )
+        if length_buckets and not is_padded:
+            raise UserError(
+                f"config.data.length_buckets={tuple(length_buckets)} cuts padding off, and the "
+                f"rows of {info.directory} are full; prepare with --chat rows=padded, or leave the "
+                "buckets empty."
+            )
+        for token in padding_cycle:
+            special = (info.tokenizer["mask_id"], info.tokenizer["eos_id"])
+            is_eos_alone = token == special[1] and len(padding_cycle) == 1
+            if not 0 <= token < info.vocab_size or (token in special and not is_eos_alone):
+                raise UserError(
+                    f"config.data.padding_cycle={tuple(padding_cycle)}: {token} is not an ordinary "
+                    f"id of the {info.vocab_size} of {info.directory} (mask and end-of-text are "
+                    f"{special[0]} and {special[1]}); name ids that no text uses."
+                )
+    if eos_padding and batch_size % eos_padding:
+        raise UserError(
+            f"config.data.batch_size={batch_size} must be a multiple of "
+            f"config.data.eos_padding={eos_padding}; change one of them."
+        )
 
 
 def draw_answers(eos_id: int) -> Callable[[dict, np.random.Generator], dict]:

@@ -17,11 +17,12 @@ from llada_jax.data.build import (
     SPLITS,
     Job,
     Unit,
+    fingerprint,
     write_receipt,
     write_records,
     writing_to,
 )
-from llada_jax.data.chat_template import Chat, Document
+from llada_jax.data.chat_template import TEMPLATES, Chat, Document, read_template, template_of
 from llada_jax.data.dialogues import KINDS, Malformed, identity_of, parse_record, text_of
 from llada_jax.data.inputs import Input, printable
 from llada_jax.data.lengths import ANSWERS, LENGTHS, added, answer_lengths, rounded_up
@@ -332,3 +333,28 @@ def dialogue_texts(
                 left -= len(text)
             if left <= 0:
                 break
+
+
+# ---- settings
+
+
+def source_of_chat(chat: ChatSettings, tokenizer: Tokenizer | None) -> dict:
+    """Returns what dataset.json says of the settings.
+
+    Args:
+        tokenizer: whose own template its fingerprint leaves out; None where it will be trained.
+    """
+    template = chat.template
+    if template and template not in TEMPLATES:
+        template = fingerprint(read_template(template))[:16]
+    elif not template and tokenizer and tokenizer.chat_template:
+        template = fingerprint(tokenizer.chat_template)[:16]
+    return {**chat.to_json(), "template": template}
+
+
+def with_template(tokenizer: Tokenizer, setting: str) -> Tokenizer:
+    """Returns the tokenizer with the template that `--chat template=` means."""
+    template = template_of(tokenizer, setting)
+    # refuses what is not Jinja, before anything is written
+    Chat(template, tokenizer)
+    return tokenizer.with_chat_template(template)

@@ -42,8 +42,14 @@ from llada_jax.data.build import (
     write_json,
     writing_to,
 )
-from llada_jax.data.chat_template import TEMPLATES, Chat, read_template, template_of
-from llada_jax.data.dialogue_units import SCORED, ChatSettings, dialogue_texts, dialogues_json
+from llada_jax.data.dialogue_units import (
+    SCORED,
+    ChatSettings,
+    dialogue_texts,
+    dialogues_json,
+    source_of_chat,
+    with_template,
+)
 from llada_jax.data.duplicates import count_duplicates, without_duplicates
 from llada_jax.data.inputs import Input, find_inputs, printable
 from llada_jax.data.packing import is_heldout
@@ -157,7 +163,9 @@ def prepare(
         **({"format": cut.form} if cut.form else {}),
         **({"drop_duplicates": True} if drop_duplicates else {}),
         **(
-            {"chat": _chat_source(chat, None if is_trained else make_tokenizer([]))} if chat else {}
+            {"chat": source_of_chat(chat, None if is_trained else make_tokenizer([]))}
+            if chat
+            else {}
         ),
         **({INPUTS: [fingerprint(i.identity)[:16] for i in inputs]} if part else {}),
     }
@@ -170,7 +178,7 @@ def prepare(
             texts = functools.partial(
                 dialogue_texts, inputs, cut.form, chat.records, heldout=heldout
             )
-            make = functools.partial(_with_template, setting=chat.template)
+            make = functools.partial(with_template, setting=chat.template)
             made = _make_tokenizer_once(
                 output, source, lambda: make(make_tokenizer(texts(chars=SAMPLE_CHARS)))
             )
@@ -291,27 +299,6 @@ def _parse_tokenizer(
 
 
 # ---- dialogues
-
-
-def _chat_source(chat: ChatSettings, tokenizer: Tokenizer | None) -> dict:
-    """Returns what dataset.json says of the settings.
-
-    Args:
-        tokenizer: whose own template its fingerprint leaves out; None where it will be trained.
-    """
-    template = chat.template
-    if template and template not in TEMPLATES:
-        template = fingerprint(read_template(template))[:16]
-    elif not template and tokenizer and tokenizer.chat_template:
-        template = fingerprint(tokenizer.chat_template)[:16]
-    return {**chat.to_json(), "template": template}
-
-
-def _with_template(tokenizer: Tokenizer, setting: str) -> Tokenizer:
-    template = template_of(tokenizer, setting)
-    # refuses what is not Jinja, before anything is written
-    Chat(template, tokenizer)
-    return tokenizer.with_chat_template(template)
 
 
 def _of_dialogues(content: dict, receipts: list[dict], chat: ChatSettings) -> dict:
