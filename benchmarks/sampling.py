@@ -201,6 +201,8 @@ def main() -> None:
     args = parser.parse_args()
     if bool(args.checkpoint) != bool(args.data) or (args.control and not args.data):
         parser.error("--checkpoint and --data go together, and --control needs both")
+    if PLAIN not in args.modes:
+        args.modes = [PLAIN, *args.modes]  # what the others are compared with
     if args.cores:
         os.sched_setaffinity(0, sorted(os.sched_getaffinity(0))[: args.cores])
     found = trained(args.checkpoint) if args.checkpoint else untrained(args.size)

@@ -165,7 +165,8 @@ class JaxSide:
         self.model = recipe.model
         self.state = create_state(recipe.model, recipe.optimizer, recipe.abstract, seed=0)
         B, T = size["batch_size"], size["sequence_length"]
-        self.step = compile_step(recipe, (B, T))
+        # compiled by the first step, as torch.compile does
+        self.compile = functools.partial(compile_step, recipe, (B, T))
         self.tokens_BT, self.is_masked_BT, self.p_mask_B = make_batch(size)
         ones_BT = np.ones((B, T), np.int32)
         batch = {
@@ -175,6 +176,10 @@ class JaxSide:
             "is_maskable": ones_BT > 0,
         }
         self.batch = jax.device_put(batch, recipe.batch_sharding)
+
+    @functools.cached_property
+    def step(self) -> Callable:
+        return self.compile()
 
     def check(self, path: str) -> float:
         """Saves the parameters to `path` and returns the loss of the fixed corrupted batch."""

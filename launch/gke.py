@@ -290,12 +290,15 @@ def machines_of(args: argparse.Namespace) -> Slice:
 def place_of(args: argparse.Namespace, machines: Slice) -> Place:
     """Returns what the pods of a command line are, for the check of the command."""
     buckets = {bucket.path: not bucket.is_read_only for bucket in parse_buckets(args.gcs_fuse)}
+    of_machines = "cuda" if machines.accelerator.platform == "gpu" else "tpu"
     return Place(
         machines=machines,
         num_slices=args.slices,
-        mounts=buckets | ({args.ramdisk: True} if args.ramdisk else {}),
+        # and not the RAM disk, of which every node has one of its own
+        mounts=buckets,
         extras=HOST_EXTRAS,
-        how_to_install="build an image with --build-arg EXTRA=tpu,{extra} and add --unchecked",
+        how_to_install=f"build an image with --build-arg EXTRA={of_machines},{{extra}} and add "
+        "--unchecked",
     )
 
 

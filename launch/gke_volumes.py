@@ -7,6 +7,7 @@ This is not a launcher, and nothing here talks to a cluster; launch/gke.py impor
 
 import ast
 import hashlib
+import sys
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -146,11 +147,22 @@ def modules_in(text: str) -> set[str]:
 
 
 def with_own_parts(files: dict[str, str], config: Path, command: list[str]) -> dict[str, str]:
-    """Returns the files together with the own parts that knobs of the command line name."""
-    for word in command:
-        module = word.rpartition("=")[2].partition(":")[0]
-        if ":" in word and module.isidentifier() and (config.parent / f"{module}.py").is_file():
+    """Returns the files together with the own parts that knobs of the command line name.
+
+    Raises:
+        UserError: a part lies in the current directory, which the pods do not have.
+    """
+    words = [word.rpartition("=")[2].partition(":")[0] for word in command if ":" in word]
+    named = {word for word in words if word.isidentifier()}
+    for module in sorted(named):
+        if (config.parent / f"{module}.py").is_file():
             files |= files_of(config.parent / f"{module}.py")
+    for module in sorted(named.union(*map(modules_in, files.values())) - sys.stdlib_module_names):
+        if f"{module}.py" not in files and Path(f"{module}.py").is_file():
+            raise UserError(
+                f"{module}.py lies in the current directory, and the pods get only what lies next "
+                f"to {config}; put it there, or into the image under another name."
+            )
     return files
 
 

@@ -10,7 +10,7 @@ import jax.numpy as jnp
 
 from llada_jax.objectives.corruption import corrupt_exactly_k, sample_t
 from llada_jax.objectives.masked_diffusion import masked_diffusion
-from llada_jax.objectives.objective import Objective
+from llada_jax.objectives.objective import Objective, start_as_reference
 
 
 def anchored(*, mask_id: int, bos_id: int, vocab_size: int, strength: float = 0.1) -> Objective:
@@ -21,7 +21,10 @@ def anchored(*, mask_id: int, bos_id: int, vocab_size: int, strength: float = 0.
         bound=masked_diffusion(mask_id=mask_id).bound,
         bound_name="nelbo",
         # all parameters are trained, and a copy of them is the reference
-        split_parameters=lambda network, key: (network, network),
+        split_parameters=start_as_reference,
+        has_reference=True,
+        # the loss asks the reference once, without gradients
+        other_passes=1,
     )
 
 

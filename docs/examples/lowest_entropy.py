@@ -14,4 +14,6 @@ import jax.numpy as jnp
 def lowest_entropy(logits_BTV, choices_BT, keys_B):
     """Returns the entropy with its sign changed, float32 [B, T]."""
     log_p_BTV = jax.nn.log_softmax(logits_BTV)
-    return jnp.sum(jnp.exp(log_p_BTV) * log_p_BTV, axis=-1)
+    # 0 for suppressed tokens, whose logits are -inf
+    p_BTV = jnp.exp(log_p_BTV)
+    return jnp.sum(p_BTV * jnp.where(p_BTV > 0, log_p_BTV, 0.0), axis=-1)

@@ -1,7 +1,9 @@
 """The container image of the launchers."""
 
+import os
 import re
 import subprocess
+import sys
 
 from support.paths import ROOT
 from support.required import program
@@ -29,3 +31,26 @@ def test_the_dockerfile_copies_existing_files_and_installs_known_extras():
     setup = (ROOT / "setup.py").read_text()
     for extra in re.findall(r"EXTRA=(\w+)", text) + re.findall(r",(\w+)\]", text):
         assert f'"{extra}":' in setup
+
+
+def test_the_steps_of_the_dockerfile_install_the_code_that_they_copy(tmp_path):
+    """Run here without the dependencies, as the first step leaves an empty package behind."""
+    image, site = tmp_path / "llada_jax", tmp_path / "site"
+    image.mkdir()
+    text = (ROOT / "launch" / "Dockerfile").read_text().replace("\\\n", " ")
+    environment = {**os.environ, "EXTRA": "tpu"}
+    install = f"{sys.executable} -m pip install --quiet --no-build-isolation --no-deps"
+    for step, words in re.findall(r"^(COPY|RUN) (.*)$", text, flags=re.MULTILINE):
+        if step == "RUN":
+            words = words.replace("pip install", f"{install} --upgrade --target {site}")
+            subprocess.run(words, shell=True, check=True, cwd=image, env=environment)
+        else:
+            # like a build, with the times of a checkout that is older than the image
+            *sources, place = words.split()
+            for source in sources:
+                subprocess.run(["cp", "-r", ROOT / source, image / place], check=True)
+            subprocess.run(
+                ["find", image, "-exec", "touch", "-d", "2020-01-01", "{}", "+"], check=True
+            )
+    for file in (ROOT / "llada_jax").rglob("*.py"):
+        assert (site / file.relative_to(ROOT)).read_bytes() == file.read_bytes()

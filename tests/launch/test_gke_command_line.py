@@ -87,6 +87,23 @@ def test_a_gpu_is_accepted_exactly_when_gke_offers_it(name, capsys):
     assert ("gke-accelerator" in capsys.readouterr().out) == (status == 0)
 
 
+@pytest.mark.parametrize(("topology", "extra"), [("v5p-8", "tpu"), ("h100", "cuda")])
+def test_an_extra_that_the_image_lacks_is_added_to_that_of_the_machines(topology, extra, capsys):
+    words = ["--name", "run", "--image", "i:1", "--topology", topology, "--dry-run", "--"]
+    command = "llada-jax evaluate --checkpoint gs://bucket/run --tasks gsm8k"
+    assert gke.main([*words, *command.split()]) == 2
+    assert f"an image with --build-arg EXTRA={extra},eval and" in capsys.readouterr().err
+
+
+def test_the_ram_disk_of_a_node_is_no_place_for_a_run(capsys):
+    words = ["--name", "run", "--image", "i:1", "--topology", "v5p-16", "--ramdisk", "/local"]
+    command = "llada-jax evaluate --checkpoint /local/run --data gs://bucket/data"
+    assert gke.main([*words, "--dry-run", "--", *command.split()]) == 2
+    assert (
+        "--checkpoint /local/run is not on a disk that the hosts share" in capsys.readouterr().err
+    )
+
+
 def test_a_dry_run_needs_no_kubectl(monkeypatch, capsys):
     monkeypatch.setenv("PATH", "/nowhere")
     words = ["--name", "run", "--image", "i:1", "--topology", "v5p-8"]

@@ -104,6 +104,22 @@ def test_own_parts_of_the_command_line_are_sent(config):
     assert "anneal.py" in manifests(command=command_with(config, *words))[0]["data"]
 
 
+@pytest.mark.parametrize("is_in_the_config", [False, True])
+def test_own_parts_that_only_this_machine_finds_are_refused(
+    config, is_in_the_config, tmp_path, monkeypatch
+):
+    elsewhere = tmp_path / "elsewhere"
+    elsewhere.mkdir()
+    monkeypatch.chdir(elsewhere)
+    (elsewhere / "staircase.py").write_text("def rate(**_):\n    return lambda step: 1e-4\n")
+    words = ["--config.schedule.name=staircase:rate"]
+    if is_in_the_config:
+        config.write_text(CONFIG.replace("gentle:rate", "staircase:rate"))
+        words = []
+    with pytest.raises(UserError, match="staircase.py lies in the current directory"):
+        gke_volumes.shipped("run", command_with(config, *words))
+
+
 def test_a_config_of_the_image_is_left_to_the_image():
     words = ["llada-jax", "train", "--config", "/llada_jax/configs/absent.py", "--workdir", "w"]
     (jobset,) = manifests("--unchecked", command=words)

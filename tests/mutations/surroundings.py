@@ -92,7 +92,34 @@ DATA = [
             "for part in parts[:1]) for count",
         ),
         ("the same inputs in two parts", "!= number:", "== -1:"),
-        ("parts of several lengths", "if of(info) != of(infos[0]):", "if of(info) is None:"),
+        (
+            "parts of several lengths",
+            "if value != settings[0][what]:",
+            "if value is None:",
+        ),
+        (
+            "parts with several chat templates",
+            '"--chat settings": content["source"].get("chat"),',
+            '"--chat settings": None,',
+        ),
+    ),
+    *faults_of(
+        "llada_jax/data/build.py",
+        "tests/data/test_preparation_restarts.py",
+        (
+            "a receipt that outlives its records",
+            "    receipt_path(job.output, unit).unlink(missing_ok=True)\n",
+            "",
+        ),
+    ),
+    *faults_of(
+        "launch/slurm.py",
+        "tests/launch/test_slurm_jobs.py",
+        (
+            "the last job of an array starts all of them again",
+            'scontrol requeue "${{job:-$SLURM_JOB_ID}}"',
+            'scontrol requeue "$SLURM_JOB_ID"',
+        ),
     ),
 ]
 

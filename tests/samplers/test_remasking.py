@@ -96,6 +96,10 @@ def test_the_example_of_the_docs_keeps_the_sharpest_distribution(monkeypatch):
     expected = -np.log(4)  # of the uniform distribution, up to the sign
     uniform = confidences(rule, jnp.zeros((1, 1, 4)), jnp.zeros((1, 1), int), None)
     np.testing.assert_allclose(uniform, [[expected]], rtol=1e-6)
+    # suppressed tokens have no probability, and no part in the entropy
+    suppressed_BTV = jnp.concatenate([logits_BTV, jnp.full((1, 3, 1), -jnp.inf)], axis=-1)
+    same_BT = confidences(rule, suppressed_BTV, logits_BTV.argmax(-1), None)
+    np.testing.assert_allclose(same_BT, confidence_BT, rtol=1e-6)
     assert MASK not in sample("lowest_entropy:lowest_entropy")
 
 
