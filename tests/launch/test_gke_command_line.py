@@ -95,7 +95,7 @@ def test_an_extra_that_the_image_lacks_is_added_to_that_of_the_machines(topology
     assert f"an image with --build-arg EXTRA={extra},eval and" in capsys.readouterr().err
 
 
-def test_the_ram_disk_of_a_node_is_no_place_for_a_run(capsys):
+def test_a_run_cannot_live_on_the_ram_disk_of_a_node(capsys):
     words = ["--name", "run", "--image", "i:1", "--topology", "v5p-16", "--ramdisk", "/local"]
     command = "llada-jax evaluate --checkpoint /local/run --data gs://bucket/data"
     assert gke.main([*words, "--dry-run", "--", *command.split()]) == 2

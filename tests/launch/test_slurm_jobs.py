@@ -230,15 +230,17 @@ def test_a_job_that_loses_a_node_is_restarted(submit, tmp_path):
 
 def test_each_index_of_an_array_is_requeued_by_itself(submit, tmp_path):
     code = (
-        "again = pathlib.Path(sys.argv[1] + 'was here'); print(sys.argv[2:]); index = sys.argv[2]\n"
+        "print(sys.argv[2:]); index = sys.argv[2]\n"
+        "again = pathlib.Path(sys.argv[1] + 'was here' + index)\n"
     )
-    code += "if index == '1' and not again.exists(): again.touch(); sys.exit(42)"
+    # the last one has the number of the whole array
+    code += "if index in '12' and not again.exists(): again.touch(); sys.exit(42)"
     job = submit("--array", "0-2", command=[*python(code), str(tmp_path), "$SLURM_ARRAY_TASK_ID"])
     ended = [job.wait_for_end(index=index) for index in range(3)]
     assert [(fields["JobState"], fields["Restarts"]) for fields in ended] == [
         ("COMPLETED", "0"),
         ("COMPLETED", "1"),
-        ("COMPLETED", "0"),
+        ("COMPLETED", "1"),
     ]
     for index in range(3):
         log = job.logs / f"llada-jax-{job.number}_{index}-task0.log"

@@ -140,15 +140,23 @@ def test_words_and_variables_reach_the_command_as_they_are(tmp_path, word):
 
 
 @pytest.mark.slow
-def test_a_job_whose_starts_save_no_new_step_is_requeued_only_twice(tmp_path):
-    run, logs = tmp_path / "a run", tmp_path / "logs"
+@pytest.mark.parametrize(
+    ("flags", "verb", "run"),
+    [
+        ([], ["train"], "a run"),
+        # the fake job is the task of index 5
+        (["--array", "0-11"], ["sweep", "--index", "$SLURM_ARRAY_TASK_ID"], "a run/005"),
+    ],
+)
+def test_a_job_whose_starts_save_no_new_step_is_requeued_only_twice(tmp_path, flags, verb, run):
+    run, logs = tmp_path / run, tmp_path / "logs"
     (run / "checkpoints").mkdir(parents=True)
     logs.mkdir()
 
     def start(code: str) -> str:
-        words = ["--workdir", run, "--logs-are-elsewhere"]
-        script = dry_run("--logs", logs, "--", "bash", "-c", f"{code}; exit 42", "bash", *words)
-        return in_a_fake_job(script, tmp_path)
+        words = [*verb, "--workdir", tmp_path / "a run", "--logs-are-elsewhere"]
+        command = ["bash", "-c", f"{code}; exit 42", "llada-jax", *words]
+        return in_a_fake_job(dry_run("--logs", logs, *flags, "--", *command), tmp_path)
 
     message = "not requeued, because 3 starts in a row saved no new step"
     for code, is_last in (

@@ -183,7 +183,7 @@ def remote_scripts() -> dict[str, str]:
         "unpack": tpu_vm_commands.UNPACK,
         "clean": tpu_vm_commands.CLEAN,
         "stop": tpu_vm_commands.STOP,
-        "lock": tpu_vm_commands.lock_script(("eval",)),
+        "lock": tpu_vm_commands.lock_script(("eval",), "jax==0.10.2\n"),
         "install": tpu_vm_commands.install_script("jax==0.10.2\n", ("eval",)),
         "mount": tpu_vm_commands.mount_script(buckets),
         "set up": tpu_vm_commands.set_up_script("echo ready"),

@@ -71,11 +71,30 @@ def test_all_hosts_get_the_versions_that_the_first_one_has_resolved(tmp_path):
     (lock,) = installed_versions(cloud, nodes=("run-0", "run-1"))
     # a line that is not a version, such as a warning, is not one of them
     assert lock == (cloud.logs / "run.lock").read_text()
-    assert lock.startswith("jax==0.")
-    assert len(lock.splitlines()) == 1
+    extras, version = lock.splitlines()
+    assert extras == "# llada_jax[tpu,data,gs,s3,hf]"
+    assert version.startswith("jax==0.")
     # A later start, with whatever has been released since, gets the same.
     assert cloud.run("--slices", "2", topology="v6e-8")[0] == 0
     assert installed_versions(cloud, nodes=("run-0", "run-1")) == {lock}
+
+
+@pytest.mark.slow
+def test_another_extra_is_added_to_the_versions_of_the_first_start(tmp_path):
+    cloud = Cloud(tmp_path, num_workers=1)
+    cloud.plan("states", ["ACTIVE"])
+    cloud.outcomes(["0"], ["0"])
+    # keeps the versions of the file, as uv does, and adds one that is named after the last extra
+    last_extra = r"s/.*--extra \([a-z]*\) setup.py/\1==1/p"
+    cloud.program(
+        "remote/python3",
+        '#!/bin/sh\ncase "$*" in *"--constraint $HOME/llada_jax.lock"*)\n'
+        f'  cat "$HOME/llada_jax.lock"; echo "$*" | sed -n "{last_extra}" ;; esac\n',
+    )
+    assert cloud.run(topology="v6e-8")[0] == 0
+    assert installed_versions(cloud) == {"# llada_jax[tpu,data,gs,s3,hf]\nhf==1\n"}
+    assert cloud.run("--extra", "eval", topology="v6e-8")[0] == 0
+    assert installed_versions(cloud) == {"# llada_jax[tpu,data,gs,s3,hf,eval]\nhf==1\neval==1\n"}
 
 
 @pytest.mark.slow
