@@ -11,6 +11,7 @@ from llada_jax.errors import (
     LostPeer,
     NumericsError,
     Preempted,
+    Unreachable,
     UserError,
     look_up,
     one_line,
@@ -101,7 +102,7 @@ def run_verb(argv: list[str]) -> int:
     except Preempted as error:
         print(f"llada-jax: {error}", file=sys.stderr)
         return error.exit_status
-    except (UserError, NumericsError, LostPeer) as error:
+    except (UserError, NumericsError, LostPeer, Unreachable) as error:
         print(f"llada-jax: {error}", file=sys.stderr)
         leave_the_others(error.exit_status)
         return error.exit_status

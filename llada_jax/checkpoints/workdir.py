@@ -50,6 +50,8 @@ from llada_jax.storage.arrays import kvstore_of, read_chunks
 from llada_jax.training.state import TrainState
 
 FOLDER = "checkpoints"
+# The file that Orbax writes last into the folder of a step. In a bucket no step counts without it.
+MARK = "commit_success.txt"
 # Of an array on the disk. A reader holds one chunk next to the array, so this bounds its memory,
 # however few devices saved the array. Of larger arrays of stacked layers, a chunk holds one layer.
 CHUNK_BYTES = 64 << 20

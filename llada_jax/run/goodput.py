@@ -13,6 +13,9 @@ from llada_jax.errors import reason
 from llada_jax.storage import files, remote
 
 FILE = "goodput.json"
+# How far marks may be thinned out: to gaps of this share of the distance to the newest mark. A run
+# that goes back counts at most so much more as done again than it has to do again.
+GAP = 0.02
 
 
 class Ledger:
@@ -97,9 +100,7 @@ class Ledger:
     def mark(self, step: int) -> None:
         """Notes the productive time up to a step that is about to be saved, and writes the file."""
         seconds = self.seconds()
-        # 100 are enough: a run continues from a recent save; one that is rolled back further than
-        # that counts all of its steps as done again
-        self._marks = [*self._marks[-99:], (step, seconds.get("step", 0.0))]
+        self._marks = _thinned([*self._marks, (step, seconds.get("step", 0.0))])
         if self._enabled:
             kept = {
                 "first_start": self._first_start,
@@ -129,6 +130,21 @@ class Ledger:
         )
         share = seconds.get("step", 0.0) / total
         return f"goodput     {share:.0%} of {total / 3600:.2f} h; lost to {causes}"
+
+
+def _thinned(marks: list[tuple[int, float]]) -> list[tuple[int, float]]:
+    """Returns marks, in their order, without some of the old ones.
+
+    A run that continues from a step without a mark counts from the mark before. The gaps grow with
+    the distance from the newest mark, so that there are a few hundred marks however often and
+    however long a run saves.
+    """
+    newest, kept = marks[-1][0], marks[-1:]
+    # without a mark, a run counts from its beginning
+    for mark, (older, _) in zip(marks[-2::-1], [*marks[-3::-1], (0, 0.0)]):
+        if kept[-1][0] - older > GAP * (newest - older):
+            kept.append(mark)
+    return kept[::-1]
 
 
 def _checked(kept: dict) -> dict:

@@ -12,6 +12,7 @@ import numpy as np
 from jax.experimental import multihost_utils
 
 from llada_jax.cluster import distributed
+from llada_jax.cluster.agreement import on_first_process
 from llada_jax.data.loader import SourceSummary
 from llada_jax.evaluation.splits import bound_of_split
 from llada_jax.objectives.objective import Objective
@@ -109,14 +110,19 @@ class Unfinished:
         self._settings = json.loads(json.dumps(settings))
         self._is_first = jax.process_index() == 0
 
-    def read(self, step: int) -> Scored | None:
-        """Returns what was scored of the weights of this step, in every process; None: nothing."""
+    def read(self, step: int, num_batches: int) -> Scored | None:
+        """Returns what was scored of the weights of this step, in every process; None: nothing.
+
+        Args:
+            num_batches: how many the evaluation is to score. Another number draws other rows.
+        """
         kept = b""
         if self._is_first:
             # It only saves time: a file that is damaged or of something else costs a repetition.
             with contextlib.suppress(OSError, ValueError, TypeError, KeyError, AttributeError):
                 content = files.decode_json(self._path.read_text())
-                if content["step"] == step and content["settings"] == self._settings:
+                found = [content[name] for name in ("step", "num_batches", "settings")]
+                if found == [step, num_batches, self._settings]:
                     scored = {
                         group: [tuple(map(float, sums)) for sums in batches]
                         for group, batches in content["scored"].items()
@@ -131,12 +137,31 @@ class Unfinished:
         padded[: len(kept)] = np.frombuffer(kept, np.uint8)[:size]
         return json.loads(np.asarray(multihost_utils.broadcast_one_to_all(padded)).tobytes())
 
-    def write(self, step: int, scored: Scored) -> None:
+    def write(self, step: int, num_batches: int, scored: Scored) -> None:
         """Keeps the sums; a disk that refuses costs the time of scoring the batches again."""
         if self._is_first:
-            content = {"step": step, "settings": self._settings, "scored": scored}
+            content = {"step": step, "num_batches": num_batches, "settings": self._settings}
+            content["scored"] = scored
             with contextlib.suppress(OSError):
                 files.write_whole(self._path, json.dumps(content) + "\n")
+
+    def is_of(self, step: int) -> bool:
+        """Returns whether the file is of the weights of this step, in every process."""
+        return on_first_process(lambda: self._step() == step)
+
+    def clear_others(self, step: int) -> None:
+        """Removes the file unless it is of this step, from which a run starts.
+
+        A run that starts from another one has gone back, to an older checkpoint or by a rollback,
+        and may come to the step of the file with other weights.
+        """
+        if self._is_first and self._step() != step:
+            self.clear()
+
+    def _step(self) -> int | None:
+        with contextlib.suppress(OSError, ValueError, TypeError, KeyError):
+            return files.decode_json(self._path.read_text())["step"]
+        return None
 
     def clear(self) -> None:
         """Removes the file: the evaluation is complete."""
@@ -152,6 +177,7 @@ class HeldoutEvaluations:
         workdir: local directory or URL; keeps what an interrupted evaluation has scored.
         recipe: llada_jax.training.step.Recipe of the run.
         data: llada_jax.run.start.RunData, whose held-out splits are scored.
+        start_step: at which this attempt of the run begins.
         batch_size: rows that are scored at once, over all hosts.
         weights: what config.evaluation.weights says, which an interrupted evaluation must share
             with the one that continues it.
@@ -166,6 +192,7 @@ class HeldoutEvaluations:
         recipe,
         data,
         *,
+        start_step: int,
         batch_size: int,
         sequence_length: int,
         attend_across_documents: bool,
@@ -183,6 +210,7 @@ class HeldoutEvaluations:
         }
         depends_on = {"data": data.record(), "weights": weights, **self._settings}
         self._unfinished = Unfinished(workdir, depends_on)
+        self._unfinished.clear_others(start_step)
         # once for the run: the compiled program is found again by later evaluations
         self._on_compiled = functools.cache(
             functools.partial(distributed.meet, "evaluation", timeout_s=timeout_s)
@@ -197,7 +225,7 @@ class HeldoutEvaluations:
             AskedToStop: between two batches; what was scored is kept for the next call, which may
                 be in another process.
         """
-        scored = self._unfinished.read(step) or {}
+        scored = self._unfinished.read(step, num_batches) or {}
         try:
             return evaluate_heldout(
                 self._recipe.model,
@@ -213,12 +241,12 @@ class HeldoutEvaluations:
                 **self._settings,
             )
         except AskedToStop:
-            self._unfinished.write(step, scored)
+            self._unfinished.write(step, num_batches, scored)
             raise
 
     def is_unfinished(self, step: int) -> bool:
         """Returns whether an evaluation of the weights after `step` was interrupted."""
-        return self._unfinished.read(step) is not None
+        return self._unfinished.is_of(step)
 
     def forget(self) -> None:
         """Removes what was kept: the bounds of the last evaluation are in the metrics."""

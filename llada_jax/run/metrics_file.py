@@ -376,11 +376,14 @@ def bound_of(line: dict, kind: str) -> dict | None:
     Returns:
         {"name": "nelbo" or "nll", "nats_per_token", "bits_per_byte", "nats_error", "bits_error":
         the standard errors of these two, nan where there is none, "num_splits"}.
+
+    Raises:
+        KeyError: the line is damaged, and has another metric in place of the bound.
     """
     groups = [group for key, group in line.items() if key.startswith(kind)]
-    name = next((n for n in ("nelbo", "nll") if groups and n in groups[0]), None)
-    if name is None:
+    if not groups:
         return None
+    name = "nelbo" if "nelbo" in groups[0] else "nll"
     nats = [float(group[name]) for group in groups]
     bits = [float(group.get("bits_per_byte", math.nan)) for group in groups]
     errors = [float(group.get("standard_error", math.nan)) for group in groups]
@@ -405,8 +408,10 @@ def last_bound(lines: list[dict], step: int) -> dict | None:
     found = None
     for line in lines:
         for kind in ("heldout", "final"):
-            if line["step"] <= step and (bound := bound_of(line, kind)):
-                found = {"step": line["step"], **bound}
+            # a damaged line has no bound
+            with contextlib.suppress(KeyError):
+                if line["step"] <= step and (bound := bound_of(line, kind)):
+                    found = {"step": line["step"], **bound}
     return found
 
 

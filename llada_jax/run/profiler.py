@@ -1,5 +1,6 @@
 """A window of steps in which JAX's profiler records what the devices do, into WORKDIR/profile."""
 
+import contextlib
 import tempfile
 
 import jax
@@ -29,6 +30,11 @@ class ProfilerWindow:
         return self
 
     def __exit__(self, *exception):
+        # The block has ended with an error, which is worth more than the profile. JAX allows one
+        # profile at a time, and the next run of this process may be to record one.
+        if self._is_recording:
+            with contextlib.suppress(Exception):
+                self._stop()
         if self._spool:
             self._spool.cleanup()
 
@@ -51,7 +57,10 @@ class ProfilerWindow:
         """
         if self._is_recording and (step == self._last or is_stopping):
             jax.block_until_ready(result)
-            jax.profiler.stop_trace()
-            if self._spool:
-                remote.upload(self._spool.name, self._target)
-            self._is_recording = False
+            self._stop()
+
+    def _stop(self) -> None:
+        self._is_recording = False
+        jax.profiler.stop_trace()
+        if self._spool:
+            remote.upload(self._spool.name, self._target)

@@ -10,7 +10,8 @@ class TrainedRun(NamedTuple):
 
     workdir: where it is, for llada_jax.load. step: optimizer steps done. train: the last logged
     training metrics, such as "loss". final: {group: metrics} of the last held-out evaluation, such
-    as {"final": {"nelbo": ...}}; empty where nothing was held out.
+    as {"final": {"nelbo": ...}} or, of a mixture, {"final_0_web": ..., "final_1_code": ...}; empty
+    where nothing was held out.
     """
 
     workdir: str
@@ -29,6 +30,6 @@ def trained_run(workdir: str, step: int) -> TrainedRun:
     final: dict[str, dict[str, float]] = {}
     for line in read_lines(workdir):
         train = line.get("train", train)
-        found = {group: line[group] for group in line if group.split("/")[0] == "final"}
+        found = {group: line[group] for group in line if group.startswith("final")}
         final = found or final
     return TrainedRun(workdir, step, train, final)

@@ -77,6 +77,18 @@ def write_rollbacks(workdir, rollbacks: Rollbacks) -> None:
     files.write_whole(remote.path_of(workdir) / FILE, json.dumps(rollbacks._asdict()) + "\n")
 
 
+def rollbacks_of_run(found: Rollbacks, recorded: dict | None) -> Rollbacks:
+    """Returns what a run leaves out: by its own file or, without one, by its newest checkpoint.
+
+    A run that was restored from another workdir has no file of its own, and must leave out the same
+    data as the run that it continues.
+
+    Args:
+        found: of read_rollbacks. recorded: of the record of the checkpoint; None: nothing.
+    """
+    return as_rollbacks(recorded) if recorded and not found.count else found
+
+
 def as_rollbacks(record: dict) -> Rollbacks:
     """Returns what a file, or the record of a checkpoint, holds as JSON."""
     stretches = tuple((int(first), int(last)) for first, last in record["skipped"])

@@ -21,7 +21,7 @@ from llada_jax.checkpoints.continuation import (
 )
 from llada_jax.checkpoints.host_copies import LocalCheckpoints
 from llada_jax.checkpoints.huggingface import find_weights, tokenizer_of
-from llada_jax.checkpoints.record import RunRecord, reads_ema, write_run
+from llada_jax.checkpoints.record import FILE, RunRecord, reads_ema, write_run
 from llada_jax.checkpoints.workdir import Checkpoints, find_checkpoint
 from llada_jax.cluster.agreement import check_same_everywhere
 from llada_jax.data.batch import Field
@@ -32,7 +32,7 @@ from llada_jax.errors import UserError
 from llada_jax.models.model import abstract_parameters
 from llada_jax.paths import check_savable
 from llada_jax.run.metrics_file import MetricsWriter
-from llada_jax.run.rollbacks import Rollbacks, as_rollbacks, read_rollbacks
+from llada_jax.run.rollbacks import Rollbacks, read_rollbacks, rollbacks_of_run
 from llada_jax.run.trackers import Tracker
 from llada_jax.storage import files, remote
 from llada_jax.storage.locks import only_run_in
@@ -203,10 +203,8 @@ def open_workdir(
     )
     start_step = int(state.step)
     check_same_everywhere({"the start step": start_step})
-    # A run restored from another workdir has no rollbacks.json of its own, and must leave out the
-    # same data as the run that it continues.
-    if not rollbacks.count and continued is not None and continued.rollbacks:
-        rollbacks = as_rollbacks(continued.rollbacks)
+    if continued is not None:
+        rollbacks = rollbacks_of_run(rollbacks, continued.rollbacks)
     record = dataclasses.replace(record, rollbacks=rollbacks._asdict())
     if local:
         local.drop_after(start_step)
@@ -347,7 +345,8 @@ def first_state(
             what was rolled back.
 
     Raises:
-        UserError: a checkpoint is damaged, or is of another network, tokenizer, data or config.
+        UserError: a checkpoint is damaged, or is of another network, tokenizer, data or config; or
+            there are local copies and this workdir holds no run.
     """
     note = ""
     if local:
@@ -358,6 +357,13 @@ def first_state(
         if state is not None and theirs.num_rollbacks < num_rollbacks:
             state, note = None, " (the local copies are from before the rollback)"
         if state is not None:
+            # run.json is written at a run's first start, before anything is copied
+            if not saved.steps and not (saved.directory.parent / FILE).exists():
+                raise UserError(
+                    f"{local.directory} holds step {int(state.step)} of a run in "
+                    f"{saved.directory.parent}, which holds no run; to begin again, remove "
+                    f"{local.directory} on all hosts, and to continue, put the workdir back."
+                )
             check_continues(theirs, run, local.directory)
             return FirstState(state, f"step {int(state.step)} of {local.directory}{note}", theirs)
     if saved.steps:

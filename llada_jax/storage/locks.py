@@ -7,6 +7,7 @@ import fcntl
 import os
 
 from llada_jax.errors import UserError
+from llada_jax.storage import files
 from llada_jax.storage.remote import is_remote
 
 
@@ -68,7 +69,8 @@ def _locked(workdir: str, how: int, *, holder: str):
         yield []
         return
     # The directory itself is locked and not a file in it, so that nothing is left behind.
-    directory = os.open(workdir, os.O_RDONLY)
+    with files.reading(f"The workdir {workdir}", remedy="change its permissions"):
+        directory = os.open(workdir, os.O_RDONLY)
     try:
         if not try_lock(directory, how):
             raise UserError(

@@ -92,6 +92,41 @@ def upload(folder, target) -> None:
             (epath.Path(target) / file.relative_to(folder)).write_bytes(file.read_bytes())
 
 
+def move(folder, target, *, mark: str) -> None:
+    """Moves a folder, within a disk or within a bucket.
+
+    On a disk it is renamed. The objects of a bucket are copied and then removed, and readers take
+    the folder for whole while it has its mark: a call that is interrupted leaves the folder as it
+    was, or a target that is whole and a folder without its mark.
+
+    Args:
+        folder, target: both local, or both in one bucket. The target does not exist, but its parent
+            does.
+        mark: the name of the file in the folder that is written last.
+
+    Raises:
+        OSError: the disk or bucket refuses.
+    """
+    if not is_remote(folder):
+        Path(folder).rename(target)
+        return
+    from fsspec.core import url_to_fs
+
+    filesystem, source = url_to_fs(os.fspath(folder))
+    _, destination = url_to_fs(os.fspath(target))
+    first = f"{source}/{mark}"
+    try:
+        others = [name for name in filesystem.find(source) if name != first]
+        for names in (others, [first]):
+            copies = [f"{destination}{name.removeprefix(source)}" for name in names]
+            filesystem.copy(names, copies)
+        for names in ([first], others):
+            filesystem.rm(names)
+    except Exception as error:
+        # The clients share no class of errors for what can go wrong.
+        raise OSError(reason(error)) from error
+
+
 class Claim:
     """Makes the newest process that claims a remote folder its only writer; an older one finds out
     when it next asks `is_ours`.

@@ -4,12 +4,20 @@ The LLaDA authors met a NaN after 1.2T of 2.3T tokens, went back to a checkpoint
 learning rate (arXiv 2502.09992, section 2.2).
 """
 
+from collections.abc import Sequence
+
 from llada_jax.checkpoints.orbax_patches import drop_echoes
-from llada_jax.checkpoints.workdir import FOLDER, Checkpoints
+from llada_jax.checkpoints.workdir import FOLDER, MARK, Checkpoints
 from llada_jax.errors import UserError
-from llada_jax.run.metrics_file import SAMPLES, read_lines
-from llada_jax.run.rollbacks import Rollbacks, read_rollbacks, skip_after, write_rollbacks
-from llada_jax.storage import remote
+from llada_jax.run.metrics_file import METRICS, SAMPLES, drop_lines_after, read_lines
+from llada_jax.run.rollbacks import (
+    Rollbacks,
+    read_rollbacks,
+    rollbacks_of_run,
+    skip_after,
+    write_rollbacks,
+)
+from llada_jax.storage import files, remote
 from llada_jax.storage.locks import only_run_in
 from llada_jax.verbs.command_line import Parser
 
@@ -47,7 +55,8 @@ def main(argv: list[str]) -> None:
 def roll_back(workdir: str, *, to: int, num_skipped: int | None = None) -> str:
     """Moves what is later than a step into WORKDIR/rolled-back/N and notes the data to leave out.
 
-    Nothing is deleted. A call that was killed half-way may be repeated in the same way.
+    Nothing is deleted. A call that was killed half-way may be repeated in the same way, and moves
+    the rest into the next folder.
 
     Args:
         to: a saved step.
@@ -58,7 +67,8 @@ def roll_back(workdir: str, *, to: int, num_skipped: int | None = None) -> str:
         One sentence about what was done.
 
     Raises:
-        UserError: the workdir has no checkpoint of that step, or `num_skipped` is negative.
+        UserError: the workdir has no checkpoint of that step or cannot be written, or `num_skipped`
+            is negative.
     """
     path = remote.path_of(workdir)
     if not (path / FOLDER).exists():
@@ -68,35 +78,54 @@ def roll_back(workdir: str, *, to: int, num_skipped: int | None = None) -> str:
         )
     saved = Checkpoints(workdir, owned=False)
     steps = saved.steps
-    saved.close()
     if to not in steps:
         raise UserError(
             f"{workdir} has no checkpoint of step {to}; give --to one of the steps that it has: "
             f"{', '.join(map(str, steps)) or 'none'}."
         )
-    lines = read_lines(workdir)
-    # metrics go further than checkpoints: data that was trained on and never saved is left out too
-    last = max([*steps, *(line["step"] for line in lines)])
+    recorded = saved.record(steps[-1]).rollbacks
+    saved.close()
+    count, skipped = rollbacks_of_run(read_rollbacks(workdir), recorded)
+    number, last = count + 1, last_known_step(path, steps)
+    # A call that was killed before it had written the list has left a folder, and may have moved
+    # the last known step there.
+    while (aside := path / ASIDE / str(number)).exists():
+        moved = [int(entry.name) for entry in aside.iterdir() if entry.name.isdigit()]
+        number, last = number + 1, max(last, last_known_step(aside, moved))
     num_skipped = last - to if num_skipped is None else num_skipped
     if num_skipped < 0:
         raise UserError(f"--skip {num_skipped} must not be negative; 0 leaves out nothing.")
-    count, skipped = read_rollbacks(workdir)
     if num_skipped:
         skipped = skip_after(to, num_skipped, skipped)
 
-    aside = path / ASIDE / str(count + 1)
-    aside.mkdir(parents=True, exist_ok=True)
-    for name in ("metrics.jsonl", SAMPLES):
-        if (path / name).exists():
-            (aside / name).write_text((path / name).read_text())
-    # Newest first: a kill in between leaves a run that is shorter, but whole.
-    for step in sorted((step for step in steps if step > to), reverse=True):
-        (path / FOLDER / str(step)).rename(aside / str(step))
-    # The list comes last. Were it written first, a kill after it would let the run continue from a
-    # later step, and skip batches there that were never bad.
-    write_rollbacks(workdir, Rollbacks(count + 1, skipped))
+    remedy = "free space there or change the permissions, and repeat the command"
+    with files.writing(f"The workdir {workdir}", remedy=remedy):
+        aside.mkdir(parents=True)
+        for name in (METRICS, SAMPLES):
+            if (path / name).exists():
+                (aside / name).write_text((path / name).read_text())
+        # Newest first: a kill in between leaves a run that is shorter, but whole.
+        for step in sorted((step for step in steps if step > to), reverse=True):
+            remote.move(path / FOLDER / str(step), aside / str(step), mark=MARK)
+        # A second rollback must not take them for batches that were read.
+        drop_lines_after(workdir, to)
+        # The list comes last. Were it written first, a kill after it would let the run continue
+        # from a later step, and skip batches there that were never bad.
+        write_rollbacks(workdir, Rollbacks(number, skipped))
     left_out = f"; the {num_skipped} batches after it are left out" if num_skipped else ""
     return (
         f"{workdir} is back at step {to}{left_out}; what was later lies in {aside}, and the same "
         "command continues."
     )
+
+
+def last_known_step(folder, steps: Sequence[int]) -> int:
+    """Returns the last step that was saved or logged, 0 where there is none.
+
+    Metrics go further than checkpoints, and data that was trained on and never saved has been read
+    as well.
+
+    Args:
+        folder: that holds metrics.jsonl. steps: that were saved.
+    """
+    return max([0, *steps, *(line["step"] for line in read_lines(folder))])

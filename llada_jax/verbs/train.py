@@ -326,6 +326,7 @@ def train_on(
             workdir,
             recipe,
             data,
+            start_step=start_step,
             # as large as a microbatch of training, which is known to fit
             batch_size=B // config.optimizer.gradient_accumulation,
             sequence_length=T,

@@ -130,8 +130,8 @@ HELDOUT = faults_of(
     ),
     (
         "sums of other weights are continued",
-        'content["step"] == step and content["settings"] == self._settings',
-        'content["settings"] == self._settings',
+        "found == [step, num_batches, self._settings]",
+        "found[1:] == [num_batches, self._settings]",
     ),
 )
 

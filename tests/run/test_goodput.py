@@ -1,5 +1,7 @@
 """The account of a run's time: every second in one place, across restarts."""
 
+import json
+
 import pytest
 
 from llada_jax.run.clock import Clock
@@ -57,6 +59,16 @@ def test_steps_done_again_and_the_time_between_are_lost(tmp_path):
     assert report["goodput"] == pytest.approx(
         productive / sum([productive, 76, 10, 6, report["lost_checkpoint_s"]])
     )
+
+
+def test_a_return_far_back_counts_only_the_steps_since_then_as_done_again(tmp_path):
+    """Copies every 10 steps; then a host is lost, and the run continues from an old checkpoint."""
+    time = Time()
+    attempt(tmp_path, time, start_step=0, steps=2500, per_step=1.0, save_every=10)
+    assert len(json.loads((tmp_path / "goodput.json").read_text())["marks"]) < 200
+    ledger = attempt(tmp_path, time, start_step=1000, steps=0)
+    assert ledger.seconds()["step"] == pytest.approx(1000, abs=0.02 * 1500)
+    assert sum(ledger.seconds().values()) == pytest.approx(time.seconds)
 
 
 def test_the_whole_of_the_time_since_the_first_start_is_accounted_for(tmp_path):

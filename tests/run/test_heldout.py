@@ -65,10 +65,21 @@ def test_training_text_has_the_bytes_per_token_of_the_whole_mixture(tmp_path):
 
 def test_sums_are_continued_only_for_the_weights_and_settings_that_they_are_of(tmp_path):
     scored, settings = {"heldout": [[0.1 + 0.2, 3.0]]}, {"weights": "ema", "batch_size": 8}
-    Unfinished(tmp_path, settings).write(40, scored)
-    assert Unfinished(tmp_path, dict(settings)).read(40) == scored
-    assert Unfinished(tmp_path, settings).read(41) is None
-    assert Unfinished(tmp_path, {**settings, "weights": "raw"}).read(40) is None
-    assert Unfinished(tmp_path, {**settings, "batch_size": 16}).read(40) is None
+    Unfinished(tmp_path, settings).write(40, 5, scored)
+    assert Unfinished(tmp_path, dict(settings)).read(40, 5) == scored
+    assert Unfinished(tmp_path, settings).read(41, 5) is None
+    assert Unfinished(tmp_path, settings).read(40, 6) is None
+    assert Unfinished(tmp_path, {**settings, "weights": "raw"}).read(40, 5) is None
+    assert Unfinished(tmp_path, {**settings, "batch_size": 16}).read(40, 5) is None
     Unfinished(tmp_path, settings).clear()
-    assert Unfinished(tmp_path, settings).read(40) is None
+    assert Unfinished(tmp_path, settings).read(40, 5) is None
+
+
+def test_a_run_that_starts_from_another_step_forgets_the_sums(tmp_path):
+    unfinished = Unfinished(tmp_path, {})
+    unfinished.write(40, 5, {"heldout": [[0.5, 3.0]]})
+    unfinished.clear_others(40)
+    assert unfinished.is_of(40)
+    assert not unfinished.is_of(30)
+    unfinished.clear_others(30)
+    assert not unfinished.is_of(40)

@@ -10,7 +10,6 @@ import sys
 from pathlib import Path
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 import pytest
 from etils import epath
@@ -18,6 +17,7 @@ from support.buckets import EMULATORS, emulated
 from support.records import small_record
 from support.required import library
 from support.runs import assert_same_run
+from support.states import abstract_of, saved_steps, small_state
 
 from llada_jax.__main__ import main
 from llada_jax.checkpoints.workdir import Checkpoints, find_checkpoint
@@ -26,7 +26,7 @@ from llada_jax.errors import UserError
 from llada_jax.storage import remote
 from llada_jax.storage.arrays import s3_spec
 from llada_jax.storage.remote import upload
-from llada_jax.training.state import TrainState
+from llada_jax.verbs.rollback import roll_back
 
 
 @pytest.mark.slow
@@ -58,27 +58,6 @@ def bucket(request, tmp_path_factory) -> str:
 RUN = small_record()
 
 
-def state_at(step: int) -> TrainState:
-    return TrainState(
-        jnp.int32(step), {"w": jnp.full((64, 64), step / 7)}, (jnp.int32(step),), {}, {}
-    )
-
-
-def abstract() -> TrainState:
-    return jax.tree.map(
-        lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=leaf.sharding),
-        state_at(0),
-    )
-
-
-def saved_steps(workdir: str, *steps: int, keep: int = 2) -> Checkpoints:
-    checkpoints = Checkpoints(workdir, keep=keep)
-    for step in steps:
-        checkpoints.save(state_at(step), RUN)
-    checkpoints.wait()
-    return checkpoints
-
-
 def files_of(folder: str) -> set[str]:
     top = epath.Path(folder)
     found, folders = set(), [top]
@@ -97,8 +76,8 @@ def test_checkpoints_come_back_and_old_ones_are_removed_to_the_last_object(bucke
     checkpoints = saved_steps(f"{bucket}/kept", 10, 20, 30)
     assert checkpoints.steps == [20, 30]
     assert {name.split("/")[0] for name in files_of(f"{bucket}/kept/checkpoints")} == {"20", "30"}
-    state = Checkpoints(f"{bucket}/kept", owned=False).restore(30, abstract())
-    for actual, expected in zip(jax.tree.leaves(state), jax.tree.leaves(state_at(30))):
+    state = Checkpoints(f"{bucket}/kept", owned=False).restore(30, abstract_of(small_state(0)))
+    for actual, expected in zip(jax.tree.leaves(state), jax.tree.leaves(small_state(30))):
         np.testing.assert_array_equal(actual, expected)
     checkpoints.close()
 
@@ -113,7 +92,7 @@ def test_a_step_whose_last_object_is_missing_was_never_saved(bucket):
     )  # a reader removes nothing: it may be on its way
     again = Checkpoints(f"{bucket}/torn")
     assert again.steps == [10]
-    again.save(state_at(20), RUN)
+    again.save(small_state(20), RUN)
     again.close()
     assert find_checkpoint(f"{bucket}/torn@20")[1] == 20
 
@@ -125,12 +104,46 @@ def test_nothing_is_renamed_because_a_folder_of_objects_cannot_be(bucket):
 
 
 @pytest.mark.slow
+def test_a_run_in_a_bucket_goes_back_also_when_the_call_before_was_interrupted(bucket, monkeypatch):
+    run = f"{bucket}/back"
+    saved_steps(run, 10, 20, 30, keep=9).close()
+    epath.Path(f"{run}/metrics.jsonl").write_text('{"step": 10}\n{"step": 30}\n')
+    whole = {step: files_of(f"{run}/checkpoints/{step}") for step in (20, 30)}
+    filesystem = library("fsspec.core").url_to_fs(run)[0]
+    removed, rm = [], filesystem.rm
+
+    def fails_later(names):
+        removed.append(names)
+        if len(removed) == 2:  # the step no longer counts, and its other objects are there
+            raise OSError("the network is gone")
+        rm(names)
+
+    monkeypatch.setattr(filesystem, "rm", fails_later)
+    with pytest.raises(UserError, match="the network is gone"):
+        roll_back(run, to=10)
+    assert Checkpoints(run, owned=False).steps == [10, 20]
+    assert files_of(f"{run}/checkpoints/30")
+    # metrics.jsonl and rolled-back say that the run had come to step 30
+    assert "back at step 10; the 20 batches after it" in roll_back(run, to=10)
+    assert files_of(f"{run}/rolled-back/1") == {
+        "metrics.jsonl",
+        *(f"30/{name}" for name in whole[30]),
+    }
+    assert files_of(f"{run}/rolled-back/2") == {
+        "metrics.jsonl",
+        *(f"20/{name}" for name in whole[20]),
+    }
+    assert Checkpoints(run).steps == [10]
+    assert epath.Path(f"{run}/metrics.jsonl").read_text() == '{"step": 10}\n'
+
+
+@pytest.mark.slow
 def test_the_older_of_two_writers_is_refused_at_its_next_save(bucket):
     older = saved_steps(f"{bucket}/claimed", 10)
     newer = Checkpoints(f"{bucket}/claimed")
     with pytest.raises(UserError, match="Another train has started"):
-        older.save(state_at(20), RUN)
-    newer.save(state_at(20), RUN)
+        older.save(small_state(20), RUN)
+    newer.save(small_state(20), RUN)
     newer.close()
 
 

@@ -12,6 +12,7 @@ from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from llada_jax.checkpoints.host_copies import LocalCheckpoints
+from llada_jax.checkpoints.workdir import Checkpoints
 from llada_jax.cluster.sharding import make_mesh
 from llada_jax.training.state import TrainState
 from support.paths import ROOT
@@ -46,6 +47,13 @@ def state_at(step: int, mesh) -> TrainState:
     )
 
 
+def small_state(step: int) -> TrainState:
+    """A state that is a function of the step alone, on one device."""
+    return TrainState(
+        jnp.int32(step), {"w": jnp.full((64, 64), step / 7)}, (jnp.int32(step),), {}, {}
+    )
+
+
 def abstract_of(state: TrainState) -> TrainState:
     return jax.tree.map(
         lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=leaf.sharding), state
@@ -57,6 +65,15 @@ def assert_same(actual: TrainState, expected: TrainState) -> None:
     for (path, a), b in zip(jax.tree_util.tree_leaves_with_path(actual), jax.tree.leaves(expected)):
         assert (a.dtype, a.sharding) == (b.dtype, b.sharding), path
         assert np.asarray(a).tobytes() == np.asarray(b).tobytes(), path
+
+
+def saved_steps(workdir, *steps: int, keep: int = 2, record=None) -> Checkpoints:
+    """Saves small states in a workdir; record: of the run, small_record() without one."""
+    checkpoints = Checkpoints(workdir, keep=keep)
+    for step in steps:
+        checkpoints.save(small_state(step), record or small_record())
+    checkpoints.wait()
+    return checkpoints
 
 
 def saved_copies(directory, mesh, *steps: int, workdir="runs/a") -> LocalCheckpoints:

@@ -11,6 +11,7 @@ import pytest
 from support.paths import ROOT
 
 import llada_jax
+from llada_jax import errors
 from llada_jax.__main__ import VERBS, main
 from llada_jax.errors import UserError
 from llada_jax.verbs.command_line import Parser, json_text, take_overrides
@@ -369,6 +370,20 @@ def test_an_interrupt_outside_of_training_has_a_status_of_its_own_and_no_traceba
         assert main([verb]) == 130
         (line,) = capsys.readouterr().err.splitlines()
         assert line.startswith("llada-jax: interrupted")
+
+
+@pytest.mark.parametrize(
+    "kind", [kind for kind in vars(errors).values() if hasattr(kind, "exit_status")]
+)
+def test_an_error_that_has_a_status_ends_in_its_sentence_with_that_status(
+    kind, capsys, monkeypatch
+):
+    def fails(self, argv):
+        raise kind("it ended.")
+
+    monkeypatch.setattr(Parser, "parse_args", fails)
+    assert main(["rollback"]) == kind.exit_status
+    assert capsys.readouterr().err == "llada-jax: it ended.\n"
 
 
 def test_json_has_no_nan_and_no_infinity():

@@ -96,7 +96,9 @@ def test_an_export_is_replaced_only_by_force_and_then_whole(
         ["adapter_config.json", "adapter_model.safetensors", "README.md"],
     ],
 )
-def test_force_never_removes_what_is_not_an_export(names, random_checkpoint, tmp_path, refused_export):
+def test_force_never_removes_what_is_not_an_export(
+    names, random_checkpoint, tmp_path, refused_export
+):
     home = tmp_path / "home"
     for name in names:
         (home / name).parent.mkdir(parents=True, exist_ok=True)

@@ -1,17 +1,25 @@
 """Going back to an earlier step: which data a run reads afterwards, and that nothing is lost."""
 
+import errno
 import json
+import os
+import subprocess
 import types
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from support.records import small_record
 from support.runs import metric_lines
+from support.states import saved_steps
 
 from llada_jax.__main__ import main
+from llada_jax.checkpoints.workdir import Checkpoints
 from llada_jax.cluster import sharding
-from llada_jax.run.rollbacks import batch_of_step, skip_after
+from llada_jax.run.rollbacks import batch_of_step, read_rollbacks, skip_after
+from llada_jax.storage import remote
 from llada_jax.verbs import train
+from llada_jax.verbs.rollback import roll_back
 
 stretches = st.lists(st.tuples(st.integers(1, 60), st.integers(1, 9)), max_size=5)
 
@@ -113,6 +121,91 @@ def test_left_out_batches_stay_out_when_the_run_later_goes_back_before_them(batc
     assert main(["rollback", "--workdir", str(run), "--to", "8"]) == 0
     assert main(["rollback", "--workdir", str(run), "--to", "4", "--skip", "0"]) == 0
     assert batches_read(run, 12) == further[4:8] + further[12:16]
+
+
+def saved_run(workdir, *, logged_to: int, rollbacks: dict | None = None, after: int = 0) -> str:
+    """Saves steps 4, 8 and 12 of a run, or those `after` one, and lines up to another."""
+    steps = [step for step in (4, 8, 12) if step > after]
+    saved_steps(workdir, *steps, keep=9, record=small_record(rollbacks=rollbacks)).close()
+    for name in ("metrics.jsonl", "samples.jsonl"):
+        lines = "".join(f'{{"step": {step}}}\n' for step in range(1, logged_to + 1))
+        (workdir / name).write_text(lines)
+    return str(workdir)
+
+
+def test_a_second_rollback_leaves_out_only_what_a_step_has_read(tmp_path):
+    run = saved_run(tmp_path, logged_to=14)
+    roll_back(run, to=8)
+    assert read_rollbacks(run) == (1, ((9, 14),))
+    roll_back(run, to=4)
+    assert read_rollbacks(run) == (2, ((5, 14),))
+    roll_back(run, to=4)
+    assert read_rollbacks(run) == (3, ((5, 14),))
+    # what was later is kept where it was moved
+    for name in ("metrics.jsonl", "samples.jsonl"):
+        assert len((tmp_path / name).read_text().splitlines()) == 4
+        kept = [tmp_path / "rolled-back" / number / name for number in "123"]
+        assert [len(path.read_text().splitlines()) for path in kept] == [14, 8, 4]
+
+
+def test_a_run_that_was_restored_elsewhere_keeps_the_rollbacks_of_its_record(tmp_path):
+    run = saved_run(tmp_path, logged_to=12, rollbacks={"count": 3, "skipped": [[6, 7]]})
+    roll_back(run, to=8)
+    assert read_rollbacks(run) == (4, ((6, 7), (11, 14)))
+
+
+@pytest.mark.parametrize("does_repeat", [True, False])
+@pytest.mark.parametrize("killed_in", ["remote.move", "drop_lines_after", "write_rollbacks"])
+def test_a_rollback_that_was_killed_is_repeated_or_the_run_continues(
+    killed_in, does_repeat, tmp_path, monkeypatch
+):
+    run = saved_run(tmp_path, logged_to=10)
+    whole, moved = remote.move, []
+
+    def killed(*args, **kwargs):
+        moved.append(args)
+        if killed_in == "remote.move" and len(moved) == 1:  # step 12, which no line has
+            return whole(*args, **kwargs)
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(f"llada_jax.verbs.rollback.{killed_in}", killed)
+        assert main(["rollback", "--workdir", run, "--to", "4"]) == 130
+    if not does_repeat:
+        saved_run(tmp_path, logged_to=12, after=Checkpoints(run, owned=False).steps[-1])
+    roll_back(run, to=4)
+    assert Checkpoints(run, owned=False).steps == [4]
+    assert read_rollbacks(run) == (2, ((5, 12),))
+    kept = [path.name for path in (tmp_path / "rolled-back").glob("*/*") if path.is_dir()]
+    assert set(kept) == {"8", "12"}
+    # its folders are those of calls that have ended
+    roll_back(run, to=4)
+    assert read_rollbacks(run) == (3, ((5, 12),))
+
+
+def test_a_workdir_that_cannot_be_written_is_refused_in_a_sentence(tmp_path, mount, capsys):
+    run = tmp_path / "run"
+    saved_run(run, logged_to=12)
+    read_only = mount("bind", run)
+    subprocess.run(["mount", "-o", "remount,bind,ro", str(read_only)], check=True)
+    assert main(["rollback", "--workdir", str(read_only), "--to", "4"]) == 2
+    (sentence,) = capsys.readouterr().err.splitlines()
+    assert f"{read_only} cannot be written (" in sentence
+    assert "repeat the command" in sentence
+    assert Checkpoints(run, owned=False).steps == [4, 8, 12]
+
+
+def test_a_workdir_of_somebody_else_is_refused_in_a_sentence(tmp_path, monkeypatch, capsys):
+    def refuses(path, flags):
+        raise PermissionError(errno.EACCES, "Permission denied", path)
+
+    # root, who runs this in CI, may open everything
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "open", refuses)
+        status = main(["rollback", "--workdir", str(tmp_path), "--to", "4"])
+    assert status == 2
+    sentence = f"The workdir {tmp_path} cannot be read (Permission denied); change its permissions."
+    assert sentence in capsys.readouterr().err
 
 
 def test_a_run_goes_back_to_a_saved_step_only(tmp_path, capsys):

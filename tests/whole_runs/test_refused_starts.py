@@ -1,8 +1,11 @@
 """A start that is refused leaves nothing behind that looks like a run."""
 
+import shutil
+
 import pytest
 from support.mishaps import copy, damaged_step, train_argv, truncate
 
+from llada_jax.__main__ import main
 from llada_jax.checkpoints.workdir import Checkpoints
 
 
@@ -24,3 +27,27 @@ def test_a_workdir_that_was_there_before_is_never_removed(home, tmp_path, refuse
     assert Checkpoints(run).steps
     refused(train_argv(home, tmp_path / "empty", f"checkpoint.restore={run}"), says=["be read"])
     assert (tmp_path / "empty").is_dir()
+
+
+@pytest.mark.slow
+def test_the_local_copies_of_a_run_that_was_deleted_are_not_taken_for_the_new_one(
+    home, tmp_path, refused, capfd
+):
+    run, disk = tmp_path / "run", tmp_path / "disk"
+    tiers = [f"checkpoint.local_directory={disk}", "checkpoint.local_every_steps=1"]
+    argv = train_argv(home, run, *tiers)
+    assert main(argv) == 0
+    (copies,) = disk.iterdir()
+    shutil.rmtree(run)
+    says = [f"{copies} holds step 4", str(run), "to begin again, remove"]
+    refused(argv, says=says, keeps=[disk], creates=run)
+    # a run that was killed before its first save in the workdir goes on from its copies
+    shutil.copytree(home / "run", run)
+    shutil.rmtree(run / "checkpoints")
+    capfd.readouterr()
+    assert main(argv) == 0
+    assert f"step 4 of {copies}" in capfd.readouterr().err
+    shutil.rmtree(run)
+    shutil.rmtree(copies)
+    assert main(argv) == 0
+    assert "initialisation" in capfd.readouterr().err

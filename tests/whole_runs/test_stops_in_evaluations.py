@@ -5,7 +5,7 @@ import signal
 import types
 
 import pytest
-from support.mishaps import train_argv
+from support.mishaps import copy, train_argv
 from support.runs import metric_lines
 
 from llada_jax.__main__ import main
@@ -86,6 +86,34 @@ def test_damaged_partial_sums_cost_time_and_not_the_run(content, undisturbed, ho
     (tmp_path / "run" / "evaluation.json").write_text(content)
     count_batches(argv, 0)
     assert metric_lines(tmp_path / "run", "final") == metric_lines(undisturbed[0], "final")
+
+
+@pytest.mark.slow
+def test_the_sums_of_weights_that_were_rolled_back_are_forgotten(undisturbed, home, tmp_path):
+    _, whole = undisturbed
+    run, copied = tmp_path / "run", tmp_path / "copy"
+    words = (*WHOLE, "num_steps=6", "checkpoint.keep=9")
+    # in the evaluation after step 4
+    count_batches(train_argv(home, run, *words), 42, signal_at=whole + 3)
+    assert main(["rollback", "--workdir", str(run), "--to", "2"]) == 0
+    copy(run, copied)
+    (copied / "evaluation.json").unlink()
+    for workdir in (run, copied):
+        assert main(train_argv(home, workdir, *words)) == 0
+    assert metric_lines(run) == metric_lines(copied)
+
+
+@pytest.mark.slow
+def test_the_sums_of_a_final_evaluation_are_not_those_of_an_evaluation_on_fewer_rows(
+    home, tmp_path
+):
+    words = ("evaluation.final_num_batches=0", "evaluation.num_batches=2")
+    words = (*words, "evaluation.every_steps=4")
+    longer = train_argv(home, tmp_path / "run", *words, "num_steps=6")
+    count_batches(train_argv(home, tmp_path / "run", *words), 42, signal_at=2)
+    assert main(longer) == 0
+    assert main(train_argv(home, tmp_path / "straight", *words, "num_steps=6")) == 0
+    assert metric_lines(tmp_path / "run") == metric_lines(tmp_path / "straight")
 
 
 @pytest.mark.slow
