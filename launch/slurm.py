@@ -70,7 +70,7 @@ status=$?
 exit "$status"'
 
 # How far the run in the workdir of the command has come: its newest checkpoint, and the sums of an
-# evaluation that it was in. A command without a local workdir shows nothing.
+# evaluation that it was in. A command without a workdir on this machine shows nothing.
 workdir={workdir}
 reached() {{
     find "$workdir/checkpoints" -maxdepth 1 -printf '%f\n' 2>/dev/null |
@@ -99,7 +99,10 @@ if ((status == 42 || (status > 128 && status < 200))); then
     fi
     if ((${{SLURM_RESTART_COUNT:-0}} < {max_restarts})); then
         echo "status $status: requeued, to continue from the last checkpoint"
-        scontrol requeue "$SLURM_JOB_ID" && exec sleep 600 # until SLURM ends it
+        # The number of an array's last job is that of the whole array, all of which would start
+        # again.
+        job=${{SLURM_ARRAY_JOB_ID:+${{SLURM_ARRAY_JOB_ID}}_$SLURM_ARRAY_TASK_ID}}
+        scontrol requeue "${{job:-$SLURM_JOB_ID}}" && exec sleep 600 # until SLURM ends it
     fi
     echo "status $status: not requeued again, after ${{SLURM_RESTART_COUNT:-0}} restarts"
     exit "$status"
@@ -117,13 +120,26 @@ def quote(word: str) -> str:
     )
 
 
-def workdir_of(command: list[str]) -> str:
-    """Returns the local workdir that a command names, "" without one."""
+def value_of(flag: str, command: list[str]) -> str:
+    """Returns the value of a flag of the command, "" without one."""
     for word, following in zip(command, [*command[1:], ""]):
-        if word == "--workdir" or word.startswith("--workdir="):
-            workdir = following if word == "--workdir" else word.partition("=")[2]
-            return "" if "://" in workdir else str(Path(workdir).expanduser())
+        if word == flag:
+            return following
+        if word.startswith(f"{flag}="):
+            return word.partition("=")[2]
     return ""
+
+
+def workdir_of(command: list[str]) -> str:
+    """Returns the local workdir of the run that a command does, as a word of bash; '' without one.
+
+    The runs of a sweep have workdirs of their own below that of the command.
+    """
+    workdir, index = value_of("--workdir", command), value_of("--index", command)
+    if not workdir or "://" in workdir:
+        return quote("")
+    place = quote(str(Path(workdir).expanduser()))
+    return f"{place}/$(printf %03d {quote(index)})" if "sweep" in command and index else place
 
 
 def indices_of(array: str) -> Sequence[int]:
@@ -223,7 +239,8 @@ def render(args: argparse.Namespace, command: list[str]) -> str:
         ),
         max_restarts=args.max_restarts,
         max_without_gain=MAX_STARTS_WITHOUT_GAIN,
-        workdir=quote(workdir_of(command)),
+        # a path in a container may be another one here
+        workdir=quote("") if args.container_image else workdir_of(command),
         logs=shlex.quote(str(args.logs)),
     )
 
@@ -388,8 +405,7 @@ def main(argv: list[str]) -> int:
             # the runs of an array differ in this word alone
             first = [word.replace(INDEX, str(indices[0])) for word in command]
             # a sweep, whose runs may ask for more than the first
-            pairs = zip(command, command[1:])
-            is_numbered = f"--index={INDEX}" in command or ("--index", INDEX) in pairs
+            is_numbered = value_of("--index", command) == INDEX
             found = preflight.check(
                 first, place_of(args), indices=indices if is_numbered else range(0)
             )

@@ -46,6 +46,7 @@ from tpu_vm_commands import (
     UNPACK,
     Target,
     install_script,
+    is_lock_of,
     lock_script,
     mount_script,
     run_script,
@@ -210,8 +211,9 @@ def babysit(
 def dry_run(target: Target, made: Installation, script: str, *, delete: bool) -> None:
     """Prints, in order, every command of a run in which nothing goes wrong."""
     commands = [target.describe(), target.create(), target.describe()]
-    is_locked = made.lock.exists()
-    versions = made.lock.read_text() if is_locked else "# what the first worker has printed\n"
+    lock = made.lock.read_text() if made.lock.exists() else ""
+    is_locked = is_lock_of(lock, made.extras)
+    versions = lock if is_locked else "# what the first worker has printed\n"
     for node in target.nodes:
         commands += [
             target.ssh(node, 0, "true"),
@@ -219,7 +221,7 @@ def dry_run(target: Target, made: Installation, script: str, *, delete: bool) ->
             target.ssh(node, "all", UNPACK),
         ]
         if not is_locked:
-            commands.append(target.ssh(node, 0, lock_script(made.extras)))
+            commands.append(target.ssh(node, 0, lock_script(made.extras, lock)))
             is_locked = True
         commands += [
             target.ssh(node, "all", each)

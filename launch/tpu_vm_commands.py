@@ -137,35 +137,55 @@ venv="$HOME/llada_jax.venv"
 """
 
 
-def lock_script(extras: tuple[str, ...]) -> str:
-    """Returns the script that prints the versions of all packages, as `locked_in` reads them."""
+def installed(extras: tuple[str, ...]) -> str:
+    """Returns what every worker installs, such as "llada_jax[tpu,gs]": all extras, not only those
+    that are given.
+    """
+    return f"llada_jax[{','.join(('tpu', *HOST_EXTRAS, *extras))}]"
+
+
+def is_lock_of(lock: str, extras: tuple[str, ...]) -> bool:
+    """Whether the lock has the versions of all packages that these extras need."""
+    return lock.startswith(f"# {installed(extras)}\n")
+
+
+def lock_script(extras: tuple[str, ...], lock: str) -> str:
+    """Returns the script that prints the versions of all packages, as `locked_in` reads them.
+
+    Args:
+        lock: of other extras, whose versions stay as they are; "": none.
+    """
     flags = " ".join(f"--extra {extra}" for extra in ("tpu", *HOST_EXTRAS, *extras))
     return f"""
 set -eu
 cd "$HOME/llada_jax"
-python3 -m uv pip compile --quiet --no-header --no-annotate \\
+cat > "$HOME/llada_jax.lock" <<'LOCK'
+{lock}LOCK
+python3 -m uv pip compile --quiet --no-header --no-annotate --constraint "$HOME/llada_jax.lock" \\
   --python "$HOME/llada_jax.venv/bin/python" {flags} setup.py
 """
 
 
-def locked_in(output: str) -> str:
-    """Returns the lines "NAME==VERSION" of what a worker has printed, and nothing else of it."""
-    return "".join(
+def locked_in(output: str, extras: tuple[str, ...]) -> str:
+    """Returns the lock: the lines "NAME==VERSION" of what a worker has printed, and nothing else of
+    it, below the extras of which they are; "" without such a line.
+    """
+    lines = "".join(
         f"{line.strip()}\n"
         for line in output.splitlines()
         if re.fullmatch(r"[A-Za-z0-9][\w.-]*==[\w.+!-]+( ; .*)?", line.strip())
     )
+    return f"# {installed(extras)}\n{lines}" if lines else ""
 
 
 def install_script(lock: str, extras: tuple[str, ...]) -> str:
     """Returns the script that installs the code and exactly the versions of a lock."""
-    wanted = ",".join(("tpu", *HOST_EXTRAS, *extras))
     return f"""
 set -eu
 cat > "$HOME/llada_jax.lock" <<'LOCK'
 {lock}LOCK
 python3 -m uv pip install --quiet --python "$HOME/llada_jax.venv/bin/python" \\
-  -r "$HOME/llada_jax.lock" -e "$HOME/llada_jax[{wanted}]"
+  -r "$HOME/llada_jax.lock" -e "$HOME/{installed(extras)}"
 """
 
 

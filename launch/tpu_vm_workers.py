@@ -13,7 +13,14 @@ import time
 from dataclasses import dataclass
 from pathlib import Path
 
-from tpu_vm_commands import UNPACK, Target, install_script, lock_script, locked_in
+from tpu_vm_commands import (
+    UNPACK,
+    Target,
+    install_script,
+    is_lock_of,
+    lock_script,
+    locked_in,
+)
 
 from llada_jax.errors import UserError
 
@@ -163,7 +170,8 @@ class Installation:
     Attributes:
         archive: the checkout. extras: of setup.py, in addition to those that every host has.
         lock: file with the versions of all packages. The first worker of the first start resolves
-            them, and whoever is installed later gets the same.
+            them, and whoever is installed later gets the same. With other extras the first worker
+            adds the versions of what they need.
         scripts: what every worker runs then, each time that it is set up.
     """
 
@@ -181,12 +189,14 @@ def set_up(target: Target, made: Installation, *, poll: float, stop: Stop) -> No
         gcloud(target.ssh(node, 0, "true"), poll=poll, stop=stop)
         gcloud(target.copy(made.archive, node), poll=poll, stop=stop)
         gcloud(target.ssh(node, "all", UNPACK), poll=poll, stop=stop)
-        if not made.lock.exists():
-            script = lock_script(made.extras)
-            versions = locked_in(gcloud(target.ssh(node, 0, script), poll=poll, stop=stop))
-            if not versions:
+        lock = made.lock.read_text() if made.lock.exists() else ""
+        if not is_lock_of(lock, made.extras):
+            script = lock_script(made.extras, lock)
+            printed = gcloud(target.ssh(node, 0, script), poll=poll, stop=stop)
+            lock = locked_in(printed, made.extras)
+            if not lock:
                 raise GcloudError(f"{node}: the first worker names no version of any package.")
-            made.lock.write_text(versions)
-            say(f"{made.lock} has the versions of {versions.count('==')} packages")
-        for script in (install_script(made.lock.read_text(), made.extras), *made.scripts):
+            made.lock.write_text(lock)
+            say(f"{made.lock} has the versions of {lock.count('==')} packages")
+        for script in (install_script(lock, made.extras), *made.scripts):
             gcloud(target.ssh(node, "all", script), poll=poll, stop=stop)
