@@ -1,4 +1,4 @@
-"""A model of 160M parameters with LLaDA's recipe, for one accelerator or one host.
+"""A model of 160M parameters for one accelerator or one host, close to LLaDA's recipe.
 
     llada-jax prepare --input 'corpus/*.jsonl.zst' --output data/corpus --tokenizer spm:50000 \\
         --sequence-length 2048
@@ -31,7 +31,8 @@ def get_config():
     config.model.head_dim = 64
     config.model.d_ff = 2048
     config.model.remat = "dots"
-    # So that every device has as many masked tokens, and computes logits for half of its positions.
+    # Every device then has about as many masked tokens as the others, and computes logits for half
+    # of its positions.
     config.objective.t_sampling = "mirrored"
     config.optimizer.gradient_accumulation = 8
     config.schedule.name = "wsd"

@@ -133,13 +133,15 @@ def value_of(flag: str, command: list[str]) -> str:
 def workdir_of(command: list[str]) -> str:
     """Returns the local workdir of the run that a command does, as a word of bash; '' without one.
 
-    The runs of a sweep have workdirs of their own below that of the command.
+    The runs of a sweep have workdirs of their own below that of the command. A sweep that does
+    several has no single one, and '' as well.
     """
     workdir, index = value_of("--workdir", command), value_of("--index", command)
-    if not workdir or "://" in workdir:
+    is_sweep = "sweep" in command
+    if not workdir or "://" in workdir or (is_sweep and not index):
         return quote("")
     place = quote(str(Path(workdir).expanduser()))
-    return f"{place}/$(printf %03d {quote(index)})" if "sweep" in command and index else place
+    return f"{place}/$(printf %03d {quote(index)})" if is_sweep else place
 
 
 def indices_of(array: str) -> Sequence[int]:

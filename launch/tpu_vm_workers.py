@@ -171,7 +171,7 @@ class Installation:
         archive: the checkout. extras: of setup.py, in addition to those that every host has.
         lock: file with the versions of all packages. The first worker of the first start resolves
             them, and whoever is installed later gets the same. With other extras the first worker
-            adds the versions of what they need.
+            resolves them again, and keeps the versions that are there.
         scripts: what every worker runs then, each time that it is set up.
     """
 

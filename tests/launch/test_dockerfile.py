@@ -5,8 +5,9 @@ import re
 import subprocess
 import sys
 
+import pytest
 from support.paths import ROOT
-from support.required import program
+from support.required import library, program
 
 
 def test_the_dockerfile_passes_hadolint():
@@ -33,8 +34,10 @@ def test_the_dockerfile_copies_existing_files_and_installs_known_extras():
         assert f'"{extra}":' in setup
 
 
+@pytest.mark.slow
 def test_the_steps_of_the_dockerfile_install_the_code_that_they_copy(tmp_path):
     """Run here without the dependencies, as the first step leaves an empty package behind."""
+    library("setuptools")
     image, site = tmp_path / "llada_jax", tmp_path / "site"
     image.mkdir()
     text = (ROOT / "launch" / "Dockerfile").read_text().replace("\\\n", " ")

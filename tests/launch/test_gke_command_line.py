@@ -88,7 +88,9 @@ def test_a_gpu_is_accepted_exactly_when_gke_offers_it(name, capsys):
 
 
 @pytest.mark.parametrize(("topology", "extra"), [("v5p-8", "tpu"), ("h100", "cuda")])
-def test_an_extra_that_the_image_lacks_is_added_to_that_of_the_machines(topology, extra, capsys):
+def test_an_extra_that_the_image_lacks_is_refused_with_the_argument_that_adds_it(
+    topology, extra, capsys
+):
     words = ["--name", "run", "--image", "i:1", "--topology", topology, "--dry-run", "--"]
     command = "llada-jax evaluate --checkpoint gs://bucket/run --tasks gsm8k"
     assert gke.main([*words, *command.split()]) == 2

@@ -227,3 +227,19 @@ def test_a_missing_sbatch_is_reported(tmp_path):
     done = subprocess.run(words, capture_output=True, text=True, env=env, check=False)
     assert done.returncode == 2
     assert "there is no sbatch here" in done.stderr
+
+
+@pytest.mark.parametrize(
+    ("flags", "words", "place"),
+    [
+        ([], ["train"], "/runs/a"),
+        ([], ["sweep", "--index", "7"], "/runs/a/$(printf %03d 7)"),
+        ([], ["sweep", "--optuna", "3"], "''"),
+        (["--container-image", "i:1"], ["train"], "''"),
+    ],
+)
+def test_only_a_workdir_that_the_job_can_look_into_shows_whether_a_start_helped(
+    flags, words, place
+):
+    script = dry_run(*flags, "--", "bash", "-c", "exit", *words, "--workdir", "/runs/a")
+    assert f"\nworkdir={place}\n" in script

@@ -98,7 +98,7 @@ def test_the_gaps_of_others_change_nothing_where_tokens_are_taken_back():
 
 
 @pytest.mark.parametrize("batch_size", [1, 2])
-def test_a_batch_of_short_texts_is_filled_next_to_one_with_more_gaps_than_it_has_columns(
+def test_a_text_with_few_gaps_is_filled_next_to_one_with_more_gaps_than_columns(
     batch_size,
 ):
     texts, is_given = [[3, 0, 0, 5], [3] * 40], [[True, False, False, True], [False] * 40]

@@ -59,7 +59,7 @@ def test_optuna_prunes_a_run_that_is_worse_than_the_median(write_config, call_sw
     )  # a pruned trial is over: nothing is started again
 
 
-def test_values_whose_loss_became_nan_are_not_tried_again_and_count(
+def test_a_trial_with_the_values_of_a_diverged_run_is_not_trained_and_counts(
     write_config, call_sweep, fake_train
 ):
     """A second attempt of FAKE_TRAIN would complete the run."""

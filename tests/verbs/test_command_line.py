@@ -375,7 +375,7 @@ def test_an_interrupt_outside_of_training_has_a_status_of_its_own_and_no_traceba
 @pytest.mark.parametrize(
     "kind", [kind for kind in vars(errors).values() if hasattr(kind, "exit_status")]
 )
-def test_an_error_that_has_a_status_ends_in_its_sentence_with_that_status(
+def test_an_error_with_an_exit_status_is_printed_in_one_line_and_sets_that_status(
     kind, capsys, monkeypatch
 ):
     def fails(self, argv):

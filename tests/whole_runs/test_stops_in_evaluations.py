@@ -104,7 +104,7 @@ def test_the_sums_of_weights_that_were_rolled_back_are_forgotten(undisturbed, ho
 
 
 @pytest.mark.slow
-def test_the_sums_of_a_final_evaluation_are_not_those_of_an_evaluation_on_fewer_rows(
+def test_the_sums_of_an_interrupted_final_evaluation_are_not_continued_by_one_of_fewer_rows(
     home, tmp_path
 ):
     words = ("evaluation.final_num_batches=0", "evaluation.num_batches=2")
