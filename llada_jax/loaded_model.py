@@ -26,7 +26,7 @@ from llada_jax.request_checks import (
     check_ids,
     check_list,
     check_questions,
-    check_rows,
+    check_token_rows,
     length_hint,
     surprises,
     window_of,
@@ -108,7 +108,7 @@ class Pretrained:
             UserError: the rows have several lengths, or an id has no row in the embedding.
         """
         if not isinstance(tokens_BT, jax.core.Tracer):
-            check_rows(self.num_rows, "tokens_BT", tokens_BT)
+            check_token_rows(self.num_rows, "tokens_BT", tokens_BT)
         tokens_BT = jnp.asarray(tokens_BT, jnp.int32)
         if segment_ids_BT is None:
             segment_ids_BT = jnp.ones_like(tokens_BT)
@@ -415,7 +415,7 @@ class Pretrained:
             raise UserError(
                 "generate_tokens denoises, and this model has never seen a mask; use generate."
             )
-        check_rows(self.num_rows, "prompt_BT", prompt_BT)
+        check_token_rows(self.num_rows, "prompt_BT", prompt_BT)
         check_ids(self.num_rows, eos_id, mask_id, pad_id)
         prompt_BT = np.asarray(prompt_BT, np.int32)
         self._warn_of_surprises([], [prompt_BT.shape[1] + gen_length])
@@ -512,7 +512,7 @@ class Pretrained:
 
         Args:
             texts: of any length.
-            window: tokens in one pass; None: the rows that the model was trained on, the most.
+            window: tokens in one pass; None: a training row, which is also the maximum.
             context: tokens of a window that are only seen; None: half of it.
             The others: see `score`; mc_samples are drawn for each window.
 

@@ -32,7 +32,7 @@ def check_ids(num_rows: int, *ids: Any) -> None:
             )
 
 
-def check_rows(num_rows: int, name: str, rows: Any) -> None:
+def check_token_rows(num_rows: int, name: str, rows: Any) -> None:
     """Raises UserError for what is not token ids [B, T], such as rows of several lengths.
 
     Args:
@@ -101,7 +101,7 @@ def check_questions(questions: Sequence[Question], *, num_rows: int, longest: in
 
 
 def window_of(record: RunRecord, window: int | None) -> int:
-    """Returns the tokens of a window over whole texts: all of a row unless it says fewer.
+    """Returns the tokens of a window over whole texts: a training row unless `window` is smaller.
 
     Raises:
         UserError: it holds no token, or more than the rows that the model was trained on.

@@ -112,7 +112,7 @@ def _num_hashes(output: Path, unit: Unit) -> int:
 
 
 def _blocks(num_hashes: int) -> Iterator[slice]:
-    """Yields places in blocks, each with the first one of the next."""
+    """Yields places in blocks, each overlapping the next by one place."""
     for start in range(0, num_hashes, BLOCK):
         yield slice(start, start + BLOCK + 1)
 

@@ -138,7 +138,7 @@ def _check_that_they_fit(infos: Sequence[DatasetInfo], contents: Sequence[dict])
     settings = [
         {
             **{what: of(info) for what, of in _SHARED.items()},
-            "--chat settings": content["source"].get("chat"),
+            "--chat settings": _chat_of(content["source"].get("chat")),
         }
         for info, content in zip(infos, contents)
     ]
@@ -157,6 +157,13 @@ def _check_that_they_fit(infos: Sequence[DatasetInfo], contents: Sequence[dict])
                     f"Parts {read_by[file]} and {number} have read some of the same input files; "
                     "give each part inputs of its own, and prepare one of the two again."
                 )
+
+
+def _chat_of(chat: dict | None) -> dict | None:
+    """Returns what decides the records of a finished part: a malformed record is in neither of a
+    part that skips it and of one that has none.
+    """
+    return chat and {name: value for name, value in chat.items() if name != "malformed"}
 
 
 def _joined(

@@ -172,7 +172,7 @@ def prepare(
     output = _begin_output(output)
     with _lock(output):
         # 2. What an earlier run has done, which must have been the same preparation.
-        _refuse_other_settings(output, source)
+        _refuse_other_settings(output, source, is_own_template=bool(chat and not chat.template))
         # 3. The tokenizer: made once, if need be by training it on a sample of the training text.
         if chat:
             texts = functools.partial(
@@ -429,7 +429,7 @@ def _lock(output: Path):
         yield
 
 
-def _refuse_other_settings(output: Path, source: dict) -> None:
+def _refuse_other_settings(output: Path, source: dict, *, is_own_template: bool) -> None:
     """Raises UserError when the directory was begun with other settings, or when it is complete and
     the inputs have changed since.
     """
@@ -441,8 +441,8 @@ def _refuse_other_settings(output: Path, source: dict) -> None:
     before = before.get("source", {}) if is_complete else before
     for key in SETTINGS:
         was, now = before.get(key), source.get(key)
-        if key == "chat" and was and now and not was["template"]:
-            # by a version that did not write down the tokenizer's own template
+        # an older version did not write down the tokenizer's own template
+        if key == "chat" and is_own_template and was and now and not was["template"]:
             now = {**now, "template": ""}
         if was != now:
             raise UserError(

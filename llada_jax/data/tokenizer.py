@@ -117,9 +117,15 @@ class Tokenizer:
             # encoded again in parts.
             if self._is_special_V[ids].any():
                 arrays[i] = np.concatenate(self._codec.encode(self._inside_special.split(texts[i])))
-                # Spelled only by what the library made of the text, such as its lower case.
+                # Spelled only by what the library made of the text, such as its lower case: that
+                # word is encoded letter by letter.
                 if self._is_special_V[arrays[i]].any():
-                    arrays[i] = np.concatenate(self._codec.encode(list(texts[i])))
+                    words = re.split(r"(?<=\s)", texts[i])
+                    parts = self._codec.encode(words)
+                    for n, word in enumerate(words):
+                        if self._is_special_V[parts[n]].any():
+                            parts[n] = np.concatenate(self._codec.encode(list(word)))
+                    arrays[i] = np.concatenate(parts)
         return arrays
 
     def decode(self, ids: Iterable[int]) -> str:

@@ -483,8 +483,8 @@ def run(
     )
     roots = [root for objects in loaded for root in objects]
     manager = require("lm_eval.tasks", extra="eval").TaskManager(include_defaults=False)
-    name = use_cache and f"{use_cache}_{model.identity()}"
-    with cache_of_first(name) as cache:
+    cache_name = use_cache and f"{use_cache}_{model.identity()}"
+    with cache_of_first(cache_name) as cache:
         results = lm_eval.simple_evaluate(
             model,
             tasks=roots,

@@ -137,7 +137,8 @@ def as_arguments(setting: Setting) -> tuple[dict[str, Any], dict[str, Any]]:
         model["mc_samples"] = setting.mc_samples
     else:
         model |= {"gen_length": setting.gen_length, "eos": setting.eos}
-        # Without blocks, another gen_length may be asked for, and models without blocks be asked.
+        # Left out without blocks, so that gen_length can be overridden and autoregressive models
+        # accept the rest.
         if setting.block_length is not None:
             model["block_length"] = setting.block_length
     asked: dict[str, Any] = {}

@@ -327,9 +327,9 @@ def hf_config(
             there is none.
         num_ids: of the vocabulary, above which no sampler goes; None takes what the source says, or
             else every row of the embedding.
-        source: the config.json of the same layout that the model was imported from; keys of it that
-            say nothing about the network (who wrote it, dropouts, initialisation) are carried
-            through.
+        source: the config.json that the model was imported from, of any layout. Of the same layout,
+            keys that say nothing about the network (who wrote it, dropouts, initialisation) are
+            carried through.
     """
     ids = {
         "bos_token_id": bos_id,

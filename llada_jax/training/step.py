@@ -91,10 +91,8 @@ def make_recipe(config: Any, tokenizer: Any, mesh: Mesh, *, provided: Any = None
     )
     num_parts = sharding.axis_size(mesh, "act_position")
     attention = choose_for(sequence_length=T // num_parts)
-    for length in config.data.length_buckets:
-        # what XLA compiles takes any length
-        if attention.startswith("xla"):
-            break
+    # what XLA compiles takes any length
+    for length in () if attention.startswith("xla") else config.data.length_buckets:
         if choose_for(sequence_length=length // num_parts) != attention:
             raise UserError(
                 f"config.data.length_buckets: the attention kernel {attention!r}, which suits "

@@ -27,7 +27,7 @@ from llada_jax.storage import files
 from llada_jax.streams import warn
 from llada_jax.verbs.command_line import Parser, placement
 
-# Of an answer where the flags do not say it: the most tokens, and the most and fewest of a block.
+# Defaults for an answer: its maximum length, and the maximum and minimum length of a block.
 GEN_LENGTH, BLOCK_LENGTH, LEAST_BLOCK = 256, 32, 8
 RESET = "/reset"
 KEYS = f"{RESET} begins again, Ctrl-C stops an answer, Ctrl-D leaves."

@@ -471,7 +471,10 @@ def evaluate_harness(args) -> dict:
         except UserError as error:
             if not args.preset:
                 raise
-            raise UserError(f"The task {task} of --preset {args.preset}: {error}") from error
+            raise UserError(
+                f"The task {task} of --preset {args.preset}: {error} A setting that is not of the "
+                "command line is one of the preset; name the tasks without it with --tasks."
+            ) from error
         plans.append((task, mine, asked, subject))
     while plans:
         # the requests of a task, and the errors of its scores, are gone with it

@@ -4,6 +4,7 @@ The LLaDA authors met a NaN after 1.2T of 2.3T tokens, went back to a checkpoint
 learning rate (arXiv 2502.09992, section 2.2).
 """
 
+import contextlib
 from collections.abc import Sequence
 
 from llada_jax.checkpoints.orbax_patches import drop_echoes
@@ -83,9 +84,14 @@ def roll_back(workdir: str, *, to: int, num_skipped: int | None = None) -> str:
             f"{workdir} has no checkpoint of step {to}; give --to one of the steps that it has: "
             f"{', '.join(map(str, steps)) or 'none'}."
         )
-    recorded = saved.record(steps[-1]).rollbacks
+    found, recorded = read_rollbacks(workdir), None
+    for step in () if found.count else reversed(steps):
+        # the newest may be the damaged one that is to be moved away
+        with contextlib.suppress(UserError):
+            recorded = saved.record(step).rollbacks
+            break
     saved.close()
-    count, skipped = rollbacks_of_run(read_rollbacks(workdir), recorded)
+    count, skipped = rollbacks_of_run(found, recorded)
     number, last = count + 1, last_known_step(path, steps)
     # A call that was killed before it had written the list has left a folder, and may have moved
     # the last known step there.

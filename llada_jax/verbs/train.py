@@ -360,7 +360,7 @@ def train_on(
             return Preempted(f"asked to stop{how}; the same command continues.")
 
         # What the attempt before left out when it was asked to stop: a part of the evaluation after
-        # this step, and its samples.
+        # this step, and its samples. A workdir may lack these for other reasons too.
         if 0 < start_step < num_steps and evaluations.is_unfinished(start_step):
             try:
                 evaluate_during_training(start_step)

@@ -159,6 +159,21 @@ def test_parts_with_other_chat_settings_are_refused(tmp_path, changes):
     assert "different --chat settings" in error_of(join_parts, tmp_path / "set")
 
 
+def test_parts_that_treat_malformed_records_differently_are_joined(tmp_path):
+    turns = [{"role": role, "content": role} for role in ("user", "assistant")]
+    for number, malformed in enumerate(("error", "skip")):
+        text = tmp_path / f"{number}.jsonl"
+        text.write_text(json.dumps({"messages": turns}) + "\n" + '{"broken": 1}\n' * number)
+        prepare(
+            [str(text)],
+            tmp_path / "set",
+            part=(number, 2),
+            **{**ARGS, "heldout": 0, "sequence_length": 64},
+            chat=ChatSettings(template="default", malformed=malformed),
+        )
+    assert join_parts(tmp_path / "set")["splits"]["train"]["num_documents"] == 2
+
+
 def test_a_part_whose_inputs_have_moved_is_joined_as_before(tmp_path):
     folder = tmp_path / "corpus"
     write_corpus(folder, num_files=2, num_documents=30)

@@ -1,13 +1,16 @@
 """What `prepare` refuses, in one sentence and without touching what is there."""
 
 import fcntl
+import json
 import os
 
 import pytest
 from support.corpora import T, refusal, tree, write_corpus
 
+from llada_jax.data.dialogue_units import ChatSettings
 from llada_jax.data.preparation import prepare
 from llada_jax.data.text import Cut
+from llada_jax.data.tokenizer import load_tokenizer
 
 
 @pytest.mark.parametrize(
@@ -105,6 +108,27 @@ def test_other_settings_are_refused_by_name_and_nothing_is_overwritten(
     before = tree(tmp_path / "out")
     assert named in refusal([str(tmp_path / "corpus")], tmp_path / "out", **{**args, **change})
     assert tree(tmp_path / "out") == before
+
+
+@pytest.mark.parametrize("is_old", [True, False])
+def test_another_template_is_refused_be_it_named_or_that_of_the_tokenizer(tmp_path, is_old):
+    source = "{% for m in messages %}{{ m.content }}. {% endfor %}"
+    load_tokenizer("bytes").with_chat_template(source).save(tmp_path / "tokenizer")
+    turns = [{"role": role, "content": role} for role in ("user", "assistant")]
+    (tmp_path / "chat.jsonl").write_text(json.dumps({"messages": turns}) + "\n")
+    corpus, out = [str(tmp_path / "chat.jsonl")], tmp_path / "out"
+    args = {"sequence_length": T, "tokenizer": str(tmp_path / "tokenizer"), "heldout": 0}
+    content = prepare(corpus, out, **args, chat=ChatSettings())
+    if is_old:
+        # older versions did not write down which template it was
+        content["source"]["chat"]["template"] = ""
+        (out / "dataset.json").write_text(json.dumps(content))
+    prepare(corpus, out, **args, chat=ChatSettings())
+    assert "--chat" in refusal(corpus, out, **args, chat=ChatSettings(template="default"))
+    if not is_old:
+        file = tmp_path / "tokenizer" / "chat_template.jinja"
+        file.write_text(file.read_text().replace(".", "!"))
+        assert "--chat" in refusal(corpus, out, **args, chat=ChatSettings())
 
 
 def test_changed_inputs_of_a_complete_data_set_are_refused(tmp_path):

@@ -99,7 +99,7 @@ DATA = [
         ),
         (
             "parts with several chat templates",
-            '"--chat settings": content["source"].get("chat"),',
+            '"--chat settings": _chat_of(content["source"].get("chat")),',
             '"--chat settings": None,',
         ),
     ),

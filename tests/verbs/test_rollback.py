@@ -16,7 +16,13 @@ from support.states import saved_steps
 from llada_jax.__main__ import main
 from llada_jax.checkpoints.workdir import Checkpoints
 from llada_jax.cluster import sharding
-from llada_jax.run.rollbacks import batch_of_step, read_rollbacks, skip_after
+from llada_jax.run.rollbacks import (
+    as_rollbacks,
+    batch_of_step,
+    read_rollbacks,
+    skip_after,
+    write_rollbacks,
+)
 from llada_jax.storage import remote
 from llada_jax.verbs import train
 from llada_jax.verbs.rollback import roll_back
@@ -150,6 +156,19 @@ def test_a_second_rollback_leaves_out_only_what_a_step_has_read(tmp_path):
 
 def test_a_run_that_was_restored_elsewhere_keeps_the_rollbacks_of_its_record(tmp_path):
     run = saved_run(tmp_path, logged_to=12, rollbacks={"count": 3, "skipped": [[6, 7]]})
+    roll_back(run, to=8)
+    assert read_rollbacks(run) == (4, ((6, 7), (11, 14)))
+
+
+@pytest.mark.parametrize("has_list", [True, False])
+def test_a_step_whose_record_is_damaged_is_moved_away_like_another(tmp_path, has_list):
+    rollbacks = {"count": 3, "skipped": [[6, 7]]}
+    run = saved_run(tmp_path, logged_to=12, rollbacks=rollbacks)
+    if has_list:
+        write_rollbacks(run, as_rollbacks(rollbacks))
+    for file in (tmp_path / "checkpoints/12/record").rglob("*"):
+        if file.is_file():
+            file.write_text("damaged")
     roll_back(run, to=8)
     assert read_rollbacks(run) == (4, ((6, 7), (11, 14)))
 
