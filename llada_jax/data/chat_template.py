@@ -94,22 +94,40 @@ def read_template(path: str) -> str:
         return Path(path).read_text()
 
 
+def environment() -> Any:
+    """Returns the jinja2.Environment in which templates are read and rendered, as transformers does
+    it.
+    """
+    sandbox = require("jinja2.sandbox", extra="hf")
+    made = sandbox.ImmutableSandboxedEnvironment(
+        trim_blocks=True,
+        lstrip_blocks=True,
+        extensions=[_generation_block(), "jinja2.ext.loopcontrols"],
+    )
+    made.globals |= {"raise_exception": _raise, "strftime_now": _strftime_now}
+    made.filters["tojson"] = _tojson
+    return made
+
+
+def names_of(tokenizer: Tokenizer) -> dict[str, str]:
+    """Returns the special tokens that a template may write, by their names in it."""
+    names = tokenizer.special_tokens
+    return {
+        "eos_token": names["eos"],
+        "pad_token": names["pad"],
+        # a tokenizer without one has end-of-text in its place, which does not begin a dialogue
+        "bos_token": names["bos"] if tokenizer.bos_id != tokenizer.eos_id else "",
+    }
+
+
 class Chat:
     """A template with its tokenizer."""
 
     def __init__(self, source: str, tokenizer: Tokenizer):
         """Raises UserError when the source is not a Jinja template."""
         jinja2 = require("jinja2", extra="hf")
-        sandbox = require("jinja2.sandbox", extra="hf")
-        environment = sandbox.ImmutableSandboxedEnvironment(
-            trim_blocks=True,
-            lstrip_blocks=True,
-            extensions=[_generation_block(), "jinja2.ext.loopcontrols"],
-        )
-        environment.globals |= {"raise_exception": _raise, "strftime_now": _strftime_now}
-        environment.filters["tojson"] = _tojson
         try:
-            self._template = environment.from_string(source)
+            self._template = environment().from_string(source)
         except jinja2.TemplateError as error:
             raise UserError(
                 f"The chat template is not valid Jinja ({error}); fix it, or give another one."
@@ -117,13 +135,7 @@ class Chat:
         self._tokenizer, self._errors = tokenizer, (jinja2.TemplateError, TypeError, ValueError)
         self._markers = tokenizer.markers
         self._special = _any_of(self._markers)
-        names = tokenizer.special_tokens
-        self._names = {
-            "eos_token": names["eos"],
-            "pad_token": names["pad"],
-            # a tokenizer without one has end-of-text in its place, which does not begin a dialogue
-            "bos_token": names["bos"] if tokenizer.bos_id != tokenizer.eos_id else "",
-        }
+        self._names = names_of(tokenizer)
 
     def render(
         self, messages: list[dict], *, tools: Any = None, add_generation_prompt: bool = False

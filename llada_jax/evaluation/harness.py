@@ -24,7 +24,8 @@ import jax
 import numpy as np
 
 from llada_jax.cluster.agreement import check_same_everywhere
-from llada_jax.errors import UserError, require
+from llada_jax.data.chat_template import environment, names_of
+from llada_jax.errors import UserError, one_line, require
 from llada_jax.evaluation.answer_rows import Question
 from llada_jax.evaluation.conditional import Score, encode_pair, log_likelihoods
 from llada_jax.evaluation.harness_hosts import cache_of_first
@@ -405,16 +406,16 @@ class HarnessModel:
                 "The checkpoint has no chat template; pass HarnessModel(chat_template=...), or "
                 "evaluate without one."
             )
-        sandbox = require("jinja2.sandbox", extra="hf")
-        environment = sandbox.ImmutableSandboxedEnvironment(trim_blocks=True, lstrip_blocks=True)
+        jinja2 = require("jinja2", extra="hf")
         self.writes_chats = True
-        special = {
-            "bos_token": self.tokenizer.piece(self.tokenizer.bos_id),
-            "eos_token": self.tokenizer.piece(self.tokenizer.eos_id),
-        }
-        return environment.from_string(self.template).render(
-            messages=chat_history, add_generation_prompt=add_generation_prompt, **special
-        )
+        known = names_of(self.tokenizer) | {"add_generation_prompt": add_generation_prompt}
+        try:
+            return environment().from_string(self.template).render(messages=chat_history, **known)
+        except jinja2.TemplateError as error:
+            raise UserError(
+                f"The chat template fails ({one_line(str(error))}); pass another one with "
+                "HarnessModel(chat_template=...)."
+            ) from error
 
 
 def _generation(settings: dict) -> tuple[tuple[str, ...], int, float]:

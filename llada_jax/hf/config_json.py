@@ -325,8 +325,8 @@ def hf_config(
         dtype: of the tensors in the file, "float32" or "bfloat16".
         eot_id: of the end of a turn, at which the sampler of the export ends a text too; None where
             there is none.
-        num_ids: of the vocabulary, above which no sampler goes; None takes what the source says, or
-            else every row of the embedding.
+        num_ids: of the vocabulary, above which no sampler goes; None: every row of the embedding. A
+            source of a layout that is written may state more, which its tokenizer need not fill.
         source: the config.json that the model was imported from, of any layout. Of the same layout,
             keys that say nothing about the network (who wrote it, dropouts, initialisation) are
             carried through.
@@ -342,12 +342,12 @@ def hf_config(
     write = {"llada": _to_llada, "illada": _to_illada}[layout]
     silent, stated = write(a, max_sequence_length)
     carried = dict(source) if source and source.get("model_type") == layout else {}
-    # The first is stated again below where there is a scaling; the second is transformers 5's name
+    # The first two are stated again below where they are needed; the third is transformers 5's name
     # for torch_dtype, which it reads in place of it.
-    for key in ("rope_parameters", "dtype"):
+    for key in ("rope_parameters", UNPADDED, "dtype"):
         carried.pop(key, None)
-    if num_ids is None and source:
-        num_ids = unpadded_vocabulary(source, a.vocab_size)
+    if source and layout_of(source) in WRITTEN:
+        num_ids = max(num_ids or 0, unpadded_vocabulary(source, a.vocab_size))
     if num_ids is not None and num_ids < a.vocab_size:
         stated["vocab_size" if layout == "llada" else UNPADDED] = num_ids
     return dict(sorted({**silent, **carried, **stated, **ids, "torch_dtype": dtype}.items()))

@@ -19,6 +19,7 @@ import json
 from pathlib import Path
 from typing import Any
 
+from llada_jax.data.chat_template import environment
 from llada_jax.data.codecs import SPACE_MARK
 from llada_jax.data.tokenizer import CHAT_TEMPLATE, PROBES, Tokenizer
 from llada_jax.errors import UserError, require
@@ -40,7 +41,7 @@ def read_template(path: str) -> str:
     with files.reading(f"--chat-template {path}", remedy="give a text file"):
         template = Path(path).read_text()
     try:
-        jinja2.Environment().parse(template)
+        environment().parse(template)
     except jinja2.TemplateSyntaxError as error:
         raise UserError(
             f"--chat-template {path} is not a Jinja template (line {error.lineno}: {error}); fix "
@@ -106,7 +107,12 @@ def _config(tokenizer: Tokenizer, max_length: int) -> dict:
     """Returns tokenizer_config.json."""
     return {
         "tokenizer_class": "PreTrainedTokenizerFast",
-        **{f"{what}_token": token for what, token in tokenizer.special_tokens.items()},
+        # not end-of-text in the place of a missing BOS, see chat_template.names_of
+        **{
+            f"{what}_token": token
+            for what, token in tokenizer.special_tokens.items()
+            if what != "bos" or tokenizer.bos_id != tokenizer.eos_id
+        },
         # The default of older versions removes the space in " .".
         "clean_up_tokenization_spaces": False,
         "model_input_names": ["input_ids", "attention_mask"],

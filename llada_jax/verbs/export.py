@@ -21,7 +21,7 @@ from llada_jax.cluster import distributed
 from llada_jax.errors import UserError
 from llada_jax.hf import hub
 from llada_jax.hf.card import check_license, model_card
-from llada_jax.hf.config_json import WRITTEN, choose_layout, hf_config
+from llada_jax.hf.config_json import choose_layout, hf_config
 from llada_jax.hf.convert import tensors
 from llada_jax.hf.directory import check_output
 from llada_jax.hf.peft import num_adapter_parameters
@@ -185,8 +185,7 @@ def prepare_export(args) -> tuple[Export, dict]:
         max_sequence_length=max_length,
         dtype=dtype,
         eot_id=tokenizer.eot_id,
-        # an imported config.json of these layouts states its own, which its tokenizer need not fill
-        num_ids=None if has_text and source.get("layout") in WRITTEN else tokenizer.vocab_size,
+        num_ids=tokenizer.vocab_size,
         source=source.get("config"),
     )
     others = other_files(shards, config, layout)

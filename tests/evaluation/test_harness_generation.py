@@ -172,9 +172,10 @@ def test_a_row_of_an_autoregressive_model_has_one_bos_where_its_template_writes_
     make, pretrained
 ):
     """Each row is given BOS when it is scored or continued."""
-    template = "{{ bos_token }}{% for m in messages %}{{ m['content'] }}<|eot_id|>{% endfor %}"
     causal = dataclasses.replace(pretrained, run={**pretrained.run, "mask": CAUSAL._asdict()})
     words, hi = causal.tokenizer, causal.tokenizer.encode("hi")
+    template = words.piece(words.bos_id)
+    template += "{% for m in messages %}{{ m['content'] }}<|eot_id|>{% endfor %}"
     for asked, bos in ((causal, []), (pretrained, [words.bos_id])):
         model = make(asked, chat_template=template)
         prompt = model.apply_chat_template([{"role": "user", "content": "hi"}])
@@ -182,6 +183,17 @@ def test_a_row_of_an_autoregressive_model_has_one_bos_where_its_template_writes_
         assert model.encode(prompt) == [*bos, *hi, 258]
         question = encode_pair(model, prompt, "yes")
         assert question[:2] == ((*bos, *hi, 258), tuple(words.encode("yes")))
+
+
+def test_a_template_of_the_harness_is_read_as_in_training(make):
+    source = "{% for m in messages %}{% generation %}{{ m | tojson }}{% endgeneration %}"
+    source += "{% if loop.first %}{% continue %}{% endif %}!{% endfor %}{{ pad_token }}"
+    model = make(chat_template=source)
+    chat = [{"role": "user", "content": "<b>"}] * 2
+    written = json.dumps(chat[0])
+    assert model.apply_chat_template(chat) == f"{written}{written}!<|endoftext|>"
+    with pytest.raises(UserError, match="The chat template fails .no system role"):
+        make(chat_template="{{ raise_exception('no system role') }}").apply_chat_template(chat)
 
 
 @pytest.mark.parametrize(

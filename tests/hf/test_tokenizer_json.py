@@ -22,7 +22,7 @@ from support.tokenizer_texts import (
 
 from llada_jax.data.tokenizer import load_tokenizer
 from llada_jax.errors import UserError
-from llada_jax.hf.tokenizer_json import byte_alphabet, tokenizer_files
+from llada_jax.hf.tokenizer_json import byte_alphabet, read_template, tokenizer_files
 
 
 @pytest.fixture(scope="module")
@@ -184,9 +184,20 @@ def test_a_bare_tokenizer_json_gets_the_config_that_transformers_needs(tmp_path)
     files = tokenizer_files(load_tokenizer(tmp_path / "given"), max_length=77)
     config = json.loads(files["tokenizer_config.json"])
     assert config["mask_token"] == "<|mdm_mask|>"
-    assert config["eos_token"] == config["pad_token"] == config["bos_token"] == "<|endoftext|>"
+    assert config["eos_token"] == config["pad_token"] == "<|endoftext|>"
+    # There is none, and a template that begins with it must not begin with end-of-text.
+    assert "bos_token" not in config
     assert config["model_max_length"] == 77
     assert files["tokenizer.json"] == (tmp_path / "given" / "tokenizer.json").read_bytes()
+
+
+def test_a_template_with_the_tags_of_transformers_is_taken(tmp_path):
+    file = tmp_path / "chat.jinja"
+    file.write_text(
+        "{% for m in messages %}{% if loop.first %}{% continue %}{% endif %}"
+        "{% generation %}{{ m.content }}{% endgeneration %}{% endfor %}"
+    )
+    assert read_template(str(file)) == file.read_text()
 
 
 def test_a_chat_template_replaces_the_one_that_came_along(tmp_path):

@@ -115,6 +115,13 @@ class ILLaDAModelLM(DiffusionSampler, MaskedDiffusionLM):
     def set_input_embeddings(self, module: nn.Embedding) -> None:
         self.model.embed_tokens = module
 
+    def resize_token_embeddings(self, *args, **kwargs) -> nn.Embedding:
+        embed_tokens = super().resize_token_embeddings(*args, **kwargs)
+        if args or kwargs:
+            # The caller has said how many ids there are.
+            self.config.unpadded_vocab_size = None
+        return embed_tokens
+
     def set_output_embeddings(self, module: nn.Module) -> None:
         if self.config.tie_word_embeddings:
             self.model.embed_tokens = module
