@@ -100,6 +100,10 @@ def decisive_knobs(record: RunRecord) -> dict:
         **{f"config.{name}": record.knob(name) for name in DECISIVE},
         "config.optimizer.first_moment_dtype": record.first_moment_dtype,
         "keeps an EMA": record.keeps_ema,
+        # two rows for each record; not a knob of the first versions
+        "config.objective.complementary": bool(
+            record.config.get("objective", {}).get("complementary")
+        ),
         # Without adapters nothing reads their other knobs, which may then change.
         "config.lora": record.lora if record.lora.rank else None,
     }

@@ -221,7 +221,7 @@ class MetricsWriter:
             else []
         )
 
-    def gap_before(self, step: int, *, every_steps: int) -> str:
+    def gap_before(self, step: int, *, num_unlogged: int) -> str:
         """Returns a sentence about lines that are missing at the end of what a resumed run kept.
 
         "" when there are none. Lines are written before the checkpoint of their step, so they are
@@ -229,9 +229,9 @@ class MetricsWriter:
 
         Args:
             step: the step from which the run continues.
-            every_steps: of the log.
+            num_unlogged: how many steps before it the sums of its state hold, for the next line.
         """
-        expected = step // every_steps * every_steps
+        expected = step - num_unlogged
         if not self._enabled or self._last_train_step >= expected:
             return ""
         return (

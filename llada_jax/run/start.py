@@ -101,6 +101,7 @@ class OpenWorkdir(NamedTuple):
     checkpoint. rollbacks: what was rolled back before. start_step: the step that is already done;
     is_continued: whether this workdir held a checkpoint; origin: where its state comes from, in
     words. changed: a line for each knob whose value differs from that of the run that is continued.
+    num_unlogged: steps up to start_step whose metrics are not in a line of the log yet.
     """
 
     saved: Checkpoints
@@ -112,13 +113,14 @@ class OpenWorkdir(NamedTuple):
     is_continued: bool
     origin: str
     changed: list[str]
+    num_unlogged: int
 
-    def what_changed(self, *, log_every_steps: int) -> list[str]:
+    def what_changed(self) -> list[str]:
         """Returns lines for the user about what a continued run does not share with its past: log
         lines that are missing, and knobs with other values.
         """
         # of another workdir (checkpoint.restore) the lines are there, and not here
-        gap = self.writer.gap_before(self.start_step, every_steps=log_every_steps)
+        gap = self.writer.gap_before(self.start_step, num_unlogged=self.num_unlogged)
         return [
             *self.writer.damage,
             *([gap] if gap and self.is_continued else []),
@@ -239,6 +241,8 @@ def open_workdir(
         is_continued=bool(saved.steps),
         origin=origin,
         changed=changed_knobs(record.config, continued.config) if continued else [],
+        # each step adds one to the count of every metric that it always has
+        num_unlogged=int(state.metrics["skipped"][1]),
     )
     # A local copy is lost with its host, and another run can be deleted. What this run reports as
     # saved has to be here: its last step, a permanent one, the one at which it is asked to stop.

@@ -277,7 +277,7 @@ def train_on(
         num_microbatches=config.optimizer.gradient_accumulation,
     ):
         progress.say(line)
-    for line in opened.what_changed(log_every_steps=config.log.every_steps):
+    for line in opened.what_changed():
         progress.say(line)
     if start_step >= num_steps:
         progress.say(f"the run is complete: step {start_step} of {num_steps}")
@@ -296,7 +296,8 @@ def train_on(
     # 6. The loop.
     rows = sharding.local_rows(recipe.batch_sharding, (B, T))
     batches = open_batches(config, data, opened, rows, recipe.objective.copies)
-    flops = flops_of_token(recipe, sequence_length=T)
+    lengths = (*config.data.length_buckets, T)
+    flops_of = {length: flops_of_token(recipe, sequence_length=length) for length in lengths}
     peak_flops = hardware.peak_flops(mesh.devices.flat[0])
     zero_metrics = jax.jit(
         lambda sums: jax.tree.map(jnp.zeros_like, sums),
@@ -398,10 +399,9 @@ def train_on(
             # rely on them. Sums are looked at before each save too: what is saved must be finite.
             if must_save or must_copy or is_due(step, config.log.every_steps):
                 sums = jax.device_get(state.metrics)
-                interval = (logged_step + 1, step)
-                check_finite(sums, interval=interval, saved=saved, rate=rate_knob)
+                check_finite(sums, step=step, saved=saved, rate=rate_knob)
                 limit = config.optimizer.max_skipped_updates
-                check_skipped(sums, limit, interval=interval, rate=rate_knob)
+                check_skipped(sums, limit, step=step, saved=saved, rate=rate_knob)
             # An interval in which every update was skipped has no means. Its sums are kept, so that
             # the skipped updates of the next interval are counted together with them.
             if is_due(step, config.log.every_steps) and sums["loss"][1] > 0:
@@ -415,7 +415,8 @@ def train_on(
                     clock,
                     num_steps=step - logged_step,
                     tokens_per_step=B * mean(num_positions),
-                    flops_per_token=flops,
+                    flops_per_token=mean(n * flops_of[n] for n in num_positions)
+                    / mean(num_positions),
                     num_devices=mesh.size,
                     peak_flops=peak_flops,
                 )
@@ -441,9 +442,7 @@ def train_on(
                     # Saved now; the next start does the rest of this evaluation first.
                     must_stop = must_save = True
                     sums = jax.device_get(state.metrics)
-                    check_finite(
-                        sums, interval=(logged_step + 1, step), saved=saved, rate=rate_knob
-                    )
+                    check_finite(sums, step=step, saved=saved, rate=rate_knob)
             # not when the run is to stop: the grace period is for the checkpoint
             if is_due(step, config.samples.every_steps) and not must_stop:
                 sample_during_training(step)

@@ -58,6 +58,7 @@ def changed(knob: str, value) -> RunRecord:
             "bfloat16",
             "config.optimizer.first_moment_dtype is 'bfloat16' here and 'float32' there",
         ),
+        ("objective.complementary", True, "config.objective.complementary is True here and False"),
         ("optimizer.ema_decay", 0.5, "keeps an EMA is True here and False there"),
     ],
 )
@@ -76,6 +77,7 @@ def test_a_run_is_continued_with_another_learning_rate_or_length(knob, value):
 def test_a_run_older_than_the_dtype_of_the_first_moment_is_continued_in_float32():
     content = small_record().to_json()
     del content["config"]["optimizer"]["first_moment_dtype"]
+    content["config"]["objective"].pop("complementary", None)
     old = RunRecord.from_json(content, file="old")
     check_continues(old, small_record(), "runs/a")
     narrow = changed("optimizer.first_moment_dtype", "bfloat16")

@@ -109,16 +109,16 @@ def test_a_file_of_metrics_without_any_line_has_none(tmp_path):
 
 
 def test_lines_that_are_missing_before_the_first_step_are_said(tmp_path):
-    def gap(steps, start):
+    def gap(steps, start, num_unlogged=0):
         lines = [json.dumps({"step": step, "train": {"loss": 1.0}}) for step in steps]
         (tmp_path / "metrics.jsonl").write_text("".join(f"{line}\n" for line in lines))
         writer = MetricsWriter(tmp_path, resume_step=start, tensorboard=False)
-        found = writer.gap_before(start, every_steps=10)
+        found = writer.gap_before(start, num_unlogged=num_unlogged)
         writer.close()
         return found
 
-    assert gap([10, 20], 20) == gap([10, 20], 25) == gap([10, 20, 30], 20) == gap([], 9) == ""
-    assert "no lines of steps 11 to 20" in gap([10], 25)
+    assert gap([10, 20], 20) == gap([10, 20], 25, 5) == gap([10, 20, 30], 20) == gap([], 9, 9) == ""
+    assert "no lines of steps 11 to 20" in gap([10], 25, 5)
     assert "no lines of steps 1 to 20" in gap([], 20)
 
 

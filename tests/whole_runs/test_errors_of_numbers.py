@@ -67,7 +67,11 @@ def test_skipped_updates_are_counted_over_log_lines_that_have_nothing_to_say(
     argv = exploding(home, tmp_path, "1e16")  # after step 5 no gradient is finite any more
     argv += ["--config.log.every_steps=1", "--config.optimizer.max_skipped_updates=3"]
     says = ["4 updates in steps 6 to 9 were not finite", "allows 3", "llada-jax rollback"]
-    refused(argv, status=3, says=says, is_late=True)
+    sentence = refused(argv, status=3, says=says, is_late=True)
+    # the save that was under way has been finished
+    last = Checkpoints(tmp_path / "run").steps[-1]
+    assert f"the last good checkpoint is step {last}: lower" in sentence
+    assert last == 8
     lines = [
         json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()
     ]

@@ -12,6 +12,8 @@ from support.runs import (
     losses,
 )
 
+from llada_jax.run.metrics_file import read_lines
+
 SFT = (
     "objective.name=sft",
     "data.random_length_probability=0.0",
@@ -83,6 +85,10 @@ def test_rows_that_are_filled_up_are_the_same_on_two_hosts_and_in_microbatches(r
     np.testing.assert_allclose(losses(two), losses(one), rtol=1e-5)
 
 
+def speeds_of(workdir) -> list[dict]:
+    return [line["speed"] for line in read_lines(workdir) if "speed" in line]
+
+
 @pytest.mark.slow
 def test_buckets_change_neither_the_curve_nor_what_a_killed_run_continues_to(runs, dialogues):
     words = (f"data.path={dialogues('padded')}", *SFT, "evaluation.every_steps=0")
@@ -93,6 +99,13 @@ def test_buckets_change_neither_the_curve_nor_what_a_killed_run_continues_to(run
     log = runs.train(cut, *words, buckets, "num_steps=8")
     assert log.count("compiled    in") == 4
     np.testing.assert_allclose(losses(cut), losses(plain), rtol=1e-5)
+    # attention to shorter rows is less work per token
+    whole, short = (
+        [speed["tflops_per_device"] / speed["tokens_per_s"] for speed in speeds_of(workdir)]
+        for workdir in (plain, cut)
+    )
+    np.testing.assert_allclose(whole, whole[0], rtol=1e-6)
+    assert max(short) < whole[0]
     # two hosts agree on the length of every batch, also after a restart
     two = runs.directory / "sft-buckets-2"
     several = dict(num_devices=2, num_processes=2)
