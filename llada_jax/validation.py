@@ -17,7 +17,7 @@ from ml_collections import ConfigDict
 
 from llada_jax.errors import UserError, did_you_mean
 from llada_jax.parts import is_own
-from llada_jax.ranges import check_ranges, check_sizes
+from llada_jax.ranges import MAX_STEPS, check_ranges, check_sizes
 
 # The value of a knob that the run decides by itself.
 AUTO = "auto"
@@ -185,6 +185,12 @@ def check_contradictions(config: ConfigDict, defaults: ConfigDict) -> None:
         raise UserError(
             f"config.num_steps={config.num_steps} and config.num_tokens={config.num_tokens}: "
             "set exactly one of them above 0 to say how long to train."
+        )
+    if (num_steps := num_steps_of(config)) > MAX_STEPS:
+        raise UserError(
+            f"config.num_tokens={config.num_tokens} takes {num_steps} steps of batch_size * "
+            f"sequence_length tokens, and a run has at most {MAX_STEPS}; lower it, or raise "
+            "config.data.batch_size."
         )
     model = config.model
     if model.num_heads % model.num_kv_heads:

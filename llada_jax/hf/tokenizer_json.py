@@ -107,7 +107,7 @@ def _config(tokenizer: Tokenizer, max_length: int) -> dict:
     """Returns tokenizer_config.json."""
     return {
         "tokenizer_class": "PreTrainedTokenizerFast",
-        # not end-of-text in the place of a missing BOS, see chat_template.names_of
+        # without the end-of-text token that stands for a missing BOS, see chat_template.names_of
         **{
             f"{what}_token": token
             for what, token in tokenizer.special_tokens.items()

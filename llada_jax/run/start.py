@@ -213,8 +213,8 @@ def open_workdir(
     if start_step > recipe.num_steps:
         raise UserError(
             f"The run in {workdir} is at step {start_step} and the config ends at "
-            f"{recipe.num_steps}; raise config.num_steps, or start a new --workdir from a "
-            "checkpoint with config.checkpoint.restore=WORKDIR@STEP."
+            f"{recipe.num_steps}; raise config.num_steps or num_tokens, or start a new --workdir "
+            "from a checkpoint with config.checkpoint.restore=WORKDIR@STEP."
         )
     # the workdir's tokenizer decodes what the run samples: it must be that of the records
     if (epath.Path(workdir) / "tokenizer" / SPECIAL_IDS).exists():

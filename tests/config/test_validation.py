@@ -276,6 +276,7 @@ def test_the_knob_to_lower_is_the_one_that_the_schedule_reads():
             {"objective.complementary": True},
             "needs config.objective.masking='bernoulli'",
         ),
+        ({"num_steps": 0, "num_tokens": 10**15}, "and a run has at most 2147483647"),
         ({"objective.eps": 0.0}, re.escape("must lie in (0, 1)")),
         ({"objective.t_sampling": "bell", "objective.bell_width": 0.08}, "must be at least 0.1"),
         ({"optimizer.name": "muon", "lora.rank": 4}, "would train the adapters with Adam alone"),
