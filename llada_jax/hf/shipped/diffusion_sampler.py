@@ -232,6 +232,11 @@ class DiffusionSampler:
         mask_id = self.config.mask_token_id
         num_ids = getattr(self.config, "unpadded_vocab_size", None) or self.config.vocab_size
         end_ids = end_ids_of(self.config)
+        if not end_ids and (eos != "free" or stop_at_eos):
+            raise ValueError(
+                f"eos={eos!r} with stop_at_eos={stop_at_eos} needs the id that ends a text, and "
+                "config.eos_token_id is None; set it, or leave both arguments out."
+            )
         steps_per_block = steps * block_length // gen_length
 
         canvas_BT = F.pad(input_ids, (0, gen_length), value=mask_id)

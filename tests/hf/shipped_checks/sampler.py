@@ -198,3 +198,12 @@ def test_a_seed_decides_the_sample_and_random_order_is_uniform(make):
 def test_impossible_requests_to_the_sampler_are_refused(model, arguments, sentence):
     with pytest.raises(ValueError, match=sentence):
         model.generate_diffusion(torch.tensor([[1, 2]]), **arguments)
+
+
+@pytest.mark.parametrize("arguments", [{"eos": "never"}, {"eos": "last"}, {"stop_at_eos": True}])
+def test_what_ends_a_text_must_be_known_where_it_is_asked_for(make, arguments):
+    model = make("llada", eos_token_id=None)
+    prompt = torch.tensor([[1, 2]])
+    with pytest.raises(ValueError, match="config.eos_token_id is None; set it"):
+        model.generate_diffusion(prompt, gen_length=4, **arguments)
+    assert model.generate_diffusion(prompt, gen_length=4).shape == (1, 6)
