@@ -39,18 +39,7 @@ def low_confidence(logits_BTV: Array, choices_BT: Array, keys_B: Array) -> Array
         confidence_BT float32; the greater is kept first.
     """
     chosen_BT = jnp.take_along_axis(logits_BTV, choices_BT[..., None], axis=-1)[..., 0]
-    return probabilities(logits_BTV, chosen_BT[..., None])[..., 0]
-
-
-def probabilities(logits_BTV: Array, some_BTK: Array) -> Array:
-    """Returns softmax(logits) at K logits of each position, [B, T, K].
-
-    The greatest logit is taken away first, as softmax does it: the logarithm of the sum is rounded
-    at the size of the logits, and doubts below 1e-6 would be lost.
-    """
-    top_BT1 = logits_BTV.max(axis=-1, keepdims=True)
-    total_BT1 = jnp.exp(logits_BTV - top_BT1).sum(axis=-1, keepdims=True)
-    return jnp.exp(some_BTK - top_BT1) / total_BT1
+    return jnp.exp(chosen_BT - jax.nn.logsumexp(logits_BTV, axis=-1))
 
 
 def random(logits_BTV: Array, choices_BT: Array, keys_B: Array) -> Array:
@@ -74,7 +63,8 @@ def margin(logits_BTV: Array, choices_BT: Array, keys_B: Array) -> Array:
     """The probability of the most likely token less that of the second (top-k margin of Kim et
     al., arXiv 2502.06768): positions that are torn between two tokens come late.
     """
-    p_BT2 = probabilities(logits_BTV, jax.lax.top_k(logits_BTV, 2)[0])
+    top_BT2 = jax.lax.top_k(logits_BTV, 2)[0]
+    p_BT2 = jnp.exp(top_BT2 - jax.nn.logsumexp(logits_BTV, axis=-1, keepdims=True))
     return p_BT2[..., 0] - p_BT2[..., 1]
 
 

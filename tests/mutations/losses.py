@@ -213,8 +213,8 @@ REMASKING = faults_of(
     "tests/samplers/test_distributions.py",
     (
         "confidence without its normaliser",
-        "return jnp.exp(some_BTK - top_BT1) / total_BT1",
-        "return jnp.exp(some_BTK - top_BT1)",
+        "jnp.exp(chosen_BT - jax.nn.logsumexp(logits_BTV, axis=-1))",
+        "jnp.exp(chosen_BT)",
     ),
     (
         "an undecided rule leaves masks",
