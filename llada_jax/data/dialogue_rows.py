@@ -1,5 +1,6 @@
 """What training does with a row of dialogues before it is part of a batch: one answer of each
-dialogue is drawn, and end-of-text tokens fill it up.
+dialogue is drawn, and end-of-text tokens fill it up. Settings that would spoil dialogues are
+refused first.
 """
 
 from collections.abc import Callable, Sequence
