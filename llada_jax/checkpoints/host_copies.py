@@ -194,12 +194,14 @@ class LocalCheckpoints:
         for step, name in self._parts():
             try:
                 index = files.decode_json((self.directory / name / "index.json").read_text())
+                pair = (step, int(index["attempt"]))
+                if max(pair) > np.iinfo(np.uint32).max or min(pair) < 0:
+                    # Processes tell each other such pairs in 32 bits.
+                    continue
                 # All parts on this disk together: after a restart a process may have another
                 # number, and its slices may lie in the part of another process of this host.
-                found.setdefault((step, index["attempt"]), []).append(
-                    {**index, "data": self.directory / name / "data"}
-                )
-            except (OSError, ValueError, KeyError, TypeError):
+                found.setdefault(pair, []).append({**index, "data": self.directory / name / "data"})
+            except (OSError, ValueError, KeyError, TypeError, OverflowError):
                 continue
         return found
 

@@ -113,6 +113,9 @@ class StepLines:
                 damaged.append(number)
         if damaged:
             aside = self._path.parent / f"{self._path.name}.damaged"
+            number = 2
+            while aside.exists():
+                aside, number = aside.with_name(f"{self._path.name}.damaged-{number}"), number + 1
             files.write_whole(aside, self._path.read_bytes())
             self.damage = (
                 f"{self._path}: {len(damaged)} of {len(lines)} lines cannot be read, the first of "

@@ -4,7 +4,6 @@ The LLaDA authors met a NaN after 1.2T of 2.3T tokens, went back to a checkpoint
 learning rate (arXiv 2502.09992, section 2.2).
 """
 
-import contextlib
 from collections.abc import Sequence
 
 from llada_jax.checkpoints.orbax_patches import drop_echoes
@@ -86,10 +85,14 @@ def roll_back(workdir: str, *, to: int, num_skipped: int | None = None) -> str:
         )
     found, recorded = read_rollbacks(workdir), None
     for step in () if found.count else reversed(steps):
-        # the newest may be the damaged one that is to be moved away
-        with contextlib.suppress(UserError):
+        try:
             recorded = saved.record(step).rollbacks
             break
+        except UserError:
+            # The newest may be the damaged one that is to be moved away, but without any record it
+            # is unknown which batches the run leaves out.
+            if step == steps[0]:
+                raise
     saved.close()
     count, skipped = rollbacks_of_run(found, recorded)
     number, last = count + 1, last_known_step(path, steps)

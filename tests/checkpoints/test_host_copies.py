@@ -1,5 +1,6 @@
 """Copies on the disks of the hosts: what one gives back, and when it is not used."""
 
+import json
 import os
 import shutil
 
@@ -111,6 +112,15 @@ def test_a_record_of_a_copy_that_a_flipped_bit_has_changed_is_not_used(tmp_path,
     assert_same(state, state_at(10, mesh))
     assert record == small_record(step=10)
     assert "not the local copy of step 20" in note
+
+
+@pytest.mark.parametrize("attempt", [2**32, -1, "x", None, [1]])
+def test_a_copy_whose_attempt_is_not_a_number_of_32_bits_is_not_used(attempt, tmp_path, mesh):
+    copies = saved_copies(tmp_path, mesh, 10, 20)
+    index = copies.directory / "20.0-of-1" / "index.json"
+    index.write_text(json.dumps(json.loads(index.read_text()) | {"attempt": attempt}))
+    state, _, _ = copies.restore(abstract_of(state_at(0, mesh)), newer_than=0)
+    assert_same(state, state_at(10, mesh))
 
 
 @pytest.mark.parametrize("file", ["data", "index.json"])

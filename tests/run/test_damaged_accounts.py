@@ -99,6 +99,11 @@ def test_a_run_continues_without_the_damaged_lines_of_its_log(line, tmp_path):
     again = MetricsWriter(tmp_path, resume_step=4, tensorboard=False)
     again.close()
     assert again.damage == []
+    with open(tmp_path / "metrics.jsonl", "a") as log:
+        log.write("{\n" + '{"step": 5}\n')
+    (said,) = MetricsWriter(tmp_path, resume_step=5, tensorboard=False).damage
+    assert "metrics.jsonl.damaged-2 keeps the file" in said
+    assert (tmp_path / "metrics.jsonl.damaged").read_bytes() == damaged
 
 
 def test_a_file_of_metrics_without_any_line_has_none(tmp_path):

@@ -9,6 +9,7 @@ import types
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from support.errors import error_of
 from support.records import small_record
 from support.runs import metric_lines
 from support.states import saved_steps
@@ -16,6 +17,7 @@ from support.states import saved_steps
 from llada_jax.__main__ import main
 from llada_jax.checkpoints.workdir import Checkpoints
 from llada_jax.cluster import sharding
+from llada_jax.errors import UserError
 from llada_jax.run.rollbacks import (
     as_rollbacks,
     batch_of_step,
@@ -160,17 +162,31 @@ def test_a_run_that_was_restored_elsewhere_keeps_the_rollbacks_of_its_record(tmp
     assert read_rollbacks(run) == (4, ((6, 7), (11, 14)))
 
 
+def damage_record(workdir, step: int):
+    file = workdir / f"checkpoints/{step}/_CHECKPOINT_METADATA"
+    file.write_text(file.read_text().replace('"rope_theta"', '"rope_other"'))
+    with pytest.raises(UserError):
+        Checkpoints(workdir, owned=False).record(step)
+
+
 @pytest.mark.parametrize("has_list", [True, False])
 def test_a_step_whose_record_is_damaged_is_moved_away_like_another(tmp_path, has_list):
     rollbacks = {"count": 3, "skipped": [[6, 7]]}
     run = saved_run(tmp_path, logged_to=12, rollbacks=rollbacks)
     if has_list:
         write_rollbacks(run, as_rollbacks(rollbacks))
-    for file in (tmp_path / "checkpoints/12/record").rglob("*"):
-        if file.is_file():
-            file.write_text("damaged")
+    damage_record(tmp_path, 12)
     roll_back(run, to=8)
     assert read_rollbacks(run) == (4, ((6, 7), (11, 14)))
+
+
+def test_a_run_without_list_and_records_is_not_given_an_empty_list(tmp_path):
+    run = saved_run(tmp_path, logged_to=12, rollbacks={"count": 3, "skipped": [[6, 7]]})
+    for step in (4, 8, 12):
+        damage_record(tmp_path, step)
+    message = error_of(roll_back, run, to=8)
+    assert "checkpoints/4" in message
+    assert not (tmp_path / "rollbacks.json").exists()
 
 
 @pytest.mark.parametrize("does_repeat", [True, False])
