@@ -40,21 +40,25 @@ def test_a_damaged_account_of_time_is_reported_and_begins_again(content, tmp_pat
     assert again == []
 
 
-def test_a_disk_that_refuses_the_account_is_said_once_and_stops_nothing(tmp_path, monkeypatch):
+def test_a_disk_that_refuses_the_account_is_said_once_each_time_and_stops_nothing(
+    tmp_path, monkeypatch
+):
     said = []
     ledger = Ledger(tmp_path, Clock(), start_step=0, say=said.append)
 
     def full(*args, **kwargs):
         raise OSError(28, "No space left on device")
 
-    with monkeypatch.context() as patch:
-        patch.setattr(goodput.files, "write_whole", full)
-        ledger.mark(1)
-        ledger.mark(2)
-    assert len(said) == 1
-    assert "No space left" in said[0]
-    ledger.mark(3)
-    assert json.loads((tmp_path / "goodput.json").read_text())["marks"][-1][0] == 3
+    for number in (1, 2):
+        with monkeypatch.context() as patch:
+            patch.setattr(goodput.files, "write_whole", full)
+            ledger.mark(10 * number + 1)
+            ledger.mark(10 * number + 2)
+        assert len(said) == number
+        assert "No space left" in said[-1]
+        ledger.mark(10 * number + 3)
+        kept = json.loads((tmp_path / "goodput.json").read_text())
+        assert kept["marks"][-1][0] == 10 * number + 3
 
 
 @pytest.mark.parametrize(
@@ -63,6 +67,8 @@ def test_a_disk_that_refuses_the_account_is_said_once_and_stops_nothing(tmp_path
         *WRONG,
         '{"count": 1, "skipped": [[3]]}',
         '{"count": 1, "skipped": [[5, 3]]}',
+        '{"count": 1, "skipped": [[0, 3]]}',
+        '{"count": -1, "skipped": []}',
         '{"count": 1e999, "skipped": []}',
     ],
 )
@@ -77,7 +83,8 @@ def test_rollbacks_read_back_as_written(tmp_path):
 
 
 @pytest.mark.parametrize(
-    "line", ["", "{", "[]", "3", "{}", '{"step": "4"}', '{"step": null}', TOO_DEEP]
+    "line",
+    ["", "{", "[]", "3", "{}", '{"step": "4"}', '{"step": null}', '{"step": true}', TOO_DEEP],
 )
 def test_a_damaged_line_of_metrics_is_refused_with_its_number(line, tmp_path):
     lines = ['{"step": 1}', line, '{"step": 3}', ""]
@@ -88,14 +95,16 @@ def test_a_damaged_line_of_metrics_is_refused_with_its_number(line, tmp_path):
 @pytest.mark.parametrize("line", ["", "{", "[]", "{}", '{"step": Infinity}', TOO_DEEP, "\udcff"])
 def test_a_run_continues_without_the_damaged_lines_of_its_log(line, tmp_path):
     damaged = f'{{"step": 1}}\n{line}\n{{"step": 3}}\n'.encode("utf-8", "surrogateescape")
-    (tmp_path / "metrics.jsonl").write_bytes(damaged)
+    for name in ("metrics", "samples"):
+        (tmp_path / f"{name}.jsonl").write_bytes(damaged)
     writer = MetricsWriter(tmp_path, resume_step=3, tensorboard=False)
     writer.write(4, {"train": {"loss": 1.0}})
     writer.close()
     assert [entry["step"] for entry in read_lines(tmp_path)] == [1, 3, 4]
-    (said,) = writer.damage
-    assert "metrics.jsonl: 1 of 3 lines cannot be read, the first of them line 2" in said
-    assert (tmp_path / "metrics.jsonl.damaged").read_bytes() == damaged
+    assert len(writer.damage) == 2
+    for name, said in zip(("metrics", "samples"), writer.damage):
+        assert f"{name}.jsonl: 1 of 3 lines cannot be read, the first of them line 2" in said
+        assert (tmp_path / f"{name}.jsonl.damaged").read_bytes() == damaged
     again = MetricsWriter(tmp_path, resume_step=4, tensorboard=False)
     again.close()
     assert again.damage == []

@@ -61,14 +61,17 @@ def test_steps_done_again_and_the_time_between_are_lost(tmp_path):
     )
 
 
-def test_a_return_far_back_counts_only_the_steps_since_then_as_done_again(tmp_path):
+def test_a_return_counts_only_the_steps_since_then_as_done_again(tmp_path):
     """Copies every 10 steps; then a host is lost, and the run continues from an old checkpoint."""
     time = Time()
     attempt(tmp_path, time, start_step=0, steps=2500, per_step=1.0, save_every=10)
     assert len(json.loads((tmp_path / "goodput.json").read_text())["marks"]) < 200
-    ledger = attempt(tmp_path, time, start_step=1000, steps=0)
-    assert ledger.seconds()["step"] == pytest.approx(1000, abs=0.02 * 1500)
-    assert sum(ledger.seconds().values()) == pytest.approx(time.seconds)
+    # attempts that save nothing, and so leave the account as it is
+    for start_step in (2490, 2300, 1000):
+        ledger = attempt(tmp_path, time, start_step=start_step, steps=0)
+        lost = 2500 - start_step
+        assert ledger.seconds()["step"] == pytest.approx(start_step, abs=0.02 * lost)
+        assert sum(ledger.seconds().values()) == pytest.approx(time.seconds)
 
 
 def test_the_whole_of_the_time_since_the_first_start_is_accounted_for(tmp_path):
@@ -79,6 +82,14 @@ def test_the_whole_of_the_time_since_the_first_start_is_accounted_for(tmp_path):
     time.seconds = 90.0
     ledger = attempt(tmp_path, time, start_step=10, steps=5)
     assert sum(ledger.seconds().values()) == pytest.approx(time.seconds)
+
+
+def test_a_host_whose_clock_is_behind_takes_nothing_from_the_account(tmp_path):
+    time = Time()
+    attempt(tmp_path, time, start_step=0, steps=5)
+    time.seconds = 1.0
+    report = attempt(tmp_path, time, start_step=5, steps=5).report()
+    assert report["lost_down_s"] == 0
 
 
 def test_a_run_that_starts_from_scratch_starts_a_new_account(tmp_path):

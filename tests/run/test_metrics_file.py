@@ -7,7 +7,6 @@ import os
 import signal
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import jax.numpy as jnp
@@ -126,6 +125,13 @@ def test_an_interrupted_and_resumed_run_leaves_the_file_of_a_straight_one(
     assert os.listdir(broken) == ["metrics.jsonl"]
 
 
+def test_a_line_that_lacks_its_end_joins_no_other(tmp_path):
+    (tmp_path / "metrics.jsonl").write_text('{"step": 10}\n{"step": 20}')
+    writer = MetricsWriter(tmp_path, tensorboard=False, resume_step=20)
+    writer.write(30, {})
+    assert [entry["step"] for entry in read_lines(tmp_path)] == [10, 30]
+
+
 def test_a_resumed_run_drops_the_samples_that_it_will_take_again(tmp_path):
     def sample(writer, step):
         text = Completion("<a>", f" at {step}\n", [], 1)
@@ -139,6 +145,7 @@ def test_a_resumed_run_drops_the_samples_that_it_will_take_again(tmp_path):
     with (tmp_path / "samples.jsonl").open("a") as file:
         file.write('{"step": 80, "pro')
     writer = MetricsWriter(tmp_path, resume_step=40, tensorboard=False)
+    assert [writer.lacks_samples(step) for step in (20, 40, 60)] == [False, False, True]
     assert [text["step"] for text in read_samples(tmp_path)] == [20, 20, 40, 40]
     sample(writer, 60)
     writer.close()
@@ -196,6 +203,7 @@ def test_a_run_is_over_when_its_last_step_has_its_bound(tmp_path):
     lines = read_lines(tmp_path)
     assert lines[-1] == {"step": 20, "final_books": {"nelbo": 1.0}}
     assert is_over(lines, 20)
+    assert not is_over(lines, 10)
     assert not is_over(lines, 30)
 
 
@@ -288,8 +296,10 @@ def test_a_remote_workdir_is_written_whole_at_each_flush(tmp_path, monkeypatch):
     take_for_remote(monkeypatch)
     writer = MetricsWriter(tmp_path, tensorboard=False)
     write_steps(writer, range(10, 60, 10), speed=1.0)
-    assert not (tmp_path / "metrics.jsonl").exists()
+    writer.samples(50, [Completion("", "text", [], 1)])
+    assert not list(tmp_path.iterdir())
     writer.flush()
+    assert read_samples(tmp_path) == [{"step": 50, "prompt": "", "text": "text"}]
     assert [entry["step"] for entry in lines_of(tmp_path)] == [10, 20, 20, 30, 40, 40, 50]
     writer = MetricsWriter(tmp_path, tensorboard=False, resume_step=20)
     write_steps(writer, [30], speed=1.0)
@@ -299,11 +309,17 @@ def test_a_remote_workdir_is_written_whole_at_each_flush(tmp_path, monkeypatch):
 
 def test_lines_wait_in_memory_no_longer_than_the_flush_interval(tmp_path, monkeypatch):
     take_for_remote(monkeypatch)
-    monkeypatch.setattr(metrics_file, "FLUSH_SECONDS", 0.0)
+    seconds = [0.0]
+    monkeypatch.setattr(metrics_file.time, "monotonic", lambda: seconds[0])
     writer = MetricsWriter(tmp_path, tensorboard=False)
-    time.sleep(0.01)
-    writer.write(1, {"train": {"loss": 1.0}})
-    assert len(lines_of(tmp_path)) == 1
+    found = []
+    for step in range(1, 7):
+        seconds[0] += 0.6 * metrics_file.FLUSH_SECONDS
+        writer.write(step, {"train": {"loss": 1.0}})
+        is_written = (tmp_path / "metrics.jsonl").exists()
+        found.append(len(lines_of(tmp_path)) if is_written else 0)
+    # each flush sends the whole text, and so there is one per interval and not one per line
+    assert found == [0, 2, 2, 4, 4, 6]
 
 
 def test_tensorboard_reads_the_scalars_and_texts_of_a_resumed_run_once(tmp_path):
