@@ -19,9 +19,11 @@ from llada_jax.checkpoints.workdir import Checkpoints
 from llada_jax.cluster import sharding
 from llada_jax.errors import UserError
 from llada_jax.run.rollbacks import (
+    Rollbacks,
     as_rollbacks,
     batch_of_step,
     read_rollbacks,
+    rollbacks_of_run,
     skip_after,
     write_rollbacks,
 )
@@ -157,7 +159,10 @@ def test_a_second_rollback_leaves_out_only_what_a_step_has_read(tmp_path):
 
 
 def test_a_run_that_was_restored_elsewhere_keeps_the_rollbacks_of_its_record(tmp_path):
-    run = saved_run(tmp_path, logged_to=12, rollbacks={"count": 3, "skipped": [[6, 7]]})
+    # step 4 is older than the rollbacks
+    saved_steps(tmp_path, 4, keep=9, record=small_record()).close()
+    rollbacks = {"count": 3, "skipped": [[6, 7]]}
+    run = saved_run(tmp_path, logged_to=12, rollbacks=rollbacks, after=4)
     roll_back(run, to=8)
     assert read_rollbacks(run) == (4, ((6, 7), (11, 14)))
 
@@ -167,6 +172,11 @@ def damage_record(workdir, step: int):
     file.write_text(file.read_text().replace('"rope_theta"', '"rope_other"'))
     with pytest.raises(UserError):
         Checkpoints(workdir, owned=False).record(step)
+
+
+def test_the_list_of_a_run_counts_more_than_the_record_of_an_older_checkpoint():
+    found = Rollbacks(2, ((6, 7), (11, 14)))
+    assert rollbacks_of_run(found, {"count": 1, "skipped": [[6, 7]]}) == found
 
 
 @pytest.mark.parametrize("has_list", [True, False])
@@ -206,6 +216,8 @@ def test_a_rollback_that_was_killed_is_repeated_or_the_run_continues(
     with monkeypatch.context() as patch:
         patch.setattr(f"llada_jax.verbs.rollback.{killed_in}", killed)
         assert main(["rollback", "--workdir", run, "--to", "4"]) == 130
+    # the newest steps go first, so that no step is missing between those that are left
+    assert Checkpoints(run, owned=False).steps == ([4, 8] if killed_in == "remote.move" else [4])
     if not does_repeat:
         saved_run(tmp_path, logged_to=12, after=Checkpoints(run, owned=False).steps[-1])
     roll_back(run, to=4)
