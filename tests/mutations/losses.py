@@ -1,6 +1,6 @@
 """Plausible faults of objectives, samplers and evaluation."""
 
-from mutations.fault import Fault, faults_of
+from mutations.fault import faults_of
 
 CORRUPTION = faults_of(
     "llada_jax/objectives/corruption.py",
@@ -310,18 +310,3 @@ RNG = faults_of(
         "jax.random.fold_in(key, row * 0))(row_B)",
     ),
 )
-
-FAULTS: list[Fault] = [
-    *CORRUPTION,
-    *MASKED_DIFFUSION,
-    *AUTOREGRESSIVE,
-    *DENOISE,
-    *CHOICE,
-    *GUIDANCE,
-    *REMASKING,
-    *LIKELIHOOD,
-    *SPLITS,
-    *ROLLING,
-    *TASKS,
-    *RNG,
-]

@@ -1,6 +1,6 @@
 """Plausible faults of networks."""
 
-from mutations.fault import Fault, faults_of
+from mutations.fault import faults_of
 
 TRANSFORMER = faults_of(
     "llada_jax/models/transformer.py",
@@ -267,17 +267,3 @@ LAYERS = faults_of(
     "tests/models/test_layers.py",
     ("a cache of the first layer for all", "parts[number],", "parts[0],"),
 )
-
-FAULTS: list[Fault] = [
-    *TRANSFORMER,
-    *ATTENTION,
-    *LAYERS,
-    *TOKEN_SCORES,
-    *MODEL,
-    *MASKS,
-    *FLOPS,
-    *SHARDING,
-    *SPLIT_ROWS,
-    *PRODUCTS,
-    *BY_HEAD,
-]

@@ -1,6 +1,6 @@
 """Plausible faults of training and of what happens to a run."""
 
-from mutations.fault import Fault, faults_of
+from mutations.fault import faults_of
 
 AVERAGES = (
     "tests/whole_runs/test_averages.py"
@@ -226,5 +226,3 @@ ROLLBACKS = faults_of(
         "for first, last in skipped:",
     ),
 )
-
-FAULTS: list[Fault] = [*STEP, *OPTIM, *STATE, *HELDOUT, *TRAIN, *START, *CHECKPOINTS, *ROLLBACKS]

@@ -1,6 +1,6 @@
 """Plausible faults of data, conversion, hardware, recipes, sweeps and launchers."""
 
-from mutations.fault import Fault, faults_of
+from mutations.fault import faults_of
 
 DATA = [
     *faults_of(
@@ -243,15 +243,4 @@ WHAT_A_USER_WRITES = [
             "if False:",
         ),
     ),
-]
-
-FAULTS: list[Fault] = [
-    *DATA,
-    *HARDWARE,
-    *COMPILED_PROGRAMS,
-    *RECIPES,
-    *HF,
-    *SWEEPS,
-    *LAUNCH,
-    *WHAT_A_USER_WRITES,
 ]
