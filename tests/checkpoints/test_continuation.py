@@ -6,7 +6,12 @@ import pytest
 from support.errors import error_of
 from support.records import SMALL, small_record
 
-from llada_jax.checkpoints.continuation import check_continues, check_fits
+from llada_jax.checkpoints.continuation import (
+    changed_knobs,
+    check_continues,
+    check_fits,
+    check_same,
+)
 from llada_jax.checkpoints.record import DataSource, RunRecord
 
 
@@ -58,6 +63,10 @@ def changed(knob: str, value) -> RunRecord:
             "bfloat16",
             "config.optimizer.first_moment_dtype is 'bfloat16' here and 'float32' there",
         ),
+        ("optimizer.name", "muon", "config.optimizer.name is 'muon' here and 'adamw' there"),
+        ("data.random_length_probability", 0.5, "config.data.random_length_probability is 0.5"),
+        ("data.attend_across_documents", False, "config.data.attend_across_documents is False"),
+        ("lora.rank", 4, "config.lora is Lora("),
         ("objective.complementary", True, "config.objective.complementary is True here and False"),
         ("optimizer.ema_decay", 0.5, "keeps an EMA is True here and False there"),
     ],
@@ -69,9 +78,25 @@ def test_a_run_is_not_continued_with_another_order_noise_or_state(knob, value, s
     assert "config.checkpoint.init_from" in message
 
 
-@pytest.mark.parametrize(("knob", "value"), [("schedule.learning_rate", 1.0), ("num_steps", 7)])
-def test_a_run_is_continued_with_another_learning_rate_or_length(knob, value):
+@pytest.mark.parametrize(
+    ("knob", "value"),
+    [("schedule.learning_rate", 1.0), ("num_steps", 7), ("lora.alpha", 7.0)],
+)
+def test_a_run_is_continued_with_other_knobs_that_change_no_state(knob, value):
     check_continues(small_record(), changed(knob, value), "runs/a")
+
+
+def test_what_only_one_of_two_has_differs():
+    for pair in (({}, {"key": 1}), ({"key": 1}, {})):
+        assert "key is" in error_of(check_same, "They", *pair, remedy="change it")
+
+
+def test_a_knob_that_one_version_does_not_know_has_not_changed():
+    both = {"group": {"kept": 2, "changed": [1]}}
+    known = {"group": {"kept": 2, "changed": (3,), "of another version": 4}, "too": 5}
+    expected = "config.group.changed changed from {} to {}"
+    assert changed_knobs(both, known) == [expected.format((3,), [1])]
+    assert changed_knobs(known, both) == [expected.format([1], (3,))]
 
 
 def test_a_run_older_than_the_dtype_of_the_first_moment_is_continued_in_float32():
@@ -94,5 +119,9 @@ def test_data_may_be_moved_but_not_changed():
     mixed = small_record(
         data=(DataSource("a", "a" * 64, 0.25), DataSource("b", "b" * 64, 0.75)),
     )
+    others = [DataSource("a", "a" * 64, 0.75), DataSource("b", "b" * 64, 0.25)]
+    for data in (mixed.data[::-1], tuple(others)):
+        message = error_of(check_continues, mixed, small_record(data=data), "runs/a")
+        assert "trained on other data" in message
     message = error_of(check_continues, there, mixed, "runs/a")
     assert "a (0.25 of the rows, fingerprint aaaaaaaaaaaa), b (0.75 of the rows, " in message

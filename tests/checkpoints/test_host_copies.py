@@ -65,6 +65,25 @@ def test_two_copies_are_kept_next_to_the_one_written_and_later_ones_can_be_given
     assert [path.name for path in copies.directory.iterdir()] == ["20.0-of-1"]
 
 
+def test_each_process_of_a_host_keeps_its_own_copies(tmp_path, mesh):
+    copies = saved_copies(tmp_path, mesh, 10, 20)
+    for step in (10, 20):
+        (copies.directory / f"{step}.1-of-2").mkdir()
+    saved_copies(tmp_path, mesh, 30)
+    assert {path.name for path in copies.directory.glob("*-of-1")} == {
+        "10.0-of-1",
+        "20.0-of-1",
+        "30.0-of-1",
+    }
+
+
+def test_the_newest_of_many_copies_is_used(tmp_path, mesh, monkeypatch):
+    monkeypatch.setattr(host_copies, "MAX_FOUND", 1)
+    copies = saved_copies(tmp_path, mesh, 10, 20)
+    state, _, _ = copies.restore(abstract_of(state_at(0, mesh)), newer_than=0)
+    assert_same(state, state_at(20, mesh))
+
+
 def test_runs_with_workdirs_of_the_same_name_do_not_share_copies(tmp_path, mesh):
     saved_copies(tmp_path, mesh, 10, workdir="gs://one/run")
     other = LocalCheckpoints(tmp_path, "gs://two/run")
@@ -157,3 +176,4 @@ def test_the_next_save_reports_the_one_that_failed(tmp_path, mesh, monkeypatch):
     copies.save(state_at(10, mesh), small_record())
     with pytest.raises(UserError, match="No space left on device"):
         copies.save(state_at(20, mesh), small_record())
+    copies.close()  # which does not report it again
