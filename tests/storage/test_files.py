@@ -8,6 +8,7 @@ import sys
 
 import pytest
 from etils import epath
+from support.required import library
 
 from llada_jax.errors import UserError
 from llada_jax.storage import files
@@ -188,10 +189,15 @@ def test_a_directory_that_fails_leaves_the_older_one(tmp_path):
     assert os.listdir(tmp_path) == ["d"]
 
 
-def test_a_kill_between_the_two_renames_loses_neither_directory(tmp_path):
+def test_a_kill_between_the_two_renames_loses_neither_directory(tmp_path, monkeypatch):
     path = filled(tmp_path / "d", "old")
+    events = recorded(monkeypatch)
+    with files.whole_directory(path, durable=False) as partial:
+        (partial / "content").write_text("old")
+    assert events == ["d -> d.replaced", "d.partial -> d"]
     path.rename(tmp_path / "d.replaced")  # what take_name has done when it is killed
-    files.undo_replacement(path)
+    with pytest.raises(OSError, match="full"), files.whole_directory(path):
+        raise OSError("the disk is full")
     assert (path / "content").read_text() == "old"
     # killed after both renames: the new one stays, the older one is only cleaned up
     shutil.copytree(path, tmp_path / "d.replaced")
@@ -199,6 +205,17 @@ def test_a_kill_between_the_two_renames_loses_neither_directory(tmp_path):
     files.undo_replacement(path)
     assert (path / "content").read_text() == "new"
     assert os.listdir(tmp_path) == ["d"]
+
+
+def test_the_sizes_in_a_folder_are_those_of_its_files_alone(tmp_path):
+    # fsspec's file system in memory stands in for a bucket
+    for folder in (str(tmp_path), f"memory:/{tmp_path}"):
+        filesystem, path = library("fsspec.core").url_to_fs(folder)
+        filesystem.mkdirs(f"{path}/below", exist_ok=True)
+        for name in ("a", "below/b"):
+            filesystem.pipe_file(f"{path}/{name}", name.encode())
+        assert files.sizes_in(folder) == {"a": 1}
+        assert files.sizes_in(f"{folder}/not there") == {}
 
 
 # ---- refusals

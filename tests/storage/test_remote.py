@@ -2,6 +2,7 @@
 run on a disk, kills included.
 """
 
+import contextlib
 import json
 import os
 import socket
@@ -135,6 +136,53 @@ def test_a_run_in_a_bucket_goes_back_also_when_the_call_before_was_interrupted(b
     }
     assert Checkpoints(run).steps == [10]
     assert epath.Path(f"{run}/metrics.jsonl").read_text() == '{"step": 10}\n'
+
+
+def test_a_move_that_is_cut_short_leaves_one_folder_that_is_whole(monkeypatch):
+    # fsspec's file system in memory stands in for a bucket
+    source, target, mark = "memory://run/30", "memory://run/rolled-back/30", "mark"
+    filesystem = library("fsspec.core").url_to_fs(source)[0]
+    left = []
+
+    def object_by_object(method):
+        def call(*lists):
+            for names in zip(*lists, strict=True):
+                if not left:
+                    raise OSError("the network is gone")
+                left.pop()
+                method(*names)
+
+        return call
+
+    for name in ("copy", "rm"):
+        monkeypatch.setattr(filesystem, name, object_by_object(getattr(filesystem, name)))
+    whole = {"a", "below/b", mark}
+    for number in range(2 * len(whole) + 1):
+        filesystem.store.clear()
+        for name in whole:
+            filesystem.pipe_file(f"{source}/{name}", b"content")
+        left[:] = range(number)
+        is_cut = number < 2 * len(whole)
+        with pytest.raises(OSError, match="gone") if is_cut else contextlib.nullcontext():
+            remote.move(source, target, mark=mark)
+        found = [
+            {name.removeprefix(top.removeprefix("memory:/") + "/") for name in filesystem.find(top)}
+            for top in (source, target)
+        ]
+        marked = [names for names in found if mark in names]
+        assert marked
+        assert all(names == whole for names in marked)
+    assert found == [set(), whole]
+
+
+def test_a_folder_is_uploaded_with_its_subfolders(tmp_path):
+    for name in ("a", "below/b"):
+        (tmp_path / "from" / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / "from" / name).write_text(name)
+        (tmp_path / "to" / name).parent.mkdir(parents=True, exist_ok=True)
+    upload(tmp_path / "from", tmp_path / "to")
+    for name in ("a", "below/b"):
+        assert (tmp_path / "to" / name).read_text() == name
 
 
 @pytest.mark.slow
