@@ -13,7 +13,12 @@ from llada_jax.data.loader import SourceSummary
 from llada_jax.data.records import read_dataset
 from llada_jax.models.transformer import TokenScores
 from llada_jax.objectives.masked_diffusion import masked_diffusion
-from llada_jax.run.heldout import Unfinished, evaluate_heldout
+from llada_jax.run.heldout import (
+    AskedToStop,
+    HeldoutEvaluations,
+    Unfinished,
+    evaluate_heldout,
+)
 from llada_jax.run.start import RunData
 
 # of each source: the one token that it holds, its bytes per token in training and held out
@@ -73,6 +78,43 @@ def test_sums_are_continued_only_for_the_weights_and_settings_that_they_are_of(t
     assert Unfinished(tmp_path, {**settings, "batch_size": 16}).read(40, 5) is None
     Unfinished(tmp_path, settings).clear()
     assert Unfinished(tmp_path, settings).read(40, 5) is None
+
+
+def surprise_is_the_parameter(params, noisy_BT, targets_BT, where_BT, segment_ids_BT, positions_BT):
+    return TokenScores(params["nats"] * where_BT, where_BT)
+
+
+def test_a_stopped_evaluation_is_continued_for_the_same_data_and_weights_alone(tmp_path):
+    summaries = summaries_of(tmp_path, (0.5, 0.5))
+    recipe = SimpleNamespace(
+        model=SimpleNamespace(nll_fn=surprise_is_the_parameter),
+        objective=masked_diffusion(mask_id=256),
+        batch_sharding=batch_sharding(one_device_mesh()),
+    )
+
+    def bound(nats: float, *, sources=summaries[:1], weights: str = "ema", stop_at: int = 0):
+        beats = []
+        evaluations = HeldoutEvaluations(
+            tmp_path,
+            recipe,
+            RunData(sources=(), summaries=sources, tokenizer=None),
+            start_step=40,
+            batch_size=4,
+            sequence_length=SEQUENCE_LENGTH,
+            attend_across_documents=True,
+            weights=weights,
+            beat=beats.append,
+            is_asked_to_stop=lambda: len(beats) == stop_at,
+            timeout_s=0,
+        )
+        return evaluations.evaluate(40, {"nats": np.float32(nats)}, {}, 0)["heldout"]["nelbo"]
+
+    # asked before the fourth of five batches
+    with pytest.raises(AskedToStop):
+        bound(1.0, stop_at=4)
+    assert bound(0.0) == pytest.approx(3 / 5)
+    assert bound(0.0, weights="raw") == 0
+    assert bound(0.0, sources=summaries[1:]) == 0
 
 
 def test_a_run_that_starts_from_another_step_forgets_the_sums(tmp_path):
