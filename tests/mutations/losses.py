@@ -160,7 +160,11 @@ REVISE = faults_of(
 BATCHES = faults_of(
     "llada_jax/samplers/batches.py",
     "tests/samplers/test_batches.py",
-    ("rows numbered within their batch", "row_B=row_B,", "row_B=range(len(row_B)),"),
+    (
+        "rows numbered within their batch",
+        "if noise_numbers is not None else row_B,",
+        "if noise_numbers is not None else range(len(row_B)),",
+    ),
     ("passes of the last block alone", "num_steps[row] += int(num)", "num_steps[row] = int(num)"),
     (
         "what was generated is forgotten",

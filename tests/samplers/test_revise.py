@@ -131,6 +131,22 @@ def test_the_loop_holds_a_tenth_of_the_block_hidden():
     assert (masks_SB[-1] == 0).all()
 
 
+def test_the_loop_takes_tokens_back_from_its_first_step_to_its_last():
+    def taken_back(step):
+        return taken_back_by_chance(
+            "remdm-loop",
+            jnp.float32(1),
+            jnp.arange(10)[None] < 6,
+            jnp.array([4]),
+            jax.random.split(jax.random.key(0), 1),
+            step=jnp.int32(step),
+            steps=jnp.int32(40),
+        )
+
+    # 45% and 95% of 40
+    assert [step for step in range(40) if taken_back(step).any()] == list(range(18, 38))
+
+
 @pytest.mark.parametrize(
     ("name", "amount", "chance"),
     [("remdm-cap", 0.1, 0.1), ("remdm-cap", 0.9, 0.25), ("remdm-rescale", 0.4, 0.1)],
