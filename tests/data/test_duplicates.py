@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 from support.corpora import T, documents_of, refusal, stream, tree
 
 from llada_jax.__main__ import main
-from llada_jax.data import build
+from llada_jax.data import build, duplicates
 from llada_jax.data.preparation import prepare
 
 ARGS = {"sequence_length": T, "tokenizer": "bytes", "heldout": 0.3}
@@ -55,6 +55,29 @@ def test_the_first_copy_of_each_text_is_left(tmp_path_factory, monkeypatch, file
     assert dropped["source"]["num_duplicate_documents"] == len(full) - len(set(full))
     assert texts_of(home / "dropped") == list(dict.fromkeys(full))
     assert dropped["splits"]["train"]["num_documents"] == len(set(full))
+
+
+def test_copies_are_found_in_other_units_and_across_blocks_of_hashes(tmp_path, monkeypatch):
+    monkeypatch.setattr(build, "UNIT_BYTES", 30)
+    monkeypatch.setattr(duplicates, "BLOCK", 2)
+    files = [["a", "b", "a"], ["c", "b", "a"], ["d", "d", "e", "c"]]
+    args = {**ARGS, "heldout": 0.0, "drop_duplicates": True}
+    found = prepare(write(tmp_path / "in", files), tmp_path / "out", **args)
+    assert found["source"]["num_duplicate_documents"] == 5
+    assert texts_of(tmp_path / "out") == ["a", "b", "c", "d", "e"]
+
+
+def test_a_text_whose_first_copy_is_gone_comes_back(tmp_path, monkeypatch):
+    monkeypatch.setattr(build, "UNIT_BYTES", 30)
+    out, args = tmp_path / "out", {**ARGS, "heldout": 0.0, "drop_duplicates": True}
+    for files, expected in (
+        ([["a", "b"], ["b", "c"]], ["a", "b", "c"]),
+        ([["a"], ["b", "c"]], ["a", "b", "c"]),
+        ([["a", "b"], ["b", "c"]], ["a", "b", "c"]),
+    ):
+        (out / "dataset.json").unlink(missing_ok=True)
+        prepare(write(tmp_path / "in", files), out, **args)
+        assert texts_of(out) == expected
 
 
 @pytest.fixture

@@ -1,5 +1,7 @@
 """What prepare finds and reads of odd names, links, formats and files with a byte order mark."""
 
+import dataclasses
+import errno
 import gzip
 import json
 import os
@@ -11,7 +13,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from support.corpora import T, refusal, stream
 
-from llada_jax.data.inputs import find_inputs, format_of, printable
+from llada_jax.data.inputs import Input, find_inputs, format_of, printable
 from llada_jax.data.preparation import prepare
 from llada_jax.data.text import Cut, read_documents
 from llada_jax.errors import UserError
@@ -106,6 +108,35 @@ def test_a_broken_link_is_refused_with_its_target(tmp_path, pattern):
     (tmp_path / "b.txt").symlink_to("/nonexistent/x.txt")
     with pytest.raises(UserError, match=r"b\.txt is a broken link \(to /nonexistent/x\.txt\)"):
         find_inputs([str(tmp_path / pattern)])
+
+
+@pytest.mark.parametrize("pattern", ["pipe.txt", "*.txt"])
+def test_a_pipe_is_not_waited_for(tmp_path, pattern):
+    os.mkfifo(tmp_path / "pipe.txt")
+    with pytest.raises(UserError, match="matches no file"):
+        find_inputs([str(tmp_path / pattern)])
+
+
+def test_a_folder_that_cannot_be_read_is_refused_and_not_passed_over(tmp_path, monkeypatch):
+    (tmp_path / "closed").mkdir()
+    (tmp_path / "a.txt").write_text("hello")
+    real = os.scandir
+
+    def scandir(path):
+        if os.path.basename(path) == "closed":
+            raise PermissionError(errno.EACCES, "Permission denied", path)
+        return real(path)
+
+    # root, who runs this in CI, may read everything
+    monkeypatch.setattr(os, "scandir", scandir)
+    with pytest.raises(UserError, match=r"Permission denied.*closed.*check the path"):
+        find_inputs([str(tmp_path)])
+
+
+def test_parts_of_a_file_that_are_of_one_size_differ():
+    file = Input("a.jsonl", 5, "1")
+    parts = [dataclasses.replace(file, span=span) for span in ((0, 5), (5, 10), None)]
+    assert len({json.dumps(part.identity) for part in parts}) == 3
 
 
 def test_a_file_name_that_is_not_utf8_is_read_and_printed(tmp_path):
