@@ -1,11 +1,15 @@
 """The comparison of an export with its checkpoint, with a stand-in for PyTorch."""
 
+import types
+
 import jax
 import numpy as np
 import pytest
+from support.datasets import write_dataset
 from support.exports import LLADA
 from support.hf_directories import random_params
 
+from llada_jax.data.tokenizer import load_tokenizer
 from llada_jax.errors import NumericsError
 from llada_jax.hf import verify
 from llada_jax.masks import BIDIRECTIONAL, CAUSAL, Mask
@@ -32,3 +36,32 @@ def test_the_checkpoint_is_compared_with_the_mask_that_it_was_trained_with(monke
     for mask in (CAUSAL, Mask(block_length=8)):
         with pytest.raises(NumericsError, match="PyTorch's logits differ from ours"):
             compared(mask)
+
+
+def test_rounding_is_told_from_another_network_and_its_cost_is_of_the_checkpoint():
+    p, q = np.array([0.5, 0.5]), np.array([0.9, 0.1])
+    found = verify.compare(np.log(p)[None, None], np.log(q)[None, None], np.log(q)[None, None])
+    assert found["max_difference"] == found["relative_difference"] == 0
+    assert found["kl_nats"] == pytest.approx((p * np.log(p / q)).sum())
+
+
+@pytest.mark.parametrize("name", ["relative_difference", "kl_nats"])
+def test_numbers_that_are_none_pass_no_check(name):
+    found = {"max_difference": 0.0, "relative_difference": 0.0, "kl_nats": 0.0}
+    verify.check(found, dtype="bfloat16")
+    with pytest.raises(NumericsError, match="nothing was kept"):
+        verify.check({**found, name: np.nan}, dtype="bfloat16")
+
+
+def test_held_out_text_is_compared_where_there_is_enough_of_the_same_tokenizer(tmp_path):
+    tokenizer = load_tokenizer("bytes")
+    for num_tokens, expected in ((255, "random"), (256, "held-out")):
+        directory = tmp_path / str(num_tokens)
+        directory.mkdir()
+        write_dataset(directory, {"heldout": np.full(num_tokens, 97, np.int32)})
+        tokens_BT, origin = verify.tokens_to_compare(str(directory), tokenizer)
+        assert origin == expected
+        assert tokens_BT.shape == verify.COMPARED
+    assert set(np.unique(tokens_BT)) == {97, tokenizer.mask_id}
+    other = types.SimpleNamespace(**dict.fromkeys(("mask_id", "vocab_size"), 300), fingerprint="f")
+    assert verify.tokens_to_compare(str(directory), other)[1] == "random"
