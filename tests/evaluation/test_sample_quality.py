@@ -3,7 +3,9 @@
 import numpy as np
 import pytest
 
+from llada_jax.evaluation import sample_quality
 from llada_jax.evaluation.sample_quality import (
+    Quality,
     Samples,
     best_of,
     difference,
@@ -68,6 +70,13 @@ def test_the_error_of_a_difference_is_that_of_its_mean():
     assert errors.bits_per_byte == pytest.approx(0.2 * (2 / 200) ** 0.5, rel=0.25)
     # and for the same texts there is nothing to be uncertain about
     assert difference(ours, ours, frequency_V) == ((0, 0, 0), (0, 0, 0))
+
+
+@pytest.mark.parametrize(("above", "expected"), [(1.9, True), (2.1, False)])
+def test_two_standard_errors_are_what_chance_may_add(above, expected, monkeypatch):
+    found = (Quality(0.0, above, 0.0), Quality(1.0, 1.0, 1.0))
+    monkeypatch.setattr(sample_quality, "difference", lambda *_: found)
+    assert is_no_worse(None, None, None) is expected
 
 
 def test_samples_that_are_worse_by_any_one_measure_are_worse():

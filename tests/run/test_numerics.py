@@ -32,6 +32,14 @@ def test_the_interval_begins_where_the_sums_do_also_after_a_restart():
         check_skipped(sums_of(6, 3), 2, step=33, saved=Saves(), rate="the rate")
 
 
+@pytest.mark.parametrize("name", ["loss", "grad_norm", "param_norm"])
+@pytest.mark.parametrize("total", [math.nan, math.inf])
+def test_each_sum_that_is_not_finite_stops_the_run_and_is_named(name, total):
+    check_finite(sums_of(6), step=33, saved=Saves(), rate="the rate")
+    with pytest.raises(NumericsError, match=f"{name} is {total} somewhere in steps 28 to 33"):
+        check_finite(sums_of(6, **{name: (total, 6)}), step=33, saved=Saves(), rate="the rate")
+
+
 def test_what_an_earlier_start_was_allowed_to_skip_does_not_stop_one_without_a_limit():
     check_skipped(sums_of(6, 3), 3, step=33, saved=Saves(), rate="the rate")
     check_skipped(sums_of(6, 3), 0, step=33, saved=Saves(), rate="the rate")

@@ -47,6 +47,8 @@ def test_effects_name_knobs_that_move_together_and_unbalanced_comparisons():
         "name": {"layers", "width"},
     }
     assert [e["rank_correlation"] for e in together if e["knob"] == "name"] == [None]
+    switched = effects(results[:2], [{"tied": False}, {"tied": True}])
+    assert switched[0]["rank_correlation"] is None
     lopsided = effects(results, [{"a": 1, "b": 1}, {"a": 1, "b": 2}, {"a": 2, "b": 2}])
     assert [effect["is_balanced"] for effect in lopsided] == [False, False]
 
