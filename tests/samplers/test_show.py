@@ -108,6 +108,18 @@ def test_rows_that_do_not_fit_the_screen_are_left_out():
     assert len(pictured[0].renderables) == 1 + 2  # status, and two panels of three lines
 
 
+def test_the_last_batch_may_have_fewer_rows():
+    prompts = ["it is ", "IT IS ", "it"]
+    console = Console(file=utf8_stream(), force_terminal=True, width=40, height=24)
+    show = LiveShow(BYTES, shown(prompts, gen_length=8), console=console, transient=True)
+    show.live = types.SimpleNamespace(update=lambda picture, refresh: None)
+    for rows in (range(2), range(2, 3)):
+        batch = [prompts[row] for row in rows]
+        for state in states_of(batch, gen_length=8, block_length=8, steps=2):
+            show.on_step(rows, state)
+        assert len(show.ages) == len(batch)
+
+
 def test_the_show_suits_the_stream(monkeypatch):
     monkeypatch.delenv("FORCE_COLOR", raising=False)
     rows = shown([""], gen_length=4)
@@ -162,6 +174,15 @@ def test_given_tokens_are_drawn_like_a_prompt():
     assert styled(second, PROMPT_STYLE) == ["it "]
 
 
+def test_a_character_is_as_young_as_the_last_of_its_bytes():
+    console = Console(file=utf8_stream(), force_terminal=True, width=80, height=24)
+    show = LiveShow(BYTES, shown([""], gen_length=2), console=console, transient=True)
+    row = types.SimpleNamespace(tokens_T=np.array([*"é".encode()]), is_given_T=np.zeros(2, bool))
+    text = show.row_text("", row, np.array([9, 0]))
+    assert text.plain == "é"
+    assert [span.style for span in text.spans] == [AGE_STYLES[0]]
+
+
 @pytest.fixture(scope="module")
 def sentencepiece():
     text = (
@@ -206,9 +227,12 @@ def test_a_half_revealed_character_shows_as_a_placeholder(kind, request):
     assert [cell.kind for cell in cells] == ["token", "token", "mask", "token", "token"]
 
 
-def test_eos_is_marked_and_a_stream_without_unicode_gets_ascii():
-    stream = io.TextIOWrapper(io.BytesIO(), encoding="ascii")
+@pytest.mark.parametrize(
+    ("encoding", "end", "mask"), [("ascii", "#", "_"), ("utf-8", "∎", "░"), ("UTF-8", "∎", "░")]
+)
+def test_eos_is_marked_and_a_stream_without_unicode_gets_ascii(encoding, end, mask):
+    stream = io.TextIOWrapper(io.BytesIO(), encoding=encoding)
     tokens = [97, BYTES.eos_id, BYTES.eos_id, BYTES.mask_id, BYTES.eos_id]
     cells = CanvasText(BYTES, stream, mask_width=3).cells(tokens, [False] * 5)
-    assert [cell.text for cell in cells] == ["a", "#", "_", "#"]
+    assert [cell.text for cell in cells] == ["a", end, mask, end]
     assert [cell.kind for cell in cells] == ["token", "end", "mask", "end"]
