@@ -153,7 +153,8 @@ def recorded_gaps(**settings):
 
 def data_of(page: str) -> dict:
     (data,) = re.findall(r'<script type="application/json"[^>]*>(.*?)</script>', page, re.DOTALL)
-    return json.loads(data)
+    # a browser knows no NaN
+    return json.loads(data, parse_constant=pytest.fail)
 
 
 def replayed(sample) -> str:
@@ -175,6 +176,25 @@ def test_the_frames_of_a_page_end_in_the_texts(settings):
     for sample in data["samples"]:
         shown = [column for frame in sample["frames"] for column, *_ in frame["revealed"]]
         assert set(shown) == set(range(12))
+
+
+def test_what_an_end_replaces_is_recorded_without_a_confidence():
+    text = [*b"a", BYTES.eos_id, *b"bcdefg"]
+    recording = Recording(BYTES, shown_generations([""], gen_length=8, mask_id=BYTES.mask_id))
+    generate_tokens(
+        two_texts,
+        np.array([text]),
+        [[]],
+        gen_length=8,
+        on_step=recording.on_step,
+        with_confidence=True,
+        **OF_BYTES,
+    )
+    (sample,) = data_of(recording.page("runs/tiny"))["samples"]
+    revealed = [cell for frame in sample["frames"] for cell in frame["revealed"]]
+    assert [token for _, token, _ in revealed[:7]] == text[:7]
+    # the last step fills the row
+    assert revealed[7:] == [[column, BYTES.eos_id, None] for column in range(2, 8)]
 
 
 @pytest.mark.parametrize("settings", [{}, {"steps": 1}, {"revise": "remdm-cap=0.5"}], ids=str)
