@@ -70,6 +70,9 @@ def test_a_gather_in_float32_a_whole_parameter_and_a_missing_kernel_are_found():
     program = (("all-gather", 2**24, "f32", False), ("reduce-scatter", 2**23, "f32", False))
     assert failed(*program, traffic=many) == {"gathered in"}
     assert failed(*program, traffic=many, dtype="float32") == set()
+    # norms are gathered in float32 on purpose
+    norms = [("all-gather", 2**19, "f32", False)]
+    assert failed(("all-gather", 2**24, "bf16", False), *program[1:], *norms, traffic=many) == set()
     assert failed(*AS_MEANT, replicated=["embedding (512, 4096)"]) == {"replicated"}
     assert failed(*AS_MEANT, kernels=()) == {"attention kernel"}
     assert failed(*AS_MEANT, attention="xla") == {"attention kernel"}
@@ -89,6 +92,8 @@ def test_gradients_of_replicas_and_between_slices_have_their_own_checks():
     assert failed(reduced, sent, traffic=traffic) == set()
     assert failed(reduced, reduced, sent, traffic=traffic) == {"gradients reduced"}
     assert failed(reduced, sent, sent, sent, traffic=traffic) == {"between slices"}
+    gathered = ("all-gather", 200, "bf16", True)
+    assert failed(reduced, sent, gathered, traffic=traffic) == {"between slices"}
 
 
 def test_what_the_devices_of_a_row_exchange_has_its_own_check():

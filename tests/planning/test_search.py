@@ -1,14 +1,19 @@
 """The search over meshes, remat policies and microbatches."""
 
+import dataclasses
 import math
 import re
+import types
 
 import pytest
 from support.plans import LLADA_8B, VOCAB_SIZE
+from support.records import SMALL
 
 from llada_jax.cluster import hardware
 from llada_jax.config import load_config
 from llada_jax.errors import UserError
+from llada_jax.planning import search
+from llada_jax.training.memory import Workload
 from llada_jax.verbs import plan
 
 
@@ -34,6 +39,42 @@ def test_hosts_of_gpus_are_not_told_to_gather_the_weights_for_dozens_of_microbat
     """Communication that costs nothing would let the search take 32 of them."""
     asked = plan.Asked(load_config(LLADA_8B), hardware.machines_named("64xh100"), 1, VOCAB_SIZE)
     assert plan.search(asked)[0]["microbatches"] <= 8
+
+
+def test_a_choice_leaves_a_margin_of_memory_and_no_other_beats_it(monkeypatch):
+    # (bytes of 100 that are usable, seconds in the fast and in the slow case)
+    estimates = {
+        ("none", 1): (96, 1, 1),
+        ("dots", 1): (90, 2, 3),
+        ("dots", 2): (90, 2, 4),
+        ("attention", 1): (91, 3, 3),
+        ("full", 1): (50, 1, 9),
+        ("full", 2): (40, 5, 4),
+    }
+
+    def estimate_run(recipe, workload, *_, **__):
+        asked = (workload.remat, workload.num_microbatches)
+        peak, fast, slow = estimates.get(asked, (200, 0, 0))
+        seconds = {"fast": fast, "slow": slow}
+        return {"memory": {"peak": peak}, "usable_bytes": 100, "seconds_per_step": seconds}
+
+    monkeypatch.setattr(search, "estimate_run", estimate_run)
+    found = search.find_choices(
+        types.SimpleNamespace(architecture=SMALL),
+        Workload(8, 32, 1, "full", 32),
+        dict.fromkeys(("data", "fsdp", "sequence", "expert", "tensor"), 1),
+        types.SimpleNamespace(num_devices=1, name="one"),
+        1,
+    )
+    assert [(c["remat"], c["microbatches"]) for c in found] == [("dots", 1), ("full", 2)]
+
+
+@pytest.mark.parametrize("size", ["num_heads", "num_kv_heads", "d_ff", "vocab_size"])
+def test_what_the_tensor_axis_splits_must_be_divisible(size):
+    mesh = {**dict.fromkeys(("data", "fsdp", "sequence", "expert"), 1), "tensor": 2}
+    for architecture in (SMALL, dataclasses.replace(SMALL, **{size: 3})):
+        recipe = types.SimpleNamespace(architecture=architecture)
+        assert search.is_divisible(recipe, 8, 4, mesh) == (architecture == SMALL)
 
 
 def test_a_search_without_a_result_says_so():
