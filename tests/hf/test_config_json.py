@@ -6,7 +6,12 @@ import pytest
 from support.hf_directories import SMALL, causal_config, our_config
 
 from llada_jax.errors import UserError
-from llada_jax.hf.config_json import architecture_from, choose_layout, hf_config
+from llada_jax.hf.config_json import (
+    architecture_from,
+    choose_layout,
+    hf_config,
+    unpadded_vocabulary,
+)
 
 PUBLISHED = our_config("llada", SMALL)
 LLAMA = causal_config("llama", SMALL)
@@ -38,6 +43,10 @@ def llama3(**changes) -> dict:
             {"model_type": "llada", "num_experts": 64, "hidden_size": 2048},
             "num_experts=64 is a mixture of experts",
         ),
+        ({"model_type": "llama", "num_local_experts": 8}, "num_local_experts=8 is a mixture"),
+        ({"model_type": "llada", "n_routed_experts": 8}, "n_routed_experts=8 is a mixture"),
+        ({"model_type": "LLaDA_MoE"}, "'LLaDA_MoE' is a mixture of experts"),
+        ({**PUBLISHED, "eos_token_id": [256, SMALL.vocab_size]}, "is not an id of the embedding"),
         ({"model_type": "lladamoe"}, "'lladamoe' is a mixture of experts"),
         ({"model_type": "llada2_moe", "num_experts": 256}, "mixture of experts"),
         ({"model_type": "qwen3_moe"}, "mixture of experts"),
@@ -110,6 +119,22 @@ def llama3(**changes) -> dict:
 def test_what_the_network_cannot_express_is_refused_by_key_and_value(config, says):
     with pytest.raises(UserError, match=says):
         architecture_from(config)
+
+
+def test_what_a_layout_leaves_out_is_what_its_authors_take():
+    older = {**PUBLISHED, "n_kv_heads": None}
+    assert architecture_from(older).num_kv_heads == SMALL.num_heads
+    assert architecture_from({**older, "multi_query_attention": True}).num_kv_heads == 1
+    for layout, expected in (("qwen2", SMALL.d_model // SMALL.num_heads), ("qwen3", 128)):
+        config = causal_config(layout, SMALL)
+        config.pop("head_dim", None)
+        assert architecture_from(config).head_dim == expected
+
+
+def test_no_more_ids_are_read_than_the_embedding_has_rows():
+    assert unpadded_vocabulary({**PUBLISHED, "vocab_size": 300}, 320) == 300
+    assert unpadded_vocabulary({**PUBLISHED, "vocab_size": 400}, 320) == 320
+    assert unpadded_vocabulary(our_config("illada", SMALL), 320) == 320
 
 
 def test_the_rotary_base_is_found_where_each_version_of_transformers_writes_it():

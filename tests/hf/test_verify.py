@@ -38,7 +38,7 @@ def test_the_checkpoint_is_compared_with_the_mask_that_it_was_trained_with(monke
             compared(mask)
 
 
-def test_rounding_is_told_from_another_network_and_its_cost_is_of_the_checkpoint():
+def test_rounding_is_told_apart_from_another_network_and_its_cost_is_of_the_checkpoint():
     p, q = np.array([0.5, 0.5]), np.array([0.9, 0.1])
     found = verify.compare(np.log(p)[None, None], np.log(q)[None, None], np.log(q)[None, None])
     assert found["max_difference"] == found["relative_difference"] == 0
