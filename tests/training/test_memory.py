@@ -1,12 +1,17 @@
-"""The remat policy that "auto" stands for, on machines that are not there."""
+"""The memory of a step, and the remat policy that "auto" stands for, on machines that are not
+there.
+"""
 
+import jax
+import jax.numpy as jnp
 import pytest
+from jax.sharding import NamedSharding, PartitionSpec
 from support.plans import estimated
 
 from llada_jax.cluster.sharding import one_device_mesh
 from llada_jax.config import default_config
 from llada_jax.planning.absent_devices import stand_in_tokenizer
-from llada_jax.training.memory import AUTO_REMATS, AUTO_SHARE
+from llada_jax.training.memory import AUTO_REMATS, AUTO_SHARE, sharded_bytes
 from llada_jax.training.step import make_recipe
 
 AUTO = "model.remat=auto"
@@ -72,3 +77,19 @@ def test_the_choice_is_made_for_the_kernel_of_the_run():
 def test_microbatches_and_the_mesh_are_counted():
     rows = "data.batch_size=1280"
     assert estimated("v5p-128", AUTO, rows, "optimizer.gradient_accumulation=5")["remat"] == "dots"
+
+
+def test_several_microbatches_need_a_second_copy_of_the_gradients():
+    one, two = (
+        estimated("v5p-128", "data.batch_size=256", f"optimizer.gradient_accumulation={number}")
+        for number in (1, 2)
+    )
+    assert two["memory"]["gradients"] == 2 * one["memory"]["gradients"]
+
+
+def test_the_largest_shard_of_an_array_is_what_a_device_holds():
+    spec = PartitionSpec(("fsdp", "sequence"), None, "tensor")
+    place = NamedSharding(one_device_mesh(), spec)
+    tree = {"w": jax.ShapeDtypeStruct((9, 3, 5), jnp.bfloat16, sharding=place)}
+    shape = {"fsdp": 2, "sequence": 2, "tensor": 2}
+    assert sharded_bytes(tree, shape) == 3 * 3 * 3 * 2
