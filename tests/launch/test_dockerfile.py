@@ -30,7 +30,10 @@ def test_the_dockerfile_copies_existing_files_and_installs_known_extras():
         assert (ROOT / source).exists()
         assert f"!{source}" in ignored
     setup = (ROOT / "setup.py").read_text()
-    for extra in re.findall(r"EXTRA=(\w+)", text) + re.findall(r",(\w+)\]", text):
+    lists = re.findall(r"EXTRA=([\w,]+)", text) + re.findall(r"\$\{EXTRA\},([\w,]+)\]", text)
+    extras = {extra for extras in lists for extra in extras.split(",")}
+    assert extras >= {"tpu", "cuda", "gs"}
+    for extra in extras:
         assert f'"{extra}":' in setup
 
 

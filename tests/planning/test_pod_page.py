@@ -46,11 +46,13 @@ def test_the_plan_is_what_plan_says():
 
 def test_the_records_take_the_space_and_the_requests_that_the_page_says():
     assert numbers_of(r"A row of (4096) tokens takes # bytes") == [4096, ROW]
-    for tokens, unit, millions, terabytes in re.findall(
+    table = re.findall(
         r"^\| ([\d.]+) (billion|trillion) \| ([\d.]+) million \| ([\d.]+) TB \|$",
         PAGE,
         re.MULTILINE,
-    ):
+    )
+    assert table
+    for tokens, unit, millions, terabytes in table:
         rows = float(tokens) * {"billion": 1e9, "trillion": 1e12}[unit] / 4096
         assert rows / 1e6 == pytest.approx(float(millions), rel=5e-3)
         assert rows * ROW / 1e12 == pytest.approx(float(terabytes), rel=1e-2)

@@ -303,14 +303,14 @@ def test_the_pages_give_the_size_of_every_config_of_one_size(name, vocab_size):
 @every_document
 def test_every_make_target_that_is_named_exists(document):
     targets = re.findall(r"^([\w-]+):", (ROOT / "Makefile").read_text(), flags=re.MULTILINE)
-    for name in re.findall(r"(?:`|^    )make ([a-z]+)", document.read_text(), flags=re.MULTILINE):
+    for name in re.findall(r"(?:`|^    )make ([a-z-]+)", document.read_text(), flags=re.MULTILINE):
         assert name in targets
 
 
 @every_document
 def test_every_extra_that_is_named_exists(document):
     setup = (ROOT / "setup.py").read_text()
-    for extras in re.findall(r"pip install [^\n]*?\[([a-z,-]+)\]", document.read_text()):
+    for extras in re.findall(r"pip install [^\n]*?\[([a-z0-9,-]+)\]", document.read_text()):
         for name in extras.split(","):
             assert re.search(rf'"{name}": ', setup), f"{document.name} installs [{name}]"
 
