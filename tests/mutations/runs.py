@@ -133,6 +133,22 @@ HELDOUT = faults_of(
         "found == [step, num_batches, self._settings]",
         "found[1:] == [num_batches, self._settings]",
     ),
+    (
+        "sums of other data are continued",
+        '"data": data.record(), "weights": weights',
+        '"weights": weights',
+    ),
+)
+
+METRICS = faults_of(
+    "llada_jax/run/metrics_file.py",
+    "tests/run/test_metrics_file.py",
+    ("samples are never sent to a bucket", "            self._samples.flush()\n", ""),
+    (
+        "a line that lacks its end is kept",
+        'if int(entry["step"]) <= step and line.endswith("\\n"):',
+        'if int(entry["step"]) <= step:',
+    ),
 )
 
 TRAIN = faults_of(
@@ -216,6 +232,57 @@ CHECKPOINTS = [
     ),
 ]
 
+CONTINUATION = faults_of(
+    "llada_jax/checkpoints/continuation.py",
+    "tests/checkpoints/test_continuation.py",
+    (
+        "the order of a mixture may change",
+        "return [(source.fingerprint, source.share) for source in record.data]",
+        "return sorted((source.fingerprint, source.share) for source in record.data)",
+    ),
+)
+
+STORAGE = [
+    *faults_of(
+        "llada_jax/storage/remote.py",
+        "tests/storage/test_remote.py::"
+        "test_a_move_that_is_cut_short_leaves_one_folder_that_is_whole",
+        (
+            "the mark is copied before what it stands for",
+            "for names in (others, [first]):",
+            "for names in ([first], others):",
+        ),
+    ),
+    *faults_of(
+        "llada_jax/storage/files.py",
+        "tests/storage/test_files.py",
+        (
+            "the older directory is gone before the new one has its name",
+            "        path.rename(replaced)\n    partial.rename(path)",
+            "        shutil.rmtree(path)\n    partial.rename(path)",
+        ),
+    ),
+    *faults_of(
+        "llada_jax/storage/locks.py",
+        "tests/storage/test_locks.py",
+        (
+            "whole sweeps share a directory",
+            "fcntl.LOCK_SH if shared else fcntl.LOCK_EX",
+            "fcntl.LOCK_EX if shared else fcntl.LOCK_SH",
+        ),
+    ),
+]
+
+GOING_BACK = faults_of(
+    "llada_jax/verbs/rollback.py",
+    "tests/verbs/test_rollback.py",
+    (
+        "the oldest of the later steps is moved first",
+        "sorted((step for step in steps if step > to), reverse=True)",
+        "sorted(step for step in steps if step > to)",
+    ),
+)
+
 ROLLBACKS = faults_of(
     "llada_jax/run/rollbacks.py",
     "tests/verbs/test_rollback.py",
@@ -224,5 +291,10 @@ ROLLBACKS = faults_of(
         "stretches in the order of the file",
         "for first, last in sorted(skipped):",
         "for first, last in skipped:",
+    ),
+    (
+        "the record of an older checkpoint counts more than the list",
+        "if recorded and not found.count else found",
+        "if recorded else found",
     ),
 )

@@ -113,6 +113,15 @@ DATA = [
         ),
     ),
     *faults_of(
+        "llada_jax/data/duplicates.py",
+        "tests/data/test_duplicates.py",
+        (
+            "copies on both sides of a block's end are kept",
+            "slice(start, start + BLOCK + 1)",
+            "slice(start, start + BLOCK)",
+        ),
+    ),
+    *faults_of(
         "launch/slurm.py",
         "tests/launch/test_slurm_jobs.py",
         (
