@@ -58,17 +58,16 @@ def shown(prompts, *, gen_length):
     return shown_generations(prompts, gen_length=gen_length, mask_id=BYTES.mask_id)
 
 
-def test_a_log_of_many_samples_says_which_one_it_shows():
+def test_a_log_of_many_samples_says_in_a_line_which_one_it_shows():
     stream = utf8_stream()
-    prompts = ["it", "IT IS"]
+    prompts = ["i\nt", "IT IS"]
     show = LogShow(BYTES, shown(prompts, gen_length=8), stream=stream)
     with show:
         for state in states_of(prompts, gen_length=8, block_length=8, steps=2):
             show.on_step(range(2), state)
-    assert [line[:23] for line in written(stream).split("\n")[:2]] == [
-        "sample 1/2, step 1/2  5",
-        "sample 1/2, step 2/2 10",
-    ]
+    lines = written(stream).splitlines()
+    assert [line[:23] for line in lines] == ["sample 1/2, step 1/2  5", "sample 1/2, step 2/2 10"]
+    assert "| i t" in lines[0]
 
 
 def test_the_animation_highlights_what_the_step_revealed_and_greys_the_masks():
