@@ -80,6 +80,25 @@ def test_a_text_whose_first_copy_is_gone_comes_back(tmp_path, monkeypatch):
         assert texts_of(out) == expected
 
 
+def test_a_call_with_other_inputs_that_was_killed_loses_no_text(tmp_path, monkeypatch):
+    def killed(*args):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(build, "UNIT_BYTES", 30)
+    write(tmp_path / "in", [["x", "a"], ["a", "a", "c"], ["d", "e"]])
+    first, second, third = (str(tmp_path / "in" / f"{number}.jsonl") for number in range(3))
+    out, args = tmp_path / "out", {**ARGS, "heldout": 0.0, "drop_duplicates": True}
+    prepare([first, second], out, **args)
+    (out / "dataset.json").unlink()
+    with monkeypatch.context() as patch:
+        # once it is written which texts are copies, and before it is noted of which inputs
+        patch.setattr(duplicates, "write_json", killed)
+        with pytest.raises(KeyboardInterrupt):
+            prepare([second, third], out, **args)
+    prepare([first, second], out, **args)
+    assert texts_of(out) == ["x", "a", "c"]
+
+
 @pytest.fixture
 def corpus(tmp_path):
     rng = random.Random(0)
