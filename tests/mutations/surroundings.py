@@ -120,6 +120,11 @@ DATA = [
             "slice(start, start + BLOCK + 1)",
             "slice(start, start + BLOCK)",
         ),
+        (
+            "a note of other inputs outlives them",
+            "            note.unlink(missing_ok=True)\n",
+            "            pass\n",
+        ),
     ),
     *faults_of(
         "launch/slurm.py",
