@@ -103,9 +103,9 @@ def test_tools_their_calls_and_their_results_reach_the_template():
         {"role": "assistant", "content": "Noon."},
     ]
     tokenizer = load_tokenizer("bytes")
-    document = Chat(template, tokenizer).document(messages, tools=[{"name": "clock"}])
+    document = Chat(template, tokenizer).document(messages, tools=[{"name": "<é> & 'clock'"}])
     assert tokenizer.decode(document.tokens) == (
-        '[{"name": "clock"}]|user: Time?|assistant: [{"name": "clock"}]|tool: 12:00|'
+        '[{"name": "<é> & \'clock\'"}]|user: Time?|assistant: [{"name": "clock"}]|tool: 12:00|'
         "assistant: Noon."
     )
     answers = tokenizer.decode(document.tokens[document.is_answer])

@@ -57,6 +57,13 @@ def test_each_part_of_the_row_has_its_own_mean_within_its_error(name):
         assert np.all(errors > 0)
 
 
+def test_the_error_of_batches_of_one_size_is_that_of_their_mean():
+    nats_N = np.random.default_rng(0).normal(size=5)
+    found = _shares(np.tile(7 * nats_N[:, None], NUM_PARTS), np.full((5, NUM_PARTS), 7.0))
+    np.testing.assert_allclose(found.mean, nats_N.mean())
+    np.testing.assert_allclose(found.standard_error, nats_N.std(ddof=1) / 5**0.5)
+
+
 def test_a_single_batch_and_draw_has_no_error():
     """Although 1 / 49 * 49 is not 1 in float64, so that a residual is left."""
     found = _shares(np.ones((1, NUM_PARTS)), np.full((1, NUM_PARTS), 49.0))

@@ -127,9 +127,11 @@ def test_a_config_of_the_image_is_left_to_the_image():
 
 
 def test_what_a_config_map_cannot_hold_is_refused(config):
-    (config.parent / "sizes.py").write_text(f"WIDTH = 128\nTABLE = {'x' * 1_000_000!r}\n")
-    with pytest.raises(UserError, match="a ConfigMap holds 1,000,000"):
-        gke_volumes.files_of(config)
+    # in UTF-8, which takes two bytes for the second
+    for text in ("x" * 1_000_000, "é" * 500_000):
+        (config.parent / "sizes.py").write_text(f"WIDTH = 128\nTABLE = {text!r}\n")
+        with pytest.raises(UserError, match="a ConfigMap holds 1,000,000"):
+            gke_volumes.files_of(config)
     (config.parent / "sizes.py").unlink()
     (config.parent / "sizes").mkdir()
     (config.parent / "sizes/__init__.py").write_text("WIDTH = 128\n")
