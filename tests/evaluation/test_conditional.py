@@ -171,8 +171,11 @@ def test_answers_to_one_prompt_share_their_noise_as_far_as_they_go():
     np.testing.assert_array_equal(*draws["uniform_time"])
     a, b = draws["exact_count"]
     assert (a == b).mean() > 0.9
-    other = draws_of(Question((1, 3), (0,) * 30), estimator="exact_count", num_samples=64, seed=3)
-    assert (a == other.is_masked_NL).mean() < 0.8
+    # another prompt, the same tokens on both sides of the answer, and another seed
+    elsewhere = (Question((1, 3), short.answer), Question((1,), short.answer, (2,)))
+    for question, seed in ((elsewhere[0], 3), (elsewhere[1], 3), (short, 4)):
+        other = draws_of(question, estimator="exact_count", num_samples=64, seed=seed)
+        assert (a == other.is_masked_NL).mean() < 0.8
 
 
 def test_two_models_are_compared_under_the_same_noise():
