@@ -1,5 +1,7 @@
 """Templates are rendered as transformers renders them, in a sandbox, and answers are found."""
 
+import copy
+
 import numpy as np
 import pytest
 from support.errors import error_of
@@ -154,6 +156,15 @@ def test_the_named_template_of_llada_is_its_own_without_an_open_answer_at_the_en
     assert "--chat template=llada" in message
     message = error_of(template_of, load_tokenizer("bytes"), "llada")
     assert "the tokenizer has no <|end_header_id|>" in message
+
+
+def test_a_dialogue_begins_with_the_token_for_that_and_never_with_end_of_text(headers):
+    messages = [{"role": "user", "content": "Hi"}]
+    template = "{{ bos_token }}{{ messages[0].content }}"
+    without = copy.copy(headers)
+    without.bos_id = without.eos_id
+    for tokenizer, begins in ((headers, "<|startoftext|>"), (without, "")):
+        assert Chat(template, tokenizer).render(messages) == f"{begins}Hi"
 
 
 def test_marks_of_generation_are_read(headers):
