@@ -158,6 +158,11 @@ def test_the_named_template_of_llada_is_its_own_without_an_open_answer_at_the_en
     assert "the tokenizer has no <|end_header_id|>" in message
 
 
+def test_a_template_that_asks_for_the_date_gets_the_same_one_always():
+    chat = Chat("{{ strftime_now('%d %b %Y') }}", load_tokenizer("bytes"))
+    assert chat.render([]) == "01 Jan 2026"
+
+
 def test_a_dialogue_begins_with_the_token_for_that_and_never_with_end_of_text(headers):
     messages = [{"role": "user", "content": "Hi"}]
     template = "{{ bos_token }}{{ messages[0].content }}"

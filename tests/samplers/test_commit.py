@@ -53,6 +53,17 @@ def test_each_criterion_counts_as_its_paper_says(name, seed):
     assert count_B.tolist() == expected
 
 
+@pytest.mark.parametrize(
+    ("name", "amount", "expected"),
+    [("threshold", 0.75, 0), ("factor", 0.5, 0), ("frechet", 0.5, 0), ("entropy", 0.75, 3)],
+)
+def test_what_equals_the_amount_is_kept_by_entropy_alone(name, amount, expected):
+    probability_BT, entropy_BT = jnp.array([[0.75, 0.5, 0.25]]), jnp.array([[0.25, 0.5, 1.0]])
+    is_hidden_BT = jnp.ones((1, 3), bool)
+    count_B = count_kept(name, probability_BT, entropy_BT, is_hidden_BT, np.float32(amount))
+    assert count_B.tolist() == [expected]
+
+
 @pytest.mark.parametrize("c", [0.5, 0.9, 0.95, 0.97, 0.99])
 @pytest.mark.parametrize("delta", [0.0, 0.1, 0.25])
 def test_for_equal_confidences_frechet_is_factor_with_the_rest_of_the_margin(c, delta):
