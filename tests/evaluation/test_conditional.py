@@ -127,8 +127,8 @@ def test_exact_counts_have_the_smaller_variance():
 def test_the_standard_error_is_the_spread_of_independent_repetitions():
     found = many(WHOLE, num_samples=12, estimator="exact_count")
     spread = np.std([score.log_likelihood for score in found])
-    reported = math.sqrt(np.mean([score.standard_error**2 for score in found]))
-    assert 0.8 < reported / spread < 1.5
+    reported = np.mean([score.standard_error**2 for score in found]) ** 0.5
+    assert reported / spread == pytest.approx(1, abs=0.25)
 
 
 def test_the_number_of_masks_is_spread_evenly_over_all_samples():
@@ -171,9 +171,8 @@ def test_answers_to_one_prompt_share_their_noise_as_far_as_they_go():
     np.testing.assert_array_equal(*draws["uniform_time"])
     a, b = draws["exact_count"]
     assert (a == b).mean() > 0.9
-    # another prompt, the same tokens on both sides of the answer, and another seed
-    elsewhere = (Question((1, 3), short.answer), Question((1,), short.answer, (2,)))
-    for question, seed in ((elsewhere[0], 3), (elsewhere[1], 3), (short, 4)):
+    there, around = Question((1, 3), short.answer), Question((1,), short.answer, (2,))
+    for question, seed in ((there, 3), (around, 3), (short, 4)):
         other = draws_of(question, estimator="exact_count", num_samples=64, seed=seed)
         assert (a == other.is_masked_NL).mean() < 0.8
 
