@@ -167,9 +167,9 @@ BATCHES = faults_of(
     ),
     ("passes of the last block alone", "num_steps[row] += int(num)", "num_steps[row] = int(num)"),
     (
-        "what was generated is forgotten",
+        "all rows of a batch go on from the text of the last",
         "tokens_BT[place, -gen_length:] = generated[row]",
-        "pass",
+        "tokens_BT[place, -gen_length:] = generated[rows[-1]]",
     ),
 )
 

@@ -45,6 +45,14 @@ def test_results_are_in_the_given_order_whatever_the_batches_are():
         np.testing.assert_array_equal(num_steps_B, expected_B)
 
 
+def test_a_row_has_the_same_text_where_rows_leave_block_by_block():
+    request = {"temperature": 1.0, "seed": 4, "gen_length": 12, "eos_id": EOS}
+    expected_BT, expected_B = sample(PROMPTS, batch_size=8, **request)
+    tokens_BT, num_steps_B = sample(PROMPTS, batch_size=3, **request)
+    np.testing.assert_array_equal(tokens_BT, expected_BT)
+    np.testing.assert_array_equal(num_steps_B, expected_B)
+
+
 def test_each_width_is_compiled_once():
     network = Counted(toy_logits)
     sample(PROMPTS * 3, network, batch_size=4)
