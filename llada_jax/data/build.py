@@ -238,8 +238,8 @@ def write_unit(
                     lengths[rounded_up(num_tokens)] += 1
                     yield ids
                 else:
-                    np.array([len(ids)], dtype=np.int64).tofile(spool)
-                    ids.tofile(spool)
+                    # not tofile, which does not say that a disk has refused what it buffered
+                    spool.write(np.int64(len(ids)).tobytes() + ids.tobytes())
             on_progress(text_bytes=batch_bytes, tokens=batch_tokens)
 
     def heldout_documents(spool) -> Iterator[np.ndarray]:

@@ -176,11 +176,11 @@ def write_dialogues(
             if split == "train":
                 yield group
             else:
-                np.array([len(group)], dtype=np.int64).tofile(spool)
+                # see build.write_unit for why it is not tofile
+                spool.write(np.int64(len(group)).tobytes())
                 for document in group:
-                    np.array([len(document.tokens)], dtype=np.int64).tofile(spool)
-                    document.tokens.tofile(spool)
-                    document.is_answer.tofile(spool)
+                    spool.write(np.int64(len(document.tokens)).tobytes())
+                    spool.write(document.tokens.tobytes() + document.is_answer.tobytes())
 
     def heldout_groups(spool) -> Iterator[Group]:
         spool.seek(0)

@@ -4,6 +4,7 @@ disks and damaged files.
 
 import json
 import os
+import resource
 import shutil
 import signal
 import subprocess
@@ -14,6 +15,7 @@ from pathlib import Path
 import pytest
 from support.corpora import T, refusal, tree, write_corpus
 
+from llada_jax.data.dialogue_units import ChatSettings
 from llada_jax.data.preparation import prepare
 
 
@@ -265,6 +267,29 @@ def test_a_full_disk_is_one_sentence_and_the_next_run_continues(
     assert tree(disk / "out") == tree(tmp_path / "whole")
     # refused while a file is open for writing: no worker is left
     subprocess.run(["mount", "-o", "remount,ro", str(disk)], check=True)
+
+
+@pytest.mark.parametrize("is_chat", [False, True])
+def test_held_out_documents_that_the_disk_refuses_are_not_lost(tmp_path, is_chat):
+    """They wait in a file with 4 bytes per token, while records have 2: a limit of the size of
+    files lies between the two.
+    """
+    field = "response" if is_chat else "text"
+    lines = [json.dumps({"prompt": "", field: f"{n} " * 99}) + "\n" for n in range(400)]
+    (tmp_path / "a.jsonl").write_text("".join(lines))
+    args = {"sequence_length": 1024, "tokenizer": "bytes", "heldout": 0.9}
+    args["chat"] = ChatSettings(template="default") if is_chat else None
+    prepare([str(tmp_path / "a.jsonl")], tmp_path / "whole", **args)
+    limit = 10_000 + (tmp_path / "whole" / "heldout-00000.records").stat().st_size
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (limit, before[1]))
+    try:
+        message = refusal([str(tmp_path / "a.jsonl")], tmp_path / "out", **args)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+    assert "cannot be written (File too large)" in message
+    prepare([str(tmp_path / "a.jsonl")], tmp_path / "out", **args)
+    assert tree(tmp_path / "out") == tree(tmp_path / "whole")
 
 
 def test_a_disk_that_refuses_the_receipt_is_one_sentence(tmp_path, monkeypatch):
