@@ -78,7 +78,11 @@ def format_of(path: str, form: str = "") -> str:
 
 
 def find_inputs(
-    patterns: list[str], form: str = "", on_note: Callable[[str], None] = lambda note: None
+    patterns: list[str],
+    form: str = "",
+    on_note: Callable[[str], None] = lambda note: None,
+    *,
+    output: str = "",
 ) -> list[Input]:
     """Returns the files that paths, globs and directories (searched recursively) name, sorted, each
     once.
@@ -88,15 +92,17 @@ def find_inputs(
             hidden are then read.
         on_note: called with a sentence for each directory of which files are left out, and for each
             file that is named twice.
+        output: a folder of which directories and globs give no file; "" for none.
 
     Raises:
         UserError: a pattern names no file, a broken link, or a file whose name ends in none of
             SUFFIXES and NAMED_SUFFIXES.
     """
     found = {}
+    own = os.path.realpath(output) if output else ""
     for pattern in patterns:
         find = _find_remote if "://" in pattern else _find_local
-        matches, left_out = find(pattern, form)
+        matches, left_out = find(pattern, form, own)
         if not matches:
             others = f"; it holds {_listed(left_out)}, which need --format" if left_out else ""
             raise UserError(
@@ -118,12 +124,22 @@ def _each_once(inputs: list[Input], form: str, on_note: Callable[[str], None]) -
     kept = {}
     for file in inputs:
         format_of(file.path, form)
-        path = file.path.removeprefix("file://")
-        place = path if "://" in path else os.path.realpath(path)
+        place = _place_of(file.path)
         if place in kept:
             on_note(f"{file.path} is the same file as {kept[place].path}, which is read once")
         kept.setdefault(place, file)
     return list(kept.values())
+
+
+def _place_of(path: str) -> str:
+    """Returns the one path of a file that may have several through links, or its URL."""
+    path = path.removeprefix("file://")
+    return path if "://" in path else os.path.realpath(path)
+
+
+def _is_in(path: str, folder: str) -> bool:
+    """Whether a path or URL lies in a folder or is it; `folder` is a real path, or "" for none."""
+    return bool(folder) and f"{_place_of(path)}/".startswith(f"{folder}/")
 
 
 def _listed(left_out: list[tuple[str, str]]) -> str:
@@ -151,12 +167,13 @@ def _why_skipped(name: str, form: str) -> str:
     return f".{'.'.join(suffixes[-2:] if compressed else suffixes[-1:])}" if suffixes else "unknown"
 
 
-def _find_local(pattern: str, form: str) -> tuple[list[Input], list[tuple[str, str]]]:
+def _find_local(pattern: str, form: str, own: str) -> tuple[list[Input], list[tuple[str, str]]]:
     left_out = []
     with _looking_at(pattern):
         if os.path.isdir(pattern):
             paths = []
             for folder, folders, names in os.walk(pattern, onerror=_raise):
+                folders[:] = [f for f in folders if not _is_in(os.path.join(folder, f), own)]
                 for name in folders:
                     # Not entered, because a link may lead in a circle.
                     if os.path.islink(os.path.join(folder, name)):
@@ -173,7 +190,8 @@ def _find_local(pattern: str, form: str) -> tuple[list[Input], list[tuple[str, s
         elif os.path.lexists(pattern):
             paths = [pattern]
         else:
-            paths = [p for p in glob.glob(pattern, recursive=True) if not os.path.isdir(p)]
+            matches = glob.glob(pattern, recursive=True)
+            paths = [p for p in matches if not os.path.isdir(p) and not _is_in(p, own)]
         inputs = []
         for path in paths:
             if os.path.islink(path) and not os.path.exists(path):
@@ -194,7 +212,7 @@ def _raise(error: OSError):
     raise error
 
 
-def _find_remote(pattern: str, form: str) -> tuple[list[Input], list[tuple[str, str]]]:
+def _find_remote(pattern: str, form: str, own: str) -> tuple[list[Input], list[tuple[str, str]]]:
     left_out = []
     with _looking_at(pattern):
         fs, path = require("fsspec", extra="data").core.url_to_fs(pattern)
@@ -204,12 +222,18 @@ def _find_remote(pattern: str, form: str) -> tuple[list[Input], list[tuple[str, 
         elif fs.isdir(path):
             infos = []
             for info in fs.find(path, detail=True).values():
+                if _is_in(fs.unstrip_protocol(info["name"]), own):
+                    continue
                 name = info["name"].rsplit("/", 1)[-1]
                 why = _why_skipped(name, form)
                 left_out += [(name, why)] if why else []
                 infos += [] if why else [info]
         else:
-            infos = [i for i in fs.glob(path, detail=True).values() if i["type"] == "file"]
+            infos = [
+                info
+                for info in fs.glob(path, detail=True).values()
+                if info["type"] == "file" and not _is_in(fs.unstrip_protocol(info["name"]), own)
+            ]
     inputs = []
     for info in infos:
         # Every file system has its own name for the version. Where it has none, only the size shows

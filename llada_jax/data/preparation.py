@@ -12,6 +12,7 @@ import dataclasses
 import fcntl
 import functools
 import json
+import os
 import re
 import sys
 import time
@@ -148,7 +149,9 @@ def prepare(
                 "--tokenizer DIR/tokenizer."
             )
         output = part_folder(output, *part)
-    inputs = find_inputs(patterns, cut.form, on_note=_say)
+    # An earlier start has written into this folder, which may lie among the inputs.
+    own = os.fspath(output) if os.path.isdir(os.path.join(output, RECEIPTS)) else ""
+    inputs = find_inputs(patterns, cut.form, on_note=_say, output=own)
     check_cut(inputs, cut)
     source = {
         "input": [printable(pattern) for pattern in patterns],

@@ -28,6 +28,10 @@ def found(*patterns, form: str = "") -> tuple[list[str], list[str]]:
     return [os.path.basename(file.path) for file in inputs], notes
 
 
+def interrupted(*_):
+    raise KeyboardInterrupt
+
+
 def prepared(*patterns, output, **more) -> dict:
     args = {"sequence_length": T, "tokenizer": "bytes", "heldout": 0, **more}
     return prepare([str(p) for p in patterns], output, **args)
@@ -55,6 +59,24 @@ def test_a_directory_says_which_files_it_leaves_out_and_of_which_kinds(tmp_path)
     (folder / "linked").unlink()
     (folder / "pipe.txt").unlink()
     assert found(folder) == (names, [])
+
+
+@pytest.mark.parametrize("pattern", ["{}", "{}/**", "file://{}", "file://{}/**"])
+def test_an_output_among_the_inputs_is_not_read_by_the_next_start(
+    tmp_path, pattern, monkeypatch, capsys
+):
+    folder, output = tmp_path / "in", tmp_path / "in" / "out"
+    folder.mkdir()
+    (folder / "a.log").write_bytes(RECORD)
+    args = {"output": output, "cut": Cut(form="jsonl")}
+    with monkeypatch.context() as patch:
+        patch.setattr("llada_jax.data.preparation.join_units", interrupted)
+        with pytest.raises(KeyboardInterrupt):
+            prepared(pattern.format(folder), **args)
+    content = prepared(pattern.format(folder), **args)
+    assert content["source"]["num_files"] == 1
+    assert prepared(pattern.format(folder), **args) == content
+    assert "nothing to do" in capsys.readouterr().err
 
 
 def test_a_directory_without_readable_names_says_what_it_holds(tmp_path):
