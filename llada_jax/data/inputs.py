@@ -89,7 +89,7 @@ def find_inputs(
 
     Args:
         form: what all files hold, whatever their names say; all files of a directory that are not
-            hidden are then read.
+            hidden, nor in a hidden folder, are then read.
         on_note: called with a sentence for each directory of which files are left out, and for each
             file that is named twice.
         output: a folder of which directories and globs give no file; "" for none.
@@ -156,10 +156,11 @@ def _are(left_out: list) -> str:
     return "are" if len(left_out) > 1 else "is"
 
 
-def _why_skipped(name: str, form: str) -> str:
-    """Returns why a directory does not give a file of this name; "" when it does."""
+def _why_skipped(path: str, form: str) -> str:
+    """Returns why a directory does not give the file of this path below it; "" when it does."""
+    name = path.rsplit("/", 1)[-1]
     if form:
-        return "hidden" if name.startswith(".") else ""
+        return "hidden" if "/." in f"/{path}" else ""
     if name.lower().endswith(SUFFIXES):
         return ""
     suffixes = name.lstrip(".").split(".")[1:]
@@ -179,8 +180,8 @@ def _find_local(pattern: str, form: str, own: str) -> tuple[list[Input], list[tu
                     if os.path.islink(os.path.join(folder, name)):
                         left_out.append((name, "link to a folder"))
                 for name in names:
-                    why = _why_skipped(name, form)
                     path = os.path.join(folder, name)
+                    why = _why_skipped(path.removeprefix(pattern).lstrip("/"), form)
                     if not why and not os.path.isfile(path) and not os.path.islink(path):
                         why = "pipe or device"
                     if why:
@@ -224,9 +225,8 @@ def _find_remote(pattern: str, form: str, own: str) -> tuple[list[Input], list[t
             for info in fs.find(path, detail=True).values():
                 if _is_in(fs.unstrip_protocol(info["name"]), own):
                     continue
-                name = info["name"].rsplit("/", 1)[-1]
-                why = _why_skipped(name, form)
-                left_out += [(name, why)] if why else []
+                why = _why_skipped(info["name"].removeprefix(path).lstrip("/"), form)
+                left_out += [(info["name"].rsplit("/", 1)[-1], why)] if why else []
                 infos += [] if why else [info]
         else:
             infos = [

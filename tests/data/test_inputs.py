@@ -79,6 +79,17 @@ def test_an_output_among_the_inputs_is_not_read_by_the_next_start(
     assert "nothing to do" in capsys.readouterr().err
 
 
+@pytest.mark.parametrize("pattern", ["{}", "{}/", "file://{}"])
+def test_the_format_flag_leaves_hidden_files_and_folders_out(tmp_path, pattern):
+    folder = tmp_path / ".in"  # hidden itself, and named
+    for name in ("a", "below/b", ".git/config", "below/.cache/c", ".hidden"):
+        (folder / name).parent.mkdir(exist_ok=True, parents=True)
+        (folder / name).write_text("a text")
+    names, (note,) = found(pattern.format(folder), form="txt")
+    assert names == ["a", "b"]
+    assert "3 other files (3 hidden: .hidden, c, config)" in note
+
+
 def test_a_directory_without_readable_names_says_what_it_holds(tmp_path):
     (tmp_path / "c4.json.gz").write_bytes(gzip.compress(RECORD))
     with pytest.raises(UserError, match=r"matches no file.*c4\.json\.gz.*--format"):
