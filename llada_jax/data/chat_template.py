@@ -125,14 +125,15 @@ class Chat:
 
     def __init__(self, source: str, tokenizer: Tokenizer):
         """Raises UserError when the source is not a Jinja template."""
-        jinja2 = require("jinja2", extra="hf")
+        made = environment()
         try:
-            self._template = environment().from_string(source)
-        except jinja2.TemplateError as error:
+            self._template = made.from_string(source)
+        except Exception as error:
+            # Not only Jinja's errors: Python finds a break outside a loop, for example.
             raise UserError(
                 f"The chat template is not valid Jinja ({error}); fix it, or give another one."
             ) from error
-        self._tokenizer, self._errors = tokenizer, (jinja2.TemplateError, TypeError, ValueError)
+        self._tokenizer = tokenizer
         self._markers = tokenizer.markers
         self._special = _any_of(self._markers)
         self._names = names_of(tokenizer)
@@ -152,7 +153,8 @@ class Chat:
                 add_generation_prompt=add_generation_prompt,
                 **self._names,
             )
-        except self._errors as error:
+        except Exception as error:
+            # Not only Jinja's errors: a template divides, looks up and calls itself as it likes.
             reason = one_line(str(error))[:80] or type(error).__name__
             raise Malformed(f"the template fails ({reason})") from error
 

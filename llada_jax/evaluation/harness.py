@@ -406,12 +406,13 @@ class HarnessModel:
                 "The checkpoint has no chat template; pass HarnessModel(chat_template=...), or "
                 "evaluate without one."
             )
-        jinja2 = require("jinja2", extra="hf")
+        made = environment()
         self.writes_chats = True
         known = names_of(self.tokenizer) | {"add_generation_prompt": add_generation_prompt}
         try:
-            return environment().from_string(self.template).render(messages=chat_history, **known)
-        except jinja2.TemplateError as error:
+            return made.from_string(self.template).render(messages=chat_history, **known)
+        except Exception as error:
+            # as in chat_template.Chat.render
             raise UserError(
                 f"The chat template fails ({one_line(str(error))}); pass another one with "
                 "HarnessModel(chat_template=...)."

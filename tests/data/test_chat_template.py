@@ -132,6 +132,10 @@ def test_every_answer_of_the_default_template_ends_with_end_of_text():
         ("{{ messages[0].content.__class__.__mro__ }}", "unsafe"),
         ("{{ messages[0].absent.name }}", "no attribute"),
         ("{{ messages | length }}", "beginning"),
+        ("{{ 1 / 0 }}", "division by zero"),
+        ("{{ '{a}'.format(b=1) }}", "'a'"),
+        ("{{ [] | xmlattr }}", "items"),
+        ("{% macro m() %}{{ m() }}{% endmacro %}{{ m() }}", "recursion"),
     ],
 )
 def test_a_template_that_fails_makes_the_dialogue_malformed(template, reason):
@@ -181,7 +185,8 @@ def test_the_template_of_a_tokenizer_is_kept_with_it(tmp_path):
     tokenizer = load_tokenizer("bytes")
     assert "no chat template" in error_of(template_of, tokenizer)
     assert "cannot be read" in error_of(template_of, tokenizer, str(tmp_path / "absent"))
-    assert "not valid Jinja" in error_of(Chat, "{% if %}", tokenizer)
+    for source in ("{% if %}", "{% break %}"):
+        assert "not valid Jinja" in error_of(Chat, source, tokenizer)
     tokenizer.with_chat_template(HEADERS).save(tmp_path / "kept")
     kept = load_tokenizer(tmp_path / "kept")
     assert template_of(kept) == HEADERS

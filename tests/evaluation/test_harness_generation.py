@@ -192,8 +192,9 @@ def test_a_template_of_the_harness_is_read_as_in_training(make):
     chat = [{"role": "user", "content": "<b>"}] * 2
     written = json.dumps(chat[0])
     assert model.apply_chat_template(chat) == f"{written}{written}!<|endoftext|>"
-    with pytest.raises(UserError, match="The chat template fails .no system role"):
-        make(chat_template="{{ raise_exception('no system role') }}").apply_chat_template(chat)
+    for fails, reason in (("raise_exception('no system role')", "no system"), ("1 / 0", "by zero")):
+        with pytest.raises(UserError, match=f"The chat template fails .*{reason}"):
+            make(chat_template=f"{{{{ {fails} }}}}").apply_chat_template(chat)
 
 
 @pytest.mark.parametrize(
