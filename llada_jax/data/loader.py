@@ -12,7 +12,6 @@ more, for metrics of each read.
 """
 
 import functools
-import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import islice
@@ -38,6 +37,10 @@ _HELDOUT_ANSWERS = 0
 # (a dataset, or its directory, whose description is then read; its weight in the mixture)
 Source = tuple[str | DatasetInfo, float]
 Batch = dict[str, np.ndarray]
+
+# An endless data set has sys.maxsize rows, of which grain's batch divides a float: rounded up, that
+# is more than len() can say.
+_MOST_ROWS = 2**62
 
 # What a random stream is for; see _stream.
 _SHUFFLE, _LENGTH, _ANSWER, _SPLIT = 0, 1, 2, 3
@@ -279,10 +282,9 @@ class _HostRows(grain.MapDataset):
         self._batch_number, self._copies = batch_number, copies
 
     def __len__(self) -> int:
-        # an endless parent has the largest length there is, which copies must not exceed
-        num_rows = min(len(self._parent) * self._copies, sys.maxsize)
+        num_rows = min(len(self._parent) * self._copies, _MOST_ROWS)
         num_steps = num_rows // self._batch_size - self._start_step
-        return min(num_steps * len(self._rows), sys.maxsize)
+        return min(num_steps * len(self._rows), _MOST_ROWS)
 
     def __getitem__(self, index):
         if isinstance(index, slice):

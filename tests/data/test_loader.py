@@ -75,6 +75,12 @@ def test_a_start_in_the_middle_continues_the_batches_of_a_whole_run(small, large
         assert_equal(batch, expected)
 
 
+def test_a_batch_may_be_a_single_row(small):
+    (whole,) = batches([(small, 1.0)], num_batches=1, batch_size=3)
+    for row, batch in enumerate(batches([(small, 1.0)], num_batches=3, batch_size=1)):
+        assert_equal(batch, take_rows(whole, [row]))
+
+
 @pytest.mark.slow
 @given(
     step=st.integers(0, 19),
