@@ -259,7 +259,10 @@ class Chat:
         """Breaks the special tokens that a message spells out."""
         if isinstance(value, str):
             value = value.replace(_BREAK, "")
-            return self._special.sub(lambda m: m[0][0] + _BREAK + m[0][1:], value)
+            # Again until none is left: one may lie within another, or begin where another ends.
+            while self._special.search(value):
+                value = self._special.sub(lambda m: m[0][0] + _BREAK + m[0][1:], value)
+            return value
         if isinstance(value, dict):
             return {name: self._protected(part) for name, part in value.items()}
         return [self._protected(part) for part in value] if isinstance(value, list) else value

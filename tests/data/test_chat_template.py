@@ -8,7 +8,7 @@ from support.errors import error_of
 
 from llada_jax.data.chat_template import DEFAULT, LLADA, Chat, template_of
 from llada_jax.data.dialogues import Malformed
-from llada_jax.data.tokenizer import load_tokenizer
+from llada_jax.data.tokenizer import Tokenizer, load_tokenizer
 
 # In the form of Llama 3.
 HEADERS = (
@@ -122,6 +122,17 @@ def test_every_answer_of_the_default_template_ends_with_end_of_text():
     assert (document.tokens == tokenizer.eos_id).sum() == 2
     assert document.is_answer[document.tokens == tokenizer.eos_id].all()
     assert "Say <|eot_id|> and </s>!" in tokenizer.decode(document.tokens)
+
+
+@pytest.mark.parametrize("spelled", ["<<mask>>", "<<<mask>", "<<</s>", "<<mask></s>"])
+def test_special_tokens_within_others_are_text_in_a_message(spelled, monkeypatch):
+    markers = {"</s>": 257, "<mask>": 256, "<<": 258, "<<mask>": 259, "<<mask></s": 258}
+    monkeypatch.setattr(Tokenizer, "markers", markers)
+    tokenizer = load_tokenizer("bytes")
+    turn = [{"role": "user", "content": spelled}, {"role": "assistant", "content": spelled}]
+    document = Chat(DEFAULT, tokenizer).document(turn)
+    text = f"### user\n{spelled}\n\n### assistant\n{spelled}"
+    assert document.tokens.tolist() == [*text.encode(), tokenizer.eos_id]
 
 
 @pytest.mark.parametrize(
