@@ -346,10 +346,11 @@ def _open(
     for dataset, weight in sources:
         info = dataset if isinstance(dataset, DatasetInfo) else read_dataset(dataset)
         directory = info.directory
-        if not 0 < weight < float("inf"):
+        # Their sum and their ratio, a hundredfold, must be floats.
+        if not 1e-100 <= weight <= 1e100:
             raise UserError(
-                f"{directory} has weight {weight}: give a positive number, or leave the dataset "
-                "out."
+                f"{directory} has weight {weight}: give a number from 1e-100 to 1e100, or leave "
+                "the dataset out."
             )
         if info.sequence_length != sequence_length:
             raise UserError(

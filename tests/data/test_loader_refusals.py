@@ -32,8 +32,8 @@ def test_datasets_of_different_tokenizers_are_both_named(small, tmp_path):
     assert "cafe" in message
 
 
-@pytest.mark.parametrize("weight", [0.0, -1.0, float("nan"), float("inf")])
-def test_a_weight_that_is_not_positive_is_refused(small, weight):
+@pytest.mark.parametrize("weight", [0.0, -1.0, float("nan"), float("inf"), 1e-310, 1e308])
+def test_a_weight_that_is_not_positive_or_cannot_be_compared_is_refused(small, weight):
     assert f"weight {weight}" in error_of(batches, [(small, 1.0), (small, weight)], num_batches=1)
 
 
