@@ -95,8 +95,8 @@ def find_inputs(
         output: a folder of which directories and globs give no file; "" for none.
 
     Raises:
-        UserError: a pattern names no file, a broken link, or a file whose name ends in none of
-            SUFFIXES and NAMED_SUFFIXES.
+        UserError: a pattern names no file, a broken link, a pipe or device, or a file whose name
+            ends in none of SUFFIXES and NAMED_SUFFIXES.
     """
     found = {}
     own = os.path.realpath(output) if output else ""
@@ -205,6 +205,11 @@ def _find_local(pattern: str, form: str, own: str) -> tuple[list[Input], list[tu
             if stat.S_ISREG(status.st_mode):
                 inputs.append(
                     Input(os.path.normpath(path), status.st_size, str(status.st_mtime_ns))
+                )
+            elif path == pattern:
+                raise UserError(
+                    f"--input {pattern!r} is a pipe or device, which cannot be read again after an "
+                    "interruption; write its content to a file and name that."
                 )
     return inputs, sorted(left_out)
 

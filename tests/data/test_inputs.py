@@ -143,11 +143,16 @@ def test_a_broken_link_is_refused_with_its_target(tmp_path, pattern):
         find_inputs([str(tmp_path / pattern)])
 
 
-@pytest.mark.parametrize("pattern", ["pipe.txt", "*.txt"])
-def test_a_pipe_is_not_waited_for(tmp_path, pattern):
+def test_a_pipe_is_refused_because_it_is_read_once(tmp_path):
     os.mkfifo(tmp_path / "pipe.txt")
-    with pytest.raises(UserError, match="matches no file"):
-        find_inputs([str(tmp_path / pattern)])
+    with pytest.raises(UserError, match=r"pipe\.txt' is a pipe or device, .* to a file"):
+        find_inputs([str(tmp_path / "pipe.txt")])
+
+
+def test_a_glob_does_not_wait_for_a_pipe(tmp_path):
+    os.mkfifo(tmp_path / "pipe.txt")
+    with pytest.raises(UserError):
+        find_inputs([str(tmp_path / "*.txt")])
 
 
 def test_a_folder_that_cannot_be_read_is_refused_and_not_passed_over(tmp_path, monkeypatch):
