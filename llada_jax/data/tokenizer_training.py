@@ -4,7 +4,7 @@ import io
 import re
 from collections.abc import Iterable, Iterator
 
-from llada_jax.data.codecs import SentencePiece
+from llada_jax.data.codecs import SPACE_MARK, SentencePiece
 from llada_jax.data.tokenizer import Tokenizer, with_special_ids
 from llada_jax.errors import UserError, require
 
@@ -46,6 +46,9 @@ def train_sentencepiece(texts: Iterable[str], *, vocab_size: int, model_type: st
             bos_id=1,
             eos_id=2,
             pad_id=3,
+            # Also where a text has next to no spaces, as Chinese does: in bytes, a space would
+            # become its mark.
+            required_chars=SPACE_MARK,
             control_symbols=["<mask>"],
             user_defined_symbols=["\n"],
             max_sentence_length=MAX_SENTENCE_BYTES,
@@ -56,30 +59,30 @@ def train_sentencepiece(texts: Iterable[str], *, vocab_size: int, model_type: st
         )
     except RuntimeError as error:
         raise _training_error(str(error), vocab_size=vocab_size, model_type=model_type) from error
-    codec = SentencePiece(_on_grid(model.getvalue()), name="trained model")
+    codec = SentencePiece(_as_saved(model.getvalue()), name="trained model")
     return with_special_ids(codec, codec.declared(), {}, name="trained model", add_mask_token=False)
 
 
-def _on_grid(model: bytes) -> bytes:
-    """Returns a unigram model with its scores rounded to multiples of 1/64, whose sums are exact in
-    float32.
+def _as_saved(model: bytes) -> bytes:
+    """Returns a model without its list of required characters, which mattered in training alone; a
+    unigram model also has its scores rounded to multiples of 1/64, whose sums are exact in float32.
 
-    Without this, "===" becomes "==" "=" in one place and "=" "==" in another, depending on the last
-    bit of the sum, and other libraries, which add in float64, give other ids. The line feed becomes
-    an ordinary piece, since SentencePiece subtracts 0.1 from the score of a user-defined one; no
-    other piece contains it, so it is still encoded alone. BPE models are returned unchanged.
+    Without the rounding, "===" becomes "==" "=" in one place and "=" "==" in another, depending on
+    the last bit of the sum, and other libraries, which add in float64, give other ids. The line
+    feed becomes an ordinary piece, since SentencePiece subtracts 0.1 from the score of a
+    user-defined one; no other piece contains it, so it is still encoded alone.
     """
     protobuf = require("sentencepiece.sentencepiece_model_pb2")
     content = protobuf.ModelProto.FromString(model)
-    if content.trainer_spec.model_type != content.trainer_spec.UNIGRAM:
-        return model
-    kinds = protobuf.ModelProto.SentencePiece
-    normal = [piece for piece in content.pieces if piece.type == kinds.NORMAL]
-    for piece in normal:
-        piece.score = round(piece.score * 64) / 64
-    for piece in content.pieces:
-        if piece.type == kinds.USER_DEFINED:
-            piece.type, piece.score = kinds.NORMAL, max(p.score for p in normal)
+    content.trainer_spec.ClearField("required_chars")
+    if content.trainer_spec.model_type == content.trainer_spec.UNIGRAM:
+        kinds = protobuf.ModelProto.SentencePiece
+        normal = [piece for piece in content.pieces if piece.type == kinds.NORMAL]
+        for piece in normal:
+            piece.score = round(piece.score * 64) / 64
+        for piece in content.pieces:
+            if piece.type == kinds.USER_DEFINED:
+                piece.type, piece.score = kinds.NORMAL, max(p.score for p in normal)
     return content.SerializeToString(deterministic=True)
 
 

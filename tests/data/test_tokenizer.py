@@ -3,6 +3,7 @@ clear refusals.
 """
 
 import json
+import random
 
 import numpy as np
 import pytest
@@ -160,6 +161,16 @@ def test_a_vocabulary_too_large_for_the_text_names_the_largest_that_works(kind):
 def test_a_vocabulary_too_small_for_the_bytes_names_the_smallest():
     with pytest.raises(UserError, match="too small: .* need 2[0-9]{2}; use --tokenizer spm-bpe:2"):
         train_sentencepiece([TEXT], vocab_size=100, model_type="bpe")
+
+
+@pytest.mark.parametrize("model_type", ["unigram", "bpe"])
+@pytest.mark.parametrize("spaces", ["", "   "])
+def test_a_space_survives_a_training_text_with_next_to_none(model_type, spaces):
+    letters = [chr(0x4E00 + n) for n in range(40)]
+    text = "".join(random.Random(0).choices(letters, k=9_000)) + spaces
+    tokenizer = train_sentencepiece([text], vocab_size=303, model_type=model_type)
+    for asked in (" ", f"{text[:9]}  a {text[9:20]} \u2581 "):
+        assert tokenizer.decode(tokenizer.encode(asked)) == asked
 
 
 @pytest.mark.parametrize("texts", [[], [""], ["\n\n"]])
