@@ -2,6 +2,7 @@
 
 import contextlib
 import functools
+import zlib
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any, NamedTuple
@@ -33,6 +34,17 @@ class Question(NamedTuple):
     answer: Sequence[int]
     after: Sequence[int] = ()
     noise: int | None = None
+
+
+def noise_of(tokens: Sequence[int], times: int = 0) -> int:
+    """Returns the name of random numbers that belong to `tokens`, 32 bits.
+
+    Args:
+        times: how often the same tokens have been asked about before; their errors average out only
+            if each time has random numbers of its own.
+    """
+    named = [*tokens, -2, times] if times else tokens
+    return zlib.crc32(np.array(named, np.int32).tobytes())
 
 
 def bucket(length: int) -> int:

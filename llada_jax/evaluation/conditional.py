@@ -20,7 +20,6 @@ all answers may add up to more than 1. It has no noise and takes one pass per to
 """
 
 import math
-import zlib
 from collections import defaultdict
 from collections.abc import Sequence
 from typing import Any, NamedTuple
@@ -36,6 +35,7 @@ from llada_jax.evaluation.answer_rows import (
     diffusion_rows,
     nll_in_confidence_order,
     nll_of_answers,
+    noise_of,
     run,
 )
 from llada_jax.masks import Mask
@@ -126,8 +126,7 @@ def _rng(seed: int, question: Question) -> np.random.Generator:
     noise = question.noise
     if noise is None:
         # -1 marks the place of the answer.
-        surroundings = [*question.before, -1, *question.after]
-        noise = zlib.crc32(np.array(surroundings, np.int32).tobytes())
+        noise = noise_of([*question.before, -1, *question.after])
     return np.random.Generator(np.random.Philox(key=[seed, noise]))
 
 

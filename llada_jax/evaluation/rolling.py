@@ -1,15 +1,13 @@
 """The bound on a whole text of any length, by a window that slides over it."""
 
 import math
-import zlib
+from collections import Counter
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
-import numpy as np
-
 from llada_jax.data.round_trip import num_encoded_bytes
 from llada_jax.errors import UserError
-from llada_jax.evaluation.answer_rows import Question
+from llada_jax.evaluation.answer_rows import Question, noise_of
 from llada_jax.evaluation.conditional import log_likelihoods
 from llada_jax.units import bits_per_byte
 
@@ -35,18 +33,20 @@ def windows(tokens: Sequence[int], *, length: int, context: int) -> list[Questio
 
     The first window begins with the text and is full; the others move on by length - context.
     Every token is in exactly one answer, so the sum of the answers' scores bounds the text's
-    log-likelihood by the chain rule. The noise is named by the answer, so that windows are
-    independent.
+    log-likelihood by the chain rule. The noise is named by the answer and by how often the text has
+    had it before, so that windows are independent.
     """
     if not 0 <= context < length:
         raise UserError(
             f"context={context} must be at least 0 and less than the window of {length} tokens."
         )
-    questions = []
+    questions: list[Question] = []
+    times: Counter = Counter()
     first, last = 0, min(length, len(tokens))
     while first < len(tokens):
         answer = tuple(tokens[first:last])
-        noise = zlib.crc32(np.array(answer, np.int32).tobytes())
+        noise = noise_of(answer, times[answer])
+        times[answer] += 1
         # the last window is not full, and may see more of the text before it
         before = tuple(tokens[max(0, last - length) : first]) if first else ()
         questions.append(Question(before, answer, noise=noise))

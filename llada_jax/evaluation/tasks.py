@@ -4,6 +4,7 @@ log-likelihood.
 
 import json
 import math
+from collections import Counter
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
@@ -12,7 +13,7 @@ import numpy as np
 
 from llada_jax.data.text import Cut, read_documents
 from llada_jax.errors import UserError
-from llada_jax.evaluation.answer_rows import Question, bucket, lay_out
+from llada_jax.evaluation.answer_rows import Question, bucket, lay_out, noise_of
 from llada_jax.evaluation.conditional import Score, encode_pair, log_likelihoods
 from llada_jax.masks import Mask
 from llada_jax.rng import key_for
@@ -101,9 +102,11 @@ def items_of(rows: Sequence[dict], direction: str, tokenizer: Any) -> list[Item]
 
     forwards: what follows the prompt? backwards: the same of the row's "backwards", where it has
     one. infill: what stands before the answer? The prompt is masked where it stands.
+
+    The questions of a file have independent noise, also where several have the same prompt.
     """
     if direction == "infill":
-        return [_infill_item(row, tokenizer) for row in rows]
+        return _told_apart([_infill_item(row, tokenizer) for row in rows])
     if direction == "backwards":
         rows = [row["backwards"] for row in rows if "backwards" in row]
     items = []
@@ -111,7 +114,7 @@ def items_of(rows: Sequence[dict], direction: str, tokenizer: Any) -> list[Item]
         question = encode_pair(tokenizer, row["prompt"], row["answer"])
         choices = (encode_pair(tokenizer, row["prompt"], c) for c in row.get("choices", ()))
         items.append(Item(question, tuple(choices)))
-    return items
+    return _told_apart(items)
 
 
 def _infill_item(row: dict, tokenizer: Any) -> Item:
@@ -120,6 +123,28 @@ def _infill_item(row: dict, tokenizer: Any) -> Item:
         return Question((), prompt_ids, answer_ids)
 
     return Item(turned(row["prompt"]), tuple(map(turned, row.get("prompt_choices", ()))))
+
+
+def _told_apart(items: Sequence[Item]) -> list[Item]:
+    """Returns the items, of which those that ask what an earlier one has asked have noise of their
+    own, shared by all choices of an item.
+
+    What surrounds an answer names its noise. Under the same noise the errors of questions would not
+    average out, and the error of their mean would be larger than is reported.
+    """
+    times: Counter = Counter()
+    found = []
+    for item in items:
+        surroundings = (*item.question.before, -1, *item.question.after)
+        if times[surroundings]:
+            noise = noise_of(surroundings, times[surroundings])
+            item = Item(
+                item.question._replace(noise=noise),
+                tuple(choice._replace(noise=noise) for choice in item.choices),
+            )
+        times[surroundings] += 1
+        found.append(item)
+    return found
 
 
 # ---- answers

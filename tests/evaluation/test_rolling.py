@@ -32,6 +32,12 @@ def test_every_token_is_in_one_answer_and_no_window_is_too_long(num, length, dat
     assert all(len(window.before) + len(window.answer) <= length for window in cut)
 
 
+def test_windows_that_are_alike_have_noise_of_their_own():
+    """Under the same noise their errors would be the same, and the sum of them larger than said."""
+    cut = windows([1, 2, 3, 4] * 8, length=8, context=4)
+    assert len({window.noise for window in cut}) == len(cut) == 7
+
+
 def test_a_context_as_long_as_the_window_is_refused():
     with pytest.raises(UserError, match="context=8 must be at least 0 and less than the window"):
         windows([1, 2], length=8, context=8)

@@ -6,6 +6,7 @@ import runpy
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import pytest
 from support.paths import ROOT
 
@@ -94,6 +95,26 @@ def test_infilling_asks_for_the_prompt_in_front_of_the_answer():
     assert item.question == Question((), tuple(b"Ada"), tuple(b" is first"))
     found = asked([ADA], "infill")
     assert (found.exact_match, found.ranking_accuracy) == (1.0, 1.0)
+
+
+@pytest.mark.parametrize("direction", ["forwards", "infill"])
+def test_the_error_of_the_mean_holds_for_questions_that_are_alike(direction):
+    """As in an infilling of many prompts in front of one answer. Only the same noise for all of
+    them would make the spread four times as large as the error.
+    """
+    rows = [{"prompt": "Ada is gone", "answer": " is first of"}] * 16
+    found = [asked(rows, direction, seed=seed) for seed in range(24)]
+    spread = np.std([one.log_likelihood for one in found])
+    error = math.sqrt(np.mean([one.mc_standard_error**2 for one in found]))
+    assert 0.5 < spread / error < 1.8
+
+
+def test_choices_of_one_question_share_their_noise():
+    first, second = items_of([ADA, ADA], "forwards", BYTES)
+    noises = [one.noise for one in (*second.choices, second.question)]
+    assert first.question.noise is None
+    assert noises[0] is not None
+    assert len(set(noises)) == 1
 
 
 def test_what_surrounds_an_answer_is_left_alone_and_each_question_is_answered_alone():
