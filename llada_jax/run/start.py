@@ -48,10 +48,26 @@ class RunData(NamedTuple):
     summaries: tuple[SourceSummary, ...]
     tokenizer: Tokenizer
 
-    @property
-    def bytes_per_token(self) -> float:
-        """UTF-8 bytes per token of what training reads, in the proportions of the mixture."""
-        return sum(s.share * s.bytes_per_token["train"] for s in self.summaries)
+    def bytes_per_token(self, masked: str, eos_padding: int) -> float | None:
+        """Returns the UTF-8 bytes per token that the loss of training counts, in the proportions of
+        the mixture; None with eos_padding, whose tokens are of no text.
+
+        Args:
+            masked: config.objective.masked, by which the loss counts prompts too or answers alone.
+            eos_padding: config.data.eos_padding.
+        """
+        if eos_padding:
+            return None
+        counted = "num" if masked == "documents" else "num_scored"
+        # A source with more tokens in a row has more of the tokens than of the rows.
+        bytes_of_row, tokens_of_row = (
+            sum(
+                s.share * getattr(s.info.splits["train"], f"{counted}_{what}") / s.num_records
+                for s in self.summaries
+            )
+            for what in ("bytes", "tokens")
+        )
+        return bytes_of_row / tokens_of_row
 
     @property
     def fields(self) -> Mapping[str, Field]:

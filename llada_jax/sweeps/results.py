@@ -31,7 +31,8 @@ class Result(NamedTuple):
     standard_error (of bits per byte), nats_per_token: the final held-out bound, or the newest one
     while there is no final one; nan without any; the mean over the held-out splits of a mixture.
     curve: (step, held-out bits per byte) during training. The final bound is not part of it,
-    because it is taken on more of the text. train_curve: the same on training batches.
+    because it is taken on more of the text. train_curve: the same on training batches; empty where
+    their bits per byte are not known.
     """
 
     index: int  # type: ignore[assignment]
@@ -94,7 +95,11 @@ def _result(workdir, *, index: int, knobs: dict, num_steps: int) -> Result:
         standard_error=last["bits_error"],
         nats_per_token=last["nats_per_token"],
         curve=[(step, bound["bits_per_byte"]) for step, bound in bounds],
-        train_curve=[(step, float(numbers["bits_per_byte"])) for step, numbers in train],
+        train_curve=[
+            (step, float(numbers["bits_per_byte"]))
+            for step, numbers in train
+            if "bits_per_byte" in numbers
+        ],
     )
 
 

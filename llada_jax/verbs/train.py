@@ -408,9 +408,10 @@ def train_on(
                 numbers = means(sums)
                 if not config.optimizer.max_skipped_updates:
                     del numbers["skipped"]
-                numbers["bits_per_byte"] = bits_per_byte(
-                    numbers[bound_name], bytes_per_token=data.bytes_per_token
-                )
+                rate = data.bytes_per_token(config.objective.masked, config.data.eos_padding)
+                if rate:
+                    nats = numbers[bound_name]
+                    numbers["bits_per_byte"] = bits_per_byte(nats, bytes_per_token=rate)
                 speed = speed_metrics(
                     clock,
                     num_steps=step - logged_step,

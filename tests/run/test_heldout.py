@@ -63,9 +63,23 @@ def test_each_source_of_a_mixture_has_a_bound_in_bits_per_byte_of_its_own_text(t
         assert bound["bits_per_byte"] == pytest.approx(expected, rel=1e-5)
 
 
-def test_training_text_has_the_bytes_per_token_of_the_whole_mixture(tmp_path):
-    data = RunData(sources=(), summaries=summaries_of(tmp_path, (0.25, 0.75)), tokenizer=None)
-    assert data.bytes_per_token == pytest.approx(0.25 * 1.5 + 0.75 * 4.0)
+def test_training_text_has_the_bytes_per_token_of_what_the_loss_counts():
+    """Per row, the first source has 6 tokens of answers with 12 bytes in 20 tokens with 80 bytes;
+    the second has 30 with 150 in 40 with 160.
+    """
+
+    def summary(share, *counts):
+        names = ("num_scored_tokens", "num_scored_bytes", "num_tokens", "num_bytes")
+        split = SimpleNamespace(**{name: 5 * count for name, count in zip(names, counts)})
+        info = SimpleNamespace(splits={"train": split})
+        return SimpleNamespace(share=share, num_records=5, info=info)
+
+    mixture = (summary(0.25, 6, 12, 20, 80), summary(0.75, 30, 150, 40, 160))
+    data = RunData(sources=(), summaries=mixture, tokenizer=None)
+    answers = (0.25 * 12 + 0.75 * 150) / (0.25 * 6 + 0.75 * 30)
+    assert data.bytes_per_token("answers", 0) == pytest.approx(answers)
+    assert data.bytes_per_token("documents", 0) == pytest.approx(4.0)
+    assert data.bytes_per_token("answers", 2) is None
 
 
 def test_sums_are_continued_only_for_the_weights_and_settings_that_they_are_of(tmp_path):

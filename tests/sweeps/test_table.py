@@ -8,7 +8,8 @@ from support.required import library
 from support.runs import metric_lines
 from support.sweeps import BASE, RATES
 
-from llada_jax.sweeps.table import sparkline
+from llada_jax.sweeps.results import read_result
+from llada_jax.sweeps.table import sparkline, table_lines
 
 
 @pytest.mark.slow
@@ -48,6 +49,16 @@ def test_table_has_the_numbers_of_metrics_jsonl_best_first(
     assert (curve[0], curve[-1], third.split()[5][-1]) == ("█", "▁", "▃")
     assert "schedule.learning_rate: moves 0.9000; rank correlation +1.00" in out
     assert "  0.001                   2.1000  best 2.1000  of 1 runs" in out
+
+
+def test_a_run_without_bits_per_byte_in_training_is_in_the_table(tmp_path):
+    """As on rows that are filled up with end-of-text tokens."""
+    final = {"nelbo": 1.4, "standard_error": 0.007, "bits_per_byte": 2.0}
+    lines = [{"step": 2, "train": {"nelbo": 1.5, "tokens": 9}}, {"step": 2, "final": final}]
+    (tmp_path / "metrics.jsonl").write_text("".join(f"{json.dumps(line)}\n" for line in lines))
+    result = read_result(tmp_path, index=0, knobs={}, num_steps=2)
+    assert (result.state, result.bits_per_byte, result.train_curve) == ("complete", 2.0, [])
+    assert "2.0000 +- 0.0100" in table_lines([result], [], label=lambda run: "")[1]
 
 
 @pytest.mark.slow

@@ -2,6 +2,9 @@
 and the curve depends neither on the mesh, nor on the hosts, nor on microbatches.
 """
 
+import json
+import math
+
 import numpy as np
 import pytest
 from support.runs import (
@@ -41,6 +44,10 @@ def straight(runs, dialogues):
 def test_a_killed_run_on_packed_rows_equals_the_straight_one(runs, dialogues, straight):
     curve = losses(straight)
     assert len(curve) == 20
+    content = json.loads((dialogues("packed") / "dataset.json").read_text())["splits"]["train"]
+    rate = content["num_bytes"] / content["num_tokens"]  # prompts are masked too
+    train = read_lines(straight)[0]["train"]
+    assert train["bits_per_byte"] == pytest.approx(train["nelbo"] / math.log(2) / rate, rel=1e-6)
     assert np.mean(curve[-5:]) < np.mean(curve[:3]) - 1  # it learns
     workdir = runs.directory / "sft-killed"
     words = (f"data.path={dialogues('packed')}", *SFT, *PACKED)
@@ -80,6 +87,7 @@ def test_rows_that_are_filled_up_are_the_same_on_two_hosts_and_in_microbatches(r
     words = (f"data.path={dialogues('padded')}", *SFT, *PADDED, "evaluation.every_steps=0")
     one, two = runs.directory / "sft-padded", runs.directory / "sft-padded-2"
     runs.train(one, *words, "num_steps=6")
+    assert not any("bits_per_byte" in line.get("train", ()) for line in read_lines(one))
     words += ("num_steps=6", "optimizer.gradient_accumulation=2")
     runs.train(two, *words, num_devices=4, num_processes=2)
     np.testing.assert_allclose(losses(two), losses(one), rtol=1e-5)
