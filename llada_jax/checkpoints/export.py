@@ -52,7 +52,7 @@ def training_of(record: RunRecord, step: int) -> Training:
         tokens=record.tokens or 0,
         batch_size=record.knob("data.batch_size"),
         sequence_length=record.sequence_length,
-        learning_rate=record.knob("schedule.learning_rate"),
+        learning_rate=_peak_rate(record),
         schedule=record.knob("schedule.name"),
         optimizer=record.knob("optimizer.name"),
         # not a knob of the first versions
@@ -64,6 +64,14 @@ def training_of(record: RunRecord, step: int) -> Training:
         versions=record.versions,
         commit=record.commit,
     )
+
+
+def _peak_rate(record: RunRecord) -> float:
+    """Returns the largest learning rate of the schedule, warm-up aside."""
+    if record.knob("schedule.name") == "llada":
+        # which reads no other knob
+        return max(rate for _, *rates in record.knob("schedule.stages") for rate in rates)
+    return record.knob("schedule.learning_rate")
 
 
 def write_model(export: Export, output: Path, *, verify: bool) -> dict | None:

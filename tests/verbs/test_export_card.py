@@ -96,3 +96,12 @@ def test_the_card_says_which_weights_were_scored(weights, decay, is_average, ran
     # a knob that the first versions did not have
     del record.config["evaluation"]["weights"]
     assert training_of(record, step).scores_average == (decay > 0)
+
+
+@pytest.mark.parametrize(("schedule", "peak"), [("llada", 3e-3), ("wsd", 5e-4)])
+def test_the_card_has_the_peak_of_the_schedule(schedule, peak, random_checkpoint):
+    found, step = find_checkpoint(str(random_checkpoint))
+    record = found.record(step)
+    stages = [[1e9, 2e-3, 3e-3], [2e9, 1e-3, 1e-5]]
+    record.config["schedule"] |= {"name": schedule, "learning_rate": 5e-4, "stages": stages}
+    assert training_of(record, step).learning_rate == peak
