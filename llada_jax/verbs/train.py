@@ -349,6 +349,8 @@ def train_on(
             evaluations.forget()
 
         def sample_during_training(step: int) -> None:
+            # or the training steps still in flight would be accounted to the samples
+            jax.block_until_ready(state.step)
             with clock.span("samples"):
                 network = recipe.objective.network(weights_of(state), state.frozen)
                 texts = sample(config, sampling_model, data, network, watchdog.beat)
@@ -470,13 +472,12 @@ def train_on(
         with clock.span("checkpoint"):
             saved.wait()
         if not on_first_process(lambda: is_over(read_lines(workdir), num_steps)):
+            num_batches = config.evaluation.final_num_batches
             try:
-                bounds = evaluations.evaluate(
-                    num_steps,
-                    weights_of(state),
-                    state.frozen,
-                    config.evaluation.final_num_batches,
-                )
+                with clock.span("evaluation"):
+                    bounds = evaluations.evaluate(
+                        num_steps, weights_of(state), state.frozen, num_batches
+                    )
             except AskedToStop:
                 how = f" during the final evaluation: step {num_steps} of {num_steps} is saved"
                 raise stopped(how) from None

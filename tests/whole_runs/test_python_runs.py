@@ -6,6 +6,7 @@ import json
 import os
 import sys
 
+import jax
 import pytest
 from support.mishaps import train_argv
 from support.runs import losses, metric_lines
@@ -15,6 +16,7 @@ import llada_jax
 from llada_jax.__main__ import main
 from llada_jax.config import load_config
 from llada_jax.errors import UserError
+from llada_jax.verbs import train as verb
 
 
 def printed(argv, capsys) -> dict:
@@ -55,6 +57,24 @@ def test_train_takes_a_config_that_was_changed_in_python_and_leaves_it_alone(hom
     rows = config.data.batch_size * config.data.sequence_length
     longer = {"num_steps": 0, "num_tokens": 3 * rows, "seed": 7}
     assert llada_jax.train(config, str(tmp_path / "run"), changes=longer).step == 3
+
+
+@pytest.mark.slow
+def test_time_is_counted_for_what_it_is_spent_on(home, tmp_path, monkeypatch):
+    """Steps in flight are not time of the samples, nor is the final evaluation time of steps."""
+    are_done = []
+
+    def sample(config, model, data, params, beat):
+        are_done.append(all(leaf.is_ready() for leaf in jax.tree.leaves(params)))
+        return []
+
+    monkeypatch.setattr(verb, "sample", sample)
+    changes = {"data.path": str(home / "data"), "data.batch_size": 256, "log.every_steps": 4}
+    changes |= {"samples.every_steps": 1, "evaluation.every_steps": 0}
+    run = llada_jax.train(home / "tiny.py", tmp_path / "run", changes=changes)
+    assert "final" in run.final
+    assert are_done == [True] * 4
+    assert json.loads((tmp_path / "run/goodput.json").read_text())["seconds"]["evaluation"] > 0
 
 
 @pytest.mark.slow
