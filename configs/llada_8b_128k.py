@@ -7,10 +7,11 @@
 
 Eight devices share a row: the mesh axis `sequence` splits its positions, and attention is full. The
 documents of a row do not see each other. Rotary frequencies are stretched 32 times as in Llama 3.1.
-A step has 32 rows, 4,194,304 tokens as in pretraining, and 500 steps have 2.1B tokens. The learning
-rate rises to 2e-5 in 20 steps and falls along a cosine. No recipe for LLaDA at this length is
-published with its weights; rate, budget and scaling are this project's choice. It is planned for 64
-chips of v5p, or for 32 H100 (`--topology 32xh100`) with --config.data.sequence_length=65536:
+A step has 32 rows, 4,194,304 tokens (pretraining has 5,242,880), and 500 steps have 2.1B tokens.
+The learning rate rises to 2e-5 in 20 steps and falls along a cosine. No recipe for LLaDA at this
+length is published with its weights; rate, budget and scaling are this project's choice. It is
+planned for 64 chips of v5p, or for 32 H100 (`--topology 32xh100`) with
+--config.data.sequence_length=65536:
 
     llada-jax plan --config configs/llada_8b_128k.py --topology v5p-128
 

@@ -432,6 +432,6 @@ def knob(config: ConfigDict, path: str):
 
 
 def num_steps_of(config: ConfigDict) -> int:
-    """Returns config.num_steps, or the steps in which config.num_tokens are seen."""
+    """Returns config.num_steps, or the whole steps that fit into config.num_tokens, at least 1."""
     tokens_per_step = config.data.batch_size * config.data.sequence_length
     return config.num_steps or max(1, config.num_tokens // tokens_per_step)
