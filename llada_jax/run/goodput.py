@@ -16,6 +16,8 @@ FILE = "goodput.json"
 # How far marks may be thinned out: to gaps of this share of the distance to the newest mark. A run
 # that goes back counts at most so much more as done again than it has to do again.
 GAP = 0.02
+# How old the file may become while no step is saved; a bucket should not be written at each step.
+WRITE_SECONDS = 30.0
 
 
 class Ledger:
@@ -24,7 +26,7 @@ class Ledger:
     "step" is productive. "init", "compile", "data", "checkpoint", "evaluation" and "samples" are
     the activities of llada_jax.run.clock.Clock. "down" is the time between two attempts. "replay"
     is the time of steps that had to be done again, because the attempt that did them ended before
-    the next checkpoint.
+    the next checkpoint; what it did in its last seconds, of which the file does not know, is down.
 
     Args:
         workdir: local directory or URL.
@@ -52,7 +54,7 @@ class Ledger:
         self._before: dict[str, float] = {}  # seconds of the earlier attempts
         # (step, productive seconds of the whole run when it was done)
         self._marks: list[tuple[int, float]] = []
-        self._say, self._is_refused = say, False
+        self._say, self._is_refused, self._written = say, False, -math.inf
         if enabled and start_step and self._path.exists():
             try:
                 kept = _checked(files.decode_json(self._path.read_text()))
@@ -97,14 +99,24 @@ class Ledger:
         }
         return {"goodput": seconds.get("step", 0.0) / max(sum(seconds.values()), 1e-9), **lost}
 
+    def reach(self, step: int) -> dict[str, float]:
+        """Returns `report` at a step that is done and may be lost before it is saved: then it has
+        to be done again. The file is written where it is older than WRITE_SECONDS.
+        """
+        if self._now() - self._written >= WRITE_SECONDS:
+            self.mark(step)
+        return self.report()
+
     def mark(self, step: int) -> None:
-        """Notes the productive time up to a step that is about to be saved, and writes the file."""
+        """Notes the productive time up to a step that is done, and writes the file."""
         seconds = self.seconds()
-        self._marks = _thinned([*self._marks, (step, seconds.get("step", 0.0))])
+        before = [mark for mark in self._marks if mark[0] < step]
+        self._marks = _thinned([*before, (step, seconds.get("step", 0.0))])
         if self._enabled:
+            self._written = self._now()
             kept = {
                 "first_start": self._first_start,
-                "last": self._now(),
+                "last": self._written,
                 "seconds": seconds,
                 "marks": self._marks,
             }

@@ -425,7 +425,7 @@ def train_on(
                 )
                 groups = {
                     "train": {**numbers, "tokens": step * B * T},
-                    "speed": speed | saved.measured | ledger.report(),
+                    "speed": speed | saved.measured | ledger.reach(step),
                 }
                 writer.write(step, groups)
                 progress.report(step, numbers, speed)

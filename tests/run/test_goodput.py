@@ -61,6 +61,21 @@ def test_steps_done_again_and_the_time_between_are_lost(tmp_path):
     )
 
 
+def test_steps_that_a_kill_between_two_saves_has_lost_are_done_again_and_not_down(tmp_path):
+    """Saved at step 5 and killed after step 105, where the last log line is that of step 100."""
+    time = Time()
+    first = attempt(tmp_path, time, start_step=0, steps=5)
+    for step in range(6, 106):
+        time.seconds += 2.0
+        if step % 10 == 0:
+            first.reach(step)
+    report = attempt(tmp_path, time, start_step=5, steps=0, init=0.0).report()
+    # The file is written every 30 s: at the log lines of steps 20, 40, ... and 100.
+    assert report["lost_replay_s"] == pytest.approx(95 * 2.0)
+    assert report["lost_down_s"] == pytest.approx(5 * 2.0)
+    assert report["goodput"] == pytest.approx(5 * 2.0 / time.seconds)
+
+
 def test_a_return_counts_only_the_steps_since_then_as_done_again(tmp_path):
     """Copies every 10 steps; then a host is lost, and the run continues from an old checkpoint."""
     time = Time()
