@@ -46,6 +46,9 @@ SEED = Range(0, 2**32 - 1)
 # Corruptions that are drawn for a row: the error falls with the root of their number, and 128 are
 # usual.
 DRAWS = Range(1, 2**16)
+# Temperatures, and strengths of guidance: far beyond it float32 logits overflow, and the token that
+# is proposed may be the mask, which is then proposed forever.
+STRENGTH = Range(0, 1e6)
 _STEPS = Range(0, MAX_STEPS)
 _FROM_ONE = Range(1, MAX_STEPS)
 
@@ -110,7 +113,7 @@ RANGES = {
     "samples.gen_length": SIZE,
     "samples.steps": SIZE,
     "samples.block_length": SIZE,
-    "samples.temperature": Range(0),
+    "samples.temperature": STRENGTH,
     "checkpoint.every_steps": _FROM_ONE,
     "checkpoint.keep": _FROM_ONE,
     "checkpoint.keep_every_steps": _STEPS,

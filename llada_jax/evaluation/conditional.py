@@ -40,6 +40,7 @@ from llada_jax.evaluation.answer_rows import (
 )
 from llada_jax.masks import Mask
 from llada_jax.ranges import DRAWS, SIZE, check_number
+from llada_jax.samplers.settings import check_strengths
 
 
 class Score(NamedTuple):
@@ -246,11 +247,7 @@ def _check(questions, mask: Mask, *, num_samples, estimator, cfg_scale) -> None:
             f"{did_you_mean(estimator, ESTIMATORS)}"
         )
     check_number("mc_samples=", num_samples, DRAWS)
-    if not 0 <= cfg_scale < math.inf:
-        raise UserError(
-            f"cfg_scale={cfg_scale} must be a finite number that is not negative; use 0 to switch "
-            "guidance off."
-        )
+    check_strengths(cfg_scale=cfg_scale)
     if mask.has_blocks:
         raise UserError(
             "Answers are scored by models that see the whole row or only what came before; this "

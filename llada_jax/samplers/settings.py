@@ -4,7 +4,14 @@ import math
 from collections.abc import Sequence
 
 from llada_jax.errors import UserError, look_up
-from llada_jax.ranges import MAX_INT, MAX_SIZE, SIZE, SIZE_OR_NONE, check_number
+from llada_jax.ranges import (
+    MAX_INT,
+    MAX_SIZE,
+    SIZE,
+    SIZE_OR_NONE,
+    STRENGTH,
+    check_number,
+)
 from llada_jax.samplers.commit import SCHEDULE, parse_commit
 from llada_jax.samplers.remasking import REMASKING, commit_rule
 from llada_jax.samplers.revise import LOOP, NONE, WINO, parse_revise
@@ -58,12 +65,12 @@ def check_schedule(
 
 
 def check_strengths(**strengths: float) -> None:
-    """Raises UserError for a temperature or a cfg_scale that is negative or not finite."""
+    """Raises UserError for a temperature or a cfg_scale that is not in the range of strengths."""
     for name, strength in strengths.items():
-        if not 0 <= strength < float("inf"):
+        if not STRENGTH.holds(strength):
             raise UserError(
-                f"{name}={strength} must be a finite number that is not negative; use 0 to switch "
-                "it off."
+                f"{name}={strength} must be a number from {STRENGTH.least} to {STRENGTH.most:g}; "
+                "use 0 to switch it off."
             )
 
 

@@ -37,7 +37,7 @@ from llada_jax.evaluation.splits import bound_of_split, rows_at_a_time
 from llada_jax.evaluation.tasks import DIRECTIONS, answer, items_of, read_tasks
 from llada_jax.objectives.named import make_objective
 from llada_jax.paths import user_path
-from llada_jax.ranges import DRAWS, SEED, SIZE, Range, check_number
+from llada_jax.ranges import DRAWS, SEED, SIZE, STRENGTH, check_number
 from llada_jax.run.metrics_file import read_lines, read_samples
 from llada_jax.run.report_page import report_page
 from llada_jax.storage import remote
@@ -202,7 +202,7 @@ def check(args) -> None:
     check_number("--mc-samples ", args.mc_samples, DRAWS)
     check_number("--batch-size ", args.batch_size, SIZE)
     check_number("--seed ", args.seed, SEED)
-    check_number("--cfg-scale ", args.cfg_scale, Range(0))
+    check_number("--cfg-scale ", args.cfg_scale, STRENGTH)
 
 
 def check_sizes(*, mc_samples: int, batch_size: int) -> None:

@@ -187,7 +187,7 @@ def test_a_causal_model_answers_token_by_token(chat):
     [
         (["--gen-length", "40", "--block-length", "32"], "block_length=32 must divide gen_length"),
         (["--gen-length", "0"], "gen_length=0 must be at least 1"),
-        (["--temperature", "-1"], "temperature=-1.0 must be a finite number"),
+        (["--temperature", "-1"], "temperature=-1.0 must be a number from 0 to 1e+06"),
         (["--seed", "-1"], "seed=-1 must lie between"),
         (["--append", "--lookahead", "2"], "append is lookahead=0"),
         (["--commit", "treshold"], "Did you mean 'threshold'?"),

@@ -32,9 +32,9 @@ NUMBERS = [
     *((SAMPLE, flag, (HUGE, LONG, "0", "-1")) for flag in ("--steps", "--batch-size")),
     *((SAMPLE, flag, (HUGE, LONG, "0", "-1")) for flag in ("--num-samples", "--best-of")),
     (SAMPLE, "--seed", (LONG, "-1")),
-    *((SAMPLE, flag, ("nan", "inf", "-1")) for flag in ("--temperature", "--cfg-scale")),
+    *((SAMPLE, flag, ("nan", "inf", "-1", "1e39")) for flag in ("--temperature", "--cfg-scale")),
     *(
-        ([*SAMPLE, "--infill", "a[MASK]"], flag, ("nan", "inf", "-1"))
+        ([*SAMPLE, "--infill", "a[MASK]"], flag, ("nan", "inf", "-1", "1e39"))
         for flag in ("--temperature", "--cfg-scale")
     ),
     ([*SAMPLE, *DRAWN], "--top-k", (HUGE, LONG, "-1")),
@@ -45,7 +45,7 @@ NUMBERS = [
     (EVALUATE, "--batch-size", (HUGE, LONG, "0", "-1")),
     (EVALUATE, "--seed", (LONG, "-1")),
     (TASKS, "--mc-samples", (HUGE, LONG, "0", "-1")),
-    (TASKS, "--cfg-scale", ("nan", "inf", "-1")),
+    (TASKS, "--cfg-scale", ("nan", "inf", "-1", "1e39")),
     (PREPARE, "--sequence-length", (HUGE, LONG, "0", "1", "-1")),
     (RECORDS, "--workers", (HUGE, LONG, "0", "-1")),
     (RECORDS, "--heldout", ("nan", "inf", "-1", "1")),

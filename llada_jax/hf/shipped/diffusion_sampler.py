@@ -86,9 +86,9 @@ def check_request(
             f"steps={steps} must be a multiple of the number of blocks, gen_length/block_length = "
             f"{num_blocks}, and at most gen_length={gen_length}."
         )
-    if not (0 <= temperature < float("inf") and 0 <= cfg_scale < float("inf")):
+    if not (0 <= temperature <= 1e6 and 0 <= cfg_scale <= 1e6):
         raise ValueError(
-            f"temperature={temperature} and cfg_scale={cfg_scale} must be finite and not negative."
+            f"temperature={temperature} and cfg_scale={cfg_scale} must be numbers from 0 to 1e6."
         )
     if top_k < 0 or not 0 < top_p <= 1:
         raise ValueError(
