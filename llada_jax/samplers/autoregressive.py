@@ -21,7 +21,12 @@ from llada_jax.rng import key_for, keys_for_rows
 from llada_jax.samplers.canvas import make_canvas
 from llada_jax.samplers.choice import pick_tokens, without_ids
 from llada_jax.samplers.network import checked, place_everywhere, sharding_beside
-from llada_jax.samplers.settings import check_options, check_request, check_schedule
+from llada_jax.samplers.settings import (
+    check_options,
+    check_proposals,
+    check_request,
+    check_schedule,
+)
 
 
 class _Fixed(NamedTuple):
@@ -157,6 +162,7 @@ def continue_tokens(
     check_options(
         temperature=temperature, top_k=top_k, top_p=top_p, suppress=suppress, num_ids=num_ids
     )
+    check_proposals(suppress, also_off=[mask_id], num_ids=num_ids)
     eos_ids = [eos_id] if isinstance(eos_id, (int, np.integer)) else list(eos_id or ())
     numbers: dict[str, Any] = dict(
         mask_id=np.int32(mask_id),

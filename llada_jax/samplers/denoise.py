@@ -42,7 +42,7 @@ from llada_jax.samplers.network import (
 )
 from llada_jax.samplers.remasking import commit_rule
 from llada_jax.samplers.revise import NONE, WINO, parse_revise
-from llada_jax.samplers.settings import check_options, check_schedule
+from llada_jax.samplers.settings import check_options, check_proposals, check_schedule
 from llada_jax.samplers.step import BlockProgram, Fixed, State, denoise_block, empty_cache_of
 
 
@@ -176,6 +176,8 @@ def denoise(
         append=append,
         lookahead=lookahead,
     )
+    never = eos_ids[:1] if eos == "never" else []
+    check_proposals(suppress, also_off=[mask_id, *never], num_ids=num_ids)
     criterion = parse_commit(commit)
     is_by_entropy = criterion.name != SCHEDULE and CRITERIA[criterion.name].is_by_entropy
     reviser = parse_revise(revise)

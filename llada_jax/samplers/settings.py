@@ -153,6 +153,23 @@ def check_options(
         )
 
 
+def check_proposals(
+    suppress: Sequence[int], *, also_off: Sequence[int], num_ids: int | None
+) -> None:
+    """Raises UserError where no token is left that could be proposed.
+
+    Args:
+        also_off: ids that are never proposed whatever `suppress` says, such as the mask.
+        num_ids: of the tokenizer; None: unknown, and nothing is checked.
+    """
+    if num_ids is not None and not set(range(num_ids)) - {*suppress, *also_off}:
+        raise UserError(
+            f"The {len(suppress)} ids of suppress leave none of the {num_ids} ids of the "
+            "tokenizer to be proposed, because the mask never is, nor EOS with eos=never; leave "
+            "some of them out."
+        )
+
+
 def may_draw(*, temperature: float, remasking: str, revise: str) -> bool:
     """Returns whether two texts of one prompt may differ: whether anything is drawn.
 

@@ -112,5 +112,7 @@ def test_text_is_continued_and_settings_of_denoising_are_refused(network):
     assert completions[0].num_steps == 6
     with pytest.raises(UserError, match="steps=3 is about denoising"):
         continue_text(model.cached_fn, params, BYTES, ["it"], gen_length=6, steps=3)
+    with pytest.raises(UserError, match="suppress leave none of the 260 ids"):
+        continue_text(model.cached_fn, params, BYTES, ["it"], gen_length=6, suppress=range(260))
     with pytest.raises(UserError, match="gen_length=0 must be at least 1"):
         continue_text(model.cached_fn, params, BYTES, ["it"], gen_length=0)
