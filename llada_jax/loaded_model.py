@@ -24,10 +24,10 @@ from llada_jax.request_checks import (
     as_question,
     check_can_infill,
     check_ids,
-    check_list,
     check_questions,
     check_token_rows,
     length_hint,
+    list_of_texts,
     surprises,
     window_of,
 )
@@ -105,10 +105,13 @@ class Pretrained:
             positions_BT: int32; None counts from 0 at the start of the row.
 
         Raises:
-            UserError: the rows have several lengths, or an id has no row in the embedding.
+            UserError: there is no token, the rows have several lengths, or an id has no row in the
+                embedding.
         """
         if not isinstance(tokens_BT, jax.core.Tracer):
             check_token_rows(self.num_rows, "tokens_BT", tokens_BT)
+            if not np.size(tokens_BT):
+                raise UserError("tokens_BT has no token; give at least one row of one token.")
         tokens_BT = jnp.asarray(tokens_BT, jnp.int32)
         if segment_ids_BT is None:
             segment_ids_BT = jnp.ones_like(tokens_BT)
@@ -177,7 +180,7 @@ class Pretrained:
             docs/sampling.md explains them all.
 
         Raises:
-            UserError: a setting is out of range, or prompts is a single text.
+            UserError: a setting is out of range, or prompts is something else than texts.
         """
         completions = self.complete(
             prompts,
@@ -235,10 +238,9 @@ class Pretrained:
         Args: see `generate`.
 
         Raises:
-            UserError: a setting is out of range, or prompts is a single text.
+            UserError: a setting is out of range, or prompts is something else than texts.
         """
-        check_list(prompts, "generate")
-        prompts = list(prompts)
+        prompts = list_of_texts(prompts, "generate")
         lengths = [len(self.tokenizer.encode(prompt)) + gen_length for prompt in prompts]
         shortest = min(lengths, default=0)
         hint = length_hint(self.record, gen_length=gen_length, shortest_row=shortest)
@@ -344,9 +346,8 @@ class Pretrained:
         Raises:
             UserError: a text has no gap, a setting is out of range, or the model is autoregressive.
         """
-        check_list(texts, "infill")
+        texts = list_of_texts(texts, "infill")
         check_can_infill(self.record)
-        texts = list(texts)
         self._warn_of_surprises([], [len(parse_gaps(self.tokenizer, text)[0]) for text in texts])
         completions = infill_text(
             self.model.logits_fn,
@@ -519,11 +520,10 @@ class Pretrained:
         Raises:
             UserError: texts is a single text, one of them is empty, or a setting is out of range.
         """
-        check_list(texts, "score_text")
         return bounds_of_texts(
             self.model,
             self.params,
-            list(texts),
+            list_of_texts(texts, "score_text"),
             tokenizer=self.tokenizer,
             length=window_of(self.record, window),
             context=context,

@@ -2,7 +2,7 @@
 what of a request works but may disappoint.
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import numpy as np
@@ -53,12 +53,23 @@ def check_token_rows(num_rows: int, name: str, rows: Any) -> None:
     check_ids(num_rows, rows)
 
 
-def check_list(texts: Sequence[str], function: str) -> None:
-    """Raises UserError for one text where `function` takes a list of them."""
+def list_of_texts(texts: Iterable[str], function: str) -> list[str]:
+    """Returns the texts that `function` was given.
+
+    Raises:
+        UserError: they are one text, or something else than texts.
+    """
+    name = "prompts" if function == "generate" else "texts"
     if isinstance(texts, str):
-        name = "prompts" if function == "generate" else "texts"
         shown = repr(texts) if len(texts) <= 40 else f"{texts[:40]!r}..."
         raise UserError(f"{name}={shown} is one text; pass a list, as in {function}([text]).")
+    if not isinstance(texts, Iterable):
+        raise UserError(f"{name}={texts!r} is not a list; pass one, as in {function}([text]).")
+    texts = list(texts)
+    for number, text in enumerate(texts):
+        if not isinstance(text, str):
+            raise UserError(f"{name}[{number}] is a {type(text).__name__}; give a text.")
+    return texts
 
 
 def check_can_infill(record: RunRecord) -> None:
@@ -78,9 +89,11 @@ def as_question(pair: Any, tokenizer: Any) -> Question:
     """
     if isinstance(pair, Question):
         return pair
-    if isinstance(pair, str) or len(pair) != 2:
+    is_pair = isinstance(pair, Iterable) and not isinstance(pair, str)
+    parts = tuple(pair) if is_pair else ()
+    if len(parts) != 2 or not all(isinstance(part, Iterable) for part in parts):
         raise UserError(f"{pair!r} is not a pair; pass a list of (prompt, answer).")
-    prompt, answer = pair
+    prompt, answer = parts
     if isinstance(prompt, str) and isinstance(answer, str):
         return encode_pair(tokenizer, prompt, answer)
     return Question(tuple(prompt), tuple(answer))

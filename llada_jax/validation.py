@@ -291,6 +291,11 @@ def check_contradictions(config: ConfigDict, defaults: ConfigDict) -> None:
             f"config.samples.prompts={prompts} must be one text or more; ('',) samples "
             "without a prompt."
         )
+    if re.search("[\ud800-\udfff]", "".join(prompts)):
+        raise UserError(
+            f"config.samples.prompts={prompts!a} holds half of a surrogate pair, which is not "
+            "Unicode text; leave it out."
+        )
     checkpoint = config.checkpoint
     if bool(checkpoint.local_directory) != bool(checkpoint.local_every_steps):
         raise UserError(

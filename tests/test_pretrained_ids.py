@@ -41,6 +41,12 @@ def test_what_is_not_rows_of_one_length_is_refused_by_name(rows, model):
         model.logits(rows)
 
 
+@pytest.mark.parametrize("rows", [[[]], [[], []], np.zeros((0, 3), int)])
+def test_no_token_has_no_logits(rows, model):
+    with pytest.raises(UserError, match="tokens_BT has no token; give at least one row"):
+        model.logits(rows)
+
+
 def test_ids_that_are_not_whole_numbers_are_refused(model):
     for ask in (
         lambda: model.generate_tokens([[1.7, 2]], gen_length=2),

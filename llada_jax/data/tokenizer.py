@@ -110,8 +110,16 @@ class Tokenizer:
         return [ids.tolist() for ids in self.encode_arrays(texts)]
 
     def encode_arrays(self, texts: list[str]) -> list[np.ndarray]:
-        """Returns the ids of many texts as int32 arrays."""
-        arrays = self._codec.encode(texts)
+        """Returns the ids of many texts as int32 arrays.
+
+        Raises:
+            UserError: a text holds half of a surrogate pair.
+        """
+        try:
+            arrays = self._codec.encode(texts)
+        except (TypeError, UnicodeEncodeError):  # each library has its own error for it
+            _check_unicode(texts)
+            raise
         for i, ids in enumerate(arrays):
             # The library took a token that the text spells out for the real one; such a text is
             # encoded again in parts.
@@ -308,6 +316,18 @@ def load_tokenizer(
                 "that it has."
             )
     return with_special_ids(codec, declared, stated, name=str(path), add_mask_token=add_mask_token)
+
+
+def _check_unicode(texts: Iterable[str]) -> None:
+    for text in texts:
+        try:
+            text.encode()
+        except UnicodeEncodeError as error:
+            shown = ascii(text) if len(text) <= 40 else f"{ascii(text[:40])}..."
+            raise UserError(
+                f"{shown} holds half of a surrogate pair at character {error.start}, which is not "
+                "Unicode text; leave it out, or decode the bytes that it comes from again."
+            ) from error
 
 
 def _why_not_a_tokenizer(path: epath.Path) -> str:

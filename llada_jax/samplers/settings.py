@@ -1,7 +1,9 @@
 """What a request may ask of the samplers: ranges of settings, and which exclude each other."""
 
 import math
+import numbers
 from collections.abc import Sequence
+from typing import Any
 
 from llada_jax.errors import UserError, look_up
 from llada_jax.ranges import (
@@ -126,11 +128,9 @@ def check_options(
     if eos != "free" and not has_eos:
         raise UserError(f"eos={eos} needs eos_id, the id of the end-of-text token.")
     for token in suppress:
-        if not 0 <= token <= MAX_INT or (num_ids is not None and token >= num_ids):
-            raise UserError(
-                f"suppress={token} is not the id of a token; ids are "
-                f"0 to {(num_ids or MAX_INT + 1) - 1}."
-            )
+        most = MAX_INT if num_ids is None else num_ids - 1
+        if not _is_whole(token) or not 0 <= token <= most:
+            raise UserError(f"suppress={token} is not the id of a token; ids are 0 to {most}.")
     look_up(CACHES, cache, "cache")
     if refresh < 0:
         raise UserError(
@@ -151,6 +151,11 @@ def check_options(
         raise UserError(
             f"append is lookahead=0, and lookahead={lookahead} is given too; keep one of them."
         )
+
+
+def _is_whole(value: Any) -> bool:
+    # True is an int to isinstance, and never an id here.
+    return isinstance(value, numbers.Integral) and not isinstance(value, bool)
 
 
 def check_proposals(

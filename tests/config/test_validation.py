@@ -98,6 +98,7 @@ def test_every_range_holds_the_default_and_its_ends_are_exact(path):
         ("schedule.final_learning_rate", -1e-4),
         ("samples.temperature", -0.5),
         ("samples.temperature", 1e39),
+        ("samples.prompts", ("", "\udc80")),
         ("optimizer.weight_decay_multipliers", ((".*", -1.0),)),
         ("optimizer.learning_rate_multipliers", ((".*", math.inf),)),
         ("optimizer.learning_rate_multipliers", (("(", 1.0),)),

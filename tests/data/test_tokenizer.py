@@ -280,6 +280,13 @@ def test_a_byte_level_tokenizer_is_lossless_and_reads_special_tokens_as_text(byt
     assert not special_ids(byte_level) & set(ids)
 
 
+@pytest.mark.parametrize("kind", ["bytes", "bpe", "huggingface"])
+def test_half_of_a_surrogate_pair_is_refused_in_one_sentence(tokenizers, byte_level, kind):
+    tokenizer = {**tokenizers, "huggingface": byte_level}[kind]
+    with pytest.raises(UserError, match=r"'b.ud800' holds half of a surrogate pair at character 1"):
+        tokenizer.encode_batch(["a", "b\ud800"])
+
+
 @pytest.fixture(scope="module")
 def byte_level(tmp_path_factory):
     folder = tmp_path_factory.mktemp("hf") / "llada"
