@@ -50,16 +50,16 @@ def add_sampling_flags(
     *,
     gen_length_help: str,
     block_length_help: str,
-    gen_length: int | None = 64,
     append: bool | None = False,
 ) -> None:
     """Adds the flags of one text.
 
     Args:
-        gen_length, append: the defaults; None where they depend on other flags or on the model.
+        append: its default; None where it depends on other flags. That of --gen-length always does,
+            or on the model.
     """
     add = parser.add_argument
-    add("--gen-length", type=int, default=gen_length, metavar="N", help=gen_length_help)
+    add("--gen-length", type=int, metavar="N", help=gen_length_help)
     add("--block-length", type=int, metavar="N", help=block_length_help)
     add(
         "--steps",

@@ -45,7 +45,6 @@ def make_parser() -> Parser:
     parser.add_argument("--system", default="", metavar="TEXT", help="system message")
     add_sampling_flags(
         parser,
-        gen_length=None,
         gen_length_help=f"maximum tokens per answer ({GEN_LENGTH}, or half of the context)",
         block_length_help=f"tokens denoised together (default: at most {BLOCK_LENGTH})",
         append=None,

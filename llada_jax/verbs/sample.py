@@ -41,6 +41,7 @@ from llada_jax.storage import files, remote
 from llada_jax.streams import warn
 from llada_jax.verbs.command_line import Parser, json_text, placement
 
+GEN_LENGTH = 64
 UTF8_REMEDY = "set the terminal to UTF-8 or use --prompt-file"
 
 
@@ -70,7 +71,7 @@ def make_parser() -> Parser:
     )
     add_sampling_flags(
         parser,
-        gen_length_help="tokens to generate after each prompt (default 64)",
+        gen_length_help=f"tokens to generate after each prompt (default {GEN_LENGTH})",
         block_length_help="tokens denoised together (default: all of them)",
     )
     parser.add_ema_flag(is_listed=False)
@@ -198,6 +199,7 @@ def check_infill(args) -> None:
     for flag, value in (
         ("--prompt", args.prompt),
         ("--prompt-file", args.prompt_file),
+        ("--gen-length", args.gen_length is not None),
         ("--block-length", args.block_length),
         ("--append", args.append),
         ("--lookahead", args.lookahead is not None),
@@ -310,6 +312,8 @@ def main(argv: list[str]) -> None:
         check_unicode(args.infill, "--infill", remedy=UTF8_REMEDY)
         prompts = args.infill
     else:
+        if args.gen_length is None:
+            args.gen_length = GEN_LENGTH
         schedule = read_schedule(args)
         prompts = read_prompts(args.prompt, args.prompt_file)
     copies = args.num_samples * args.best_of

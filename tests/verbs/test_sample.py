@@ -170,6 +170,7 @@ def test_prompts_come_from_a_file_or_stdin(run, tmp_path, monkeypatch):
         (["--infill", "no gap"], "has no gap"),
         (["--infill", "a[MASK:0]"], "has no token to fill in"),
         (["--infill", "a[MASK]", "--prompt", "b"], "--prompt is about texts that go on"),
+        (["--infill", "a[MASK]", "--gen-length", "9"], "--gen-length is about texts that go on"),
         (["--infill", "a[MASK]", "--append"], "--append is about texts that go on"),
     ],
 )
