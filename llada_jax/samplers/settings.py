@@ -147,6 +147,7 @@ def check_options(
         raise UserError(
             f"lookahead={lookahead} must not be negative; 0 shows nothing behind the current block."
         )
+    check_number("lookahead=", lookahead or 0, SIZE_OR_NONE)
     if lookahead is not None and append:
         raise UserError(
             f"append is lookahead=0, and lookahead={lookahead} is given too; keep one of them."

@@ -40,6 +40,7 @@ NUMBERS = [
     ([*SAMPLE, *DRAWN], "--top-k", (HUGE, LONG, "-1")),
     ([*SAMPLE, *DRAWN], "--top-p", ("nan", "inf", "0", "-1")),
     (SAMPLE, "--suppress", (LONG, "-1")),
+    (SAMPLE, "--lookahead", (HUGE, LONG, "-1")),
     ([*SAMPLE, "--cache", "dual"], "--refresh", (HUGE, LONG, "-1")),
     (EVALUATE, "--mc-samples", (HUGE, LONG, "0", "-1")),
     (EVALUATE, "--batch-size", (HUGE, LONG, "0", "-1")),
