@@ -380,10 +380,23 @@ def parse_gaps(tokenizer: Any, text: str) -> tuple[list[int], list[bool]]:
         is_before_gap = number < len(parts) - 1
         if is_before_gap and part.endswith(" ") and tokenizer.kind != "bytes":
             part = part[:-1]
-        ids = tokenizer.encode(part) if part else []
+        ids = []
+        if part:
+            ids = _encode_behind(tokenizer, part) if number else tokenizer.encode(part)
         tokens += ids
         is_given += [True] * len(ids)
     return tokens, is_given
+
+
+def _encode_behind(tokenizer: Any, text: str) -> list[int]:
+    """Returns the ids of a text that stands behind another one, where tokenizers that put a space
+    in front of the first word they see must not do so.
+    """
+    mark, ids = tokenizer.encode("."), tokenizer.encode(text)
+    if decode_after(tokenizer, mark, ids) == text:
+        return ids
+    both = tokenizer.encode("." + text)
+    return both[len(mark) :] if both[: len(mark)] == mark else ids
 
 
 def infill_text(

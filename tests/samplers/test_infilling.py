@@ -121,7 +121,25 @@ def test_a_space_in_front_of_a_gap_belongs_to_the_word_that_fills_it():
         def encode(self, text):
             return [len(text)]
 
+        def decode(self, ids):
+            return "".join({1: ".", 3: "The", 4: " sat"}[i] for i in ids)
+
     assert parse_gaps(Words(), "The [MASK:2] sat") == ([3, 9, 9, 4], [True, False, False, True])
+
+
+def test_no_space_is_put_in_front_of_a_text_that_stands_right_behind_a_gap():
+    class Prefixed:
+        kind, mask_id = "sentencepiece", 256
+
+        def encode(self, text):
+            return list(f" {text}".encode())
+
+        def decode(self, ids):
+            return bytes(ids).decode().removeprefix(" ")
+
+    tokens, is_given = parse_gaps(Prefixed(), "un[MASK]able[MASK]")
+    assert tokens == [*b" un", 256, *b"able", 256]
+    assert is_given == [True] * 3 + [False] + [True] * 4 + [False]
 
 
 def test_a_text_is_filled_where_it_has_gaps():
