@@ -15,6 +15,7 @@ import functools
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import islice
+from typing import Any
 
 import grain
 import numpy as np
@@ -109,9 +110,10 @@ def train_batches(
     infos = _open(sources, sequence_length=sequence_length)
     if seed < 0:
         raise UserError(f"seed is {seed} and must not be negative: choose 0 or more.")
-    check_dialogues(
+    check_batches(
         infos,
         batch_size=batch_size,
+        copies=copies,
         random_length_probability=random_length_probability,
         attend_across_documents=attend_across_documents,
         eos_padding=eos_padding,
@@ -119,11 +121,6 @@ def train_batches(
         split_probability=split_probability,
         length_buckets=length_buckets,
     )
-    if batch_size % copies:
-        raise UserError(
-            f"config.data.batch_size={batch_size} must be a multiple of {copies}, because the "
-            f"objective asks for {copies} rows of each record; change it."
-        )
     shuffled = [
         _with_drawn_answers(
             grain.MapDataset.range(info.splits["train"].num_records)
@@ -160,6 +157,24 @@ def train_batches(
         lengths = (*length_buckets, sequence_length)
         dataset = BucketCut(dataset, rows_of(rows=once), num_rows=len(once), lengths=lengths)
     return _iterate(dataset, num_threads=num_threads, prefetch=prefetch)
+
+
+def check_batches(
+    infos: list[DatasetInfo], *, batch_size: int, copies: int = 1, **settings: Any
+) -> None:
+    """Raises UserError for settings of `train_batches` that do not suit the datasets or each other.
+
+    It reads no records, so that a run asks before it writes or compiles anything.
+
+    Args:
+        copies: see train_batches. settings: of check_dialogues.
+    """
+    check_dialogues(infos, batch_size=batch_size, **settings)
+    if batch_size % copies:
+        raise UserError(
+            f"config.data.batch_size={batch_size} must be a multiple of {copies}, because the "
+            f"objective asks for {copies} rows of each record; change it."
+        )
 
 
 def heldout_batches(

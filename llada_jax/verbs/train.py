@@ -27,7 +27,7 @@ from llada_jax.config import (
     own_parts,
     parse_sources,
 )
-from llada_jax.data.loader import train_batches
+from llada_jax.data.loader import check_batches, train_batches
 from llada_jax.errors import LostPeer, Preempted, UserError
 from llada_jax.models.model import Model, make_model
 from llada_jax.parts import provenance
@@ -195,6 +195,8 @@ def open_run(
     if config.model.remat == AUTO:
         config.model.remat = recorded_remat(workdir)
     recipe = make_recipe(config, data.tokenizer, mesh, provided=data.fields)
+    infos = [summary.info for summary in data.summaries]
+    check_batches(infos, copies=recipe.objective.copies, **row_knobs(config))
     # run.json records the choice. Samples are checked now, and not after hours of training.
     config.model.remat = recipe.remat
     if config.samples.every_steps:
@@ -502,23 +504,23 @@ def open_batches(config, data: RunData, opened: OpenWorkdir, rows, copies: int) 
     """
     return train_batches(
         data.sources,
-        batch_size=config.data.batch_size,
         sequence_length=config.data.sequence_length,
         seed=config.seed,
         rows=rows,
         start_step=opened.start_step,
         # step and batch differ after a rollback, which takes batches out of the order
         batch_number=lambda step: batch_of_step(step + 1, opened.rollbacks.skipped) - 1,
-        random_length_probability=config.data.random_length_probability,
-        attend_across_documents=config.data.attend_across_documents,
-        split_probability=config.data.split_probability,
-        eos_padding=config.data.eos_padding,
-        padding_cycle=config.data.padding_cycle,
         copies=copies,
-        length_buckets=config.data.length_buckets,
+        **row_knobs(config),
         num_threads=config.data.num_threads,
         prefetch=config.data.prefetch,
     )
+
+
+def row_knobs(config) -> dict:
+    """Returns the knobs that decide what a batch holds, as arguments of train_batches."""
+    elsewhere = ("path", "sequence_length", "num_threads", "prefetch")
+    return {name: value for name, value in config.data.items() if name not in elsewhere}
 
 
 def sample(config, model: Model, data: RunData, params: dict, beat) -> list[Completion]:

@@ -51,3 +51,18 @@ def test_the_local_copies_of_a_run_that_was_deleted_are_not_taken_for_the_new_on
     shutil.rmtree(copies)
     assert main(argv) == 0
     assert "initialisation" in capfd.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("rows", "words", "says"),
+    [
+        ("packed", [], "random_length_probability=0.2 would cut off"),
+        ("padded", ["random_length_probability=0.0", "eos_padding=3"], "a multiple of"),
+    ],
+)
+def test_knobs_that_do_not_suit_the_records_are_refused_before_anything_is_written(
+    runs, dialogues, tmp_path, refused, rows, words, says
+):
+    words = [f"--config.data.{word}" for word in (f"path={dialogues(rows)}", *words)]
+    argv = ["train", "--config", runs.directory / "small.py", "--workdir", tmp_path / "run"]
+    refused([*argv, "--config.objective.name=sft", *words], says=[says], creates=tmp_path / "run")
