@@ -23,7 +23,7 @@ from ml_collections import ConfigDict
 from llada_jax.errors import UserError, did_you_mean, without_value
 from llada_jax.parts import add_to_path, is_own
 from llada_jax.paths import user_path
-from llada_jax.validation import AUTO, OWN_PARTS, READ_BY, knob, knobs, unread, validate
+from llada_jax.validation import AUTO, OWN_PARTS, READ_BY, knob, knobs, resolved, unread, validate
 
 
 def default_config() -> ConfigDict:
@@ -272,26 +272,26 @@ def load_config(
             f"get_config() of {path} returns a {type(config).__name__}; it must return a changed "
             "default_config()."
         )
-    if lost := sorted(set(knobs(default_config())) - set(knobs(config))):
-        raise UserError(
-            f"get_config() of {path} returns no knob {lost[0]!r}; it must start from "
-            "default_config()."
-        )
-    config = completed(config, overrides, values=values or {})
+    config = completed(config, overrides, values=values or {}, origin=f"get_config() of {path}")
     if own_parts(config):
         add_to_path(file.parent)
     return config
 
 
 def completed(
-    config: ConfigDict, overrides: Sequence[str] = (), *, values: Mapping[str, Any]
+    config: ConfigDict,
+    overrides: Sequence[str] = (),
+    *,
+    values: Mapping[str, Any],
+    origin: str = "the config",
 ) -> ConfigDict:
-    """Returns the validated config with some knobs changed, see `load_config`.
+    """Returns the validated config with some knobs changed, see `load_config`; messages call it
+    by its `origin`.
 
     Raises:
         UserError: a key or a type is wrong, or the knobs contradict each other.
     """
-    config = config.copy_and_resolve_references()
+    config = resolved(config, default_config(), origin=origin)
     names = {group: config[group].name for group in READ_BY}
     for override in overrides:
         apply_override(config, override)
@@ -348,8 +348,10 @@ def _reason(error: BaseException, file: Path) -> str:
     The messages of ConfigDict fill a screen, so that those that users meet are put in other words.
     """
     where, line = _line_of(error, file)
-    text = " ".join(str(error.args[0] if error.args else error).split())
-    unknown = re.match(r"""['"\\]*(?:Key )?['"\\]+(\w+)""", text)
+    # the first argument of these is a number, or the name of an encoding
+    is_whole = not error.args or isinstance(error, OSError | UnicodeError)
+    text = " ".join(str(error if is_whole else error.args[0]).split())
+    unknown = re.match(r"""['"\\]*(?:Key )?['"\\]+(\w+)['"\\]""", text)
     if unknown and isinstance(error, AttributeError | KeyError):
         # as it is written there, so that a knob of another group is not suggested as itself
         written = re.search(rf"(?:\bconfig\.)?((?:\w+\.)*{unknown.group(1)})\b", line)
@@ -365,7 +367,8 @@ def _reason(error: BaseException, file: Path) -> str:
             f"{where}it sets {cast.group(1)} to {cast.group(2)}, which is not of type {kind}; "
             "change it."
         )
-    return f"{where}{type(error).__name__}: {text.rstrip('.')}; fix it there."
+    reason = f": {text.rstrip('.')}" if text else ""
+    return f"{where}{type(error).__name__}{reason}; fix it there."
 
 
 def _line_of(error: BaseException, file: Path) -> tuple[str, str]:

@@ -8,12 +8,14 @@ config is checked before any objective exists, and these rules are about knobs t
 objectives of the package read. What runs asks the Objective record instead.
 """
 
+import json
 import math
 import re
 from collections.abc import Callable
 from typing import Any
 
-from ml_collections import ConfigDict
+from ml_collections import ConfigDict, FrozenConfigDict
+from ml_collections.config_dict import RequiredValueError
 
 from llada_jax.errors import UserError, did_you_mean
 from llada_jax.parts import is_own
@@ -118,6 +120,48 @@ SWITCHED_BY: dict[str, tuple[str, Callable[[Any], bool], str]] = {
         "set t_sampling to bell",
     ),
 }
+
+
+def resolved(config: ConfigDict, defaults: ConfigDict, *, origin: str) -> ConfigDict:
+    """Returns a copy without references, in which each knob has a value of the type of its default.
+
+    A ConfigDict takes None for any knob, a bool for an int, and new knobs once it is unlocked.
+
+    Args:
+        origin: of the config, for messages.
+
+    Raises:
+        UserError: a knob is missing, does not exist, has no value, or one of another type.
+    """
+    if isinstance(config, FrozenConfigDict):
+        config = config.as_configdict()
+    try:
+        config = config.copy_and_resolve_references()
+    except RequiredValueError as error:
+        raise UserError(
+            f"A required placeholder in {origin} has no value; set the knob that holds it."
+        ) from error
+    known, found = knobs(defaults), set(knobs(config))
+    if lost := [path for path in known if path not in found]:
+        raise UserError(
+            f"There is no knob {lost[0]!r} in {origin}, which must start from default_config()."
+        )
+    if unknown := sorted(found - set(known)):
+        raise UserError(
+            f"config.{unknown[0]} is not a knob, and nothing reads it; correct the name, or leave "
+            "it out."
+        )
+    for path in known:
+        value, default = knob(config, path), knob(defaults, path)
+        is_of_type = isinstance(value, type(default)) and isinstance(value, bool) == isinstance(
+            default, bool
+        )
+        if not is_of_type:
+            raise UserError(
+                f"config.{path}={value!r} is not of type {type(default).__name__}; the default is "
+                f"{default!r}."
+            )
+    return config
 
 
 def validate(config: ConfigDict, defaults: ConfigDict) -> None:
@@ -273,13 +317,7 @@ def check_contradictions(config: ConfigDict, defaults: ConfigDict) -> None:
         raise UserError(
             f"config.data.padding_cycle={data.padding_cycle} must be ids of tokens, as in (5, 6)."
         )
-    try:
-        re.compile(config.lora.targets)
-    except re.error as error:
-        raise UserError(
-            f"config.lora.targets={config.lora.targets!r} is not a regular expression ({error}); "
-            "correct it."
-        ) from error
+    check_regex("config.lora.targets", config.lora.targets)
     if config.evaluation.weights == "ema" and not config.optimizer.ema_decay:
         raise UserError(
             "config.evaluation.weights='ema' needs a moving average and "
@@ -322,7 +360,7 @@ def check_tables(config: ConfigDict) -> None:
     if (
         not ends
         or len(ends) < len(schedule.stages)
-        or any(b <= a for a, b in zip([0, *ends], ends))
+        or not all(a < b for a, b in zip([0, *ends], ends))  # NaN grows nowhere
     ):
         raise UserError(
             f"config.schedule.stages={schedule.stages} must be ((until_tokens, first rate, last "
@@ -385,6 +423,13 @@ def check_arguments(config: ConfigDict, path: str) -> None:
         raise UserError(
             f"config.{path}={arguments} must be ((name, value), ...), as in (('margin', 0.1),)."
         )
+    try:
+        json.dumps(arguments)
+    except (TypeError, ValueError) as error:
+        raise UserError(
+            f"config.{path}={arguments} cannot be kept in run.json ({error}); give numbers, texts, "
+            "True, False, None, and tuples of these."
+        ) from error
     if arguments and not is_own(name):
         raise UserError(
             f"config.{path}={arguments} is for a part of your own, and {name!r} is ours: it is set "
@@ -394,17 +439,23 @@ def check_arguments(config: ConfigDict, path: str) -> None:
 
 def check_rule(path: str, regex: str, factor: float) -> None:
     """Raises UserError for a row (regex, factor) of a table of multipliers that cannot be meant."""
-    try:
-        re.compile(regex)
-    except re.error as error:
-        raise UserError(
-            f"{path}: {regex!r} is not a regular expression ({error}); correct it."
-        ) from error
+    check_regex(path, regex)
     if not 0 <= factor < math.inf:
         raise UserError(
             f"{path}: the factor {factor} of {regex!r} must be 0 or more and finite; a negative "
             "one would make the loss grow."
         )
+
+
+def check_regex(path: str, regex: str) -> None:
+    """Raises UserError for a text that is not a regular expression."""
+    try:
+        re.compile(regex)
+    # OverflowError: of a repetition number
+    except (re.error, OverflowError, RecursionError) as error:
+        raise UserError(
+            f"{path}: {regex!r} is not a regular expression ({error}); correct it."
+        ) from error
 
 
 def _is_row(row, kinds: tuple[type, ...]) -> bool:

@@ -15,6 +15,17 @@ from llada_jax.training.optim import make_optimizer, make_schedule
 from llada_jax.training.step import optimizer_knobs
 from llada_jax.validation import knob, knobs
 
+FILE = """
+from ml_collections import config_dict
+from llada_jax.config import default_config
+
+def get_config():
+    config = default_config()
+    config.num_steps = 4
+    {line}
+    return config
+"""
+
 
 def test_there_are_the_published_and_the_small_configs():
     assert {"tiny", "debug", "llada_160m", "llada_1b", "llada_8b"} <= {
@@ -214,3 +225,44 @@ def test_knobs_that_hold_a_path_know_the_home_directory(monkeypatch, tmp_path):
     monkeypatch.setenv("HOME", str(tmp_path))
     config = load_config(str(CONFIGS[0]), ["checkpoint.restore=~/run@3"])
     assert config.checkpoint.restore == f"{tmp_path}/run@3"
+
+
+@pytest.mark.parametrize(
+    ("line", "said"),
+    [
+        ("config.num_steps = None", "config.num_steps=None is not of type int; the default is 0"),
+        ("config.data.path = None", "config.data.path=None is not of type str"),
+        ("config.model.num_layers = True", "config.model.num_layers=True is not of type int"),
+        (
+            "config.seed = config_dict.required_placeholder(int)",
+            "A required placeholder in get_config() of",
+        ),
+        ("config.unlock(); config.extra = 3", "config.extra is not a knob"),
+        (
+            "config.unlock(); del config.data.path",
+            "There is no knob 'data.path' in get_config() of",
+        ),
+        ("del config.data.path", "locked"),
+        ("open('/nowhere')", "No such file or directory: '/nowhere'; fix it there"),
+        ("assert config is None", "AssertionError; fix it there"),
+        (
+            "config.lora.update({'rank': 2, 'targets': 'a{99999999999}'})",
+            "not a regular expression",
+        ),
+        ("config.schedule.stages = ((float('nan'), 1e-3, 1e-3),)", "growing token counts"),
+        (
+            "config.objective.update({'name': 'a:b', 'arguments': (('f', max),)})",
+            "cannot be kept in run.json",
+        ),
+    ],
+)
+def test_a_line_that_cannot_be_used_ends_in_a_sentence(tmp_path, line, said):
+    file = tmp_path / "config.py"
+    file.write_text(FILE.format(line=line))
+    assert said in error_of(load_config, str(file))
+
+
+def test_a_frozen_config_is_as_good_as_another(tmp_path):
+    file = tmp_path / "config.py"
+    file.write_text(FILE.format(line="config = config_dict.FrozenConfigDict(config)"))
+    assert load_config(str(file), ["seed=3"]).seed == 3
