@@ -7,6 +7,8 @@ bound fits no machine, and would end in a traceback or in a hang instead of a se
 import math
 from typing import NamedTuple
 
+import numpy as np
+
 from llada_jax.errors import UserError
 
 
@@ -135,7 +137,8 @@ def check_ranges(values: dict[str, float]) -> None:
 
 
 def check_number(name: str, value: float, allowed: Range) -> None:
-    """Raises UserError for a number that is not finite or lies out of its range.
+    """Raises UserError for a number that is not finite or lies out of its range, as it is or once
+    devices round it to float32: b2=0.99999999 is 1 there, and Adam divides by 1 - b2.
 
     Args:
         name: of the number, as the message is to begin, such as "--steps " or "gen_length=".
@@ -144,6 +147,27 @@ def check_number(name: str, value: float, allowed: Range) -> None:
         raise UserError(f"{name}{value} must be a finite number.")
     if not allowed.holds(value):
         raise UserError(f"{name}{value} {allowed.refusal(value)}")
+    if isinstance(value, float) and not holds_rounded(allowed, rounded := in_float32(value)):
+        raise UserError(
+            f"{name}{value} is {rounded:g} in float32, in which it is computed; give a number that "
+            "float32 tells apart from it."
+        )
+
+
+def in_float32(value: float) -> float:
+    """Returns a number rounded to float32, in which subnormal numbers count as 0."""
+    with np.errstate(over="ignore"):
+        rounded = np.float32(value)
+    return 0.0 if abs(rounded) < np.finfo(np.float32).tiny else float(rounded)
+
+
+def holds_rounded(allowed: Range, rounded: float) -> bool:
+    """Whether a number from a range stays finite and off the open ends once it is rounded; onto an
+    end that belongs to the range it may round.
+    """
+    is_open_end = allowed.above and rounded == allowed.least
+    is_open_end |= allowed.below and rounded == allowed.most
+    return math.isfinite(rounded) and not is_open_end
 
 
 # Elements of an array that a run keeps: 70 TB in float32, a tenth of the memory of the largest pods

@@ -70,16 +70,33 @@ def test_every_range_holds_the_default_and_its_ends_are_exact(path):
     def step(value, direction):
         return value + direction if kind is int else math.nextafter(value, math.inf * direction)
 
-    inside = [step(kind(low), 1) if above else kind(low)]
+    # the open ends are 0 and 1, and next to them lie numbers of float32
+    inside = [2.0**-126 if above else kind(low)]
     outside = [kind(low) if above else step(kind(low), -1)]
     if high < math.inf:
-        inside.append(step(kind(high), -1) if below else kind(high))
+        inside.append(1 - 2.0**-24 if below else kind(high))
         outside.append(kind(high) if below else step(kind(high), 1))
     for value in inside:
         check_ranges({path: value})
     for value in outside:
         with pytest.raises(UserError, match=re.escape(f"config.{path}={value} must ")):
             check(valid(**{**changes_for(path), path: value}))
+
+
+@pytest.mark.parametrize(
+    ("path", "value", "rounded"),
+    [
+        ("optimizer.b2", 0.99999999, "1"),
+        ("optimizer.eps", 1e-50, "0"),
+        ("optimizer.eps", 1e-40, "0"),  # a subnormal number, which CPUs and accelerators take for 0
+        ("model.rope_theta", 1e300, "inf"),
+    ],
+)
+def test_a_number_that_float32_rounds_out_of_its_range_is_refused(path, value, rounded):
+    with pytest.raises(
+        UserError, match=re.escape(f"config.{path}={value} is {rounded} in float32")
+    ):
+        check(valid(**{path: value}))
 
 
 @pytest.mark.parametrize(
