@@ -99,6 +99,13 @@ def make_recipe(config: Any, tokenizer: Any, mesh: Mesh, *, provided: Any = None
                 f"{T} tokens, does not take {length}; choose multiples of {128 * num_parts}."
             )
     check_rows(architecture, attention, objective.mask, mesh)
+    # XLA aborts with "Invalid binary instruction opcode copy" (jax 0.10.2 and 0.12.0)
+    if platform == "cpu" and num_parts > 1 and dtype == jnp.bfloat16:
+        raise UserError(
+            f"config.model.dtype='bfloat16' with config.mesh.sequence={num_parts}: XLA cannot "
+            "compile 16-bit gradients of rows that several CPUs share, and ends the process; set "
+            "model.dtype to float32."
+        )
     make = functools.partial(
         make_model,
         architecture,

@@ -256,3 +256,20 @@ def test_a_function_in_place_of_a_record_is_refused(parts):
     mesh = make_mesh({**dict.fromkeys(AXES, 1), "fsdp": 8})
     with pytest.raises(UserError, match="'own:no_objective' returns a function; it must return a"):
         make_recipe(config_of(objective__name="own:no_objective"), Ids(), mesh)
+
+
+@pytest.mark.parametrize(
+    ("sizes", "dtype", "is_refused"),
+    [
+        ({"fsdp": 4, "sequence": 2}, "bfloat16", True),
+        ({"fsdp": 4, "sequence": 2}, "float32", False),
+        ({"fsdp": 8}, "bfloat16", False),
+    ],
+)
+def test_rows_that_cpus_share_are_refused_in_16_bits(sizes, dtype, is_refused):
+    mesh, config = make_mesh(sizes), config_of(model__dtype=dtype)
+    if is_refused:
+        with pytest.raises(UserError, match="sequence=2: XLA cannot.*set model.dtype to float32"):
+            make_recipe(config, Ids(), mesh)
+    else:
+        assert make_recipe(config, Ids(), mesh).dtype == dtype
