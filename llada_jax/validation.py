@@ -205,7 +205,7 @@ def check_read(config: ConfigDict, defaults: ConfigDict) -> None:
             raise UserError(
                 f"config.{group}.{key}={config[group][key]!r} changes nothing: "
                 f"{group}.name={name!r} reads {', '.join(read) or 'none of the knobs next to it'}; "
-                f"set {key} back to {defaults[group][key]!r}, or choose a {group} that "
+                f"set {key} back to {defaults[group][key]!r}, or choose another {group} that "
                 "reads it."
             )
 
