@@ -108,6 +108,7 @@ def run_verb(argv: list[str]) -> int:
         return error.exit_status
     except KeyboardInterrupt:
         print("llada-jax: interrupted.", file=sys.stderr)
+        leave_the_others(130)
         return 130
     except Exception as error:
         # The reader of our result (head, less) has gone, which is not an error. Python would
@@ -122,6 +123,11 @@ def run_verb(argv: list[str]) -> int:
             leave_the_others(UserError.exit_status)
             return UserError.exit_status
         if is_one_of_several():
+            from llada_jax.cluster.distributed import lost_peer
+
+            if lost := lost_peer(error, remedy="start the same command again on all hosts"):
+                print(f"llada-jax: {lost}", file=sys.stderr)
+                leave_the_others(lost.exit_status)
             traceback.print_exc()
             leave_the_others(1)
         raise

@@ -8,7 +8,6 @@ hangs and a start that times out end with status 42, and say why in one sentence
 
 import contextlib
 import ctypes
-import faulthandler
 import glob
 import importlib.util
 import os
@@ -47,7 +46,12 @@ _LOST = (
 _NOT_LOST = ("RESOURCE_EXHAUSTED", "INVALID_ARGUMENT", "UNIMPLEMENTED")
 
 
-def initialize(*, initialization_timeout_s: int = 300, heartbeat_timeout_s: int = 100) -> None:
+def initialize(
+    *,
+    initialization_timeout_s: int = 300,
+    heartbeat_timeout_s: int = 100,
+    saves_at_sigterm: bool = True,
+) -> None:
     """Joins the other processes of the run; does nothing where the environment names none.
 
     The first of these that is there decides: JAX_COORDINATOR_ADDRESS, JAX_NUM_PROCESSES and
@@ -58,6 +62,8 @@ def initialize(*, initialization_timeout_s: int = 300, heartbeat_timeout_s: int 
         initialization_timeout_s: how long the processes wait for each other.
         heartbeat_timeout_s: a process that has not been heard of for so long counts as lost, and
             all others end.
+        saves_at_sigterm: JAX catches SIGTERM, for a StopRequest to tell all processes; False: it
+            ends the process, as it does a process that is alone.
 
     Raises:
         UserError: the environment contradicts itself, or names only some of the hosts.
@@ -92,6 +98,7 @@ def initialize(*, initialization_timeout_s: int = 300, heartbeat_timeout_s: int 
             f"({who_has_joined(place)}); {remedy}."
         )
     )
+    jax.config.update("jax_enable_preemption_service", saves_at_sigterm)
     try:
         with reporting_wait(lambda: who_has_joined(place)):
             jax.distributed.initialize(
@@ -114,10 +121,15 @@ def initialize(*, initialization_timeout_s: int = 300, heartbeat_timeout_s: int 
             f"The processes could not meet at {where} ({_first_line(error)}); {remedy}."
         ) from error
     write_from_every_process()
+    again = (
+        "the same command continues the run"
+        if saves_at_sigterm
+        else "start the same command again on all hosts"
+    )
     _on_abort(
         lambda: (
             "The runtime has ended this process, most likely because another one is gone (its "
-            "message is above); the same command continues the run."
+            f"message is above); {again}."
         )
     )
     print(
@@ -458,47 +470,16 @@ def is_lost_peer(error: BaseException) -> bool:
     )
 
 
+def lost_peer(error: BaseException, *, remedy: str) -> LostPeer | None:
+    """Returns what to raise, or to say, for an error that `is_lost_peer`; None for any other.
+
+    Args:
+        remedy: what the same command does when it is started again, without a full stop.
+    """
+    if not is_lost_peer(error):
+        return None
+    return LostPeer(f"Another process of this run is gone ({_first_line(error)}); {remedy}.")
+
+
 def _first_line(reason) -> str:
     return " ".join(str(reason).strip().split("\n")[0].split())[:300].rstrip(".")
-
-
-class Watchdog:
-    """Ends the process with status 42 and prints all stacks when nothing happens for too long.
-
-        with Watchdog(timeout_s=1800) as watchdog:
-            watchdog.beat("step 7")          # whenever something has happened
-
-    A collective that waits for a host which is alive but stuck never returns, and the heartbeat
-    does not notice; the same holds for a file system that hangs. `timeout_s` 0 turns it off.
-    """
-
-    def __init__(self, timeout_s: float):
-        self._timeout_s = timeout_s
-        self._last, self._what = time.monotonic(), "the start"
-        self._ended = threading.Event()
-        self._thread = threading.Thread(target=self._watch, name="watchdog", daemon=True)
-
-    def beat(self, what: str) -> None:
-        """Records that something has happened: the clock starts again."""
-        self._last, self._what = time.monotonic(), what
-
-    def __enter__(self):
-        if self._timeout_s > 0:
-            self.beat("the start of training")
-            self._thread.start()
-        return self
-
-    def __exit__(self, *exception):
-        self._ended.set()
-
-    def _watch(self) -> None:
-        while not self._ended.wait(min(1.0, self._timeout_s / 4)):
-            silent_s = time.monotonic() - self._last
-            if silent_s > self._timeout_s:
-                faulthandler.dump_traceback(all_threads=True)
-                leave(
-                    f"Nothing has happened for {silent_s:.0f} s since {self._what} "
-                    f"(config.distributed.step_timeout_s={self._timeout_s:g}); the stacks of all "
-                    "threads are above, and the same command continues from the last checkpoint.",
-                    LostPeer,
-                )

@@ -144,18 +144,29 @@ def take_overrides(argv: list[str]) -> tuple[list[str], list[str]]:
     return others, overrides
 
 
+def join() -> None:
+    """Joins the other processes of a verb that saves nothing on the way, so that SIGTERM ends it.
+
+    Raises:
+        LostPeer: the other processes did not join in time.
+    """
+    # Imported here, because most verbs parse their flags without jax.
+    from llada_jax.cluster import distributed
+
+    distributed.initialize(saves_at_sigterm=False)
+
+
 def placement(args: argparse.Namespace) -> dict:
     """Returns the arguments of llada_jax.pretrained.load that say where the model is and in which
     dtype, from the flags of `add_placement_flags`.
 
     With --mesh, all processes of the run join, each on the devices of its own host.
     """
-    # Imported here, because most verbs parse their flags without jax.
-    from llada_jax.cluster import distributed, sharding
+    from llada_jax.cluster import sharding
 
     mesh = None
     if args.mesh:
         sizes = sharding.parse_mesh(args.mesh)
-        distributed.initialize()
+        join()
         mesh = sharding.make_mesh(sizes)
     return {"mesh": mesh, "dtype": args.dtype, "keep_float32": False}

@@ -17,7 +17,6 @@ from llada_jax.checkpoints.export import (
 from llada_jax.checkpoints.huggingface import tokenizer_of
 from llada_jax.checkpoints.orbax_patches import drop_echoes
 from llada_jax.checkpoints.workdir import find_checkpoint
-from llada_jax.cluster import distributed
 from llada_jax.errors import UserError
 from llada_jax.hf import hub
 from llada_jax.hf.card import check_license, model_card
@@ -31,7 +30,7 @@ from llada_jax.masks import BIDIRECTIONAL
 from llada_jax.models.transformer import num_parameters
 from llada_jax.run.metrics_file import last_bound, read_lines
 from llada_jax.units import format_bytes, format_count, parse_bytes
-from llada_jax.verbs.command_line import Parser, json_text
+from llada_jax.verbs.command_line import Parser, join, json_text
 
 # flags that say something about a whole model alone
 OF_MODELS = ("--dtype", "--shard-size", "--tokenizer", "--chat-template", "--license", "--verify")
@@ -101,7 +100,7 @@ def make_parser() -> Parser:
 def main(argv: list[str]) -> None:
     args = make_parser().parse_args(argv)
     drop_echoes()
-    distributed.initialize()
+    join()
     export, result = prepare_export(args)
     if not args.dry_run:
         result = write_export(args, export, result)

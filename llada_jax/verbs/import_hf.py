@@ -15,7 +15,7 @@ from llada_jax.checkpoints.huggingface import HuggingFace
 from llada_jax.checkpoints.orbax_patches import drop_echoes
 from llada_jax.checkpoints.record import write_run
 from llada_jax.checkpoints.workdir import Checkpoints
-from llada_jax.cluster import distributed, sharding
+from llada_jax.cluster import sharding
 from llada_jax.errors import UserError
 from llada_jax.hf import hub
 from llada_jax.hf.read import is_huggingface
@@ -25,7 +25,7 @@ from llada_jax.models.transformer import Architecture, num_parameters
 from llada_jax.storage.files import writing
 from llada_jax.training.state import TrainState
 from llada_jax.units import format_count
-from llada_jax.verbs.command_line import Parser, json_text
+from llada_jax.verbs.command_line import Parser, join, json_text
 
 
 def make_parser() -> Parser:
@@ -79,7 +79,7 @@ def make_parser() -> Parser:
 def main(argv: list[str]) -> None:
     args = make_parser().parse_args(argv)
     drop_echoes()
-    distributed.initialize()
+    join()
     mesh = sharding.make_mesh(sharding.parse_mesh(args.mesh))
     check_output(args.output)
     source = HuggingFace(

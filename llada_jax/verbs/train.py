@@ -19,6 +19,7 @@ from llada_jax.checkpoints.record import FILE, read_run, run_record
 from llada_jax.cluster import distributed, hardware, sharding
 from llada_jax.cluster.agreement import check_same_everywhere, on_first_process, versions
 from llada_jax.cluster.stop_request import StopRequest
+from llada_jax.cluster.watchdog import Watchdog
 from llada_jax.config import (
     AUTO,
     completed,
@@ -28,7 +29,7 @@ from llada_jax.config import (
     parse_sources,
 )
 from llada_jax.data.loader import check_batches, train_batches
-from llada_jax.errors import LostPeer, Preempted, UserError
+from llada_jax.errors import Preempted, UserError
 from llada_jax.models.model import Model, make_model
 from llada_jax.parts import provenance
 from llada_jax.paths import user_path
@@ -154,12 +155,9 @@ def run_config(config: ConfigDict, workdir: str, *, config_text: str = "") -> No
         try:
             train_on(mesh, config, workdir, config_text, clock, stop, until_end)
         except (jax.errors.JaxRuntimeError, ValueError) as error:
-            if not distributed.is_lost_peer(error):
-                raise
-            raise LostPeer(
-                f"Another process of this run is gone ({str(error).splitlines()[0]}); the same "
-                "command continues."
-            ) from error
+            if lost := distributed.lost_peer(error, remedy="the same command continues"):
+                raise lost from error
+            raise
 
 
 class OpenRun(NamedTuple):
@@ -324,7 +322,7 @@ def train_on(
     num_positions: list[int] = []  # of a row, of each step since the last log line
     is_due = lambda step, every: every > 0 and (step % every == 0 or step == num_steps)  # noqa: E731
     clock.start_training()
-    with progress, profiler, distributed.Watchdog(timeout_s) as watchdog:
+    with progress, profiler, Watchdog(timeout_s) as watchdog:
         evaluations = HeldoutEvaluations(
             workdir,
             recipe,

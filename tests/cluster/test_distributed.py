@@ -10,23 +10,13 @@ import threading
 
 import jax
 import pytest
+from support.processes import run_python
 from support.runs import free_port
 
 from llada_jax.cluster import distributed
 from llada_jax.errors import UserError
 
 TEAM = {"JAX_COORDINATOR_ADDRESS": "host0:1234", "JAX_NUM_PROCESSES": "4", "JAX_PROCESS_ID": "3"}
-
-
-def run_python(code: str, environment=None, timeout=120) -> subprocess.CompletedProcess:
-    return subprocess.run(
-        [sys.executable, "-c", textwrap.dedent(code)],
-        env={**os.environ, **(environment or {})},
-        capture_output=True,
-        text=True,
-        timeout=timeout,
-        check=False,
-    )
 
 
 def test_the_launchers_variables_are_the_arguments():
@@ -307,48 +297,6 @@ def test_while_the_name_of_the_first_host_does_not_resolve_it_says_so(on_a_tpu_v
     assert "This cluster does not say where the processes meet" in done.stderr.splitlines()[-1]
 
 
-@pytest.mark.slow
-def test_a_process_that_hangs_is_ended_with_the_stacks_of_all_threads():
-    done = run_python(
-        """
-        import time
-        from llada_jax.cluster.distributed import Watchdog
-
-        def a_collective_that_never_returns():
-            time.sleep(600)
-
-        with Watchdog(timeout_s=1.0) as watchdog:
-            for step in range(20):
-                time.sleep(0.1)
-                watchdog.beat(f"step {step}")
-            a_collective_that_never_returns()
-        """
-    )
-    assert done.returncode == 42
-    assert "a_collective_that_never_returns" in done.stderr
-    assert "Nothing has happened for" in done.stderr
-    assert "since step 19" in done.stderr
-
-
-@pytest.mark.slow
-def test_a_watchdog_leaves_alone_what_beats_and_what_it_does_not_watch():
-    done = run_python(
-        """
-        import time
-        from llada_jax.cluster.distributed import Watchdog
-
-        with Watchdog(timeout_s=2.0) as watchdog:
-            for step in range(25):
-                time.sleep(0.1)
-                watchdog.beat(f"step {step}")
-        with Watchdog(timeout_s=0):
-            time.sleep(0.5)
-        time.sleep(2.5)
-        """
-    )
-    assert (done.returncode, done.stderr) == (0, "")
-
-
 def test_only_errors_that_a_lost_process_causes_count_as_one(monkeypatch):
     monkeypatch.setattr(jax, "process_count", lambda: 2)
     error = jax.errors.JaxRuntimeError
@@ -356,6 +304,9 @@ def test_only_errors_that_a_lost_process_causes_count_as_one(monkeypatch):
         error("UNKNOWN: Gloo AllGather failed: Connection closed by peer")
     )
     assert distributed.is_lost_peer(error("UNAVAILABLE: Task 1 heartbeat timeout"))
+    lost = distributed.lost_peer(error("UNAVAILABLE: heartbeat.\nmore"), remedy="start again")
+    assert str(lost) == "Another process of this run is gone (UNAVAILABLE: heartbeat); start again."
+    assert distributed.lost_peer(error("INVALID_ARGUMENT: shapes"), remedy="") is None
     assert distributed.is_lost_peer(
         ValueError("UNKNOWN: Gloo AllGather failed: Connection closed by peer")
     )

@@ -2,6 +2,7 @@
 
 import json
 import os
+import signal
 
 import jax
 import jax.numpy as jnp
@@ -90,6 +91,42 @@ def test_scores_of_two_processes_are_those_of_one(random_checkpoint, records, sa
         numbers = [key for key, value in alone.items() if isinstance(value, float)]
         for key in numbers:
             assert together[key] == pytest.approx(alone[key], rel=1e-4, abs=1e-5), key
+
+
+def start_two(commands, *, folders=(".", ".")) -> list:
+    """Starts two processes of one run with one device each; commands: of each; folders: where."""
+    team = {"JAX_COORDINATOR_ADDRESS": f"localhost:{free_port()}", "JAX_NUM_PROCESSES": "2"}
+    processes, here = [], os.getcwd()
+    for number, (words, folder) in enumerate(zip(commands, folders, strict=True)):
+        environment = {**os.environ, **team, "JAX_PROCESS_ID": str(number)}
+        os.chdir(folder)
+        try:
+            processes.append(
+                SERVER.start(
+                    [*map(str, words)], {**environment, "JAX_NUM_CPU_DEVICES": "1", "COLUMNS": "80"}
+                )
+            )
+        finally:
+            os.chdir(here)
+    return processes
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("sent", "status"), [(signal.SIGKILL, -9), (signal.SIGTERM, -15), (signal.SIGINT, 130)]
+)
+def test_a_process_that_ends_takes_the_others_with_it(random_checkpoint, sent, status):
+    words = ["sample", "--checkpoint", random_checkpoint, *SAMPLE, "--mesh", "fsdp=2"]
+    processes = start_two([[*words, "--batch-size", "2", "--num-samples", "5000"]] * 2)
+    for line in processes[1].stderr:  # until the model is loaded
+        if "repeats the same text" in line:
+            break
+    processes[1].send_signal(sent)
+    _, log = processes[0].communicate(timeout=60)
+    assert (processes[0].returncode, processes[1].wait(60)) == (42, status), log
+    assert "Another process of this run is gone (" in log or "has ended this process" in log
+    assert "start the same command again on all hosts" in log.splitlines()[-1]
+    processes[1].communicate()
 
 
 @pytest.mark.slow

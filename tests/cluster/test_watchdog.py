@@ -1,0 +1,46 @@
+"""The end of a process in which nothing happens for too long."""
+
+import pytest
+from support.processes import run_python
+
+
+@pytest.mark.slow
+def test_a_process_that_hangs_is_ended_with_the_stacks_of_all_threads():
+    done = run_python(
+        """
+        import time
+        from llada_jax.cluster.watchdog import Watchdog
+
+        def a_collective_that_never_returns():
+            time.sleep(600)
+
+        with Watchdog(timeout_s=1.0) as watchdog:
+            for step in range(20):
+                time.sleep(0.1)
+                watchdog.beat(f"step {step}")
+            a_collective_that_never_returns()
+        """
+    )
+    assert done.returncode == 42
+    assert "a_collective_that_never_returns" in done.stderr
+    assert "Nothing has happened for" in done.stderr
+    assert "since step 19" in done.stderr
+
+
+@pytest.mark.slow
+def test_a_watchdog_leaves_alone_what_beats_and_what_it_does_not_watch():
+    done = run_python(
+        """
+        import time
+        from llada_jax.cluster.watchdog import Watchdog
+
+        with Watchdog(timeout_s=2.0) as watchdog:
+            for step in range(25):
+                time.sleep(0.1)
+                watchdog.beat(f"step {step}")
+        with Watchdog(timeout_s=0):
+            time.sleep(0.5)
+        time.sleep(2.5)
+        """
+    )
+    assert (done.returncode, done.stderr) == (0, "")
