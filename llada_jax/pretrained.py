@@ -7,7 +7,9 @@ from jax.sharding import Mesh
 from llada_jax.arguments import checked
 from llada_jax.checkpoints.huggingface import find_weights, tokenizer_of
 from llada_jax.checkpoints.record import reads_ema
+from llada_jax.checkpoints.workdir import identity
 from llada_jax.cluster import sharding
+from llada_jax.cluster.agreement import check_same_everywhere
 from llada_jax.errors import UserError
 from llada_jax.loaded_model import Pretrained
 from llada_jax.masks import Mask
@@ -56,7 +58,8 @@ def load(
 
     Raises:
         UserError: there is no checkpoint, it cannot be read, its run kept no moving average, the
-            tokenizer is not that of the checkpoint, or the mesh does not divide the network.
+            tokenizer is not that of the checkpoint, the mesh does not divide the network, or the
+            processes of the mesh find different checkpoints.
     """
     if dtype not in ("auto", "float32", "bfloat16"):
         raise UserError(f"dtype={dtype!r} is unknown; give auto, float32 or bfloat16.")
@@ -67,6 +70,11 @@ def load(
         words.encode("")
     if mesh is None:
         mesh = sharding.one_device_mesh()
+    # Without a mesh, each process may load another model.
+    if mesh.is_multi_process:
+        check_same_everywhere(
+            {"the checkpoint": identity(found, [step]), "the tokenizer": words.fingerprint}
+        )
     check_mesh(record.architecture, mesh)
     model = network_for_canvases(record.architecture, record.mask, mesh, dtype=dtype)
     params = found.restore_params(

@@ -16,10 +16,12 @@ loss that no longer falls.
 
 import contextlib
 import dataclasses
+import hashlib
+import json
 import os
 import re
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import jax
@@ -87,6 +89,26 @@ def find_checkpoint(checkpoint: str | os.PathLike[str]) -> tuple["Checkpoints", 
             f"{workdir} has no checkpoint of step {step}; it has {', '.join(map(str, steps))}."
         )
     return checkpoints, steps[-1] if step is None else step
+
+
+def identity(saved, steps: Sequence[int]) -> str:
+    """Returns what distinguishes a checkpoint from one of the same step elsewhere, "none" where
+    there is none: the digest of its record, which holds checksums of all arrays.
+
+    One that is damaged is refused when it is read, and local copies may stand in for it.
+
+    Args:
+        saved: Checkpoints. steps: its step, or nothing.
+    """
+    for step in steps:
+        try:
+            # A Hugging Face directory has no record, and gets one at this moment.
+            record = dataclasses.replace(saved.record(step), started="")
+        except UserError:
+            return f"step {step} (damaged)"
+        text = json.dumps(record.to_json(), sort_keys=True)
+        return f"step {step} ({hashlib.sha256(text.encode()).hexdigest()[:12]})"
+    return "none"
 
 
 class Checkpoints:

@@ -3,8 +3,6 @@
 import contextlib
 import dataclasses
 import functools
-import hashlib
-import json
 import shutil
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -22,7 +20,7 @@ from llada_jax.checkpoints.continuation import (
 from llada_jax.checkpoints.host_copies import LocalCheckpoints
 from llada_jax.checkpoints.huggingface import find_weights, tokenizer_of
 from llada_jax.checkpoints.record import FILE, RunRecord, reads_ema, write_run
-from llada_jax.checkpoints.workdir import Checkpoints, find_checkpoint
+from llada_jax.checkpoints.workdir import Checkpoints, find_checkpoint, identity
 from llada_jax.cluster.agreement import check_same_everywhere
 from llada_jax.data.batch import Field
 from llada_jax.data.lengths import LENGTHS, described, lengths_json
@@ -418,23 +416,3 @@ def first_state(
         origin = f"weights of step {step} of {init_from} (config.checkpoint.init_from)"
         return FirstState(state, origin, None)
     return FirstState(create(seed=seed), f"initialisation from seed {seed}{note}", None)
-
-
-def identity(saved, steps: Sequence[int]) -> str:
-    """Returns what distinguishes a checkpoint from one of the same step elsewhere, "none" where
-    there is none: the digest of its record, which holds checksums of all arrays.
-
-    One that is damaged is refused when it is read, and local copies may stand in for it.
-
-    Args:
-        saved: Checkpoints. steps: its step, or nothing.
-    """
-    for step in steps:
-        try:
-            # A Hugging Face directory has no record, and gets one at this moment.
-            record = dataclasses.replace(saved.record(step), started="")
-        except UserError:
-            return f"step {step} (damaged)"
-        text = json.dumps(record.to_json(), sort_keys=True)
-        return f"step {step} ({hashlib.sha256(text.encode()).hexdigest()[:12]})"
-    return "none"

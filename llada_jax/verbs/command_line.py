@@ -144,16 +144,23 @@ def take_overrides(argv: list[str]) -> tuple[list[str], list[str]]:
     return others, overrides
 
 
-def join() -> None:
+def join(args: argparse.Namespace) -> None:
     """Joins the other processes of a verb that saves nothing on the way, so that SIGTERM ends it.
 
+    Args:
+        args: all flags of the verb, which must be the same in every process.
+
     Raises:
+        UserError: the processes were started with other flags, code or versions.
         LostPeer: the other processes did not join in time.
     """
     # Imported here, because most verbs parse their flags without jax.
     from llada_jax.cluster import distributed
+    from llada_jax.cluster.agreement import check_same_everywhere, versions
 
     distributed.initialize(saves_at_sigterm=False)
+    flags = {f"--{name.replace('_', '-')}": value for name, value in vars(args).items()}
+    check_same_everywhere({**versions(), **flags})
 
 
 def placement(args: argparse.Namespace) -> dict:
@@ -167,6 +174,6 @@ def placement(args: argparse.Namespace) -> dict:
     mesh = None
     if args.mesh:
         sizes = sharding.parse_mesh(args.mesh)
-        join()
+        join(args)
         mesh = sharding.make_mesh(sizes)
     return {"mesh": mesh, "dtype": args.dtype, "keep_float32": False}

@@ -17,6 +17,7 @@ from llada_jax.arguments import checked
 from llada_jax.checkpoints.orbax_patches import drop_echoes
 from llada_jax.checkpoints.workdir import parse_checkpoint
 from llada_jax.cluster import sharding
+from llada_jax.cluster.agreement import check_same_everywhere
 from llada_jax.data.records import read_dataset
 from llada_jax.data.tokenizer import load_same
 from llada_jax.errors import UserError, look_up
@@ -257,6 +258,8 @@ def evaluate(
         needs_text=True,
     )
     info = read_dataset(data)
+    if model.mesh.is_multi_process:
+        check_same_everywhere({"the dataset": info.fingerprint})
     if info.tokenizer["fingerprint"] != model.tokenizer.fingerprint and not load_same(
         f"{data}/tokenizer", info.tokenizer["fingerprint"], of="the records"
     ).behaves_like(model.tokenizer):
@@ -382,6 +385,8 @@ def evaluate_tasks(
         keep_float32=keep_float32,
         needs_text=True,
     )
+    if model.mesh.is_multi_process:
+        check_same_everywhere({"the file of questions": rows})
     is_causal = model.record.mask.causal
     if is_causal and "infill" in (ask or ()):
         raise UserError(

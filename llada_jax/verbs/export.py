@@ -16,7 +16,8 @@ from llada_jax.checkpoints.export import (
 )
 from llada_jax.checkpoints.huggingface import tokenizer_of
 from llada_jax.checkpoints.orbax_patches import drop_echoes
-from llada_jax.checkpoints.workdir import find_checkpoint
+from llada_jax.checkpoints.workdir import find_checkpoint, identity
+from llada_jax.cluster.agreement import check_same_everywhere
 from llada_jax.errors import UserError
 from llada_jax.hf import hub
 from llada_jax.hf.card import check_license, model_card
@@ -100,7 +101,7 @@ def make_parser() -> Parser:
 def main(argv: list[str]) -> None:
     args = make_parser().parse_args(argv)
     drop_echoes()
-    join()
+    join(args)
     export, result = prepare_export(args)
     if not args.dry_run:
         result = write_export(args, export, result)
@@ -141,6 +142,7 @@ def prepare_export(args) -> tuple[Export, dict]:
     # 2. The checkpoint.
     found, step = find_checkpoint(args.checkpoint)
     record = found.record(step)
+    check_same_everywhere({"the checkpoint": identity(found, [step])})
     if record.mask != BIDIRECTIONAL:
         blocks = f"to its own block of {record.mask.block_length} positions and those before it"
         seen = "to the left alone" if record.mask.causal else blocks

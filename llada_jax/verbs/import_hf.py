@@ -79,7 +79,7 @@ def make_parser() -> Parser:
 def main(argv: list[str]) -> None:
     args = make_parser().parse_args(argv)
     drop_echoes()
-    join()
+    join(args)
     mesh = sharding.make_mesh(sharding.parse_mesh(args.mesh))
     check_output(args.output)
     source = HuggingFace(

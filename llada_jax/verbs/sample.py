@@ -14,6 +14,7 @@ import jax
 
 from llada_jax import sampling_flags
 from llada_jax.checkpoints.orbax_patches import drop_echoes
+from llada_jax.cluster.agreement import check_same_everywhere
 from llada_jax.errors import UserError
 from llada_jax.pretrained import load
 from llada_jax.ranges import SIZE, check_number
@@ -329,6 +330,7 @@ def main(argv: list[str]) -> None:
         needs_text=True,
         **placement(args),
     )
+    check_same_everywhere({"the list of prompts": prompts})
     if args.infill:
         check_can_infill(pretrained.record)
         settings |= {"steps": args.steps}

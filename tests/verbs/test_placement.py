@@ -9,7 +9,9 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from support.datasets import lines_dataset
+from support.exports import LLADA, write_checkpoint
 from support.fork_server import SERVER
+from support.hf_directories import random_params
 from support.runs import free_port
 
 import llada_jax
@@ -109,6 +111,60 @@ def start_two(commands, *, folders=(".", ".")) -> list:
         finally:
             os.chdir(here)
     return processes
+
+
+@pytest.fixture(scope="module")
+def two_folders(random_checkpoint, records, tmp_path_factory):
+    """Two folders with entries of the same names, none of which is the same."""
+    home = tmp_path_factory.mktemp("folders")
+    other = write_checkpoint(home / "run", LLADA, random_params(LLADA, seed=2))
+    others = lines_dataset(home, num_lines=90, sequence_length=48)
+    folders = [home / "host0", home / "host1"]
+    for folder, run, data, word in zip(
+        folders, (random_checkpoint, other), (records, others), "ab"
+    ):
+        folder.mkdir()
+        (folder / "run").symlink_to(run)
+        (folder / "data").symlink_to(data)
+        (folder / "prompts.txt").write_text(word)
+        (folder / "tasks.jsonl").write_text(json.dumps({"prompt": "line", "answer": word}))
+    return folders
+
+
+EVALUATE = ["evaluate", "--mesh", "fsdp=2", "--checkpoint"]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("words", "differs"),
+    [
+        (
+            [*EVALUATE, "{shared}", "--data", "data", "--seed", "{number}"],
+            "--seed is 0 on process 0 and 1 on process 1",
+        ),
+        (["export", "--checkpoint", "run", "--output", "out"], "the checkpoint is step 7 ("),
+        (["sample", "--mesh", "fsdp=2", "--checkpoint", "run", *SAMPLE], "the checkpoint is"),
+        (
+            ["sample", "--mesh", "fsdp=2", "--checkpoint", "{shared}"]
+            + ["--prompt-file", "prompts.txt", "--gen-length", "8"],
+            "the list of prompts is ['a'] on process 0 and ['b'] on process 1",
+        ),
+        ([*EVALUATE, "{shared}", "--data", "data"], "the dataset is"),
+        ([*EVALUATE, "{shared}", "--tasks", "tasks.jsonl"], "the file of questions is"),
+    ],
+)
+def test_processes_that_are_asked_for_different_things_are_refused(
+    random_checkpoint, two_folders, words, differs
+):
+    commands = [
+        [word.format(shared=random_checkpoint, number=number) for word in words]
+        for number in range(2)
+    ]
+    processes = start_two(commands, folders=two_folders)
+    outputs = [process.communicate(timeout=300) for process in processes]
+    assert [process.returncode for process in processes] == [2, 2], outputs
+    for _, log in outputs:
+        assert f"The processes of this run differ: {differs}" in log.splitlines()[-1]
 
 
 @pytest.mark.slow
