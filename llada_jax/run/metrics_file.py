@@ -82,7 +82,7 @@ class StepLines:
         kept = self._keep_until(until, what)
         self._text = "".join(line for line, _ in kept) if is_remote else ""
         # of each key, the last step whose line has it
-        self.last_steps = {key: int(entry["step"]) for _, entry in kept for key in entry}
+        self.last_steps = {key: entry["step"] for _, entry in kept for key in entry}
 
     def _keep_until(self, step: int, what: str) -> list[tuple[str, dict]]:
         """Drops the lines of later steps and a half-written last line; returns the others as they
@@ -98,10 +98,10 @@ class StepLines:
         kept, damaged = [], []
         for number, line in enumerate(lines, start=1):
             try:
-                entry = files.decode_json(line)
-                if int(entry["step"]) <= step and line.endswith("\n"):
+                entry = _entry(line)
+                if entry["step"] <= step and line.endswith("\n"):
                     kept.append((line, entry))
-            except (ValueError, KeyError, TypeError, OverflowError) as error:
+            except (ValueError, KeyError, TypeError) as error:
                 is_half_written = number == len(lines) and not line.endswith("\n")
                 if is_half_written:
                     continue
@@ -334,6 +334,15 @@ def read_samples(workdir) -> list[dict]:
     return _read(remote.path_of(workdir) / SAMPLES, "samples", texts=("prompt", "text"))
 
 
+def _entry(line: str) -> dict:
+    """Returns one line as JSON; ValueError, KeyError or TypeError unless it has a step."""
+    entry = files.decode_json(line)
+    # True and 4.0 would pass for numbers
+    if type(entry["step"]) is not int:
+        raise ValueError(f"its step is {entry['step']!r}")
+    return entry
+
+
 def _read(path, what: str, *, texts: Sequence[str] = ()) -> list[dict]:
     """Returns the lines of a file that StepLines writes.
 
@@ -341,13 +350,13 @@ def _read(path, what: str, *, texts: Sequence[str] = ()) -> list[dict]:
     """
     if not path.exists():
         return []
-    lines = path.read_bytes().decode("utf-8", errors="replace").rpartition("\n")[0].split("\n")
+    with files.reading(path, remedy="change its permissions, or move it away"):
+        content = path.read_bytes()
+    lines = content.decode("utf-8", errors="replace").rpartition("\n")[0].split("\n")
     entries = []
     for number, line in enumerate(lines if lines != [""] else [], start=1):
         try:
-            entry = files.decode_json(line)
-            if type(entry["step"]) is not int:
-                raise ValueError(f"its step is {entry['step']!r}")
+            entry = _entry(line)
             for name in texts:
                 if not isinstance(entry[name], str):
                     raise ValueError(f"its {name} is {entry[name]!r}")

@@ -112,7 +112,7 @@ def roll_back(workdir: str, *, to: int, num_skipped: int | None = None) -> str:
         aside.mkdir(parents=True)
         for name in (METRICS, SAMPLES):
             if (path / name).exists():
-                (aside / name).write_text((path / name).read_text())
+                (aside / name).write_bytes((path / name).read_bytes())
         # Newest first: a kill in between leaves a run that is shorter, but whole.
         for step in sorted((step for step in steps if step > to), reverse=True):
             remote.move(path / FOLDER / str(step), aside / str(step), mark=MARK)

@@ -247,6 +247,25 @@ def test_a_half_written_last_line_is_not_read_and_no_line_is_passed_over(tmp_pat
         read_lines(tmp_path)
 
 
+@pytest.mark.parametrize("step", ["2.0", '"2"', "true", "null"])
+def test_a_line_whose_step_is_damaged_is_left_out_so_that_the_rest_can_be_read(tmp_path, step):
+    path = tmp_path / "metrics.jsonl"
+    path.write_text(f'{{"step": 1}}\n{{"step": {step}}}\n{{"step": 3}}\n')
+    damaged = path.read_text()
+    writer = MetricsWriter(tmp_path, tensorboard=False, resume_step=3)
+    writer.close()
+    (sentence,) = writer.damage
+    assert "1 of 3 lines cannot be read, the first of them line 2" in sentence
+    assert (tmp_path / "metrics.jsonl.damaged").read_text() == damaged
+    assert read_lines(tmp_path) == [{"step": 1}, {"step": 3}]
+
+
+def test_lines_that_the_system_refuses_to_read_are_one_sentence(tmp_path):
+    (tmp_path / "metrics.jsonl").mkdir()
+    with pytest.raises(UserError, match=r"metrics.jsonl cannot be read \(Is a dir.*permissions"):
+        read_lines(tmp_path)
+
+
 def test_only_the_first_process_writes(tmp_path):
     writer = MetricsWriter(tmp_path / "run", enabled=False)
     writer.write(1, {"train": {"loss": 1.0}})

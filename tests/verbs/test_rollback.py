@@ -179,6 +179,18 @@ def test_the_list_of_a_run_counts_more_than_the_record_of_an_older_checkpoint():
     assert rollbacks_of_run(found, {"count": 1, "skipped": [[6, 7]]}) == found
 
 
+def test_bytes_that_are_no_text_are_kept_as_they_are(tmp_path):
+    run = saved_run(tmp_path, logged_to=8)
+    for name, damage in (("metrics.jsonl", b'{"st\xff'), ("samples.jsonl", b"\xff\n")):
+        with open(tmp_path / name, "ab") as file:
+            file.write(damage)
+    before = {name: (tmp_path / name).read_bytes() for name in ("metrics.jsonl", "samples.jsonl")}
+    roll_back(run, to=4)
+    for name, content in before.items():
+        assert (tmp_path / "rolled-back/1" / name).read_bytes() == content
+        assert len((tmp_path / name).read_text().splitlines()) == 4
+
+
 @pytest.mark.parametrize("has_list", [True, False])
 def test_a_step_whose_record_is_damaged_is_moved_away_like_another(tmp_path, has_list):
     rollbacks = {"count": 3, "skipped": [[6, 7]]}
