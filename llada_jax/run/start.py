@@ -3,13 +3,17 @@
 import contextlib
 import dataclasses
 import functools
+import secrets
 import shutil
-from collections.abc import Mapping, Sequence
+import time
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
 import jax
+import numpy as np
 from etils import epath
+from jax.experimental import multihost_utils
 from jax.sharding import Mesh
 
 from llada_jax.checkpoints.continuation import (
@@ -37,6 +41,10 @@ from llada_jax.storage.locks import only_run_in
 from llada_jax.training.state import TrainState, create_state
 from llada_jax.training.step import Recipe
 from llada_jax.validation import NO_TRACKER
+
+# How long a file system may take to show a new file to the other hosts. A save would fail on one
+# that takes longer.
+VISIBLE_S = 10.0
 
 
 class RunData(NamedTuple):
@@ -180,22 +188,24 @@ def open_workdir(
         UserError: the workdir cannot be written, is in use, or holds another run.
     """
     is_first = jax.process_index() == 0
-    make_workdir(workdir)
-    if is_first:
-        until_end.enter_context(only_run_in(workdir))
-    saved = Checkpoints(workdir, keep=keep, keep_every_steps=keep_every_steps)
-    local = None
-    if local_directory:
-        local = LocalCheckpoints(local_directory, saved.directory.parent)
-        until_end.callback(local.close)
-    rollbacks = read_rollbacks(workdir)
-    # Of a workdir that is not shared each process would see a part, and restore another step.
-    check_same_everywhere(
-        {
-            "the newest checkpoint in the workdir": identity(saved, saved.steps[-1:]),
-            "rollbacks.json": rollbacks,
-        }
-    )
+    with made_workdir(workdir) as mark:
+        if is_first:
+            until_end.enter_context(only_run_in(workdir))
+        saved = Checkpoints(workdir, keep=keep, keep_every_steps=keep_every_steps)
+        local = None
+        if local_directory:
+            local = LocalCheckpoints(local_directory, saved.directory.parent)
+            until_end.callback(local.close)
+        rollbacks = read_rollbacks(workdir)
+        # Of a workdir that is not shared each process would see a part, and restore another step.
+        # Where nothing is saved yet, they would wait for each other at the first save.
+        check_same_everywhere(
+            {
+                "the workdir": "one folder" if appears(mark) else "another",
+                "the newest checkpoint in the workdir": identity(saved, saved.steps[-1:]),
+                "rollbacks.json": rollbacks,
+            }
+        )
     state, origin, continued = first_state(
         saved,
         local,
@@ -266,19 +276,30 @@ def open_workdir(
     return opened, state
 
 
+def missing_folders(workdir: str) -> list[Path]:
+    """Returns the folders that a start in a local workdir will create, from the deepest on; [] for
+    a URL.
+    """
+    path = Path(workdir)
+    if remote.is_remote(workdir):
+        return []
+    return [folder for folder in (path, *path.parents) if not folder.exists()]
+
+
 @contextlib.contextmanager
-def removed_if_refused(workdir: str):
+def removed_if_refused(folders: Sequence[Path]):
     """Removes a local workdir that was created in the block when the block ends with a UserError.
 
     A start that is refused, of a damaged checkpoint say, leaves nothing that looks like a run.
+
+    Args:
+        folders: of missing_folders, from before any process came into the block.
     """
-    path = Path(workdir)
-    folders = [folder for folder in (path, *path.parents) if not folder.exists()]
     try:
         yield
     except UserError:
-        if folders and jax.process_index() == 0 and not remote.is_remote(workdir):
-            shutil.rmtree(path, ignore_errors=True)
+        if folders and jax.process_index() == 0:
+            shutil.rmtree(folders[0], ignore_errors=True)
             # those in which others have put something by now stay
             for folder in folders[1:]:
                 with contextlib.suppress(OSError):
@@ -286,20 +307,40 @@ def removed_if_refused(workdir: str):
         raise
 
 
-def make_workdir(workdir: str) -> None:
-    """Creates the workdir; raises UserError when nothing can be written into it.
+@contextlib.contextmanager
+def made_workdir(workdir: str) -> Iterator[epath.Path]:
+    """Creates the workdir; yields a file in it, which the first process has written and removes
+    after the block.
 
-    The probe is written before anything is compiled: a run that finds out at its first checkpoint
-    that the disk is read-only has lost an hour.
+    It is written before anything is compiled: a run that finds out at its first checkpoint that the
+    disk is read-only has lost an hour.
+
+    Raises:
+        UserError: nothing can be written into the workdir.
     """
     check_savable(workdir)
-    path = remote.path_of(workdir)
+    path, is_first = remote.path_of(workdir), jax.process_index() == 0
+    # The name is new: file systems remember for a while that a file was absent.
+    number = multihost_utils.broadcast_one_to_all(np.int32(secrets.randbelow(2**31)))
+    mark = path / f".writable-{int(number)}"
     with writing(workdir):
         path.mkdir(parents=True, exist_ok=True)
-        if jax.process_index() == 0:
-            probe = path / ".writable"
-            probe.write_text("")
-            probe.unlink()
+        if is_first:
+            mark.write_text("")
+    try:
+        yield mark
+    finally:
+        if is_first:
+            with contextlib.suppress(OSError):
+                mark.unlink()
+
+
+def appears(mark: epath.Path) -> bool:
+    """Returns whether this process sees a file that the first process writes, and waits for it."""
+    deadline = time.monotonic() + VISIBLE_S
+    while not (is_seen := mark.exists()) and time.monotonic() < deadline:
+        time.sleep(0.05)
+    return is_seen
 
 
 def writing(workdir: str) -> contextlib.AbstractContextManager[None]:

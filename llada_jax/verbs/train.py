@@ -45,6 +45,7 @@ from llada_jax.run.rollbacks import batch_of_step
 from llada_jax.run.start import (
     OpenWorkdir,
     RunData,
+    missing_folders,
     open_data,
     open_workdir,
     removed_if_refused,
@@ -180,6 +181,8 @@ def open_run(
     data = open_data(parse_sources(config.data.path), sequence_length=config.data.sequence_length)
 
     parts = provenance(own_parts(config))
+    # before the processes agree, after which any of them may create the workdir
+    folders = missing_folders(workdir)
     check_same_everywhere(
         {
             **versions(),
@@ -201,7 +204,7 @@ def open_run(
         check_schedule(**{name: config.samples[name] for name in SAMPLE_KNOBS}, cfg_scale=0.0)
 
     # 4. The state, from the first of four places that has one.
-    with removed_if_refused(workdir):
+    with removed_if_refused(folders):
         opened, state = open_workdir(
             workdir,
             recipe,

@@ -133,6 +133,13 @@ def test_a_workdir_that_the_hosts_do_not_share_is_refused(tmp_path, runs):
     for log in hosts(tmp_path):
         assert "rollbacks.json is" in log.splitlines()[-1]
         assert "the newest checkpoint" not in log.splitlines()[-1]
+    # with nothing saved yet, after which the first save would wait for ever
+    for workdir in workdirs:
+        shutil.rmtree(workdir)
+    for log in hosts(tmp_path):
+        sentence = log.splitlines()[-1]
+        assert "the workdir is one folder on process 0 and another on process 1" in sentence
+    assert not workdirs[0].exists()
 
 
 # The last barrier of the agreement keeps the second process for long enough to lose the first.
