@@ -135,11 +135,18 @@ def run_verb(argv: list[str]) -> int:
 
 
 def mistake_in_environment(error: Exception) -> str:
-    """Returns a sentence about a variable that JAX refuses, "" for any other error.
+    """Returns a sentence about a variable that JAX refuses or a current directory that is gone, ""
+    for any other error.
 
     JAX reads some of its variables when it is imported and others when the first device is asked
     for, so that no single place of this package could check them.
     """
+    # raised wherever a relative path is made absolute
+    if isinstance(error, FileNotFoundError) and current_directory_is_gone():
+        return (
+            "The current directory has been removed; change to one that exists, and start the "
+            "command there."
+        )
     variables = ", ".join(f"{n}={v!r}" for n, v in os.environ.items() if n.startswith("JAX_"))
     if isinstance(error, RuntimeError) and "initialize backend" in str(error):
         return (
@@ -156,6 +163,14 @@ def mistake_in_environment(error: Exception) -> str:
     if isinstance(error, ValueError) and any(f.endswith("jax/_src/config.py") for f in files[-3:]):
         return f"JAX cannot use its variables ({one_line(str(error))}); set: {variables or 'none'}."
     return ""
+
+
+def current_directory_is_gone() -> bool:
+    try:
+        os.getcwd()
+    except FileNotFoundError:
+        return True
+    return False
 
 
 def lack_of_memory(error: Exception) -> str:

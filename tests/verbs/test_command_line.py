@@ -6,6 +6,7 @@ import importlib
 import re
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 from support.paths import ROOT
@@ -370,6 +371,14 @@ def test_an_interrupt_outside_of_training_has_a_status_of_its_own_and_no_traceba
         assert main([verb]) == 130
         (line,) = capsys.readouterr().err.splitlines()
         assert line.startswith("llada-jax: interrupted")
+
+
+def test_a_current_directory_that_is_gone_is_named(capsys, monkeypatch, tmp_path):
+    monkeypatch.chdir(tmp_path)
+    tmp_path.rmdir()
+    monkeypatch.setattr(Parser, "parse_args", lambda self, argv: Path("run").absolute())
+    assert main(["rollback"]) == 2
+    assert "llada-jax: The current directory has been removed" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(
