@@ -133,7 +133,7 @@ def test_a_workdir_that_the_hosts_do_not_share_is_refused(tmp_path, runs):
     for log in hosts(tmp_path):
         assert "rollbacks.json is" in log.splitlines()[-1]
         assert "the newest checkpoint" not in log.splitlines()[-1]
-    # with nothing saved yet, after which the first save would wait for ever
+    # with nothing saved yet, where the first save would never end
     for workdir in workdirs:
         shutil.rmtree(workdir)
     for log in hosts(tmp_path):
