@@ -1,10 +1,25 @@
 """Compiled programs that outlive the process, for every process of a run."""
 
+import os
 import warnings
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 import jax
+
+from llada_jax.storage import remote
+
+
+def directory_of(setting: str) -> str | None:
+    """Returns the directory that config.log.compilation_cache means; None: nothing is kept.
+
+    Raises:
+        UserError: it is a URL of a kind that is unknown, or of a bucket that does not answer.
+    """
+    if setting == "auto":
+        setting = jax.config.jax_compilation_cache_dir or str(Path.home() / ".cache/llada_jax")  # type: ignore[attr-defined]
+    return os.fspath(remote.path_of(setting)) if setting else None
 
 
 def write_from_every_process() -> None:

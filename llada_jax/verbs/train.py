@@ -18,6 +18,7 @@ from llada_jax.checkpoints.orbax_patches import drop_echoes
 from llada_jax.checkpoints.record import FILE, read_run, run_record
 from llada_jax.cluster import distributed, hardware, sharding
 from llada_jax.cluster.agreement import check_same_everywhere, on_first_process, versions
+from llada_jax.cluster.compilation_cache import directory_of
 from llada_jax.cluster.stop_request import StopRequest
 from llada_jax.cluster.watchdog import Watchdog
 from llada_jax.config import (
@@ -144,7 +145,7 @@ def run_config(config: ConfigDict, workdir: str, *, config_text: str = "") -> No
     """
     clock = Clock()
     # 1. Devices. The compilation cache comes first: it must be set before anything is compiled.
-    jax.config.update("jax_compilation_cache_dir", compilation_cache(config.log.compilation_cache))
+    jax.config.update("jax_compilation_cache_dir", directory_of(config.log.compilation_cache))
     distributed.initialize(
         initialization_timeout_s=config.distributed.initialization_timeout_s,
         heartbeat_timeout_s=config.distributed.heartbeat_timeout_s,
@@ -550,14 +551,3 @@ def compile_together(recipe: Recipe, shape: tuple[int, int], clock, progress, ti
         distributed.meet("compiled", timeout_s=timeout_s)
         progress.say(compilation_line(compiled, time.perf_counter() - began))
     return compiled
-
-
-def compilation_cache(setting: str) -> str | None:
-    """Returns the directory that config.log.compilation_cache means; None: nothing is kept.
-
-    Raises:
-        UserError: it is a URL of a kind that is unknown, or of a bucket that does not answer.
-    """
-    if setting == AUTO:
-        setting = jax.config.jax_compilation_cache_dir or str(Path.home() / ".cache/llada_jax")  # type: ignore[attr-defined]
-    return os.fspath(remote.path_of(setting)) if setting else None

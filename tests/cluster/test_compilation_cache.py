@@ -14,8 +14,8 @@ import pytest
 from support.buckets import emulated
 from support.runs import free_port
 
+from llada_jax.cluster.compilation_cache import directory_of
 from llada_jax.errors import UserError
-from llada_jax.verbs.train import compilation_cache
 
 PROGRAM = """
 import json
@@ -85,8 +85,8 @@ def test_the_compilation_cache_is_where_config_or_environment_say_and_else_in_th
             (None, "", None),
         ):
             jax.config.update("jax_compilation_cache_dir", said)
-            assert compilation_cache(setting) == expected
+            assert directory_of(setting) == expected
         with pytest.raises(UserError, match="ftp"):
-            compilation_cache("ftp://bucket/cache")
+            directory_of("ftp://bucket/cache")
     finally:
         jax.config.update("jax_compilation_cache_dir", known)

@@ -146,8 +146,8 @@ METRICS = faults_of(
     ("samples are never sent to a bucket", "            self._samples.flush()\n", ""),
     (
         "a line that lacks its end is kept",
-        'if int(entry["step"]) <= step and line.endswith("\\n"):',
-        'if int(entry["step"]) <= step:',
+        'if entry["step"] <= step and line.endswith("\\n"):',
+        'if entry["step"] <= step:',
     ),
 )
 

@@ -90,7 +90,7 @@ def test_datasets_that_do_not_fit_the_config_are_refused(home, tmp_path, refused
     cases = {
         "data.path=": ["config.data.path=", "names no directory", "--config.data.path=DIR"],
         f"data.path={home / 'data'}=much": ["'much' is not a weight", "dir_a=0.7,dir_b=0.3"],
-        f"data.path={home / 'data'}=-1": ["weight -1.0", "positive"],
+        f"data.path={home / 'data'}=-1": ["weight -1.0", "from 1e-100"],
         f"data.path={home / 'data'}=0.5,{home / 'spm'}=0.5": [
             "different tokenizers",
             "prepare both",
