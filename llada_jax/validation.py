@@ -125,7 +125,8 @@ SWITCHED_BY: dict[str, tuple[str, Callable[[Any], bool], str]] = {
 def resolved(config: ConfigDict, defaults: ConfigDict, *, origin: str) -> ConfigDict:
     """Returns a copy without references, in which each knob has a value of the type of its default.
 
-    A ConfigDict takes None for any knob, a bool for an int, and new knobs once it is unlocked.
+    A ConfigDict takes None for any knob, a bool for an int, and new knobs once it is unlocked; one
+    that was made from the run.json of a run has lists for tuples.
 
     Args:
         origin: of the config, for messages.
@@ -151,8 +152,10 @@ def resolved(config: ConfigDict, defaults: ConfigDict, *, origin: str) -> Config
             f"config.{unknown[0]} is not a knob, and nothing reads it; correct the name, or leave "
             "it out."
         )
+    completed = defaults.copy_and_resolve_references()
     for path in known:
-        value, default = knob(config, path), knob(defaults, path)
+        default = knob(defaults, path)
+        value = _from_json(knob(config, path), default)
         is_of_type = isinstance(value, type(default)) and isinstance(value, bool) == isinstance(
             default, bool
         )
@@ -161,7 +164,17 @@ def resolved(config: ConfigDict, defaults: ConfigDict, *, origin: str) -> Config
                 f"config.{path}={value!r} is not of type {type(default).__name__}; the default is "
                 f"{default!r}."
             )
-    return config
+        completed.update_from_flattened_dict({path: value})
+    return completed
+
+
+def _from_json(value: Any, default: Any) -> Any:
+    """Returns a value as Python has it, where JSON has another type for that of `default`."""
+    if isinstance(default, float) and type(value) is int:
+        return float(value)
+    if isinstance(default, tuple) and isinstance(value, (list, tuple)):
+        return tuple(_from_json(item, ()) for item in value)
+    return value
 
 
 def validate(config: ConfigDict, defaults: ConfigDict) -> None:

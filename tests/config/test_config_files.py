@@ -1,15 +1,17 @@
 """The config files of the repository load, are valid, and say how they are run."""
 
 import ast
+import json
 import re
 import runpy
 import sys
 
 import pytest
+from ml_collections import ConfigDict
 from support.configs import CONFIGS, PATHS, check
 from support.errors import error_of
 
-from llada_jax.config import load_config, parse_sources
+from llada_jax.config import completed, load_config, parse_sources
 from llada_jax.models.transformer import Architecture
 from llada_jax.training.optim import make_optimizer, make_schedule
 from llada_jax.training.step import optimizer_knobs
@@ -219,6 +221,19 @@ def test_a_config_imports_its_own_neighbours_and_not_those_of_another(tmp_path):
 def test_a_config_that_exits_is_a_mistake_and_not_a_status(tmp_path):
     (tmp_path / "exits.py").write_text("import sys\nsys.exit(3)\n")
     assert "SystemExit: 3" in error_of(load_config, str(tmp_path / "exits.py"))
+
+
+def test_a_config_from_json_has_tuples_and_floats_again():
+    config = load_config(str(CONFIGS[0]))
+    config.model.rope_theta = 10_000.0
+    content = json.loads(json.dumps(config.to_dict()))
+    content["model"]["rope_theta"] = 10_000
+    again = completed(ConfigDict(content), values={})
+    assert {name: knob(again, name) for name in knobs(again)} == {
+        name: knob(config, name) for name in knobs(config)
+    }
+    assert type(again.model.rope_theta) is float
+    assert type(again.schedule.stages[0]) is tuple
 
 
 def test_knobs_that_hold_a_path_know_the_home_directory(monkeypatch, tmp_path):
