@@ -1,7 +1,7 @@
 """What a request may ask of the samplers: ranges of settings, and which exclude each other."""
 
 import math
-import numbers
+import operator
 from collections.abc import Sequence
 from typing import Any
 
@@ -155,8 +155,14 @@ def check_options(
 
 
 def _is_whole(value: Any) -> bool:
-    # True is an int to isinstance, and never an id here.
-    return isinstance(value, numbers.Integral) and not isinstance(value, bool)
+    # True is an index too, and never an id here.
+    if isinstance(value, bool):
+        return False
+    try:
+        operator.index(value)
+    except TypeError:
+        return False
+    return True
 
 
 def check_proposals(
@@ -168,7 +174,11 @@ def check_proposals(
         also_off: ids that are never proposed whatever `suppress` says, such as the mask.
         num_ids: of the tokenizer; None: unknown, and nothing is checked.
     """
-    if num_ids is not None and not set(range(num_ids)) - {*suppress, *also_off}:
+    if num_ids is None:
+        return
+    # not a set of the whole vocabulary, which costs 20 ms
+    off = {operator.index(token) for token in (*suppress, *also_off)}
+    if sum(0 <= token < num_ids for token in off) == num_ids:
         raise UserError(
             f"The {len(suppress)} ids of suppress leave none of the {num_ids} ids of the "
             "tokenizer to be proposed, because the mask never is, nor EOS with eos=never; leave "

@@ -64,10 +64,11 @@ def test_draws_stay_within_the_likely_tokens_and_keep_their_odds():
     assert set(tokens_BT.ravel().tolist()) == {0, 1}
 
 
-def test_suppressed_ids_are_never_sampled():
+@pytest.mark.parametrize("kind", [list, np.array, jnp.array])
+def test_suppressed_ids_are_never_sampled(kind):
     logits_V = np.arange(16, dtype=np.float32)
-    request = {"mask_id": MASK, "pad_id": PAD, "gen_length": 4}
-    tokens_BT, _ = generate_tokens(fixed_distribution, logits_V, [[]], suppress=[14, 13], **request)
+    request = {"mask_id": MASK, "pad_id": PAD, "gen_length": 4, "suppress": kind([14, 13])}
+    tokens_BT, _ = generate_tokens(fixed_distribution, logits_V, [[]], **request)
     assert tokens_BT.tolist() == [[12] * 4]
 
 
