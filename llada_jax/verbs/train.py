@@ -182,7 +182,6 @@ def open_run(
     data = open_data(parse_sources(config.data.path), sequence_length=config.data.sequence_length)
 
     parts = provenance(own_parts(config))
-    # before the processes agree, after which any of them may create the workdir
     folders = missing_folders(workdir)
     check_same_everywhere(
         {
@@ -476,12 +475,10 @@ def train_on(
         with clock.span("checkpoint"):
             saved.wait()
         if not on_first_process(lambda: is_over(read_lines(workdir), num_steps)):
-            num_batches = config.evaluation.final_num_batches
+            num_batches, weights = config.evaluation.final_num_batches, weights_of(state)
             try:
                 with clock.span("evaluation"):
-                    bounds = evaluations.evaluate(
-                        num_steps, weights_of(state), state.frozen, num_batches
-                    )
+                    bounds = evaluations.evaluate(num_steps, weights, state.frozen, num_batches)
             except AskedToStop:
                 how = f" during the final evaluation: step {num_steps} of {num_steps} is saved"
                 raise stopped(how) from None
