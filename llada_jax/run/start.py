@@ -197,15 +197,7 @@ def open_workdir(
             local = LocalCheckpoints(local_directory, saved.directory.parent)
             until_end.callback(local.close)
         rollbacks = read_rollbacks(workdir)
-        # Of a workdir that is not shared each process would see a part, and restore another step.
-        # Where nothing is saved yet, they would wait for each other at the first save.
-        check_same_everywhere(
-            {
-                "the workdir": "one folder" if appears(mark) else "another",
-                "the newest checkpoint in the workdir": identity(saved, saved.steps[-1:]),
-                "rollbacks.json": rollbacks,
-            }
-        )
+        check_shared(mark, saved, rollbacks)
     state, origin, continued = first_state(
         saved,
         local,
@@ -293,7 +285,8 @@ def removed_if_refused(folders: Sequence[Path]):
     A start that is refused, of a damaged checkpoint say, leaves nothing that looks like a run.
 
     Args:
-        folders: of missing_folders, from before any process came into the block.
+        folders: of missing_folders, from before the processes agreed on anything: any of them may
+            have come into the block since, and have created the workdir.
     """
     try:
         yield
@@ -316,7 +309,7 @@ def made_workdir(workdir: str) -> Iterator[epath.Path]:
     disk is read-only has lost an hour.
 
     Raises:
-        UserError: nothing can be written into the workdir.
+        UserError: nothing can be written into the workdir, or removed from it.
     """
     check_savable(workdir)
     path, is_first = remote.path_of(workdir), jax.process_index() == 0
@@ -329,10 +322,34 @@ def made_workdir(workdir: str) -> Iterator[epath.Path]:
             mark.write_text("")
     try:
         yield mark
-    finally:
+    except BaseException:
         if is_first:
             with contextlib.suppress(OSError):
                 mark.unlink()
+        raise
+    # A run also replaces files, and a bucket may let it create them alone.
+    with writing(workdir):
+        if is_first:
+            mark.unlink()
+
+
+def check_shared(mark: epath.Path, saved: Checkpoints, rollbacks: Rollbacks) -> None:
+    """Raises UserError when the processes do not see the same files in the workdir.
+
+    Args:
+        mark: of made_workdir.
+    """
+    # Of a workdir that is not shared each process would see a part, and restore another step.
+    check_same_everywhere(
+        {
+            "the newest checkpoint in the workdir": identity(saved, saved.steps[-1:]),
+            "rollbacks.json": rollbacks,
+        }
+    )
+    # Where nothing is saved yet, they would wait for each other at the first save. Asked second,
+    # when the first process has written the mark: NFS remembers for half a minute that a file was
+    # absent when it was first looked for.
+    check_same_everywhere({"the workdir": "one folder" if appears(mark) else "another"})
 
 
 def appears(mark: epath.Path) -> bool:

@@ -1,8 +1,13 @@
 """How a run begins, and what a start that is refused leaves."""
 
+from types import SimpleNamespace
+
 import pytest
+from etils import epath
 
 from llada_jax.errors import UserError
+from llada_jax.run import start
+from llada_jax.run.rollbacks import Rollbacks
 from llada_jax.run.start import missing_folders, removed_if_refused
 
 
@@ -18,3 +23,33 @@ def test_a_refused_start_removes_what_any_process_created_and_nothing_else(tmp_p
         raise UserError("refused.")
     assert tmp_path.exists()
     assert missing_folders("gs://bucket/run") == []
+
+
+def test_a_workdir_in_which_files_cannot_be_removed_is_refused(tmp_path, monkeypatch):
+    def refuse(path):
+        raise PermissionError(13, "Permission denied", str(path))
+
+    with start.made_workdir(str(tmp_path)) as mark:
+        assert mark.exists()
+    assert list(tmp_path.iterdir()) == []
+    with pytest.raises(UserError, match="Permission denied"), start.made_workdir(str(tmp_path)):
+        monkeypatch.setattr(type(mark), "unlink", refuse)
+    # what ends the block comes first
+    with pytest.raises(UserError, match="in use"), start.made_workdir(str(tmp_path)):
+        raise UserError("in use.")
+
+
+def test_the_mark_of_the_workdir_is_looked_for_when_the_first_process_has_written_it(
+    tmp_path, monkeypatch
+):
+    """NFS goes on to say for half a minute that a file is absent."""
+    mark, agreed = epath.Path(tmp_path / "mark"), []
+    monkeypatch.setattr(start, "VISIBLE_S", 0.0)
+
+    def check(facts):
+        mark.write_text("")
+        agreed.append(facts)
+
+    monkeypatch.setattr(start, "check_same_everywhere", check)
+    start.check_shared(mark, SimpleNamespace(steps=[]), Rollbacks())
+    assert agreed[-1] == {"the workdir": "one folder"}
