@@ -392,11 +392,16 @@ def _encode_behind(tokenizer: Any, text: str) -> list[int]:
     """Returns the ids of a text that stands behind another one, where tokenizers that put a space
     in front of the first word they see must not do so.
     """
-    mark, ids = tokenizer.encode("."), tokenizer.encode(text)
-    if decode_after(tokenizer, mark, ids) == text:
-        return ids
-    both = tokenizer.encode("." + text)
-    return both[len(mark) :] if both[: len(mark)] == mark else ids
+    ids = tokenizer.encode(text)
+    # a second one, because ".," may be a single token
+    for before in (".", "a"):
+        mark = tokenizer.encode(before)
+        if decode_after(tokenizer, mark, ids) == text:
+            return ids
+        both = tokenizer.encode(before + text)
+        if both[: len(mark)] == mark:
+            return both[len(mark) :]
+    return ids
 
 
 def infill_text(
