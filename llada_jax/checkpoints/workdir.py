@@ -93,7 +93,7 @@ def find_checkpoint(checkpoint: str | os.PathLike[str]) -> tuple["Checkpoints", 
 
 def identity(saved, steps: Sequence[int]) -> str:
     """Returns what distinguishes a checkpoint from one of the same step elsewhere, "none" where
-    there is none: the digest of its record, which holds checksums of all arrays.
+    there is none.
 
     One that is damaged is refused when it is read, and local copies may stand in for it.
 
@@ -102,13 +102,19 @@ def identity(saved, steps: Sequence[int]) -> str:
     """
     for step in steps:
         try:
-            # A Hugging Face directory has no record, and gets one at this moment.
-            record = dataclasses.replace(saved.record(step), started="")
+            return identity_of(saved.record(step), step)
         except UserError:
             return f"step {step} (damaged)"
-        text = json.dumps(record.to_json(), sort_keys=True)
-        return f"step {step} ({hashlib.sha256(text.encode()).hexdigest()[:12]})"
     return "none"
+
+
+def identity_of(record: RunRecord, step: int) -> str:
+    """Returns a step with the digest of the record of its checkpoint, which holds checksums of all
+    arrays.
+    """
+    # A Hugging Face directory has no record, and gets one at this moment.
+    text = json.dumps(dataclasses.replace(record, started="").to_json(), sort_keys=True)
+    return f"step {step} ({hashlib.sha256(text.encode()).hexdigest()[:12]})"
 
 
 class Checkpoints:

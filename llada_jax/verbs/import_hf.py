@@ -14,8 +14,9 @@ from etils import epath
 from llada_jax.checkpoints.huggingface import HuggingFace
 from llada_jax.checkpoints.orbax_patches import drop_echoes
 from llada_jax.checkpoints.record import write_run
-from llada_jax.checkpoints.workdir import Checkpoints
+from llada_jax.checkpoints.workdir import Checkpoints, identity_of
 from llada_jax.cluster import sharding
+from llada_jax.cluster.agreement import check_same_everywhere
 from llada_jax.errors import UserError
 from llada_jax.hf import hub
 from llada_jax.hf.read import is_huggingface
@@ -93,6 +94,7 @@ def main(argv: list[str]) -> None:
     record = source.record(0)
     # What the user named, which for a repository says more than the directory in the cache.
     record = dataclasses.replace(record, source={**(record.source or {}), "from": args.source})
+    check_same_everywhere({"the checkpoint": identity_of(record, 0)})
     with jax.set_mesh(mesh), whole_or_nothing(args.output) as workdir:
         if jax.process_index() == 0:
             write_run(workdir, source.tokenizer, record)

@@ -1,5 +1,6 @@
 """`sample` and `evaluate` over a mesh and in bfloat16: what they say on one device."""
 
+import dataclasses
 import json
 import os
 import signal
@@ -11,7 +12,7 @@ import pytest
 from support.datasets import lines_dataset
 from support.exports import LLADA, write_checkpoint
 from support.fork_server import SERVER
-from support.hf_directories import random_params
+from support.hf_directories import random_params, write_huggingface
 from support.runs import free_port
 
 import llada_jax
@@ -126,6 +127,8 @@ def two_folders(random_checkpoint, records, tmp_path_factory):
         folder.mkdir()
         (folder / "run").symlink_to(run)
         (folder / "data").symlink_to(data)
+        architecture = dataclasses.replace(LLADA, rope_theta=float(ord(word)))
+        write_huggingface(folder / "hf", "llada", architecture)
         (folder / "prompts.txt").write_text(word)
         (folder / "tasks.jsonl").write_text(json.dumps({"prompt": "line", "answer": word}))
     return folders
@@ -143,6 +146,7 @@ EVALUATE = ["evaluate", "--mesh", "fsdp=2", "--checkpoint"]
             "--seed is 0 on process 0 and 1 on process 1",
         ),
         (["export", "--checkpoint", "run", "--output", "out"], "the checkpoint is step 7 ("),
+        (["import", "--from", "hf", "--output", "imported"], "the checkpoint is step 0 ("),
         (["sample", "--mesh", "fsdp=2", "--checkpoint", "run", *SAMPLE], "the checkpoint is"),
         (
             ["sample", "--mesh", "fsdp=2", "--checkpoint", "{shared}"]
