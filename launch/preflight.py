@@ -23,7 +23,7 @@ from llada_jax.validation import NO_TRACKER
 
 # Flags that name what a command reads, and what it writes.
 READ_FLAGS = (
-    *("checkpoint", "source", "data", "input", "tasks"),
+    *("checkpoint", "from", "data", "input", "tasks"),
     *("tokenizer", "prompt_file", "chat_template"),
 )
 WRITTEN_FLAGS = ("workdir", "output", "report", "html", "join", "plot")
@@ -31,7 +31,7 @@ WRITTEN_FLAGS = ("workdir", "output", "report", "html", "join", "plot")
 NEVER_EMPTY = ("checkpoint", "workdir", "output", "report")
 # {verb: flags whose files it opens on a disk}; and those that read URLs of any kind.
 ONLY_ON_DISKS = {
-    "import": ("source",),
+    "import": ("from",),
     "sample": ("prompt_file",),
     "export": ("output", "chat_template"),
     "prepare": ("output",),
@@ -192,7 +192,7 @@ def check_paths(verb: str, args, place: Place) -> None:
     """Raises UserError for a path of a flag that the hosts cannot read, or write to."""
     for flag in (*READ_FLAGS, *WRITTEN_FLAGS):
         given = getattr(args, flag, None)
-        name = f"--{flag.replace('_', '-').replace('source', 'from')}"
+        name = f"--{flag.replace('_', '-')}"
         if given == "" and flag in NEVER_EMPTY:
             raise UserError(f"{name} is empty; give a directory or a URL.")
         takes_urls = flag not in ONLY_ON_DISKS.get(verb, ())
@@ -215,7 +215,7 @@ def is_path(flag: str, value: str) -> bool:
     """Whether the value of a flag is a path, and not the name of something that needs none."""
     if flag == "tokenizer":
         return value != "bytes" and not value.startswith(("spm:", "spm-bpe:"))
-    if flag == "source":  # or a repository on the Hub
+    if flag == "from":  # or a repository on the Hub
         return value.startswith(("/", ".")) or is_remote(value)
     return flag != "tasks" or value.endswith(".jsonl")
 

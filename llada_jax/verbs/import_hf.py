@@ -39,7 +39,6 @@ def make_parser() -> Parser:
     add = parser.add_argument
     add(
         "--from",
-        dest="source",
         required=True,
         metavar="HF",
         help="directory, or repository on the Hugging Face Hub",
@@ -81,25 +80,26 @@ def main(argv: list[str]) -> None:
     args = make_parser().parse_args(argv)
     drop_echoes()
     join(args)
+    named = vars(args)["from"]  # a word of Python
     mesh = sharding.make_mesh(sharding.parse_mesh(args.mesh))
     check_output(args.output)
     source = HuggingFace(
-        args.source if is_huggingface(args.source) else hub.download(args.source),
+        named if is_huggingface(named) else hub.download(named),
         causal=args.causal,
         mask_token=args.mask_token,
         tokenizer=args.tokenizer,
     )
     if args.causal and not source.is_causal:
-        raise UserError(f"--causal: {args.source} is a masked diffusion model; leave the flag out.")
+        raise UserError(f"--causal: {named} is a masked diffusion model; leave the flag out.")
     record = source.record(0)
     # What the user named, which for a repository says more than the directory in the cache.
-    record = dataclasses.replace(record, source={**(record.source or {}), "from": args.source})
+    record = dataclasses.replace(record, source={**(record.source or {}), "from": named})
     check_same_everywhere({"the checkpoint": identity_of(record, 0)})
     with jax.set_mesh(mesh), whole_or_nothing(args.output) as workdir:
         if jax.process_index() == 0:
             write_run(workdir, source.tokenizer, record)
             if not args.causal:
-                text = starting_config(source.architecture, source=args.source, output=args.output)
+                text = starting_config(source.architecture, source=named, output=args.output)
                 (workdir / NAME).write_text(text)
         params = load(source, mesh)
         state = TrainState(step=jnp.int32(0), params=params, opt_state=(), ema={}, metrics={})
@@ -109,7 +109,7 @@ def main(argv: list[str]) -> None:
     if jax.process_index() == 0:
         result = {
             "output": args.output,
-            "source": args.source,
+            "source": named,
             "layout": source.layout,
             "has_tokenizer": source.tokenizer.kind != "none",
             **(record.special_ids or {}),

@@ -146,6 +146,10 @@ EVALUATE = ["evaluate", "--mesh", "fsdp=2", "--checkpoint"]
             "--seed is 0 on process 0 and 1 on process 1",
         ),
         (["export", "--checkpoint", "run", "--output", "out"], "the checkpoint is step 7 ("),
+        (
+            ["import", "--from", "hf{number}", "--output", "imported"],
+            "--from is hf0 on process 0 and hf1 on process 1",
+        ),
         (["import", "--from", "hf", "--output", "imported"], "the checkpoint is step 0 ("),
         (["sample", "--mesh", "fsdp=2", "--checkpoint", "run", *SAMPLE], "the checkpoint is"),
         (
