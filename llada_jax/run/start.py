@@ -197,7 +197,15 @@ def open_workdir(
             local = LocalCheckpoints(local_directory, saved.directory.parent)
             until_end.callback(local.close)
         rollbacks = read_rollbacks(workdir)
-        check_shared(mark, saved, rollbacks)
+        # Of a workdir that is not shared each process would see a part, and restore another step.
+        # Where nothing is saved yet, they would wait for each other at the first save.
+        check_same_everywhere(
+            {
+                "the workdir": seen(mark),
+                "the newest checkpoint in the workdir": identity(saved, saved.steps[-1:]),
+                "rollbacks.json": rollbacks,
+            }
+        )
     state, origin, continued = first_state(
         saved,
         local,
@@ -321,6 +329,9 @@ def made_workdir(workdir: str) -> Iterator[epath.Path]:
         if is_first:
             mark.write_text("")
     try:
+        # No process looks for the mark earlier: NFS goes on to say for half a minute that a file is
+        # absent.
+        check_same_everywhere({})
         yield mark
     except BaseException:
         if is_first:
@@ -333,31 +344,14 @@ def made_workdir(workdir: str) -> Iterator[epath.Path]:
             mark.unlink()
 
 
-def check_shared(mark: epath.Path, saved: Checkpoints, rollbacks: Rollbacks) -> None:
-    """Raises UserError when the processes do not see the same files in the workdir.
-
-    Args:
-        mark: of made_workdir.
+def seen(mark: epath.Path) -> str:
+    """Waits for the file of `made_workdir`; returns whether this process sees it, in words that the
+    processes compare.
     """
-    # Of a workdir that is not shared each process would see a part, and restore another step.
-    check_same_everywhere(
-        {
-            "the newest checkpoint in the workdir": identity(saved, saved.steps[-1:]),
-            "rollbacks.json": rollbacks,
-        }
-    )
-    # Where nothing is saved yet, they would wait for each other at the first save. Asked second,
-    # when the first process has written the mark: NFS remembers for half a minute that a file was
-    # absent when it was first looked for.
-    check_same_everywhere({"the workdir": "one folder" if appears(mark) else "another"})
-
-
-def appears(mark: epath.Path) -> bool:
-    """Returns whether this process sees a file that the first process writes, and waits for it."""
     deadline = time.monotonic() + VISIBLE_S
     while not (is_seen := mark.exists()) and time.monotonic() < deadline:
         time.sleep(0.05)
-    return is_seen
+    return "one folder" if is_seen else "another"
 
 
 def writing(workdir: str) -> contextlib.AbstractContextManager[None]:

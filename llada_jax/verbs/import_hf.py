@@ -23,6 +23,7 @@ from llada_jax.hf.read import is_huggingface
 from llada_jax.hf.starting_config import NAME, starting_config
 from llada_jax.models.model import abstract_parameters, check_mesh, make_model
 from llada_jax.models.transformer import Architecture, num_parameters
+from llada_jax.run.start import made_workdir, seen
 from llada_jax.storage.files import writing
 from llada_jax.training.state import TrainState
 from llada_jax.units import format_count
@@ -96,6 +97,8 @@ def main(argv: list[str]) -> None:
     record = dataclasses.replace(record, source={**(record.source or {}), "from": named})
     check_same_everywhere({"the checkpoint": identity_of(record, 0)})
     with jax.set_mesh(mesh), whole_or_nothing(args.output) as workdir:
+        with made_workdir(args.output) as mark:
+            check_same_everywhere({"the folder of --output": seen(mark)})
         if jax.process_index() == 0:
             write_run(workdir, source.tokenizer, record)
             if not args.causal:

@@ -1,13 +1,9 @@
 """How a run begins, and what a start that is refused leaves."""
 
-from types import SimpleNamespace
-
 import pytest
-from etils import epath
 
 from llada_jax.errors import UserError
 from llada_jax.run import start
-from llada_jax.run.rollbacks import Rollbacks
 from llada_jax.run.start import missing_folders, removed_if_refused
 
 
@@ -39,17 +35,14 @@ def test_a_workdir_in_which_files_cannot_be_removed_is_refused(tmp_path, monkeyp
         raise UserError("in use.")
 
 
-def test_the_mark_of_the_workdir_is_looked_for_when_the_first_process_has_written_it(
-    tmp_path, monkeypatch
-):
+def test_the_mark_of_a_workdir_is_there_before_any_process_looks_for_it(tmp_path, monkeypatch):
     """NFS goes on to say for half a minute that a file is absent."""
-    mark, agreed = epath.Path(tmp_path / "mark"), []
+    there = []
+    monkeypatch.setattr(
+        start, "check_same_everywhere", lambda facts: there.append(list(tmp_path.iterdir()))
+    )
+    with start.made_workdir(str(tmp_path)) as mark:
+        assert there == [[tmp_path / mark.name]]
+        assert start.seen(mark) == "one folder"
     monkeypatch.setattr(start, "VISIBLE_S", 0.0)
-
-    def check(facts):
-        mark.write_text("")
-        agreed.append(facts)
-
-    monkeypatch.setattr(start, "check_same_everywhere", check)
-    start.check_shared(mark, SimpleNamespace(steps=[]), Rollbacks())
-    assert agreed[-1] == {"the workdir": "one folder"}
+    assert start.seen(mark) == "another"

@@ -13,6 +13,7 @@ from support.datasets import lines_dataset
 from support.exports import LLADA, write_checkpoint
 from support.fork_server import SERVER
 from support.hf_directories import random_params, write_huggingface
+from support.paths import PUBLISHED
 from support.runs import free_port
 
 import llada_jax
@@ -151,6 +152,10 @@ EVALUATE = ["evaluate", "--mesh", "fsdp=2", "--checkpoint"]
             "--from is hf0 on process 0 and hf1 on process 1",
         ),
         (["import", "--from", "hf", "--output", "imported"], "the checkpoint is step 0 ("),
+        (
+            ["import", "--from", "{published}", "--output", "imported"],
+            "the folder of --output is one folder on process 0 and another on process 1",
+        ),
         (["sample", "--mesh", "fsdp=2", "--checkpoint", "run", *SAMPLE], "the checkpoint is"),
         (
             ["sample", "--mesh", "fsdp=2", "--checkpoint", "{shared}"]
@@ -165,7 +170,10 @@ def test_processes_that_are_asked_for_different_things_are_refused(
     random_checkpoint, two_folders, words, differs
 ):
     commands = [
-        [word.format(shared=random_checkpoint, number=number) for word in words]
+        [
+            word.format(shared=random_checkpoint, published=PUBLISHED, number=number)
+            for word in words
+        ]
         for number in range(2)
     ]
     processes = start_two(commands, folders=two_folders)
