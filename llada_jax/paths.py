@@ -4,9 +4,10 @@ Below the verbs and the config a path is taken as it stands. Libraries differ in
 would make of it (some expand ~, some take brackets for a pattern), and a run would be torn in two.
 """
 
+import errno
 import os
 
-from llada_jax.errors import UserError
+from llada_jax.errors import UserError, one_line
 
 # Orbax lists the files of a step by patterns, in which these have a meaning of their own.
 PATTERN_CHARACTERS = "*?["
@@ -16,19 +17,36 @@ def user_path(text: str | os.PathLike[str]) -> str:
     """Returns the path that a user means by a text: a ~ at its beginning is a home directory.
 
     Raises:
-        UserError: the home directory is that of an unknown user.
+        UserError: the home directory is that of an unknown user, or the path is longer than the
+            system allows.
     """
     text = os.fspath(text)
     if not text.startswith("~"):
         # pathlib makes ~/run of ./~/run, and what is handed that may expand it.
-        return os.path.abspath(text) if os.path.normpath(text).startswith("~") else text
-    path = os.path.expanduser(text)
-    if path.startswith("~"):
+        path = os.path.abspath(text) if os.path.normpath(text).startswith("~") else text
+    elif (path := os.path.expanduser(text)).startswith("~"):
         raise UserError(
             f"{text!r} names the home directory of a user that this machine does not know; write "
             f"the directory in full, or ./{text} for one with that name."
         )
+    longest = max(path.split("/"), key=len)
+    # the name also apart, because a directory above it that is missing is found first
+    if "://" not in path and (is_too_long(path) or is_too_long(f"/{longest}")):
+        raise UserError(
+            f"{one_line(repr(text))} cannot be the path of a file: it has {len(path)} characters, "
+            f"its longest name has {len(longest)}, and the system refuses that as too long; write "
+            "a shorter one."
+        )
     return path
+
+
+def is_too_long(path: str) -> bool:
+    """Whether the system refuses a path for its length alone, or for that of a name in it."""
+    try:
+        os.lstat(path)
+    except OSError as error:
+        return error.errno == errno.ENAMETOOLONG
+    return False
 
 
 def check_savable(workdir: str) -> None:

@@ -19,6 +19,13 @@ def test_only_a_tilde_at_the_beginning_is_a_home_directory(monkeypatch, tmp_path
     assert "does not know" in error_of(user_path, "~nobody-of-that-name/run")
 
 
+@pytest.mark.parametrize("path", ["a" * 300, "runs/" + "é" * 300, "~/" + "a" * 300, "ab/" * 2000])
+def test_a_path_that_the_system_takes_for_too_long_is_refused(path):
+    assert "write a shorter one" in error_of(user_path, path)
+    assert "write a shorter one" in error_of(split_step, f"{path}@3")
+    assert user_path(f"gs://bucket/{path}") == f"gs://bucket/{path}"
+
+
 def test_a_directory_that_is_called_a_tilde_is_in_no_home_directory(monkeypatch, tmp_path):
     """pathlib takes the ./ away that keeps them apart, and Orbax is handed such a path."""
     home, here = tmp_path / "home", tmp_path / "here"
