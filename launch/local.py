@@ -24,6 +24,9 @@ import threading
 import time
 from pathlib import Path
 
+from llada_jax.errors import reason
+from llada_jax.paths import path_of_flag
+
 POLL_SECONDS = 0.1
 
 
@@ -142,7 +145,7 @@ def parse(argv: list[str]) -> tuple[argparse.Namespace, list[str]]:
     )
     add(
         "--logs",
-        type=lambda text: Path(text).expanduser(),
+        type=path_of_flag,
         default=Path("logs"),
         metavar="DIR",
         help="directory with one log per process (default logs)",
@@ -166,6 +169,9 @@ def parse(argv: list[str]) -> tuple[argparse.Namespace, list[str]]:
     for flag in ("processes", "devices"):
         if getattr(args, flag) is not None and getattr(args, flag) < 1:
             parser.error(f"--{flag} {getattr(args, flag)} must be at least 1")
+    # also false for nan, at which no process would ever be killed
+    if not args.grace >= 0:
+        parser.error(f"--grace {args.grace:g} must be at least 0")
     if not args.dry_run and not shutil.which(command[0]):
         parser.error(f"there is no program {command[0]!r} on this machine; check its name and PATH")
     return args, command
@@ -183,7 +189,15 @@ def main(argv: list[str]) -> int:
                 shlex.join(command),
             )
         return 0
-    args.logs.mkdir(parents=True, exist_ok=True)
+    try:
+        args.logs.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        print(
+            f"launch: --logs {args.logs} cannot be written ({reason(error)}); name another "
+            "directory.",
+            file=sys.stderr,
+        )
+        return 2
     processes, num_interrupts = [], 0
 
     def pass_on(number, frame):

@@ -17,7 +17,7 @@ from llada_jax.cluster.hardware import Slice
 from llada_jax.config import load_config, own_parts, parse_sources
 from llada_jax.errors import UserError, look_up
 from llada_jax.parts import load_part
-from llada_jax.paths import check_savable, split_step
+from llada_jax.paths import check_savable, split_step, user_path
 from llada_jax.storage.remote import LIBRARIES, is_remote
 from llada_jax.validation import NO_TRACKER
 
@@ -91,9 +91,11 @@ def _words_with_config(command: list[str]) -> Iterator[tuple[int, str]]:
 
 
 def config_of(command: list[str]) -> str:
-    """Returns the config file that a command of llada-jax names, "" without one."""
+    """Returns the config file that a command of llada-jax names, as this machine reads its path,
+    "" without one.
+    """
     for number, before in _words_with_config(command):
-        return command[number].removeprefix(before)
+        return user_path(command[number].removeprefix(before))
     return ""
 
 

@@ -15,6 +15,7 @@ The command is checked before it is submitted.
 """
 
 import argparse
+import os
 import re
 import shlex
 import shutil
@@ -27,6 +28,8 @@ import preflight
 
 from llada_jax.cluster.compiler_flags import flags_named
 from llada_jax.errors import UserError
+from llada_jax.paths import path_of_flag, user_path
+from llada_jax.storage.files import writing
 
 # A job that was started this often in a row without a new checkpoint is not requeued again.
 MAX_STARTS_WITHOUT_GAIN = 3
@@ -140,7 +143,8 @@ def workdir_of(command: list[str]) -> str:
     is_sweep = "sweep" in command
     if not workdir or "://" in workdir or (is_sweep and not index):
         return quote("")
-    place = quote(str(Path(workdir).expanduser()))
+    # find takes what begins with a hyphen for an option
+    place = quote(os.path.join(".", user_path(workdir)))
     return f"{place}/$(printf %03d {quote(index)})" if is_sweep else place
 
 
@@ -182,16 +186,18 @@ def check_words(args: argparse.Namespace) -> None:
     for option in args.sbatch:
         if not option.startswith("-"):
             raise UserError(f"--sbatch={option} must be an option of sbatch, as in --qos=high")
-    if not re.fullmatch(r"\w[\w.-]*", args.name, flags=re.ASCII):
+    if not re.fullmatch(r"\w[\w.-]{0,199}", args.name, flags=re.ASCII):
         raise UserError(
-            f"--name {args.name!r} must consist of letters, digits, dots, hyphens and underscores, "
-            "and begin with a letter, a digit or an underscore: files are named after it"
+            f"--name {args.name!r} must consist of at most 200 letters, digits, dots, hyphens and "
+            "underscores, and begin with a letter, a digit or an underscore: files are named after "
+            "it"
         )
 
 
 def render(args: argparse.Namespace, command: list[str]) -> str:
     """Returns the batch script."""
-    log = f"{args.logs}/%x-{'%A_%a' if args.array else '%j'}"
+    # SLURM puts the number of the job for %j, and % for %%
+    log = f"{str(args.logs).replace('%', '%%')}/%x-{'%A_%a' if args.array else '%j'}"
     directives = {
         "job-name": args.name,
         "nodes": args.nodes,
@@ -338,7 +344,7 @@ def parse(argv: list[str]) -> tuple[argparse.Namespace, list[str]]:
     )
     add(
         "--logs",
-        type=lambda text: Path(text).expanduser(),
+        type=path_of_flag,
         default=Path("logs"),
         metavar="DIR",
         help="directory of the logs, on a shared file system (default logs)",
@@ -388,7 +394,7 @@ def parse(argv: list[str]) -> tuple[argparse.Namespace, list[str]]:
     except UserError as error:
         parser.error(str(error))
     for pair in args.env:
-        if not re.match(r"[A-Za-z_]\w*=", pair):
+        if not re.match(r"[A-Za-z_]\w*=", pair, flags=re.ASCII):
             parser.error(f"--env {pair} must be NAME=VALUE")
     if bool(args.array) != any(INDEX in word for word in command):
         parser.error(
@@ -400,9 +406,9 @@ def parse(argv: list[str]) -> tuple[argparse.Namespace, list[str]]:
 
 def main(argv: list[str]) -> int:
     args, command = parse(argv)
-    script = render(args, command)
-    if not args.unchecked:
-        try:
+    try:
+        script = render(args, command)
+        if not args.unchecked:
             indices = indices_of(args.array) if args.array else range(1)
             # the runs of an array differ in this word alone
             first = [word.replace(INDEX, str(indices[0])) for word in command]
@@ -411,10 +417,10 @@ def main(argv: list[str]) -> int:
             found = preflight.check(
                 first, place_of(args), indices=indices if is_numbered else range(0)
             )
-        except UserError as error:
-            print(f"launch: {error}", file=sys.stderr)
-            return error.exit_status
-        print(f"launch: {found}", file=sys.stderr, flush=True)
+            print(f"launch: {found}", file=sys.stderr, flush=True)
+    except UserError as error:
+        print(f"launch: {error}", file=sys.stderr)
+        return error.exit_status
     if args.dry_run:
         print(script, end="")
         return 0
@@ -425,9 +431,14 @@ def main(argv: list[str]) -> int:
             file=sys.stderr,
         )
         return 2
-    args.logs.mkdir(parents=True, exist_ok=True)
     file = args.logs / f"{args.name}.sbatch"
-    file.write_text(script)
+    try:
+        with writing(f"--logs {args.logs}", remedy="name another directory"):
+            args.logs.mkdir(parents=True, exist_ok=True)
+            file.write_text(script)
+    except UserError as error:
+        print(f"launch: {error}", file=sys.stderr)
+        return error.exit_status
     submitted = subprocess.run(
         ["sbatch", "--parsable", str(file)], stdout=subprocess.PIPE, text=True, check=False
     )

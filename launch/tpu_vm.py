@@ -68,6 +68,8 @@ from tpu_vm_workers import (
 
 from llada_jax.cluster.hardware import machines_named
 from llada_jax.errors import UserError, look_up
+from llada_jax.paths import path_of_flag
+from llada_jax.storage.files import writing
 
 REPOSITORY = Path(__file__).parent.parent
 # Between two looks at the processes of the workers.
@@ -240,21 +242,21 @@ def parse(argv: list[str]) -> argparse.Namespace:
     parser.add_argument("--project", default="", metavar="ID", help="default: gcloud's current one")
     parser.add_argument(
         "--logs",
-        type=Path,
+        type=path_of_flag,
         default=Path("logs"),
         metavar="DIR",
         help="directory with one log per worker (default logs)",
     )
     parser.add_argument(
         "--code",
-        type=Path,
+        type=path_of_flag,
         default=REPOSITORY,
         metavar="DIR",
         help="checkout to copy (default: this one)",
     )
     parser.add_argument(
         "--set-up",
-        type=Path,
+        type=path_of_flag,
         metavar="FILE",
         help="bash script that every worker runs after each installation",
     )
@@ -405,7 +407,8 @@ def main(argv: list[str]) -> int:
             dry_run(target, made, script, delete=args.delete)
             return 0
         stop = Stop()
-        args.logs.mkdir(parents=True, exist_ok=True)
+        with writing(f"--logs {args.logs}", remedy="name another directory"):
+            args.logs.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory() as directory:
             made = replace(made, archive=Path(directory) / ARCHIVE)
             num_files = pack(args.code, made.archive)

@@ -4,8 +4,10 @@ Below the verbs and the config a path is taken as it stands. Libraries differ in
 would make of it (some expand ~, some take brackets for a pattern), and a run would be torn in two.
 """
 
+import argparse
 import errno
 import os
+from pathlib import Path
 
 from llada_jax.errors import UserError, one_line
 
@@ -38,6 +40,18 @@ def user_path(text: str | os.PathLike[str]) -> str:
             "a shorter one."
         )
     return path
+
+
+def path_of_flag(text: str) -> Path:
+    """Returns the path that a user means by the value of a flag: the `type` of an argparse flag.
+
+    Raises:
+        argparse.ArgumentTypeError: `user_path` refuses it.
+    """
+    try:
+        return Path(user_path(text))
+    except UserError as error:
+        raise argparse.ArgumentTypeError(str(error).rstrip(".")) from error
 
 
 def is_too_long(path: str) -> bool:

@@ -91,6 +91,17 @@ def test_what_is_sent_is_enough_to_load_the_config(config, tmp_path):
     assert file == str(shown / "gentle.py")
 
 
+def test_a_config_in_the_home_directory_is_sent(config, monkeypatch):
+    """No shell expands what follows the = of a flag; the command itself does, and pods have
+    another home.
+    """
+    monkeypatch.setenv("HOME", str(config.parent))
+    command = ["llada-jax", "train", "--config=~/own.py", "--workdir", "gs://b/run"]
+    config_map, jobset = manifests(command=command)
+    assert config_map["data"]["own.py"] == CONFIG
+    assert "--config=/etc/llada_jax/own.py" in container_of(jobset)["command"]
+
+
 def test_another_config_has_another_name_and_the_same_one_the_same(config):
     names = [manifests(command=command_with(config))[0]["metadata"]["name"] for _ in range(2)]
     config.write_text(CONFIG.replace("= 10", "= 11"))

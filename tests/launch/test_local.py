@@ -219,6 +219,22 @@ def test_a_launcher_that_is_killed_leaves_no_process_behind(tmp_path):
     process.communicate(timeout=60)
 
 
+@pytest.mark.parametrize(
+    ("words", "sentence"),
+    [
+        (["--logs", "a" * 300], "write a shorter one"),
+        (["--logs=~no-such-user/x"], "names the home directory of a user"),
+        (["--logs", f"{LAUNCHER}/x"], "launch.py/x cannot be written (Not a directory)"),
+        (["--grace", "nan"], "--grace nan must be at least 0"),
+    ],
+)
+def test_mistakes_are_reported(words, sentence):
+    process = launch("--processes", 1, *words, "--", "true")
+    _, err = process.communicate(timeout=60)
+    assert process.returncode == 2
+    assert sentence.replace("launch.py", str(LAUNCHER)) in err
+
+
 def test_the_coordinator_listens_where_no_other_machine_can_connect():
     process = launch("--processes", 2, "--dry-run", "--", "true")
     out, _ = process.communicate(timeout=60)

@@ -213,12 +213,31 @@ def test_the_index_of_the_array_is_inserted_into_the_command(tmp_path):
         (["--sbatch=qos=high", "--", "true"], "must be an option of sbatch"),
         (["--name", "../x", "--", "true"], "--name '../x' must consist of"),
         (["--name=--x", "--", "true"], "--name '--x' must consist of"),
+        (["--name", "a" * 201, "--", "true"], "must consist of at most 200 letters"),
+        (["--logs", "a" * 300, "--", "true"], "--logs: 'aaa"),
+        (["--logs=~no-such-user/x", "--", "true"], "names the home directory of a user"),
+        (["--env", "aé=1", "--", "true"], "--env aé=1 must be NAME=VALUE"),
+        (["--unchecked", "--", "t", "--workdir=~no-such-user/x"], "names the home directory"),
     ],
 )
 def test_mistakes_are_reported(words, sentence):
     done = launch(*words)
     assert done.returncode == 2
     assert sentence in done.stderr
+
+
+def test_logs_that_cannot_be_written_are_reported(tmp_path, monkeypatch):
+    (tmp_path / "sbatch").write_text("#!/bin/sh\n")
+    (tmp_path / "sbatch").chmod(0o755)
+    monkeypatch.setenv("PATH", f"{tmp_path}:{os.environ['PATH']}")
+    done = launch("--logs", tmp_path / "sbatch" / "x", "--", "true")
+    assert done.returncode == 2
+    assert f"launch: --logs {tmp_path}/sbatch/x cannot be written (Not a dir" in done.stderr
+
+
+def test_a_percent_sign_in_the_logs_is_no_number_of_the_job():
+    script = dry_run("--logs", "50%j", "--", "true")
+    assert "#SBATCH --output=50%%j/%x-%j.log\n" in script
 
 
 def test_a_missing_sbatch_is_reported(tmp_path):
@@ -243,3 +262,12 @@ def test_only_a_workdir_that_the_job_can_look_into_shows_whether_a_start_helped(
 ):
     script = dry_run(*flags, "--", "bash", "-c", "exit", *words, "--workdir", "/runs/a")
     assert f"\nworkdir={place}\n" in script
+
+
+def test_a_workdir_that_begins_with_a_hyphen_shows_whether_a_start_helped(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "logs").mkdir()
+    for step in range(4):
+        code = f"mkdir -p ./-run/checkpoints/{step}; exit 42"
+        script = dry_run("--", "bash", "-c", code, "train", "--workdir=-run")
+        assert "requeued, to continue" in in_a_fake_job(script, tmp_path)

@@ -94,6 +94,14 @@ def test_impossible_requests_are_refused_in_one_sentence(flags, message, capsys)
     assert len(error.splitlines()) == 1
 
 
+def test_logs_that_cannot_be_written_are_reported(tmp_path, capsys, monkeypatch):
+    (tmp_path / "file").write_text("")
+    monkeypatch.setenv("HOME", str(tmp_path))
+    words = ["--name", "run", "--zone", "z", "--topology", "v6e-8", "--logs=~/file/x"]
+    assert tpu_vm.main([*words, "--", "true"]) == 2
+    assert f"--logs {tmp_path}/file/x cannot be written" in capsys.readouterr().err
+
+
 def test_a_missing_command_is_reported(capsys):
     assert tpu_vm.main(["--name", "run", "--zone", "z", "--topology", "v6e-16"]) == 2
     assert "There is no command" in capsys.readouterr().err
@@ -125,7 +133,7 @@ def test_a_config_that_git_ignores_is_refused(tmp_path, capsys):
     assert tpu_vm.main([*flags, "--code", str(tmp_path), "--", *command]) == 0
 
 
-def test_a_module_that_the_config_needs_and_git_ignores_is_refused(tmp_path, capsys):
+def test_a_module_that_the_config_needs_and_git_ignores_is_refused(tmp_path, capsys, monkeypatch):
     subprocess.run(["git", "init", "--quiet", str(tmp_path)], check=True)
     (tmp_path / ".gitignore").write_text("sizes.py\n")
     (tmp_path / "own.py").write_text("import shapes\n")
@@ -139,6 +147,9 @@ def test_a_module_that_the_config_needs_and_git_ignores_is_refused(tmp_path, cap
     assert tpu_vm.main([*flags, "--config", "own.py"]) == 0
     # on the workers the checkout has another place
     assert tpu_vm.main([*flags, "--config", f"{tmp_path}/own.py"]) == 2
+    # the workers have another home
+    monkeypatch.setenv("HOME", str(tmp_path))
+    assert tpu_vm.main([*flags, "--config=~/own.py"]) == 2
 
 
 def test_an_extra_that_does_not_exist_is_refused(capsys):
