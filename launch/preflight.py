@@ -92,9 +92,9 @@ def _words_with_config(command: list[str]) -> Iterator[tuple[int, str]]:
 
 def config_of(command: list[str]) -> str:
     """Returns the config file that a command of llada-jax names, as this machine reads its path,
-    "" without one.
+    "" without one. Of several the last one counts, as for the command itself.
     """
-    for number, before in _words_with_config(command):
+    for number, before in reversed(list(_words_with_config(command))):
         return user_path(command[number].removeprefix(before))
     return ""
 

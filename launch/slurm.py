@@ -124,13 +124,14 @@ def quote(word: str) -> str:
 
 
 def value_of(flag: str, command: list[str]) -> str:
-    """Returns the value of a flag of the command, "" without one."""
+    """Returns the value of a flag of the command, "" without one: the last, as the command does."""
+    value = ""
     for word, following in zip(command, [*command[1:], ""]):
         if word == flag:
-            return following
-        if word.startswith(f"{flag}="):
-            return word.partition("=")[2]
-    return ""
+            value = following
+        elif word.startswith(f"{flag}="):
+            value = word.partition("=")[2]
+    return value
 
 
 def workdir_of(command: list[str]) -> str:

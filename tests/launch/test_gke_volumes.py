@@ -102,6 +102,15 @@ def test_a_config_in_the_home_directory_is_sent(config, monkeypatch):
     assert "--config=/etc/llada_jax/own.py" in container_of(jobset)["command"]
 
 
+def test_of_several_configs_the_one_that_the_command_reads_is_sent(config):
+    (config.parent / "old.py").write_text(CONFIG.replace("= 10", "= 20"))
+    old = str(config.parent / "old.py")
+    config_map, jobset = manifests(command=command_with(old, f"--config={config}"))
+    assert "own.py" in config_map["data"]
+    assert "old.py" not in config_map["data"]
+    assert container_of(jobset)["command"][-1] == "--config=/etc/llada_jax/own.py"
+
+
 def test_another_config_has_another_name_and_the_same_one_the_same(config):
     names = [manifests(command=command_with(config))[0]["metadata"]["name"] for _ in range(2)]
     config.write_text(CONFIG.replace("= 10", "= 11"))

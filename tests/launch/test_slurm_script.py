@@ -254,6 +254,7 @@ def test_a_missing_sbatch_is_reported(tmp_path):
         ([], ["train"], "/runs/a"),
         ([], ["sweep", "--index", "7"], "/runs/a/$(printf %03d 7)"),
         ([], ["sweep", "--optuna", "3"], "''"),
+        ([], ["train", "--workdir=/runs/old"], "/runs/a"),
         (["--container-image", "i:1"], ["train"], "''"),
     ],
 )
