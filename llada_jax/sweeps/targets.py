@@ -1,5 +1,6 @@
 """Where the runs of a sweep are run: in the foreground, on this machine, or by a launcher."""
 
+import argparse
 import os
 import re
 import shlex
@@ -109,9 +110,7 @@ def run_with_launcher(
     launcher = [sys.executable, str(script), *(["--dry-run"] if dry_run else []), *launcher_words]
     ours = ["llada-jax", "sweep", "--config", sweep.file, "--workdir", sweep.workdir]
     ours += [f"--config.{word}" for word in sweep.overrides]
-    # Kubernetes allows a-z, 0-9 and "-" in names.
-    directory = sweep.workdir.rstrip("/").rpartition("/")[2]
-    stem = re.sub(r"[^a-z0-9]+", "-", directory.lower()).strip("-")
+    stem = jobset_stem(sweep.workdir, launcher_words)
     if not dry_run:
         named = ["--name", f"{stem}-{waiting[0].name}"] if target == "gke" else []
         check_all_runs([*launcher, *named], ours)
@@ -127,9 +126,25 @@ def run_with_launcher(
             [*launcher, "--name", f"{stem}-{run.name}", "--", *ours, "--index", str(run.index)]
             for run in waiting
         ]
-    for command in commands:
+    for number, command in enumerate(commands):
+        # what the launcher prints are whole YAML documents, without a separator around them
+        if number and dry_run:
+            print("---", flush=True)
         if status := subprocess.run(command, check=False).returncode:
             sys.exit(status)
+
+
+def jobset_stem(workdir: str, launcher_words: list[str]) -> str:
+    """Returns what the names of a sweep's JobSets begin with: --name of the launcher's flags, or
+    else the name of DIR in the characters that Kubernetes allows, which begins with a letter.
+    """
+    flags = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    flags.add_argument("--name")
+    if name := flags.parse_known_args(launcher_words)[0].name:
+        return name
+    directory = workdir.rstrip("/").rpartition("/")[2]
+    stem = re.sub(r"[^a-z0-9]+", "-", directory.lower()).strip("-")
+    return stem if stem[:1].isalpha() else f"sweep-{stem}".rstrip("-")
 
 
 def check_all_runs(launcher: list[str], ours: list[str]) -> None:

@@ -4,10 +4,12 @@ import shlex
 import subprocess
 import sys
 
+import pytest
 import yaml
 from support.sweeps import RATES
 
 from llada_jax.config import load_config
+from llada_jax.sweeps.targets import jobset_stem
 
 
 def test_dry_run_prints_commands_that_train_accepts_and_starts_nothing(
@@ -66,9 +68,8 @@ def test_gke_gets_one_jobset_per_run(write_config, call_sweep):
     write_config(RATES)
     flags = ["--unchecked", "--topology", "v5e-16", "--image", "example.org/llada:1"]
     out, _ = call_sweep("--run", "gke", "--dry-run", "--", *flags)
-    # the launcher writes one stream per run, and begins none with a separator
-    texts = ["apiVersion" + part for part in out.split("apiVersion")[1:]]
-    found = [yaml.safe_load(text.removesuffix("---\n")) for text in texts]
+    # together one stream, which kubectl can apply
+    found = list(yaml.safe_load_all(out))
     manifests = [manifest for manifest in found if manifest["kind"] == "JobSet"]
     assert len([m for m in found if m["kind"] == "ConfigMap"]) == 3  # the config travels with each
     assert [manifest["metadata"]["name"] for manifest in manifests] == [
@@ -80,6 +81,20 @@ def test_gke_gets_one_jobset_per_run(write_config, call_sweep):
         pod = manifest["spec"]["replicatedJobs"][0]["template"]["spec"]["template"]["spec"]
         assert pod["containers"][0]["command"][:2] == ["llada-jax", "sweep"]
         assert pod["containers"][0]["command"][-2:] == ["--index", str(index)]
+
+
+@pytest.mark.parametrize(
+    ("workdir", "flags", "stem"),
+    [
+        ("gs://b/Big_Sweep/", [], "big-sweep"),
+        ("runs/2026-11-27", [], "sweep-2026-11-27"),
+        ("runs/..", [], "sweep"),
+        ("runs/a", ["--capacity", "spot", "--name", "mine"], "mine"),
+        ("runs/a", ["--name=mine"], "mine"),
+    ],
+)
+def test_jobsets_are_named_after_the_directory_or_as_asked(workdir, flags, stem):
+    assert jobset_stem(workdir, flags) == stem
 
 
 def test_a_launcher_that_is_missing_or_fails_is_reported(
