@@ -14,6 +14,7 @@ from llada_jax.data.records import read_dataset
 from llada_jax.errors import UserError, reason
 from llada_jax.storage.files import decode_json, write_whole, writing
 from llada_jax.storage.locks import only_sweep_in
+from llada_jax.storage.remote import path_of
 from llada_jax.sweeps.grid import Knobs, added_by
 from llada_jax.sweeps.results import FINISHED, Result, read_result
 from llada_jax.validation import knob, knobs, num_steps_of
@@ -232,8 +233,12 @@ def check_distinct(sweep: Sweep) -> None:
 
 
 def read_sweep_json(workdir: str) -> dict | None:
-    """Returns sweep.json, None where no run was ever started."""
-    path = epath.Path(workdir) / "sweep.json"
+    """Returns sweep.json, None where no run was ever started.
+
+    Raises:
+        UserError: it is damaged, or its bucket does not answer.
+    """
+    path = path_of(workdir) / "sweep.json"
     try:
         if not path.exists():
             return None

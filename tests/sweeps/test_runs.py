@@ -6,10 +6,12 @@ import json
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from support.errors import error_of
 from support.sweeps import RATES, listed, states
 
 from llada_jax.config import apply_override, default_config
-from llada_jax.sweeps.runs import as_overrides
+from llada_jax.storage import remote
+from llada_jax.sweeps.runs import as_overrides, read_sweep_json
 from llada_jax.validation import knob
 
 
@@ -197,3 +199,12 @@ def test_a_workdir_with_something_else_in_it_is_reported(write_config, call_swee
     # a line that is being written at this moment
     (tmp_path / "runs" / "000" / "metrics.jsonl").write_text('{"step": 1, "tr')
     assert states(call_sweep) == ["missing"] * 3
+
+
+def test_a_bucket_that_does_not_answer_is_reported(monkeypatch):
+    def fail(path):
+        raise ConnectionError("no route to host")
+
+    monkeypatch.setattr(remote.epath.Path("gs://bucket").__class__, "exists", fail)
+    remote._connect.cache_clear()
+    assert "gs://bucket cannot be reached" in error_of(read_sweep_json, "gs://bucket/runs")
