@@ -50,6 +50,9 @@ from llada_jax.samplers.text import (
 # evaluation continues.
 CACHED_TOGETHER = 256
 
+# What tasks call the most tokens of a text; the harness reads the first that is given.
+LENGTHS = ("max_gen_toks", "max_new_tokens", "max_tokens", "max_completion_tokens")
+
 
 class HarnessModel:
     """Answers the requests of the harness with a loaded model.
@@ -66,7 +69,7 @@ class HarnessModel:
         mc_samples, estimator, cfg_scale, seed: see llada_jax.evaluation.conditional.
         batch_size: rows in one pass.
         gen_length, block_length, steps: of generated texts; None: as many tokens as the task asks
-            for (its max_gen_toks, 256 if it says nothing), in one block, one token per step.
+            for (LENGTHS, 256 if it says nothing), in one block, one token per step.
         remasking, commit, revise, append, lookahead, eos, suppress, cache, refresh, top_k, top_p:
             of generated texts, see llada_jax.loaded_model.Pretrained.generate. The temperature is
             that of a task that samples, and 0 otherwise.
@@ -420,15 +423,14 @@ class HarnessModel:
 
 
 def _generation(settings: dict) -> tuple[tuple[str, ...], int, float]:
-    """Returns the stop strings, the most tokens and the temperature of a task's gen_kwargs."""
+    """Returns the stop strings, the most tokens and the temperature of a task's gen_kwargs, which
+    are read as lm_eval.models.utils.normalize_gen_kwargs reads them.
+    """
     until = settings.get("until") or ()
     until = (until,) if isinstance(until, str) else tuple(until)
-    temperature = float(settings.get("temperature") or 0.0) if settings.get("do_sample") else 0.0
-    return (
-        tuple(stop for stop in until if stop),
-        int(settings.get("max_gen_toks", 256)),
-        temperature,
-    )
+    temperature = 0.0 if settings.get("do_sample") is False else settings.get("temperature")
+    most = next((settings[name] for name in LENGTHS if settings.get(name) is not None), 256)
+    return tuple(stop for stop in until if stop), int(most), float(temperature or 0.0)
 
 
 def _noise_numbers(requests: Sequence[Any]) -> list[int]:

@@ -74,6 +74,25 @@ def denoised(monkeypatch):
     return seen
 
 
+@pytest.mark.parametrize(
+    ("settings", "length", "temperature"),
+    [
+        ({}, 256, 0.0),
+        ({"max_gen_toks": 8, "max_new_tokens": 9}, 8, 0.0),
+        ({"max_gen_toks": None, "max_new_tokens": 9}, 9, 0.0),
+        ({"max_tokens": 7}, 7, 0.0),
+        ({"max_completion_tokens": "6"}, 6, 0.0),
+        ({"temperature": 0.5}, 256, 0.5),
+        ({"temperature": 0.5, "do_sample": None}, 256, 0.5),
+        ({"temperature": 0.5, "do_sample": True}, 256, 0.5),
+        ({"temperature": 0.5, "do_sample": False}, 256, 0.0),
+        ({"do_sample": True}, 256, 0.0),
+    ],
+)
+def test_settings_of_a_task_are_read_as_the_harness_reads_them(settings, length, temperature):
+    assert harness._generation(settings) == ((), length, temperature)
+
+
 @pytest.mark.slow
 def test_texts_end_at_a_stop_string_or_at_the_end_of_a_turn(
     make, pretrained, denoised, monkeypatch
