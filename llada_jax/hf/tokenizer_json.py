@@ -1,9 +1,9 @@
 """The tokenizer files of an export: what `transformers.AutoTokenizer` reads, with the ids that this
 package gives.
 
-A Hugging Face tokenizer is carried through byte for byte. SentencePiece models and bytes become a
-tokenizer.json of the `tokenizers` library (https://huggingface.co/docs/tokenizers), built so that
-the ids are the same:
+A Hugging Face tokenizer is carried through byte for byte, but for a tokenizer_config.json that
+names no class. SentencePiece models and bytes become a tokenizer.json of the `tokenizers` library
+(https://huggingface.co/docs/tokenizers), built so that the ids are the same:
 
 - SentencePiece's space mark is written as the space that it stands for, so that a text may hold the
   mark itself.
@@ -64,8 +64,11 @@ def tokenizer_files(
     """
     if tokenizer.kind == "huggingface":
         files = tokenizer.files
-        if "tokenizer_config.json" not in files:
-            files |= _json_files({"tokenizer_config.json": _config(tokenizer, max_length)})
+        stated = json.loads(files.get("tokenizer_config.json", b"{}"))
+        # Without it transformers 4 looks the class up by the model, which is none of its own.
+        if "tokenizer_class" not in stated:
+            config = {**_config(tokenizer, max_length), **stated}
+            files |= _json_files({"tokenizer_config.json": config})
     else:
         content = (
             _bytes_json(tokenizer) if tokenizer.kind == "bytes" else _sentencepiece_json(tokenizer)

@@ -191,6 +191,17 @@ def test_a_bare_tokenizer_json_gets_the_config_that_transformers_needs(tmp_path)
     assert files["tokenizer.json"] == (tmp_path / "given" / "tokenizer.json").read_bytes()
 
 
+def test_a_tokenizer_config_without_a_class_gets_one(tmp_path):
+    hugging_face_folder(tmp_path / "given")
+    stated = {"model_max_length": 1024, "eos_token": "<|endoftext|>", "padding_side": "right"}
+    (tmp_path / "given" / "tokenizer_config.json").write_text(json.dumps(stated))
+    files = tokenizer_files(load_tokenizer(tmp_path / "given"), max_length=77)
+    config = json.loads(files["tokenizer_config.json"])
+    assert config.items() >= stated.items()
+    assert config["tokenizer_class"] == "PreTrainedTokenizerFast"
+    assert config["mask_token"] == "<|mdm_mask|>"
+
+
 def test_a_template_with_the_tags_of_transformers_is_taken(tmp_path):
     file = tmp_path / "chat.jinja"
     file.write_text(

@@ -46,6 +46,7 @@ def write_tokenizer(
     )
     tokenizer.save(str(directory / "tokenizer.json"))
     config = {
+        "tokenizer_class": "PreTrainedTokenizerFast",
         "eos_token": "<|endoftext|>",
         **({"chat_template": chat_template} if chat_template else {}),
     }
