@@ -149,8 +149,9 @@ def _text_snippets(name: str, gen_length: int) -> list[str]:
         f'tokenizer = AutoTokenizer.from_pretrained("{name}", trust_remote_code=True)',
         f'model = AutoModelForCausalLM.from_pretrained("{name}", trust_remote_code=True)',
         "model = model.eval()",
-        'prompt = tokenizer("Once upon a time", return_tensors="pt").input_ids',
-        f"canvas = model.generate_diffusion(prompt, gen_length={gen_length}, "
+        # as llada_jax reads a text: some imported tokenizers end it with EOS
+        'prompt = tokenizer("Once upon a time", add_special_tokens=False, return_tensors="pt")',
+        f"canvas = model.generate_diffusion(prompt.input_ids, gen_length={gen_length}, "
         f"block_length={gen_length}, steps={gen_length})",
         "print(tokenizer.decode(canvas[0], skip_special_tokens=True))",
         "```",

@@ -79,3 +79,10 @@ def test_the_snippets_generate_no_more_than_half_a_row(row, generated):
     text = card(sequence_length=row)
     assert f"gen_length={generated}, block_length={generated}, steps={generated})" in text
     assert f'model.generate(["Once upon a time"], gen_length={generated})' in text
+
+
+def test_the_snippet_of_transformers_gives_the_model_no_special_tokens():
+    """Llama's tokenizer begins a text with BOS, and that of BERT ends it with EOS."""
+    text = card()
+    assert 'tokenizer("Once upon a time", add_special_tokens=False, return_tensors="pt")\n' in text
+    assert "generate_diffusion(prompt.input_ids, gen_length=" in text
