@@ -115,8 +115,8 @@ def _refuse(hf_config: dict, possible: dict[str, tuple]) -> None:
         value = hf_config.get(key, values[0])
         if value not in values:
             raise UserError(
-                f"config.json: {key}={value!r} is not possible here, only {values[0]!r}; this "
-                "checkpoint cannot be used."
+                f"config.json: {key}={value!r} is not possible here, only "
+                f"{' or '.join(map(repr, values))}; this checkpoint cannot be used."
             )
 
 

@@ -6,6 +6,7 @@ download that was cut short is the most common fault, and should not cost minute
 """
 
 import dataclasses
+import os
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -121,7 +122,8 @@ def _list_shards(directory: Path) -> dict[str, Stored]:
             f"{directory / INDEX} lists {_some(outside)}, and files outside of its directory are "
             "not read; fetch the checkpoint from a source that you trust."
         )
-    missing = [file for file in files if not (directory / file).exists()]
+    # os.path, because Path.exists raises for a name that is longer than the disk allows
+    missing = [file for file in files if not os.path.exists(directory / file)]
     if missing:
         raise UserError(
             f"{directory} lacks {_some(missing)}, which {INDEX} lists; fetch the whole checkpoint."

@@ -112,7 +112,7 @@ def llama3(**changes) -> dict:
             "'sliding_attention'",
         ),
         ({**our_config("illada", SMALL), "rope_theta": None}, "has no rope_theta"),
-        ({**our_config("illada", SMALL), "qk_norm": "half"}, "qk_norm='half'"),
+        ({**our_config("illada", SMALL), "qk_norm": "half"}, "only 'none' or 'per_head' or 'full'"),
     ],
     ids=lambda value: value if isinstance(value, str) else "",
 )

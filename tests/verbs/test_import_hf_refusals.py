@@ -104,6 +104,10 @@ BAD = {
         lambda d: sharded(d, remove=SECOND),
         [SECOND, "lacks", "fetch the whole checkpoint"],
     ),
+    "shard with a name that no disk has": (
+        lambda d: sharded(d, lambda i: i["weight_map"].update({Q0: "a" * 300})),
+        ["lacks aaa", "fetch the whole checkpoint"],
+    ),
     "wrong index": (
         lambda d: sharded(d, lambda i: i["weight_map"].update({Q0: SECOND})),
         ["disagree about", Q0],
