@@ -12,7 +12,7 @@ import numpy as np
 
 from llada_jax.errors import UserError, look_up, reason, require
 from llada_jax.evaluation.rolling import check_can_bound
-from llada_jax.ranges import SIZE, check_number
+from llada_jax.ranges import MAX_SIZE, SIZE, SIZE_OR_NONE, Range, check_number
 from llada_jax.samplers.settings import check_options, check_schedule, check_strengths
 
 # How often the scores are perturbed for the error of the Monte Carlo.
@@ -51,14 +51,20 @@ OF_MODEL: dict[str, Callable] = {
     "cache": str,
     "refresh": int,
 }
+# Of the numbers for `run`; the harness answers others with a traceback.
+RANGES = {
+    "num_fewshot": SIZE_OR_NONE,
+    "limit": Range(0, MAX_SIZE, above=True),
+    "bootstrap_iters": SIZE_OR_NONE,
+}
 
 
 def read_settings(words: Sequence[str]) -> tuple[dict[str, Any], dict[str, Any]]:
     """Returns the settings of `run` and of HarnessModel that KEY=VALUE words name.
 
     Raises:
-        UserError: a word is not a pair, its value is not a number where one is needed, or the
-            settings of the sampler do not fit together.
+        UserError: a word is not a pair, its value is not a number of its range where one is needed,
+            or the settings of the sampler do not fit together.
     """
     settings = {}
     for word in words:
@@ -70,6 +76,8 @@ def read_settings(words: Sequence[str]) -> tuple[dict[str, Any], dict[str, Any]]
             settings[key] = read(value)
         except ValueError:
             raise UserError(f"--harness {key}={value!r} must be a number.") from None
+        if key in RANGES:
+            check_number(f"--harness {key}=", settings[key], RANGES[key])
     of_model = {key: value for key, value in settings.items() if key in OF_MODEL}
     check_sampling(**of_model)
     return {key: value for key, value in settings.items() if key in OF_RUN}, of_model

@@ -6,7 +6,8 @@ import types
 import numpy as np
 import pytest
 
-from llada_jax.evaluation.harness_tasks import monte_carlo_errors
+from llada_jax.errors import UserError
+from llada_jax.evaluation.harness_tasks import monte_carlo_errors, read_settings
 
 SCORES = np.array([-3.0, -7.0, -1.0, -4.0])
 ERRORS = np.array([0.5, 2.0, 0.1, 1.0])
@@ -56,3 +57,14 @@ def test_scores_without_noise_have_no_error_and_scores_of_the_cache_an_unknown_o
         for task in (TASK, RANKING):
             (unknown,) = monte_carlo_errors(task, samples_of(SCORES), known).values()
             assert math.isnan(unknown)
+
+
+@pytest.mark.parametrize(
+    "word",
+    ["limit=0", "limit=-1", "limit=nan", "limit=inf", "num_fewshot=-1", "bootstrap_iters=-1"],
+)
+def test_a_number_that_the_harness_cannot_use_is_refused(word):
+    with pytest.raises(UserError, match=f"--harness {word}.* must"):
+        read_settings([word])
+    of_run, _ = read_settings(["limit=0.5", "num_fewshot=0", "bootstrap_iters=0"])
+    assert of_run == {"limit": 0.5, "num_fewshot": 0, "bootstrap_iters": 0}
