@@ -6,8 +6,8 @@ each choice, at 500 and 1450 steps, with three learning rates and three seeds.
     llada-jax sweep --config configs/objective_ablation.py --workdir runs/ablation --table
 
 Every run is scored by the same held-out bound, which keeps uniform times whatever the training loss
-does; compare each variant at its own best learning rate. By the demo's time, the 198 runs take
-about 10 hours on two idle cores. docs/log.md has the table of those that have been made.
+does; compare each variant at its own best learning rate. By the demo's time, the 216 runs take
+about 11 hours on two idle cores. docs/log.md has the table of those that have been made.
 """
 
 from llada_jax.config import default_config
@@ -15,6 +15,7 @@ from llada_jax.config import default_config
 # Each changes one choice of the demo's.
 VARIANTS = [
     {},
+    {"objective.t_sampling": "bell", "objective.bell_width": 0.1},
     {"objective.t_sampling": "bell", "objective.bell_width": 0.15},
     {"objective.t_sampling": "bell"},
     {"objective.t_sampling": "bell", "objective.bell_width": 0.3},
