@@ -437,7 +437,8 @@ def check_arguments(config: ConfigDict, path: str) -> None:
             f"config.{path}={arguments} must be ((name, value), ...), as in (('margin', 0.1),)."
         )
     try:
-        json.dumps(arguments)
+        # not NaN, which is never equal to what a continued run reads there
+        json.dumps(arguments, allow_nan=False)
     except (TypeError, ValueError) as error:
         raise UserError(
             f"config.{path}={arguments} cannot be kept in run.json ({error}); give numbers, texts, "

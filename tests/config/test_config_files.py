@@ -269,6 +269,10 @@ def test_knobs_that_hold_a_path_know_the_home_directory(monkeypatch, tmp_path):
             "config.objective.update({'name': 'a:b', 'arguments': (('f', max),)})",
             "cannot be kept in run.json",
         ),
+        (
+            "config.objective.update({'name': 'a:b', 'arguments': (('f', float('nan')),)})",
+            "cannot be kept in run.json",
+        ),
     ],
 )
 def test_a_line_that_cannot_be_used_ends_in_a_sentence(tmp_path, line, said):
