@@ -53,7 +53,7 @@ def test_not_a_number_exits_3_with_the_interval_and_a_last_good_step_that_is_goo
 @pytest.mark.slow
 def test_not_a_number_before_the_first_save_says_that_there_is_none(home, tmp_path, refused):
     argv = train_argv(
-        home, tmp_path / "run", "schedule.learning_rate=1e39", "checkpoint.every_steps=4"
+        home, tmp_path / "run", "schedule.learning_rate=1e38", "checkpoint.every_steps=4"
     )
     says = ["steps 1 to 2", "no checkpoint was saved yet", "config.schedule.learning_rate"]
     refused(argv, status=3, says=says, is_late=True)
