@@ -105,7 +105,7 @@ class Pretrained:
             positions_BT: int32; None counts from 0 at the start of the row.
 
         Raises:
-            UserError: there is no token, the rows have several lengths, or an id has no row in the
+            UserError: tokens_BT is empty, its rows have several lengths, or an id has no row in the
                 embedding.
         """
         if not isinstance(tokens_BT, jax.core.Tracer):

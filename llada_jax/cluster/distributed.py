@@ -2,8 +2,9 @@
 
 JAX's own distributed runtime does the work. But when a process has lost another one, its heartbeat
 ends it with SIGABRT, and its exit handler waits minutes for processes that will not come. Both
-would hide from a scheduler that the run should be started again. Here a lost process, a step that
-hangs and a start that times out end with status 42, and say why in one sentence.
+would hide from a scheduler that the run should be started again. Here a lost process and a start
+that times out end with status 42, and say why in one sentence; watchdog.py does the same for a step
+that hangs.
 """
 
 import contextlib
