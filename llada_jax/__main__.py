@@ -16,7 +16,14 @@ from llada_jax.errors import (
     look_up,
     one_line,
 )
-from llada_jax.streams import Log, Result, lead_nowhere, open_missing, reader_of_stdout_is_gone
+from llada_jax.streams import (
+    Log,
+    Result,
+    lead_nowhere,
+    open_missing,
+    reader_of_stdout_is_gone,
+    write_line,
+)
 
 # verb -> (module, what it does). A module is imported only when its verb is called, so that
 # `prepare` starts without loading a model and `--help` answers at once.
@@ -100,14 +107,14 @@ def run_verb(argv: list[str]) -> int:
     # Not with the errors below: all processes of the run stop at the same step, so that each can
     # take its leave of the others in order.
     except Preempted as error:
-        print(f"llada-jax: {error}", file=sys.stderr)
+        write_line(f"llada-jax: {error}")
         return error.exit_status
     except (UserError, NumericsError, LostPeer, Unreachable) as error:
-        print(f"llada-jax: {error}", file=sys.stderr)
+        write_line(f"llada-jax: {error}")
         leave_the_others(error.exit_status)
         return error.exit_status
     except KeyboardInterrupt:
-        print("llada-jax: interrupted.", file=sys.stderr)
+        write_line("llada-jax: interrupted.")
         leave_the_others(130)
         return 130
     except Exception as error:
@@ -119,14 +126,14 @@ def run_verb(argv: list[str]) -> int:
             lead_nowhere(sys.stdout.fileno())
             return 0
         if sentence := mistake_in_environment(error) or lack_of_memory(error):
-            print(f"llada-jax: {sentence}", file=sys.stderr)
+            write_line(f"llada-jax: {sentence}")
             leave_the_others(UserError.exit_status)
             return UserError.exit_status
         if is_one_of_several():
             from llada_jax.cluster.distributed import lost_peer
 
             if lost := lost_peer(error, remedy="start the same command again on all hosts"):
-                print(f"llada-jax: {lost}", file=sys.stderr)
+                write_line(f"llada-jax: {lost}")
                 leave_the_others(lost.exit_status)
             traceback.print_exc()
             leave_the_others(1)

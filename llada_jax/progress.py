@@ -6,6 +6,8 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 
+from llada_jax.streams import write_line
+
 
 @contextlib.contextmanager
 def reported_every(period_s: float, report: Callable[[float], None]) -> Iterator[None]:
@@ -91,4 +93,4 @@ class Display:
             # no markup: "[1]" in a path is text, and not a style of rich
             self._bar.console.print(message, markup=False, highlight=False, soft_wrap=True)
         else:
-            print(message, file=self._stream, flush=True)
+            write_line(message, self._stream)

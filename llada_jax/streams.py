@@ -89,9 +89,21 @@ class Result:
             ) from error
 
 
+def write_line(line: str, stream=None) -> None:
+    """Writes a line to a stream (stderr unless named otherwise) at once and in one piece.
+
+    Under PYTHONUNBUFFERED, print() writes the end of a line by itself, so that two threads, say one
+    that reports what is waited for and one that ends the process, could put two sentences on one
+    line.
+    """
+    stream = sys.stderr if stream is None else stream
+    stream.write(f"{line}\n")
+    stream.flush()
+
+
 def warn(message: str) -> None:
     """Prints a message for the user on stderr, next to the result on stdout."""
-    print(f"llada-jax: {message}", file=sys.stderr)
+    write_line(f"llada-jax: {message}")
 
 
 def lead_nowhere(descriptor: int) -> None:

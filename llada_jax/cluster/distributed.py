@@ -15,7 +15,6 @@ import os
 import re
 import signal
 import socket
-import sys
 import threading
 import time
 from pathlib import Path
@@ -24,6 +23,7 @@ import jax
 
 from llada_jax.cluster.compilation_cache import write_from_every_process
 from llada_jax.errors import LostPeer, UserError
+from llada_jax.streams import write_line
 
 # Seconds between two lines about who is missing at the start.
 WAITING_S = 15.0
@@ -83,11 +83,7 @@ def initialize(
     if place["num_processes"] == 1:
         return
     where = "{coordinator_address} as process {process_id} of {num_processes}".format(**place)
-    print(
-        f"joining     {where}, for at most {initialization_timeout_s} s",
-        file=sys.stderr,
-        flush=True,
-    )
+    write_line(f"joining     {where}, for at most {initialization_timeout_s} s")
     began = time.monotonic()
     remedy = (
         "check that the same command runs on every host and that each can reach that address and "
@@ -133,11 +129,9 @@ def initialize(
             f"message is above); {again}."
         )
     )
-    print(
+    write_line(
         f"joined      {jax.process_count()} processes in {time.monotonic() - began:.1f} s; this is "
-        f"number {jax.process_index()}",
-        file=sys.stderr,
-        flush=True,
+        f"number {jax.process_index()}"
     )
 
 
@@ -387,11 +381,7 @@ def reporting_wait(words):
 
     def say() -> None:
         while not ended.wait(WAITING_S):
-            print(
-                f"waiting     {time.monotonic() - began:.0f} s: {words()}",
-                file=sys.stderr,
-                flush=True,
-            )
+            write_line(f"waiting     {time.monotonic() - began:.0f} s: {words()}")
 
     threading.Thread(target=say, daemon=True).start()
     try:
@@ -451,7 +441,7 @@ def _on_abort(sentence, kind=LostPeer) -> None:
 
 def leave(sentence: str, kind) -> None:
     """Ends this process at once with the status of an error class, from any thread."""
-    print(f"llada-jax: {sentence}", file=sys.stderr, flush=True)
+    write_line(f"llada-jax: {sentence}")
     os._exit(kind.exit_status)
 
 

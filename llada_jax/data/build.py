@@ -10,7 +10,6 @@ import dataclasses
 import hashlib
 import itertools
 import json
-import sys
 import tempfile
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
@@ -30,6 +29,7 @@ from llada_jax.data.text import Cut, is_seekable, read_documents
 from llada_jax.data.tokenizer import Tokenizer
 from llada_jax.errors import UserError
 from llada_jax.storage import files
+from llada_jax.streams import write_line
 
 SPLITS = ("train", "heldout")
 COUNTS = ("num_records", "num_tokens", "num_bytes", "num_documents", "num_padding")
@@ -435,8 +435,7 @@ def check_splits(content: dict, *, heldout: float) -> None:
             "--document-start."
         )
     if heldout and not splits["heldout"]["num_documents"]:
-        print(
+        write_line(
             f"prepare: none of {splits['train']['num_documents']} documents fell into the held-out "
-            f"split; to have one, raise --heldout {heldout} or cut the text into more documents.",
-            file=sys.stderr,
+            f"split; to have one, raise --heldout {heldout} or cut the text into more documents."
         )

@@ -14,7 +14,6 @@ import functools
 import json
 import os
 import re
-import sys
 import time
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
@@ -68,6 +67,7 @@ from llada_jax.ranges import RANGES, SIZE, check_number
 from llada_jax.storage import files
 from llada_jax.storage.locks import try_lock
 from llada_jax.storage.remote import is_remote
+from llada_jax.streams import write_line
 from llada_jax.units import format_seconds
 
 # A tokenizer is trained on at most this many characters: unigram training takes about 25 bytes of
@@ -225,7 +225,7 @@ def prepare(
         planned = plan_shards(units, receipts, stored_size=size)
         missing = unfinished(output, planned)
         if not pending and not missing and (output / JSON_NAME).exists():
-            print(f"{output} is complete; nothing to do.", file=sys.stderr)
+            write_line(f"{output} is complete; nothing to do.")
             return json.loads((output / JSON_NAME).read_text())
         lost = lost_units(output, missing, stored_size=size)
         run(lost, num_bytes_done=size_of(units) - size_of(lost))
@@ -265,7 +265,7 @@ def _check_words(tokenizer: str, cut: Cut) -> None:
 
 
 def _say(note: str) -> None:
-    print(f"prepare: {printable(note)}.", file=sys.stderr)
+    write_line(f"prepare: {printable(note)}.")
 
 
 def _parse_tokenizer(
@@ -285,9 +285,8 @@ def _parse_tokenizer(
         check_number(f"--tokenizer {kind}:", int(size), SIZE)
 
         def train(texts: Iterable[str]) -> Tokenizer:
-            print(
-                f"prepare: training {spec} on at most {SAMPLE_CHARS / 1e6:.0f} MB of the text",
-                file=sys.stderr,
+            write_line(
+                f"prepare: training {spec} on at most {SAMPLE_CHARS / 1e6:.0f} MB of the text"
             )
             with _saying_that_it_goes_on(f"training {spec}"):
                 return train_sentencepiece(texts, vocab_size=int(size), model_type=model_type)
@@ -335,7 +334,7 @@ def _saying_that_it_goes_on(what: str) -> contextlib.AbstractContextManager[None
     """
 
     def say(seconds: float) -> None:
-        print(f"prepare: {what}, {format_seconds(seconds)} so far", file=sys.stderr, flush=True)
+        write_line(f"prepare: {what}, {format_seconds(seconds)} so far")
 
     return reported_every(TRAINING_SECONDS, say)
 
@@ -363,11 +362,10 @@ def texts_to_check(inputs: list[Input], cut: Cut) -> list[str]:
 def _say_what_is_lost(sample: list[str], tokenizer: Tokenizer) -> None:
     loss = describe_loss(sample, tokenizer)
     if loss:
-        print(
+        write_line(
             f"prepare: the tokenizer cannot give back the text: {loss}. num_bytes counts only the "
             "bytes that its tokens stand for, so that bits per byte are right; --tokenizer spm:N "
-            "trains a tokenizer that loses nothing.",
-            file=sys.stderr,
+            "trains a tokenizer that loses nothing."
         )
 
 

@@ -7,10 +7,10 @@ read.
 
 import hashlib
 import os
-import sys
 from pathlib import PurePosixPath
 
 from llada_jax.errors import UserError, look_up, reason, require
+from llada_jax.streams import write_line
 
 # Name of the knob, the library and the extra -> the variable that names the project.
 TRACKERS = {"wandb": "WANDB_PROJECT", "trackio": "TRACKIO_PROJECT"}
@@ -79,9 +79,7 @@ class Tracker:
         except Exception as error:
             # The libraries share no class of errors.
             self._has_failed = True
-            print(
+            write_line(
                 f"tracker     {self._library.__name__} takes no more metrics ({reason(error)}): "
-                "the run continues without it, and metrics.jsonl has all of them",
-                file=sys.stderr,
-                flush=True,
+                "the run continues without it, and metrics.jsonl has all of them"
             )

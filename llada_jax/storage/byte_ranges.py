@@ -6,7 +6,6 @@ or whose disk fails, ends the process by a signal, where a read returns an error
 
 import functools
 import os
-import sys
 import time
 
 import tensorstore
@@ -14,6 +13,7 @@ import tensorstore
 from llada_jax.errors import Unreachable, one_line
 from llada_jax.storage.arrays import kvstore_of
 from llada_jax.storage.remote import is_remote, path_of
+from llada_jax.streams import write_line
 from llada_jax.units import format_seconds
 
 # Of this process, so that 10,000 shards can be read under `ulimit -n 1024`. Opening a file again
@@ -91,10 +91,8 @@ def _say_what_is_waited_for(path: str, seconds: float) -> None:
     if time.monotonic() - _said_at < WAITING_S / 2:
         return
     _said_at = time.monotonic()
-    print(
-        f"waiting     {format_seconds(seconds)} for {path} to answer, from which records are read",
-        file=sys.stderr,
-        flush=True,
+    write_line(
+        f"waiting     {format_seconds(seconds)} for {path} to answer, from which records are read"
     )
 
 

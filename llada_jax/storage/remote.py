@@ -9,7 +9,6 @@ endpoint and the credentials from the environment, as the clouds' own tools do (
 import functools
 import logging
 import os
-import sys
 import uuid
 from pathlib import Path
 
@@ -17,6 +16,7 @@ from etils import epath
 
 from llada_jax.errors import UserError, look_up, reason, require
 from llada_jax.progress import reported_every
+from llada_jax.streams import write_line
 
 # Scheme -> the library that reads it. The extra that installs the library has the scheme's name.
 LIBRARIES = {"gs": "gcsfs", "s3": "s3fs"}
@@ -75,11 +75,9 @@ def _connect(scheme: str, bucket: str) -> None:
 
 
 def _say_what_is_waited_for(seconds: float, what: str) -> None:
-    print(
+    write_line(
         f"waiting     {seconds:.0f} s for {what} to answer: the network, the credentials and the "
-        "endpoint in the environment decide",
-        file=sys.stderr,
-        flush=True,
+        "endpoint in the environment decide"
     )
 
 

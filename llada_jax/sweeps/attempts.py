@@ -21,6 +21,7 @@ from etils import epath
 from llada_jax.errors import reason
 from llada_jax.run.tensorboard import EventsFile
 from llada_jax.storage import remote
+from llada_jax.streams import write_line
 from llada_jax.sweeps.results import EXIT_FILE, write_exit
 from llada_jax.sweeps.runs import Run, Sweep, as_overrides
 from llada_jax.units import format_seconds
@@ -174,7 +175,7 @@ def write_hparams(run: Run) -> None:
 
 
 def say(message: str) -> None:
-    print(f"sweep: {message}", file=sys.stderr, flush=True)
+    write_line(f"sweep: {message}")
 
 
 def outcome(attempt: Attempt) -> str:

@@ -4,7 +4,6 @@ a network, and its answers to questions.
 
 import argparse
 import os
-import sys
 from collections.abc import Sequence
 from functools import partial
 from typing import Any
@@ -43,6 +42,7 @@ from llada_jax.run.metrics_file import read_lines, read_samples
 from llada_jax.run.report_page import report_page
 from llada_jax.storage import remote
 from llada_jax.storage.files import write_whole, writing
+from llada_jax.streams import write_line
 from llada_jax.verbs.command_line import Parser, json_text, placement
 
 # One line each would not fit a screen; docs/evaluation.md explains them.
@@ -490,5 +490,5 @@ def evaluate_harness(args) -> dict:
             answered["published_percent"] = published[task].score
         result["tasks"][task] = answered
         if jax.process_index() == 0:
-            print("\n".join(harness_lines(task, answered)), file=sys.stderr)
+            write_line("\n".join(harness_lines(task, answered)))
     return result

@@ -2,7 +2,6 @@
 package.
 """
 
-import sys
 from pathlib import Path
 
 import jax
@@ -30,6 +29,7 @@ from llada_jax.hf.write import DTYPES, other_files, plan_shards
 from llada_jax.masks import BIDIRECTIONAL
 from llada_jax.models.transformer import num_parameters
 from llada_jax.run.metrics_file import last_bound, read_lines
+from llada_jax.streams import write_line
 from llada_jax.units import format_bytes, format_count, parse_bytes
 from llada_jax.verbs.command_line import Parser, join, json_text
 
@@ -251,11 +251,10 @@ def announce(result: dict) -> None:
     if jax.process_index() > 0:
         return
     if result["keeps_ema"] and result["weights"] == "params":
-        print(
-            "llada-jax: the run keeps a moving average, which `sample` takes; --ema exports that.",
-            file=sys.stderr,
+        write_line(
+            "llada-jax: the run keeps a moving average, which `sample` takes; --ema exports that."
         )
-    print(f"llada-jax: {summary(result)}", file=sys.stderr)
+    write_line(f"llada-jax: {summary(result)}")
 
 
 def summary(result: dict) -> str:

@@ -4,7 +4,6 @@ sample, evaluate, export.
 
 import contextlib
 import dataclasses
-import sys
 import time
 
 import jax
@@ -25,6 +24,7 @@ from llada_jax.models.model import abstract_parameters, check_mesh, make_model
 from llada_jax.models.transformer import Architecture, num_parameters
 from llada_jax.run.start import made_workdir, seen
 from llada_jax.storage.files import writing
+from llada_jax.streams import write_line
 from llada_jax.training.state import TrainState
 from llada_jax.units import format_count
 from llada_jax.verbs.command_line import Parser, join, json_text
@@ -137,9 +137,8 @@ def load(source: HuggingFace, mesh) -> dict:
     """Returns the parameters, in the shards of the mesh."""
     a = source.architecture
     check_mesh(a, mesh)
-    print(
-        f"llada-jax: reading {format_count(num_parameters(a))} parameters of {source.directory}",
-        file=sys.stderr,
+    write_line(
+        f"llada-jax: reading {format_count(num_parameters(a))} parameters of {source.directory}"
     )
     return source.restore_params(0, abstract_parameters(make_model(a), mesh))
 

@@ -5,7 +5,6 @@ and states its assumptions where it cannot (activations, time). `--compile` asks
 instead: it builds the very train step that `llada-jax train` would run.
 """
 
-import sys
 from typing import Any, NamedTuple
 
 import jax
@@ -26,6 +25,7 @@ from llada_jax.planning.check import check_program, compile_report
 from llada_jax.planning.estimate import NETWORK_GBPS, estimate_run
 from llada_jax.planning.search import REMATS, TENSOR_SIZES, find_choices
 from llada_jax.ranges import RANGES, Range, check_number
+from llada_jax.streams import write_line
 from llada_jax.training.memory import Workload
 from llada_jax.training.step import (
     Recipe,
@@ -126,12 +126,12 @@ def main(argv: list[str]) -> None:
     # alone, because each compilation takes minutes.
     if args.search and args.compile:
         for choice in report["search"][:3]:
-            print(f"compiling {describe_choice(choice)}", file=sys.stderr)
+            write_line(f"compiling {describe_choice(choice)}")
             changed = asked._replace(config=with_choice(config, choice))
             choice["compiled"] = compile_and_check(changed)
     elif args.compile:
         num_devices = machines.num_devices * args.slices
-        print(f"compiling the train step for {num_devices} devices", file=sys.stderr)
+        write_line(f"compiling the train step for {num_devices} devices")
         report["compiled"] = compile_and_check(asked)
     print(json_text(report) if args.json else "\n".join(describe(report)))
     # After the report and not instead of it: the report says what takes the memory.

@@ -5,7 +5,6 @@ again after an interruption continues.
 import argparse
 import functools
 import os
-import sys
 
 from llada_jax.data.build import COUNTS
 from llada_jax.data.dialogue_units import CHAT_CHOICES, ChatSettings
@@ -14,6 +13,7 @@ from llada_jax.data.parts import join_parts, parse_part
 from llada_jax.data.preparation import prepare
 from llada_jax.data.text import Cut
 from llada_jax.errors import UserError
+from llada_jax.streams import write_line
 from llada_jax.verbs.command_line import Parser, json_text
 
 # Unless parts are joined.
@@ -65,10 +65,9 @@ def main(argv: list[str]) -> None:
     )
     report(args.output, content, as_json=args.json)
     if part:
-        print(
+        write_line(
             f"prepare: part {part[0]} of {part[1]} is finished; when all of them are, run "
-            f"llada-jax prepare --join {args.output}",
-            file=sys.stderr,
+            f"llada-jax prepare --join {args.output}"
         )
 
 
