@@ -96,7 +96,12 @@ class HuggingFace:
             tokens=0,
             special_ids=self.tokenizer.special_ids,
             chat_template=self.tokenizer.chat_template,
-            source={"from": str(self.directory), "layout": self.layout, "config": self.hf_config},
+            source={
+                "from": str(self.directory),
+                "layout": self.layout,
+                "config": self.hf_config,
+                "digest": read.digest(self.directory),
+            },
         )
 
     def restore_params(

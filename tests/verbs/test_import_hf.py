@@ -93,6 +93,18 @@ def test_two_equal_copies_of_a_tied_embedding_are_read_as_one(tmp_path):
     assert_equal_params(read.read_params(tmp_path / "hf", abstract_on(tied)), params)
 
 
+def test_a_change_of_any_tensor_changes_the_digest(tmp_path):
+    write_huggingface(tmp_path / "hf", "llada", SMALL)
+    file = tmp_path / "hf" / "model.safetensors"
+    tensors, digests = load_file(file), {read.digest(tmp_path / "hf")}
+    for name, tensor in tensors.items():
+        save_file({**tensors, name: tensor * 1.001}, file)
+        digests.add(read.digest(tmp_path / "hf"))
+    assert len(digests) == 1 + len(tensors)
+    save_file(tensors, file)
+    assert read.digest(tmp_path / "hf") in digests
+
+
 # ---- what is written
 
 

@@ -1,6 +1,5 @@
 """`sample` and `evaluate` over a mesh and in bfloat16: what they say on one device."""
 
-import dataclasses
 import json
 import os
 import signal
@@ -128,8 +127,7 @@ def two_folders(random_checkpoint, records, tmp_path_factory):
         folder.mkdir()
         (folder / "run").symlink_to(run)
         (folder / "data").symlink_to(data)
-        architecture = dataclasses.replace(LLADA, rope_theta=float(ord(word)))
-        write_huggingface(folder / "hf", "llada", architecture)
+        write_huggingface(folder / "hf", "llada", LLADA, seed=ord(word))
         (folder / "prompts.txt").write_text(word)
         (folder / "tasks.jsonl").write_text(json.dumps({"prompt": "line", "answer": word}))
     return folders
