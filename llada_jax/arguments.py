@@ -7,18 +7,19 @@ import inspect
 import numbers
 import types
 import typing
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, TypeVar
 
 from llada_jax.errors import UserError
 
 # What an annotation accepts, and how a message calls it. Other annotations are not checked: arrays
 # come in many types.
-ACCEPTED: dict[type, tuple[type, str]] = {
+ACCEPTED: dict[Any, tuple[type, str]] = {
     int: (numbers.Integral, "a whole number"),
     float: (numbers.Real, "a number"),
     str: (str, "a text"),
     bool: (bool, "True or False"),
+    Sequence[int]: (object, "a list of whole numbers"),
 }
 
 Function = TypeVar("Function", bound=Callable[..., Any])
@@ -27,7 +28,8 @@ Function = TypeVar("Function", bound=Callable[..., Any])
 def checked(function: Function) -> Function:
     """Returns a function that refuses arguments of another type than its signature says.
 
-    Checked are parameters whose annotation is made of int, float, str, bool and None alone.
+    Checked are parameters whose annotation is made of int, float, str, bool, Sequence[int] and None
+    alone. What a list or an array holds is left to the function.
 
     Raises:
         UserError: the first argument of a wrong type, when the function is called.
@@ -49,7 +51,7 @@ def checked(function: Function) -> Function:
     return typing.cast(Function, call)
 
 
-def _kinds(annotation: Any) -> tuple[type | None, ...]:
+def _kinds(annotation: Any) -> tuple[Any, ...]:
     """Returns the types of an annotation, () where one of them cannot be checked."""
     is_union = isinstance(annotation, types.UnionType)
     members = typing.get_args(annotation) if is_union else (annotation,)
@@ -57,8 +59,12 @@ def _kinds(annotation: Any) -> tuple[type | None, ...]:
     return kinds if all(kind is None or kind in ACCEPTED for kind in kinds) else ()
 
 
-def _is_a(value: Any, kind: type | None) -> bool:
+def _is_a(value: Any, kind: Any) -> bool:
     if kind is None:
         return value is None
+    if kind == Sequence[int]:
+        # An array is not a Sequence to isinstance, and a text is one.
+        is_row = hasattr(value, "__getitem__") and getattr(value, "ndim", 1) == 1
+        return is_row and not isinstance(value, str | bytes | dict)
     # True is an int to isinstance, and never one here.
     return isinstance(value, ACCEPTED[kind][0]) and (kind is bool or not isinstance(value, bool))

@@ -4,7 +4,10 @@ them.
 
 import inspect
 import typing
+from collections.abc import Sequence
 
+import jax.numpy as jnp
+import numpy as np
 import pytest
 from support.exports import LLADA, write_checkpoint
 from support.hf_directories import random_params
@@ -90,6 +93,14 @@ MISTAKES = {
     "stop_at_eos=1 is a int; give True or False": lambda m: m.generate(["a"], stop_at_eos=1),
     "remasking=None is a NoneType; give a text": lambda m: m.generate(["a"], remasking=None),
     "top_k=-1 must not be negative": lambda m: m.generate(["a"], top_k=-1),
+    "suppress=5 is a int; give a list of whole": lambda m: m.generate(["a"], suppress=5),
+    r"suppress=\{5\} is a set; give": lambda m: m.generate_tokens([[1]], suppress={5}),
+    "suppress='5' is a str; give a list": lambda m: m.infill(["[MASK]"], suppress="5"),
+    "suppress=None is a NoneType; give": lambda m: m.complete(["a"], suppress=None),
+    r"suppress=array\(5\) is a ndarray": lambda m: m.generate(["a"], suppress=np.array(5)),
+    "eos_id='5' is a str; give a whole number or a list of whole numbers or None": (
+        lambda m: m.generate_tokens([[1]], eos_id="5")
+    ),
     "mc_samples=0 must be at least 1": lambda m: m.score([("a", "b")], mc_samples=0),
     "mc_samples=-2 must be at least 1": lambda m: m.score_text(["a"], mc_samples=-2),
     "seed=-1 must lie between": lambda m: m.generate_tokens([[1]], seed=-1),
@@ -137,12 +148,21 @@ def example(count: int, share: float = 0.5, name: str | None = None, other: obje
 
 
 def test_numbers_of_numpy_and_values_of_other_annotations_are_accepted():
-    import numpy as np
-
     assert example(np.int32(3), share=np.float32(0.5)) == "3 0.5 None None"
     assert example(3, share=1, name="a", other=[1]) == "3 1 a [1]"
     assert example.__doc__ == "Returns what it was given."
     assert typing.get_type_hints(example)["name"] == str | None
+
+
+@checked
+def row_example(ids: Sequence[int] = ()) -> list[int]:
+    """Returns what it was given."""
+    return list(ids)
+
+
+@pytest.mark.parametrize("ids", [[5, 6], (5, 6), range(5, 7), np.array([5, 6]), jnp.array([5, 6])])
+def test_rows_of_any_kind_are_accepted(ids):
+    assert row_example(ids) == [5, 6]
 
 
 @pytest.mark.parametrize("value", ["3", 3.0, True, None])
