@@ -50,13 +50,13 @@ def compile_in_a_process(
 
 
 def memory_in_a_process(directory, *words: str, platform: str) -> dict:
-    """Returns what benchmarks/sampler_memory.py prints of LLaDA-8B, from a process that loads the
+    """Returns what benchmarks/inference_memory.py prints of LLaDA-8B, from a process that loads the
     compiler and does not optimise.
 
     Args:
         platform: "tpu" or "gpu".
     """
-    script = str(ROOT / "benchmarks/sampler_memory.py")
+    script = str(ROOT / "benchmarks/inference_memory.py")
     done = subprocess.run(
         [sys.executable, script, "--config", LLADA_8B, *words],
         env={

@@ -1,9 +1,9 @@
 """Does a model fit the memory of machines that you have not rented yet while it is sampled or
 scored?
 
-    python benchmarks/sampler_memory.py --config configs/llada_8b.py --topology v5e-8
-    python benchmarks/sampler_memory.py --config configs/llada_8b.py --topology 1xh100
-    python benchmarks/sampler_memory.py --config configs/llada_8b.py --topology 1xh100 \\
+    python benchmarks/inference_memory.py --config configs/llada_8b.py --topology v5e-8
+    python benchmarks/inference_memory.py --config configs/llada_8b.py --topology 1xh100
+    python benchmarks/inference_memory.py --config configs/llada_8b.py --topology 1xh100 \\
         --program records
 
 Compiles the very program that denoises a block (llada_jax.samplers.step.denoise_block), the one of
