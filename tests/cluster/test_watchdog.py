@@ -14,8 +14,8 @@ def test_a_process_that_hangs_is_ended_with_the_stacks_of_all_threads():
         def a_collective_that_never_returns():
             time.sleep(600)
 
-        with Watchdog(timeout_s=1.0) as watchdog:
-            for step in range(20):
+        with Watchdog(timeout_s=4.0) as watchdog:
+            for step in range(45):
                 time.sleep(0.1)
                 watchdog.beat(f"step {step}")
             a_collective_that_never_returns()
@@ -24,7 +24,7 @@ def test_a_process_that_hangs_is_ended_with_the_stacks_of_all_threads():
     assert done.returncode == 42
     assert "a_collective_that_never_returns" in done.stderr
     assert "Nothing has happened for" in done.stderr
-    assert "since step 19" in done.stderr
+    assert "since step 44" in done.stderr
 
 
 @pytest.mark.slow
@@ -34,13 +34,13 @@ def test_a_watchdog_leaves_alone_what_beats_and_what_it_does_not_watch():
         import time
         from llada_jax.cluster.watchdog import Watchdog
 
-        with Watchdog(timeout_s=2.0) as watchdog:
-            for step in range(25):
+        with Watchdog(timeout_s=4.0) as watchdog:
+            for step in range(45):
                 time.sleep(0.1)
                 watchdog.beat(f"step {step}")
         with Watchdog(timeout_s=0):
             time.sleep(0.5)
-        time.sleep(2.5)
+        time.sleep(4.5)
         """
     )
     assert (done.returncode, done.stderr) == (0, "")
