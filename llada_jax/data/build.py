@@ -187,6 +187,12 @@ def is_done(output: Path, unit: Unit) -> bool:
     return path.exists() and read_json(path)["fingerprint"] == unit.fingerprint
 
 
+def has_training_text(output: Path) -> bool:
+    """Whether a finished unit holds a document to train on."""
+    receipts = map(read_json, output.glob(f"{RECEIPTS}/unit-*.json"))
+    return any(receipt["splits"]["train"]["num_documents"] for receipt in receipts)
+
+
 def remove_leftovers(output: Path, units: list[Unit]) -> None:
     """Removes half-written files, and what units have left that no longer exist."""
     keep = {records_path(output, unit, split).name for split in SPLITS for unit in units}

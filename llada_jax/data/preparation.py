@@ -32,6 +32,7 @@ from llada_jax.data.build import (
     check_splits,
     dataset_json,
     fingerprint,
+    has_training_text,
     in_parts,
     is_done,
     read_json,
@@ -82,8 +83,7 @@ CHECK_CHARS, CHECK_FILES, CHECK_DOCUMENT_CHARS = 500_000, 25, 20_000
 
 LOCK_SECONDS = 5.0  # how long the processes of a killed run are given to notice it
 
-# What a directory was begun with; another run may not change these, because the finished units
-# were made with them.
+# What another run may not change, because the finished units of the directory were made with them.
 SETTINGS = (
     "sequence_length",
     "tokenizer",
@@ -431,8 +431,8 @@ def _lock(output: Path):
 
 
 def _refuse_other_settings(output: Path, source: dict, *, is_own_template: bool) -> None:
-    """Raises UserError when the directory was begun with other settings, or when it is complete and
-    the inputs have changed since.
+    """Raises UserError when text was prepared with other settings, or when the directory is
+    complete and the inputs have changed since.
     """
     is_complete = (output / JSON_NAME).exists()
     file = output / JSON_NAME if is_complete else output / RECEIPTS / "settings.json"
@@ -445,7 +445,10 @@ def _refuse_other_settings(output: Path, source: dict, *, is_own_template: bool)
         # an older version did not write down the tokenizer's own template
         if key == "chat" and is_own_template and was and now and not was["template"]:
             now = {**now, "template": ""}
-        if was != now:
+        if was != now and not is_complete and not has_training_text(output):
+            # A command failed and was given other settings: the tokenizer is made again, too.
+            (output / RECEIPTS / "tokenizer.json").unlink(missing_ok=True)
+        elif was != now:
             raise UserError(
                 f"{output} was prepared with --{key.replace('_', '-')} {was!r} and this command "
                 f"says {now!r}; give the same value, another --output, or delete the directory."

@@ -12,6 +12,8 @@ from llada_jax.data.preparation import prepare
 from llada_jax.data.text import Cut
 from llada_jax.data.tokenizer import load_tokenizer
 
+TEMPLATE = "{% for m in messages %}{{ m.content }}. {% endfor %}"
+
 
 @pytest.mark.parametrize(
     ("change", "message"),
@@ -110,10 +112,51 @@ def test_other_settings_are_refused_by_name_and_nothing_is_overwritten(
     assert tree(tmp_path / "out") == before
 
 
+@pytest.mark.parametrize(
+    ("failing", "message", "right"),
+    [
+        ({"cut": Cut(text_field="body")}, "name one with --text-field", {}),
+        ({"heldout": 0.9999}, "lower --heldout 0.9999", {"heldout": 0.01}),
+    ],
+)
+def test_the_settings_that_a_refusal_names_are_taken_by_the_next_command(
+    tmp_path, failing, message, right
+):
+    write_corpus(tmp_path / "corpus", num_files=1, num_documents=30)
+    corpus, args = [str(tmp_path / "corpus")], {"sequence_length": T, "tokenizer": "bytes"}
+    assert message in refusal(corpus, tmp_path / "out", **args, **failing)
+    prepare(corpus, tmp_path / "out", **args, **right)
+    prepare(corpus, tmp_path / "fresh", **args, **right)
+    assert tree(tmp_path / "out") == tree(tmp_path / "fresh")
+
+
+@pytest.mark.parametrize(
+    ("failing", "message", "right"),
+    [
+        ({}, "choose --chat too_long=drop", {"too_long": "drop"}),
+        ({"too_long": "drop"}, "with --chat malformed=skip", {"malformed": "skip"}),
+        ({}, "choose --chat too_long=drop", {"template": "mine.jinja"}),
+    ],
+)
+def test_the_words_of_chat_that_a_refusal_names_are_taken_by_the_next_command(
+    tmp_path, monkeypatch, failing, message, right
+):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "mine.jinja").write_text(TEMPLATE)
+    records = [{"prompt": "a", "response": text} for text in ("b", "c" * T, "")]
+    (tmp_path / "a.jsonl").write_text("".join(json.dumps(r) + "\n" for r in records))
+    corpus, args = [str(tmp_path / "a.jsonl")], {"sequence_length": T, "tokenizer": "bytes"}
+    words = {"template": "default", **failing}
+    assert message in refusal(corpus, tmp_path / "out", **args, chat=ChatSettings(**words))
+    settings = ChatSettings(**{"too_long": "drop", **words, "malformed": "skip", **right})
+    prepare(corpus, tmp_path / "out", **args, chat=settings)
+    prepare(corpus, tmp_path / "fresh", **args, chat=settings)
+    assert tree(tmp_path / "out") == tree(tmp_path / "fresh")
+
+
 @pytest.mark.parametrize("is_old", [True, False])
 def test_another_template_is_refused_be_it_named_or_that_of_the_tokenizer(tmp_path, is_old):
-    source = "{% for m in messages %}{{ m.content }}. {% endfor %}"
-    load_tokenizer("bytes").with_chat_template(source).save(tmp_path / "tokenizer")
+    load_tokenizer("bytes").with_chat_template(TEMPLATE).save(tmp_path / "tokenizer")
     turns = [{"role": role, "content": role} for role in ("user", "assistant")]
     (tmp_path / "chat.jsonl").write_text(json.dumps({"messages": turns}) + "\n")
     corpus, out = [str(tmp_path / "chat.jsonl")], tmp_path / "out"
