@@ -47,7 +47,7 @@ from llada_jax.samplers.text import (
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Pretrained:
-    """Parameters with all that is needed to use them.
+    """Parameters with all that is needed to use them; a notebook shows the short fields alone.
 
     tokenizer: of the run; see llada_jax.data.tokenizer.
     params: nested dict of sharded arrays, float32 unless keep_float32=False, which on GPUs also
@@ -59,11 +59,11 @@ class Pretrained:
     """
 
     tokenizer: Tokenizer
-    config: dict
-    params: dict
+    config: dict = dataclasses.field(repr=False)
+    params: dict = dataclasses.field(repr=False)
     step: int
-    model: Model
-    run: dict
+    model: Model = dataclasses.field(repr=False)
+    run: dict = dataclasses.field(repr=False)
     mesh: Mesh
 
     @property

@@ -169,3 +169,12 @@ def test_rows_of_any_kind_are_accepted(ids):
 def test_what_is_not_a_whole_number_is_refused(value):
     with pytest.raises(UserError, match=r"^count=.* give a whole number\.$"):
         example(value)
+
+
+# ---- what a notebook shows
+
+
+def test_a_model_is_shown_in_a_line_without_its_parameters(model):
+    assert repr(model) == (
+        f"Pretrained(tokenizer={model.tokenizer!r}, step={model.step}, mesh={model.mesh!r})"
+    )
