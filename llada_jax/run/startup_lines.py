@@ -71,9 +71,11 @@ def startup_lines(
         f"{recipe.remat}, {peak_words}",
     ]
     for s in summaries:
+        # of all tokens, as counted here and by prepare, and not of those that the loss counts
+        bytes_per_token = s.info.splits["train"].num_bytes / s.num_tokens
         lines.append(
             f"data        {s.directory}: {format_count(s.num_tokens)} tokens in {s.num_records:,} "
-            f"rows, {s.bytes_per_token['train']:.2f} bytes per token, "
+            f"rows, {bytes_per_token:.2f} bytes per token, "
             f"{s.num_epochs(num_steps * B / recipe.objective.copies):.2f} epochs"
         )
     # A parameter that no rule of the table splits still trains, and wastes memory on each device

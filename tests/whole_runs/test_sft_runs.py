@@ -53,7 +53,9 @@ def test_a_killed_run_on_packed_rows_equals_the_straight_one(runs, dialogues, st
     words = (f"data.path={dialogues('packed')}", *SFT, *PACKED)
     process = runs.start(workdir, *words)
     kill_when(process, lambda: is_committed(workdir, 10) and last_logged_step(workdir) >= 11)
-    assert "start       step 10 of" in runs.train(workdir, *words)
+    lines = runs.train(workdir, *words)
+    assert "start       step 10 of" in lines
+    assert f"{rate:.2f} bytes per token" in lines
     assert_same_run(workdir, straight, step=20)
 
 
