@@ -49,6 +49,12 @@ def check_schedule(
             f"block_length={block_length} must divide gen_length={gen_length}; "
             f"nearest: {min(divisors, key=lambda n: abs(n - block_length))}."
         )
+    # before the blocks, so that the nearest number that is named below is never too large
+    if steps > gen_length:
+        raise UserError(
+            f"steps={steps} must not exceed gen_length={gen_length}, because every step reveals at "
+            f"least one token; use steps={gen_length}."
+        )
     num_blocks = gen_length // block_length
     if steps % num_blocks:
         lower = steps // num_blocks * num_blocks
@@ -56,12 +62,6 @@ def check_schedule(
         raise UserError(
             f"steps={steps} must be a multiple of the number of blocks, gen_length/block_length = "
             f"{gen_length}/{block_length} = {num_blocks}; nearest: {nearest}."
-        )
-    if steps > gen_length:
-        raise UserError(
-            f"steps={steps} must not exceed gen_length={gen_length}, because every step reveals at "
-            "least one token; "
-            f"use steps={gen_length}."
         )
     check_strengths(temperature=temperature, cfg_scale=cfg_scale)
 

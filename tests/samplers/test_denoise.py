@@ -168,6 +168,8 @@ def test_temperature_zero_depends_on_no_seed():
         ({"block_length": 4, "steps": 6}, "16/4 = 4; nearest: 4 or 8."),
         ({"block_length": 4, "steps": 3}, "16/4 = 4; nearest: 4."),
         ({"steps": 17}, "use steps=16."),
+        # the next multiple of the blocks would be refused as well
+        ({"block_length": 4, "steps": 17}, "use steps=16."),
         ({"steps": 0}, "steps=0 must be at least 1."),
         ({"block_length": -4}, "block_length=-4 must be at least 1."),
         ({"temperature": -1.0}, "temperature=-1.0 must be a number from 0"),
