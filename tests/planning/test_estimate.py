@@ -199,6 +199,25 @@ def test_devices_that_share_a_row_exchange_keys_or_heads(words, heads):
             assert p["traffic"][name] == pytest.approx(same * whole["traffic"][name])
 
 
+def test_parts_of_rows_that_are_too_short_for_a_kernel_take_the_reference():
+    short = "data.sequence_length=512"
+    assert estimated("v5p-128", short)["attention"] == "splash"
+    assert estimated("v5p-128", short, "mesh.sequence=8")["attention"] == "xla"
+
+
+@pytest.mark.parametrize(("rows", "remat"), [(1280, "attention"), (256, "dots")])
+def test_auto_is_the_fastest_policy_that_leaves_a_fifth_of_the_memory(rows, remat):
+    batch = f"data.batch_size={rows}"
+    auto = estimated("v5p-128", batch, "model.remat=auto")
+    peaks = {
+        one: estimated("v5p-128", batch, f"model.remat={one}")["memory"]["peak"]
+        for one in ("dots", "attention", "full")
+    }
+    fitting = [one for one, peak in peaks.items() if peak < 0.8 * auto["usable_bytes"]]
+    assert auto["remat"] == fitting[0] == remat
+    assert auto["memory"]["peak"] == peaks[remat]
+
+
 def test_rows_that_no_kernel_can_attend_to_in_so_many_parts_are_refused():
     words = ("mesh.sequence=8", "model.num_kv_heads=4", "data.attend_across_documents=False")
     with pytest.raises(UserError, match="'triton' needs whole rows here, and 4 key/value heads"):

@@ -86,16 +86,36 @@ def test_a_search_without_a_result_says_so():
     assert plan.knobs_that_fit(asked) == []
 
 
-def test_a_config_that_does_not_fit_is_answered_with_knobs_that_do():
-    config = load_config(LLADA_8B, ["model.remat=none"])
+def test_slices_are_not_told_to_be_split_less_than_they_are():
+    config = load_config(LLADA_8B, ["model.remat=full", "data.batch_size=16", "mesh.data=2"])
+    asked = plan.Asked(config, hardware.machines_named("8xh100"), 2, VOCAB_SIZE)
+    compiled = {"needed_bytes": 2**40, "usable_bytes": 2**36}
+    sentence = plan.does_not_fit({**plan.estimate(asked), "compiled": compiled}, asked)
+    assert "try --config.mesh.tensor=2, then a larger --topology" in sentence
+
+
+def test_a_slower_network_slows_what_is_found():
+    config, machines = load_config(LLADA_8B), hardware.machines_named("16xh100")
+    asked = plan.Asked(config, machines, 1, VOCAB_SIZE)
+    usual, slower = plan.search(asked)[0], plan.search(asked._replace(network_gbps=50))[0]
+    assert slower["seconds_per_step"]["slow"] > usual["seconds_per_step"]["slow"]
+
+
+@pytest.mark.parametrize("words", [["model.remat=none"], ["mesh.data=64", "mesh.fsdp=1"]])
+def test_a_config_that_does_not_fit_is_answered_with_the_fastest_knobs_that_do(words):
+    config = load_config(LLADA_8B, words)
     asked = plan.Asked(config, hardware.machines_named("v5p-128"), 1, VOCAB_SIZE)
     assert plan.estimate(asked)["memory"]["peak"] > 95 * 2**30
     flags = plan.knobs_that_fit(asked)
     assert flags
     overrides = [flag.removeprefix("--config.") for flag in flags]
-    changed = load_config(LLADA_8B, ["model.remat=none", *overrides])
+    changed = load_config(LLADA_8B, [*words, *overrides])
     found = plan.estimate(asked._replace(config=changed))
     assert found["memory"]["peak"] < 0.95 * found["usable_bytes"]
+    fastest = min(plan.search(asked), key=lambda choice: sum(choice["seconds_per_step"].values()))
+    assert {key: found[key] for key in ("mesh", "remat", "microbatches", "seconds_per_step")} == {
+        key: fastest[key] for key in ("mesh", "remat", "microbatches", "seconds_per_step")
+    }
 
 
 @pytest.mark.parametrize(
@@ -107,6 +127,11 @@ def test_a_config_that_does_not_fit_is_answered_with_knobs_that_do():
             ["model.remat=full", "optimizer.gradient_accumulation=3", "mesh.tensor=2"],
         ),
         (["data.batch_size=32", "model.num_kv_heads=1"], ["optimizer.gradient_accumulation=2"]),
+        (
+            ["data.batch_size=64", "model.num_kv_heads=1", "optimizer.gradient_accumulation=2"],
+            ["optimizer.gradient_accumulation=4"],
+        ),
+        (["data.batch_size=4", "mesh.tensor=2"], ["mesh.tensor=4"]),
         (["data.batch_size=8", "mesh.data=2"], ["mesh.data=1"]),
         # without fsdp=-1 the mesh would be one of 4 devices
         (["data.batch_size=8", "mesh.data=2", "mesh.fsdp=4"], []),

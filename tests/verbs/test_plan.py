@@ -54,6 +54,10 @@ def test_the_output_in_the_docs_is_the_one_of_the_command(capsys):
             "--slices 0 must be at least 1.",
         ),
         (
+            ["--topology", "64xh100", "--network-gbps", "0"],
+            "--network-gbps 0.0 must be at least 0.001",
+        ),
+        (
             ["--topology", "v5p-128", "--slices", "2"],
             "config.mesh.data=1 is not a multiple of the 2 slices",
         ),
@@ -90,6 +94,92 @@ def test_the_network_and_the_price_are_said(capsys):
     assert "one axis of links" in "\n".join(plan.describe(estimated()))
 
 
+@pytest.mark.parametrize(
+    ("words", "slices", "said"),
+    [
+        (["objective.name=autoregressive"], 1, "6 * 7.50B + 6 * 32 layers * 4096 * 4096 = 48.2B "),
+        (
+            ["objective.name=vrpo", "objective.num_times=4"],
+            1,
+            "5.33 passes * (6 * 7.50B + 12 * 32 layers * 4096 * 4096) = 274B per token",
+        ),
+        (["mesh.data=2"], 2, "2 x v5p-128: 128 chips, 32 hosts, 128 devices of 459 TFLOP/s"),
+        # 1280 rows of 4096 tokens, on two slices and in two microbatches
+        (
+            ["mesh.data=2", "optimizer.gradient_accumulation=2"],
+            2,
+            "1,310,720 tokens per slice; computing hides the network between slices above 73,440",
+        ),
+        (["optimizer.gradient_accumulation=2"], 1, "tokens in 2 microbatches: 10 rows, "),
+        (["objective.t_sampling=mirrored"], 1, "; logits of 51% of the positions"),
+        # 7.98B frozen parameters in 4 bytes, on 64 devices
+        (["lora.rank=16", "checkpoint.init_from=base"], 1, "(exact), 479 MiB of it frozen"),
+    ],
+)
+def test_a_report_says_what_is_special_about_a_run(words, slices, said):
+    assert said in "\n".join(plan.describe(estimated("v5p-128", *words, slices=slices)))
+
+
+def test_collectives_are_summed_by_kind_and_axes_with_the_largest_first():
+    def one(kind: str, axes: str, times: int, mebibytes: int, **more: bool) -> dict:
+        flags = {"spans_slices": False, "is_overlapped": False, **more}
+        return {
+            "kind": kind,
+            "axes": axes,
+            "times": times,
+            "total_bytes": mebibytes * 2**20,
+            **flags,
+        }
+
+    lines = plan.describe_compiled(
+        {
+            "fits": True,
+            "usable_bytes": 95 * GIB,
+            "peak_bytes": 40 * GIB,
+            "seconds": 90,
+            "collectives": [
+                one("all-reduce", "data", 2, 10, spans_slices=True),
+                one("all-gather", "fsdp", 30, 600, is_overlapped=True),
+                one("all-gather", "fsdp", 3, 60),
+                one("all-gather", "tensor", 4, 900),
+            ],
+            "layout_copies": {"total_bytes": 5 * 2**20, "times": 6},
+            "kernels": {"b": 2, "a": 1},
+            "checks": [
+                {"ok": True, "what": "memory", "words": "as planned"},
+                {"ok": False, "what": "gathers", "words": "twice"},
+            ],
+        }
+    )
+    assert [re.sub(" +", " ", line) for line in lines] == [
+        "compiled in 1m30s: 40.0 GiB of 95.0 GiB per device at the peak",
+        " 900 MiB per step in 4 x all-gather over tensor, 0 of them around a product",
+        " 660 MiB per step in 33 x all-gather over fsdp, 30 of them around a product",
+        " 10.0 MiB per step in 2 x all-reduce between slices, 0 of them around a product",
+        " 5.00 MiB per step in 6 x copy to another layout",
+        " kernels: a x 1, b x 2",
+        " ok memory: as planned",
+        " LOOK gathers: twice",
+    ]
+
+
+def test_a_choice_is_one_line_with_what_the_compiler_has_found():
+    choice = {
+        "mesh": {"data": 1, "fsdp": 32, "tensor": 2},
+        "remat": "full",
+        "microbatches": 4,
+        "peak": 10 * GIB,
+        "seconds_per_step": {"fast": 10.0, "slow": 20.0},
+    }
+    words = "fsdp 32 x tensor 2, remat full, 4 microbatches: 10s to 20s per step, about 10.0 GiB"
+    assert plan.describe_choice(choice) == f"{words} per device"
+    for fits, found in ((True, "11.0 GiB"), (False, "does not fit")):
+        compiled = {"fits": fits, "peak_bytes": 11 * GIB}
+        assert plan.describe_choice({**choice, "compiled": compiled}) == (
+            f"{words} per device (compiled: {found})"
+        )
+
+
 def test_a_config_that_does_not_fit_is_answered_with_the_fastest_that_does(capsys):
     words = ["plan", "--config", LLADA_8B, "--topology", "v5p-128", "--config.model.remat=none"]
     assert main(words) == 0
@@ -98,6 +188,10 @@ def test_a_config_that_does_not_fit_is_answered_with_the_fastest_that_does(capsy
     assert re.search(r"the fastest that fits: (--config\.\S+=\S+ ?)+\n", out)
     assert main([*words[:-1], "--config.data.batch_size=256"]) == 0
     assert "the fastest that fits" not in capsys.readouterr().out
+    assert main(["plan", "--config", LLADA_8B, "--topology", "v5e-4"]) == 0
+    out = capsys.readouterr().out
+    assert "no other mesh, remat policy or microbatches fit these machines\n" in out
+    assert "the fastest that fits" not in out
 
 
 TOO_LARGE = """
