@@ -50,24 +50,43 @@ def test_a_tracker_gets_the_lines_of_metrics_and_is_closed(tmp_path, stand_in, n
     assert started["project"] == "llada_jax"
     assert started["name"].startswith("run-")
     assert started["resume"] == "allow"
+    assert started["config"] == {"seed": 0}
 
 
 @pytest.mark.parametrize("name", TRACKERS)
-def test_a_later_start_in_the_same_workdir_continues_the_run(tmp_path, stand_in, name):
+def test_a_later_start_in_the_same_workdir_continues_the_run(tmp_path, stand_in, name, monkeypatch):
     module = stand_in(name)
-    for workdir in ("a/run", "a/run", "b/run", "gs://bucket/run"):
-        Tracker(name, workdir=workdir if "://" in workdir else str(tmp_path / workdir), config={})
+    for folder in ("a", "b"):
+        (tmp_path / folder).mkdir()
+    bucket = "gs://bucket/run"
+    starts = (
+        ("a", "run"),
+        ("b", "../a/run"),
+        ("b", str(tmp_path / "a/run")),
+        ("b", "run"),
+        ("a", bucket),
+        ("b", bucket),
+    )
+    for folder, workdir in starts:
+        monkeypatch.chdir(tmp_path / folder)
+        Tracker(name, workdir=workdir, config={})
     started = [given for call, given in module.calls if call == "init"]
     identities = [(given["name"], given["id"]) for given in started]
-    assert identities[0] == identities[1]
+    assert identities[0] == identities[1] == identities[2]
+    assert identities[4] == identities[5]
     assert len(set(identities)) == 3
+    # wandb continues the run of an id, and trackio that of a name; it knows no id
+    assert all((known is not None) == (name == "wandb") for _, known in identities)
 
 
-def test_the_project_is_that_of_the_environment(stand_in, monkeypatch, tmp_path):
-    module = stand_in("wandb")
-    monkeypatch.setenv("WANDB_PROJECT", "mine")
-    Tracker("wandb", workdir=str(tmp_path), config={})
-    assert module.calls[0][1]["project"] == "mine"
+@pytest.mark.parametrize("name", TRACKERS)
+def test_the_project_is_that_of_the_environment(stand_in, monkeypatch, tmp_path, name):
+    module = stand_in(name)
+    for value in ("mine", ""):
+        monkeypatch.setenv(TRACKERS[name], value)
+        Tracker(name, workdir=str(tmp_path), config={})
+    started = [given["project"] for call, given in module.calls if call == "init"]
+    assert started == ["mine", "llada_jax"]
 
 
 def test_what_a_tracker_refuses_is_one_sentence(stand_in, monkeypatch, tmp_path):

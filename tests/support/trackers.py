@@ -11,7 +11,8 @@ class StandIn(types.ModuleType):
         self.calls = []
 
     def init(self, *, project, name, resume, config=None, id=None):
-        self.calls.append(("init", {"project": project, "name": name, "resume": resume, "id": id}))
+        given = {"project": project, "name": name, "resume": resume, "config": config, "id": id}
+        self.calls.append(("init", given))
         if project == "forbidden":
             raise RuntimeError("no permission\nfor this project")
 
