@@ -4,13 +4,12 @@ as, what it refuses, and that a score which is not a bound bounds no text.
 
 import dataclasses
 import json
-import sys
-import types
 
 import jax
 import numpy as np
 import pytest
 from support.exports import LLADA, write_checkpoint
+from support.harness_stand_in import Request, put_harness_in_place
 from support.hf_directories import SMALL, our_config, random_params, write_tokenizer, write_weights
 
 import llada_jax
@@ -23,13 +22,6 @@ from llada_jax.masks import CAUSAL
 from llada_jax.samplers import denoise
 
 TEMPLATE = "{% for m in messages %}<|start|>{{ m['content'] }}<|eot_id|>{% endfor %}{{ eos_token }}"
-
-
-class Request:
-    task_name, doc_id = "task", 0
-
-    def __init__(self, prompt, settings=None):
-        self.args = (prompt,) if settings is None else (prompt, settings)
 
 
 @pytest.fixture(scope="module")
@@ -47,12 +39,7 @@ def pretrained(tmp_path_factory):
 @pytest.fixture
 def make(pretrained, monkeypatch):
     """Returns make(**settings) -> HarnessModel, with a stand-in for the harness."""
-    api = types.ModuleType("lm_eval.api.model")
-    api.LM = types.SimpleNamespace(register=lambda model: None)
-    api.CacheHook = lambda lm: types.SimpleNamespace(add_partial=lambda *_: None)
-    for name in ("lm_eval", "lm_eval.api"):
-        monkeypatch.setitem(sys.modules, name, types.ModuleType(name))
-    monkeypatch.setitem(sys.modules, "lm_eval.api.model", api)
+    put_harness_in_place(monkeypatch)
     return lambda asked=pretrained, **settings: HarnessModel(asked, seed=5, **settings)
 
 
