@@ -171,15 +171,22 @@ def cudnn_attention(
             query_lengths = jnp.maximum(query_lengths, 1)
         q_BTNH = jnp.where(is_real_BT[:, :, None, None], q_BTNH, 0)
         k_BSKH, v_BSKH = (jnp.where(is_real_BS[:, :, None, None], x, 0) for x in (k_BSKH, v_BSKH))
-    out_BTNH = jax.nn.dot_product_attention(
-        q_BTNH,
-        k_BSKH,
-        v_BSKH,
-        is_causal=mask.causal,
-        query_seq_lengths=query_lengths,
-        key_value_seq_lengths=key_lengths,
-        implementation="cudnn",
-    )
+    try:
+        out_BTNH = jax.nn.dot_product_attention(
+            q_BTNH,
+            k_BSKH,
+            v_BSKH,
+            is_causal=mask.causal,
+            query_seq_lengths=query_lengths,
+            key_value_seq_lengths=key_lengths,
+            implementation="cudnn",
+        )
+    # Heads of more than 128 are for Hopper and newer, and jax asks the devices of this process.
+    except NotImplementedError as error:
+        raise UserError(
+            f"The attention kernel 'cudnn' is not for these devices: {str(error).rstrip('.')}; set "
+            "config.model.attention to auto or xla."
+        ) from error
     if segment_ids_BT is None:
         return out_BTNH
     return jnp.where(is_real_BT[:, :, None, None], out_BTNH, 0)
@@ -286,6 +293,48 @@ def check_expressible(name: str, mask: Mask) -> None:
             f"The attention kernel {name!r} cannot express blocks, and the mask has "
             f"block_length={mask.block_length}; set config.model.attention to auto or xla."
         )
+
+
+def check_shape(name: str, *, sequence_length: int, head_dim: int, dtype: Any) -> None:
+    """Raises UserError when the kernel `name`, which a config may ask for, takes no such arrays on
+    any device; what XLA compiles takes all.
+
+    Args:
+        sequence_length: of the queries and keys that the kernel sees, in tokens.
+        head_dim, dtype: of q, k and v.
+    """
+    T, of_dtype = sequence_length, jnp.dtype(dtype).name
+    item_bytes = jnp.dtype(dtype).itemsize
+    needs = []
+    if name == "splash":
+        needs = [(T % 128 == 0, f"a sequence length that is a multiple of 128, not {T}")]
+    elif name == "cudnn":
+        needs = [
+            (item_bytes == 2, f"numbers of 16 bits, not {of_dtype}"),
+            (
+                head_dim % 8 == 0 and head_dim <= 256,
+                f"heads of a multiple of 8 and at most 256, not {head_dim}",
+            ),
+            (T % 2 == 0, f"an even sequence length, not {T}"),
+        ]
+    elif name == "triton":
+        # Its tiles have 128 tokens or the whole row, and powers of two in both directions; those
+        # with more bytes per token do not fit the shared memory of any GPU.
+        is_tiled = T % 128 == 0 or (T < 128 and T.bit_count() == 1)
+        most = 256 // item_bytes
+        needs = [
+            (is_tiled, f"a sequence length that is a multiple of 128, not {T}"),
+            (
+                head_dim <= most,
+                f"heads of at most {most} in {of_dtype}, not {head_dim}",
+            ),
+        ]
+    for is_met, need in needs:
+        if not is_met:
+            raise UserError(
+                f"The attention kernel {name!r} needs {need}; set config.model.attention to auto "
+                "or xla."
+            )
 
 
 def choose(

@@ -21,9 +21,9 @@ from llada_jax.data.batch import PAIR_FIELDS, check_fields
 from llada_jax.errors import UserError
 from llada_jax.masks import Mask
 from llada_jax.models.adapters import Lora
-from llada_jax.models.attention import choose
+from llada_jax.models.attention import check_shape, choose
 from llada_jax.models.model import Model, compute_dtype, make_model
-from llada_jax.models.split_rows import check_exchange
+from llada_jax.models.split_rows import check_exchange, exchange_for
 from llada_jax.models.transformer import Architecture
 from llada_jax.objectives.named import make_objective
 from llada_jax.objectives.objective import Objective
@@ -80,25 +80,8 @@ def make_recipe(config: Any, tokenizer: Any, mesh: Mesh, *, provided: Any = None
     dtype = compute_dtype(config.model.dtype, platform)
     is_compute = config.optimizer.gradient_dtype == "compute"
     gradient_dtype = dtype if is_compute else jnp.dtype(config.optimizer.gradient_dtype)
-    choose_for = functools.partial(
-        choose,
-        config.model.attention,
-        platform=sharding.kernel_platform(mesh),
-        packed=not config.data.attend_across_documents,
-        mask=objective.mask,
-        head_dim=architecture.head_dim,
-        dtype=dtype,
-    )
+    attention = attention_for(config, architecture, objective.mask, mesh, dtype=dtype)
     num_parts = sharding.axis_size(mesh, "act_position")
-    attention = choose_for(sequence_length=T // num_parts)
-    # what XLA compiles takes any length
-    for length in () if attention.startswith("xla") else config.data.length_buckets:
-        if choose_for(sequence_length=length // num_parts) != attention:
-            raise UserError(
-                f"config.data.length_buckets: the attention kernel {attention!r}, which suits "
-                f"{T} tokens, does not take {length}; choose multiples of {128 * num_parts}."
-            )
-    check_rows(architecture, attention, objective.mask, mesh)
     # XLA aborts with "Invalid binary instruction opcode copy" (jax 0.10.2 and 0.12.0)
     if platform == "cpu" and num_parts > 1 and dtype == jnp.bfloat16:
         raise UserError(
@@ -251,16 +234,44 @@ def runs_without_loop(objective: Objective, mesh: Mesh, *, num_layers: int) -> b
     return is_gpu and is_short and mesh.size == 1 and objective.split_parameters is None
 
 
-def check_rows(a: Architecture, attention: str, mask: Mask, mesh: Mesh) -> None:
-    """Raises UserError when the kernel cannot attend to rows that the mesh splits."""
-    if (num_parts := sharding.axis_size(mesh, "act_position")) > 1:
-        check_exchange(
-            attention,
-            mask,
-            num_heads=a.num_heads // sharding.axis_size(mesh, "heads"),
-            num_kv_heads=a.num_kv_heads // sharding.axis_size(mesh, "kv_heads"),
-            num_parts=num_parts,
-        )
+def attention_for(config: Any, a: Architecture, mask: Mask, mesh: Mesh, *, dtype: Any) -> str:
+    """Returns the attention kernel of a run, see llada_jax.models.attention.choose.
+
+    Raises:
+        UserError: the kernel cannot attend to the rows of the config, or to rows that the mesh
+            splits.
+    """
+    T, buckets = config.data.sequence_length, config.data.length_buckets
+    num_parts = sharding.axis_size(mesh, "act_position")
+    choose_for = functools.partial(
+        choose,
+        config.model.attention,
+        platform=sharding.kernel_platform(mesh),
+        packed=not config.data.attend_across_documents,
+        mask=mask,
+        head_dim=a.head_dim,
+        dtype=dtype,
+    )
+    attention = choose_for(sequence_length=T // num_parts)
+    # what XLA compiles takes any length
+    for length in () if attention.startswith("xla") else buckets:
+        if choose_for(sequence_length=length // num_parts) != attention:
+            raise UserError(
+                f"config.data.length_buckets: the attention kernel {attention!r}, which suits "
+                f"{T} tokens, does not take {length}; choose multiples of {128 * num_parts}."
+            )
+    heads = {
+        "num_heads": a.num_heads // sharding.axis_size(mesh, "heads"),
+        "num_kv_heads": a.num_kv_heads // sharding.axis_size(mesh, "kv_heads"),
+    }
+    is_whole = num_parts == 1
+    if not is_whole:
+        check_exchange(attention, mask, **heads, num_parts=num_parts)
+        is_whole = exchange_for(attention, mask, **heads, num_parts=num_parts) == "heads"
+    for length in (*buckets, T):
+        columns = length if is_whole else length // num_parts
+        check_shape(attention, sequence_length=columns, head_dim=a.head_dim, dtype=dtype)
+    return attention
 
 
 def resolved_remat(config: Any, parts: Any, mesh: Mesh) -> str:

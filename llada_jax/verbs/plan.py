@@ -9,12 +9,11 @@ from typing import Any, NamedTuple
 
 import jax
 
-from llada_jax.cluster import hardware, sharding
+from llada_jax.cluster import hardware
 from llada_jax.cluster.compiler_flags import flags_named
 from llada_jax.cluster.hardware import ACCELERATORS, Slice
 from llada_jax.config import default_config, load_config
 from llada_jax.errors import UserError
-from llada_jax.models.attention import choose
 from llada_jax.planning.absent_devices import (
     absent_mesh,
     load_compiler,
@@ -29,7 +28,7 @@ from llada_jax.streams import write_line
 from llada_jax.training.memory import Workload
 from llada_jax.training.step import (
     Recipe,
-    check_rows,
+    attention_for,
     make_recipe,
     resolved_remat,
     workload_of,
@@ -171,16 +170,9 @@ def recipe_of_shapes(config, mesh, vocab_size: int) -> Recipe:
     if traced.model.remat == AUTO:
         traced.model.remat = "full"
     recipe = make_recipe(traced, stand_in_tokenizer(vocab_size), mesh)
-    attention = choose(
-        config.model.attention,
-        platform=sharding.platform(mesh),
-        packed=not config.data.attend_across_documents,
-        mask=recipe.objective.mask,
-        sequence_length=config.data.sequence_length // sharding.axis_size(mesh, "act_position"),
-        head_dim=recipe.architecture.head_dim,
-        dtype=recipe.dtype,
+    attention = attention_for(
+        config, recipe.architecture, recipe.objective.mask, mesh, dtype=recipe.dtype
     )
-    check_rows(recipe.architecture, attention, recipe.objective.mask, mesh)
     recipe = recipe._replace(attention=attention)
     return recipe._replace(remat=resolved_remat(config, recipe, mesh))
 

@@ -26,6 +26,7 @@ from llada_jax.models import attention
 from llada_jax.models.attention import (
     IMPLEMENTATIONS,
     attend,
+    check_shape,
     choose,
     cudnn_attention,
     triton_attention,
@@ -237,6 +238,47 @@ def test_a_kernel_that_cannot_do_it_is_refused_with_a_remedy(name, changes, sent
     with pytest.raises(UserError) as error:
         chosen(name, **changes)
     assert sentence in str(error.value)
+
+
+@pytest.mark.parametrize(
+    ("name", "changes", "sentence"),
+    [
+        ("splash", {"sequence_length": 1000}, "a sequence length that is a multiple of 128, not 1"),
+        ("cudnn", {"dtype": "float32"}, "needs numbers of 16 bits, not float32; set config.model"),
+        ("cudnn", {"head_dim": 60}, "heads of a multiple of 8 and at most 256, not 60"),
+        ("cudnn", {"head_dim": 264}, "heads of a multiple of 8 and at most 256, not 264"),
+        ("cudnn", {"sequence_length": 1001}, "an even sequence length, not 1001"),
+        (
+            "triton",
+            {"sequence_length": 1000},
+            "'triton' needs a sequence length that is a multiple",
+        ),
+        ("triton", {"sequence_length": 96}, "a multiple of 128, not 96"),
+        ("triton", {"head_dim": 136}, "heads of at most 128 in bfloat16, not 136"),
+        ("triton", {"dtype": "float32"}, "at most 64 in float32, not 128; set config.model.att"),
+    ],
+)
+def test_a_kernel_by_name_refuses_arrays_that_it_never_takes(name, changes, sentence):
+    arrays = {"sequence_length": 4096, "head_dim": 128, "dtype": "bfloat16"}
+    check_shape(name, **arrays)
+    with pytest.raises(UserError) as error:
+        check_shape(name, **{**arrays, **changes})
+    assert sentence in str(error.value)
+
+
+@pytest.mark.parametrize(
+    ("name", "sequence_length", "head_dim", "dtype"),
+    [
+        ("splash", 384, 6, "float32"),
+        ("cudnn", 1000, 256, "bfloat16"),
+        ("triton", 384, 10, "bfloat16"),
+        ("triton", 64, 64, "float32"),
+        ("xla", 1001, 1000, "float32"),
+        ("xla_by_head", 1001, 1000, "float32"),
+    ],
+)
+def test_a_kernel_by_name_takes_what_the_compilers_take(name, sequence_length, head_dim, dtype):
+    check_shape(name, sequence_length=sequence_length, head_dim=head_dim, dtype=dtype)
 
 
 @pytest.mark.parametrize("name", IMPLEMENTATIONS)

@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 from support.attention import SEGMENTS, B, H, check, inputs, reference
 
+from llada_jax.errors import UserError
 from llada_jax.masks import BIDIRECTIONAL, CAUSAL
 from llada_jax.models.attention import cudnn_attention
 
@@ -29,6 +30,16 @@ def test_cudnn_attention_is_handed_lengths_and_never_a_mask(monkeypatch, segment
         np.testing.assert_array_equal(seen["query_seq_lengths"].shape, [B])
     else:
         assert seen["query_seq_lengths"] is None
+
+
+def test_what_cudnn_does_not_take_on_these_devices_is_said_in_a_sentence(monkeypatch):
+    def refuses(*_, **__):
+        raise NotImplementedError("The head dim must be <= 128 and a multiple of 8, but got 192.")
+
+    monkeypatch.setattr(jax.nn, "dot_product_attention", refuses)
+    q, k, v = inputs(4, 2)[:3]
+    with pytest.raises(UserError, match="for these devices: The .* but got 192; set config.model"):
+        cudnn_attention(q, k, v, None, mask=BIDIRECTIONAL)
 
 
 def leaves_padding_unwritten(real):

@@ -224,6 +224,23 @@ def test_rows_that_no_kernel_can_attend_to_in_so_many_parts_are_refused():
         estimated("64xh100", *words)
 
 
+def test_a_plan_refuses_rows_that_the_kernel_does_not_take():
+    narrow, shared = "data.sequence_length=4104", ("data.sequence_length=4224", "mesh.sequence=4")
+    for topology, name, words, sentence in (
+        ("64xh100", "cudnn", ("model.dtype=float32",), "'cudnn' needs numbers of 16 bits"),
+        ("64xh100", "triton", (narrow,), "'triton' needs a sequence length .* not 4104"),
+        ("v5p-128", "splash", (narrow,), "'splash' needs a sequence length .* not 4104"),
+        ("64xh100", "triton", ("data.length_buckets=(192,)",), "'triton' needs .* not 192"),
+        ("64xh100", "auto", ("data.length_buckets=(192,)",), "does not take 192; choose multiples"),
+        # devices that attend from their own positions
+        ("v5p-128", "splash", (*shared, "model.num_kv_heads=2"), "128, not 1056"),
+    ):
+        with pytest.raises(UserError, match=sentence):
+            estimated(topology, f"model.attention={name}", *words)
+    # devices that exchange heads attend from whole rows
+    assert estimated("v5p-128", *shared, "model.attention=splash")["attention"] == "splash"
+
+
 def test_gradients_summed_in_float32_double_their_traffic_and_no_other():
     wide = "optimizer.gradient_dtype=float32"
     for words, name in (
