@@ -1,0 +1,97 @@
+"""The directory of an export: whole or not at all, whatever was there before, and of one process or
+of several.
+"""
+
+import jax
+import numpy as np
+import pytest
+from jax.experimental import multihost_utils
+from support.errors import error_of
+
+from llada_jax.errors import UserError
+from llada_jax.hf.directory import becoming, check_output
+
+
+def write(output, *names: str, ends_with: type[BaseException] | None = None) -> None:
+    with becoming(output) as partial:
+        for name in names:
+            (partial / name).write_text(name)
+        if ends_with:
+            raise ends_with
+
+
+def names_in(directory) -> list[str]:
+    return sorted(path.name for path in directory.iterdir())
+
+
+def test_what_a_killed_export_has_left_is_not_part_of_the_next_one(tmp_path):
+    output, partial = tmp_path / "out", tmp_path / "out.partial"
+    (partial / "custom_generate").mkdir(parents=True)
+    for name in ("model.safetensors", "custom_generate/generate.py"):
+        (partial / name).write_text("old")
+    write(output, "config.json")
+    assert names_in(output) == ["config.json"]
+    assert names_in(tmp_path) == ["out"]
+
+
+def test_an_export_that_fails_leaves_nothing_of_itself_and_what_was_there(tmp_path):
+    output = tmp_path / "out"
+    write(output, "config.json")
+    for failure in (UserError, KeyboardInterrupt):
+        with pytest.raises(failure):
+            write(output, "half", ends_with=failure)
+        assert names_in(output) == ["config.json"]
+        assert names_in(tmp_path) == ["out"]
+
+
+def test_a_second_export_neither_writes_into_the_first_nor_removes_it(tmp_path):
+    output = tmp_path / "out"
+    with becoming(output) as partial:
+        (partial / "config.json").write_text("")
+        message = error_of(write, output, "other")
+        assert f"Another export is writing into {partial}" in message
+        assert names_in(partial) == ["config.json"]
+    assert names_in(output) == ["config.json"]
+
+
+def test_an_export_that_was_killed_between_two_renames_gives_the_old_one_back(tmp_path):
+    output = tmp_path / "out"
+    write(output, "old")
+    output.rename(tmp_path / "out.replaced")
+    with pytest.raises(UserError):
+        write(output, ends_with=UserError)
+    assert names_in(output) == ["old"]
+    assert names_in(tmp_path) == ["out"]
+
+
+@pytest.mark.parametrize("index", [0, 1])
+def test_a_failure_of_one_process_is_that_of_all(tmp_path, monkeypatch, index):
+    """Two processes, of which the second fails while it is made or while it is filled."""
+    asked = []
+
+    def process_allgather(has_failed):
+        asked.append(bool(has_failed))
+        return np.array([has_failed, len(asked) == fails])
+
+    monkeypatch.setattr(jax, "process_count", lambda: 2)
+    monkeypatch.setattr(jax, "process_index", lambda: index)
+    monkeypatch.setattr(multihost_utils, "process_allgather", process_allgather)
+    for fails, done in ((1, 1), (2, 2), (None, 3)):
+        asked.clear()
+        output = tmp_path / f"out-{fails}"
+        # that of the first process is on a disk that both share
+        (tmp_path / f"{output.name}.partial").mkdir()
+        if fails is None:
+            write(output, "config.json")
+        else:
+            message = error_of(write, output, "config.json")
+            assert f"{output} was not written, because process 1 failed" in message
+        assert asked == [False] * done
+        # the first process alone makes, renames and removes
+        assert output.exists() == (index == 0 and fails is None)
+        assert (tmp_path / f"{output.name}.partial").exists() == (index == 1)
+
+
+def test_a_bucket_is_not_a_directory(tmp_path):
+    message = error_of(check_output, "gs://bucket/out", force=True)
+    assert "gs://bucket/out must be a local or mounted directory" in message
