@@ -69,6 +69,7 @@ from tpu_vm_workers import (
 from llada_jax.cluster.hardware import machines_named
 from llada_jax.errors import UserError, look_up
 from llada_jax.paths import path_of_flag
+from llada_jax.ranges import Range, check_number
 from llada_jax.storage.files import writing
 
 REPOSITORY = Path(__file__).parent.parent
@@ -293,7 +294,10 @@ def parse(argv: list[str]) -> argparse.Namespace:
 
 
 def target_of(args: argparse.Namespace) -> Target:
-    """Returns what a command line asks for; raises UserError when TPU VMs do not offer it."""
+    """Returns what a command line asks for; raises UserError when TPU VMs do not offer it, or when
+    --poll is not a time to wait.
+    """
+    check_number("--poll ", args.poll, Range(0, 86_400, above=True))
     tpu = machines_named(args.topology)
     if tpu.accelerator.platform != "tpu":
         raise UserError(

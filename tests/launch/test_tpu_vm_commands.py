@@ -84,6 +84,8 @@ def test_every_slice_is_created_with_its_own_runtime(name):
         (["--topology", "v6e-16", "--slices", "0"], "at least 1"),
         (["--topology", "v6e-16", "--name", "Big_Run"], "lower-case"),
         (["--topology", "v6e-16", "--name", "a" * 64], "shorten it by 1"),
+        (["--topology", "v6e-16", "--poll", "-1"], "--poll -1.0 must lie in (0, 86400]"),
+        (["--topology", "v6e-16", "--poll", "nan"], "--poll nan must be a finite number"),
         ([], "--topology is missing"),
     ],
 )
