@@ -39,6 +39,7 @@ from preflight import Place
 
 from llada_jax.cluster.hardware import ACCELERATORS, Slice, machines_named
 from llada_jax.errors import UserError
+from llada_jax.ranges import Range, check_number
 
 CONTAINER, JOB = "trainer", "slice-job"
 # How long a finished JobSet, and so its logs, can still be read.
@@ -265,6 +266,8 @@ def jobset(*, name: str, hosts: Hosts, template: dict, max_restarts: int, queue:
 
 def machines_of(args: argparse.Namespace) -> Slice:
     """Returns one slice, or all GPUs, of a command line: v5p-128, 64xh100, or h100 with --hosts."""
+    if args.hosts is not None:
+        check_number("--hosts ", args.hosts, Range(1))
     is_chip = args.topology in ACCELERATORS
     if is_chip and ACCELERATORS[args.topology].platform == "gpu":
         chip = ACCELERATORS[args.topology]

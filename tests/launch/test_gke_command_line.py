@@ -37,6 +37,8 @@ def test_a_name_that_kubectl_would_take_for_a_flag_is_refused(words, action, cap
         (["--name", "a" * 60, "--topology", "v5p-8"], "shorten it by"),
         (["--topology", "v5p-9"], "v5p-8"),
         (["--topology", "h100", "--slices", "2"], "--hosts 2"),
+        (["--topology", "h100", "--hosts", "0"], "--hosts 0 must be at least 1."),
+        (["--topology", "h100", "--hosts", "-2"], "--hosts -2 must be at least 1."),
         (["--topology", "v5p-8", "--hosts", "2"], "--hosts is for the name of a GPU"),
         (["--topology", "12xh100"], "choose a multiple of 8"),
         (["--topology", "4xh100"], "write 8xh100"),
