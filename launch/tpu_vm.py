@@ -91,14 +91,14 @@ class Running:
     def status(self) -> int | None:
         """Returns the worker's exit status, or None while it runs.
 
-        If the command was never reached, this is 255, the status of ssh itself.
+        If the command was never reached, or if ssh was killed on this machine, this is 255, the
+        status with which ssh itself ends when it has lost the worker.
         """
         status = self.process.poll()
-        return (
-            255
-            if status and STARTED.encode() not in self.log.read_bytes()[self.offset :]
-            else status
-        )
+        if not status:
+            return status
+        is_lost = status < 0 or STARTED.encode() not in self.log.read_bytes()[self.offset :]
+        return 255 if is_lost else status
 
 
 def start_workers(target: Target, script: str, logs: Path) -> list[Running]:

@@ -123,8 +123,10 @@ def gcloud(command: list[str], *, poll: float, stop: Stop, accept: str = "") -> 
             return done.stdout.strip()
         if accept and accept in done.stderr:
             return ""
-        # ssh exits with 255 while a new worker does not know the key yet.
-        if attempt == MAX_TRIES or not (TRANSIENT.search(done.stderr) or done.returncode == 255):
+        # ssh exits with 255 while a new worker does not know the key yet. Below 0, a signal ended
+        # the command on this machine.
+        may_pass = done.returncode == 255 or done.returncode < 0 or TRANSIENT.search(done.stderr)
+        if attempt == MAX_TRIES or not may_pass:
             break
         failed = f"{shlex.join(command[:6])} failed, try {attempt} of {MAX_TRIES}"
         say(f"{failed}: {done.stderr.strip()[-200:]}")

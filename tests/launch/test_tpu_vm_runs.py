@@ -1,10 +1,13 @@
 """Runs of launch/tpu_vm.py against a stand-in for gcloud (support/fake_gcloud.py)."""
 
 import signal
+import subprocess
 import time
+import types
 from pathlib import Path
 
 import pytest
+import tpu_vm
 import tpu_vm_workers
 from support.fake_gcloud import JOB, Cloud, until
 from tpu_vm_commands import STARTED
@@ -217,6 +220,26 @@ def test_a_worker_that_cannot_be_reached_restarts_all_workers(cloud):
     assert [cloud.starts(worker) for worker in range(4)] == [2, 2, 1, 2]
 
 
+@pytest.mark.parametrize(
+    ("end", "earlier", "now", "status"),
+    [
+        ("exit 3", "", STARTED, 3),
+        # an earlier start has reached the worker, and this one has not
+        ("exit 3", STARTED, "", 255),
+        # as when the memory of this machine is full
+        ("kill -KILL $$", "", STARTED, 255),
+        ("exit 0", "", STARTED, 0),
+    ],
+)
+def test_a_worker_that_was_lost_has_the_status_of_ssh(tmp_path, end, earlier, now, status):
+    log = tmp_path / "log"
+    log.write_text(earlier + now)
+    process = subprocess.Popen(["bash", "-c", end])
+    process.wait(60)
+    worker = tpu_vm.Running(log=log, offset=len(earlier), process=process)
+    assert worker.status() == status
+
+
 @pytest.mark.slow
 def test_the_number_of_restarts_is_limited(cloud):
     cloud.plan("states", ["ACTIVE"])
@@ -315,6 +338,13 @@ def test_commands_that_fail_with_transient_errors_are_tried_again(cloud):
     status, err = cloud.run()
     assert status == 0, err
     assert cloud.count("create") == 2
+
+
+def test_a_command_that_is_killed_on_this_machine_is_tried_again(tmp_path):
+    script = 'mkdir "$0" 2>/dev/null && kill -KILL $$; echo there'
+    stop = types.SimpleNamespace(is_requested=False)
+    command = ["bash", "-c", script, str(tmp_path / "killed")]
+    assert tpu_vm_workers.gcloud(command, poll=0.01, stop=stop) == "there"
 
 
 @pytest.mark.parametrize(
