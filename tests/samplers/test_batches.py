@@ -193,6 +193,7 @@ def test_a_lookahead_that_sees_everything_changes_nothing():
         ({"lookahead": -1}, "lookahead=-1 must not be negative"),
         ({"lookahead": 2**31 - 1}, "lookahead=2147483647 must be at most 16777216."),
         ({"lookahead": 4, "append": True}, "append is lookahead=0"),
+        ({"lookahead": 0, "append": True}, "append is lookahead=0"),
     ],
 )
 def test_impossible_windows_are_refused(settings, sentence):

@@ -99,6 +99,7 @@ def test_the_noise_of_a_position_does_not_depend_on_the_window():
         ({"top_p": 0.0, "temperature": 1.0}, "top_p=0.0 must be greater than 0"),
         ({"top_p": 1.5, "temperature": 1.0}, "top_p=1.5 must be greater than 0 and at most 1"),
         ({"top_k": 5}, "temperature=0 draws nothing"),
+        ({"top_p": 0.5}, "temperature=0 draws nothing"),
         ({"suppress": [-1]}, "suppress=-1 is not the id of a token"),
         ({"suppress": [1.5]}, "suppress=1.5 is not the id of a token"),
         ({"suppress": [True]}, "suppress=True is not the id of a token"),

@@ -165,9 +165,10 @@ def test_a_criterion_without_an_amount_takes_the_published_one():
     assert parse_commit("schedule") == Commit("schedule", 0.0)
 
 
-def test_a_criterion_with_another_order_is_refused():
+@pytest.mark.parametrize("remasking", ["random", "margin"])
+def test_a_criterion_with_another_order_is_refused(remasking):
     with pytest.raises(UserError, match="leave remasking out, or use commit=schedule"):
-        sample([[1]], commit="threshold", remasking="random")
+        sample([[1]], commit="threshold", remasking=remasking)
 
 
 def test_steps_bound_the_passes_of_every_criterion():

@@ -22,6 +22,7 @@ from support.toy_networks import (
 from llada_jax.errors import UserError
 from llada_jax.samplers.canvas import make_canvas
 from llada_jax.samplers.denoise import denoise, generate
+from llada_jax.samplers.settings import check_request
 from llada_jax.samplers.text import generate_tokens
 
 
@@ -178,6 +179,7 @@ def test_temperature_zero_depends_on_no_seed():
         ({"temperature": 1e39}, "temperature=1e+39 must be a number from 0 to 1e+06; use 0"),
         ({"remasking": "low-confidence"}, "Did you mean 'low_confidence'?"),
         ({"seed": -1}, "seed=-1 must lie between"),
+        ({"seed": 2**32}, "seed=4294967296 must lie between 0 and 2**32 - 1."),
         ({"batch_size": 0}, "batch_size=0 must be at least 1."),
         ({"prompts": []}, "at least one"),
     ],
@@ -187,6 +189,12 @@ def test_impossible_requests_are_refused_with_a_remedy(changes, sentence):
     with pytest.raises(UserError) as error:
         generate_tokens(toy_logits, toy_params(), request.pop("prompts"), **request)
     assert sentence in str(error.value)
+
+
+def test_more_texts_than_a_request_can_have_are_refused():
+    check_request(num_prompts=2**24, batch_size=1, seed=0)
+    with pytest.raises(UserError, match="There are 16777217 texts to generate, .* at most 167772"):
+        check_request(num_prompts=2**24 + 1, batch_size=1, seed=0)
 
 
 def test_logits_of_the_whole_row_are_refused_where_a_block_was_asked_for():

@@ -232,6 +232,7 @@ def test_rules_are_named_with_or_without_an_amount():
         ({"revise": "remdm-cap=x"}, "the usual one is remdm-cap=0.008."),
         ({"revise": "none=1"}, "takes no amount"),
         ({"revise": "wino", "cache": "dual"}, "without a cache; leave cache=dual out"),
+        ({"revise": "wino", "cache": "prefix"}, "without a cache; leave cache=prefix out"),
         ({"revise": "remdm-loop", "commit": "threshold"}, "has a schedule of its own"),
     ],
 )
