@@ -149,6 +149,9 @@ class Checkpoints:
         # would hold the only chunk next to the array, twice its size.
         context.array.saving.storage_options.chunk_byte_size = CHUNK_BYTES
         context.array.saving.scoped_storage_options_creator = _storage_of
+        # In the background, threads of Orbax would wait 20 minutes for folders that a disk refuses,
+        # and Python waits for its threads before it exits.
+        context.async_options.create_directories_asynchronously = False
         if self._is_remote:
             # Orbax commits a step by renaming its folder, which a bucket cannot do at once; there
             # the file that is written last marks the step as committed.

@@ -1,5 +1,6 @@
 """Checkpoints in a workdir: arrays that are read one by one, and records that are not ours."""
 
+import sys
 import time
 
 import jax
@@ -12,6 +13,7 @@ from orbax.checkpoint import v1 as ocp
 from support.errors import error_of
 from support.exports import LLADA, write_checkpoint
 from support.hf_directories import random_params
+from support.processes import run_python
 from support.records import small_record
 from support.states import abstract_of, assert_same, mesh_of, state_at
 
@@ -105,6 +107,34 @@ def test_a_checkpoint_below_a_directory_of_any_name_is_read_again(name, tmp_path
     for words in (workdir, f"{workdir}@3"):
         found, step = find_checkpoint(str(words))
         np.testing.assert_array_equal(found.read_array(step, "params/w", (6,)), params["w"])
+
+
+REFUSED_SAVE = """
+import os, sys
+sys.path[:] = {path}
+import jax.numpy as jnp
+from support.records import small_record
+from llada_jax.checkpoints.orbax_patches import drop_echoes
+from llada_jax.checkpoints.workdir import Checkpoints
+from llada_jax.errors import UserError
+from llada_jax.training.state import TrainState
+
+drop_echoes()
+saved = Checkpoints({workdir!r})
+# There is no folder of this name, and there can be none.
+os.symlink("nowhere", saved.directory / "3.orbax-checkpoint-tmp")
+try:
+    saved.save(TrainState(jnp.int32(3), {{"w": jnp.ones(4)}}, (), {{}}, {{}}), small_record())
+    saved.wait()
+except UserError as error:
+    print(error)
+"""
+
+
+def test_a_process_to_which_the_folder_of_a_step_is_refused_ends_at_once(tmp_path):
+    ended = run_python(REFUSED_SAVE.format(path=sys.path, workdir=str(tmp_path)), timeout=100)
+    assert ended.stdout.startswith("Step 3 could not be saved in "), ended.stderr
+    assert ended.returncode == 0
 
 
 def test_a_half_written_step_is_removed_by_the_run_and_by_no_reader(tmp_path):
