@@ -101,12 +101,14 @@ def items_of(rows: Sequence[dict], direction: str, tokenizer: Any) -> list[Item]
     """Returns the questions of one direction.
 
     forwards: what follows the prompt? backwards: the same of the row's "backwards", where it has
-    one. infill: what stands before the answer? The prompt is masked where it stands.
+    one. infill: what stands before the answer, where something does? The prompt is masked where it
+    stands.
 
     The questions of a file have independent noise, also where several have the same prompt.
     """
     if direction == "infill":
-        return _told_apart([_infill_item(row, tokenizer) for row in rows])
+        items = [_infill_item(row, tokenizer) for row in rows if row["prompt"].strip()]
+        return _told_apart(items)
     if direction == "backwards":
         rows = [row["backwards"] for row in rows if "backwards" in row]
     items = []
@@ -120,6 +122,11 @@ def items_of(rows: Sequence[dict], direction: str, tokenizer: Any) -> list[Item]
 def _infill_item(row: dict, tokenizer: Any) -> Item:
     def turned(prompt: str) -> Question:
         prompt_ids, answer_ids, *_ = encode_pair(tokenizer, prompt, row["answer"])
+        if not prompt_ids:
+            raise UserError(
+                f"The prompt {prompt!r} in front of the answer {row['answer'][:40]!r} has no token "
+                "to ask for; give it and each of 'prompt_choices' text of its own."
+            )
         return Question((), prompt_ids, answer_ids)
 
     return Item(turned(row["prompt"]), tuple(map(turned, row.get("prompt_choices", ()))))

@@ -97,6 +97,15 @@ def test_infilling_asks_for_the_prompt_in_front_of_the_answer():
     assert (found.exact_match, found.ranking_accuracy) == (1.0, 1.0)
 
 
+@pytest.mark.parametrize("empty", ["", " \n"])
+def test_infilling_leaves_out_questions_that_have_no_prompt_and_refuses_such_choices(empty):
+    rows = [{"prompt": empty, "answer": "Ada is first"}, ADA]
+    assert len(items_of(rows, "forwards", BYTES)) == 2
+    assert items_of(rows, "infill", BYTES) == items_of([ADA], "infill", BYTES)
+    with pytest.raises(UserError, match="' is first' has no token to ask for; give it and each"):
+        items_of([{**ADA, "prompt_choices": ["Ada", empty]}], "infill", BYTES)
+
+
 @pytest.mark.parametrize("direction", ["forwards", "infill"])
 def test_the_error_of_the_mean_holds_for_questions_that_are_alike(direction):
     """As in an infilling of many prompts in front of one answer. Only the same noise for all of
