@@ -22,6 +22,7 @@ from llada_jax.training.memory import (
     parameter_ways,
     pieces_of_head,
     scored_share,
+    sharded_bytes,
     split_of_batch,
 )
 from llada_jax.training.step import Recipe
@@ -136,6 +137,7 @@ def estimate_run(
         "scored_share": scored_share(recipe, workload, shape),
         "memory": memory,
         "traffic": traffic,
+        "other_gradients": other_gradients(recipe, workload, shape),
         "efficiency": efficiency,
         # of GPUs on several hosts; else it plays no part
         "network_gbps": network_gbps if _crosses_hosts(machines, num_slices) else None,
@@ -274,6 +276,15 @@ def traffic_of(
         passes = forward + (1 if workload.remat == "none" else 2) * backward
         traffic["sequence"] = int(A * activations * a.head_dim * heads * passes)
     return traffic
+
+
+def other_gradients(recipe: Recipe, workload: Workload, shape: dict[str, int]) -> int:
+    """Returns the bytes of a device's gradients that `traffic_of` leaves out: those of the
+    embedding, norms, biases and adapters, float32, once per microbatch.
+    """
+    matrices = 4 * sum(trained_matrices(recipe)) / shape["tensor"] / parameter_ways(shape)
+    everything = sharded_bytes(recipe.abstract.params, shape)
+    return workload.num_microbatches * int(everything - matrices)
 
 
 # ---- time

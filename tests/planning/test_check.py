@@ -3,7 +3,7 @@
 import json
 
 import pytest
-from support.plans import GIB, LLADA_8B, MATRICES, VOCAB_SIZE, compile_in_a_process
+from support.plans import GIB, LLADA_8B, MATRICES, VOCAB_SIZE, compile_in_a_process, estimated
 
 from llada_jax.planning.check import bytes_by_purpose, check_program, parse_out_of_memory
 
@@ -19,6 +19,7 @@ def test_the_compilers_message_about_memory_is_parsed():
 
 MEANT = {
     "traffic": {"gather": 200, "scatter": 100, "data": 0, "dcn": 0, "tensor": 0, "sequence": 0},
+    "other_gradients": 0,
     "dtype": "bfloat16",
     "gradient_dtype": "bfloat16",
     "attention": "splash",
@@ -91,9 +92,25 @@ def test_gradients_of_replicas_and_between_slices_have_their_own_checks():
     reduced, sent = ("all-reduce", 100, "bf16", False), ("all-reduce", 100, "bf16", True)
     assert failed(reduced, sent, traffic=traffic) == set()
     assert failed(reduced, reduced, sent, traffic=traffic) == {"gradients reduced"}
+    # the embedding's gradient, next to those of the matrices
+    others = {"traffic": traffic, "other_gradients": 100}
+    assert failed(reduced, reduced, sent, **others) == set()
+    assert failed(reduced, reduced, reduced, sent, **others) == {"gradients reduced"}
     assert failed(reduced, sent, sent, sent, traffic=traffic) == {"between slices"}
     gathered = ("all-gather", 200, "bf16", True)
     assert failed(reduced, sent, gathered, traffic=traffic) == {"between slices"}
+
+
+def test_gradients_of_embedding_norms_and_adapters_are_counted_apart():
+    embedding, norms = 4 * VOCAB_SIZE * 4096, 4 * 65 * 4096
+    alike = ("v5p-128", "mesh.data=64", "mesh.fsdp=1", "data.batch_size=256")
+    assert estimated(*alike)["other_gradients"] == embedding + norms
+    halved = estimated("v5p-128", "data.batch_size=256", "mesh.fsdp=32", "mesh.tensor=2")
+    assert halved["other_gradients"] == embedding // 64 + norms
+    twice = estimated(*alike, "optimizer.gradient_accumulation=2")
+    assert twice["other_gradients"] == 2 * (embedding + norms)
+    adapters = estimated(*alike, "lora.rank=8", "lora.targets=blocks/q")
+    assert adapters["other_gradients"] == 4 * 32 * 8 * (4096 + 4096)
 
 
 def test_what_the_devices_of_a_row_exchange_has_its_own_check():
