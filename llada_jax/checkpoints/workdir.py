@@ -47,7 +47,7 @@ from llada_jax.models.adapters import (
     round_in_place,
 )
 from llada_jax.paths import split_step
-from llada_jax.storage import remote
+from llada_jax.storage import files, remote
 from llada_jax.storage.arrays import kvstore_of, read_chunks
 from llada_jax.training.state import TrainState
 
@@ -133,7 +133,7 @@ class Checkpoints:
         kept = [policies.LatestN(keep)]
         if keep_every_steps:
             kept.append(policies.EveryNSteps(keep_every_steps))
-        self._is_remote = remote.is_remote(workdir)
+        self._is_remote, self._owned = remote.is_remote(workdir), owned
         if self._is_remote:
             # Not resolved: epath would make a URL a folder of the current directory.
             self.directory = remote.path_of(workdir) / FOLDER
@@ -435,6 +435,8 @@ class Checkpoints:
         """
         with self.reading(step):
             content = dict(self._checkpointer.checkpointables_metadata(step).custom_metadata or {})
+        if not content:
+            raise self._damaged(step, "it has no record")
         record = RunRecord.from_json(
             content,
             file=f"The record of the checkpoint {self.directory / str(step)}",
@@ -446,10 +448,13 @@ class Checkpoints:
         return record
 
     def _damaged(self, step: int, reason: str) -> UserError:
-        return UserError(
-            f"The checkpoint {self.directory / str(step)} cannot be read ({reason}); "
-            f"{self._remedy(step)}."
-        )
+        folder, remedy = self.directory / str(step), self._remedy(step)
+        if not self._owned and files.is_going(folder):
+            remedy = (
+                "its run has removed it since, as all but the newest (config.checkpoint.keep), or "
+                "was rolled back: repeat the command with a step that is still there"
+            )
+        return UserError(f"The checkpoint {folder} cannot be read ({reason}); {remedy}.")
 
     def _remedy(self, step: int) -> str:
         others = [s for s in self.steps if s != step]

@@ -19,8 +19,10 @@ that file last which shows readers that the folder is complete.
 import contextlib
 import errno
 import json
+import math
 import os
 import shutil
+import time
 import uuid
 from collections.abc import Iterator
 from typing import Any
@@ -33,6 +35,8 @@ from llada_jax.storage.remote import is_remote
 # Directories cannot be synced on some network and FUSE file systems, which answer with one of
 # these; a rename is there as durable as the system makes it.
 _NO_DIRECTORY_SYNC = (errno.EINVAL, errno.ENOTSUP)
+# How long no file of a folder may go before the folder counts as one that stays.
+QUIET_SECONDS = 1.0
 
 
 @contextlib.contextmanager
@@ -229,6 +233,21 @@ def sizes_in(folder) -> dict[str, int]:
             return {entry.name: entry.stat().st_size for entry in entries if entry.is_file()}
     except (FileNotFoundError, NotADirectoryError):
         return {}
+
+
+def is_going(folder) -> bool:
+    """Whether a folder is gone, or another process is removing it at this moment; local, gs:// or
+    s3://. Waits until it is gone, or until nothing of it has gone for QUIET_SECONDS.
+    """
+    folder, left, since = epath.Path(folder), math.inf, time.monotonic()
+    while folder.exists():
+        # nothing is counted in a bucket, where a folder goes in few requests
+        if (found := sum(len(names) for _, _, names in os.walk(folder))) < left:
+            left, since = found, time.monotonic()
+        if time.monotonic() - since > QUIET_SECONDS:
+            return False
+        time.sleep(0.05)
+    return True
 
 
 def sync(path) -> None:

@@ -1,5 +1,6 @@
 """Checkpoints in a workdir: arrays that are read one by one, and records that are not ours."""
 
+import shutil
 import sys
 import time
 
@@ -245,3 +246,25 @@ def test_a_state_with_other_parameters_than_the_network_has_is_refused_by_their_
         change(params)
         with pytest.raises(UserError, match=says):
             found.restore(step, abstract_of(state._replace(params=params)))
+
+
+@pytest.mark.parametrize("what_is_left", ["nothing", "the record", "an array"])
+def test_a_step_that_its_run_removes_while_it_is_read_is_not_called_damaged(
+    what_is_left, tmp_path, monkeypatch
+):
+    state = state_at(3, mesh_of(fsdp=2, tensor=2))
+    saved = Checkpoints(tmp_path)
+    saved.save(state, small_record())
+    saved.close()
+    found, step = find_checkpoint(str(tmp_path))
+    folder = tmp_path / "checkpoints" / "3"
+    if what_is_left == "nothing":
+        shutil.rmtree(folder)
+    elif what_is_left == "the record":
+        shutil.rmtree(folder / "params")
+    else:
+        (folder / "_CHECKPOINT_METADATA").unlink()
+    monkeypatch.setattr("time.sleep", lambda _: shutil.rmtree(folder, ignore_errors=True))
+    with pytest.raises(UserError, match="its run has removed it since") as error:
+        found.restore(step, abstract_of(state))
+    assert "move that folder away" not in str(error.value)

@@ -221,6 +221,31 @@ def test_the_sizes_in_a_folder_are_those_of_its_files_alone(tmp_path):
 # ---- refusals
 
 
+def test_a_folder_whose_files_go_one_after_the_other_is_going_and_one_that_stays_is_not(
+    tmp_path, monkeypatch
+):
+    (tmp_path / "step").mkdir()
+    for name in "abcde":
+        (tmp_path / "step" / name).write_text(name)
+    waits = []
+
+    def wait(_):
+        waits.append(1)
+        # as a run that removes an old step, with long waits of the disk in between
+        if len(waits) % 5 == 0:
+            left = sorted((tmp_path / "step").iterdir())
+            left[0].unlink() if left else (tmp_path / "step").rmdir()
+
+    clock = lambda: 0.2 * len(waits)  # noqa: E731
+    monkeypatch.setattr(files.time, "sleep", wait)
+    monkeypatch.setattr(files.time, "monotonic", clock)
+    monkeypatch.setattr(files, "QUIET_SECONDS", 1.1)
+    assert files.is_going(tmp_path / "step")
+    filled(tmp_path / "other", "a")
+    monkeypatch.setattr(files.time, "sleep", lambda _: waits.append(1))
+    assert not files.is_going(tmp_path / "other")
+
+
 def test_a_refusal_names_what_was_written_the_reason_and_the_remedy(tmp_path):
     missing = tmp_path / "nowhere" / "file"
     with (
