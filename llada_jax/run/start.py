@@ -37,7 +37,7 @@ from llada_jax.run.metrics_file import MetricsWriter
 from llada_jax.run.rollbacks import Rollbacks, read_rollbacks, rollbacks_of_run
 from llada_jax.run.trackers import Tracker
 from llada_jax.storage import files, remote
-from llada_jax.storage.locks import only_run_in
+from llada_jax.storage.locks import InUse, only_run_in
 from llada_jax.training.state import TrainState, create_state
 from llada_jax.training.step import Recipe
 from llada_jax.validation import NO_TRACKER
@@ -298,6 +298,9 @@ def removed_if_refused(folders: Sequence[Path]):
     """
     try:
         yield
+    except InUse:
+        # Two processes that started together have both found no workdir: it is the other's.
+        raise
     except UserError:
         if folders and jax.process_index() == 0:
             shutil.rmtree(folders[0], ignore_errors=True)

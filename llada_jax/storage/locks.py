@@ -29,17 +29,29 @@ def try_lock(file, how: int) -> bool:
     return True
 
 
+class InUse(UserError):
+    """Another process writes into a directory, which must be left as it is."""
+
+
 @contextlib.contextmanager
-def only_run_in(workdir: str):
+def only_run_in(
+    workdir: str,
+    *,
+    holder: str = "Another train is",
+    remedy: str = "wait for it to end, or give another --workdir",
+):
     """Keeps a second `train` out of a local workdir: each would remove what the other is saving.
 
     A remote workdir cannot be locked. There the newest train continues, and the older one finds out
     in Checkpoints.save (llada_jax.storage.remote.Claim).
 
+    Args:
+        holder: who holds it, with the verb. remedy: what the user can do, without a full stop.
+
     Raises:
-        UserError: another train holds the workdir.
+        InUse: another process holds the workdir.
     """
-    with _locked(workdir, fcntl.LOCK_EX, holder="Another train is"):
+    with _locked(workdir, fcntl.LOCK_EX, holder=holder, remedy=remedy):
         yield
 
 
@@ -56,15 +68,17 @@ def only_sweep_in(workdir: str, *, shared: bool):
             has a run of its own.
 
     Raises:
-        UserError: another sweep holds the directory.
+        InUse: another sweep holds the directory.
     """
     how = fcntl.LOCK_SH if shared else fcntl.LOCK_EX
-    with _locked(workdir, how, holder="Another sweep, or a run that it left behind, is") as held:
+    holder = "Another sweep, or a run that it left behind, is"
+    remedy = "wait for it to end, or give another --workdir"
+    with _locked(workdir, how, holder=holder, remedy=remedy) as held:
         yield held
 
 
 @contextlib.contextmanager
-def _locked(workdir: str, how: int, *, holder: str):
+def _locked(workdir: str, how: int, *, holder: str, remedy: str):
     if is_remote(workdir) or not os.path.isdir(workdir):
         yield []
         return
@@ -73,9 +87,7 @@ def _locked(workdir: str, how: int, *, holder: str):
         directory = os.open(workdir, os.O_RDONLY)
     try:
         if not try_lock(directory, how):
-            raise UserError(
-                f"{holder} writing into {workdir}; wait for it to end, or give another --workdir."
-            )
+            raise InUse(f"{holder} writing into {workdir}; {remedy}.")
         yield [directory]
     finally:
         os.close(directory)

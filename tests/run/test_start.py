@@ -5,6 +5,7 @@ import pytest
 from llada_jax.errors import UserError
 from llada_jax.run import start
 from llada_jax.run.start import missing_folders, removed_if_refused
+from llada_jax.storage.locks import only_run_in
 
 
 def test_a_refused_start_removes_what_any_process_created_and_nothing_else(tmp_path):
@@ -15,6 +16,18 @@ def test_a_refused_start_removes_what_any_process_created_and_nothing_else(tmp_p
     with pytest.raises(UserError), removed_if_refused(folders):
         raise UserError("refused.")
     assert list(tmp_path.iterdir()) == []
+    # another run is in it, which has started together with this one
+    folders = missing_folders(str(workdir))
+    workdir.mkdir(parents=True)
+    (workdir / "run.json").write_text("{}")
+    with (
+        only_run_in(str(workdir)),
+        pytest.raises(UserError, match="Another train"),
+        removed_if_refused(folders),
+        only_run_in(str(workdir)),
+    ):
+        pass
+    assert (workdir / "run.json").exists()
     with pytest.raises(UserError), removed_if_refused(missing_folders(str(tmp_path))):
         raise UserError("refused.")
     assert tmp_path.exists()
