@@ -373,10 +373,7 @@ def _open(
                 f"{sequence_length} is asked for: set sequence_length to {info.sequence_length}, "
                 f"or prepare the text again with --sequence-length {sequence_length}."
             )
-        if info.split(split).num_records == 0:
-            raise UserError(
-                f"The {split} split of {directory} holds no records: prepare more text."
-            )
+        info.filled_split(split)
         if infos and info.tokenizer["fingerprint"] != infos[0].tokenizer["fingerprint"]:
             raise UserError(
                 f"{infos[0].directory} and {directory} were written with different tokenizers "

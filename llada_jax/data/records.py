@@ -233,6 +233,16 @@ class DatasetInfo:
         """Returns the named split; UserError lists those that exist."""
         return look_up(self.splits, name, f"split of {self.directory}")
 
+    def filled_split(self, name: str) -> Split:
+        """Returns the named split; UserError when it is unknown or holds nothing."""
+        split = self.split(name)
+        if split.num_records == 0:
+            raise UserError(
+                f"The {name} split of {self.directory} holds no records: prepare more text, with "
+                "--heldout above 0, or read another split."
+            )
+        return split
+
 
 def write_dataset_json(directory, content: dict) -> None:
     """Writes DIR/dataset.json, whole or not at all; raises UserError when the disk refuses."""

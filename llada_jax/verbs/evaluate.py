@@ -270,7 +270,7 @@ def evaluate(
             f"{checkpoint}/tokenizer."
         )
     objective = make_objective(model.tokenizer, **model.record.knob("objective"))
-    of_split = info.split(split)
+    of_split = info.filled_split(split)
     sharding.check_divisible(
         model.mesh, {"--mesh: the length of the rows": ("act_position", info.sequence_length)}
     )

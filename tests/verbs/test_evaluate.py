@@ -61,3 +61,15 @@ def test_documents_are_kept_apart_where_the_run_kept_them_apart(tmp_path, lines,
     assert split["num_bytes"] < 0.97 * split["num_tokens"]
     bits = across["nelbo_nats_per_token"] / math.log(2) * split["num_tokens"] / split["num_bytes"]
     assert across["bits_per_byte"] == pytest.approx(bits, rel=1e-6)
+
+
+def test_a_split_without_records_is_refused(tmp_path, random_checkpoint, capfd):
+    (tmp_path / "a.txt").write_text("one document\n")
+    words = ["--input", str(tmp_path / "a.txt"), "--output", str(tmp_path / "data")]
+    words += ["--sequence-length", "48", "--tokenizer", "bytes", "--heldout", "0"]
+    assert main(["prepare", *words]) == 0
+    words = ["--checkpoint", str(random_checkpoint), "--data", str(tmp_path / "data")]
+    for more in ([], ["--baselines", "--breakdown", "--speed"]):
+        assert main(["evaluate", *words, *more]) == 2
+        assert "The heldout split of" in (err := capfd.readouterr().err)
+        assert "holds no records: prepare more text, with --heldout above 0" in err
