@@ -48,7 +48,8 @@ def memory_of(parts: Any, workload: Workload, shape: dict[str, int]) -> dict:
         full:       D                               the layer's input
         attention:  D + N                           and the output of attention
         dots:       3 D + 2 N + 2 K + 2 F           and the outputs of all products
-        none:       5 D + 3 N + 3 K + 4 F + 3 S     and norms, rotary embeddings, activations
+        none:       5 D + 3 N + 3 K + 4 F + 3 S     and norms, rotary embeddings, activations;
+                    where layers are a loop, out of which XLA takes nothing: see `_kept_by_a_loop`
     At work in the backward pass of one layer, at the same time as all that was saved:
         4 D + 3 N + 2 K + 4 F + 3 S, and the layer's weights twice (gathered, and their gradient,
         each in its own dtype). Where devices gather keys and values (llada_jax.models.split_rows),
@@ -59,8 +60,8 @@ def memory_of(parts: Any, workload: Workload, shape: dict[str, int]) -> dict:
     The larger of the last two counts, because they never exist together.
 
     Args:
-        parts: a Recipe, or what is read of one: architecture, abstract, objective, attention, dtype
-            and gradient_dtype.
+        parts: a Recipe, or what is read of one: architecture, abstract, model, objective,
+            attention, dtype and gradient_dtype.
         shape: {mesh axis: size}.
     """
     a, itemsize = parts.architecture, parts.dtype.itemsize
@@ -75,6 +76,8 @@ def memory_of(parts: Any, workload: Workload, shape: dict[str, int]) -> dict:
         "dots": 3 * D + (2 * N + 2 * K) + 2 * F,
         "none": 5 * D + (3 * N + 3 * K) + 4 * F + 3 * S,
     }[workload.remat]
+    if workload.remat == "none" and not parts.model.is_unrolled:
+        saved = _kept_by_a_loop(parts, shape, D=D, N=N, K=K, F=F, S=S)
     # Gradients are float32, as the parameters are. With several microbatches a second copy holds
     # the sum while the next part is computed, and so it is with several passes.
     gradients = sharded_bytes(parts.abstract.params, shape)
@@ -95,6 +98,27 @@ def memory_of(parts: Any, workload: Workload, shape: dict[str, int]) -> dict:
     # a part of the state, shown by itself
     frozen = sharded_bytes(parts.abstract.frozen, shape)
     return {**sizes, "peak": sum(sizes.values()), "frozen": frozen}
+
+
+def _kept_by_a_loop(
+    parts: Any, shape: dict[str, int], *, D: float, N: float, K: float, F: float, S: float
+) -> float:
+    """Returns what the backward pass finds of a token and layer where a loop over the layers
+    recomputes nothing, in elements of the compute dtype.
+
+    That is all that differentiation names, whether or not it could be had from something else: what
+    norms read and make is float32, and the input of several products is kept for each of them.
+
+    Args:
+        parts, shape: see `memory_of`; its docstring has the other letters.
+    """
+    wide = 4 / parts.dtype.itemsize  # of one float32
+    kept = (4 * wide + 5) * D + 3 * N + 2 * K + 6 * F + (wide + 1) * S
+    if parts.architecture.qk_norm != "none":
+        kept += 3 * wide * (N + K)
+    if shape["sequence"] > 1 and exchange_of(parts, shape) == "keys":
+        kept += 2 * K * shape["sequence"]
+    return kept
 
 
 def scored_share(parts: Any, workload: Workload, shape: dict[str, int]) -> float:

@@ -125,6 +125,7 @@ def make_recipe(config: Any, tokenizer: Any, mesh: Mesh, *, provided: Any = None
         abstract=abstract,
         objective=objective,
         attention=attention,
+        model=model,
         dtype=dtype,
         gradient_dtype=gradient_dtype,
     )
