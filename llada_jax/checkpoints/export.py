@@ -74,12 +74,13 @@ def _peak_rate(record: RunRecord) -> float:
     return record.knob("schedule.learning_rate")
 
 
-def write_model(export: Export, output: Path, *, verify: bool) -> dict | None:
+def write_model(export: Export, output: Path, *, verify: bool, force: bool) -> dict | None:
     """Writes the directory, from all processes of a run together.
 
     Args:
         verify: whether PyTorch's logits are compared with the checkpoint's before the directory
             takes its name.
+        force: whether an older export is replaced.
 
     Returns what the comparison found (see `compared`), None without one.
 
@@ -88,7 +89,7 @@ def write_model(export: Export, output: Path, *, verify: bool) -> dict | None:
         NumericsError: the comparison failed.
     """
     reader = LayerReader(export.found, export.step, ema=export.weights == "ema")
-    with becoming(output) as partial:
+    with becoming(output, force=force) as partial:
         # a host that cannot read would not come to the check, and the others would wait for it
         with everywhere(output):
             write_weights(
@@ -108,9 +109,9 @@ def write_model(export: Export, output: Path, *, verify: bool) -> dict | None:
         return compared(partial, export) if verify else None
 
 
-def write_adapters(export: Export, output: Path) -> None:
+def write_adapters(export: Export, output: Path, *, force: bool) -> None:
     """Writes a directory with the adapters alone."""
-    with becoming(output) as partial:
+    with becoming(output, force=force) as partial:
         if jax.process_index() == 0:
             for name, content in export.others.items():
                 files.write_whole(partial / name, content)

@@ -48,7 +48,7 @@ def _holds_export(path: Path) -> bool:
 
 
 @contextlib.contextmanager
-def becoming(output: Path):
+def becoming(output: Path, *, force: bool):
     """Yields OUTPUT.partial, which becomes OUTPUT if all goes well in every process and is removed
     otherwise.
 
@@ -56,15 +56,19 @@ def becoming(output: Path):
     folder, the first one makes and renames it, and a failure of one is the failure of all: a
     process that went on alone would wait for the others forever.
 
+    Args:
+        force: whether an export that is there, or has come there since it was asked, is replaced.
+
     Raises:
-        UserError: the disk refuses, another export writes there, or another process has failed.
+        UserError: there is an export and `force` is False, the disk refuses, another export writes
+            there, or another process has failed.
     """
     is_first = jax.process_index() == 0
     partial = output.with_name(output.name + ".partial")
     with contextlib.ExitStack() as until_end:
         with everywhere(output):
             if is_first:
-                begin_directory(partial, output, until_end)
+                begin_directory(partial, output, until_end, force=force)
         with everywhere(output):
             yield partial
         with everywhere(output):
@@ -94,7 +98,9 @@ def everywhere(output: Path):
         raise failure
 
 
-def begin_directory(partial: Path, output: Path, until_end: contextlib.ExitStack) -> None:
+def begin_directory(
+    partial: Path, output: Path, until_end: contextlib.ExitStack, *, force: bool
+) -> None:
     """Makes an empty OUTPUT.partial that is locked against other exports, and removed at the end if
     it is still there.
     """
@@ -102,13 +108,30 @@ def begin_directory(partial: Path, output: Path, until_end: contextlib.ExitStack
     # The directory itself is locked: a lock file would have to be left behind.
     descriptor = os.open(partial, os.O_RDONLY)
     until_end.callback(os.close, descriptor)
-    if not try_lock(descriptor, fcntl.LOCK_EX):
+    # The one that held it may have given it its final name before it let it go.
+    if not try_lock(descriptor, fcntl.LOCK_EX) or not _is_at(partial, descriptor):
         raise UserError(
             f"Another export is writing into {partial}; wait for it to end, or give another "
             "--output."
         )
-    until_end.callback(shutil.rmtree, partial, ignore_errors=True)
+    until_end.callback(_remove_if_at, partial, descriptor)
     # Left by an export that was killed.
     for leftover in partial.iterdir():
         shutil.rmtree(leftover) if leftover.is_dir() else leftover.unlink()
     files.undo_replacement(output)
+    # Again: while the checkpoint was read, another export may have finished.
+    check_output(str(output), force=force)
+
+
+def _is_at(path: Path, descriptor: int) -> bool:
+    """Whether an open directory still has this name."""
+    try:
+        return os.path.samestat(os.fstat(descriptor), os.stat(path))
+    except FileNotFoundError:
+        return False
+
+
+def _remove_if_at(partial: Path, descriptor: int) -> None:
+    # Once ours has its final name, this name may be that of the next export.
+    if _is_at(partial, descriptor):
+        shutil.rmtree(partial, ignore_errors=True)

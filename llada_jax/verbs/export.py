@@ -235,9 +235,10 @@ def write_export(args, export: Export, result: dict) -> dict:
     announce(result)
     output = Path(args.output).absolute()
     if args.adapters:
-        write_adapters(export, output)
-    elif (verified := write_model(export, output, verify=args.verify)) is not None:
-        result = {**result, "verify": verified}
+        write_adapters(export, output, force=args.force)
+    else:
+        verified = write_model(export, output, verify=args.verify, force=args.force)
+        result = result if verified is None else {**result, "verify": verified}
     if args.push_to_hub and jax.process_index() == 0:
         hub.upload(args.output, args.push_to_hub)
     return result

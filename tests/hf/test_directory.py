@@ -2,6 +2,8 @@
 of several.
 """
 
+import contextlib
+
 import jax
 import numpy as np
 import pytest
@@ -10,10 +12,12 @@ from support.errors import error_of
 
 from llada_jax.errors import UserError
 from llada_jax.hf.directory import becoming, check_output
+from llada_jax.hf.peft import ADAPTER_FILES
+from llada_jax.storage import files
 
 
 def write(output, *names: str, ends_with: type[BaseException] | None = None) -> None:
-    with becoming(output) as partial:
+    with becoming(output, force=True) as partial:
         for name in names:
             (partial / name).write_text(name)
         if ends_with:
@@ -36,17 +40,17 @@ def test_what_a_killed_export_has_left_is_not_part_of_the_next_one(tmp_path):
 
 def test_an_export_that_fails_leaves_nothing_of_itself_and_what_was_there(tmp_path):
     output = tmp_path / "out"
-    write(output, "config.json")
+    write(output, *ADAPTER_FILES)
     for failure in (UserError, KeyboardInterrupt):
         with pytest.raises(failure):
             write(output, "half", ends_with=failure)
-        assert names_in(output) == ["config.json"]
+        assert names_in(output) == sorted(ADAPTER_FILES)
         assert names_in(tmp_path) == ["out"]
 
 
 def test_a_second_export_neither_writes_into_the_first_nor_removes_it(tmp_path):
     output = tmp_path / "out"
-    with becoming(output) as partial:
+    with becoming(output, force=True) as partial:
         (partial / "config.json").write_text("")
         message = error_of(write, output, "other")
         assert f"Another export is writing into {partial}" in message
@@ -95,3 +99,56 @@ def test_a_failure_of_one_process_is_that_of_all(tmp_path, monkeypatch, index):
 def test_a_bucket_is_not_a_directory(tmp_path):
     message = error_of(check_output, "gs://bucket/out", force=True)
     assert "gs://bucket/out must be a local or mounted directory" in message
+
+
+# ---- two exports, of which one ends where the other begins
+
+
+def write_whole(output, text: str, *, force: bool) -> None:
+    with becoming(output, force=force) as partial:
+        for name in ADAPTER_FILES:
+            (partial / name).write_text(text)
+
+
+def test_an_export_that_another_has_finished_in_the_meantime_is_not_replaced(tmp_path):
+    output = tmp_path / "out"
+    check_output(str(output), force=False)
+    write_whole(output, "first", force=False)
+    with pytest.raises(UserError, match="holds an export already"):
+        write_whole(output, "second", force=False)
+    assert {(output / name).read_text() for name in ADAPTER_FILES} == {"first"}
+    assert list(tmp_path.iterdir()) == [output]
+    write_whole(output, "second", force=True)
+    assert {(output / name).read_text() for name in ADAPTER_FILES} == {"second"}
+
+
+def test_an_export_that_ends_leaves_what_the_next_one_has_begun(tmp_path, monkeypatch):
+    output, until_end = tmp_path / "out", contextlib.ExitStack()
+    take_name = files.take_name
+
+    def taken(partial, path):
+        take_name(partial, path)
+        monkeypatch.undo()
+        begun = until_end.enter_context(becoming(output, force=True))
+        for name in ADAPTER_FILES:
+            (begun / name).write_text("second")
+
+    monkeypatch.setattr(files, "take_name", taken)
+    write_whole(output, "first", force=False)
+    until_end.close()
+    assert {(output / name).read_text() for name in ADAPTER_FILES} == {"second"}
+
+
+def test_a_directory_that_has_its_final_name_is_not_written_into(tmp_path, monkeypatch):
+    """The next export may have opened it before, and gets the lock when the first lets it go."""
+    output, partial = tmp_path / "out", tmp_path / "out.partial"
+
+    def lock(descriptor, how):
+        partial.rename(output)
+        (output / "model.safetensors").write_text("first")
+        return True
+
+    monkeypatch.setattr("llada_jax.hf.directory.try_lock", lock)
+    with pytest.raises(UserError, match="Another export is writing into"):
+        write_whole(output, "second", force=True)
+    assert (output / "model.safetensors").read_text() == "first"
