@@ -4,6 +4,7 @@ sample, evaluate, export.
 
 import contextlib
 import dataclasses
+import functools
 import time
 
 import jax
@@ -24,6 +25,7 @@ from llada_jax.models.model import abstract_parameters, check_mesh, make_model
 from llada_jax.models.transformer import Architecture, num_parameters
 from llada_jax.run.start import made_workdir, seen
 from llada_jax.storage.files import writing
+from llada_jax.storage.locks import only_run_in
 from llada_jax.streams import write_line
 from llada_jax.training.state import TrainState
 from llada_jax.units import format_count
@@ -151,20 +153,31 @@ def whole_or_nothing(output: str):
     bucket. It does not pass for a workdir before the checkpoint is committed, which comes last.
 
     Raises:
-        UserError: the disk refuses.
+        UserError: the disk refuses, or another command writes there or has written there.
     """
     path = epath.Path(output)
     existed = path.exists()
-    try:
-        with writing(
-            f"--output {output}", remedy="choose another, free space, or change its permissions"
-        ):
+    refusals = functools.partial(
+        writing,
+        f"--output {output}",
+        remedy="choose another, free space, or change its permissions",
+    )
+    with contextlib.ExitStack() as until_end:
+        with refusals():
             path.mkdir(parents=True, exist_ok=True)
-            yield path
-    except BaseException:
         if jax.process_index() == 0:
-            remove(path, but_itself=existed)
-        raise
+            holder, wait = "Another import, or a train, is", "wait for it to end"
+            held = only_run_in(output, holder=holder, remedy=f"{wait}, or give another --output")
+            until_end.enter_context(held)
+            # Again: while the source was read or downloaded, another import may have finished.
+            check_output(output)
+        try:
+            with refusals():
+                yield path
+        except BaseException:
+            if jax.process_index() == 0:
+                remove(path, but_itself=existed)
+            raise
 
 
 def remove(path, *, but_itself: bool) -> None:

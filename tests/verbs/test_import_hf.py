@@ -11,16 +11,19 @@ import numpy as np
 import pytest
 from safetensors.numpy import load_file, save_file
 from support.corpora import write_corpus
+from support.exports import contents_of
 from support.hf_directories import SMALL, write_huggingface, write_tokenizer
 from support.imports import abstract_on, assert_equal_params
 
 import llada_jax
 from llada_jax.__main__ import main
+from llada_jax.checkpoints.workdir import find_checkpoint
 from llada_jax.config import load_config
 from llada_jax.data.preparation import prepare
 from llada_jax.hf import read, starting_config
 from llada_jax.hf.convert import tensors
 from llada_jax.models.transformer import Architecture
+from llada_jax.verbs import import_hf
 
 # ---- what is read
 
@@ -174,3 +177,34 @@ def test_the_config_that_import_writes_trains_on_from_the_weights(imported_workd
     for ours, theirs in zip(jax.tree.leaves(after), jax.tree.leaves(before), strict=True):
         np.testing.assert_allclose(ours, theirs, atol=1e-6, rtol=1e-6)
     assert np.any(after["embed"] != before["embed"])
+
+
+def test_an_import_leaves_what_another_writes_or_has_written_in_the_meantime(
+    huggingface_directories, tmp_path, capsys, monkeypatch
+):
+    output = tmp_path / "run"
+    words = ["import", "--from", str(huggingface_directories["llada"]), "--output", str(output)]
+    load, seen = import_hf.load, []
+
+    def meanwhile(*args):
+        # the second one begins while the first one reads the weights
+        seen.append((main(words), capsys.readouterr().err))
+        return load(*args)
+
+    # As it was when both of them asked: their outputs did not exist.
+    check, asked = import_hf.check_output, []
+    monkeypatch.setattr(
+        import_hf,
+        "check_output",
+        lambda path: asked.append(path) or (len(asked) < 5 or check(path)),
+    )
+    monkeypatch.setattr(import_hf, "load", meanwhile)
+    assert main(words) == 0
+    ((status, said),) = seen
+    assert status == 2
+    assert "Another import, or a train, is writing into" in said
+    before = contents_of(output)
+    assert main(words) == 2
+    assert "is not empty" in capsys.readouterr().err
+    assert contents_of(output) == before
+    assert find_checkpoint(str(output))[1] == 0
