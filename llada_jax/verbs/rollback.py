@@ -48,7 +48,9 @@ def make_parser() -> Parser:
 def main(argv: list[str]) -> None:
     args = make_parser().parse_args(argv)
     drop_echoes()
-    with only_run_in(args.workdir):
+    holder = "A train, or another rollback, is"
+    remedy = "stop it, or wait for its end, and repeat the command"
+    with only_run_in(args.workdir, holder=holder, remedy=remedy):
         print(roll_back(args.workdir, to=args.to, num_skipped=args.skip))
 
 

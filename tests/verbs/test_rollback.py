@@ -15,7 +15,7 @@ from support.runs import metric_lines
 from support.states import saved_steps
 
 from llada_jax.__main__ import main
-from llada_jax.checkpoints.workdir import Checkpoints
+from llada_jax.checkpoints.workdir import Checkpoints, find_checkpoint
 from llada_jax.cluster import sharding
 from llada_jax.errors import UserError
 from llada_jax.run.rollbacks import (
@@ -28,6 +28,7 @@ from llada_jax.run.rollbacks import (
     write_rollbacks,
 )
 from llada_jax.storage import remote
+from llada_jax.storage.locks import only_run_in
 from llada_jax.verbs import train
 from llada_jax.verbs.rollback import roll_back
 
@@ -270,3 +271,13 @@ def test_a_workdir_of_somebody_else_is_refused_in_a_sentence(tmp_path, monkeypat
 def test_a_run_goes_back_to_a_saved_step_only(tmp_path, capsys):
     assert main(["rollback", "--workdir", str(tmp_path), "--to", "4"]) == 2
     assert "holds no checkpoints" in capsys.readouterr().err
+
+
+def test_a_rollback_of_a_run_that_is_not_stopped_says_to_stop_it(tmp_path, capsys):
+    saved_steps(tmp_path, 10, 20).close()
+    with only_run_in(str(tmp_path)):
+        assert main(["rollback", "--workdir", str(tmp_path), "--to", "10"]) == 2
+    said = capsys.readouterr().err
+    assert "stop it" in said
+    assert "--workdir" not in said
+    assert find_checkpoint(str(tmp_path))[1] == 20
