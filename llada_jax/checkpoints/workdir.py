@@ -247,7 +247,7 @@ class Checkpoints:
         if not multihost_utils.broadcast_one_to_all(is_ours):
             raise UserError(
                 f"Another train has started in {self.directory.parent} since, and continues this "
-                "run; give another --workdir to train next to it."
+                "run, or it was rolled back; give another --workdir to train next to it."
             )
 
     def _failed(self, step: int, error: Exception) -> UserError | LostPeer:

@@ -111,6 +111,9 @@ def roll_back(workdir: str, *, to: int, num_skipped: int | None = None) -> str:
 
     remedy = "free space there or change the permissions, and repeat the command"
     with files.writing(f"The workdir {workdir}", remedy=remedy):
+        # A train that still runs in a bucket would save the next of the steps that are moved away.
+        if remote.is_remote(workdir):
+            remote.Claim(path)
         aside.mkdir(parents=True)
         for name in (METRICS, SAMPLES):
             if (path / name).exists():

@@ -195,6 +195,15 @@ def test_the_older_of_two_writers_is_refused_at_its_next_save(bucket):
     newer.close()
 
 
+@pytest.mark.slow
+def test_a_train_that_still_runs_is_refused_after_a_rollback(bucket):
+    running = saved_steps(f"{bucket}/went-back", 10, 20)
+    roll_back(f"{bucket}/went-back", to=10)
+    with pytest.raises(UserError, match="or it was rolled back"):
+        running.save(small_state(30), RUN)
+    assert find_checkpoint(f"{bucket}/went-back")[1] == 10
+
+
 def test_a_bucket_that_is_not_there_is_refused_in_a_sentence(bucket):
     with pytest.raises(UserError, match="create it, or check its name"):
         find_checkpoint(f"{bucket}-that-is-not-there/run")
