@@ -134,9 +134,10 @@ def main(argv: list[str]) -> None:
     # All processes of a run have the result.
     if jax.process_index() > 0:
         return
+    # First: where the report cannot be written, the result of hours is not lost.
+    print(json_text(result) if args.json else lines(result), flush=True)
     if args.report:
         write_report(args, result)
-    print(json_text(result) if args.json else lines(result))
 
 
 def shared(args) -> dict:

@@ -141,6 +141,17 @@ def test_the_report_is_a_page_with_the_result(random_checkpoint, small_dataset, 
     assert f"<td>bits_per_byte</td><td>{found['bits_per_byte']:.5g}</td>" in page
 
 
+def test_the_result_is_printed_where_the_report_cannot_be_written(
+    random_checkpoint, small_dataset, tmp_path, capfd
+):
+    (tmp_path / "file").touch()
+    words = ["--checkpoint", str(random_checkpoint), "--data", str(small_dataset), "--json"]
+    assert main(["evaluate", *words, "--report", str(tmp_path / "file" / "report")]) == 2
+    printed = capfd.readouterr()
+    assert json.loads(printed.out)["bits_per_byte"] > 0
+    assert "report.html cannot be written" in printed.err
+
+
 @pytest.fixture
 def harness(monkeypatch):
     """Puts stand-ins where the model and the harness are, whose task "broken" fails, and which
