@@ -37,6 +37,7 @@ from cloud import (
 from gke_volumes import CONFIG_LABEL, Mounts, mounts_of, shipped
 from preflight import Place
 
+from llada_jax.cluster.compiler_flags import check_flags
 from llada_jax.cluster.hardware import ACCELERATORS, Slice, machines_named
 from llada_jax.errors import UserError
 from llada_jax.ranges import Range, check_number
@@ -328,6 +329,7 @@ def manifests_of(args: argparse.Namespace) -> list[dict]:
     command = command_of(args)
     check_image(args.image)
     machines = machines_of(args)
+    check_flags(args.flags, machines.accelerator.platform)
     if machines.accelerator.platform == "gpu":
         hosts = gpu_hosts(machines)
     else:

@@ -26,7 +26,7 @@ from pathlib import Path
 
 import preflight
 
-from llada_jax.cluster.compiler_flags import flags_named
+from llada_jax.cluster.compiler_flags import check_flags, flags_named
 from llada_jax.errors import UserError
 from llada_jax.paths import path_of_flag, user_path
 from llada_jax.storage.files import writing
@@ -388,6 +388,7 @@ def parse(argv: list[str]) -> tuple[argparse.Namespace, list[str]]:
         )
     try:
         args.flags = flags_named(args.flags)
+        check_flags(args.flags, "gpu")
     except UserError as error:
         parser.error(f"--flags: {error}")
     try:

@@ -66,6 +66,7 @@ from tpu_vm_workers import (
     state_of,
 )
 
+from llada_jax.cluster.compiler_flags import check_flags
 from llada_jax.cluster.hardware import machines_named
 from llada_jax.errors import UserError, look_up
 from llada_jax.paths import path_of_flag
@@ -306,6 +307,7 @@ def target_of(args: argparse.Namespace) -> Target:
         )
     if not tpu.num_tpu_vm_hosts:
         raise UserError(f"{tpu.name} is not offered as TPU VMs; use launch/gke.py.")
+    check_flags(args.flags, "tpu")
     if args.capacity.kind == "flex" and not args.capacity.detail:
         raise UserError("--capacity flex needs a duration; write for example --capacity flex:8h.")
     target = Target(

@@ -7,7 +7,7 @@ faster has to be measured. A compiler ends the process at a flag that it does no
 tests/cluster/test_compiler_flags.py gives all of them to the installed compilers.
 """
 
-from llada_jax.errors import look_up
+from llada_jax.errors import UserError, look_up
 
 # Gathers and scatters on the SparseCores, as native collectives next to the products, where the
 # compiler would otherwise stop the TensorCores for an all-reduce of the whole array.
@@ -75,3 +75,25 @@ def flags_named(names: str) -> dict[str, str]:
             joins = variable.endswith(("_ARGS", "_FLAGS")) and variable in environment
             environment[variable] = f"{environment[variable]} {value}" if joins else value
     return environment
+
+
+# {platform: the variable that its compiler reads}
+_READ_BY = {"tpu": "LIBTPU_INIT_ARGS", "gpu": "XLA_FLAGS"}
+
+
+def check_flags(flags: dict[str, str], platform: str) -> None:
+    """Raises UserError where flags are for the compiler of another platform, which would leave the
+    program as it is without a word.
+
+    Args:
+        flags: from `flags_named`.
+        platform: "tpu" or "gpu".
+    """
+    read = _READ_BY[platform]
+    unread = [name for name in _READ_BY.values() if name != read and name in flags]
+    if unread:
+        fitting = ", ".join(name for name, environment in FLAGS.items() if read in environment)
+        raise UserError(
+            f"A preset of --flags sets {unread[0]}, which the compiler for {platform.upper()}s "
+            f"does not read; choose among {fitting}."
+        )

@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 import jax
 
 from llada_jax.cluster import hardware
-from llada_jax.cluster.compiler_flags import flags_named
+from llada_jax.cluster.compiler_flags import check_flags, flags_named
 from llada_jax.cluster.hardware import ACCELERATORS, Slice
 from llada_jax.config import default_config, load_config
 from llada_jax.errors import UserError
@@ -107,6 +107,11 @@ def main(argv: list[str]) -> None:
     vocab_size = config.model.vocab_size or args.vocab_size
     check_vocabulary(config, vocab_size)
     flags = flags_named(args.flags)
+    check_flags(flags, machines.accelerator.platform)
+    if flags and not args.compile:
+        raise UserError(
+            f"--flags {args.flags} changes nothing without --compile; add --compile, or leave it out."
+        )
     if args.compile:
         load_compiler(machines, flags)
     # Everything here runs on the CPU, even where a TPU is attached: a plan must not take its chips.

@@ -9,7 +9,7 @@ import pytest
 from support.paths import LAUNCH, ROOT
 from support.required import compiler_environment
 
-from llada_jax.cluster.compiler_flags import FLAGS, flags_named
+from llada_jax.cluster.compiler_flags import FLAGS, check_flags, flags_named
 from llada_jax.errors import UserError
 
 
@@ -22,6 +22,16 @@ def test_presets_join_into_one_environment():
         UserError, match="Unknown preset of compiler flags 'v6'. Did you mean 'v6e'"
     ):
         flags_named("v6")
+
+
+def test_presets_for_another_compiler_are_refused():
+    check_flags(flags_named("v6e+sdc-check"), "tpu")
+    check_flags(flags_named("hopper"), "gpu")
+    check_flags({}, "gpu")
+    with pytest.raises(UserError, match="sets LIBTPU_INIT_ARGS, which .* GPUs .* among gpu, hopp"):
+        check_flags(flags_named("hopper+v5p"), "gpu")
+    with pytest.raises(UserError, match="sets XLA_FLAGS, which .* TPUs .* v6e, tpu7x, sdc-check"):
+        check_flags(flags_named("gpu"), "tpu")
 
 
 def all_flags(platform_variable: str) -> str:
@@ -80,14 +90,15 @@ absent_mesh(dict(fsdp=-1), slice_named("v5p-8"), 1)
 
 
 @pytest.mark.parametrize(
-    ("launcher", "flags"),
+    ("launcher", "flags", "preset", "other"),
     [
-        ("gke", "--name x --topology v6e-16 --image i:1"),
-        ("tpu_vm", "--name x --topology v6e-16 --zone z"),
-        ("slurm", "--nodes 2"),
+        ("gke", "--name x --topology v6e-16 --image i:1", "v6e+sdc-check", "hopper"),
+        ("gke", "--name x --topology 16xh100 --image i:1", "hopper", "v6e"),
+        ("tpu_vm", "--name x --topology v6e-16 --zone z", "v6e+sdc-check", "hopper"),
+        ("slurm", "--nodes 2", "hopper", "v6e"),
     ],
 )
-def test_every_launcher_applies_a_preset_by_name(launcher, flags):
+def test_every_launcher_applies_a_preset_by_name(launcher, flags, preset, other):
     script = LAUNCH / f"{launcher}.py"
 
     def dry_run(preset: str) -> subprocess.CompletedProcess:
@@ -96,11 +107,15 @@ def test_every_launcher_applies_a_preset_by_name(launcher, flags):
             [sys.executable, str(script), *words], capture_output=True, text=True, check=False
         )
 
-    done = dry_run("v6e+sdc-check")
+    done = dry_run(preset)
     assert done.returncode == 0, done.stderr
     printed = " ".join(done.stdout.replace("\\\n", " ").split())
-    for flag in flags_named("v6e+sdc-check")["LIBTPU_INIT_ARGS"].split():
-        assert flag in printed
+    for words in flags_named(preset).values():
+        for word in words.split():
+            assert word in printed
     wrong = dry_run("v6f")
     assert wrong.returncode == 2
     assert "Did you mean 'v6e'?" in wrong.stderr
+    unread = dry_run(other)
+    assert unread.returncode == 2
+    assert "does not read; choose among" in unread.stderr

@@ -71,6 +71,11 @@ def test_the_output_in_the_docs_is_the_one_of_the_command(capsys):
             ["--topology", "v5p-128", "--flags", "v5"],
             "Unknown preset of compiler flags 'v5'. Did you mean 'v5p'?",
         ),
+        (["--topology", "v5p-128", "--flags", "v5p"], "changes nothing without --compile; add"),
+        (
+            ["--topology", "64xh100", "--flags", "v5p", "--compile"],
+            "sets LIBTPU_INIT_ARGS, which the compiler for GPUs does not read; choose among gpu, h",
+        ),
     ],
 )
 def test_mistakes_end_with_one_sentence(words, sentence, capsys):
