@@ -5,6 +5,7 @@ import hashlib
 import importlib.metadata
 import itertools
 import json
+import os
 from collections.abc import Mapping
 from pathlib import Path
 
@@ -19,6 +20,19 @@ from llada_jax.errors import UserError
 _TIMEOUT_MS = 600_000
 # Libraries that decide which program is compiled, or which row of the data is read when.
 _LIBRARIES = ("jax", "jaxlib", "flax", "optax", "numpy", "grain")
+# What else decides which program is compiled and what it computes: settings of JAX, most of which
+# are read from a variable of the environment with that name in capitals, and flags of compilers.
+_SETTINGS = (
+    "jax_debug_infs",
+    "jax_debug_nans",
+    "jax_default_matmul_precision",
+    "jax_default_prng_impl",
+    "jax_disable_jit",
+    "jax_numpy_dtype_promotion",
+    "jax_random_seed_offset",
+    "jax_threefry_partitionable",
+)
+_COMPILER_FLAGS = ("XLA_FLAGS", "LIBTPU_INIT_ARGS")
 # How many facts an error names, of all that differ.
 _MAX_NAMED = 6
 
@@ -74,7 +88,7 @@ def check_same_everywhere(facts: Mapping[str, object]) -> None:
         by_process = {int(key.rpartition("/")[2]): json.loads(text) for key, text in found}
         error = UserError(
             f"The processes of this run differ: {differences(by_process)}; start all of them with "
-            "the same command, code and versions, and with the same files."
+            "the same command, environment, code and versions, and with the same files."
         )
         distributed.will_end_with(error)
     # The first process serves the answer, and must not end before all have read it.
@@ -102,12 +116,23 @@ def differences(by_process: dict[int, dict[str, list[str]]]) -> str:
     return "; ".join(named)
 
 
-def versions() -> dict[str, str]:
-    """Returns the versions of the libraries and a digest of this package, as facts to compare."""
+def program_facts() -> dict[str, str]:
+    """Returns what decides which program a config becomes, as facts to compare: the versions of
+    the libraries, a digest of this package, and settings of JAX and its compilers.
+    """
     return {
         **{f"the version of {name}": importlib.metadata.version(name) for name in _LIBRARIES},
         "the code of llada_jax": _code_digest(),
+        **{name.upper(): str(getattr(jax.config, name, "absent")) for name in _SETTINGS},
+        **{name: _flags(os.environ.get(name, "")) for name in _COMPILER_FLAGS},
     }
+
+
+def _flags(text: str) -> str:
+    """Returns compiler flags in an order of their own, without those that name a path: a host may
+    have a folder of its own for what the compiler writes.
+    """
+    return " ".join(sorted(word for word in text.split() if "/" not in word)) or "empty"
 
 
 @functools.cache

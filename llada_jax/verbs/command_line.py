@@ -156,11 +156,11 @@ def join(args: argparse.Namespace) -> None:
     """
     # Imported here, because most verbs parse their flags without jax.
     from llada_jax.cluster import distributed
-    from llada_jax.cluster.agreement import check_same_everywhere, versions
+    from llada_jax.cluster.agreement import check_same_everywhere, program_facts
 
     distributed.initialize(saves_at_sigterm=False)
     flags = {f"--{name.replace('_', '-')}": value for name, value in vars(args).items()}
-    check_same_everywhere({**versions(), **flags})
+    check_same_everywhere({**program_facts(), **flags})
 
 
 def placement(args: argparse.Namespace) -> dict:

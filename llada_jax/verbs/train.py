@@ -17,7 +17,7 @@ from llada_jax.arguments import checked
 from llada_jax.checkpoints.orbax_patches import drop_echoes
 from llada_jax.checkpoints.record import FILE, read_run, run_record
 from llada_jax.cluster import distributed, hardware, sharding
-from llada_jax.cluster.agreement import check_same_everywhere, on_first_process, versions
+from llada_jax.cluster.agreement import check_same_everywhere, on_first_process, program_facts
 from llada_jax.cluster.compilation_cache import directory_of
 from llada_jax.cluster.stop_request import StopRequest
 from llada_jax.cluster.watchdog import Watchdog
@@ -185,7 +185,7 @@ def open_run(
     folders = missing_folders(workdir)
     check_same_everywhere(
         {
-            **versions(),
+            **program_facts(),
             **{f"config.{name}": knob(config, name) for name in knobs(config)},
             **{f"the file of config.{name}": p["sha256"] for name, p in parts.items()},
             **data.facts(),

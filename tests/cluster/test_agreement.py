@@ -6,6 +6,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import jax
 import pytest
 from support.runs import SMALL_RUN, free_port
 
@@ -36,7 +37,7 @@ def test_of_many_differences_and_processes_some_are_named():
 
 
 def test_the_code_and_the_libraries_are_among_the_facts(monkeypatch):
-    facts = agreement.versions()
+    facts = agreement.program_facts()
     assert {"the version of jax", "the version of jaxlib", "the code of llada_jax"} <= facts.keys()
     changed = Path(agreement.__file__)
     read = Path.read_bytes
@@ -44,8 +45,19 @@ def test_the_code_and_the_libraries_are_among_the_facts(monkeypatch):
         Path, "read_bytes", lambda path: read(path) + (b"#" if path == changed else b"")
     )
     agreement._code_digest.cache_clear()
-    assert agreement.versions()["the code of llada_jax"] != facts["the code of llada_jax"]
+    assert agreement.program_facts()["the code of llada_jax"] != facts["the code of llada_jax"]
     agreement._code_digest.cache_clear()
+
+
+def test_settings_of_jax_and_flags_of_its_compilers_are_among_the_facts(monkeypatch):
+    monkeypatch.setenv("XLA_FLAGS", "--xla_b=1 --xla_a=2 --xla_dump_to=/disk/of/host0")
+    facts = agreement.program_facts()
+    assert facts["XLA_FLAGS"] == "--xla_a=2 --xla_b=1"
+    with jax.threefry_partitionable(not jax.config.jax_threefry_partitionable):
+        others = agreement.program_facts()
+    assert {name for name in facts if facts[name] != others[name]} == {"JAX_THREEFRY_PARTITIONABLE"}
+    # every name is one of the installed JAX
+    assert "absent" not in facts.values()
 
 
 def test_the_tokenizer_is_a_fact_next_to_the_records():
@@ -58,7 +70,13 @@ def test_the_tokenizer_is_a_fact_next_to_the_records():
     assert facts(257)["the tokenizer"] != facts(258)["the tokenizer"]
 
 
-def hosts(tmp_path: Path, *, python_path: tuple[str, str] = ("", ""), words=((), ())) -> list[str]:
+def hosts(
+    tmp_path: Path,
+    *,
+    python_path: tuple[str, str] = ("", ""),
+    words=((), ()),
+    environments: tuple[dict, dict] = ({}, {}),
+) -> list[str]:
     """Trains data/ into run/ with one process in each of the folders host0 and host1, which stand
     for the disks of two hosts; returns what they say. Both must end with status 2.
     """
@@ -72,6 +90,7 @@ def hosts(tmp_path: Path, *, python_path: tuple[str, str] = ("", ""), words=((),
             env={
                 **os.environ,
                 **team,
+                **environments[number],
                 "JAX_NUM_CPU_DEVICES": "2",
                 "JAX_PROCESS_ID": str(number),
                 "PYTHONPATH": os.pathsep.join(
@@ -101,7 +120,10 @@ def test_hosts_with_other_records_versions_or_knobs_are_refused_by_name(tmp_path
     (tmp_path / "optax-9.9.dist-info").mkdir()
     (tmp_path / "optax-9.9.dist-info" / "METADATA").write_text("Name: optax\nVersion: 9.9\n")
     logs = hosts(
-        tmp_path, python_path=("", str(tmp_path)), words=((), ("--config.optimizer.b2=0.9",))
+        tmp_path,
+        python_path=("", str(tmp_path)),
+        words=((), ("--config.optimizer.b2=0.9",)),
+        environments=({}, {"JAX_THREEFRY_PARTITIONABLE": "0"}),
     )
     for log in logs:
         sentence = log.splitlines()[-1]
@@ -109,6 +131,7 @@ def test_hosts_with_other_records_versions_or_knobs_are_refused_by_name(tmp_path
         assert "config.optimizer.b2 is 0.95 on process 0 and 0.9 on process 1" in sentence
         assert "the version of optax is" in sentence
         assert "and 9.9 on process 1" in sentence
+        assert "JAX_THREEFRY_PARTITIONABLE is True on process 0 and False on proc" in sentence
         assert "the records in data is" in sentence
         assert "tokenizer" not in sentence  # that is the same
         assert not any((tmp_path / f"host{number}" / "run").exists() for number in range(2))
