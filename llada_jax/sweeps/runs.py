@@ -29,6 +29,7 @@ _MAY_CHANGE = (
     "checkpoint.keep",
     "data.num_threads",
     "data.prefetch",
+    "model.remat",  # memory and time alone, and its default was another one in version 0.1.0
 )
 
 
@@ -287,14 +288,15 @@ def write_sweep_json(sweep: Sweep) -> None:
 
 def check_base_unchanged(sweep: Sweep, recorded: dict) -> None:
     """Raises UserError when DIR was begun with another base config."""
-    now, remedy = sweep_json_of(sweep), "undo the change, or give a new --workdir"
+    now = sweep_json_of(sweep)
     for name, value in now["base"].items():
         # A knob that did not exist when DIR was begun had what is now its default.
         old = recorded["base"].get(name, value)
         if old != value:
             raise UserError(
-                f"The runs in {sweep.workdir} have {name}={old!r}, the config has {value!r}; "
-                f"{remedy}."
+                f"The runs in {sweep.workdir} have {name}={old!r}, the config has {value!r}; undo "
+                "the change (where the config sets no value, another version had another "
+                "default: set that of the runs), or give a new --workdir."
             )
 
 

@@ -178,8 +178,15 @@ def test_a_sweep_of_an_older_version_loads(write_config, call_sweep, tmp_path, f
     assert content["runs"] == [{"schedule.learning_rate": rate} for rate in (1e-3, 3e-3, 1e-2)]
     # the base of an older version lacks knobs that came later
     del content["base"]["evaluation.final_num_batches"]
+    # and has the defaults of its time
+    content["base"]["model.remat"] = "none"
     (tmp_path / "runs" / "sweep.json").write_text(json.dumps(content))
     assert states(call_sweep) == ["missing", "complete", "missing"]
+    content["base"]["evaluation.final_num_batches"] = 0
+    (tmp_path / "runs" / "sweep.json").write_text(json.dumps(content))
+    err = call_sweep("--list", status=2)[1]
+    assert "have evaluation.final_num_batches=0, the config has " in err
+    assert "another version had another default: set that of the runs), or give a new" in err
 
 
 def test_a_damaged_sweep_json_is_reported(write_config, call_sweep, tmp_path):
