@@ -85,8 +85,10 @@ def join_parts(directory) -> dict:
     with files.writing(directory, remedy="free some space or check the permissions"):
         (directory / "tokenizer").mkdir(parents=True, exist_ok=True)
         for file in (folders[0] / "tokenizer").iterdir():
-            files.write_whole(directory / "tokenizer" / file.name, file.read_bytes())
-    write_dataset_json(directory, content)
+            # each machine that has finished a part may try to join them
+            path = directory / "tokenizer" / file.name
+            files.write_whole(path, file.read_bytes(), concurrent=True)
+    write_dataset_json(directory, content, concurrent=True)
     return content
 
 

@@ -244,11 +244,16 @@ class DatasetInfo:
         return split
 
 
-def write_dataset_json(directory, content: dict) -> None:
-    """Writes DIR/dataset.json, whole or not at all; raises UserError when the disk refuses."""
+def write_dataset_json(directory, content: dict, *, concurrent: bool = False) -> None:
+    """Writes DIR/dataset.json, whole or not at all; raises UserError when the disk refuses.
+
+    Args:
+        concurrent: see llada_jax.storage.files.whole_file.
+    """
     path = epath.Path(directory) / JSON_NAME
     with files.writing(path, remedy="free some space or choose another --output"):
-        files.write_whole(path, json.dumps(content, indent=2, ensure_ascii=False) + "\n")
+        text = json.dumps(content, indent=2, ensure_ascii=False) + "\n"
+        files.write_whole(path, text, concurrent=concurrent)
 
 
 def read_dataset(directory) -> DatasetInfo:

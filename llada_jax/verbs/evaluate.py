@@ -160,7 +160,8 @@ def write_report(args, result: dict) -> None:
     page = report_page(args.checkpoint, lines, result, frontier, samples)
     with writing(directory / "report.html", remedy="name another --report"):
         directory.mkdir(parents=True, exist_ok=True)
-        write_whole(directory / "report.html", page)
+        # two evaluations of one run may have the same directory
+        write_whole(directory / "report.html", page, concurrent=True)
 
 
 def is_harness(args) -> bool:

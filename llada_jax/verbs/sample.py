@@ -238,7 +238,7 @@ def pictures(args, tokenizer, shown: Sequence[Shown]) -> Iterator[dict[str, Any]
         yield settings
     if args.html and is_first:
         with files.writing(f"--html {args.html}", remedy="name another file"):
-            files.write_whole(args.html, recording.page(args.checkpoint))
+            files.write_whole(args.html, recording.page(args.checkpoint), concurrent=True)
 
 
 def infill(args, pretrained, settings: dict, texts: list[str]) -> list[Completion]:

@@ -17,6 +17,7 @@ from llada_jax.data.loader import heldout_batches, train_batches
 from llada_jax.data.parts import join_parts, parse_part
 from llada_jax.data.preparation import prepare
 from llada_jax.data.records import Records, read_dataset
+from llada_jax.storage import files
 
 ARGS = {"sequence_length": T, "tokenizer": "bytes", "heldout": 0.2}
 
@@ -59,6 +60,23 @@ def test_the_whole_has_the_records_of_the_parts_one_after_the_other(prepared, pa
     batches = train_batches([(str(parts), 1.0)], batch_size=8, sequence_length=T, seed=0)
     assert next(batches)["tokens"].shape == (8, T)
     assert next(heldout_batches(str(parts), batch_size=8, sequence_length=T))["tokens"].any()
+
+
+@pytest.mark.parametrize("moment", [0, 2])
+def test_two_joins_at_the_same_time_both_end_well(parts, monkeypatch, moment):
+    sync, synced = files.sync, []
+
+    def meanwhile(path):
+        synced.append(path)
+        if len(synced) == moment + 1:
+            join_parts(parts)
+        sync(path)
+
+    monkeypatch.setattr(files, "sync", meanwhile)
+    content = join_parts(parts)
+    assert len(synced) > moment + 1
+    assert json.loads((parts / "dataset.json").read_text()) == content
+    assert not list(parts.rglob("*.partial"))
 
 
 def test_every_document_of_the_corpus_is_in_the_whole_once(prepared, parts):

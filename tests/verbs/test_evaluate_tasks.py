@@ -12,6 +12,7 @@ from llada_jax.__main__ import main
 from llada_jax.config import default_config
 from llada_jax.errors import UserError
 from llada_jax.evaluation.reports import report_split, report_tasks
+from llada_jax.storage import files
 from llada_jax.verbs import evaluate
 from llada_jax.verbs.evaluate import write_report
 
@@ -139,6 +140,21 @@ def test_the_report_is_a_page_with_the_result(random_checkpoint, small_dataset, 
     found = json.loads(said(capfd, *words, "--json"))
     page = (report / "report.html").read_text()
     assert f"<td>bits_per_byte</td><td>{found['bits_per_byte']:.5g}</td>" in page
+
+
+def test_two_evaluations_that_end_together_write_one_whole_report(tmp_path, monkeypatch):
+    args = SimpleNamespace(checkpoint=str(tmp_path / "run"), report=str(tmp_path / "report"))
+    sync = files.sync
+
+    def meanwhile(path):
+        monkeypatch.setattr(files, "sync", sync)
+        write_report(args, {"bits_per_byte": 1.5})
+        sync(path)
+
+    monkeypatch.setattr(files, "sync", meanwhile)
+    write_report(args, {"bits_per_byte": 2.5})
+    assert [file.name for file in (tmp_path / "report").iterdir()] == ["report.html"]
+    assert "2.5" in (tmp_path / "report" / "report.html").read_text()
 
 
 def test_the_result_is_printed_where_the_report_cannot_be_written(
