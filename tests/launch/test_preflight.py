@@ -221,3 +221,36 @@ def test_a_launcher_can_be_told_not_to_check(launcher, capsys):
     words = [*LAUNCHERS[launcher], "--unchecked", "--dry-run", "--", "llada-jax", "trian"]
     assert launcher.main(words) == 0
     assert "trian" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("launcher", [gke, tpu_vm], ids=lambda module: module.__name__)
+def test_a_launcher_checks_the_command_for_its_mounts_and_slices(launcher, capsys):
+    data = "--config.data.path=gs://b/data"
+
+    def error_of(*flags: str, workdir: str, knob: str = data) -> str:
+        command = [*TRAIN, "--workdir", workdir, data, knob]
+        status = launcher.main([*LAUNCHERS[launcher], *flags, "--dry-run", "--", *command])
+        error = capsys.readouterr().err
+        assert status in (0, 2)
+        return error if status else ""
+
+    written = "/runs is mounted to be read only"
+    assert written in error_of("--gcs-fuse", "my-bucket:/runs:ro", workdir="/runs/a")
+    assert not error_of("--gcs-fuse", "my-bucket:/runs", workdir="/runs/a")
+    assert "of the 2 slices" in error_of("--slices", "2", workdir="gs://b/run")
+    assert not error_of("--slices", "2", workdir="gs://b/run", knob="--config.mesh.data=2")
+
+
+def test_workers_have_the_disks_of_an_own_script_and_the_extras_that_are_asked_for(
+    tmp_path, capsys
+):
+    (tmp_path / "mount.sh").write_text("true\n")
+    words = [*LAUNCHERS[tpu_vm], "--dry-run"]
+    command = ["llada-jax", "evaluate", "--checkpoint", "/mnt/run", "--tasks", "gsm8k"]
+    flags = {"is not on a disk that": ["--set-up", str(tmp_path / "mount.sh")]}
+    flags["'eval', and the hosts have"] = ["--extra", "eval"]
+    for missing, given in flags.items():
+        others = [word for flag in flags.values() if flag is not given for word in flag]
+        assert tpu_vm.main([*words, *others, "--", *command]) == 2
+        assert missing in capsys.readouterr().err
+        assert tpu_vm.main([*words, *others, *given, "--", *command]) == 0

@@ -3,8 +3,6 @@
 Where the real gcloud is installed, it checks the commands too.
 """
 
-import contextlib
-import io
 import os
 import shlex
 import subprocess
@@ -16,24 +14,11 @@ import tpu_vm
 import tpu_vm_commands
 import tpu_vm_workers
 from support.documents import launcher_commands
-from support.gcloud import refused_by_gcloud
+from support.gcloud import dry_run, refused_by_gcloud
 from support.paths import ROOT
 from support.required import program
 
 from llada_jax.cluster.hardware import SLICES
-
-
-def dry_run(*flags: str, topology: str = "v6e-16") -> list[list[str]]:
-    """Returns the commands that --dry-run prints."""
-    request = f"--name run --zone us-east5-a --topology {topology} --dry-run"
-    out = io.StringIO()
-    with contextlib.redirect_stdout(out):
-        assert (
-            tpu_vm.main([*request.split(), "--unchecked", *flags, "--", "llada-jax", "train"]) == 0
-        )
-    words = shlex.split(out.getvalue())
-    begins = [i for i, word in enumerate(words) if word == "gcloud"]
-    return [words[a:b] for a, b in zip(begins, [*begins[1:], len(words)])]
 
 
 def test_a_dry_run_prints_what_a_run_does_in_the_same_order(cloud):
@@ -84,6 +69,8 @@ def test_every_slice_is_created_with_its_own_runtime(name):
         (["--topology", "v6e-16", "--slices", "0"], "at least 1"),
         (["--topology", "v6e-16", "--name", "Big_Run"], "lower-case"),
         (["--topology", "v6e-16", "--name", "a" * 64], "shorten it by 1"),
+        (["--topology", "v6e-8", "--slices", "2", "--name", "a" * 62], "shorten it by 1"),
+        (["--topology", "v6e-8", "--gcs-fuse=b-1:/d", "--gcs-fuse=b-2:/d"], "the same place"),
         (["--topology", "v6e-16", "--poll", "-1"], "--poll -1.0 must lie in (0, 86400]"),
         (["--topology", "v6e-16", "--poll", "nan"], "--poll nan must be a finite number"),
         ([], "--topology is missing"),

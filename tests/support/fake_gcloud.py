@@ -140,7 +140,11 @@ class Cloud:
             )
 
     def start(
-        self, *flags: str, topology: str = "v5litepod-16", command: str = "bash job.sh"
+        self,
+        *flags: str,
+        topology: str = "v5litepod-16",
+        command: str = "bash job.sh",
+        start_new_session: bool = False,
     ) -> subprocess.Popen:
         words = [
             "--name",
@@ -161,6 +165,7 @@ class Cloud:
             stdout=subprocess.PIPE,
             stderr=subprocess.PIPE,
             text=True,
+            start_new_session=start_new_session,
         )
 
     def run(self, *flags: str, **kwargs) -> tuple[int, str]:

@@ -1,12 +1,18 @@
-"""The real gcloud, where it is installed, asked whether it takes a command line."""
+"""The commands that launch/tpu_vm.py passes to gcloud, and the real gcloud, where it is installed,
+asked whether it takes them.
+"""
 
+import contextlib
+import io
 import json
 import os
+import shlex
 import shutil
 import subprocess
 from pathlib import Path
 
 import pytest
+import tpu_vm
 
 
 def refused_by_gcloud(lines: list[str], directory: Path) -> dict[str, str]:
@@ -38,3 +44,16 @@ def refused_by_gcloud(lines: list[str], directory: Path) -> dict[str, str]:
         for result in results
         if not result["success"]
     }
+
+
+def dry_run(*flags: str, topology: str = "v6e-16") -> list[list[str]]:
+    """Returns the commands that `launch/tpu_vm.py --dry-run` prints."""
+    request = f"--name run --zone us-east5-a --topology {topology} --dry-run"
+    out = io.StringIO()
+    with contextlib.redirect_stdout(out):
+        assert (
+            tpu_vm.main([*request.split(), "--unchecked", *flags, "--", "llada-jax", "train"]) == 0
+        )
+    words = shlex.split(out.getvalue())
+    begins = [i for i, word in enumerate(words) if word == "gcloud"]
+    return [words[a:b] for a, b in zip(begins, [*begins[1:], len(words)])]
