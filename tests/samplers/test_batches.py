@@ -142,6 +142,20 @@ def test_who_listens_hears_of_the_rows_in_their_order():
     tokens_BT, _ = sample(PROMPTS, batch_size=5, on_step=lambda rows, state: heard.append(rows))
     assert heard == [range(5)] * 8 + [range(5, 8)] * 8
     np.testing.assert_array_equal(tokens_BT, sample(PROMPTS, batch_size=5)[0])
+    # also where a text could end before the others, which no toy ends here
+    heard.clear()
+    listener = {"on_step": lambda rows, state: heard.append(rows)}
+    ending_BT, _ = sample(PROMPTS, batch_size=5, eos_id=EOS, suppress=[EOS], **listener)
+    assert heard == [range(5)] * 8 + [range(5, 8)] * 8
+    assert EOS not in ending_BT
+
+
+def test_the_noise_of_a_row_follows_from_its_number():
+    request = {"temperature": 1.0, "seed": 4}
+    all_BT, _ = sample([[1]] * 6, **request)
+    some_BT, _ = sample([[1]] * 2, noise_numbers=[5, 1], **request)
+    np.testing.assert_array_equal(some_BT, all_BT[[5, 1]])
+    assert (all_BT[5] != all_BT[1]).any()
 
 
 @windowed

@@ -112,6 +112,7 @@ def test_gaps_are_read_from_a_text():
     tokens, is_given = parse_gaps(BYTES, "a [MASK:2] b[MASK]")
     assert tokens == [*b"a ", 256, 256, *b" b", 256]
     assert is_given == [True, True, False, False, True, True, False]
+    assert sum(not given for given in parse_gaps(BYTES, "[MASK:100000]")[1]) == 100_000
 
 
 def test_a_space_in_front_of_a_gap_belongs_to_the_word_that_fills_it():
@@ -122,9 +123,11 @@ def test_a_space_in_front_of_a_gap_belongs_to_the_word_that_fills_it():
             return [len(text)]
 
         def decode(self, ids):
-            return "".join({1: ".", 3: "The", 4: " sat"}[i] for i in ids)
+            return "".join({1: ".", 3: "The", 4: " sat", 5: " sat "}[i] for i in ids)
 
     assert parse_gaps(Words(), "The [MASK:2] sat") == ([3, 9, 9, 4], [True, False, False, True])
+    # one space alone, and none at the end of the text
+    assert parse_gaps(Words(), "The  [MASK] sat ") == ([4, 9, 5], [True, False, True])
 
 
 def test_no_space_is_put_in_front_of_a_text_that_stands_right_behind_a_gap():
@@ -152,6 +155,17 @@ def test_a_text_is_filled_where_it_has_gaps():
     assert (fast.text, fast.num_steps) == (completion.text, 1)
 
 
+def test_neither_an_end_nor_a_suppressed_id_fills_a_gap():
+    """The network proposes both in the places of the gaps."""
+    proposed = np.array([*b"it", BYTES.eos_id, *b"is"], np.int32)
+    (completion,) = infill_text(recite, proposed, BYTES, ["it[MASK]i[MASK]"], suppress=[ord("s")])
+    end, other = completion.tokens[2], completion.tokens[4]
+    assert end not in (*BYTES.end_ids, BYTES.mask_id)
+    assert other not in (ord("s"), *BYTES.end_ids, BYTES.mask_id)
+    (free,) = infill_text(recite, proposed, BYTES, ["it[MASK]i[MASK]"])
+    assert free.tokens[4] == ord("s")
+
+
 @pytest.mark.parametrize(
     ("text", "sentence"),
     [
@@ -172,6 +186,8 @@ def test_impossible_requests_to_fill_are_refused():
         UserError, match="steps=3 must lie between 1 and the number of masked tokens, 2"
     ):
         fill([[1, 2]], [[False, False]], steps=3)
+    with pytest.raises(UserError, match="number of masked tokens, 1"):
+        fill([[1, 2]], [[False, True]], steps=2)
 
 
 # ------------------------------------------------------------------------------------------- append

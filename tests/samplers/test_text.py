@@ -6,7 +6,9 @@ import pytest
 from support.recital import BYTES, letters, recite
 from support.toy_networks import EOS, MASK, PAD, VOCAB, eos_after, with_likely_padding
 
+from llada_jax.errors import UserError
 from llada_jax.samplers.text import (
+    continue_text,
     cut_at_end,
     decode_after,
     generate_text,
@@ -52,6 +54,35 @@ def test_decoding_after_a_prompt():
     assert cut_at_end([1, 2, EOS, 4], [EOS]) == [1, 2]
     assert cut_at_end([1, 2, 4, EOS], [EOS, 4]) == [1, 2]
     assert cut_at_end(np.array([1, 2]), [EOS]) == [1, 2]
+    # tokens that complete a letter of the prompt do not bring the prompt with them
+    broken = "é".encode()[1:] + b"x"
+    assert decode_after(BYTES, [*b"ab", "é".encode()[0]], broken) == BYTES.decode(list(broken))
+
+
+def test_text_is_continued_token_by_token_as_asked(monkeypatch):
+    asked = {}
+
+    def continue_tokens(cached_fn, params, prompts, **settings):
+        asked.update(settings)
+        return np.array([[*b"so", BYTES.eos_id, *b"on"]]), np.array([5])
+
+    monkeypatch.setattr("llada_jax.samplers.text.continue_tokens", continue_tokens)
+    # what denoising alone has is left out where it has its default
+    settings = {"gen_length": 5, "cfg_scale": 0.0, "steps": None, "append": False}
+    for stops, end in ((True, 2), (False, 5)):
+        (found,) = continue_text(None, {}, BYTES, ["and"], stop_at_eos=stops, **settings)
+        assert found.tokens == [*b"so", BYTES.eos_id, *b"on"][:end]
+        assert asked == {
+            "gen_length": 5,
+            "stop_at_eos": stops,
+            "eos_id": BYTES.end_ids,
+            "bos_id": BYTES.bos_id,
+            "mask_id": BYTES.mask_id,
+            "pad_id": BYTES.pad_id,
+            "num_ids": BYTES.vocab_size,
+        }
+    with pytest.raises(UserError, match="on_step is called between steps of denoising"):
+        continue_text(None, {}, BYTES, ["and"], gen_length=5, on_step=print)
 
 
 @pytest.mark.parametrize("temperature", [0.0, 1.0])
