@@ -60,7 +60,9 @@ def _three_digits(number: float) -> str:
 
 
 def format_seconds(seconds: float) -> str:
-    """Returns a duration in its two largest units: 0.4s, 45s, 3m10s, 2h05m, 11d03h."""
+    """Returns a duration in its two largest units: 7.3ms, 0.4s, 45s, 3m10s, 2h05m, 11d03h."""
+    if 0 < seconds < 0.095:
+        return f"{1000 * seconds:.2g}ms"
     if seconds < 9.95:
         return f"{seconds:.1f}s"
     seconds = round(seconds)

@@ -5,6 +5,7 @@ and states its assumptions where it cannot (activations, time). `--compile` asks
 instead: it builds the very train step that `llada-jax train` would run.
 """
 
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
@@ -110,7 +111,7 @@ def main(argv: list[str]) -> None:
     check_flags(flags, machines.accelerator.platform)
     if flags and not args.compile:
         raise UserError(
-            f"--flags {args.flags} changes nothing without --compile; add --compile, or leave it out."
+            f"--flags {args.flags} changes nothing without --compile; add it, or leave out --flags."
         )
     if args.compile:
         load_compiler(machines, flags)
@@ -378,15 +379,22 @@ def _describe_time(p: dict) -> list[str]:
         f"Fast: {efficiency['fast']:.0%} of the peak with recomputation, communication hidden;",
         f"            slow: {efficiency['slow']:.0%}, nothing hidden, {links}",
         f"run         {p['num_steps']:,} steps = {format_count(p['num_tokens'])} tokens: "
-        f"{days['fast']:,.1f} to {days['slow']:,.1f} days, {format_count(chip_hours['fast'])} to "
-        f"{format_count(chip_hours['slow'])} chip-hours",
+        f"{_range(days, '{:,.1f}'.format)} days, {_range(chip_hours, format_count)} chip-hours",
     ]
     if "cost" in p:
         lines.append(
-            f"cost        {p['cost']['fast']:,.0f} to {p['cost']['slow']:,.0f} at {p['price']:g} "
-            "per chip-hour"
+            f"cost        {_range(p['cost'], '{:,.0f}'.format)} at {p['price']:g} per chip-hour"
         )
     return lines
+
+
+def _range(cases: dict[str, float], form: Callable[[float], str]) -> str:
+    """Returns "12 to 34" for a fast and a slow case; small numbers have two digits."""
+    fast, slow = (
+        form(number) if number >= 9.95 else f"{number:.2g}"
+        for number in (cases["fast"], cases["slow"])
+    )
+    return f"{fast} to {slow}"
 
 
 def describe_mesh(shape: dict[str, int]) -> str:

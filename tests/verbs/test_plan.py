@@ -86,6 +86,30 @@ def test_mistakes_end_with_one_sentence(words, sentence, capsys):
     assert len(err.splitlines()) == 1
 
 
+def test_a_small_run_has_numbers_that_are_not_rounded_to_zero(capsys):
+    words = [
+        "plan",
+        "--config",
+        str(ROOT / "configs/debug.py"),
+        "--vocab-size",
+        "320",
+        "--topology",
+        "1xh100",
+    ]
+    assert main([*words, "--price", "2.5"]) == 0
+    out = capsys.readouterr().out
+    assert main([*words, "--price", "2.5", "--json"]) == 0
+    report = json.loads(capsys.readouterr().out)
+    for pattern, unit, known in (
+        (r"time +(\S+)ms to (\S+)ms per step", 1000, report["seconds_per_step"]),
+        (r"tokens: (\S+) to (\S+) days", 1, report["days"]),
+        (r"days, (\S+) to (\S+) chip-hours", 1, report["chip_hours"]),
+        (r"cost +(\S+) to (\S+) at 2.5 per chip-hour", 1, report["cost"]),
+    ):
+        said = [float(number) for number in re.search(pattern, out).groups()]
+        assert said == pytest.approx([unit * known["fast"], unit * known["slow"]], rel=0.06)
+
+
 def test_the_network_and_the_price_are_said(capsys):
     words = ["plan", "--config", LLADA_8B, "--topology", "64xh100", "--price", "2.5"]
     assert main([*words, "--network-gbps", "200"]) == 0
