@@ -91,7 +91,8 @@ def place_everywhere(tree: Any, sharding: jax.sharding.Sharding | None) -> Any:
     """Returns a tree of numpy arrays and random keys on the devices of a sharding, which may be
     those of several processes, all of which have the same tree.
 
-    jax.device_put takes random keys to the devices of its own process only.
+    jax.device_put takes random keys to the devices of its own process only. Between processes it
+    also compares each array, and NaN, as which confidences begin, differs from itself.
     """
 
     def is_key(leaf: Any) -> bool:
@@ -105,8 +106,17 @@ def place_everywhere(tree: Any, sharding: jax.sharding.Sharding | None) -> Any:
             jax.random.wrap_key_data(data, impl=jax.random.key_impl(leaf)) if is_key(leaf) else data
         )
 
-    # One call for all arrays, which are then moved at the same time.
-    placed = jax.device_put(jax.tree.map(unwrapped, tree), sharding)
+    arrays = jax.tree.map(unwrapped, tree)
+    if sharding is None or sharding.is_fully_addressable:
+        # One call for all arrays, which are then moved at the same time.
+        placed = jax.device_put(arrays, sharding)
+    else:
+        placed = jax.tree.map(
+            lambda leaf: jax.make_array_from_callback(
+                np.shape(leaf), sharding, np.asarray(leaf).__getitem__
+            ),
+            arrays,
+        )
     return jax.tree.map(wrapped_like, tree, placed)
 
 

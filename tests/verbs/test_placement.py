@@ -2,7 +2,9 @@
 
 import json
 import os
+import re
 import signal
+from pathlib import Path
 
 import jax
 import jax.numpy as jnp
@@ -81,6 +83,32 @@ def test_samples_of_two_processes_are_those_of_one(random_checkpoint, said, more
     words = ["sample", "--checkpoint", random_checkpoint, *SAMPLE, *more]
     alone, together = said(*words), by_two_processes(*words)
     assert [s["tokens"] for s in together["samples"]] == [s["tokens"] for s in alone["samples"]]
+
+
+def revealed(page: Path) -> list[tuple[int, int, float]]:
+    """Returns (column, token, confidence) of what a page of `sample --html` reveals, in order."""
+    (recording,) = re.findall(r'id="recording">(.*?)</script>', page.read_text())
+    samples = json.loads(recording)["samples"]
+    return [
+        tuple(entry)
+        for sample in samples
+        for frame in sample["frames"]
+        for entry in frame["revealed"]
+    ]
+
+
+@pytest.mark.slow
+def test_two_processes_write_the_page_that_one_writes(random_checkpoint, said, tmp_path):
+    words = ["sample", "--checkpoint", random_checkpoint, *SAMPLE, "--html"]
+    said(*words, tmp_path / "alone.html")
+    by_two_processes(*words, tmp_path / "together.html")
+    alone, together = (revealed(tmp_path / name) for name in ("alone.html", "together.html"))
+    assert [entry[:2] for entry in together] == [entry[:2] for entry in alone]
+    np.testing.assert_allclose(
+        [confidence for *_, confidence in together],
+        [confidence for *_, confidence in alone],
+        atol=2e-3,
+    )
 
 
 @pytest.mark.slow
