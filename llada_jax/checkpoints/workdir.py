@@ -450,10 +450,8 @@ class Checkpoints:
     def _damaged(self, step: int, reason: str) -> UserError:
         folder, remedy = self.directory / str(step), self._remedy(step)
         if not self._owned and files.is_going(folder):
-            remedy = (
-                "its run has removed it since, as all but the newest (config.checkpoint.keep), or "
-                "was rolled back: repeat the command with a step that is still there"
-            )
+            gone = "its run has removed it since (config.checkpoint.keep, or a rollback)"
+            remedy = f"{gone}: repeat the command with a step that is still there"
         return UserError(f"The checkpoint {folder} cannot be read ({reason}); {remedy}.")
 
     def _remedy(self, step: int) -> str:

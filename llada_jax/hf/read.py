@@ -261,8 +261,8 @@ def _check_copies(directory, one: Stored, one_name: str, other: Stored, other_na
 
 
 def digest(directory) -> str:
-    """Returns what tells the weights of a directory from others with the same config.json: a digest
-    of the names, shapes and dtypes of all tensors and of the first row of each.
+    """Returns what distinguishes the weights of a directory from others with the same config.json:
+    a digest of the names, shapes and dtypes of all tensors and of the first row of each.
 
     A checksum of all bytes would take as long as loading them. Training changes every row of a
     tensor, but for those of tokens that it has not seen.
