@@ -1,5 +1,7 @@
 """Which command lines launch/gke.py accepts, and how it refuses the others."""
 
+import os
+
 import gke
 import pytest
 from support.documents import launcher_commands
@@ -114,6 +116,27 @@ def test_a_dry_run_needs_no_kubectl(monkeypatch, capsys):
     assert gke.main([*words, "--", "true"]) == 2
     assert "kubectl is not installed here" in capsys.readouterr().err
     assert gke.main([*words, "--dry-run", "--", "true"]) == 0
+
+
+def test_a_kubectl_that_fails_once_is_a_failure(tmp_path, monkeypatch):
+    """`--delete` calls it for the JobSet and for its config; the manifests are sent to `apply`."""
+    (tmp_path / "kubectl").write_text(
+        f'#!/bin/sh\necho "$*" >> {tmp_path}/calls\n'
+        'case "$*" in *"delete jobset"*|*apply*) exit 5 ;; esac\n'
+    )
+    (tmp_path / "kubectl").chmod(0o755)
+    monkeypatch.setenv("PATH", f"{tmp_path}:{os.environ['PATH']}")
+    words = ["--name", "run", "--namespace", "team", "--image", "i:1", "--topology", "v5p-8"]
+    assert gke.main([*words, "--delete"]) == 5
+    assert gke.main([*words, "--follow"]) == 0
+    assert gke.main([*words, "--", "true"]) == 5
+    assert (tmp_path / "calls").read_text().splitlines() == [
+        "--namespace team delete jobset run",
+        "--namespace team delete configmap --selector llada-jax=run",
+        "--namespace team logs --follow --prefix --container trainer --max-log-requests 10000 "
+        "--tail -1 --selector jobset.sigs.k8s.io/jobset-name=run",
+        "--namespace team apply -f -",
+    ]
 
 
 def test_every_command_of_the_documents_is_accepted(monkeypatch):

@@ -3,6 +3,7 @@
 import pytest
 from support.gke_manifests import REQUESTS, container_of, job_of, pod_of, render
 
+from llada_jax.cluster.compiler_flags import flags_named
 from llada_jax.cluster.hardware import SLICES, slice_named
 
 
@@ -39,6 +40,80 @@ def test_only_status_42_and_statuses_of_signals_restart_the_run():
     assert rule["action"] == "FailJob"
     assert rule["onExitCodes"]["operator"] == "NotIn"
     assert rule["onExitCodes"]["values"] == [42, *range(127, 256)]
+
+
+def test_a_pod_that_fails_is_not_repeated_by_anything_but_the_jobset():
+    manifest = render("--topology", "v5p-8", "--max-restarts", "7", "--grace", "90")
+    job, pod = job_of(manifest)["spec"], pod_of(manifest)["spec"]
+    assert (job["backoffLimit"], pod["restartPolicy"]) == (0, "Never")
+    policy = manifest["spec"]["failurePolicy"]
+    assert policy["maxRestarts"] == 7
+    (rule,) = policy["rules"]
+    assert (rule["action"], rule["onJobFailureReasons"]) == ("FailJobSet", ["PodFailurePolicy"])
+    assert pod["terminationGracePeriodSeconds"] == 90
+    # half a day, in which its logs can be read
+    assert manifest["spec"]["ttlSecondsAfterFinished"] == 43_200
+
+
+@pytest.mark.parametrize(("topology", "ports"), [("v5p-16", [8476, 8471, 8080]), ("h100", [8476])])
+def test_pods_talk_over_the_network_of_their_node(topology, ports):
+    manifest = render("--topology", topology)
+    pod, container = pod_of(manifest)["spec"], container_of(manifest)
+    assert (pod["hostNetwork"], pod["dnsPolicy"]) == (True, "ClusterFirstWithHostNet")
+    assert [port["containerPort"] for port in container["ports"]] == ports
+    # libtpu locks memory
+    assert container["securityContext"] == {"privileged": True}
+
+
+def test_what_a_cluster_asks_for_is_where_it_looks_for_it():
+    flags = ["--queue", "q", "--priority", "p", "--service-account", "s"]
+    flags += ["--node-selector", "disk=fast", "--capacity", "reservation:mine"]
+    manifest = render("--topology", "v5p-8", *flags)
+    assert manifest["metadata"]["labels"] == {"kueue.x-k8s.io/queue-name": "q"}
+    pod = pod_of(manifest)["spec"]
+    assert (pod["priorityClassName"], pod["serviceAccountName"]) == ("p", "s")
+    assert pod["nodeSelector"] == {
+        "cloud.google.com/gke-tpu-accelerator": "tpu-v5p-slice",
+        "cloud.google.com/gke-tpu-topology": "2x2x1",
+        "cloud.google.com/reservation-name": "mine",
+        "disk": "fast",
+    }
+    plain = render("--topology", "h100")
+    assert "labels" not in plain["metadata"]
+    assert not {"priorityClassName", "serviceAccountName"} & set(pod_of(plain)["spec"])
+    assert pod_of(plain)["spec"]["nodeSelector"] == {
+        "cloud.google.com/gke-accelerator": "nvidia-h100-mega-80gb"
+    }
+
+
+@pytest.mark.parametrize(
+    ("topology", "known"),
+    [
+        ("v5p-16", {"JAX_PLATFORMS": "tpu,cpu", "JAX_COORDINATOR_PORT": "8476"}),
+        (
+            "h100",
+            {
+                "JAX_PLATFORMS": "cuda,cpu",
+                # where GKE mounts the driver
+                "LD_LIBRARY_PATH": "/usr/local/nvidia/lib64",
+                "XLA_PYTHON_CLIENT_MEM_FRACTION": "0.9",
+            },
+        ),
+    ],
+)
+def test_a_host_that_does_not_find_its_chips_ends(topology, known):
+    environment = container_of(render("--topology", topology))["env"]
+    assert {entry["name"]: entry["value"] for entry in environment} == {
+        "PYTHONUNBUFFERED": "1",
+        **known,
+    }
+
+
+def test_a_preset_of_flags_reaches_the_pods_unless_a_variable_replaces_it():
+    ((name, value),) = flags_named("v6e").items()
+    for words, expected in (([], value), (["--env", f"{name}=own"], "own")):
+        container = container_of(render("--topology", "v6e-8", "--flags", "v6e", *words))
+        assert {entry["name"]: entry["value"] for entry in container["env"]}[name] == expected
 
 
 def expanded(text: str, variables: dict[str, str]) -> str:
