@@ -15,6 +15,7 @@ from llada_jax.errors import (
     UserError,
     look_up,
     one_line,
+    reason,
 )
 from llada_jax.streams import (
     Log,
@@ -142,8 +143,8 @@ def run_verb(argv: list[str]) -> int:
 
 
 def mistake_in_environment(error: Exception) -> str:
-    """Returns a sentence about a variable that JAX refuses or a current directory that is gone, ""
-    for any other error.
+    """Returns a sentence about a variable that JAX refuses, a current directory that is gone or a
+    path of another user, "" for any other error.
 
     JAX reads some of its variables when it is imported and others when the first device is asked
     for, so that no single place of this package could check them.
@@ -153,6 +154,11 @@ def mistake_in_environment(error: Exception) -> str:
         return (
             "The current directory has been removed; change to one that exists, and start the "
             "command there."
+        )
+    if isinstance(error, PermissionError) and isinstance(error.filename, str):
+        return (
+            f"{error.filename} cannot be used ({reason(error)}); change its permissions, or start "
+            "the command as a user who has them."
         )
     variables = ", ".join(f"{n}={v!r}" for n, v in os.environ.items() if n.startswith("JAX_"))
     if isinstance(error, RuntimeError) and "initialize backend" in str(error):

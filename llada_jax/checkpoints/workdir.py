@@ -140,8 +140,7 @@ class Checkpoints:
             teach_orbax_s3()
         else:
             self.directory = epath.Path(workdir).resolve() / FOLDER
-        # One process claims for the whole run: a claim of each would make the last one the owner
-        # and all others outdated.
+        # One process claims for the whole run: of several claims only the last one would hold.
         is_writer = self._is_remote and owned and jax.process_index() == 0
         self._claim = remote.Claim(self.directory.parent) if is_writer else None
         context = ocp.Context()
@@ -149,8 +148,7 @@ class Checkpoints:
         # would hold the only chunk next to the array, twice its size.
         context.array.saving.storage_options.chunk_byte_size = CHUNK_BYTES
         context.array.saving.scoped_storage_options_creator = _storage_of
-        # In the background, threads of Orbax would wait 20 minutes for folders that a disk refuses,
-        # and Python waits for its threads before it exits.
+        # In the background, a folder that the disk refuses would cost 20 minutes at Python's exit.
         context.async_options.create_directories_asynchronously = False
         if self._is_remote:
             # Orbax commits a step by renaming its folder, which a bucket cannot do at once; there
@@ -404,6 +402,7 @@ class Checkpoints:
         try:
             yield
         except Exception as error:
+            files.check_readable(self.directory / str(step))
             raise self._damaged(step, _reason(error)) from error
 
     def _load(self, step: int, items: dict) -> dict:

@@ -105,6 +105,7 @@ def _list_file(file: Path) -> dict[str, Stored]:
                 for name, s in slices.items()
             }
     except (safetensors.SafetensorError, OSError) as error:
+        files.check_readable(file)
         size = file.stat().st_size if file.exists() else 0
         raise UserError(
             f"{file} is damaged or cut short at {size:,} bytes ({error}); fetch it again."

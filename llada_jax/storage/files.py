@@ -250,6 +250,22 @@ def is_going(folder) -> bool:
     return True
 
 
+def check_readable(folder) -> None:
+    """Raises UserError that names what this user may not read of a local file or folder.
+
+    For the moment after a library has failed on it: some say of such a file that it is missing.
+    """
+    if is_remote(folder):
+        return
+    below = (os.path.join(at, name) for at, *names in os.walk(folder) for name in sum(names, []))
+    for path in (os.fspath(folder), *below):
+        if os.path.lexists(path) and not os.access(path, os.R_OK):
+            raise UserError(
+                f"{path} cannot be read (Permission denied); change its permissions, or start the "
+                "command as a user who has them."
+            )
+
+
 def sync(path) -> None:
     """Waits until a local file, or the names in a directory, are on the disk.
 

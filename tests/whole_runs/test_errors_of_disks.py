@@ -2,13 +2,16 @@
 
 import json
 import os
+import shutil
 import subprocess
+import sys
 from pathlib import Path
 
 import jax
 import numpy as np
 import pytest
-from support.mishaps import copy, prepare_argv, train_argv, tree
+from support.mishaps import check_sentence, copy, prepare_argv, train_argv, tree
+from support.required import absent
 from support.runs import metric_lines
 
 import llada_jax
@@ -22,6 +25,38 @@ def test_a_workdir_or_output_below_a_file_is_refused(home, tmp_path, refused):
     refused(train_argv(home, below), says=says, keeps=[tmp_path])
     says = ["cannot be written", "another --output"]
     refused(prepare_argv(home / "text.txt", below), says=says, keeps=[tmp_path])
+
+
+# Of root, who may otherwise read everything.
+WITHOUT_PRIVILEGES = ["setpriv", "--bounding-set=-dac_override,-dac_read_search"]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("verb", "path"),
+    [("train", "run.json"), ("sample", "checkpoints"), ("sample", "checkpoints/4/params")],
+)
+def test_what_another_user_has_hidden_is_named(verb, path, home, tmp_path):
+    run = copy(home / "run", tmp_path / "run")
+    argv = {
+        "train": train_argv(home, run),
+        "sample": ["sample", "--checkpoint", str(run), "--gen-length", "1", "--steps", "1"],
+    }
+    command = [sys.executable, "-m", "llada_jax", *argv[verb]]
+    if os.geteuid() == 0:
+        if not shutil.which("setpriv"):
+            absent("root reads every file without setpriv, which is part of util-linux")
+        command = [*WITHOUT_PRIVILEGES, *command]
+    hidden = run / path
+    mode = hidden.stat().st_mode
+    hidden.chmod(0)
+    try:
+        ended = subprocess.run(command, capture_output=True, text=True, timeout=300, check=False)
+    finally:
+        hidden.chmod(mode)
+    assert ended.returncode == 2, ended.stderr
+    sentence = ended.stderr.splitlines()[-1]
+    check_sentence(sentence, [str(hidden), "Permission denied", "change its permissions"])
 
 
 def fill(disk: Path, *, leave: int) -> Path:
