@@ -9,9 +9,9 @@ _TEXT = '''\
 
     llada-jax train --config {file} --workdir runs/more --config.data.path=DATA
 
-DATA is a directory that `llada-jax prepare --tokenizer {output}/tokenizer` has written. The network
-is that of the weights and must stay; everything else is a proposal (docs/continue-8b.md). Copy this
-file to where your configs are, and change it there.
+DATA is a directory that `llada-jax prepare --tokenizer {tokenizer}` has written.
+{note}The network is that of the weights and must stay; everything else is a proposal
+(docs/continue-8b.md). Copy this file to where your configs are, and change it there.
 """
 
 from llada_jax.config import default_config
@@ -33,13 +33,17 @@ def get_config():
 '''
 
 NAME = "continue.py"
+_NO_TOKENIZER = "TOKENIZER is that of the weights, which came without one.\n"
 
 
-def starting_config(architecture: Architecture, *, source: str, output: str) -> str:
+def starting_config(
+    architecture: Architecture, *, source: str, output: str, has_tokenizer: bool
+) -> str:
     """Returns the text of a config file.
 
     Args:
         source: what was imported. output: the workdir that holds it.
+        has_tokenizer: whether a tokenizer lies there too.
     """
     model = "\n".join(
         f"    config.model.{name} = {value!r}" for name, value in vars(architecture).items()
@@ -50,6 +54,8 @@ def starting_config(architecture: Architecture, *, source: str, output: str) -> 
     # not str.format, for which a brace in a path would begin a field
     return (
         _TEXT.replace("{model}", model)
+        .replace("{tokenizer}", "{output}/tokenizer" if has_tokenizer else "TOKENIZER")
+        .replace("{note}", "" if has_tokenizer else _NO_TOKENIZER)
         .replace("{source}", shown)
         .replace("{file}", f"{named}/{NAME}")
         .replace("{output!r}", repr(output))

@@ -104,7 +104,12 @@ def main(argv: list[str]) -> None:
         if jax.process_index() == 0:
             write_run(workdir, source.tokenizer, record)
             if not args.causal:
-                text = starting_config(source.architecture, source=named, output=args.output)
+                text = starting_config(
+                    source.architecture,
+                    source=named,
+                    output=args.output,
+                    has_tokenizer=source.tokenizer.kind != "none",
+                )
                 (workdir / NAME).write_text(text)
         params = load(source, mesh)
         state = TrainState(step=jnp.int32(0), params=params, opt_state=(), ema={}, metrics={})

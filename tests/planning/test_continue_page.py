@@ -36,7 +36,7 @@ def written(tmp_path_factory) -> str:
     architecture = Architecture(**{name: model[name] for name in Architecture.__dataclass_fields__})
     source, output = value_of(IMPORT, "--from"), value_of(IMPORT, "--output")
     file = tmp_path_factory.mktemp("imported") / NAME
-    file.write_text(starting_config(architecture, source=source, output=output))
+    file.write_text(starting_config(architecture, source=source, output=output, has_tokenizer=True))
     return str(file)
 
 
