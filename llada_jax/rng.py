@@ -14,8 +14,10 @@ def key_for(purpose: str, seed: int, *indices: Any) -> jax.Array:
     """Returns the key of one purpose ("init", "corruption", ...), folded with integers that may be
     traced.
     """
+    # by name, because JAX_DEFAULT_PRNG_IMPL in the environment would change all noise
+    key = jax.random.key(seed, impl="threefry2x32")
     # crc32, because Python's own hash of a text differs from process to process
-    key = jax.random.fold_in(jax.random.key(seed), zlib.crc32(purpose.encode()))
+    key = jax.random.fold_in(key, zlib.crc32(purpose.encode()))
     for index in indices:
         key = jax.random.fold_in(key, index)
     return key

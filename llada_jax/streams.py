@@ -79,6 +79,15 @@ class Result:
             yield
         except BrokenPipeError:
             raise
+        except UnicodeEncodeError as error:
+            # half of a surrogate pair, which no encoding has
+            if error.encoding == "utf-8":
+                raise
+            raise UserError(
+                f"The result cannot be written to stdout, whose encoding {error.encoding} does not "
+                f"have {error.object[error.start]!r}; set PYTHONIOENCODING=utf-8, and run the same "
+                "command again."
+            ) from error
         except OSError as error:
             # Python would try once more at its exit, and complain.
             with contextlib.suppress(OSError, ValueError):

@@ -30,3 +30,9 @@ def test_each_row_has_a_key_that_depends_on_its_number_alone():
     alone = keys_for_rows(key, jnp.array([5]))
     assert len({words(row) for row in together}) == 8
     assert words(together[5]) == words(alone[0])
+
+
+def test_noise_depends_on_no_default_of_jax():
+    expected = words(key_for("corruption", 3, 7))
+    with jax.default_prng_impl("rbg"):
+        assert words(key_for("corruption", 3, 7)) == expected

@@ -1,4 +1,4 @@
-"""Lines of several threads on one stream."""
+"""Lines of several threads on one stream, and results that a stream cannot hold."""
 
 import ast
 import io
@@ -10,7 +10,8 @@ from pathlib import Path
 import pytest
 
 import llada_jax
-from llada_jax.streams import write_line
+from llada_jax.errors import UserError
+from llada_jax.streams import Result, write_line
 
 # As many as a pipe holds, so that no reader is needed meanwhile.
 NUM_LINES = 300
@@ -65,3 +66,12 @@ def test_nothing_else_writes_lines_to_stderr():
         )
     }
     assert not found, f"use streams.write_line: {sorted(found)}"
+
+
+@pytest.mark.parametrize(("encoding", "shown"), [("ascii", "ö"), ("latin-1", "€")])
+def test_a_result_that_the_encoding_of_stdout_does_not_have_is_refused(encoding, shown):
+    stdout = Result(io.TextIOWrapper(io.BytesIO(), encoding=encoding))
+    assert stdout.write("fine") == 4
+    sentence = f"encoding {encoding} does not have"
+    with pytest.raises(UserError, match=f"{sentence} '{shown}'; set PYTHONIOENCODING=utf-8"):
+        stdout.write(f"of 1 {shown}")

@@ -124,10 +124,11 @@ def make_mesh(sizes: dict[str, int], devices=None) -> Mesh:
         devices: default: all devices of this run.
 
     Raises:
-        UserError: see `mesh_shape`, and `check_gpus`.
+        UserError: see `mesh_shape`, `check_gpus` and `check_width_of_numbers`.
     """
     devices = jax.devices() if devices is None else devices
     check_gpus(devices)
+    check_width_of_numbers()
     is_tpu = devices[0].platform == "tpu"
     # Elsewhere slice_index does not name a TPU slice: the GPUs of one host share one.
     num_slices = len({getattr(d, "slice_index", 0) for d in devices}) if is_tpu else 1
@@ -158,6 +159,17 @@ def check_gpus(devices) -> None:
             f"JAX_PLATFORMS={asked!r} names GPUs first, and JAX sees none of them on this machine; "
             "install NVIDIA's driver, or give the container its GPUs. JAX_PLATFORMS=cpu trains on "
             "the CPUs."
+        )
+
+
+def check_width_of_numbers() -> None:
+    """Raises UserError when JAX makes numbers of 64 bits, as it does where the environment says so:
+    draws, and with them bounds and samples, would be others.
+    """
+    if jax.config.jax_enable_x64:  # type: ignore[attr-defined]
+        raise UserError(
+            "JAX_ENABLE_X64 is on, and llada_jax computes with numbers of at most 32 bits; unset "
+            "it, or leave jax.config.update('jax_enable_x64', True) out."
         )
 
 

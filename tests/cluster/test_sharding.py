@@ -92,6 +92,16 @@ def test_cpus_are_not_taken_for_the_gpus_that_the_environment_asks_for(asked):
     sharding.make_mesh({"fsdp": -1})
 
 
+def test_numbers_of_64_bits_are_refused():
+    try:
+        jax.config.update("jax_enable_x64", True)
+        for make in (lambda: sharding.make_mesh({"fsdp": -1}), sharding.one_device_mesh):
+            with pytest.raises(UserError, match="JAX_ENABLE_X64 is on, .* unset it"):
+                make()
+    finally:
+        jax.config.update("jax_enable_x64", False)
+
+
 def test_a_size_that_cannot_be_split_names_the_knob_and_the_multiple():
     mesh = sharding.make_mesh({"fsdp": 4, "tensor": 2})
     sharding.check_divisible(mesh, {"config.model.d_ff": ("mlp", 6)})
