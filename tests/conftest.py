@@ -72,6 +72,16 @@ def pytest_collection_modifyitems(items) -> None:
     )  # stable: the order within a file stays
 
 
+@pytest.fixture(scope="module", autouse=True)
+def no_programs_of_other_files():
+    """JAX keeps all programs and traces of a process: 6 GB per worker over all tests, through which
+    Python looks for garbage again and again.
+    """
+    yield
+    jax.clear_caches()
+    gc.collect()
+
+
 @pytest.fixture(scope="session")
 def published() -> Path:
     """A tiny LLaDA checkpoint in the published layout, with what the published PyTorch code
