@@ -7,7 +7,8 @@ on.
     42  The command stopped without having failed, because it was asked to, because another process
         is gone, or because a bucket does not answer: start it again.
 
-    130, 143  Ctrl-C or SIGTERM came before there was anything to save.
+    129, 130, 143  SIGHUP (a closed terminal), Ctrl-C or SIGTERM came before there was anything to
+        save.
 
 Any other status, and any traceback, is a bug in llada_jax.
 """

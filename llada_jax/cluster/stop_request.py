@@ -1,6 +1,7 @@
 """A request to stop, which every process sees at the same step.
 
-It comes from a scheduler (SIGTERM) or from the keyboard (Ctrl-C).
+It comes from a scheduler (SIGTERM), from the keyboard (Ctrl-C) or from a terminal that is closed
+(SIGHUP).
 """
 
 import signal
@@ -10,7 +11,7 @@ from jax.experimental import multihost_utils
 
 
 class StopRequest:
-    """Within its `with` block, SIGTERM or the first Ctrl-C lets the step finish.
+    """Within its `with` block, SIGTERM, SIGHUP or the first Ctrl-C lets the step finish.
 
     With several processes, JAX's preemption service spreads a SIGTERM to any one of them, and all
     of them see it at the same step. Ctrl-C is left alone there, because a launcher forwards
@@ -27,6 +28,10 @@ class StopRequest:
         if not self._is_distributed:
             for number in (signal.SIGTERM, signal.SIGINT):
                 self._previous[number] = signal.signal(number, self._request)
+        # nohup makes a program ignore SIGHUP, and then it must stay ignored
+        if signal.getsignal(signal.SIGHUP) != signal.SIG_IGN:
+            as_sigterm = lambda *_: signal.raise_signal(signal.SIGTERM)  # noqa: E731
+            self._previous[signal.SIGHUP] = signal.signal(signal.SIGHUP, as_sigterm)
         return self
 
     def __exit__(self, *exception):

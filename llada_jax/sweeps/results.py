@@ -17,9 +17,9 @@ EXIT_FILE = "exit.json"
 # States in which starting a run again would give the same result.
 FINISHED = ("complete", "diverged", "pruned")
 
-# Exit statuses of a run that was stopped and may continue: 42 has saved; 130 (Ctrl-C) and 143
-# (SIGTERM) came before there was anything to save.
-INTERRUPTED = (42, 130, 143)
+# Exit statuses of a run that was stopped and may continue: 42 has saved; 129 (SIGHUP), 130
+# (Ctrl-C) and 143 (SIGTERM) came before there was anything to save.
+INTERRUPTED = (42, 129, 130, 143)
 
 
 class Result(NamedTuple):
