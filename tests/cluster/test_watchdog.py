@@ -44,3 +44,21 @@ def test_a_watchdog_leaves_alone_what_beats_and_what_it_does_not_watch():
         """
     )
     assert (done.returncode, done.stderr) == (0, "")
+
+
+@pytest.mark.slow
+def test_a_process_that_was_suspended_for_longer_than_the_limit_does_not_hang():
+    done = run_python(
+        """
+        import os, signal, subprocess, sys, time
+        from llada_jax.cluster.watchdog import Watchdog
+
+        # continues this process, which stops itself meanwhile
+        wake = f"import os, signal, time; time.sleep(6); os.kill({os.getpid()}, signal.SIGCONT)"
+        with Watchdog(timeout_s=4.0):
+            subprocess.Popen([sys.executable, "-c", wake])
+            os.kill(os.getpid(), signal.SIGSTOP)
+            time.sleep(2.5)
+        """
+    )
+    assert (done.returncode, done.stderr) == (0, "")
