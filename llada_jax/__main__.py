@@ -13,6 +13,7 @@ from llada_jax.errors import (
     Preempted,
     Unreachable,
     UserError,
+    lacks_memory,
     look_up,
     one_line,
     reason,
@@ -191,8 +192,7 @@ def lack_of_memory(error: Exception) -> str:
 
     It is a mistake and not a bug: no size is too large in itself, and this machine decides.
     """
-    is_jax = type(error).__name__ == "JaxRuntimeError" and "RESOURCE_EXHAUSTED" in str(error)
-    if not is_jax and not isinstance(error, MemoryError):
+    if not lacks_memory(error):
         return ""
     what = one_line(str(error)) or "no memory is left"
     return (

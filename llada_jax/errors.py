@@ -66,6 +66,12 @@ def reason(error: BaseException) -> str:
     return one_line(getattr(error, "strerror", None) or str(error) or type(error).__name__)
 
 
+def lacks_memory(error: BaseException) -> bool:
+    """Whether an error says that the memory, of this machine or of its devices, is not enough."""
+    is_jax = type(error).__name__ == "JaxRuntimeError" and "RESOURCE_EXHAUSTED" in str(error)
+    return is_jax or isinstance(error, MemoryError)
+
+
 def one_line(text: str) -> str:
     """Returns a text without line breaks and its full stop, cut in the middle when it is long."""
     text = " ".join(text.split()).rstrip(".")

@@ -37,7 +37,7 @@ from llada_jax.checkpoints.checksums import SCHEME, checksum_of_array, checksums
 from llada_jax.checkpoints.orbax_patches import teach_orbax_s3
 from llada_jax.checkpoints.record import RunRecord, sealed
 from llada_jax.cluster import distributed
-from llada_jax.errors import LostPeer, UserError, one_line
+from llada_jax.errors import LostPeer, UserError, lacks_memory, one_line
 from llada_jax.models.adapters import (
     NUM_INPUT_DIMS,
     Lora,
@@ -397,11 +397,13 @@ class Checkpoints:
         """Makes one UserError of whatever is raised while arrays of a step are read.
 
         Which errors Orbax and tensorstore raise on damaged files is not documented and changes with
-        their versions: each of them means that this checkpoint cannot be read.
+        their versions: each but a lack of memory means that this checkpoint cannot be read.
         """
         try:
             yield
         except Exception as error:
+            if lacks_memory(root := _root(error)):
+                raise root from None
             files.check_readable(self.directory / str(step))
             raise self._damaged(step, _reason(error)) from error
 

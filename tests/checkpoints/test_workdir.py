@@ -268,3 +268,22 @@ def test_a_step_that_its_run_removes_while_it_is_read_is_not_called_damaged(
     with pytest.raises(UserError, match="its run has removed it since") as error:
         found.restore(step, abstract_of(state))
     assert "move that folder away" not in str(error.value)
+
+
+def test_a_sound_step_for_which_the_memory_is_not_enough_is_not_called_damaged(
+    tmp_path, monkeypatch
+):
+    state = state_at(3, mesh_of(fsdp=2, tensor=2))
+    saved = Checkpoints(tmp_path)
+    saved.save(state, small_record())
+    saved.close()
+    found, step = find_checkpoint(str(tmp_path))
+    full = jax.errors.JaxRuntimeError("RESOURCE_EXHAUSTED: Out of memory allocating 4096 bytes.")
+
+    def place(*_, **__):
+        raise full
+
+    monkeypatch.setattr(jax, "device_put", place)
+    monkeypatch.setattr(jax, "make_array_from_callback", place)
+    with pytest.raises(jax.errors.JaxRuntimeError, match="RESOURCE_EXHAUSTED"):
+        found.restore(step, abstract_of(state))
