@@ -44,6 +44,13 @@ RULES = {
     "act_part_of_embed": "fsdp",
 }
 
+# {setting of JAX that changes its draws: what it must be}
+SETTINGS_OF_JAX = {
+    "jax_enable_x64": False,
+    "jax_random_seed_offset": 0,
+    "jax_threefry_partitionable": True,
+}
+
 
 def mesh_shape(sizes: dict[str, int], num_devices: int, *, num_slices: int = 1) -> tuple[int, ...]:
     """Returns the size of each of AXES on `num_devices` devices.
@@ -124,11 +131,11 @@ def make_mesh(sizes: dict[str, int], devices=None) -> Mesh:
         devices: default: all devices of this run.
 
     Raises:
-        UserError: see `mesh_shape`, `check_gpus` and `check_width_of_numbers`.
+        UserError: see `mesh_shape`, `check_gpus` and `check_settings_of_jax`.
     """
     devices = jax.devices() if devices is None else devices
     check_gpus(devices)
-    check_width_of_numbers()
+    check_settings_of_jax()
     is_tpu = devices[0].platform == "tpu"
     # Elsewhere slice_index does not name a TPU slice: the GPUs of one host share one.
     num_slices = len({getattr(d, "slice_index", 0) for d in devices}) if is_tpu else 1
@@ -162,15 +169,19 @@ def check_gpus(devices) -> None:
         )
 
 
-def check_width_of_numbers() -> None:
-    """Raises UserError when JAX makes numbers of 64 bits, as it does where the environment says so:
-    draws, and with them bounds and samples, would be others.
+def check_settings_of_jax() -> None:
+    """Raises UserError when JAX draws other numbers than this package counts on, as it does where
+    the environment says so: one seed would have other curves, bounds and samples.
     """
-    if jax.config.jax_enable_x64:  # type: ignore[attr-defined]
-        raise UserError(
-            "JAX_ENABLE_X64 is on, and llada_jax computes with numbers of at most 32 bits; unset "
-            "it, or leave jax.config.update('jax_enable_x64', True) out."
-        )
+    for name, needed in SETTINGS_OF_JAX.items():
+        # a later JAX may have removed one
+        value = getattr(jax.config, name, needed)
+        if value != needed:
+            raise UserError(
+                f"{name.upper()} is {value} and llada_jax needs {needed}, because draws, and with "
+                "them curves, bounds and samples, would be others; unset it, or leave "
+                f"jax.config.update({name!r}, {value}) out."
+            )
 
 
 def abstract_mesh(sizes: dict[str, int], num_devices: int) -> AbstractMesh:

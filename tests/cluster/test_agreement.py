@@ -123,7 +123,7 @@ def test_hosts_with_other_records_versions_or_knobs_are_refused_by_name(tmp_path
         tmp_path,
         python_path=("", str(tmp_path)),
         words=((), ("--config.optimizer.b2=0.9",)),
-        environments=({}, {"JAX_THREEFRY_PARTITIONABLE": "0"}),
+        environments=({}, {"JAX_DEFAULT_MATMUL_PRECISION": "highest"}),
     )
     for log in logs:
         sentence = log.splitlines()[-1]
@@ -131,7 +131,7 @@ def test_hosts_with_other_records_versions_or_knobs_are_refused_by_name(tmp_path
         assert "config.optimizer.b2 is 0.95 on process 0 and 0.9 on process 1" in sentence
         assert "the version of optax is" in sentence
         assert "and 9.9 on process 1" in sentence
-        assert "JAX_THREEFRY_PARTITIONABLE is True on process 0 and False on proc" in sentence
+        assert "JAX_DEFAULT_MATMUL_PRECISION is None on process 0 and highest on" in sentence
         assert "the records in data is" in sentence
         assert "tokenizer" not in sentence  # that is the same
         assert not any((tmp_path / f"host{number}" / "run").exists() for number in range(2))

@@ -92,14 +92,23 @@ def test_cpus_are_not_taken_for_the_gpus_that_the_environment_asks_for(asked):
     sharding.make_mesh({"fsdp": -1})
 
 
-def test_numbers_of_64_bits_are_refused():
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [
+        ("jax_enable_x64", True),
+        ("jax_random_seed_offset", 7),
+        ("jax_threefry_partitionable", False),
+    ],
+)
+def test_settings_of_jax_that_change_its_draws_are_refused(name, value):
+    usual = getattr(jax.config, name)
     try:
-        jax.config.update("jax_enable_x64", True)
+        jax.config.update(name, value)
         for make in (lambda: sharding.make_mesh({"fsdp": -1}), sharding.one_device_mesh):
-            with pytest.raises(UserError, match="JAX_ENABLE_X64 is on, .* unset it"):
+            with pytest.raises(UserError, match=f"{name.upper()} is {value} .* unset it"):
                 make()
     finally:
-        jax.config.update("jax_enable_x64", False)
+        jax.config.update(name, usual)
 
 
 def test_a_size_that_cannot_be_split_names_the_knob_and_the_multiple():
