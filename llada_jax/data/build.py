@@ -52,6 +52,21 @@ _FINGERPRINTED = 1
 LOCK = f"{RECEIPTS}/lock"
 
 
+def as_flag(key: str, value, other) -> str:
+    """Returns a setting as the command line has it; of those of dialogues, what differs from the
+    other ones.
+    """
+    flag = f"--{key.replace('_', '-')}"
+    if value is None or value == "":
+        return f"no {flag}"
+    if value is True:
+        return flag
+    if isinstance(value, dict):
+        differs = [f"{name}={v}" for name, v in value.items() if v and v != (other or {}).get(name)]
+        return " ".join([flag, *differs])
+    return f"{flag} {value!r}"
+
+
 def fingerprint(content) -> str:
     """Returns a hex digest of plain JSON values."""
     return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()

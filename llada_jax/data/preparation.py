@@ -29,6 +29,7 @@ from llada_jax.data.build import (
     LOCK,
     RECEIPTS,
     Job,
+    as_flag,
     check_splits,
     dataset_json,
     fingerprint,
@@ -450,8 +451,8 @@ def _refuse_other_settings(output: Path, source: dict, *, is_own_template: bool)
             (output / RECEIPTS / "tokenizer.json").unlink(missing_ok=True)
         elif was != now:
             raise UserError(
-                f"{output} was prepared with --{key.replace('_', '-')} {was!r} and this command "
-                f"says {now!r}; give the same value, another --output, or delete the directory."
+                f"{output} was prepared with {as_flag(key, was, now)} and this command has "
+                f"{as_flag(key, now, was)}; give the same, a new --output, or delete the directory."
             )
     if is_complete and before.get("input_fingerprint") != source["input_fingerprint"]:
         raise UserError(

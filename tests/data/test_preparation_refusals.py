@@ -96,6 +96,9 @@ def test_outputs_that_cannot_be_written_are_refused(tmp_path):
         ({"tokenizer": "spm:320"}, "--tokenizer 'bytes'"),
         ({"heldout": 0.5}, "--heldout 0.1"),
         ({"cut": Cut(text_field="body")}, "--text-field 'text'"),
+        ({"drop_duplicates": True}, "with no --drop-duplicates and this command has --drop-dupl"),
+        ({"cut": Cut(form="txt")}, "with no --format and this command has --format 'txt'"),
+        ({"chat": ChatSettings(template="default", turns="all")}, "no --chat and this command has"),
     ],
 )
 @pytest.mark.parametrize("is_complete", [True, False])
@@ -168,6 +171,8 @@ def test_another_template_is_refused_be_it_named_or_that_of_the_tokenizer(tmp_pa
         (out / "dataset.json").write_text(json.dumps(content))
     prepare(corpus, out, **args, chat=ChatSettings())
     assert "--chat" in refusal(corpus, out, **args, chat=ChatSettings(template="default"))
+    words = "with --chat turns=one and this command has --chat turns=all;"
+    assert words in refusal(corpus, out, **args, chat=ChatSettings(turns="all"))
     if not is_old:
         file = tmp_path / "tokenizer" / "chat_template.jinja"
         file.write_text(file.read_text().replace(".", "!"))
