@@ -30,6 +30,7 @@ from llada_jax.evaluation.answer_rows import Question
 from llada_jax.evaluation.conditional import Score, encode_pair, log_likelihoods
 from llada_jax.evaluation.harness_hosts import cache_of_first
 from llada_jax.evaluation.harness_tasks import (
+    asking,
     check_sampling,
     load_tasks,
     monte_carlo_errors,
@@ -218,6 +219,7 @@ class HarnessModel:
         Raises:
             UserError: the processes of the run are asked for different things.
         """
+        self.is_asked = True
         # Processes that are asked for different things would wait for each other forever.
         asked = repr([request.args for request in requests])
         check_same_everywhere({f"what the harness asks for ({method})": asked})
@@ -479,7 +481,7 @@ def run(
         The others: see lm_eval.simple_evaluate.
 
     Raises:
-        UserError: a task cannot be loaded, or runs code without confirmation.
+        UserError: a task cannot be loaded or asked, or runs code without confirmation.
     """
     lm_eval = require("lm_eval", extra="eval")
     loaded = load_tasks(
@@ -488,7 +490,7 @@ def run(
     roots = [root for objects in loaded for root in objects]
     manager = require("lm_eval.tasks", extra="eval").TaskManager(include_defaults=False)
     cache_name = use_cache and f"{use_cache}_{model.identity()}"
-    with cache_of_first(cache_name) as cache:
+    with asking(model, roots), cache_of_first(cache_name) as cache:
         results = lm_eval.simple_evaluate(
             model,
             tasks=roots,

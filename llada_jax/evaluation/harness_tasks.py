@@ -5,7 +5,7 @@ adds to their metrics.
 import contextlib
 import copy
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import numpy as np
@@ -178,6 +178,31 @@ def check_estimator(tasks: Sequence[Any], estimator: str) -> None:
         for one in task.get_all_tasks() if hasattr(task, "get_all_tasks") else (task,):
             if one.OUTPUT_TYPE == "loglikelihood_rolling":
                 check_can_bound(estimator, f"the task {one.task_name} asks for bounds of texts")
+
+
+@contextlib.contextmanager
+def asking(model: Any, tasks: Sequence[Any]) -> Iterator[None]:
+    """Turns what the harness raises in its block before it asks the model into a UserError. What it
+    raises later may be a fault of the model or of the devices.
+
+    Args:
+        model: HarnessModel. tasks: objects of the harness, see `load_tasks`.
+    """
+    model.is_asked = False
+    try:
+        yield
+    except UserError:
+        raise
+    except Exception as error:
+        # tasks come with code of their own, which raises what it likes
+        if model.is_asked:
+            raise
+        names = [getattr(task, "task_name", None) or getattr(task, "name", "") for task in tasks]
+        raise UserError(
+            f"lm-evaluation-harness fails on {', '.join(names)} before it asks the model "
+            f"({reason(error)}); fix the task, its data or the setting that this is about (more "
+            "num_fewshot than documents, a use_cache that cannot be written), or leave it out."
+        ) from error
 
 
 def monte_carlo_errors(task: Any, samples: Sequence[dict], standard_errors: dict) -> dict:

@@ -125,6 +125,10 @@ def test_tasks_that_cannot_be_asked_are_refused_before_the_first_is(found):
     for name, message in (
         ("unsafe", "The task unsafe runs code on this machine that the model has written; add"),
         ("unknown", "The task rankled of lm-evaluation-harness cannot be loaded ("),
+        (
+            "too few",
+            "lm-evaluation-harness fails on ranked before it asks the model (Sample larger",
+        ),
         ("unbounded", "is not a bound, and the task rolled asks for bounds of texts"),
     ):
         assert said[name]["status"] == 2

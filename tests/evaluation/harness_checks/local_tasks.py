@@ -187,6 +187,7 @@ def verbs() -> dict:
         "preset": said("--preset", "local", "--tasks", "ranked", *few),
         "unsafe": said("--preset", "local"),
         "unknown": said("--tasks", "rankled"),
+        "too few": said("--tasks", "ranked", "--harness", "num_fewshot=9"),
         "unbounded": said("--tasks", "rolled", "--estimator", "confidence_order"),
         "confirmed": said("--tasks", "unsafe", *confirmed, "--json"),
     }
