@@ -372,9 +372,9 @@ def choose(
             )
         if name == "cudnn" and packed:
             raise UserError(
-                "The attention kernel 'cudnn' cannot keep the documents of a row apart, as "
-                "config.data.attend_across_documents=False asks; set config.model.attention to "
-                "auto or triton."
+                "The attention kernel 'cudnn' cannot keep the documents or parts of a row apart, "
+                "as config.data.attend_across_documents=False and config.data.split_probability "
+                "above 0 ask; set config.model.attention to auto or triton."
             )
         check_expressible(name, mask)
         return name

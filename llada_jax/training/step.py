@@ -248,7 +248,8 @@ def attention_for(config: Any, a: Architecture, mask: Mask, mesh: Mesh, *, dtype
         choose,
         config.model.attention,
         platform=sharding.kernel_platform(mesh),
-        packed=not config.data.attend_across_documents,
+        # the two parts of a split row are segments too
+        packed=not config.data.attend_across_documents or config.data.split_probability > 0,
         mask=mask,
         head_dim=a.head_dim,
         dtype=dtype,

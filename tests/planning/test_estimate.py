@@ -241,6 +241,13 @@ def test_a_plan_refuses_rows_that_the_kernel_does_not_take():
     assert estimated("v5p-128", *shared, "model.attention=splash")["attention"] == "splash"
 
 
+def test_parts_of_split_rows_are_kept_apart_by_a_kernel_that_can():
+    split = "data.split_probability=0.3"
+    assert estimated("8xh100", split)["attention"] == "triton"
+    with pytest.raises(UserError, match="cannot keep .* config.data.split_probability above 0 ask"):
+        estimated("8xh100", split, "model.attention=cudnn")
+
+
 def test_gradients_summed_in_float32_double_their_traffic_and_no_other():
     wide = "optimizer.gradient_dtype=float32"
     for words, name in (
