@@ -74,6 +74,7 @@ def find_checkpoint(checkpoint: str | os.PathLike[str]) -> tuple["Checkpoints", 
     workdir, step = parse_checkpoint(checkpoint)
     # Asked before Orbax is: it would create the folder.
     if not (workdir / FOLDER).exists():
+        files.check_readable(workdir)
         raise UserError(
             f"{workdir} holds no checkpoints; give the workdir of a run that `llada-jax train` has "
             "saved."
@@ -404,7 +405,7 @@ class Checkpoints:
         except Exception as error:
             if lacks_memory(root := _root(error)):
                 raise root from None
-            files.check_readable(self.directory / str(step))
+            files.check_readable(self.directory / str(step), whole=True)
             raise self._damaged(step, _reason(error)) from error
 
     def _load(self, step: int, items: dict) -> dict:

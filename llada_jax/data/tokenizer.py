@@ -26,6 +26,7 @@ from llada_jax.data.special_ids import (
 from llada_jax.errors import UserError
 from llada_jax.ranges import MAX_SIZE
 from llada_jax.schemas import SavedTokenizer, fault_of
+from llada_jax.storage.files import check_readable
 
 # Lies next to the model's own files in a saved directory, and is written last.
 SPECIAL_IDS = "special_ids.json"
@@ -299,13 +300,8 @@ def load_tokenizer(
             declared_in_config(path),
             stated_in_model_config(path, num_ids=codec.num_ids),
         )
-    elif path.exists():
-        raise UserError(_why_not_a_tokenizer(path))
     else:
-        raise UserError(
-            f"There is no tokenizer at {str(path)!r}: give 'bytes', a SentencePiece .model file, a "
-            "folder with a tokenizer.json or tokenizer.model, or that of a prepared data set."
-        )
+        raise UserError(_why_not_a_tokenizer(path))
     if trained_ids is not None:
         stated = dict(trained_ids)
     if mask_token:
@@ -331,7 +327,13 @@ def _check_unicode(texts: Iterable[str]) -> None:
 
 
 def _why_not_a_tokenizer(path: epath.Path) -> str:
-    """Returns what is wrong with a file or folder that is there and is not taken as a tokenizer."""
+    """Returns what is wrong with a path that is not taken as a tokenizer."""
+    check_readable(path)
+    if not path.exists():
+        return (
+            f"There is no tokenizer at {str(path)!r}: give 'bytes', a SentencePiece .model file, a "
+            "folder with a tokenizer.json or tokenizer.model, or that of a prepared data set."
+        )
     if path.is_dir():
         return (
             f"There is no tokenizer at {str(path)!r}, which is a folder without tokenizer.json, "
@@ -349,7 +351,8 @@ def _why_not_a_tokenizer(path: epath.Path) -> str:
 
 
 def has_tokenizer(folder) -> bool:
-    """Whether a folder holds files of a tokenizer."""
+    """Whether a folder holds files of a tokenizer; UserError when this user may not read it."""
+    check_readable(folder)
     names = (SPECIAL_IDS, "tokenizer.json", "tokenizer.model")
     return any((epath.Path(folder) / name).exists() for name in names)
 
@@ -421,6 +424,7 @@ def _load_saved(path) -> Tokenizer:
                 return made.with_chat_template(template.read_text())
             return made
     except (KeyError, ValueError, RecursionError, OSError, WrongSpecialIds) as error:
+        check_readable(path, whole=True)
         fault = f"{type(error).__name__}: {error}"
     raise UserError(
         f"The tokenizer at {str(path)!r} is damaged ({fault}); restore the folder or prepare the "

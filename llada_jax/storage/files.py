@@ -22,6 +22,7 @@ import json
 import math
 import os
 import shutil
+import stat
 import time
 import uuid
 from collections.abc import Iterator
@@ -250,18 +251,28 @@ def is_going(folder) -> bool:
     return True
 
 
-def check_readable(folder) -> None:
-    """Raises UserError that names what this user may not read of a local file or folder.
+def check_readable(path, *, whole: bool = False) -> None:
+    """Raises UserError when this user may not read a local file or folder.
 
-    For the moment after a library has failed on it: some say of such a file that it is missing.
+    For the moment after something was not found or a library has failed: a file in a folder that is
+    hidden counts as missing, and some libraries say so of any file that they may not read.
+
+    Args:
+        whole: looks at everything below the folder as well.
     """
-    if is_remote(folder):
+    if is_remote(path):
         return
-    below = (os.path.join(at, name) for at, *names in os.walk(folder) for name in sum(names, []))
-    for path in (os.fspath(folder), *below):
-        if os.path.lexists(path) and not os.access(path, os.R_OK):
+    walked = os.walk(path) if whole else ()
+    below = (os.path.join(at, name) for at, *names in walked for name in sum(names, []))
+    for one in (os.fspath(path), *below):
+        try:
+            mode = os.R_OK | (os.X_OK if stat.S_ISDIR(os.stat(one).st_mode) else 0)
+            may_read = os.access(one, mode)
+        except OSError as error:
+            may_read = error.errno != errno.EACCES
+        if not may_read:
             raise UserError(
-                f"{path} cannot be read (Permission denied); change its permissions, or start the "
+                f"{one} cannot be read (Permission denied); change its permissions, or start the "
                 "command as a user who has them."
             )
 

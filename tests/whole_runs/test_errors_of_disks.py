@@ -34,13 +34,21 @@ WITHOUT_PRIVILEGES = ["setpriv", "--bounding-set=-dac_override,-dac_read_search"
 @pytest.mark.slow
 @pytest.mark.parametrize(
     ("verb", "path"),
-    [("train", "run.json"), ("sample", "checkpoints"), ("sample", "checkpoints/4/params")],
+    [
+        ("train", "run.json"),
+        ("sample", "checkpoints"),
+        ("sample", "checkpoints/4/params"),
+        ("export", "tokenizer"),
+        ("export", "tokenizer/special_ids.json"),
+        ("export", ""),
+    ],
 )
 def test_what_another_user_has_hidden_is_named(verb, path, home, tmp_path):
     run = copy(home / "run", tmp_path / "run")
     argv = {
         "train": train_argv(home, run),
         "sample": ["sample", "--checkpoint", str(run), "--gen-length", "1", "--steps", "1"],
+        "export": ["export", "--checkpoint", str(run), "--output", str(tmp_path / "export")],
     }
     command = [sys.executable, "-m", "llada_jax", *argv[verb]]
     if os.geteuid() == 0:
