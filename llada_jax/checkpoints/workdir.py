@@ -76,8 +76,7 @@ def find_checkpoint(checkpoint: str | os.PathLike[str]) -> tuple["Checkpoints", 
     if not (workdir / FOLDER).exists():
         files.check_readable(workdir)
         raise UserError(
-            f"{workdir} holds no checkpoints; give the workdir of a run that `llada-jax train` has "
-            "saved."
+            f"{workdir} holds no checkpoints; give a workdir in which `llada-jax train` has saved."
         )
     checkpoints = Checkpoints(workdir, owned=False)
     steps = checkpoints.steps
