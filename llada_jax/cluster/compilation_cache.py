@@ -3,7 +3,6 @@
 import os
 import warnings
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Any
 
 import jax
@@ -18,7 +17,10 @@ def directory_of(setting: str) -> str | None:
         UserError: it is a URL of a kind that is unknown, or of a bucket that does not answer.
     """
     if setting == "auto":
-        setting = jax.config.jax_compilation_cache_dir or str(Path.home() / ".cache/llada_jax")  # type: ignore[attr-defined]
+        # "~" where there is none: in a container, whose user may have no name
+        home = os.path.expanduser("~")
+        of_home = "" if home == "~" else f"{home}/.cache/llada_jax"
+        setting = jax.config.jax_compilation_cache_dir or of_home  # type: ignore[attr-defined]
     return os.fspath(remote.path_of(setting)) if setting else None
 
 

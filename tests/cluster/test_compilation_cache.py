@@ -90,3 +90,17 @@ def test_the_compilation_cache_is_where_config_or_environment_say_and_else_in_th
             directory_of("ftp://bucket/cache")
     finally:
         jax.config.update("jax_compilation_cache_dir", known)
+
+
+def test_nothing_is_kept_for_a_user_without_a_home_directory(monkeypatch):
+    """As in a container that is started with the number of a user who has no name there."""
+    monkeypatch.delenv("HOME", raising=False)
+    monkeypatch.setattr(os, "getuid", lambda: 54321)
+    before = jax.config.jax_compilation_cache_dir
+    try:
+        jax.config.update("jax_compilation_cache_dir", None)
+        assert directory_of("auto") is None
+        jax.config.update("jax_compilation_cache_dir", "/mnt/cache")
+        assert directory_of("auto") == "/mnt/cache"
+    finally:
+        jax.config.update("jax_compilation_cache_dir", before)
