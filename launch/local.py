@@ -26,6 +26,7 @@ from pathlib import Path
 
 from llada_jax.errors import reason
 from llada_jax.paths import path_of_flag
+from llada_jax.streams import open_missing
 
 POLL_SECONDS = 0.1
 
@@ -178,6 +179,7 @@ def parse(argv: list[str]) -> tuple[argparse.Namespace, list[str]]:
 
 
 def main(argv: list[str]) -> int:
+    open_missing()
     args, command = parse(argv)
     # not "localhost": the address of the loopback device alone is also where the first process
     # listens, out of reach of other machines

@@ -1,5 +1,6 @@
 """The local launcher: what it starts, how it ends, and that it does not change a run."""
 
+import os
 import runpy
 import shlex
 import signal
@@ -154,6 +155,19 @@ def test_a_closed_terminal_does_not_stop_the_run(tmp_path):
     assert process.wait(timeout=60) == 0, process.stderr.read()
     process.stderr.close()
     assert (tmp_path / "process-0.log").read_text().endswith("end\n")
+
+
+@pytest.mark.parametrize("missing", [(0,), (1,), (2,), (0, 1, 2)])
+def test_a_launcher_without_standard_streams_runs_all_the_same(tmp_path, missing):
+    """As cron jobs and daemons are started by some: `... <&- >&- 2>&-`."""
+    code = "print('out', flush=True)"
+    process = launch(
+        *("--processes", 1, "--logs", tmp_path, "--", sys.executable, "-c", code),
+        preexec_fn=lambda: [os.close(number) for number in missing],
+    )
+    _, err = process.communicate(timeout=60)
+    assert process.returncode == 0, err
+    assert (tmp_path / "process-0.log").read_text() == "out\n"
 
 
 def test_a_missing_command_is_reported():
