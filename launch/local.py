@@ -54,11 +54,11 @@ def copy(stream, log: Path, terminal) -> None:
     """Copies the output of a process to its log and the terminal, line by line, until it ends."""
     with open(log, "ab", buffering=0) as file:
         for line in stream:
-            file.write(line)
-            # A closed terminal must not stop the run.
-            with contextlib.suppress(OSError, ValueError):
-                terminal.write(line)
-                terminal.flush()
+            # Neither a full disk nor a closed terminal may stop the reading: the run would wait.
+            for place in (file, terminal):
+                with contextlib.suppress(OSError, ValueError):
+                    place.write(line)
+                    place.flush()
 
 
 def tied_to(launcher: int):

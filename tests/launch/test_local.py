@@ -170,6 +170,15 @@ def test_a_launcher_without_standard_streams_runs_all_the_same(tmp_path, missing
     assert (tmp_path / "process-0.log").read_text() == "out\n"
 
 
+def test_a_full_disk_under_the_logs_does_not_stop_the_run(tmp_path):
+    code = "for _ in range(50): print('x' * 9999, flush=True)"
+    (tmp_path / "process-0.log").symlink_to("/dev/full")
+    process = launch("--processes", 1, "--logs", tmp_path, "--", sys.executable, "-c", code)
+    out, err = process.communicate(timeout=60)
+    assert (process.returncode, err) == (0, "")
+    assert len(out) == 500_000
+
+
 def test_a_missing_command_is_reported():
     process = launch("--processes", 2)
     _, err = process.communicate(timeout=60)
