@@ -11,7 +11,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 from llada_jax.data.compression import READERS, compression_of
-from llada_jax.errors import UserError, require
+from llada_jax.errors import UserError, one_line, require
 
 FORMATS = (".txt", ".jsonl", ".parquet")
 COMPRESSIONS = ("", *READERS)
@@ -272,11 +272,14 @@ def unreadable(path: str, error: Exception) -> UserError | None:
     this program.
     """
     if isinstance(error, (OSError, ImportError)):
-        return UserError(f"{path} cannot be read: {error}; check the path and its permissions.")
+        return UserError(
+            f"{path} cannot be read: {one_line(str(error))}; check the path and its permissions."
+        )
     # The file systems behind URLs share no class of errors.
     if "://" in path:
         library = type(error).__module__.split(".")[0]
         return UserError(
-            f"{path} cannot be read: {library}: {error}; check the address and credentials."
+            f"{path} cannot be read: {library}: {one_line(str(error))}; check the address and "
+            "credentials."
         )
     return None

@@ -22,7 +22,7 @@ from llada_jax.data.compression import (
     plain_blocks,
 )
 from llada_jax.data.inputs import Input, format_of, unreadable
-from llada_jax.errors import UserError, require
+from llada_jax.errors import UserError, reason, require
 
 # Some editors write it where a file begins, to say that it is UTF-8. It is not of the text.
 BYTE_ORDER_MARK = "\ufeff"
@@ -370,8 +370,12 @@ def _reading(path: str):
         raise UserError(f"{path} is not valid UTF-8 ({error}); write it again as UTF-8.") from error
     except Exception as error:
         library = type(error).__module__.split(".")[0]
-        if library in ("pyarrow", "zstandard"):
-            raise UserError(f"{path} is damaged ({error}); fetch or write it again.") from error
+        # pyarrow raises OSError, too; what the system refuses has a number
+        is_of_pyarrow = isinstance(error, OSError) and error.errno is None and "://" not in path
+        if library in ("pyarrow", "zstandard") or is_of_pyarrow:
+            raise UserError(
+                f"{path} is damaged ({reason(error)}); fetch or write it again."
+            ) from error
         if (refusal := unreadable(path, error)) is None:
             raise
         raise refusal from error

@@ -27,6 +27,7 @@ from llada_jax.errors import UserError
 from llada_jax.ranges import MAX_SIZE
 from llada_jax.schemas import SavedTokenizer, fault_of
 from llada_jax.storage.files import check_readable
+from llada_jax.storage.remote import path_of
 
 # Lies next to the model's own files in a saved directory, and is written last.
 SPECIAL_IDS = "special_ids.json"
@@ -280,7 +281,7 @@ def load_tokenizer(
     if os.fspath(path) == "bytes":
         ids = {"mask": 256, "eos": 257, "bos": 258, "pad": 259}
         return _with_ids_of_model(Tokenizer(Bytes(), ids), trained_ids or {}, name="bytes")
-    path = epath.Path(path)
+    path = path_of(path)
     if (path / SPECIAL_IDS).exists():
         return _with_ids_of_model(_load_saved(path), trained_ids or {}, name=str(path))
     if path.name.endswith(".model") and path.is_file():

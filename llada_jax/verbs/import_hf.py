@@ -26,6 +26,7 @@ from llada_jax.models.transformer import Architecture, num_parameters
 from llada_jax.run.start import made_workdir, seen
 from llada_jax.storage.files import writing
 from llada_jax.storage.locks import only_run_in
+from llada_jax.storage.remote import path_of
 from llada_jax.streams import write_line
 from llada_jax.training.state import TrainState
 from llada_jax.units import format_count
@@ -133,7 +134,7 @@ def main(argv: list[str]) -> None:
 
 def check_output(output: str) -> None:
     """Raises UserError unless the output is absent or an empty directory."""
-    path = epath.Path(output)
+    path = path_of(output)
     if path.exists() and (not path.is_dir() or any(path.iterdir())):
         raise UserError(
             f"--output {output} exists and is not empty; give another, or remove it first."

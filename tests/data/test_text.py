@@ -288,6 +288,15 @@ def test_a_missing_or_wrong_column_and_a_cut_parquet_file_are_refused(tmp_path):
         list(read_documents(str(path), AS_FILES))
 
 
+def test_a_parquet_file_without_content_is_damaged_and_not_unreadable(tmp_path):
+    path = tmp_path / "a.parquet"
+    # the marks at both ends, as of a copy that was interrupted; pyarrow raises OSError
+    path.write_bytes(b"PAR1" + bytes(20) + b"PAR1")
+    with pytest.raises(UserError, match=r"a.parquet is damaged \(.*\); fetch or write") as refused:
+        list(read_documents(str(path), AS_FILES))
+    assert "\n" not in str(refused.value)
+
+
 def test_a_file_that_vanished_is_refused(tmp_path):
     with pytest.raises(UserError, match=r"gone\.txt.* cannot be read"):
         list(read_documents(str(tmp_path / "gone.txt"), AS_FILES))

@@ -25,6 +25,11 @@ def test_a_path_without_tokenizer_is_refused(tmp_path):
         load_tokenizer(tmp_path / "absent.model")
 
 
+def test_a_url_that_cannot_be_read_is_refused():
+    with pytest.raises(UserError, match="Unknown kind of URL 'http'. Known: gs, s3"):
+        load_tokenizer("http://host/tokenizer")
+
+
 @pytest.mark.parametrize(
     ("name", "says"),
     [

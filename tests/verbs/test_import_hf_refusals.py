@@ -332,6 +332,7 @@ def test_bad_flags_are_refused(whole, tmp_path, refused, monkeypatch):
             ["nobody/nothing", "cannot be downloaded", "give its directory"],
         ),
         (["--from", str(whole), "--output", str(whole)], ["not empty"]),
+        (["--from", str(whole), "--output", "http://a/b"], ["Unknown kind of URL 'http'"]),
         (
             ["--from", str(whole), *out, "--causal"],
             ["masked diffusion model", "leave the flag out"],
