@@ -15,6 +15,7 @@ such a list.
 
 import builtins
 import itertools
+import os
 from collections.abc import Callable
 
 from llada_jax.errors import UserError
@@ -96,5 +97,7 @@ def _merged(settings) -> Knobs:
 
 
 def _plain(value):
-    """Returns a number of numpy as one of Python, which JSON can hold."""
+    """Returns a number of numpy as one of Python, and a path as text, which JSON can hold."""
+    if isinstance(value, os.PathLike):
+        return os.fspath(value)
     return value.item() if hasattr(value, "item") else value

@@ -305,8 +305,17 @@ def unfinished(sweep: Sweep) -> list[Run]:
 
 
 def hashable(value):
-    """Returns a value of JSON with tuples instead of lists, as sets and keys need it."""
-    return tuple(map(hashable, value)) if isinstance(value, list | tuple) else value
+    """Returns a value as sets and keys need it: tuples instead of lists, and the text of what no
+    knob holds.
+    """
+    if isinstance(value, list | tuple):
+        return tuple(map(hashable, value))
+    try:
+        hash(value)
+    except TypeError:
+        # a group of knobs as a dict, for example, which is refused by name later
+        return repr(value)
+    return value
 
 
 def as_json(value):

@@ -1,6 +1,7 @@
 """Lists of knobs: product, zip, chain and add."""
 
 import itertools
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -37,16 +38,22 @@ def test_helpers_nest():
     assert [run.get("model.d_model") for run in runs] == [64, 64, 128, 128, None]
 
 
-def test_add_takes_a_dict_keywords_or_both_and_numpys_numbers_become_pythons():
+def test_add_takes_a_dict_keywords_or_both_and_values_become_those_of_json():
     def sweep(add):
         add()
+        add({"data.path": Path("data") / "books"})
         add(seed=1)
         add({"optimizer.b2": np.float32(0.5)}, seed=np.int64(2))
 
     runs = grid.added_by(sweep)
-    assert runs == [{}, {"seed": 1}, {"optimizer.b2": 0.5, "seed": 2}]
-    assert type(runs[2]["seed"]) is int
-    assert type(runs[2]["optimizer.b2"]) is float
+    assert runs == [
+        {},
+        {"data.path": "data/books"},
+        {"seed": 1},
+        {"optimizer.b2": 0.5, "seed": 2},
+    ]
+    assert type(runs[3]["seed"]) is int
+    assert type(runs[3]["optimizer.b2"]) is float
 
 
 @pytest.mark.parametrize(

@@ -58,6 +58,8 @@ def test_list_shows_every_run_and_writes_nothing(write_config, call_sweep, tmp_p
         (["add({'optimizer.nmae': 'lion'})"], "Did you mean 'optimizer.name'?"),
         (["add({'optimizer.name': 'lyon'})"], "Did you mean 'lion'?"),
         (["add({'model.num_layers': 1.5})"], "model.num_layers=1.5 is not of type int"),
+        (["add({'model': {'num_layers': 2}})"], "no knob 'model', which is a group of knobs"),
+        (["add(seed={1, 2})"], "seed={1, 2} is not of type int"),
         (["add({'model.num_kv_heads': 5})"], "must be a multiple of num_kv_heads=5"),
         (["add(seed=1)", "add(seed=2)", "add(seed=1)"], "Runs 000 and 002 of"),
         (["add()", "add(seed=0)"], "Runs 000 and 001 of"),  # 0 is the default
