@@ -11,7 +11,7 @@ from typing import Protocol
 
 import numpy as np
 
-from llada_jax.errors import UserError, require
+from llada_jax.errors import UserError, one_line, require
 from llada_jax.schemas import TokenizerJson, check, parse_json
 
 
@@ -126,14 +126,17 @@ class SentencePiece:
     def __init__(self, model: bytes, *, name: str):
         sentencepiece = require("sentencepiece")
         self.files = {self.file: model}
+        self._processor = sentencepiece.SentencePieceProcessor()
         try:
-            self._processor = sentencepiece.SentencePieceProcessor(model_proto=model)
-        except RuntimeError as error:
+            # The constructor takes an empty model for none, and leaves the processor without one.
+            self._processor.load_from_serialized_proto(model)
+            self.num_ids = self._processor.get_piece_size()
+            self._pieces = self._processor.id_to_piece(list(range(self.num_ids)))
+        # Of a model that is damaged, a piece may not be text.
+        except (RuntimeError, UnicodeDecodeError) as error:
             raise UserError(
-                f"{name} is not a SentencePiece model ({error}); give another file."
+                f"{name} is not a SentencePiece model ({one_line(str(error))}); give another file."
             ) from error
-        self.num_ids = self._processor.get_piece_size()
-        self._pieces = self._processor.id_to_piece(list(range(self.num_ids)))
         self._text = [self._text_of(i) for i in range(self.num_ids)]
         # Both must exist before the first use of `decode` and `encode`, which decide them.
         self._starts_with_space = False

@@ -47,9 +47,12 @@ def test_a_file_that_is_there_is_not_called_missing(tmp_path, name, says):
 
 
 def test_damaged_files_are_refused_by_name(tmp_path, bpe):
-    (tmp_path / "bad.model").write_bytes(b"no model")
-    with pytest.raises(UserError, match="bad.model is not a SentencePiece model"):
-        load_tokenizer(tmp_path / "bad.model")
+    model = next(iter(bpe.files.values()))
+    # nothing, as of a download that was cut short, and a piece that is not text
+    for content in (b"no model", b"", model.replace("\u2581".encode(), b"\xff\xff\xff")):
+        (tmp_path / "bad.model").write_bytes(content)
+        with pytest.raises(UserError, match="bad.model is not a SentencePiece model"):
+            load_tokenizer(tmp_path / "bad.model")
     (tmp_path / "hf").mkdir()
     (tmp_path / "hf" / "tokenizer.json").write_text("{")
     with pytest.raises(UserError, match="not valid JSON"):
