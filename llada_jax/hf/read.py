@@ -19,6 +19,7 @@ import numpy as np
 from llada_jax.errors import UserError, require
 from llada_jax.hf.config_json import architecture_from, layout_of
 from llada_jax.hf.convert import Tensor, tensors
+from llada_jax.hf.peft import CONFIG as ADAPTER_CONFIG
 from llada_jax.models.transformer import Architecture
 from llada_jax.rng import key_for
 from llada_jax.schemas import GenerationConfig, Index, check, parse_json
@@ -58,6 +59,13 @@ def read_config(directory) -> tuple[dict, str, Architecture]:
     Raises:
         UserError: no such file, or another network; the message names the directory.
     """
+    is_whole = (Path(directory) / CONFIG).exists()
+    if not is_whole and (Path(directory) / ADAPTER_CONFIG).exists():
+        raise UserError(
+            f"{directory} holds adapters without the network that they belong to; give the run "
+            "that they were exported from, or a whole model, which export writes without "
+            "--adapters, and peft with merge_and_unload()."
+        )
     hf_config = read_json(Path(directory) / CONFIG)
     try:
         found = hf_config, layout_of(hf_config), architecture_from(hf_config)

@@ -3,11 +3,14 @@
 import json
 
 import numpy as np
+import pytest
 from safetensors.numpy import load
 from support.hf_directories import SMALL
 
+from llada_jax.errors import UserError
 from llada_jax.hf.convert import tensors
 from llada_jax.hf.peft import CONFIG, WEIGHTS, num_adapter_parameters, peft_files
+from llada_jax.hf.read import read_config
 from llada_jax.models.adapters import Lora
 
 
@@ -33,3 +36,10 @@ def test_peft_adds_to_each_matrix_what_the_adapters_add_to_ours():
         )
     assert not weights
     assert num_adapter_parameters(files) == sum(array.size for array in arrays.values())
+
+
+def test_adapters_without_their_network_are_refused_as_what_they_are(tmp_path):
+    for name in (CONFIG, WEIGHTS):
+        (tmp_path / name).write_text("{}")
+    with pytest.raises(UserError, match="adapters without the network .* merge_and_unload"):
+        read_config(tmp_path)
