@@ -82,6 +82,26 @@ MASKED_DIFFUSION = faults_of(
     ),
 )
 
+SFT = faults_of(
+    "llada_jax/objectives/sft.py",
+    "tests/objectives/test_sft_weights.py tests/objectives/test_sft.py",
+    (
+        "both of two complementary rows weighted alike",
+        "p_mask_BT = jnp.where(is_second_B1, 1.0 - p_mask_BT, p_mask_BT)",
+        "p_mask_BT = jnp.where(is_second_B1, p_mask_BT, p_mask_BT)",
+    ),
+    (
+        "prompts dropped where little is masked",
+        "draw_documents(jax.random.fold_in(key, PROMPTS), segment_ids_BT, record_B)",
+        "draw_documents(t_key, segment_ids_BT, record_B)",
+    ),
+    (
+        "times of half of a batch in half of [0, 1)",
+        "num_rows=num_rows // copies, t_sampling=t_sampling",
+        "num_rows=num_rows, t_sampling=t_sampling",
+    ),
+)
+
 AUTOREGRESSIVE = faults_of(
     "llada_jax/objectives/autoregressive.py",
     "tests/objectives/test_objectives.py",
