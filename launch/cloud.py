@@ -4,6 +4,7 @@ This is not a launcher; launch/gke.py and launch/tpu_vm.py import it.
 """
 
 import argparse
+import os
 import re
 import sys
 from dataclasses import dataclass
@@ -61,8 +62,28 @@ def parse_buckets(texts: list[str]) -> list[Bucket]:
         if not match:
             raise UserError(f"--gcs-fuse {text!r} must be BUCKET:/path or BUCKET:/path:ro.")
         name, path, is_read_only = match.groups()
-        buckets.append(Bucket(name=name, path=path, is_read_only=bool(is_read_only)))
+        place = mount_point(f"--gcs-fuse {name}:", path)
+        buckets.append(Bucket(name=name, path=place, is_read_only=bool(is_read_only)))
     return buckets
+
+
+def mount_point(what: str, path: str) -> str:
+    """Returns an absolute path without the parts that change nothing, such as a / at its end, so
+    that equal places are equal texts.
+
+    Args:
+        what: the flag, as the user writes it in front of the path.
+
+    Raises:
+        UserError: nothing can be mounted there.
+    """
+    place = f"/{os.path.normpath(path).lstrip('/')}"
+    if not path.startswith("/") or place == "/" or ":" in path:
+        raise UserError(
+            f"{what}{path} must be an absolute path below / and without a colon, such as "
+            f"{what}/local."
+        )
+    return place
 
 
 def check_mount_points(paths: list[str]) -> None:

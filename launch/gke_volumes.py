@@ -12,7 +12,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from cloud import Bucket, check_mount_points
+from cloud import Bucket, check_mount_points, mount_point
 from preflight import config_of, with_config
 
 from llada_jax.errors import UserError
@@ -58,12 +58,10 @@ def mounts_of(buckets: list[Bucket], ramdisk: str, config_map: str = "") -> Moun
         volumes.append({"name": f"bucket-{number}", "csi": csi | read_only})
         mounts.append({"name": f"bucket-{number}", "mountPath": bucket.path} | read_only)
     if ramdisk:
-        if not ramdisk.startswith("/"):
-            raise UserError(f"--ramdisk {ramdisk!r} must be an absolute path, such as /local.")
         volumes.append(
             {"name": "ramdisk", "csi": {"driver": "multitier-checkpoint.csi.storage.gke.io"}}
         )
-        mounts.append({"name": "ramdisk", "mountPath": ramdisk})
+        mounts.append({"name": "ramdisk", "mountPath": mount_point("--ramdisk ", ramdisk)})
     if config_map:
         volumes.append({"name": "config", "configMap": {"name": config_map}})
         mounts.append({"name": "config", "mountPath": DIRECTORY, "readOnly": True})

@@ -8,6 +8,7 @@ know: which disks the hosts share, which chips they have and which extras are in
 
 import dataclasses
 import importlib
+import os
 import tempfile
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -245,7 +246,8 @@ def check_path(
         return
     if place.shares_disks:
         return
-    around = [m for m in place.mounts if f"{path}/".startswith(f"{m.rstrip('/')}/")]
+    # with a .. it may lie outside
+    around = [m for m in place.mounts if f"{os.path.normpath(path)}/".startswith(f"{m}/")]
     # a mount may lie within another
     mount = max(around, key=len, default=None)
     if mount is None and place.has_own_disks and not path.startswith("/"):

@@ -49,7 +49,12 @@ def test_a_name_that_kubectl_would_take_for_a_flag_is_refused(words, action, cap
         (["--topology", "v5p-8", "--capacity", "reservation"], "reservation:NAME"),
         (["--topology", "v5p-8", "--gcs-fuse", "bucket"], "BUCKET:/path"),
         (["--topology", "v5p-8", "--gcs-fuse", "bucket:/dev/shm"], "same place"),
-        (["--topology", "v5p-8", "--ramdisk", "local"], "absolute"),
+        (["--topology", "v5p-8", "--gcs-fuse", "bucket:/dev//shm/"], "same place"),
+        (["--topology", "v5p-8", "--gcs-fuse", "bucket://"], "--gcs-fuse bucket:// must be an abs"),
+        (["--topology", "v5p-8", "--ramdisk", "local"], "--ramdisk local must be an absolute path"),
+        (["--topology", "v5p-8", "--ramdisk", "/"], "--ramdisk / must be an absolute path below /"),
+        (["--topology", "v5p-8", "--ramdisk", "/a/.."], "below / and without a colon"),
+        (["--topology", "v5p-8", "--ramdisk", "/a:b"], "such as --ramdisk /local."),
         (["--topology", "v5p-8", "--max-restarts", "-1"], "at least 0"),
     ],
 )

@@ -159,6 +159,8 @@ def test_of_two_mounts_the_inner_one_decides_whether_it_can_be_written_to():
     check([*GOOD, "--workdir", "/data/runs/a"], place)
     with pytest.raises(UserError, match="/data is mounted to be read only"):
         check([*GOOD, "--workdir", "/data/runs-of-others"], place)
+    with pytest.raises(UserError, match="--workdir /data/runs/../../a is not on a disk"):
+        check([*GOOD, "--workdir", "/data/runs/../../a"], place)
 
 
 def test_records_that_the_hosts_share_with_this_machine_are_read(runs):
@@ -236,7 +238,7 @@ def test_a_launcher_checks_the_command_for_its_mounts_and_slices(launcher, capsy
 
     written = "/runs is mounted to be read only"
     assert written in error_of("--gcs-fuse", "my-bucket:/runs:ro", workdir="/runs/a")
-    assert not error_of("--gcs-fuse", "my-bucket:/runs", workdir="/runs/a")
+    assert not error_of("--gcs-fuse", "my-bucket:/runs/", workdir="/runs/a")
     assert "of the 2 slices" in error_of("--slices", "2", workdir="gs://b/run")
     assert not error_of("--slices", "2", workdir="gs://b/run", knob="--config.mesh.data=2")
 
