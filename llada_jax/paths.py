@@ -11,8 +11,9 @@ from pathlib import Path
 
 from llada_jax.errors import UserError, one_line
 
-# Orbax lists the files of a step by patterns, in which these have a meaning of their own.
-PATTERN_CHARACTERS = "*?["
+# Orbax lists the files of a step by patterns, in which the first three have a meaning of their own,
+# and tensorstore takes the last for a slash.
+UNREADABLE = "*?[\\"
 
 
 def user_path(text: str | os.PathLike[str]) -> str:
@@ -64,13 +65,20 @@ def is_too_long(path: str) -> bool:
 
 
 def check_savable(workdir: str) -> None:
-    """Raises UserError for a local workdir whose checkpoints could be written but not read."""
+    """Raises UserError for a local workdir whose checkpoints could not be written, or not read."""
     path = os.path.abspath(workdir)
-    if "://" not in workdir and (found := [c for c in PATTERN_CHARACTERS if c in path]):
+    if "://" in workdir:
+        return
+    if found := [c for c in UNREADABLE if c in path]:
         raise UserError(
-            f"--workdir {workdir}: the path {path} contains {found[0]!r}, and checkpoints below "
-            f"such a path cannot be read again; choose a path without "
-            f"{' '.join(PATTERN_CHARACTERS)}."
+            f"--workdir {workdir}: the path {path} contains {found[0]}, and checkpoints below such "
+            f"a path cannot be read again; choose a path without {' '.join(UNREADABLE)}."
+        )
+    # Python puts lone surrogates in place of bytes that it cannot decode
+    if any("\ud800" <= c <= "\udfff" for c in path):
+        raise UserError(
+            f"--workdir {workdir!a}: the path {path!a} is not UTF-8, and checkpoints cannot be "
+            "written below such a path; choose another name."
         )
 
 
@@ -82,13 +90,14 @@ def split_step(checkpoint: str | os.PathLike[str]) -> tuple[str, int | None]:
     Raises:
         UserError: what follows the last @ is neither a step nor the end of an existing path.
     """
-    checkpoint = os.fspath(checkpoint)
+    checkpoint = user_path(checkpoint)
     workdir, at, step = checkpoint.rpartition("@")
-    if not at or "/" in step or (not step.isdigit() and os.path.isdir(checkpoint)):
-        return user_path(checkpoint), None
+    is_path = os.path.isdir(checkpoint) and not (step.isdigit() and os.path.isdir(workdir))
+    if not at or "/" in step or is_path:
+        return checkpoint, None
     # isdecimal and ASCII: int() would also take digits of other scripts
     if not (step.isascii() and step.isdigit()):
         raise UserError(
             f"{checkpoint!r}: the part after @ must be a step number, as in {workdir}@1000."
         )
-    return user_path(workdir), int(step)
+    return workdir, int(step)

@@ -56,18 +56,24 @@ def test_an_at_sign_within_the_path_belongs_to_the_path(checkpoint, parts):
     assert split_step(checkpoint) == parts
 
 
-def test_an_existing_directory_may_end_in_an_at_sign_and_words(tmp_path):
-    (tmp_path / "run@best").mkdir()
-    assert split_step(str(tmp_path / "run@best")) == (str(tmp_path / "run@best"), None)
+def test_an_existing_directory_may_end_in_an_at_sign_and_words(tmp_path, monkeypatch):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    for name in ("run@best", "run@5"):
+        (tmp_path / name).mkdir()
+        for text in (f"{tmp_path}/{name}", f"~/{name}"):
+            assert split_step(text) == (f"{tmp_path}/{name}", None)
+    # where both exist, it is a step
+    (tmp_path / "run").mkdir()
+    assert split_step("~/run@5") == (f"{tmp_path}/run", 5)
     for wrong in ("run@best", "run@", "run@-1", "run@١"):
         assert "must be a step number" in error_of(split_step, wrong)
 
 
-@pytest.mark.parametrize("name", ["lr[1e-3]", "a*b", "what?"])
+@pytest.mark.parametrize("name", ["lr[1e-3]", "a*b", "what?", "a\\b", os.fsdecode(b"a\xe9b")])
 def test_a_name_that_checkpoints_cannot_be_read_from_is_refused_before_training(name, tmp_path):
     says = error_of(check_savable, str(tmp_path / name / "run"))
-    assert name in says
-    assert "choose a path without" in says
+    assert name.encode(errors="backslashreplace").decode() in says
+    assert "choose a" in says
     check_savable("gs://bucket/" + name)
     check_savable(str(tmp_path / "lr=1e-3,me@home (2)"))
 
