@@ -71,13 +71,13 @@ def check_savable(workdir: str) -> None:
         return
     if found := [c for c in UNREADABLE if c in path]:
         raise UserError(
-            f"--workdir {workdir}: the path {path} contains {found[0]}, and checkpoints below such "
-            f"a path cannot be read again; choose a path without {' '.join(UNREADABLE)}."
+            f"The workdir {workdir}: its path {path} contains {found[0]!r}, and checkpoints below "
+            f"such a path cannot be read again; choose a path without {' '.join(UNREADABLE)}."
         )
     # Python puts lone surrogates in place of bytes that it cannot decode
     if any("\ud800" <= c <= "\udfff" for c in path):
         raise UserError(
-            f"--workdir {workdir!a}: the path {path!a} is not UTF-8, and checkpoints cannot be "
+            f"The workdir {workdir!a}: its path {path!a} is not UTF-8, and checkpoints cannot be "
             "written below such a path; choose another name."
         )
 
