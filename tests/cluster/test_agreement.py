@@ -36,6 +36,12 @@ def test_of_many_differences_and_processes_some_are_named():
     assert named.endswith("; and 3 more")
 
 
+def test_long_values_are_shortened_and_still_differ():
+    one, other = (agreement._short(f"{'a' * 100}{end}") for end in "bc")
+    assert one != other
+    assert len(one) < 70
+
+
 def test_the_code_and_the_libraries_are_among_the_facts(monkeypatch):
     facts = agreement.program_facts()
     assert {"the version of jax", "the version of jaxlib", "the code of llada_jax"} <= facts.keys()

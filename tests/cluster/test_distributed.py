@@ -7,9 +7,11 @@ import subprocess
 import sys
 import textwrap
 import threading
+import types
 
 import jax
 import pytest
+from jax._src.distributed import global_state
 from support.processes import run_python
 from support.runs import free_port
 
@@ -56,6 +58,7 @@ def test_an_environment_that_contradicts_itself_is_refused(change, says):
         ({"SLURM_NTASKS": "1", "SLURM_STEP_NODELIST": "a"}, False),
         ({"TPU_WORKER_HOSTNAMES": "a,b"}, True),
         ({"TPU_WORKER_HOSTNAMES": "a"}, False),
+        ({"TPU_PROCESS_ADDRESSES": "a:1,b:1", "TPU_WORKER_HOSTNAMES": "a"}, True),
         ({"TPU_WORKER_HOSTNAMES": "a,b", "JAX_PLATFORMS": "cpu"}, False),
     ],
 )
@@ -170,6 +173,16 @@ def test_no_other_address_of_this_machine_reaches_the_coordinator_of_a_local_run
         host = address.rpartition(":")[0]
         # 127.0.0.1 as this machine's memory holds it, alone or within an IPv6 address
         assert host.endswith("0100007F"), addresses
+
+
+def test_processes_that_meet_wait_as_long_as_they_are_told_or_a_day(monkeypatch):
+    waited = []
+    client = types.SimpleNamespace(wait_at_barrier=lambda *words: waited.append(words))
+    monkeypatch.setattr(jax, "process_count", lambda: 2)
+    monkeypatch.setattr(global_state, "client", client)
+    distributed.meet("compiled", timeout_s=60)
+    distributed.meet("saved", timeout_s=0)
+    assert waited == [("compiled", 60_000), ("saved", 86_400_000)]
 
 
 def test_fewer_processes_than_the_slice_has_hosts_are_refused_before_anything_waits():

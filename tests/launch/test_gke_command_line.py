@@ -56,6 +56,7 @@ def test_a_name_that_kubectl_would_take_for_a_flag_is_refused(words, action, cap
         (["--topology", "v5p-8", "--ramdisk", "/a/.."], "below / and without a colon"),
         (["--topology", "v5p-8", "--ramdisk", "/a:b"], "such as --ramdisk /local."),
         (["--topology", "v5p-8", "--max-restarts", "-1"], "at least 0"),
+        (["--topology", "v5p-8", "--flags", "gpu"], "which the compiler for TPUs does not read"),
     ],
 )
 def test_impossible_requests_are_refused_in_one_sentence(flags, message, capsys):
@@ -64,6 +65,21 @@ def test_impossible_requests_are_refused_in_one_sentence(flags, message, capsys)
     error = capsys.readouterr().err
     assert message in error
     assert len(error.splitlines()) == 1
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["--env", "A"], "'A' must be KEY=VALUE"),
+        (["--env", "a-b=1"], "'a-b' cannot be the name of an environment variable"),
+        (["--capacity", "spot:8h"], "'spot:8h' must be one of"),
+        (["--flags", "v6"], "Did you mean 'v6e'?"),
+    ],
+)
+def test_a_value_that_means_nothing_is_refused(words, message, capsys):
+    with pytest.raises(SystemExit, match="2"):
+        gke.main(["--name", "run", *words, "--", "true"])
+    assert message in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(

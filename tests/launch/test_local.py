@@ -13,6 +13,7 @@ import numpy as np
 import pytest
 from support.documents import launcher_commands
 from support.paths import LAUNCH
+from support.processes import is_gone
 from support.runs import losses
 
 LAUNCHER = LAUNCH / "local.py"
@@ -104,6 +105,58 @@ def test_a_signal_reaches_every_process(tmp_path, number):
     assert process.returncode == 42
 
 
+def test_a_second_sigterm_kills_no_process_that_is_saving(tmp_path):
+    code = (
+        "import pathlib, signal, sys, time\n"
+        f"place, asked = pathlib.Path({str(tmp_path)!r}), []\n"
+        "def save(*_):\n"
+        "    asked.append(1)\n"
+        "    (place / f'asked-{len(asked)}').touch()\n"
+        "signal.signal(signal.SIGTERM, save)\n"
+        "(place / 'up').touch()\n"
+        "while len(asked) < 2: time.sleep(0.05)\n"
+        "sys.exit(42)"
+    )
+    process = launch("--processes", 1, "--logs", tmp_path, "--", sys.executable, "-c", code)
+    for sign in ("up", "asked-1"):
+        wait_until((tmp_path / sign).exists)
+        process.send_signal(signal.SIGTERM)
+    process.communicate(timeout=60)
+    assert process.returncode == 42
+
+
+def test_nohup_lets_a_run_outlive_its_terminal(tmp_path):
+    code = f"import pathlib, time; pathlib.Path({str(tmp_path)!r}, 'up').touch(); time.sleep(2)"
+    ignores = lambda: signal.signal(signal.SIGHUP, signal.SIG_IGN)  # noqa: E731
+    words = ["--processes", 1, "--logs", tmp_path, "--", sys.executable, "-c", code]
+    process = launch(*words, preexec_fn=ignores)
+    wait_until((tmp_path / "up").exists)
+    process.send_signal(signal.SIGHUP)
+    process.communicate(timeout=60)
+    assert process.returncode == 0
+
+
+def test_a_process_is_killed_with_what_it_has_started_and_what_is_left_is_not_waited_for(tmp_path):
+    """What the first process leaves behind holds its output open."""
+    code = (
+        "import os, pathlib, subprocess, sys, time\n"
+        "number = os.environ['JAX_PROCESS_ID']\n"
+        "left = subprocess.Popen(['sleep', '600'])\n"
+        f"place = pathlib.Path({str(tmp_path)!r})\n"
+        "(place / f'{number}.part').write_text(str(left.pid))\n"
+        "(place / f'{number}.part').rename(place / f'{number}.pid')\n"
+        "while number == '1' or not (place / '1.pid').exists(): time.sleep(0.05)\n"
+        "sys.exit(3)"
+    )
+    words = ["--grace", 0, "--logs", tmp_path, "--", sys.executable, "-c", code]
+    process = launch("--processes", 2, *words)
+    process.communicate(timeout=60)
+    assert process.returncode == 3
+    left, killed = (int((tmp_path / f"{number}.pid").read_text()) for number in range(2))
+    os.kill(left, signal.SIGKILL)
+    wait_until(lambda: is_gone(killed))
+
+
 def test_a_second_ctrl_c_kills_the_processes(tmp_path):
     code = (
         "import os, signal, time, pathlib\n"
@@ -129,7 +182,10 @@ def test_every_process_has_a_log_and_the_first_is_shown(tmp_path):
     )
     # The second start appends to the logs of the first.
     for _ in range(2):
-        process = launch("--processes", 2, "--logs", tmp_path, "--", sys.executable, "-c", code)
+        words = ["--logs", tmp_path, "--", sys.executable, "-c", code]
+        # of a process that is one of several itself
+        env = {**os.environ, "JAX_PROCESS_ID": "7", "JAX_LOCAL_DEVICE_IDS": "7"}
+        process = launch("--processes", 2, *words, env=env)
         out, err = process.communicate(timeout=60)
         assert process.returncode == 0
         assert (out, err) == ("I am 0 0\n", "progress\n")
@@ -249,6 +305,8 @@ def test_a_launcher_that_is_killed_leaves_no_process_behind(tmp_path):
         (["--logs=~no-such-user/x"], "names the home directory of a user"),
         (["--logs", f"{LAUNCHER}/x"], "launch.py/x cannot be written (Not a directory)"),
         (["--grace", "nan"], "--grace nan must be at least 0"),
+        (["--processes", "0"], "--processes 0 must be at least 1"),
+        (["--devices", "0"], "--devices 0 must be at least 1"),
     ],
 )
 def test_mistakes_are_reported(words, sentence):

@@ -170,11 +170,13 @@ def test_a_job_whose_starts_save_no_new_step_is_requeued_only_twice(tmp_path, fl
         (f"touch '{run}/evaluation.json'", False),
         (":", False),
         (":", False),
-        (":", True),
+        (f"mkdir '{run}/checkpoints/12.partial'", True),
     ):
         output = start(code)
         assert (message in output) == is_last, (code, output)
         assert ("requeued, to continue" in output) != is_last
+    # of this job alone
+    assert [path.name for path in logs.iterdir()] == [".without-gain-4100"]
 
 
 def test_a_task_with_gpus_does_not_train_on_cpus_unless_asked_to(tmp_path):
@@ -202,6 +204,7 @@ def test_the_index_of_the_array_is_inserted_into_the_command(tmp_path):
         (["--nodes", 0, "--", "true"], "--nodes 0 must be at least 1"),
         (["--gpus-per-node", 8, "--tasks-per-node", 3, "--", "true"], "cannot be shared"),
         (["--env", "A", "--", "true"], "--env A must be NAME=VALUE"),
+        (["--flags", "v6e", "--", "true"], "which the compiler for GPUs does not read"),
         (["--array", "0-3", "--", "true"], "go together"),
         (["--", "echo", "$SLURM_ARRAY_TASK_ID"], "go together"),
         (
@@ -265,10 +268,32 @@ def test_only_a_workdir_that_the_job_can_look_into_shows_whether_a_start_helped(
     assert f"\nworkdir={place}\n" in script
 
 
-def test_a_workdir_that_begins_with_a_hyphen_shows_whether_a_start_helped(tmp_path, monkeypatch):
+@pytest.mark.parametrize(
+    "words", [["train", "--workdir=-run"], ["train", "--workdir=gs://b/run"], ["evaluate"]]
+)
+def test_a_start_counts_as_no_help_only_where_the_workdir_shows_it(tmp_path, monkeypatch, words):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "logs").mkdir()
     for step in range(4):
         code = f"mkdir -p ./-run/checkpoints/{step}; exit 42"
-        script = dry_run("--", "bash", "-c", code, "train", "--workdir=-run")
+        script = dry_run("--", "bash", "-c", code, *words)
         assert "requeued, to continue" in in_a_fake_job(script, tmp_path)
+    script = dry_run("--max-restarts", 0, "--", "bash", "-c", code, *words)
+    assert "not requeued again, after 0 restarts" in in_a_fake_job(script, tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("answer", "status", "number"), [("7", 0, "7"), ("7;c", 0, "7"), ("", 5, "")]
+)
+def test_the_number_of_the_job_and_a_refusal_of_sbatch_are_passed_on(
+    tmp_path, monkeypatch, capsys, answer, status, number
+):
+    program = tmp_path / "sbatch"
+    program.write_text(
+        f'#!/bin/sh\ntest -s "$2" && test "$1" = --parsable || exit 9\n'
+        f'echo "{answer}"; exit {status}\n'
+    )
+    program.chmod(0o755)
+    monkeypatch.setenv("PATH", f"{tmp_path}:{os.environ['PATH']}")
+    assert slurm.main(["--logs", str(tmp_path / "my logs"), "--", "true"]) == status
+    assert capsys.readouterr().out.strip() == number

@@ -15,6 +15,7 @@ import tpu_vm_workers
 from cloud import parse_buckets
 from support.fake_gcloud import Cloud, until
 from support.gcloud import dry_run
+from support.processes import is_gone
 
 from llada_jax.cluster.compiler_flags import flags_named
 
@@ -114,11 +115,13 @@ def test_a_bucket_that_is_mounted_is_not_mounted_again(tmp_path):
     buckets = parse_buckets(["one-bucket:/data/a", "two-bucket:/data/b"])
     programs = {
         "mountpoint": 'test "$2" = /data/a',
-        "sudo": "true",
+        "sudo": 'echo "$@"',
         "gcsfuse": 'echo "$@"',
     }
     out = script_done(tpu_vm_commands.mount_script(buckets), tmp_path, **programs)
-    assert out == "--implicit-dirs two-bucket /data/b\n"
+    # gcsfuse mounts only where this user may write
+    made = f"mkdir -p /data/b\nchown {os.getuid()} /data/b\n"
+    assert out == f"{made}--implicit-dirs two-bucket /data/b\n"
 
 
 def test_a_python_that_is_there_is_not_made_again(tmp_path):
@@ -167,14 +170,6 @@ def one_worker(tmp_path):
 V6E_8 = {"topology": "v6e-8"}
 
 
-def is_gone(pid: str) -> bool:
-    """Whether a process has ended, if only as a zombie that its new parent has not reaped yet."""
-    try:
-        return Path(f"/proc/{pid}/stat").read_text().split()[2] == "Z"
-    except OSError:
-        return True
-
-
 def test_a_worker_that_does_not_save_in_time_is_killed_and_the_run_counts_as_stopped(one_worker):
     one_worker.outcomes(["hang"])
     process = one_worker.start("--grace", "1", **V6E_8)
@@ -196,6 +191,21 @@ def test_ctrl_c_reaches_the_launcher_alone(one_worker):
     assert process.returncode == 42, err
     assert "the same command continues" in err
     assert "saved" in (one_worker.logs / "slice-0-worker-0.log").read_text()
+
+
+def test_a_second_ctrl_c_ends_the_launcher_and_leaves_the_workers(one_worker):
+    one_worker.outcomes(["hang"])
+    process = one_worker.start("--grace", "600", **V6E_8)
+    until(lambda: one_worker.starts() == 1)
+    process.send_signal(signal.SIGINT)
+    until(lambda: "kill -TERM" in (one_worker.directory / "calls").read_text())
+    process.send_signal(signal.SIGINT)
+    _, err = process.communicate(timeout=120)
+    pid = int((one_worker.home("run", 0) / "llada_jax.pid").read_text())
+    assert not is_gone(pid)
+    os.kill(pid, signal.SIGKILL)
+    assert process.returncode == 130
+    assert err.splitlines()[-1] == "tpu_vm: interrupted; the workers may still be running."
 
 
 def test_all_slices_are_cleared_before_the_command_and_asked_to_save(tmp_path):

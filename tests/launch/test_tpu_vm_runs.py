@@ -4,12 +4,12 @@ import signal
 import subprocess
 import time
 import types
-from pathlib import Path
 
 import pytest
 import tpu_vm
 import tpu_vm_workers
 from support.fake_gcloud import JOB, Cloud, until
+from support.processes import is_gone
 from tpu_vm_commands import STARTED
 
 # ---- runs without a restart
@@ -282,9 +282,7 @@ def test_the_next_start_kills_processes_that_an_earlier_start_left(cloud):
     left = int(pid_file.read_text())
     _, err = process.communicate(timeout=120)
     assert process.returncode == 0, err
-    # The process is gone, or it is a zombie that its new parent has not reaped yet.
-    state = Path(f"/proc/{left}/stat")
-    assert not state.exists() or state.read_text().split()[2] == "Z"
+    assert is_gone(left)
 
 
 def test_processes_that_hold_the_chips_are_killed(cloud):
