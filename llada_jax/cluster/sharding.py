@@ -42,6 +42,9 @@ RULES = {
     # of rows that are looked up in the embedding, half way from its sharding to that of activations
     "act_whole_batch": ("data", "expert"),
     "act_part_of_embed": "fsdp",
+    # of matrices of all layers, where each device takes whole ones; no opinion on their other dims
+    "act_layer": ("fsdp", "sequence"),
+    "act_as_is": P.UNCONSTRAINED,
 }
 
 # {setting of JAX that changes its draws: what it must be}

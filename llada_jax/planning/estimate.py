@@ -8,6 +8,7 @@ which is what makes `search` possible; `check` asks the compiler, which takes mi
 import math
 
 import jax
+import optax
 
 from llada_jax.cluster import sharding
 from llada_jax.cluster.hardware import Slice
@@ -236,7 +237,9 @@ def traffic_of(
     within a slice; dcn: between slices. tensor: activations, twice per forward pass, twice per
     backward pass and once more when a layer is recomputed. sequence: what attention brings together
     of a row, forward, backward and recomputed: keys and values of the whole row, or queries, keys,
-    values and outputs of a device (llada_jax.models.split_rows).
+    values and outputs of a device (llada_jax.models.split_rows). optimizer: a device's momenta,
+    directions and updates of Muon, float32, between the layout of the parameters and that of whole
+    layers (llada_jax.training.optim.orthogonalized).
 
     Whole arrays, and not what a link carries: a ring of n devices carries (n - 1) / n of that,
     which is nearly all of it on the meshes in question, and the compiler's programs are counted
@@ -255,8 +258,13 @@ def traffic_of(
     # The expert axis splits the batch as well, so its devices hold replicas of the weights.
     replicas, ways = shape["data"] * shape["expert"], parameter_ways(shape)
     activations = tokens * a.num_layers * itemsize
-    traffic = dict.fromkeys(("gather", "scatter", "data", "dcn", "tensor", "sequence"), 0)
+    traffic = dict.fromkeys(
+        ("gather", "scatter", "data", "dcn", "tensor", "sequence", "optimizer"), 0
+    )
     if ways > 1:
+        layers_of_device = math.ceil(a.num_layers / ways)
+        exchanged = 3 * 4 * _elements_of_muon(recipe) / a.num_layers * layers_of_device
+        traffic["optimizer"] = int(exchanged / shape["tensor"])
         traffic["gather"] = int((forward + backward) * A * matrices)
         traffic["scatter"] = int(backward * A * gradients)
     # What has been scattered is all that is left to reduce.
@@ -276,6 +284,13 @@ def traffic_of(
         passes = forward + (1 if workload.remat == "none" else 2) * backward
         traffic["sequence"] = int(A * activations * a.head_dim * heads * passes)
     return traffic
+
+
+def _elements_of_muon(recipe: Recipe) -> int:
+    """Returns how many parameters Muon trains, which are matrices of the layers."""
+    is_muon = lambda node: isinstance(node, optax.contrib.MuonState)  # noqa: E731
+    nodes = jax.tree.leaves(recipe.abstract.opt_state, is_leaf=is_muon)
+    return sum(leaf.size for node in nodes if is_muon(node) for leaf in jax.tree.leaves(node.mu))
 
 
 def other_gradients(recipe: Recipe, workload: Workload, shape: dict[str, int]) -> int:
@@ -354,6 +369,7 @@ def step_seconds(
     purposes = (
         ("gather", _OF_PARAMETERS, False),
         ("scatter", _OF_PARAMETERS, False),
+        ("optimizer", _OF_PARAMETERS, False),
         ("sequence", ("sequence",), False),
         ("data", ("data",), True),
         ("tensor", ("tensor",), True),

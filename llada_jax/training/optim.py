@@ -5,15 +5,18 @@ pattern that matches the whole path ("blocks/q", "embed", ...) counts, and a pat
 is an error.
 """
 
+import math
 import re
 from collections.abc import Callable
 from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 from jax import Array
 
+from llada_jax.cluster.sharding import constrain
 from llada_jax.errors import UserError
 from llada_jax.parts import (
     blamed_on,
@@ -259,20 +262,40 @@ def muon(
     """Muon for the matrices of the blocks, Nesterov Adam for embedding, head and norms, at one
     common learning rate.
 
-    The update's root mean square is scaled to 0.2 so that AdamW's learning rate fits (Liu et al.,
-    arXiv 2502.16982).
+    optax keeps the momenta, and hands on the matrices as they are (ns_steps=0).
     """
     direction = optax.contrib.muon(
         learning_rate=1.0,
         adam_b1=b1,
         adam_b2=b2,
         eps=eps,
-        consistent_rms=0.2,
+        ns_steps=0,
         mu_dtype=first_moment_dtype,
         muon_weight_dimension_numbers=muon_dimensions,
     )
-    # optax's muon already points downhill, and the chain below turns every direction around
-    return optax.chain(direction, optax.scale(-1.0))
+
+    def uphill(updates: dict, params: dict) -> dict:
+        # optax's muon already points downhill, and make_optimizer turns every direction around
+        dims = muon_dimensions(params)
+        return jax.tree.map(lambda u, d: -u if d is None else orthogonalized(-u, d), updates, dims)
+
+    return optax.chain(direction, optax.stateless(uphill))
+
+
+def orthogonalized(x: Array, dims: optax.contrib.MuonDimensionNumbers) -> Array:
+    """Returns the nearly orthogonal matrices that are closest to those of the layers, with a root
+    mean square of 0.2 so that AdamW's learning rate fits (Liu et al., arXiv 2502.16982).
+
+    A device computes them for its share of the layers. Split as the parameters are, they would be
+    gathered for each of 15 products, all layers at the same time and in float32.
+    """
+    # without momentum it is the iteration of Newton and Schulz alone
+    iteration = optax.contrib.scale_by_muon(beta=0.0, nesterov=False, weight_dimension_numbers=dims)
+    names = ("act_layer", *("act_as_is",) * (x.ndim - 1))
+    x = constrain(x, *names)
+    x = constrain(iteration.update(x, iteration.init(x))[0], *names)
+    sizes = [math.prod(x.shape[i] for i in np.atleast_1d(dim)) for dim in dims]
+    return 0.2 * math.sqrt(max(sizes)) * x
 
 
 OPTIMIZERS = {

@@ -38,6 +38,10 @@ from llada_jax.validation import AUTO, num_steps_of
 MOST_LAYERS_WITHOUT_LOOP = 16
 
 
+# names the operations of the update in the compiled program, for those who read it
+OPTIMIZER = "optimizer"
+
+
 class Recipe(NamedTuple):
     """The parts of a run, none of them with numbers yet."""
 
@@ -382,8 +386,11 @@ def make_train_step(
         # array to this function, the sums above are global ones already.
         grads = jax.tree.map(lambda grad: grad / jnp.maximum(count, 1.0), grads)
         # 4. The update.
-        updates, opt_state = optimizer.update(grads, state.opt_state, state.params, step=state.step)
-        params = optax.apply_updates(state.params, updates)
+        with jax.named_scope(OPTIMIZER):
+            updates, opt_state = optimizer.update(
+                grads, state.opt_state, state.params, step=state.step
+            )
+            params = optax.apply_updates(state.params, updates)
         ema = {}
         if state.ema:
             decay = warmed_up_decay(ema_decay, state.step)

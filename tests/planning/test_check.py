@@ -18,7 +18,15 @@ def test_the_compilers_message_about_memory_is_parsed():
 
 
 MEANT = {
-    "traffic": {"gather": 200, "scatter": 100, "data": 0, "dcn": 0, "tensor": 0, "sequence": 0},
+    "traffic": {
+        "gather": 200,
+        "scatter": 100,
+        "data": 0,
+        "dcn": 0,
+        "tensor": 0,
+        "sequence": 0,
+        "optimizer": 0,
+    },
     "other_gradients": 0,
     "dtype": "bfloat16",
     "gradient_dtype": "bfloat16",
@@ -29,13 +37,16 @@ MEANT = {
 
 
 def failed(*collectives: tuple, kernels=("splash_mha_fwd",), **meant) -> set[str]:
-    """Returns what a program with these collectives fails; axes is fsdp where it is left out.
+    """Returns what a program with these collectives fails.
 
-    Each is (kind, bytes, dtype, whether it spans slices, axes).
+    Each is (kind, bytes, dtype, whether it spans slices, axes, where); axes is fsdp and where is
+    "" where they are left out.
     """
-    names = ("kind", "total_bytes", "dtype", "spans_slices", "axes")
+    names = ("kind", "total_bytes", "dtype", "spans_slices", "axes", "where")
     report = {
-        "collectives": [{"axes": "fsdp"} | dict(zip(names, one)) for one in collectives],
+        "collectives": [
+            {"axes": "fsdp", "where": ""} | dict(zip(names, one)) for one in collectives
+        ],
         "kernels": dict.fromkeys(kernels, 32),
     }
     results = check_program(report, {**MEANT, **meant})
@@ -77,6 +88,17 @@ def test_a_gather_in_float32_a_whole_parameter_and_a_missing_kernel_are_found():
     assert failed(*AS_MEANT, replicated=["embedding (512, 4096)"]) == {"replicated"}
     assert failed(*AS_MEANT, kernels=()) == {"attention kernel"}
     assert failed(*AS_MEANT, attention="xla") == {"attention kernel"}
+
+
+def test_what_muon_exchanges_is_not_taken_for_weights_in_another_layout():
+    name = "jit(step)/optimizer/mul"
+    exchanged = ("all-to-all", 2**24, "f32", False, "fsdp", name)
+    gathered = ("all-gather", 2**24, "f32", False, "fsdp", name)
+    muon = {**MEANT["traffic"], "optimizer": 3 * 2**24}
+    assert failed(*AS_MEANT, exchanged, gathered, traffic=muon) == set()
+    # other optimizers have nothing to exchange
+    unmeant = {"weights gathered", "gathered in", "resharded"}
+    assert failed(*AS_MEANT, exchanged, gathered) == unmeant
 
 
 def test_a_gradient_summed_in_bfloat16_is_found_where_float32_was_asked_for():

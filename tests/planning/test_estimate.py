@@ -174,6 +174,15 @@ def test_traffic_is_what_the_axes_exchange():
     assert (pods["traffic"]["data"], pods["traffic"]["dcn"]) == (0, 2 * MATRICES // 256)
 
 
+@pytest.mark.parametrize(("words", "layers"), [((), 1), (("mesh.data=8", "mesh.fsdp=8"), 4)])
+def test_devices_exchange_whole_layers_for_muon(words, layers):
+    """Momenta, directions and updates, of which there are fewer than devices where those are 64."""
+    p, adam = (estimated("v5p-128", f"optimizer.name={n}", *words) for n in ("muon", "adamw"))
+    matrices = (MATRICES - VOCAB_SIZE * 4096) // 32
+    assert p["traffic"] == {**adam["traffic"], "optimizer": 3 * 4 * matrices * layers}
+    assert p["seconds_per_step"]["slow"] > adam["seconds_per_step"]["slow"]
+
+
 @pytest.mark.parametrize(
     ("words", "heads"),
     [
