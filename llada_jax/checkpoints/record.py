@@ -79,6 +79,8 @@ class RunRecord:
         "longest"}}; None where they were not counted.
     checksums: {item: {path of an array: checksum}}, in a checkpoint.
     checksum_scheme: how they were computed (llada_jax.checkpoints.checksums.SCHEMES).
+    run_id: of the run that began in the workdir, by which its local copies are known from those of
+        a run that was in the same place before; 0 in a run that an older version began.
     unknown: what a newer version wrote and this one does not know, kept as it is.
     """
 
@@ -101,6 +103,7 @@ class RunRecord:
     checksums: dict[str, dict[str, int]] | None = None
     # 1 and not the newest: a record without this field is of a version that knew no other.
     checksum_scheme: int = 1
+    run_id: int = 0
     unknown: dict[str, Any] = dataclasses.field(default_factory=dict)
 
     def knob(self, name: str):
@@ -196,6 +199,7 @@ class RunRecord:
             "checksums": self.checksums,
             # Scheme 1 is not written, as in the records of the versions that had no other.
             "checksum_scheme": self.checksum_scheme if self.checksum_scheme != 1 else None,
+            "run_id": self.run_id or None,
         }
         # A tokenizer without a template is recorded as null.
         null = {"chat_template"} if self.special_ids is not None else set()
@@ -259,6 +263,7 @@ class RunRecord:
             "lengths": (dict, None),
             "checksums": (dict, None),
             "checksum_scheme": (int, 1),
+            "run_id": (int, 0),
         }
         values: dict[str, Any] = {
             # null is read like a missing key: a tokenizer without a template is recorded so.

@@ -23,7 +23,7 @@ from llada_jax.checkpoints.continuation import (
 )
 from llada_jax.checkpoints.host_copies import LocalCheckpoints
 from llada_jax.checkpoints.huggingface import find_weights, tokenizer_of
-from llada_jax.checkpoints.record import FILE, RunRecord, reads_ema, write_run
+from llada_jax.checkpoints.record import FILE, RunRecord, read_run, reads_ema, write_run
 from llada_jax.checkpoints.workdir import Checkpoints, find_checkpoint, identity
 from llada_jax.cluster.agreement import check_same_everywhere
 from llada_jax.data.batch import Field
@@ -206,6 +206,7 @@ def open_workdir(
                 "rollbacks.json": rollbacks,
             }
         )
+    record = dataclasses.replace(record, run_id=run_id_of(workdir))
     state, origin, continued = first_state(
         saved,
         local,
@@ -357,6 +358,16 @@ def seen(mark: epath.Path) -> str:
     return "one folder" if is_seen else "another"
 
 
+def run_id_of(workdir: str) -> int:
+    """Returns the run_id of the run in a workdir, a new one where none has begun; the same in every
+    process.
+    """
+    number = secrets.randbelow(2**31 - 1) + 1
+    if jax.process_index() == 0 and (remote.path_of(workdir) / FILE).exists():
+        number = read_run(workdir).run_id
+    return int(multihost_utils.broadcast_one_to_all(np.int32(number)))
+
+
 def writing(workdir: str) -> contextlib.AbstractContextManager[None]:
     """Turns what the file system refuses in its block into a UserError."""
     return files.writing(
@@ -437,6 +448,9 @@ def first_state(
                     f"{saved.directory.parent}, which holds no run; to begin again, remove "
                     f"{local.directory} on all hosts, and to continue, put the workdir back."
                 )
+            if theirs.run_id != run.run_id:
+                state, note = None, " (the local copies are of another run)"
+        if state is not None:
             check_continues(theirs, run, local.directory)
             return FirstState(state, f"step {int(state.step)} of {local.directory}{note}", theirs)
     if saved.steps:

@@ -38,12 +38,12 @@ def test_the_local_copies_of_a_run_that_was_deleted_are_not_taken_for_the_new_on
     argv = train_argv(home, run, *tiers)
     assert main(argv) == 0
     (copies,) = disk.iterdir()
-    shutil.rmtree(run)
+    begun = run.rename(tmp_path / "begun")
     says = [f"{copies} holds step 4", str(run), "to begin again, remove"]
     refused(argv, says=says, keeps=[disk], creates=run)
     # a run that was killed before its first save in the workdir goes on from its copies
-    shutil.copytree(home / "run", run)
-    shutil.rmtree(run / "checkpoints")
+    shutil.rmtree(begun / "checkpoints")
+    begun.rename(run)
     capfd.readouterr()
     assert main(argv) == 0
     assert f"step 4 of {copies}" in capfd.readouterr().err
@@ -51,6 +51,25 @@ def test_the_local_copies_of_a_run_that_was_deleted_are_not_taken_for_the_new_on
     shutil.rmtree(copies)
     assert main(argv) == 0
     assert "initialisation" in capfd.readouterr().err
+
+
+@pytest.mark.slow
+def test_a_run_that_takes_the_place_of_another_does_not_go_on_from_its_local_copies(
+    home, tmp_path, capfd
+):
+    run, disk = tmp_path / "run", tmp_path / "disk"
+    tiers = [f"checkpoint.local_directory={disk}", "checkpoint.local_every_steps=1"]
+    assert main(train_argv(home, run, *tiers)) == 0
+    shutil.rmtree(run)
+    # the two differ in a knob that may change within a run
+    assert main(train_argv(home, tmp_path / "other", "schedule.learning_rate=1e-5")) == 0
+    (tmp_path / "other").rename(run)
+    shutil.rmtree(run / "checkpoints" / "4")
+    (step,) = Checkpoints(run).steps
+    capfd.readouterr()
+    assert main(train_argv(home, run, *tiers)) == 0
+    says = f"step {step} of {run} (the local copies are of another run)"
+    assert says in capfd.readouterr().err
 
 
 @pytest.mark.parametrize(
