@@ -6,7 +6,7 @@ import sys
 import tempfile
 import time
 
-from llada_jax.storage import remote
+from llada_jax.storage import files, remote
 
 # TensorBoard sorts the groups of tags by name, and the machine is looked at last.
 ORDER = ("train", "heldout", "final")
@@ -49,8 +49,13 @@ class EventsFile:
         # is sent at each flush.
         self._spool = tempfile.TemporaryDirectory() if remote.is_remote(workdir) else None
         folder = self._spool.name if self._spool else os.fspath(self._directory)
+        # TensorBoard reads the files in the order of their names, in which the time comes next. On
+        # a host whose clock is behind, what an earlier start wrote would hide what this one does.
+        number = len(files.sizes_in(self._directory))
         self._file = EventsWriter(
-            os.path.join(folder, "events"), filename_suffix=f".{os.getpid()}.{first_step}"
+            # the "s", because without a number, as in version 0.1, an "o" follows
+            os.path.join(folder, f"events.s{number:05}"),
+            filename_suffix=f".{os.getpid()}.{first_step}",
         )
         if first_step is not None:
             start = SessionLog(status=SessionLog.START)

@@ -41,6 +41,17 @@ def test_the_curve_of_held_out_text_ends_with_the_last_step(tmp_path):
     assert [event.step for event in board.Scalars("3_final/nelbo")] == [20]
 
 
+def test_the_curve_goes_on_when_the_clock_of_a_later_start_is_behind(tmp_path, monkeypatch):
+    for began, resume_step, steps in ((2e9, None, (10, 20)), (1e9, 20, (30, 40))):
+        monkeypatch.setattr("time.time", lambda began=began: began)
+        writer = MetricsWriter(tmp_path, resume_step=resume_step)
+        for step in steps:
+            writer.write(step, {"train": {"loss": 3.0}})
+        writer.close()
+    curve = board_of(tmp_path).Scalars("1_train/loss")
+    assert [event.step for event in curve] == [10, 20, 30, 40]
+
+
 AWKWARD = ["# no heading", "<b>bold</b> & <script>", "a*b*c", "1. one\n\n    two", "```", "", "|a|"]
 
 
