@@ -233,13 +233,15 @@ def traffic_of(
 
     gather: every weight matrix once per microbatch and pass, forward or backward, in the compute
     dtype, over fsdp and sequence. scatter: its gradient, if it is trained, once per backward pass,
-    in the gradient dtype, over the same. data: the gradient's shard once per microbatch, over data
+    in the gradient dtype, over the same. The tensor axis splits those of the layers; the head is
+    whole (llada_jax.models.token_scores). data: the gradient's shard once per microbatch, over data
     within a slice; dcn: between slices. tensor: activations, twice per forward pass, twice per
-    backward pass and once more when a layer is recomputed. sequence: what attention brings together
-    of a row, forward, backward and recomputed: keys and values of the whole row, or queries, keys,
-    values and outputs of a device (llada_jax.models.split_rows). optimizer: a device's momenta,
-    directions and updates of Muon, float32, between the layout of the parameters and that of whole
-    layers (llada_jax.training.optim.orthogonalized).
+    backward pass and once more when a layer is recomputed; and the head and its gradient, split as
+    the other axes split them. sequence: what attention brings together of a row, forward, backward
+    and recomputed: keys and values of the whole row, or queries, keys, values and outputs of a
+    device (llada_jax.models.split_rows). optimizer: a device's momenta, directions and updates of
+    Muon, float32, between the layout of the parameters and that of whole layers
+    (llada_jax.training.optim.orthogonalized).
 
     Whole arrays, and not what a link carries: a ring of n devices carries (n - 1) / n of that,
     which is nearly all of it on the meshes in question, and the compiler's programs are counted
@@ -249,8 +251,10 @@ def traffic_of(
         tokens: of one device in one microbatch.
     """
     a, A, itemsize = recipe.architecture, workload.num_microbatches, recipe.dtype.itemsize
-    matrices = num_matmul_parameters(a) / shape["tensor"] * itemsize
-    gradients = sum(trained_matrices(recipe)) / shape["tensor"] * recipe.gradient_dtype.itemsize
+    head = a.d_model * a.vocab_size * itemsize
+    matrices = (num_matmul_parameters(a) * itemsize - head) / shape["tensor"] + head
+    of_layers, of_head = (n * recipe.gradient_dtype.itemsize for n in trained_matrices(recipe))
+    shard = (of_layers + of_head) / shape["tensor"] / parameter_ways(shape)
     backward = recipe.objective.trained_passes
     # of several trained passes each runs forward again before it is differentiated
     forward = backward * (2 if backward > 1 else 1) + recipe.objective.other_passes
@@ -266,15 +270,16 @@ def traffic_of(
         exchanged = 3 * 4 * _elements_of_muon(recipe) / a.num_layers * layers_of_device
         traffic["optimizer"] = int(exchanged / shape["tensor"])
         traffic["gather"] = int((forward + backward) * A * matrices)
-        traffic["scatter"] = int(backward * A * gradients)
+        traffic["scatter"] = int(backward * A * (of_layers / shape["tensor"] + of_head))
     # What has been scattered is all that is left to reduce.
     if replicas > num_slices:
-        traffic["data"] = int(A * gradients / ways)
+        traffic["data"] = int(A * shard)
     if num_slices > 1:
-        traffic["dcn"] = int(A * gradients / ways)
+        traffic["dcn"] = int(A * shard)
     if shape["tensor"] > 1:
         passes = 2 * forward + (3 if is_repeated else 2) * backward
-        traffic["tensor"] = int(A * activations * a.d_model * passes)
+        whole_head = ((forward + backward) * head + backward * of_head) / ways
+        traffic["tensor"] = int(A * (activations * a.d_model * passes + whole_head))
     if shape["sequence"] > 1:
         t = shape["tensor"]
         heads = exchanged_heads(

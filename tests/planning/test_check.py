@@ -147,6 +147,21 @@ def test_what_the_devices_of_a_row_exchange_has_its_own_check():
     assert failed(*moved, *moved, exchanged, traffic=traffic, mesh=alone) == {"rows exchanged"}
 
 
+def test_what_the_tensor_axis_exchanges_is_neither_weights_nor_their_gradients():
+    traffic = {**MEANT["traffic"], "tensor": 100}
+    exchanged = [
+        (kind, 200, "bf16", False, "tensor") for kind in ("all-gather", "all-reduce", "all-to-all")
+    ]
+    assert failed(*AS_MEANT, *exchanged, traffic=traffic) == set()
+    replicas = {**traffic, "gather": 0, "scatter": 0, "data": 100}
+    reduced = ("all-reduce", 100, "bf16", False, "data")
+    assert failed(reduced, *exchanged, traffic=replicas) == set()
+    # what is summed twice is found next to it
+    assert failed(reduced, reduced, *exchanged, traffic=replicas) == {"gradients reduced"}
+    twice = (*AS_MEANT, ("all-reduce", 100, "bf16", False))
+    assert failed(*twice, *exchanged, traffic=traffic) == {"gradients scattered"}
+
+
 # ---- compiled for slices that are not here
 
 SLICES = {

@@ -167,9 +167,12 @@ def test_traffic_is_what_the_axes_exchange():
     assert not any(alone["traffic"].values())
     replicas = estimated("v5p-128", "mesh.data=64", "mesh.fsdp=1")
     assert {k: v for k, v in replicas["traffic"].items() if v} == {"data": 2 * MATRICES}
-    both = estimated("v5p-128", "mesh.tensor=2")
-    assert both["traffic"]["gather"] == 2 * MATRICES
-    assert both["traffic"]["tensor"] == 5 * 32 * (40 * 4096) * 4096 * 2
+    # the tensor axis splits the positions of the head, which is whole on every device
+    both, head = estimated("v5p-128", "mesh.tensor=2"), VOCAB_SIZE * 4096
+    assert both["traffic"]["gather"] == 2 * (MATRICES + head)
+    assert both["traffic"]["scatter"] == MATRICES + head
+    activations = 5 * 32 * (40 * 4096) * 4096 * 2
+    assert both["traffic"]["tensor"] == activations + 3 * 2 * head // 32
     pods = estimated("v5e-256", "mesh.data=2", "data.batch_size=512", slices=2)
     assert (pods["traffic"]["data"], pods["traffic"]["dcn"]) == (0, 2 * MATRICES // 256)
 
