@@ -106,6 +106,12 @@ def main(argv: list[str]) -> None:
             "give --vocab-size."
         )
     vocab_size = config.model.vocab_size or args.vocab_size
+    if args.vocab_size not in (0, vocab_size):
+        raise UserError(
+            f"--vocab-size {args.vocab_size} changes nothing, because config.model.vocab_size is "
+            f"{vocab_size}; leave out --vocab-size, or set "
+            f"--config.model.vocab_size={args.vocab_size}."
+        )
     check_vocabulary(config, vocab_size)
     flags = flags_named(args.flags)
     check_flags(flags, machines.accelerator.platform)

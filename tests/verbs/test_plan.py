@@ -65,6 +65,10 @@ def test_the_output_in_the_docs_is_the_one_of_the_command(capsys):
             ["--topology", "v5p-128", "--config.model.vocab_size=0"],
             "and a plan reads no data; give --vocab-size.",
         ),
+        (
+            ["--topology", "v5p-128", "--vocab-size", "50000"],
+            "--vocab-size 50000 changes nothing, because config.model.vocab_size is 126464; leave",
+        ),
         (["--topology", "v5p-128", "--config.mesh.fsdp=63"], "needs 63 devices, and there are 64"),
         (["--topology", "v5p-128", "--config.data.batch_size=65"], "=65 cannot be split 64 ways"),
         (
