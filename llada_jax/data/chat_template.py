@@ -4,6 +4,7 @@ A template is Jinja source, as transformers keeps it with a tokenizer. It comes 
 strangers, and is rendered in jinja2's sandbox, in which it cannot reach Python.
 """
 
+import contextlib
 import itertools
 import json
 import os
@@ -137,6 +138,23 @@ class Chat:
         self._markers = tokenizer.markers
         self._special = _any_of(self._markers)
         self._names = names_of(tokenizer)
+
+    def check_writes_answers(self) -> None:
+        """Raises UserError when answers that differ make no difference, as where the template reads
+        another key of a message than `content`, which Jinja takes for an empty text.
+        """
+        question = {"role": "user", "content": "a"}
+        # A template that needs more than these messages is tried on the dialogues.
+        with contextlib.suppress(Malformed):
+            one, other = (
+                self.render([question, {"role": "assistant", "content": text}]) for text in "ab"
+            )
+            if one == other:
+                raise UserError(
+                    "The chat template writes no text of an answer, so that nothing would be "
+                    "learned; let it write message['content'] of every message, or give another "
+                    "one."
+                )
 
     def render(
         self, messages: list[dict], *, tools: Any = None, add_generation_prompt: bool = False

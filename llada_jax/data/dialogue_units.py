@@ -356,5 +356,5 @@ def with_template(tokenizer: Tokenizer, setting: str) -> Tokenizer:
     """Returns the tokenizer with the template that `--chat template=` means."""
     template = template_of(tokenizer, setting)
     # refuses what is not Jinja, before anything is written
-    Chat(template, tokenizer)
+    Chat(template, tokenizer).check_writes_answers()
     return tokenizer.with_chat_template(template)

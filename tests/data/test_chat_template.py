@@ -202,3 +202,28 @@ def test_the_template_of_a_tokenizer_is_kept_with_it(tmp_path):
     kept = load_tokenizer(tmp_path / "kept")
     assert template_of(kept) == HEADERS
     assert kept.fingerprint == tokenizer.fingerprint
+
+
+@pytest.mark.parametrize(
+    "source",
+    [
+        "",
+        "{% for m in messages %}{{ m.role }}: {{ m['value'] }}{% endfor %}",
+        "{% for m in messages if m.role == 'user' %}{{ m.content }}{% endfor %}",
+    ],
+)
+def test_a_template_that_writes_no_answers_is_refused(source):
+    chat = Chat(source, load_tokenizer("bytes"))
+    assert "writes no text of an answer" in error_of(chat.check_writes_answers)
+
+
+@pytest.mark.parametrize(
+    "source",
+    [
+        "{% for m in messages %}{{ m['content'] | upper }}{% endfor %}",
+        # another one than a template alone can tell
+        "{{ messages[7].content }}",
+    ],
+)
+def test_a_template_that_may_write_answers_is_taken(source):
+    Chat(source, load_tokenizer("bytes")).check_writes_answers()
