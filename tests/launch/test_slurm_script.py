@@ -279,7 +279,9 @@ def test_a_start_counts_as_no_help_only_where_the_workdir_shows_it(tmp_path, mon
         script = dry_run("--", "bash", "-c", code, *words)
         assert "requeued, to continue" in in_a_fake_job(script, tmp_path)
     script = dry_run("--max-restarts", 0, "--", "bash", "-c", code, *words)
-    assert "not requeued again, after 0 restarts" in in_a_fake_job(script, tmp_path)
+    output = in_a_fake_job(script, tmp_path)
+    assert "not requeued again, after 0 restarts" in output
+    assert "requeued, to continue" not in output
 
 
 @pytest.mark.parametrize(
