@@ -23,7 +23,7 @@ from pathlib import Path
 import jax
 
 from llada_jax.cluster.compilation_cache import write_from_every_process
-from llada_jax.errors import LostPeer, UserError
+from llada_jax.errors import LostPeer, UserError, reason
 from llada_jax.streams import Result, write_line
 
 # Seconds between two lines about who is missing at the start.
@@ -69,7 +69,7 @@ def initialize(
 
     Raises:
         UserError: the environment contradicts itself, or names only some of the hosts.
-        LostPeer: the other processes did not join in time.
+        LostPeer: the other processes did not join in time, or the first one cannot listen.
     """
     if jax.distributed.is_initialized():
         return
@@ -96,6 +96,7 @@ def initialize(
             f"({who_has_joined(place)}); {remedy}."
         )
     )
+    check_port(os.environ, place)
     jax.config.update("jax_enable_preemption_service", saves_at_sigterm)
     try:
         with reporting_wait(lambda: who_has_joined(place)):
@@ -149,6 +150,29 @@ def bind_to_loopback(place: dict) -> dict:
         address = "127.0.0.1" if host == "localhost" else host
         return {"coordinator_bind_address": f"{address}:{port}"}
     return {}
+
+
+def check_port(environment, place: dict) -> None:
+    """Raises LostPeer in the first process when it cannot listen where the others look for it.
+
+    JAX would end in a segmentation fault, or share the port with the coordinator of another run.
+    """
+    if place["process_id"] or "JAX_COORDINATOR_BIND_ADDRESS" in environment:
+        return
+    address = place["coordinator_address"]
+    port = int(address.rpartition(":")[2])
+    # "": all interfaces
+    host = bind_to_loopback(place).get("coordinator_bind_address", "").rpartition(":")[0]
+    with socket.socket() as listener:
+        listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        try:
+            listener.bind((host, port))
+        except OSError as error:
+            raise LostPeer(
+                f"The first process cannot listen at {address} ({reason(error)}); end what listens "
+                "there, such as an earlier start of this run, or choose another port, then start "
+                "all processes again."
+            ) from error
 
 
 def meet(name: str, *, timeout_s: int) -> None:

@@ -3,6 +3,7 @@
 import http.server
 import os
 import re
+import socket
 import subprocess
 import sys
 import textwrap
@@ -16,7 +17,7 @@ from support.processes import run_python
 from support.runs import free_port
 
 from llada_jax.cluster import distributed
-from llada_jax.errors import UserError
+from llada_jax.errors import LostPeer, UserError
 
 TEAM = {"JAX_COORDINATOR_ADDRESS": "host0:1234", "JAX_NUM_PROCESSES": "4", "JAX_PROCESS_ID": "3"}
 
@@ -228,6 +229,26 @@ def test_a_start_that_waits_in_vain_says_who_is_missing_and_may_be_retried(numbe
     who = "1 of 2 have joined" if number == 0 else "nothing answers there:"
     assert f"({who}" in said[0]
     assert re.search(rf"waiting +\d+ s: {re.escape(who)}", done.stderr)
+
+
+@pytest.mark.parametrize("host", ["localhost", ""])
+def test_a_port_that_another_program_holds_is_named_and_the_start_may_be_retried(host):
+    """As an earlier start does that has not ended yet."""
+    with socket.socket() as listener:
+        listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        listener.bind((host, 0))
+        listener.listen()
+        address = f"{host or socket.gethostname()}:{listener.getsockname()[1]}"
+        team = {"JAX_COORDINATOR_ADDRESS": address, "JAX_NUM_PROCESSES": "2"}
+        place = distributed.explicit_arguments({**team, "JAX_PROCESS_ID": "0"})
+        with pytest.raises(LostPeer, match=f"cannot listen at {address} .Address already in use."):
+            distributed.check_port({}, place)
+        # the other processes do not listen there
+        distributed.check_port({}, {**place, "process_id": 1})
+        code = "from llada_jax.cluster import distributed; distributed.initialize()"
+        done = run_python(code, {**team, "JAX_PROCESS_ID": "0"})
+        assert done.stderr.splitlines()[-1].startswith("llada_jax.errors.LostPeer: The first proc")
+    distributed.check_port({}, place)
 
 
 class MetadataServer(http.server.BaseHTTPRequestHandler):
