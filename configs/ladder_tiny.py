@@ -6,9 +6,9 @@
     llada-jax sweep --config configs/ladder_tiny.py --workdir runs/ladder_tiny/runs --fit
 
 The blocks have 7 to 90 thousand parameters, and C = 6 N D goes from 1e11 to 1e12 FLOPs. On 2 cores
-of an AMD EPYC that were shared with other work, the ladder took 15 minutes of CPU time. The best
-model of each budget has 3.31, 3.09 and 2.90 bits per held-out byte, and N_opt ~ C^0.66 (0.54 to
-1.01).
+of an Intel Xeon that were shared with other work, the ladder took 18 minutes of CPU time. The best
+model of each budget has 3.31, 3.09 and 2.91 bits per held-out byte, and N_opt ~ C^0.67 (0.50 to
+0.86).
 """
 
 from llada_jax.config import default_config
