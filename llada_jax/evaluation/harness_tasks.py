@@ -197,7 +197,7 @@ def asking(model: Any, tasks: Sequence[Any]) -> Iterator[None]:
         # tasks come with code of their own, which raises what it likes
         if model.is_asked:
             raise
-        names = [getattr(task, "task_name", None) or getattr(task, "name", "") for task in tasks]
+        names = [str(getattr(task, "task_name", getattr(task, "name", ""))) for task in tasks]
         raise UserError(
             f"lm-evaluation-harness fails on {', '.join(names)} before it asks the model "
             f"({reason(error)}); fix the task, its data or the setting that this is about (more "

@@ -209,7 +209,8 @@ def test_packing_keeps_every_document_whole_and_fills_rows(lengths, open_rows):
 
 def test_other_settings_are_refused_and_text_is_not_read_as_dialogues(tmp_path):
     prepared(tmp_path, PAIRS)
-    assert "with --chat {" in error_of(prepared, tmp_path, PAIRS, turns="all")
+    message = error_of(prepared, tmp_path, PAIRS, turns="all")
+    assert "with --chat turns=one and this command has --chat turns=all" in message
     (tmp_path / "a.txt").write_text("text")
     message = error_of(
         prepare,

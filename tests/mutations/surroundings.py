@@ -139,7 +139,8 @@ DATA = [
 
 HARDWARE = faults_of(
     "llada_jax/cluster/hardware.py",
-    "tests/cluster/test_hardware.py tests/planning/test_estimate.py",
+    "tests/cluster/test_hardware.py tests/planning/test_estimate.py "
+    "tests/planning/test_step_time.py",
     (
         "links of v5p half as fast",
         "hbm_bandwidth=2.77e12,\n        link_bandwidth=1200e9",

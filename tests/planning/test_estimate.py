@@ -14,7 +14,6 @@ from llada_jax.errors import UserError
 from llada_jax.models.model import make_model
 from llada_jax.models.transformer import Architecture
 from llada_jax.planning.absent_devices import stand_in_mesh
-from llada_jax.planning.estimate import bandwidth
 from llada_jax.planning.search import REMATS
 from llada_jax.training.memory import sharded_bytes
 from llada_jax.verbs import plan
@@ -293,69 +292,6 @@ def test_limits_are_those_of_the_scaling_book():
     assert limits["needed_on_one_axis"] == pytest.approx(2550, rel=0.12)
     assert limits["needed_on_all_links"] == pytest.approx(850, rel=0.12)
     assert limits["needed_between_slices"] == pytest.approx(76_000, rel=0.05)
-
-
-def test_gpus_of_one_host_exchange_over_nvlink():
-    p = estimated("8xh100")
-    assert (p["hosts"], p["attention"], p["network_gbps"]) == (1, "cudnn", None)
-    exchanged = (p["traffic"]["gather"] + p["traffic"]["scatter"]) / (0.7 * 450e9)
-    assert p["seconds_per_step"]["slow"] == pytest.approx(
-        p["executed_flops"] / (0.35 * 989e12) + exchanged
-    )
-
-
-@pytest.mark.parametrize(
-    ("words", "purpose", "rate"),
-    [
-        # eight adapters of a host bring in an array together: 400 GB/s, less than NVLink's 450
-        (("64xh100",), "gather", 8 * 50e9),
-        # NVLink is the slower one
-        (("64xa100-80gb",), "gather", 300e9),
-        # a group of fsdp has one GPU in each host, and so one adapter
-        (("64xh100", "mesh.fsdp=8", "mesh.tensor=8"), "gather", 50e9),
-        # tensor stays within the host
-        (("64xh100", "mesh.fsdp=8", "mesh.tensor=8"), "tensor", 450e9),
-        (("64xh100", "mesh.fsdp=32", "mesh.tensor=2"), "gather", 4 * 50e9),
-        (("64xh100", "mesh.fsdp=8", "mesh.data=8"), "data", 50e9),
-    ],
-)
-def test_an_axis_between_hosts_has_the_adapters_of_its_gpus(words, purpose, rate):
-    p = estimated(*words)
-    assert p["network_gbps"] == 400
-    axis = {"gather": "fsdp"}.get(purpose, purpose)
-    machines = hardware.machines_named(words[0])
-    found = bandwidth(machines, p["mesh"], axis, network=50e9)
-    assert found == pytest.approx({"fast": rate, "slow": 0.7 * rate})
-
-
-def test_a_slower_network_takes_longer_between_hosts_alone():
-    config = load_config(LLADA_8B)
-
-    def slow(topology: str, gbps: float) -> float:
-        machines = hardware.machines_named(topology)
-        asked = plan.Asked(config, machines, 1, VOCAB_SIZE, gbps)
-        return plan.estimate(asked)["seconds_per_step"]["slow"]
-
-    assert slow("64xh100", 100) > 1.02 * slow("64xh100", 400)
-    assert slow("8xh100", 100) == slow("8xh100", 400)
-    assert slow("v5p-128", 100) == slow("v5p-128", 400)
-
-
-def test_microbatches_cost_time_between_hosts_of_gpus():
-    """Each of them gathers the weights again; a plan that leaves that out recommends many."""
-    times = [
-        estimated("64xh100", f"optimizer.gradient_accumulation={n}")["seconds_per_step"]["slow"]
-        for n in (1, 4, 20)
-    ]
-    assert times == sorted(times)
-    assert times[2] > 1.15 * times[0]
-
-
-def test_slices_of_gpus_are_joined_by_the_network():
-    p = estimated("64xh100", "mesh.data=2", "data.batch_size=1280", slices=2)
-    sent = p["traffic"]["dcn"]
-    assert sent == 2 * MATRICES // 64
-    assert p["intensity"]["needed_between_slices"] == pytest.approx(989e12 / 50e9)
 
 
 def test_everything_kept_is_slower_than_its_flops_say():
