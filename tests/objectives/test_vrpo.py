@@ -294,8 +294,8 @@ def test_a_row_is_scored_alike_where_a_bucket_has_cut_its_padding_off(t_sampling
 
 @pytest.mark.slow
 def test_held_out_pairs_have_margins_where_there_is_a_reference():
-    batch = batch_of(row_of(([1, 1], [2, 3], [4]), sequence_length=8))
-    objective = vrpo(mask_id=MASK, beta=1.0)
+    batch = batch_of(row_of(([1, 1], [6], [4]), ([1], [4], [5]), sequence_length=12))
+    objective = vrpo(mask_id=MASK, beta=0.5)
 
     def of_dict(params, *rest):
         return table_model(params["nats"], *rest)
@@ -309,10 +309,10 @@ def test_held_out_pairs_have_margins_where_there_is_a_reference():
     alone, found = metrics({}), metrics({"nats": 2 * NATS})
     assert "reward_margin" not in alone
     assert alone["nelbo"] == found["nelbo"]
-    # the reference is twice as surprised: each answer has gained what it costs, 5 and 4 nats on
-    # average over the masks, of which the 4 are exact because a single token is always masked
-    assert float(found["reward_margin"][0]) == pytest.approx(1.0, abs=1.0)
-    assert float(found["reward_accuracy"][0]) == (float(found["reward_margin"][0]) > 0)
+    # the reference is twice as surprised: each answer has gained what it costs, which is exact
+    # because an exact count always masks a single token
+    assert float(found["reward_margin"][0]) == pytest.approx(0.5 * (6 - 4 + 4 - 5))
+    assert float(found["reward_accuracy"][0]) == 1
 
 
 @pytest.mark.parametrize("t_sampling", ["stratified", "iid"])
