@@ -36,6 +36,11 @@ def main(argv: list[str]) -> None:
         return report(args.join, join_parts(args.join), as_json=args.json)
     if absent := [flag for flag in _REQUIRED if given[flag] is None]:
         parser.error(f"the following arguments are required: {', '.join(absent)}")
+    if "," in args.output or "=" in os.path.basename(args.output.rstrip("/")):
+        raise UserError(
+            f"--output {args.output} has a comma in it or = in its name, which config.data.path "
+            "would read as a mixture of data sets; choose another name."
+        )
     part = None if args.part is None else parse_part(args.part)
     cut = Cut(
         documents=args.documents,

@@ -55,6 +55,15 @@ def test_a_mistake_exits_with_2_and_one_line(tmp_path, capsys):
     assert "Did you mean '--heldout'?" in capsys.readouterr().err
 
 
+@pytest.mark.parametrize("name", ["a,b", "lr=3", "a,b/c", "lr=3/"])
+def test_an_output_that_a_config_would_read_as_a_mixture_is_refused(tmp_path, capsys, name):
+    (tmp_path / "a.txt").write_text("text")
+    flags = ["--input", str(tmp_path / "a.txt"), "--sequence-length", "8", "--tokenizer", "bytes"]
+    assert llada_jax(["prepare", *flags, "--output", f"{tmp_path}/{name}"]) == 2
+    assert "would read as a mixture of data sets" in capsys.readouterr().err
+    assert [path.name for path in tmp_path.iterdir()] == ["a.txt"]
+
+
 def test_the_help_fits_one_screen(capsys, monkeypatch):
     monkeypatch.setenv("COLUMNS", "100")
     with pytest.raises(SystemExit) as caught:
