@@ -19,6 +19,7 @@ from llada_jax.run.rollbacks import (
 )
 from llada_jax.storage import files, remote
 from llada_jax.storage.locks import only_run_in
+from llada_jax.sweeps.results import EXIT_FILE
 from llada_jax.verbs.command_line import Parser
 
 ASIDE = "rolled-back"
@@ -123,6 +124,8 @@ def roll_back(workdir: str, *, to: int, num_skipped: int | None = None) -> str:
             remote.move(path / FOLDER / str(step), aside / str(step), mark=MARK)
         # A second rollback must not take them for batches that were read.
         drop_lines_after(workdir, to)
+        # A sweep would take the end that is undone for that of the run, and not start it again.
+        (path / EXIT_FILE).unlink(missing_ok=True)
         # The list comes last. Were it written first, a kill after it would let the run continue
         # from a later step, and skip batches there that were never bad.
         write_rollbacks(workdir, Rollbacks(number, skipped))

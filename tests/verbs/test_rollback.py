@@ -29,6 +29,7 @@ from llada_jax.run.rollbacks import (
 )
 from llada_jax.storage import remote
 from llada_jax.storage.locks import only_run_in
+from llada_jax.sweeps.results import FINISHED, read_result, write_exit
 from llada_jax.verbs import train
 from llada_jax.verbs.rollback import roll_back
 
@@ -157,6 +158,20 @@ def test_a_second_rollback_leaves_out_only_what_a_step_has_read(tmp_path):
         assert len((tmp_path / name).read_text().splitlines()) == 4
         kept = [tmp_path / "rolled-back" / number / name for number in "123"]
         assert [len(path.read_text().splitlines()) for path in kept] == [14, 8, 4]
+
+
+@pytest.mark.parametrize("status", [0, 3])
+def test_a_run_of_a_sweep_that_has_ended_is_to_be_done_again(tmp_path, status):
+    """Its loss was not finite, or its end was not wanted."""
+    run = saved_run(tmp_path, logged_to=14)
+    write_exit(run, status=status)
+
+    def state() -> str:
+        return read_result(run, index=0, knobs={}, num_steps=20).state
+
+    assert state() in FINISHED
+    roll_back(run, to=8)
+    assert state() == "partial"
 
 
 def test_a_run_that_was_restored_elsewhere_keeps_the_rollbacks_of_its_record(tmp_path):
