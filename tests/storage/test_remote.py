@@ -113,11 +113,11 @@ def test_a_run_in_a_bucket_goes_back_also_when_the_call_before_was_interrupted(b
     filesystem = library("fsspec.core").url_to_fs(run)[0]
     removed, rm = [], filesystem.rm
 
-    def fails_later(names):
+    def fails_later(names, **flags):
         removed.append(names)
         if len(removed) == 2:  # the step no longer counts, and its other objects are there
             raise OSError("the network is gone")
-        rm(names)
+        rm(names, **flags)
 
     monkeypatch.setattr(filesystem, "rm", fails_later)
     with pytest.raises(UserError, match="the network is gone"):
