@@ -124,7 +124,7 @@ def test_what_is_left_does_not_depend_on_workers_or_interruptions(corpus, tmp_pa
 
 def test_a_directory_does_not_mix_texts_with_and_without_copies(corpus, tmp_path):
     prepare(corpus, tmp_path / "out", **ARGS)
-    assert "--drop-duplicates None" in refusal(
+    assert "no --drop-duplicates" in refusal(
         corpus, tmp_path / "out", **ARGS, drop_duplicates=True
     )
 

@@ -231,7 +231,7 @@ def test_auto_follows_the_platform_of_the_mesh_and_the_mask(expected, changes):
         ("triton", {"platform": "cpu"}, "'triton' runs on gpu, and the mesh is of cpu devices"),
         ("triton", {"mask": BLOCKS}, "'triton' cannot express blocks, and the mask has block_len"),
         ("cudnn", {"mask": BLOCKS}, "'cudnn' cannot express blocks"),
-        ("cudnn", {"packed": True}, "attend_across_documents=False asks; set config.model.atten"),
+        ("cudnn", {"packed": True}, "attend_across_documents=False and config.data.split"),
     ],
 )
 def test_a_kernel_that_cannot_do_it_is_refused_with_a_remedy(name, changes, sentence):

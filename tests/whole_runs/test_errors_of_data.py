@@ -209,5 +209,5 @@ def test_preparing_over_a_finished_dataset_with_other_settings_keeps_it(home, re
         word if word != "16" else "32" for word in prepare_argv(home / "text.txt", home / "data")
     ]
     argv += ["--documents", "line", "--heldout", "0.1"]
-    says = ["--sequence-length 16", "says 32", "another --output"]
+    says = ["--sequence-length 16", "has --sequence-length 32", "new --output"]
     refused(argv, says=says, keeps=[home / "data"])
