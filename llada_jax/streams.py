@@ -73,17 +73,6 @@ class Result:
         with self._refusals():
             self._stream.flush()
 
-    def keep_to_itself(self) -> None:
-        """Leaves stdout to the results of Python: what native libraries print there, as gloo does
-        where processes connect, goes to stderr from here on.
-        """
-        self.flush()
-        descriptor, stream = self._stream.fileno(), self._stream
-        self._stream = open(  # noqa: SIM115 (for the process' life)
-            os.dup(descriptor), "w", encoding=stream.encoding, errors=stream.errors
-        )
-        os.dup2(sys.stderr.fileno(), descriptor)
-
     @contextlib.contextmanager
     def _refusals(self):
         try:

@@ -15,7 +15,6 @@ import os
 import re
 import signal
 import socket
-import sys
 import threading
 import time
 from pathlib import Path
@@ -24,7 +23,7 @@ import jax
 
 from llada_jax.cluster.compilation_cache import write_from_every_process
 from llada_jax.errors import LostPeer, UserError, reason
-from llada_jax.streams import Result, write_line
+from llada_jax.streams import write_line
 
 # Seconds between two lines about who is missing at the start.
 WAITING_S = 15.0
@@ -120,8 +119,6 @@ def initialize(
             f"The processes could not meet at {where} ({_first_line(error)}); {remedy}."
         ) from error
     write_from_every_process()
-    if isinstance(sys.stdout, Result):
-        sys.stdout.keep_to_itself()
     again = (
         "the same command continues the run"
         if saves_at_sigterm

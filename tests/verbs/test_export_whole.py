@@ -213,7 +213,8 @@ def test_several_processes_write_what_one_writes(random_checkpoint, tmp_path):
         timeout=240,
     )
     assert done.returncode == 0, done.stderr
-    assert json.loads(done.stdout)["parameters"] > 0
+    # gloo, which joins processes, talks on stdout
+    assert json.loads(done.stdout.splitlines()[-1])["parameters"] > 0
     ours, theirs = (contents_of(directory) for directory in (alone, tmp_path / "together"))
     ours["README.md"], theirs["README.md"] = b"", b""  # they are called alone and together
     assert ours == theirs

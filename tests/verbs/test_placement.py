@@ -68,9 +68,10 @@ def by_two_processes(*words) -> dict:
     ]
     outputs = [process.communicate(timeout=300) for process in processes]
     assert [process.returncode for process in processes] == [0, 0], outputs
-    # whatever the library of the collectives says
-    assert outputs[1][0] == ""
-    return json.loads(outputs[0][0])
+    # the library of the collectives on CPUs writes to stdout too
+    results = [[line for line in out.splitlines() if line.startswith("{")] for out, _ in outputs]
+    assert results[1] == []
+    return json.loads(results[0][0])
 
 
 @pytest.mark.slow
