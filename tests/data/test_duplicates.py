@@ -124,9 +124,7 @@ def test_what_is_left_does_not_depend_on_workers_or_interruptions(corpus, tmp_pa
 
 def test_a_directory_does_not_mix_texts_with_and_without_copies(corpus, tmp_path):
     prepare(corpus, tmp_path / "out", **ARGS)
-    assert "no --drop-duplicates" in refusal(
-        corpus, tmp_path / "out", **ARGS, drop_duplicates=True
-    )
+    assert "no --drop-duplicates" in refusal(corpus, tmp_path / "out", **ARGS, drop_duplicates=True)
 
 
 def test_the_summary_says_how_many_copies_there_are_and_what_became_of_them(tmp_path, capsys):
