@@ -225,22 +225,35 @@ _scores.defvjp(_forward, _backward)
 def _pieces(head: _Head, kernel_DV: Array) -> Array:
     """Returns the pieces of the kernel, [n, D, V / n].
 
-    They are strided (token i * n + j is in piece j), so that a sharded V stays where it is. Where
-    there are several, tokens that do not exist make them alike and of a width with which their rows
-    begin at multiples of 16 bytes, or GPUs would fall back to kernels of a third of the speed.
+    Where there are several, tokens that do not exist make them alike and of a width with which
+    their rows begin at multiples of 16 bytes, or GPUs would fall back to kernels of a third of the
+    speed.
     """
-    n = head.num_pieces
-    if n == 1:
+    if head.num_pieces == 1:
         return kernel_DV[None]
     # in the dtype that the gradient is to have
     kernel_DV = kernel_DV.astype(head.gradient_dtype or head.dtype)
-    padded_DV = jnp.pad(kernel_DV, ((0, 0), (0, _num_padding(head, kernel_DV.shape[1]))))
-    return jnp.moveaxis(padded_DV.reshape(len(padded_DV), -1, n), -1, 0)
+    return _cut(head, jnp.pad(kernel_DV, ((0, 0), (0, _num_padding(head, kernel_DV.shape[1])))))
 
 
 def _tokens(head: _Head, V: int) -> Array:
     """Returns the token of each column of the pieces, [n, V / n]; from V on, there is none."""
-    return jnp.arange(V + _num_padding(head, V)).reshape(-1, head.num_pieces).T
+    return _cut(head, jnp.arange(V + _num_padding(head, V)))
+
+
+def _cut(head: _Head, array: Array) -> Array:
+    """Returns the pieces of an array [..., V], [n, ..., V / n].
+
+    Each device cuts its own part of V, which stays where it is, and a piece of it lies together in
+    memory: if every n-th token were in a piece, GPUs would read and write the kernel, its gradient
+    and their optimizer state in strides.
+    """
+    n = head.num_pieces
+    if n == 1:
+        return array[None]
+    others = array.shape[:-1]
+    cut = jnp.moveaxis(array.reshape(*others, _ways("vocab"), n, -1), -2, 0)
+    return cut.reshape(n, *others, -1)
 
 
 def _num_padding(head: _Head, V: int) -> int:

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from llada_jax.cluster.sharding import make_mesh
-from llada_jax.models.token_scores import token_scores
+from llada_jax.models.token_scores import ROWS, _Head, _pieces, _tokens, token_scores
 
 B, T, D, V = 16, 8, 6, 21
 ROOM = 10  # of the 16 positions of each of eight devices
@@ -91,6 +91,23 @@ def test_scores_and_gradients_are_those_of_all_positions_however_many_count(
                 scores.is_correct_BT, (best_BT == targets_BT) & where_BT, err_msg=what
             )
     assert set(asked) == {(num_rows, num_columns, B // num_rows)}
+
+
+@pytest.mark.parametrize("num_devices", [1, 2])
+def test_a_piece_of_the_vocabulary_is_a_run_of_neighbours_on_every_device(num_devices):
+    head = _Head(num_pieces=3, names=ROWS, dtype=jnp.float32, gradient_dtype=None)
+    num_tokens = 90  # padded to 96: three pieces of 32
+    kernel_DV = jnp.arange(2.0 * num_tokens).reshape(2, num_tokens)
+    with jax.set_mesh(make_mesh({"fsdp": -1, "tensor": num_devices})):
+        token_nC, kernel_nDC = _tokens(head, num_tokens), _pieces(head, kernel_DV)
+    assert sorted(token_nC.ravel().tolist()) == list(range(96))
+    runs = np.asarray(token_nC).reshape(3, num_devices, -1)
+    np.testing.assert_array_equal(np.diff(runs, axis=2), 1)
+    # and the part of a device stays on it
+    assert all(np.all(runs[:, i] // (96 // num_devices) == i) for i in range(num_devices))
+    for token_C, kernel_DC in zip(token_nC, kernel_nDC, strict=True):
+        exists = token_C < num_tokens
+        np.testing.assert_array_equal(kernel_DC[:, exists], kernel_DV[:, token_C[exists]])
 
 
 def products_of_every_step(jaxpr):
