@@ -21,7 +21,7 @@ from etils import epath
 from llada_jax import __version__, schemas
 from llada_jax.checkpoints.checksums import SCHEMES
 from llada_jax.data.tokenizer import SPECIAL_IDS, Tokenizer
-from llada_jax.errors import UserError
+from llada_jax.errors import UserError, reason
 from llada_jax.masks import BIDIRECTIONAL, CAUSAL, Mask
 from llada_jax.models.adapters import Lora
 from llada_jax.models.transformer import Architecture
@@ -417,18 +417,23 @@ def read_run(workdir) -> RunRecord:
     """Returns the record in WORKDIR/run.json, of the last start of a run.
 
     Raises:
-        UserError: it is not there, or not a record.
+        UserError: it is not there, cannot be read, or is not a record.
     """
     file = remote.path_of(workdir) / FILE
+    remedy = "remove it and start the run again, which goes on from its checkpoints"
     try:
         content = files.decode_json(file.read_text())
     except FileNotFoundError as error:
         raise UserError(
             f"{workdir} has no {FILE}; give the workdir of a run that `llada-jax train` began."
         ) from error
+    except OSError as error:
+        raise UserError(
+            f"{file} cannot be read ({reason(error)}); change that and repeat the command."
+        ) from error
     except ValueError as error:
-        raise UserError(f"{file} is not valid JSON ({error}); start the run again.") from error
-    return RunRecord.from_json(content, file=file)
+        raise UserError(f"{file} is not valid JSON ({error}); {remedy}.") from error
+    return RunRecord.from_json(content, file=file, remedy=f"it is damaged; {remedy}")
 
 
 def write_run(workdir, tokenizer: Tokenizer, record: RunRecord, *, config_text: str = "") -> None:

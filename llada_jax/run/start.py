@@ -361,9 +361,11 @@ def seen(mark: epath.Path) -> str:
 def run_id_of(workdir: str) -> int:
     """Returns the run_id of the run in a workdir, a new one where none has begun; the same in every
     process.
+
+    Every process reads run.json: if the first alone could not, the others would wait for it.
     """
     number = secrets.randbelow(2**31 - 1) + 1
-    if jax.process_index() == 0 and (remote.path_of(workdir) / FILE).exists():
+    if (remote.path_of(workdir) / FILE).exists():
         number = read_run(workdir).run_id
     return int(multihost_utils.broadcast_one_to_all(np.int32(number)))
 

@@ -230,3 +230,10 @@ def test_a_workdir_without_a_record_or_with_a_torn_one_is_refused(tmp_path):
         (tmp_path / "run.json").write_text(torn)
         with pytest.raises(UserError, match=r"run\.json is not valid JSON"):
             read_run(tmp_path)
+
+
+def test_a_run_json_that_cannot_be_read_is_not_called_damaged(tmp_path):
+    (tmp_path / "run.json").mkdir()
+    with pytest.raises(UserError, match=r"run.json cannot be read \(Is a directory\)") as caught:
+        read_run(tmp_path)
+    assert "remove it" not in str(caught.value)

@@ -2,10 +2,12 @@
 
 import pytest
 
+from llada_jax.checkpoints.record import read_run
 from llada_jax.errors import UserError
 from llada_jax.run import start
-from llada_jax.run.start import missing_folders, removed_if_refused
+from llada_jax.run.start import missing_folders, removed_if_refused, run_id_of
 from llada_jax.storage.locks import only_run_in
+from llada_jax.verbs.train import recorded_remat
 
 
 def test_a_refused_start_removes_what_any_process_created_and_nothing_else(tmp_path):
@@ -59,3 +61,15 @@ def test_the_mark_of_a_workdir_is_there_before_any_process_looks_for_it(tmp_path
         assert start.seen(mark) == "one folder"
     monkeypatch.setattr(start, "VISIBLE_S", 0.0)
     assert start.seen(mark) == "another"
+
+
+@pytest.mark.parametrize("content", ["", '{"a', "[]", "{}", b"\xff"])
+def test_the_remedy_for_a_damaged_run_json_is_one_that_train_obeys(tmp_path, content):
+    file = tmp_path / "run.json"
+    file.write_bytes(content if isinstance(content, bytes) else content.encode())
+    for reader in (read_run, recorded_remat, run_id_of):
+        with pytest.raises(UserError, match="remove it and start the run again, which goes on"):
+            reader(tmp_path)
+    file.unlink()
+    assert recorded_remat(tmp_path) == "auto"
+    assert run_id_of(tmp_path) > 0
