@@ -141,7 +141,7 @@ def estimate_run(
         "other_gradients": other_gradients(recipe, workload, shape),
         "efficiency": efficiency,
         # of GPUs on several hosts; else it plays no part
-        "network_gbps": network_gbps if _crosses_hosts(machines, num_slices) else None,
+        "network_gbps": network_gbps if crosses_hosts(machines, num_slices) else None,
         "intensity": intensity_of(
             recipe,
             machines,
@@ -310,7 +310,7 @@ def other_gradients(recipe: Recipe, workload: Workload, shape: dict[str, int]) -
 # ---- time
 
 
-def _crosses_hosts(machines: Slice, num_slices: int) -> bool:
+def crosses_hosts(machines: Slice, num_slices: int) -> bool:
     """Whether GPUs talk over a network whose rate no table knows."""
     return machines.accelerator.platform == "gpu" and machines.num_hosts * num_slices > 1
 

@@ -22,7 +22,7 @@ from llada_jax.planning.absent_devices import (
     stand_in_tokenizer,
 )
 from llada_jax.planning.check import check_program, compile_report
-from llada_jax.planning.estimate import NETWORK_GBPS, estimate_run
+from llada_jax.planning.estimate import NETWORK_GBPS, crosses_hosts, estimate_run
 from llada_jax.planning.search import REMATS, TENSOR_SIZES, find_choices
 from llada_jax.ranges import RANGES, Range, check_number
 from llada_jax.streams import write_line
@@ -81,7 +81,6 @@ def make_parser() -> Parser:
     parser.add_argument(
         "--network-gbps",
         type=float,
-        default=NETWORK_GBPS,
         metavar="N",
         help="Gbit/s of each GPU to other hosts (default: 400)",
     )
@@ -97,7 +96,7 @@ def main(argv: list[str]) -> None:
     config = load_config(args.config, overrides)
     machines = hardware.machines_named(args.topology)
     check_number("--slices ", args.slices, Range(1))
-    check_number("--network-gbps ", args.network_gbps, Range(1e-3, 1e6))
+    check_network(args.network_gbps, machines, args.slices)
     check_number("--price ", args.price, Range(0, 1e6))
     check_number("--vocab-size ", args.vocab_size, RANGES["model.vocab_size"])
     if not config.model.vocab_size and not args.vocab_size:
@@ -124,7 +123,7 @@ def main(argv: list[str]) -> None:
     # Everything here runs on the CPU, even where a TPU is attached: a plan must not take its chips.
     jax.config.update("jax_platforms", "cpu")
 
-    asked = Asked(config, machines, args.slices, vocab_size, args.network_gbps)
+    asked = Asked(config, machines, args.slices, vocab_size, args.network_gbps or NETWORK_GBPS)
     report = estimate(asked)
     if args.price:
         report["price"] = args.price
@@ -161,6 +160,19 @@ class Asked(NamedTuple):
     num_slices: int
     vocab_size: int
     network_gbps: float = NETWORK_GBPS
+
+
+def check_network(network_gbps: float | None, machines: Slice, num_slices: int) -> None:
+    """Raises UserError for a --network-gbps that is out of range or that no time depends on."""
+    if network_gbps is None:
+        return
+    check_number("--network-gbps ", network_gbps, Range(1e-3, 1e6))
+    if not crosses_hosts(machines, num_slices):
+        where = "has TPUs" if machines.accelerator.platform == "tpu" else "is one host"
+        raise UserError(
+            f"--network-gbps {network_gbps:g} changes nothing, because it is the rate of GPUs to "
+            f"other hosts, and {machines.name} {where}; leave out --network-gbps."
+        )
 
 
 def check_vocabulary(config, vocab_size: int) -> None:

@@ -58,6 +58,15 @@ def test_the_output_in_the_docs_is_the_one_of_the_command(capsys):
             "--network-gbps 0.0 must be at least 0.001",
         ),
         (
+            ["--topology", "v5p-128", "--network-gbps", "200"],
+            "--network-gbps 200 changes nothing, because it is the rate of GPUs to other hosts, "
+            "and v5p-128 has TPUs; leave out --network-gbps.",
+        ),
+        (
+            ["--topology", "8xh100", "--network-gbps", "400"],
+            "and 8xh100 is one host; leave out --network-gbps.",
+        ),
+        (
             ["--topology", "v5p-128", "--slices", "2"],
             "config.mesh.data=1 is not a multiple of the 2 slices",
         ),
