@@ -58,3 +58,12 @@ def check_fields(needed: Mapping[str, Field], provided: Mapping[str, Field], *, 
                 f"these data hold it as {provided[name].dtype} with dims {provided[name].dims}; "
                 "change one of them."
             )
+
+
+def check_copies(batch_size: int, copies: int) -> None:
+    """Raises UserError when a batch would end within the rows that hold one record."""
+    if batch_size % copies:
+        raise UserError(
+            f"config.data.batch_size={batch_size} must be a multiple of {copies}, because the "
+            f"objective asks for {copies} rows of each record; change it."
+        )

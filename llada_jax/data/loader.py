@@ -15,12 +15,11 @@ import functools
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import islice
-from typing import Any
 
 import grain
 import numpy as np
 
-from llada_jax.data.batch import FIELDS, PAIR_FIELDS, Field
+from llada_jax.data.batch import FIELDS, PAIR_FIELDS, Field, check_copies
 from llada_jax.data.dialogue_rows import (
     BucketCut,
     EosPadded,
@@ -110,10 +109,10 @@ def train_batches(
     infos = _open(sources, sequence_length=sequence_length)
     if seed < 0:
         raise UserError(f"seed is {seed} and must not be negative: choose 0 or more.")
-    check_batches(
+    check_copies(batch_size, copies)
+    check_dialogues(
         infos,
         batch_size=batch_size,
-        copies=copies,
         random_length_probability=random_length_probability,
         attend_across_documents=attend_across_documents,
         eos_padding=eos_padding,
@@ -157,24 +156,6 @@ def train_batches(
         lengths = (*length_buckets, sequence_length)
         dataset = BucketCut(dataset, rows_of(rows=once), num_rows=len(once), lengths=lengths)
     return _iterate(dataset, num_threads=num_threads, prefetch=prefetch)
-
-
-def check_batches(
-    infos: list[DatasetInfo], *, batch_size: int, copies: int = 1, **settings: Any
-) -> None:
-    """Raises UserError for settings of `train_batches` that do not suit the datasets or each other.
-
-    It reads no records, so that a run asks before it writes or compiles anything.
-
-    Args:
-        copies: see train_batches. settings: of check_dialogues.
-    """
-    check_dialogues(infos, batch_size=batch_size, **settings)
-    if batch_size % copies:
-        raise UserError(
-            f"config.data.batch_size={batch_size} must be a multiple of {copies}, because the "
-            f"objective asks for {copies} rows of each record; change it."
-        )
 
 
 def heldout_batches(

@@ -17,7 +17,7 @@ from jax.sharding import AbstractMesh, Mesh, NamedSharding
 
 from llada_jax.cluster import hardware, sharding
 from llada_jax.cluster.sharding import constrain
-from llada_jax.data.batch import PAIR_FIELDS, check_fields
+from llada_jax.data.batch import PAIR_FIELDS, check_copies, check_fields
 from llada_jax.errors import UserError
 from llada_jax.masks import Mask
 from llada_jax.models.adapters import Lora
@@ -173,6 +173,7 @@ def check_objective_fits(config: Any, objective: Objective, provided: Any) -> No
             f"{config.data.path} holds pairs of a chosen and a rejected answer, and the objective "
             f"{config.objective.name!r} would train on both; choose vrpo, or prepare dialogues."
         )
+    check_copies(config.data.batch_size, objective.copies)
     if not objective.mask.causal:
         return
     if config.model.output_shift:

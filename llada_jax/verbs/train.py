@@ -29,7 +29,8 @@ from llada_jax.config import (
     own_parts,
     parse_sources,
 )
-from llada_jax.data.loader import check_batches, train_batches
+from llada_jax.data.dialogue_rows import check_dialogues
+from llada_jax.data.loader import train_batches
 from llada_jax.errors import Preempted, UserError
 from llada_jax.models.model import Model, make_model
 from llada_jax.parts import provenance
@@ -197,7 +198,7 @@ def open_run(
         config.model.remat = recorded_remat(workdir)
     recipe = make_recipe(config, data.tokenizer, mesh, provided=data.fields)
     infos = [summary.info for summary in data.summaries]
-    check_batches(infos, copies=recipe.objective.copies, **row_knobs(config))
+    check_dialogues(infos, **row_knobs(config))
     # run.json records the choice. Samples are checked now, and not after hours of training.
     config.model.remat = recipe.remat
     if config.samples.every_steps:

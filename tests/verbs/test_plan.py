@@ -80,6 +80,16 @@ def test_the_output_in_the_docs_is_the_one_of_the_command(capsys):
         ),
         (["--topology", "v5p-128", "--config.mesh.fsdp=63"], "needs 63 devices, and there are 64"),
         (["--topology", "v5p-128", "--config.data.batch_size=65"], "=65 cannot be split 64 ways"),
+        # as train does
+        (
+            [
+                "--topology=1xh200",
+                "--config.objective.complementary=True",
+                "--config.objective.weight=none",
+                "--config.data.batch_size=7",
+            ],
+            "config.data.batch_size=7 must be a multiple of 2, because the objective asks for 2 ro",
+        ),
         (
             ["--topology", "v5p-128", "--flags", "v5"],
             "Unknown preset of compiler flags 'v5'. Did you mean 'v5p'?",
