@@ -91,6 +91,11 @@ OPTIM = faults_of(
         "        b1=b1, b2=b1, eps=eps, mu_dtype=first_moment_dtype",
     ),
     (
+        "lion with its decays swapped",
+        "        b1=b1, b2=b2, mu_dtype=first_moment_dtype",
+        "        b1=b2, b2=b1, mu_dtype=first_moment_dtype",
+    ),
+    (
         "the rate of the optimizer's own count",
         "count = state.count if step is None else step",
         "count = state.count",

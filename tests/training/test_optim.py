@@ -172,15 +172,20 @@ def test_a_first_moment_in_bfloat16_takes_half_and_stays_so(name, second_moments
     assert dtypes(updates) == dtypes(params)
 
 
-def test_lion_moves_by_the_sign():
-    moved = run(optimizer_of(name="lion", weight_decay=0.0), num_steps=1)
-    grads = gradients(0)
-    jax.tree.map(
-        lambda p, q, g: np.testing.assert_allclose(q - p, -0.1 * np.sign(g), rtol=1e-5),
-        PARAMS,
-        moved,
-        grads,
-    )
+def test_lion_equals_float64_numpy():
+    b1, b2, decay, rate = 0.9, 0.95, 0.1, 0.1
+    params, mean = jax.tree.map(np.array, PARAMS), jax.tree.map(np.zeros_like, PARAMS)
+    for step in range(5):
+        grads = gradients(step)
+        norm = np.sqrt(sum(np.sum(g**2) for g in jax.tree.leaves(grads)))
+        grads = jax.tree.map(lambda g, norm=norm: g / max(norm, 1.0), grads)
+        # b1 for the direction, b2 for what is kept (Chen et al., arXiv 2302.06675, algorithm 2)
+        signs = jax.tree.map(lambda m, g: np.sign(b1 * m + (1 - b1) * g), mean, grads)
+        mean = jax.tree.map(lambda m, g: b2 * m + (1 - b2) * g, mean, grads)
+        decays = {"blocks": {"q": decay, "attn_norm": 0.0}, "embed": decay}
+        params = jax.tree.map(lambda p, s, d: p - rate * (s + d * p), params, signs, decays)
+    found = run(optimizer_of(name="lion"))
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=2e-5), found, params)
 
 
 def test_muon_moves_block_matrices_by_a_nearly_orthogonal_matrix_and_the_rest_by_nesterov_adam():
