@@ -429,7 +429,8 @@ def read_run(workdir) -> RunRecord:
         ) from error
     except OSError as error:
         raise UserError(
-            f"{file} cannot be read ({reason(error)}); change that and repeat the command."
+            f"{file} cannot be read ({reason(error)}); change its permissions and repeat the "
+            "command."
         ) from error
     except ValueError as error:
         raise UserError(f"{file} is not valid JSON ({error}); {remedy}.") from error
