@@ -41,6 +41,12 @@ def test_fresh_adapters_change_nothing_and_have_the_published_initialisation(net
     jax.tree.map(np.testing.assert_array_equal, merged(network, adapters, Lora(rank=400)), network)
 
 
+def test_fresh_adapters_of_different_matrices_are_independent(network):
+    blocks = make_adapters(network, jax.random.key(1), EVERYTHING)["blocks"]
+    assert blocks["q"]["a"].shape == blocks["k"]["a"].shape
+    assert not np.any(blocks["q"]["a"] == blocks["k"]["a"])
+
+
 def test_an_adapter_adds_the_scaled_product_of_its_matrices(network):
     adapters = filled(adapter_shapes(network, EVERYTHING))
     result = merged(network, adapters, EVERYTHING)
