@@ -21,7 +21,7 @@ from etils import epath
 from llada_jax import __version__, schemas
 from llada_jax.checkpoints.checksums import SCHEMES
 from llada_jax.data.tokenizer import SPECIAL_IDS, Tokenizer
-from llada_jax.errors import UserError, reason
+from llada_jax.errors import UserError
 from llada_jax.masks import BIDIRECTIONAL, CAUSAL, Mask
 from llada_jax.models.adapters import Lora
 from llada_jax.models.transformer import Architecture
@@ -421,17 +421,14 @@ def read_run(workdir) -> RunRecord:
     """
     file = remote.path_of(workdir) / FILE
     remedy = "remove it and start the run again, which goes on from its checkpoints"
+    with files.reading(file, remedy="change its permissions and repeat the command"):
+        if not file.exists():
+            raise UserError(
+                f"{workdir} has no {FILE}; give the workdir of a run that `llada-jax train` began."
+            )
+        text = file.read_bytes()
     try:
-        content = files.decode_json(file.read_text())
-    except FileNotFoundError as error:
-        raise UserError(
-            f"{workdir} has no {FILE}; give the workdir of a run that `llada-jax train` began."
-        ) from error
-    except OSError as error:
-        raise UserError(
-            f"{file} cannot be read ({reason(error)}); change its permissions and repeat the "
-            "command."
-        ) from error
+        content = files.decode_json(text)
     except ValueError as error:
         raise UserError(f"{file} is not valid JSON ({error}); {remedy}.") from error
     return RunRecord.from_json(content, file=file, remedy=f"it is damaged; {remedy}")
