@@ -38,7 +38,7 @@ from gke_volumes import CONFIG_LABEL, Mounts, mounts_of, shipped
 from preflight import Place
 
 from llada_jax.cluster.compiler_flags import check_flags
-from llada_jax.cluster.hardware import ACCELERATORS, Slice, machines_named
+from llada_jax.cluster.hardware import ACCELERATORS, Slice, check_slices, machines_named
 from llada_jax.errors import UserError
 from llada_jax.ranges import Range, check_number
 
@@ -283,11 +283,7 @@ def machines_of(args: argparse.Namespace) -> Slice:
             f"--hosts is for the name of a GPU: the number of hosts of {args.topology} follows "
             "from its name; leave it out."
         )
-    if machines.accelerator.platform == "gpu" and args.slices > 1:
-        raise UserError(
-            f"{args.topology} comes in hosts, not in slices; write "
-            f"{args.slices * machines.num_chips}x{machines.accelerator.name}."
-        )
+    check_slices(machines, args.slices)
     return machines
 
 

@@ -320,6 +320,17 @@ def machines_named(name: str) -> Slice:
     return Slice(name=name, accelerator=chip, topology=(number,))
 
 
+def check_slices(machines: Slice, num_slices: int) -> None:
+    """Raises UserError for several slices of GPUs, whose number says how many hosts there are."""
+    chip = machines.accelerator
+    if num_slices > 1 and chip.platform == "gpu":
+        together = num_slices * machines.num_hosts * chip.chips_per_host
+        raise UserError(
+            f"--slices {num_slices}: {machines.name} comes in hosts, not in slices; leave it out "
+            f"and write {together}x{chip.name}."
+        )
+
+
 def _how_machines_are_named(name: str) -> str:
     """Returns how to write what a user may have meant by a name that is not known."""
     bare = re.sub(r"^\d+x?|x\d+$", "", name.lower())

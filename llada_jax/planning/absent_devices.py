@@ -90,12 +90,11 @@ def absent_mesh(sizes: dict[str, int], machines: Slice, num_slices: int) -> Mesh
         found = topologies.get_topology_desc(**arguments)
     else:
         # slices x hosts x devices of a host. A slice is what NVLink joins; nothing here needs it.
-        num_hosts = machines.num_hosts * num_slices
         found = topologies.get_topology_desc(
             machines.name,
             "cuda",
             target_config=target_config(machines.accelerator),
-            topology=f"1x{num_hosts}x{machines.chips_per_host}",
+            topology=f"1x{machines.num_hosts}x{machines.chips_per_host}",
         )
     return sharding.make_mesh(sizes, list(found.devices))
 

@@ -119,10 +119,12 @@ def check_program(report: dict, estimate: dict) -> list[dict]:
             against(moved["gather"], meant["gather"], " (twice per microbatch)"),
         )
         # A gather in float32 moves twice the bytes: the cast to bfloat16 came after it, not before.
+        # Over tensor alone no weight is gathered.
         wide = sum(
             c["total_bytes"]
             for c in found
             if c["kind"].startswith("all-gather")
+            and c["axes"] != "tensor"
             and c["dtype"] == "f32"
             and c["total_bytes"] > _SMALL_BYTES
         )

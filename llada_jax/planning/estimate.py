@@ -11,7 +11,7 @@ import jax
 import optax
 
 from llada_jax.cluster import sharding
-from llada_jax.cluster.hardware import Slice
+from llada_jax.cluster.hardware import Accelerator, Slice
 from llada_jax.models.adapters import NUM_INPUT_DIMS
 from llada_jax.models.flops import flops_per_token
 from llada_jax.models.split_rows import exchanged_heads
@@ -141,7 +141,7 @@ def estimate_run(
         "other_gradients": other_gradients(recipe, workload, shape),
         "efficiency": efficiency,
         # of GPUs on several hosts; else it plays no part
-        "network_gbps": network_gbps if crosses_hosts(machines, num_slices) else None,
+        "network_gbps": network_gbps if crosses_hosts(machines) else None,
         "intensity": intensity_of(
             recipe,
             machines,
@@ -310,9 +310,9 @@ def other_gradients(recipe: Recipe, workload: Workload, shape: dict[str, int]) -
 # ---- time
 
 
-def crosses_hosts(machines: Slice, num_slices: int) -> bool:
+def crosses_hosts(machines: Slice) -> bool:
     """Whether GPUs talk over a network whose rate no table knows."""
-    return machines.accelerator.platform == "gpu" and machines.num_hosts * num_slices > 1
+    return machines.accelerator.platform == "gpu" and machines.num_hosts > 1
 
 
 def bandwidth(
@@ -344,10 +344,9 @@ def bandwidth(
     return {"fast": rate, "slow": _SLOW_SHARE_OF_LINKS * rate}
 
 
-def between_slices(machines: Slice, *, network: float) -> float:
-    """Returns the byte/s of a device to other slices."""
-    chip = machines.accelerator
-    return chip.dcn_bandwidth / chip.devices_per_chip if chip.platform == "tpu" else network
+def between_slices(chip: Accelerator) -> float:
+    """Returns the byte/s of a device to other TPU slices."""
+    return chip.dcn_bandwidth / chip.devices_per_chip
 
 
 def step_seconds(
@@ -389,7 +388,7 @@ def step_seconds(
         if num_slices > 1:
             # A ring of slices: each gradient goes around once to be summed and once to be known.
             sent = 2 * (num_slices - 1) / num_slices * traffic["dcn"]
-            exchanged += sent / between_slices(machines, network=network)
+            exchanged += sent / between_slices(chip)
         computed = executed_flops / (efficiency[case] * chip.peak_flops_per_device)
         seconds[case] = max(computed, exchanged) if case == "fast" else computed + exchanged
     return seconds
@@ -429,6 +428,6 @@ def intensity_of(
         limits["tokens_per_slice"] = tokens_per_slice
         reduced *= 3 * trained / (2 + trained)
         limits["needed_between_slices"] = (
-            reduced * chip.peak_flops_per_device / between_slices(machines, network=network)
+            reduced * chip.peak_flops_per_device / between_slices(chip)
         )
     return limits

@@ -28,6 +28,7 @@ from llada_jax.models.transformer import Architecture
 from llada_jax.objectives.named import make_objective
 from llada_jax.objectives.objective import Objective
 from llada_jax.rng import key_for
+from llada_jax.samplers.settings import check_schedule
 from llada_jax.training.adapted import adapted
 from llada_jax.training.memory import Workload, choose_remat
 from llada_jax.training.optim import by_path, make_optimizer, make_schedule
@@ -40,6 +41,9 @@ MOST_LAYERS_WITHOUT_LOOP = 16
 
 # names the operations of the update in the compiled program, for those who read it
 OPTIMIZER = "optimizer"
+
+# the knobs of config.samples that the sampler takes as they are
+SAMPLE_KNOBS = ("gen_length", "block_length", "steps", "temperature")
 
 
 class Recipe(NamedTuple):
@@ -174,19 +178,22 @@ def check_objective_fits(config: Any, objective: Objective, provided: Any) -> No
             f"{config.objective.name!r} would train on both; choose vrpo, or prepare dialogues."
         )
     check_copies(config.data.batch_size, objective.copies)
-    if not objective.mask.causal:
-        return
-    if config.model.output_shift:
+    is_causal = objective.mask.causal
+    if is_causal and config.model.output_shift:
         raise UserError(
             "config.model.output_shift=True is for masked diffusion, and the objective "
             f"{config.objective.name!r} shifts by itself; set it to False."
         )
-    if config.samples.every_steps:
+    if not config.samples.every_steps:
+        return
+    if is_causal:
         raise UserError(
             f"config.samples.every_steps={config.samples.every_steps}: the objective "
             f"{config.objective.name!r} trains a network that sees only what is to its left, which "
             "cannot be sampled as that of masked_diffusion can; set it to 0."
         )
+    # Now, and not after the first samples.every_steps steps of training.
+    check_schedule(**{name: config.samples[name] for name in SAMPLE_KNOBS}, cfg_scale=0.0)
 
 
 def architecture_of(knobs: Any, tokenizer: Any) -> Architecture:

@@ -12,7 +12,7 @@ import jax
 
 from llada_jax.cluster import hardware
 from llada_jax.cluster.compiler_flags import check_flags, flags_named
-from llada_jax.cluster.hardware import ACCELERATORS, Slice
+from llada_jax.cluster.hardware import ACCELERATORS, Slice, check_slices
 from llada_jax.config import default_config, load_config
 from llada_jax.errors import UserError
 from llada_jax.planning.absent_devices import (
@@ -57,7 +57,7 @@ def make_parser() -> Parser:
         type=int,
         default=1,
         metavar="N",
-        help="how many of that topology, joined by the network",
+        help="how many TPU slices, joined by the data centre network",
     )
     parser.add_argument(
         "--vocab-size",
@@ -96,7 +96,8 @@ def main(argv: list[str]) -> None:
     config = load_config(args.config, overrides)
     machines = hardware.machines_named(args.topology)
     check_number("--slices ", args.slices, Range(1))
-    check_network(args.network_gbps, machines, args.slices)
+    check_slices(machines, args.slices)
+    check_network(args.network_gbps, machines)
     check_number("--price ", args.price, Range(0, 1e6))
     check_number("--vocab-size ", args.vocab_size, RANGES["model.vocab_size"])
     if not config.model.vocab_size and not args.vocab_size:
@@ -162,12 +163,12 @@ class Asked(NamedTuple):
     network_gbps: float = NETWORK_GBPS
 
 
-def check_network(network_gbps: float | None, machines: Slice, num_slices: int) -> None:
+def check_network(network_gbps: float | None, machines: Slice) -> None:
     """Raises UserError for a --network-gbps that is out of range or that no time depends on."""
     if network_gbps is None:
         return
     check_number("--network-gbps ", network_gbps, Range(1e-3, 1e6))
-    if not crosses_hosts(machines, num_slices):
+    if not crosses_hosts(machines):
         where = "has TPUs" if machines.accelerator.platform == "tpu" else "is one host"
         raise UserError(
             f"--network-gbps {network_gbps:g} changes nothing, because it is the rate of GPUs to "

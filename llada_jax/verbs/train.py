@@ -53,11 +53,10 @@ from llada_jax.run.start import (
     removed_if_refused,
 )
 from llada_jax.run.startup_lines import compilation_line, flops_of_token, startup_lines
-from llada_jax.samplers.settings import check_schedule
 from llada_jax.samplers.text import Completion, generate_text
 from llada_jax.storage import remote
 from llada_jax.training.state import TrainState
-from llada_jax.training.step import Recipe, compile_step, make_recipe
+from llada_jax.training.step import SAMPLE_KNOBS, Recipe, compile_step, make_recipe
 from llada_jax.units import bits_per_byte
 from llada_jax.validation import knob, knobs, num_steps_of
 from llada_jax.verbs.command_line import Parser
@@ -69,8 +68,6 @@ MAX_STEPS_IN_FLIGHT = 2
 # What config.evaluation.weights and config.checkpoint.init_from_weights mean: whether to read the
 # moving average; None where one is kept.
 WEIGHTS = {AUTO: None, "raw": False, "ema": True}
-
-SAMPLE_KNOBS = ("gen_length", "block_length", "steps", "temperature")
 
 
 def make_parser() -> Parser:
@@ -199,10 +196,7 @@ def open_run(
     recipe = make_recipe(config, data.tokenizer, mesh, provided=data.fields)
     infos = [summary.info for summary in data.summaries]
     check_dialogues(infos, **row_knobs(config))
-    # run.json records the choice. Samples are checked now, and not after hours of training.
-    config.model.remat = recipe.remat
-    if config.samples.every_steps:
-        check_schedule(**{name: config.samples[name] for name in SAMPLE_KNOBS}, cfg_scale=0.0)
+    config.model.remat = recipe.remat  # run.json records the choice
 
     # 4. The state, from the first of four places that has one.
     with removed_if_refused(folders):

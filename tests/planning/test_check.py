@@ -85,6 +85,9 @@ def test_a_gather_in_float32_a_whole_parameter_and_a_missing_kernel_are_found():
     # norms are gathered in float32 on purpose
     norms = [("all-gather", 2**19, "f32", False)]
     assert failed(("all-gather", 2**24, "bf16", False), *program[1:], *norms, traffic=many) == set()
+    # no weight is gathered over tensor alone, but a small model's gradient of the embedding may be
+    rows = ("all-gather", 2**21, "f32", False, "tensor")
+    assert failed(("all-gather", 2**24, "bf16", False), *program[1:], rows, traffic=many) == set()
     assert failed(*AS_MEANT, replicated=["embedding (512, 4096)"]) == {"replicated"}
     assert failed(*AS_MEANT, kernels=()) == {"attention kernel"}
     assert failed(*AS_MEANT, attention="xla") == {"attention kernel"}

@@ -145,7 +145,7 @@ def test_every_file_stands_on_a_floor_and_every_verb_is_one():
 
 def test_the_source_is_read_as_python_reads_it():
     seen = ours(FILES["verbs.train"])
-    assert {"config", "data.loader", "training.state", "errors", "samplers.settings"} <= seen
+    assert {"config", "data.loader", "training.state", "errors", "samplers.text"} <= seen
     assert "checkpoints.record" in seen
     assert "llada_jax" in ours(FILES["checkpoints.record"])
     assert "jax.numpy" in imported(FILES["training.state"])

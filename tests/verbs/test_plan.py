@@ -10,6 +10,8 @@ from support.plans import GIB, LLADA_8B, compile_in_a_process, estimated
 from llada_jax.__main__ import main
 from llada_jax.verbs import plan
 
+ODD_BLOCKS = [f"--config.samples.{n}={v}" for n, v in (("gen_length", 60), ("block_length", 48))]
+
 
 def test_json_is_one_object_and_the_text_says_the_same(capsys):
     words = ["plan", "--config", LLADA_8B, "--topology", "v5p-128", "--config.data.batch_size=256"]
@@ -69,6 +71,18 @@ def test_the_output_in_the_docs_is_the_one_of_the_command(capsys):
         (
             ["--topology", "v5p-128", "--slices", "2"],
             "config.mesh.data=1 is not a multiple of the 2 slices",
+        ),
+        (
+            ["--topology", "8xh100", "--slices", "2"],
+            "--slices 2: 8xh100 comes in hosts, not in slices; leave it out and write 16xh100.",
+        ),
+        (
+            ["--topology", "3xh100", "--slices", "3"],
+            "3xh100 comes in hosts, not in slices; leave it out and write 24xh100.",
+        ),
+        (
+            ["--topology", "8xh100", "--config.samples.every_steps=9", *ODD_BLOCKS],
+            "block_length=48 must divide gen_length=60; nearest: 60.",
         ),
         (
             ["--topology", "v5p-128", "--config.model.vocab_size=0"],
