@@ -14,7 +14,15 @@ Any other status, and any traceback, is a bug in llada_jax.
 """
 
 import difflib
+import errno
 import importlib
+import os
+
+# What a limit of the shell says when it is met, by the number of the error, and the way out.
+_LIMITS = {
+    errno.EMFILE: "raise the limit of this shell with ulimit -n",
+    errno.EFBIG: "raise the limit of this shell with ulimit -f, or use another file system",
+}
 
 
 class UserError(ValueError):
@@ -63,7 +71,17 @@ def without_value(flag: str) -> UserError:
 
 def reason(error: BaseException) -> str:
     """Returns the message of an error in one line."""
-    return one_line(getattr(error, "strerror", None) or str(error) or type(error).__name__)
+    text = getattr(error, "strerror", None) or str(error) or type(error).__name__
+    return with_limit(one_line(text))
+
+
+def with_limit(text: str) -> str:
+    """Returns a message with the way out of a limit of the shell that it is about, if it is.
+
+    Such a limit stops a write as a full disk does, and to free space does not help.
+    """
+    ways = [f": {way}" for number, way in _LIMITS.items() if os.strerror(number) in text]
+    return text + "".join(ways)
 
 
 def lacks_memory(error: BaseException) -> bool:

@@ -37,7 +37,7 @@ from llada_jax.checkpoints.checksums import SCHEME, checksum_of_array, checksums
 from llada_jax.checkpoints.orbax_patches import teach_orbax_s3
 from llada_jax.checkpoints.record import RunRecord, sealed
 from llada_jax.cluster import distributed
-from llada_jax.errors import LostPeer, UserError, lacks_memory, one_line
+from llada_jax.errors import LostPeer, UserError, lacks_memory, one_line, with_limit
 from llada_jax.models.adapters import (
     NUM_INPUT_DIMS,
     Lora,
@@ -508,8 +508,6 @@ def _root(error: BaseException) -> BaseException:
 def _reason(error: BaseException) -> str:
     """Returns the root of a chain of errors in one line, without tensorstore's pages of JSON."""
     root = _root(error)
-    return one_line(
-        re.sub(
-            r"\s\[(tensorstore_spec|source locations)=[\s\S]*", "", str(root) or type(root).__name__
-        )
-    )
+    text = str(root) or type(root).__name__
+    pages = r"\s\[(tensorstore_spec|source locations)=[\s\S]*"
+    return with_limit(one_line(re.sub(pages, "", text)))

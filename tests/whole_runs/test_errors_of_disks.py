@@ -67,6 +67,18 @@ def test_what_another_user_has_hidden_is_named(verb, path, home, tmp_path):
     check_sentence(sentence, [str(hidden), "Permission denied", "change its permissions"])
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize("flag", ["-f", "-n"])
+def test_a_limit_of_the_shell_is_named(flag, home, tmp_path):
+    limited = f'ulimit {flag} 30 && exec "$@"'
+    command = ["bash", "-c", limited, "bash", sys.executable, "-m", "llada_jax"]
+    command += train_argv(home, tmp_path / "run")
+    ended = subprocess.run(command, capture_output=True, text=True, timeout=300, check=False)
+    assert ended.returncode == 2, ended.stderr
+    says = ["could not be saved", f"raise the limit of this shell with ulimit {flag}"]
+    check_sentence(ended.stderr.splitlines()[-1], says)
+
+
 def fill(disk: Path, *, leave: int) -> Path:
     """Fills a disk except for so many bytes; returns the file to delete for room."""
     filler = disk / "filler"
