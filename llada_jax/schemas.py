@@ -311,10 +311,12 @@ def parse_json(content: str | bytes, *, file) -> dict:
         file: what it is called, for messages.
 
     Raises:
-        UserError: it is not JSON, or holds another value than an object.
+        UserError: it is not JSON, or holds another value than an object, or half of a surrogate
+            pair, which an escape can write and no UTF-8 can hold.
     """
     try:
         parsed = json.loads(content)
+        json.dumps(parsed, ensure_ascii=False).encode()
     except ValueError as error:
         raise UserError(
             f"{file} is not valid JSON ({one_line(str(error))}); fetch it again."

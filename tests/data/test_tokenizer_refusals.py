@@ -54,9 +54,10 @@ def test_damaged_files_are_refused_by_name(tmp_path, bpe):
         with pytest.raises(UserError, match="bad.model is not a SentencePiece model"):
             load_tokenizer(tmp_path / "bad.model")
     (tmp_path / "hf").mkdir()
-    (tmp_path / "hf" / "tokenizer.json").write_text("{")
-    with pytest.raises(UserError, match="not valid JSON"):
-        load_tokenizer(tmp_path / "hf")
+    for content in ("{", '{"model": {"vocab": {"\\ud800": 0}}}'):
+        (tmp_path / "hf" / "tokenizer.json").write_text(content)
+        with pytest.raises(UserError, match="not valid JSON"):
+            load_tokenizer(tmp_path / "hf")
     (tmp_path / "hf" / "tokenizer.json").write_text("{}")
     with pytest.raises(UserError, match="has no model"):
         load_tokenizer(tmp_path / "hf")

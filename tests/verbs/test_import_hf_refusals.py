@@ -177,6 +177,10 @@ BAD = {
         lambda d: (d / "config.json").write_bytes(b'{"model_type": "\xff"}'),
         ["config.json is not valid JSON"],
     ),
+    "half of a surrogate pair": (
+        lambda d: (d / "config.json").write_text('{"model_type": "\\ud800"}'),
+        ["config.json is not valid JSON", "surrogates not allowed"],
+    ),
     "generation config": (
         lambda d: (d / "generation_config.json").write_text('{"eos_token_id": "two"}'),
         ["generation_config.json: eos_token_id='two' must be a whole number"],
