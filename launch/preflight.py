@@ -308,15 +308,11 @@ def check_config(config, place: Place) -> str:
         check_path("config.log.compilation_cache=", cache, place, is_written=False)
     if (tracker := config.log.tracker) != NO_TRACKER:
         check_extra(f"config.log.tracker={tracker}", tracker, place)
-    if config.samples.every_steps:
-        from llada_jax.samplers.settings import check_schedule
-        from llada_jax.verbs.train import SAMPLE_KNOBS
-
-        check_schedule(**{name: config.samples[name] for name in SAMPLE_KNOBS}, cfg_scale=0.0)
     for knob, name in own_parts(config).items():
         load_part(name, knob.partition(".")[0], {})
     vocab = vocab_size or STAND_IN_VOCAB_SIZE
     if not place.machines:
+        check_objective(config, vocab)
         if place.num_devices:
             check_split(config, place.num_devices, vocab)
         return ""
@@ -334,6 +330,16 @@ def check_config(config, place: Place) -> str:
     peak, usable = report["memory"]["peak"], report["usable_bytes"]
     fits = "" if peak < usable else ", which is estimated not to fit: ask `llada-jax plan`"
     return f"{mesh}, {format_bytes(peak)} of {format_bytes(usable)} per device (estimate){fits}"
+
+
+def check_objective(config, vocab_size: int) -> None:
+    """Raises UserError for an objective that does not fit the other knobs, on any machines."""
+    from llada_jax.objectives.named import make_objective
+    from llada_jax.planning.absent_devices import stand_in_tokenizer
+    from llada_jax.training.step import check_objective_fits
+
+    objective = make_objective(stand_in_tokenizer(vocab_size), **config.objective)
+    check_objective_fits(config, objective, None)
 
 
 def check_split(config, num_devices: int, vocab_size: int) -> None:

@@ -140,6 +140,17 @@ def test_devices_of_an_unknown_kind_must_split_batch_and_network(knob, message):
         check([*command, f"--config.{knob}"], place)
 
 
+@pytest.mark.parametrize("place", [PLACE, Place(has_own_disks=True)], ids=["v5p-128", "unknown"])
+def test_an_objective_must_fit_batches_and_samples_on_any_machines(place):
+    command = [*GOOD[:-1], "--config.data.path=/data/corpus", "--workdir", "/runs/a"]
+    pairs = ["--config.objective.complementary=True", "--config.objective.weight=none"]
+    with pytest.raises(UserError, match="batch_size=1281 must be a multiple of 2"):
+        check([*command, *pairs, "--config.data.batch_size=1281"], place)
+    sampled = ["--config.objective.name=autoregressive", "--config.samples.every_steps=9"]
+    with pytest.raises(UserError, match="sees only what is to its left"):
+        check([*command, *sampled], place)
+
+
 def test_slices_are_joined_along_data():
     two = Place(machines=PLACE.machines, num_slices=2, mounts=PLACE.mounts)
     with pytest.raises(UserError, match=r"set --config\.mesh\.data=2"):
