@@ -12,7 +12,7 @@ from jax import Array
 from llada_jax.cluster.sharding import constrain
 from llada_jax.errors import UserError
 from llada_jax.models.attention import attend_from_canvas
-from llada_jax.models.transformer import Block, Transformer, embed, rms_norm, rotary_angles
+from llada_jax.models.transformer import Block, Transformer, embed, normed_stream, rotary_angles
 
 
 class KeysValues(NamedTuple):
@@ -87,4 +87,4 @@ def hidden_with_cache(
         return _run_block(block, x_BWD, angles, segment_ids_BT, layer_cache, start, network)
 
     x_BWD, new_cache = network.run_layers(run_block, x_BWD, cache)
-    return rms_norm(x_BWD, network.final_norm[...], a.norm_eps), new_cache
+    return normed_stream(x_BWD, network.final_norm[...], a.norm_eps), new_cache

@@ -8,7 +8,7 @@ from llada_jax.cluster.sharding import constrain
 from llada_jax.errors import UserError
 from llada_jax.masks import Mask, may_attend
 from llada_jax.models.attention import attend_where
-from llada_jax.models.transformer import Block, Transformer, embed, rms_norm, rotary_angles
+from llada_jax.models.transformer import Block, Transformer, embed, normed_stream, rotary_angles
 
 
 def sees_with_shadow(
@@ -87,5 +87,5 @@ def hidden_with_shadow(
         return block.add_feed_forward(x_BSD, a=a), None
 
     x_BSD, _ = network.run_layers(run_block, x_BSD)
-    x_BSD = rms_norm(x_BSD, network.final_norm[...], a.norm_eps)
+    x_BSD = normed_stream(x_BSD, network.final_norm[...], a.norm_eps)
     return block_of(x_BSD), x_BSD[:, tokens_BT.shape[1] :]

@@ -120,6 +120,18 @@ def rms_norm(x: Array, scale: Array, eps: float, num_dims: int = 1) -> Array:
     return (normed * scale).astype(x.dtype)
 
 
+def normed_stream(x_BTD: Array, scale_D: Array, eps: float) -> Array:
+    """Returns the norm of the residual stream, which the products of half a layer or the head read.
+
+    The sharding is stated before and after. Without the first, TPUs gather what the norm reads in
+    float32; without the second, they split the norm of a layer over the axis `tensor` and exchange
+    queries, keys and values, and the positions that the head splits over it are split in all layers
+    too: each of them gathers its input, and GPUs copy it to the layout of the gather and back.
+    """
+    names = ("act_batch", "act_position", "act_embed")
+    return constrain(rms_norm(constrain(x_BTD, *names), scale_D, eps), *names)
+
+
 def add_bias(x: Array, bias: Array) -> Array:
     """Returns x + bias in the dtype of x, added in float32: the gradient of a bias is a sum over
     all tokens, and takes the dtype of the addition.
@@ -283,21 +295,11 @@ class Block(nnx.Module):
         low = product(x, a.reshape(*kernel.shape[:num_in], -1), num_in)
         return y + product(low, b.reshape(-1, *kernel.shape[num_in:]))
 
-    def normed(self, x_BTD: Array, scale_D: Array, *, a: Architecture) -> Array:
-        """Returns the norm of x, which the products of half a layer read.
-
-        The sharding is stated before and after. Without the second, TPUs split the norm over the
-        axis `tensor` and exchange queries, keys and values; without the first, they gather what the
-        norm reads in float32.
-        """
-        names = ("act_batch", "act_position", "act_embed")
-        return constrain(rms_norm(constrain(x_BTD, *names), scale_D, a.norm_eps), *names)
-
     def queries_keys_values(
         self, x_BTD: Array, cos: Array, sin: Array, *, a: Architecture
     ) -> tuple[Array, Array, Array]:
         """Returns q [B, T, N, H], k and v [B, T, K, H], normed and rotated where they are to be."""
-        y_BTD = self.normed(x_BTD, self.attn_norm[...], a=a)
+        y_BTD = normed_stream(x_BTD, self.attn_norm[...], a.norm_eps)
         q_BTNH = self.times("q", y_BTD)
         k_BSKH = self.times("k", y_BTD)
         v_BSKH = self.times("v", y_BTD)
@@ -321,7 +323,7 @@ class Block(nnx.Module):
 
     def add_feed_forward(self, x_BTD: Array, *, a: Architecture) -> Array:
         with jax.named_scope("feed_forward"):
-            y_BTD = self.normed(x_BTD, self.ff_norm[...], a=a)
+            y_BTD = normed_stream(x_BTD, self.ff_norm[...], a.norm_eps)
             names = ("act_batch", "act_position", "act_mlp")
             more = self.missing_columns(a)
             gate_BTF = constrain(self.times("ff_gate", y_BTD, padding=(0, more)), *names)
@@ -433,7 +435,7 @@ class Transformer(nnx.Module):
             return jax.checkpoint(step, policy=policy, prevent_cse=self.is_unrolled)
 
         x_BTD, _ = self.run_layers(run_block, x_BTD, checkpointed=checkpointed)
-        x_BTD = rms_norm(x_BTD, self.final_norm[...], self.a.norm_eps)
+        x_BTD = normed_stream(x_BTD, self.final_norm[...], self.a.norm_eps)
         return shift(x_BTD, segment_ids_BT) if self.a.output_shift else x_BTD
 
     def run_layers(self, *args: Any, **kwargs: Any) -> tuple[Array, Any]:

@@ -65,8 +65,8 @@ TRANSFORMER = faults_of(
     ),
     (
         "feed-forward norm taken from attention",
-        "y_BTD = self.normed(x_BTD, self.ff_norm[...], a=a)",
-        "y_BTD = self.normed(x_BTD, self.attn_norm[...], a=a)",
+        "y_BTD = normed_stream(x_BTD, self.ff_norm[...], a.norm_eps)",
+        "y_BTD = normed_stream(x_BTD, self.attn_norm[...], a.norm_eps)",
     ),
     (
         "gate and up exchanged",

@@ -1,6 +1,7 @@
 """What XLA makes of the shipped configs for GPUs that are not there."""
 
 import json
+import re
 
 import pytest
 from support.paths import ROOT
@@ -106,3 +107,22 @@ def test_the_8b_program_passes_every_check_and_waits_for_the_gradients_of_its_la
     assert not any(c["is_overlapped"] for c in layers)
     assert head["is_overlapped"]
     assert head["total_bytes"] == pytest.approx(2 * 4096 * VOCAB_SIZE, rel=0.01)
+
+
+@pytest.mark.slow
+def test_layers_whose_products_are_shared_gather_no_activations(tmp_path):
+    """What the head splits over `tensor` is not split in the layers, which would gather it and copy
+    it to the layout of the gather and back: 10 GiB of copies in this program.
+    """
+    shape = {"mesh.fsdp": 2, "mesh.tensor": 4, "model.num_layers": 4, "data.batch_size": 16}
+    words = [f"--config.{name}={value}" for name, value in shape.items()]
+    config = ("--config", str(ROOT / "configs/llada_8b.py"), "--config.model.remat=attention")
+    done = compile_in_a_process(tmp_path, *config, "--topology", "8xh100", *words, platform="gpu")
+    assert done.returncode == 0, done.stderr
+    compiled = json.loads(done.stdout)["compiled"]
+    of_tensor = [c for c in compiled["collectives"] if c["axes"] == "tensor"]
+    in_layers = [c for c in of_tensor if re.search("attention|feed_forward", c["where"])]
+    assert {c["kind"] for c in in_layers} == {"all-reduce"}
+    # forward twice, backward twice, and once where attention's half is computed again
+    assert sum(c["times"] for c in in_layers) == 5 * 4
+    assert compiled["layout_copies"]["total_bytes"] < 4 * GIB
