@@ -8,8 +8,8 @@ from typing import NamedTuple
 from etils import epath
 
 from llada_jax.errors import UserError
-from llada_jax.run.metrics_file import bound_of, is_over, read_lines
-from llada_jax.storage import files
+from llada_jax.run.metrics_file import METRICS, bound_of, is_over, read_lines
+from llada_jax.storage import files, remote
 
 # How the last attempt ended. `sweep` writes it, because `train` cannot record that it was killed.
 EXIT_FILE = "exit.json"
@@ -26,13 +26,13 @@ class Result(NamedTuple):
     """What one run of a sweep has to show.
 
     knobs: what the run sets. state: missing, partial, complete, failed (fix it and start it again),
-    diverged (its loss is not finite), pruned (by Optuna) or damaged (its metrics.jsonl). step: that
-    of the last line of metrics.jsonl; 0 without one. tokens: trained on until then. bits_per_byte,
-    standard_error (of bits per byte), nats_per_token: the final held-out bound, or the newest one
-    while there is no final one; nan without any; the mean over the held-out splits of a mixture.
-    curve: (step, held-out bits per byte) during training. The final bound is not part of it,
-    because it is taken on more of the text. train_curve: the same on training batches; empty where
-    their bits per byte are not known.
+    diverged (its loss is not finite), pruned (by Optuna), damaged (its metrics.jsonl) or unreadable
+    (for this user). step: that of the last line of metrics.jsonl; 0 without one. tokens: trained on
+    until then. bits_per_byte, standard_error (of bits per byte), nats_per_token: the final held-out
+    bound, or the newest one while there is no final one; nan without any; the mean over the
+    held-out splits of a mixture. curve: (step, held-out bits per byte) during training. The final
+    bound is not part of it, because it is taken on more of the text. train_curve: the same on
+    training batches; empty where their bits per byte are not known.
     """
 
     index: int  # type: ignore[assignment]
@@ -52,26 +52,32 @@ class Result(NamedTuple):
 def read_result(workdir, *, index: int, knobs: dict, num_steps: int) -> Result:
     """Returns what a workdir holds, of a run that may be missing, under way or over.
 
-    Of metrics that are damaged nothing is taken, and the state is "damaged".
+    Of metrics that are damaged, or that this user may not read, nothing is taken.
     """
+    unknown = Result(
+        index=index,
+        knobs=knobs,
+        workdir=str(workdir),
+        state="damaged",
+        step=0,
+        num_steps=num_steps,
+        tokens=0,
+        bits_per_byte=math.nan,
+        standard_error=math.nan,
+        nats_per_token=math.nan,
+        curve=[],
+        train_curve=[],
+    )
+    try:
+        # what lies in a workdir that is hidden counts as missing
+        files.check_readable(remote.path_of(workdir) / METRICS)
+    except UserError:
+        return unknown._replace(state="unreadable")
     try:
         return _result(workdir, index=index, knobs=knobs, num_steps=num_steps)
     # One run whose metrics are damaged must not hide the results of all others.
     except (UserError, KeyError, TypeError, ValueError, AttributeError):
-        return Result(
-            index=index,
-            knobs=knobs,
-            workdir=str(workdir),
-            state="damaged",
-            step=0,
-            num_steps=num_steps,
-            tokens=0,
-            bits_per_byte=math.nan,
-            standard_error=math.nan,
-            nats_per_token=math.nan,
-            curve=[],
-            train_curve=[],
-        )
+        return unknown
 
 
 def _result(workdir, *, index: int, knobs: dict, num_steps: int) -> Result:

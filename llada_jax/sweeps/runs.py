@@ -12,7 +12,7 @@ from ml_collections import ConfigDict
 from llada_jax.config import AUTO, load_config, neighbours_importable, parse_sources
 from llada_jax.data.records import read_dataset
 from llada_jax.errors import UserError, reason
-from llada_jax.storage.files import decode_json, write_whole, writing
+from llada_jax.storage.files import check_readable, decode_json, write_whole, writing
 from llada_jax.storage.locks import only_sweep_in
 from llada_jax.storage.remote import path_of
 from llada_jax.sweeps.grid import Knobs, added_by
@@ -237,11 +237,12 @@ def read_sweep_json(workdir: str) -> dict | None:
     """Returns sweep.json, None where no run was ever started.
 
     Raises:
-        UserError: it is damaged, or its bucket does not answer.
+        UserError: it is damaged, this user may not read it, or its bucket does not answer.
     """
     path = path_of(workdir) / "sweep.json"
     try:
         if not path.exists():
+            check_readable(path)
             return None
         recorded = decode_json(path.read_text())
         if not isinstance(recorded["base"], dict) or any(

@@ -16,7 +16,7 @@ _MAX_VALUES = 10
 
 def progress_of(result: Result) -> str:
     """Returns e.g. "complete", "missing", "120/400", "failed 120/400"."""
-    if result.state in ("complete", "missing"):
+    if result.state in ("complete", "missing", "unreadable"):
         return result.state
     steps = f"{result.step}/{result.num_steps}"
     return steps if result.state == "partial" else f"{result.state} {steps}"

@@ -2,11 +2,13 @@
 
 import itertools
 import json
+import sys
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 from support.errors import error_of
+from support.processes import run_without_privileges
 from support.sweeps import RATES, listed, states
 
 from llada_jax.config import apply_override, default_config
@@ -208,6 +210,34 @@ def test_a_workdir_with_something_else_in_it_is_reported(write_config, call_swee
     # a line that is being written at this moment
     (tmp_path / "runs" / "000" / "metrics.jsonl").write_text('{"step": 1, "tr')
     assert states(call_sweep) == ["missing"] * 3
+
+
+@pytest.mark.slow
+def test_what_another_user_has_hidden_is_not_called_missing(
+    write_config, call_sweep, tmp_path, fake_train
+):
+    config, runs = write_config("add(seed=1)", "add(seed=2)", "add(seed=14)"), tmp_path / "runs"
+    call_sweep("--run", "local")
+    words = ["sweep", "--config", config, "--workdir", str(runs), "--list"]
+    command = [sys.executable, "-m", "llada_jax", *words]
+    hidden = [runs / "000" / "metrics.jsonl", runs / "001"]
+    for path in hidden:
+        path.chmod(0)
+    try:
+        listed = run_without_privileges(command)
+        hidden.append(runs)
+        runs.chmod(0)
+        refused = run_without_privileges(command)
+    finally:
+        for path in reversed(hidden):
+            path.chmod(0o700)
+    assert [line.split()[1] for line in listed.stdout.splitlines()] == [
+        "unreadable",
+        "unreadable",
+        "diverged",
+    ]
+    assert refused.returncode == 2
+    assert f"{runs}/sweep.json cannot be read (Permission denied)" in refused.stderr
 
 
 def test_a_bucket_that_does_not_answer_is_reported(monkeypatch):
