@@ -57,15 +57,17 @@ def read_rollbacks(workdir) -> Rollbacks:
     """Returns what WORKDIR/rollbacks.json says; without that file, that nothing happened.
 
     Raises:
-        UserError: the file is damaged. Unlike an account it decides which data a run reads, so that
-            a guess would be worse than a stop.
+        UserError: the file cannot be read, or is damaged. Unlike an account it decides which data a
+            run reads, so that a guess would be worse than a stop.
     """
     path = remote.path_of(workdir) / FILE
     if not path.exists():
         return Rollbacks()
+    with files.reading(path, remedy="change its permissions and repeat the command"):
+        content = path.read_bytes()
     try:
-        return as_rollbacks(files.decode_json(path.read_text()))
-    except (OSError, ValueError, KeyError, TypeError, OverflowError) as error:
+        return as_rollbacks(files.decode_json(content))
+    except (ValueError, KeyError, TypeError, OverflowError) as error:
         raise UserError(
             f"{path} cannot be read ({reason(error)}); put back a copy of it, or move it away to "
             "leave out the batches that the record of the newest checkpoint names."
