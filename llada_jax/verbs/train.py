@@ -31,7 +31,7 @@ from llada_jax.config import (
 )
 from llada_jax.data.dialogue_rows import check_dialogues
 from llada_jax.data.loader import train_batches
-from llada_jax.errors import Preempted, UserError
+from llada_jax.errors import NumericsError, Preempted, UserError
 from llada_jax.models.model import Model, make_model
 from llada_jax.parts import provenance
 from llada_jax.paths import user_path
@@ -336,6 +336,19 @@ def train_on(
             timeout_s=timeout_s,
         )
 
+        def checked_sums(step: int) -> dict:
+            sums, limit = jax.device_get(state.metrics), config.optimizer.max_skipped_updates
+            try:
+                check_finite(sums, step=step, saved=saved, rate=rate_knob)
+                check_skipped(sums, limit, step=step, saved=saved, rate=rate_knob)
+            except NumericsError:
+                # `rollback` leaves out the data up to the last line
+                with contextlib.suppress(UserError):
+                    writer.write(step, {"not_finite": {"num_steps": sums["skipped"][1]}})
+                    writer.flush()
+                raise
+            return sums
+
         def evaluate_during_training(step: int) -> None:
             with clock.span("evaluation"):
                 bounds = evaluations.evaluate(
@@ -398,10 +411,7 @@ def train_on(
             # 6a. Metrics: written before the checkpoint of the same step, so that a resumed run can
             # rely on them. Sums are looked at before each save too: what is saved must be finite.
             if must_save or must_copy or is_due(step, config.log.every_steps):
-                sums = jax.device_get(state.metrics)
-                check_finite(sums, step=step, saved=saved, rate=rate_knob)
-                limit = config.optimizer.max_skipped_updates
-                check_skipped(sums, limit, step=step, saved=saved, rate=rate_knob)
+                sums = checked_sums(step)
             # An interval in which every update was skipped has no means. Its sums are kept, so that
             # the skipped updates of the next interval are counted together with them.
             if is_due(step, config.log.every_steps) and sums["loss"][1] > 0:
@@ -442,8 +452,7 @@ def train_on(
                 except AskedToStop:
                     # Saved now; the next start does the rest of this evaluation first.
                     must_stop = must_save = True
-                    sums = jax.device_get(state.metrics)
-                    check_finite(sums, step=step, saved=saved, rate=rate_knob)
+                    checked_sums(step)
             # not when the run is to stop: the grace period is for the checkpoint
             if is_due(step, config.samples.every_steps) and not must_stop:
                 sample_during_training(step)

@@ -7,12 +7,13 @@ from pathlib import Path
 import jax
 import numpy as np
 import pytest
-from support.mishaps import train_argv, write_config
+from support.mishaps import copy, train_argv, write_config
 from support.runs import losses
 
 import llada_jax
 from llada_jax.__main__ import main
 from llada_jax.checkpoints.workdir import Checkpoints
+from llada_jax.run.rollbacks import read_rollbacks
 
 
 def exploding(home: Path, tmp_path: Path, rate: str) -> list[str]:
@@ -43,6 +44,10 @@ def test_not_a_number_exits_3_with_the_interval_and_a_last_good_step_that_is_goo
     params = llada_jax.load(tmp_path / "run").params
     assert Checkpoints(tmp_path / "run").steps[-1] == good
     assert all(np.isfinite(leaf).all() for leaf in jax.tree.leaves(params))
+    # the data of the bad interval can be left out
+    copied = copy(tmp_path / "run", tmp_path / "copy")
+    assert main(["rollback", "--workdir", str(copied), "--to", str(good)]) == 0
+    assert read_rollbacks(copied).skipped == ((5, 5),)
     # the remedy works
     exploding(home, tmp_path, "1e-3")
     assert main(argv) == 0
@@ -76,3 +81,4 @@ def test_skipped_updates_are_counted_over_log_lines_that_have_nothing_to_say(
         json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()
     ]
     assert [line["step"] for line in lines if "train" in line] == [1, 2, 3, 4, 5]
+    assert lines[-1] == {"step": 9, "not_finite": {"num_steps": 4.0}}
