@@ -100,22 +100,33 @@ class HuggingFace:
                 "from": str(self.directory),
                 "layout": self.layout,
                 "config": self.hf_config,
-                "digest": read.digest(self.directory),
+                "digest": self._digest,
             },
         )
+
+    @functools.cached_property
+    def _digest(self) -> str:
+        return read.digest(self.directory)
 
     def restore_params(
         self, step: int, abstract_params: dict, *, ema: bool = False, lora: Lora | None = None
     ) -> dict:
-        """Returns the parameters in the given shardings; UserError when they cannot be read. `ema`
-        is for runs alone.
+        """Returns the parameters in the given shardings; UserError when they cannot be read, or
+        were replaced meanwhile. `ema` is for runs alone.
 
         Args:
             lora: of a run that will freeze them: the matrices of the layers are rounded as it keeps
                 them, one by one as they are read.
         """
         round_one = functools.partial(round_in_place, lora=lora or Lora())
+        began = self._digest
         params = read.read_params(self.directory, abstract_params, then=round_one)
+        # each file is opened by its name, so that some may be of one model and some of the next
+        if read.digest(self.directory) != began:
+            raise UserError(
+                f"{self.directory} was replaced while it was read; repeat the command once "
+                "nothing writes there."
+            )
         row_V = np.arange(self.architecture.vocab_size)
         is_new_V = row_V >= self._stored.vocab_size
         is_new_V |= self.is_new_mask & (row_V == self.tokenizer.mask_id)

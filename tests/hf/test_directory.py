@@ -9,10 +9,15 @@ import numpy as np
 import pytest
 from jax.experimental import multihost_utils
 from support.errors import error_of
+from support.exports import ARCHITECTURES, export, write_checkpoint
 
+from llada_jax.checkpoints.huggingface import HuggingFace
+from llada_jax.cluster.sharding import one_device_mesh
 from llada_jax.errors import UserError
+from llada_jax.hf import read
 from llada_jax.hf.directory import becoming, check_output
 from llada_jax.hf.peft import ADAPTER_FILES
+from llada_jax.models.model import abstract_parameters, make_model
 from llada_jax.storage import files
 
 
@@ -152,3 +157,24 @@ def test_a_directory_that_has_its_final_name_is_not_written_into(tmp_path, monke
     with pytest.raises(UserError, match="Another export is writing into"):
         write_whole(output, "second", force=True)
     assert (output / "model.safetensors").read_text() == "first"
+
+
+def test_an_export_that_is_replaced_while_it_is_read_is_refused(tmp_path, monkeypatch):
+    a, output = ARCHITECTURES["llada"], tmp_path / "out"
+    abstract = abstract_parameters(make_model(a), one_device_mesh())
+    for seed in (0, 1):
+        params = jax.tree.map(lambda x, seed=seed: np.full(x.shape, seed, np.float32), abstract)
+        export(write_checkpoint(tmp_path / f"run{seed}", a, params), tmp_path / f"out{seed}")
+    files.take_name(tmp_path / "out0", output)
+    found, read_one = HuggingFace(output, causal=False), read._read_parameter
+
+    def read_and_replace(*args):
+        if (tmp_path / "out1").exists():
+            files.take_name(tmp_path / "out1", output)
+        return read_one(*args)
+
+    monkeypatch.setattr(read, "_read_parameter", read_and_replace)
+    message = error_of(found.restore_params, 0, abstract)
+    assert f"{output} was replaced while it was read" in message
+    # as a second try finds it
+    HuggingFace(output, causal=False).restore_params(0, abstract)
