@@ -80,8 +80,9 @@ def run_local(sweep: Sweep, *, num_parallel: int, dry_run: bool) -> None:
         log = f"{sweep.runs[failed[0]].workdir}/train.log"
         say(f"{len(failed)} failed, the first with status {status}; {log} says why")
         sys.exit(status)
-    if attempts.must_stop or set(INTERRUPTED) & set(statuses.values()):
-        left = len(unfinished(sweep))
+    # It is asked whether something is left, because the signal may come while the last run ends.
+    is_stopped = attempts.must_stop or set(INTERRUPTED) & set(statuses.values())
+    if is_stopped and (left := len(unfinished(sweep))):
         raise Preempted(
             f"asked to stop with {left} of {len(sweep.runs)} runs left; the same command continues."
         )

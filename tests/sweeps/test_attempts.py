@@ -1,13 +1,14 @@
 """Processes of a sweep: how they are started, stopped and continued."""
 
 import json
+import os
 import signal
 
 import pytest
 from support.runs import metric_lines
 from support.sweeps import RATES, states, stopped_under_way
 
-from llada_jax.sweeps import devices, results
+from llada_jax.sweeps import attempts, devices, results, targets
 from llada_jax.sweeps.attempts import Attempts
 
 
@@ -71,6 +72,19 @@ def test_sigterm_reaches_the_runs_and_the_same_command_continues_them(
     for index in range(3):  # each step once: the second attempt went on where the first had stopped
         steps = [line["step"] for line in metric_lines(tmp_path / "runs" / f"{index:03d}", "train")]
         assert steps == list(range(1, 201))
+
+
+def test_a_signal_while_the_last_run_ends_leaves_nothing_to_continue(
+    write_config, call_sweep, fake_train, monkeypatch
+):
+    def record_end(attempt):
+        os.kill(os.getpid(), signal.SIGTERM)
+        return attempts.record_end(attempt)
+
+    monkeypatch.setattr(targets, "record_end", record_end)
+    write_config("add(seed=1)", "add(seed=2)")
+    assert "1 of 2 runs left" in call_sweep("--run", "local", status=42)[1]
+    assert "asked to stop" not in call_sweep("--run", "local", status=0)[1]
 
 
 @pytest.mark.slow
