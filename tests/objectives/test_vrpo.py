@@ -315,6 +315,22 @@ def test_held_out_pairs_have_margins_where_there_is_a_reference():
     assert float(found["reward_accuracy"][0]) == 1
 
 
+@pytest.mark.slow
+def test_a_policy_that_is_its_reference_wins_no_pair_and_half_a_pair_is_none():
+    # the rejected answer of the second pair is empty, so that only the first one counts
+    batch = batch_of(row_of(([1], [2, 3], [4, 5]), ([1], [6], []), sequence_length=12))
+    loss = functools.partial(
+        vrpo(mask_id=MASK).loss, table_model, NATS, batch, KEY, jnp.arange(1), num_rows=1
+    )
+    loss_sum, count, metrics = loss(frozen=NATS)
+    assert float(count) == 1
+    assert float(loss_sum) == pytest.approx(math.log(2))
+    assert tuple(map(float, metrics["reward_accuracy"])) == (0, 1)
+    assert tuple(map(float, metrics["chosen_reward"])) == (0, 1)
+    # of what the policy gains on the second pair, nothing counts
+    assert float(loss(frozen=NATS + 5.0 * (jnp.arange(10) == 6))[0]) == pytest.approx(math.log(2))
+
+
 @pytest.mark.parametrize("t_sampling", ["stratified", "iid"])
 def test_every_answer_has_its_own_times(t_sampling):
     segment_ids_BT = np.tile(np.repeat([1, 2], 3), (500, 1))
