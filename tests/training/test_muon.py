@@ -7,6 +7,8 @@ import optax
 import pytest
 
 from llada_jax.cluster.sharding import make_mesh, spec
+from llada_jax.models.model import make_model
+from llada_jax.models.transformer import Architecture
 from llada_jax.planning.collectives import collectives
 from llada_jax.training.optim import muon, muon_dimensions
 
@@ -34,6 +36,43 @@ def moved(optimizer, params: dict, num_steps: int = 3) -> tuple:
         gradients = normal(1 + step, len(params["blocks"]["q"]))
         updates, state = optimizer.update(gradients, state, params)
     return updates, state
+
+
+def test_every_matrix_of_the_network_and_nothing_else_becomes_orthogonal():
+    """Against the singular vectors of the gradient, in float64."""
+    architecture = Architecture(
+        vocab_size=12,
+        num_layers=2,
+        d_model=16,
+        num_heads=4,
+        num_kv_heads=2,
+        head_dim=6,
+        d_ff=20,
+        qk_norm="full",
+        attention_bias="qkvo",
+    )
+    # how many numbers each of them reads
+    inputs = dict.fromkeys(("q", "k", "v", "ff_gate", "ff_up"), 16) | {"attn_out": 24, "ff_out": 20}
+    rng = np.random.default_rng(0)
+    gradients = jax.tree.map(
+        lambda leaf: jnp.float32(rng.normal(size=leaf.shape)), make_model(architecture).abstract
+    )
+    optimizer = muon(**KNOBS)
+    updates, _ = optimizer.update(gradients, optimizer.init(gradients), gradients)
+    for name, size in inputs.items():
+        update, gradient = (
+            np.float64(tree["blocks"].pop(name)).reshape(2, size, -1)
+            for tree in (updates, gradients)
+        )
+        left, _, right = np.linalg.svd(gradient, full_matrices=False)
+        found = left.mT @ update @ right.mT / (0.2 * np.sqrt(max(update.shape[1:])))
+        values = np.diagonal(found, axis1=1, axis2=2)
+        # published: the iteration brings them near 1, and not to 1
+        assert (abs(values - 1) < 0.35).all(), name
+        np.testing.assert_allclose(found, values[:, None] * np.eye(values.shape[1]), atol=1e-3)
+    # the first step of Adam is the sign of the gradient, and that of Nesterov's goes further
+    for update, gradient in zip(jax.tree.leaves(updates), jax.tree.leaves(gradients), strict=True):
+        np.testing.assert_allclose(update, (1 + 0.9 / 1.9) * np.sign(gradient), rtol=1e-4)
 
 
 def test_updates_and_state_are_those_of_optax():
