@@ -23,8 +23,10 @@ def loss(nll_fn, params, batch, key, row_B, *, num_rows, step, frozen):
     return loss_sum, count, {"loss": (loss_sum, count)}
 
 
-def trained_on(rows: list[list[float]], *, skip_nonfinite: bool, optimizer=ADAM) -> TrainState:
-    params = {"w": jnp.float32(1.0)}
+def trained_on(
+    rows: list[list[float]], *, skip_nonfinite: bool, optimizer=ADAM, start=1.0
+) -> TrainState:
+    params = {"w": jnp.float32(start)}
     zero = (jnp.float32(0), jnp.float32(0))
     metrics = dict.fromkeys(("loss", "grad_norm", "param_norm", "learning_rate", "skipped"), zero)
     state = TrainState(
@@ -58,6 +60,33 @@ def test_a_skipped_step_changes_nothing_but_the_step_number_and_its_counter(bad)
     assert [float(value) for value in skipped] == [1.0, 4.0]
     without.metrics.pop("skipped")
     jax.tree.map(np.testing.assert_array_equal, with_bad.metrics, without.metrics)
+
+
+@pytest.mark.parametrize(
+    ("start", "bad"),
+    [
+        (1e30, [1e9, 1e9]),  # the loss exceeds float32, and its slope of 1e9 does not
+        (1.0, [2e38, 2e38]),  # the slope of 4e38 exceeds it, and half of that does not
+    ],
+)
+def test_loss_and_gradient_must_both_be_finite(start, bad):
+    good = [1.0, 2.0]
+    without = trained_on([good], skip_nonfinite=True, start=start)
+    with_bad = trained_on([good, bad], skip_nonfinite=True, start=start)
+    assert float(with_bad.metrics["skipped"][0]) == 1
+    for name in ("params", "opt_state"):
+        jax.tree.map(np.testing.assert_array_equal, getattr(with_bad, name), getattr(without, name))
+    unskipped = trained_on([good, bad], skip_nonfinite=False, start=start).metrics
+    finite = [np.isfinite(float(unskipped[name][0])) for name in ("loss", "grad_norm")]
+    assert sorted(finite) == [False, True]  # it is one of them alone
+
+
+def test_the_logged_norms_are_those_of_the_mean_gradient_and_of_the_new_parameters():
+    state = trained_on([[1.0, 2.0], [3.0, -1.0]], skip_nonfinite=True)
+    # Adam's first step moves w from 1 by the rate
+    norms = {"grad_norm": 1.5 + 1.0, "param_norm": 1.0 - RATE + abs(float(state.params["w"]))}
+    for name, total in norms.items():
+        assert tuple(map(float, state.metrics[name])) == pytest.approx((total, 2.0), rel=1e-5)
 
 
 def test_without_skipping_the_numbers_stop_being_finite():
