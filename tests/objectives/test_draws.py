@@ -11,6 +11,8 @@ import pytest
 from llada_jax.models.transformer import TokenScores
 from llada_jax.objectives.masked_diffusion import masked_diffusion
 from llada_jax.objectives.objective import Objective
+from llada_jax.objectives.sft import sft
+from llada_jax.rng import key_for
 from llada_jax.samplers.text import generate_tokens
 from llada_jax.training.state import TrainState
 from llada_jax.training.step import make_train_step
@@ -79,6 +81,30 @@ def test_a_batch_without_a_single_token_has_a_bound_of_nothing():
         frozen={},
     )
     assert (float(loss_sum), float(count)) == (0.0, 0.0)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("t_sampling", ["stratified", "iid"])
+@pytest.mark.parametrize("make", [masked_diffusion, sft])
+def test_every_token_is_masked_half_of_the_time(make, t_sampling):
+    """Were times and masks drawn from one key, some tokens would be masked always."""
+    B, seen = 4000, []
+    batch = {
+        "tokens": np.zeros((B, 8), np.int32),
+        "segment_ids": np.tile([1, 1, 1, 1, 2, 2, 2, 2], (B, 1)),
+        "positions": np.tile([0, 1, 2, 3] * 2, (B, 1)),
+        "is_maskable": np.ones((B, 8), bool),
+    }
+
+    def nll_fn(params, noisy_BT, targets_BT, where_BT, *rest):
+        seen.append(np.asarray(where_BT))
+        return TokenScores(jnp.where(where_BT, 1.0, 0.0), where_BT)
+
+    make(mask_id=MASK, t_sampling=t_sampling).loss(
+        nll_fn, {}, batch, key_for("test", 0), jnp.arange(B), num_rows=B, step=0, frozen={}
+    )
+    # 5 standard deviations of independent masks
+    np.testing.assert_allclose(seen[0].mean(axis=0), 0.5, atol=5 * 0.5 / B**0.5)
 
 
 def rate(step):
