@@ -6,10 +6,11 @@ import numpy as np
 import optax
 import pytest
 
+from llada_jax.cluster.sharding import make_mesh
 from llada_jax.models.transformer import TokenScores
 from llada_jax.objectives.masked_diffusion import masked_diffusion
 from llada_jax.training.state import TrainState
-from llada_jax.training.step import make_train_step
+from llada_jax.training.step import make_train_step, split_microbatches
 
 MASK, B, T = 9, 8, 16
 
@@ -46,3 +47,29 @@ def test_parameters_and_metrics_do_not_depend_on_the_number_of_microbatches(num_
     assert float(jnp.abs(whole.params["w"] - jnp.linspace(0.5, 1.5, T)).max()) > 1e-3
     for expected, actual in zip(jax.tree.leaves(whole), jax.tree.leaves(parts), strict=True):
         np.testing.assert_allclose(actual, expected, rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize(
+    ("num_rows", "num_microbatches", "ways", "expected"),
+    [
+        (8, 2, 1, [[0, 1, 4, 5], [2, 3, 6, 7]]),
+        (8, 2, 2, [[0, 1, 4, 5], [2, 3, 6, 7]]),
+        # a device has one row of a microbatch
+        (8, 2, 4, [[0, 2, 4, 6], [1, 3, 5, 7]]),
+        (8, 8, 1, [[0], [1], [2], [3], [4], [5], [6], [7]]),
+        (6, 2, 1, [[0, 2, 4], [1, 3, 5]]),
+        (16, 2, 4, [[0, 1, 4, 5, 8, 9, 12, 13], [2, 3, 6, 7, 10, 11, 14, 15]]),
+    ],
+)
+def test_two_rows_that_mirror_each_other_stay_together_on_their_device(
+    num_rows, num_microbatches, ways, expected
+):
+    batch = {"row": jnp.arange(num_rows), "tokens": 10 * jnp.arange(num_rows)[:, None]}
+    with jax.set_mesh(make_mesh({"fsdp": ways, "tensor": 8 // ways})):
+        parts = split_microbatches(batch, num_microbatches)
+    assert parts["row"].tolist() == expected
+    assert (parts["tokens"][..., 0] == 10 * parts["row"]).all()
+    # device d has the rows d * num_rows / ways and following ones before and after
+    for rows in np.array(expected):
+        of_devices = np.repeat(np.arange(ways), len(rows) // ways)
+        np.testing.assert_array_equal(rows // (num_rows // ways), of_devices)
