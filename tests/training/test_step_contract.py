@@ -113,6 +113,45 @@ def test_an_annealed_weight_moves_from_the_plain_sum_to_the_bound(parts):
     assert last[0] == last[2]["nelbo"][0] == first[2]["nelbo"][0] > first[0]
 
 
+@pytest.mark.parametrize("max_skipped_updates", [0, 1])
+def test_the_knobs_of_a_config_reach_the_step(monkeypatch, max_skipped_updates):
+    given = {}
+    monkeypatch.setattr(
+        "llada_jax.training.step.make_train_step",
+        lambda objective, nll_fn, optimizer, schedule, **knobs: given.update(
+            knobs, rate=schedule(jnp.int32(3))
+        ),
+    )
+    config = config_of(
+        optimizer__max_skipped_updates=max_skipped_updates,
+        optimizer__ema_decay=0.25,
+        optimizer__gradient_accumulation=2,
+        schedule__name="llada",
+        schedule__warmup_steps=0,
+        # the fourth step begins after 3 B T tokens
+        schedule__stages=((2.5 * B * T, 1e-3, 1e-3), (3.5 * B * T, 1e-4, 1e-4)),
+    )
+    config.seed = 7
+    mesh = make_mesh({**dict.fromkeys(AXES, 1), "fsdp": 4, "tensor": 2})
+    with jax.set_mesh(mesh):
+        recipe = make_recipe(config, Ids(), mesh)
+    assert float(given.pop("rate")) == pytest.approx(1e-4)
+    assert given == {
+        "seed": 7,
+        "num_rows": B,
+        "num_microbatches": 2,
+        "ema_decay": 0.25,
+        "skip_nonfinite": max_skipped_updates > 0,
+    }
+    assert jax.tree.structure(recipe.abstract.ema) == jax.tree.structure(recipe.abstract.params)
+
+
+def test_the_rows_of_a_microbatch_must_fill_the_devices():
+    mesh = make_mesh({**dict.fromkeys(AXES, 1), "fsdp": 8})
+    with pytest.raises(UserError, match=r"batch_size / config.optimizer.gradient_accumulation\D*4"):
+        make_recipe(config_of(optimizer__gradient_accumulation=2), Ids(), mesh)
+
+
 # ---- frozen parameters
 
 
