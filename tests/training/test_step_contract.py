@@ -2,6 +2,7 @@
 
 import functools
 import sys
+from types import SimpleNamespace
 
 import jax
 import jax.numpy as jnp
@@ -26,7 +27,7 @@ from llada_jax.training.state import (
     create_state,
     split_abstract,
 )
-from llada_jax.training.step import compile_step, make_recipe, make_train_step
+from llada_jax.training.step import architecture_of, compile_step, make_recipe, make_train_step
 
 B, T, MASK = 8, 8, 15
 SMALL = Architecture(
@@ -150,6 +151,19 @@ def test_the_rows_of_a_microbatch_must_fill_the_devices():
     mesh = make_mesh({**dict.fromkeys(AXES, 1), "fsdp": 8})
     with pytest.raises(UserError, match=r"batch_size / config.optimizer.gradient_accumulation\D*4"):
         make_recipe(config_of(optimizer__gradient_accumulation=2), Ids(), mesh)
+
+
+@pytest.mark.parametrize(
+    ("asked", "num_ids", "found"),
+    [(0, 16, 64), (0, 64, 64), (0, 65, 128), (16, 16, 16), (100, 65, 100)],
+)
+def test_the_vocabulary_has_room_for_every_id(asked, num_ids, found):
+    tokenizer = SimpleNamespace(vocab_size=num_ids)
+    config = config_of(model__vocab_size=asked)
+    assert architecture_of(config.model, tokenizer).vocab_size == found
+    config.model.vocab_size = num_ids - 1
+    with pytest.raises(UserError, match=f"vocab_size={num_ids - 1} is smaller than .* {num_ids} "):
+        architecture_of(config.model, tokenizer)
 
 
 # ---- frozen parameters
