@@ -254,6 +254,15 @@ def test_a_launcher_checks_the_command_for_its_mounts_and_slices(launcher, capsy
     assert not error_of("--slices", "2", workdir="gs://b/run", knob="--config.mesh.data=2")
 
 
+def test_the_mesh_of_a_job_is_that_of_the_gpus_of_all_nodes(capsys):
+    command = [*TRAIN, "--workdir", "/runs/a", "--config.data.path=/corpus"]
+    words = ["--gpus-per-node", "8", "--container-image", "i", "--dry-run", "--", *command]
+    for nodes, status in ((1, 2), (2, 0), (4, 2)):
+        assert slurm.main(["--nodes", str(nodes), *words, "--config.mesh.fsdp=16"]) == status
+        error = capsys.readouterr().err
+        assert status == 0 or f"needs 16 devices, and there are {8 * nodes}" in error
+
+
 def test_workers_have_the_disks_of_an_own_script_and_the_extras_that_are_asked_for(
     tmp_path, capsys
 ):

@@ -179,6 +179,12 @@ def test_a_job_whose_starts_save_no_new_step_is_requeued_only_twice(tmp_path, fl
     assert [path.name for path in logs.iterdir()] == [".without-gain-4100"]
 
 
+@pytest.mark.parametrize("status", [0, 1, 2, 3, 54])
+def test_a_job_ends_with_the_status_of_its_command(tmp_path, status):
+    output = in_a_fake_job(dry_run("--", "bash", "-c", f"exit {status}"), tmp_path)
+    assert output.endswith(f"ended with status {status}\nexit {status}")
+
+
 def test_a_task_with_gpus_does_not_train_on_cpus_unless_asked_to(tmp_path):
     gpus = ["--gpus-per-node", 8, "--tasks-per-node", 1]
     for words, platforms in (
