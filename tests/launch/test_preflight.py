@@ -199,6 +199,9 @@ def test_another_program_is_not_checked_and_that_is_said(command):
         (["/opt/venv/bin/llada-jax", "train", "--config=c.py"], "c.py"),
         (["python3", "-m", "llada_jax", "train", "--config", "c.py"], "c.py"),
         (["llada-jax", "train", "--config.seed=1"], ""),
+        # as for the command itself, the last one counts
+        (["llada-jax", "train", "--config=a.py", "--config", "c.py", "--config.seed=1"], "c.py"),
+        (["llada-jax", "train", "--config", "a.py", "--config=c.py"], "c.py"),
     ],
 )
 def test_the_config_of_a_command_is_found(command, config):
@@ -261,6 +264,13 @@ def test_the_mesh_of_a_job_is_that_of_the_gpus_of_all_nodes(capsys):
         assert slurm.main(["--nodes", str(nodes), *words, "--config.mesh.fsdp=16"]) == status
         error = capsys.readouterr().err
         assert status == 0 or f"needs 16 devices, and there are {8 * nodes}" in error
+
+
+def test_a_run_is_not_kept_in_the_memory_of_its_pods(capsys):
+    command = [*TRAIN, "--workdir", "/local/run", "--config.data.path=gs://b/data"]
+    words = [*LAUNCHERS[gke], "--ramdisk", "/local", "--dry-run", "--", *command]
+    assert gke.main(words) == 2
+    assert "--workdir /local/run is not on a disk that the hosts share" in capsys.readouterr().err
 
 
 def test_workers_have_the_disks_of_an_own_script_and_the_extras_that_are_asked_for(
