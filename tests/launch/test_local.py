@@ -4,6 +4,7 @@ import os
 import runpy
 import shlex
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -320,3 +321,10 @@ def test_the_coordinator_listens_where_no_other_machine_can_connect():
     process = launch("--processes", 2, "--dry-run", "--", "true")
     out, _ = process.communicate(timeout=60)
     assert all("JAX_COORDINATOR_ADDRESS=127.0.0.1:" in line for line in out.splitlines())
+
+
+def test_two_runs_on_one_machine_meet_at_ports_of_their_own():
+    with socket.socket() as other:
+        other.bind(("localhost", local.free_port()))
+        other.listen()
+        assert local.free_port() != other.getsockname()[1]
