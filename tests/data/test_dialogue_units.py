@@ -13,8 +13,9 @@ from hypothesis import strategies as st
 from support.errors import error_of
 
 from llada_jax.data.chat_template import DEFAULT, Chat, Document
-from llada_jax.data.dialogue_units import ChatSettings, cut_left, pack_whole
+from llada_jax.data.dialogue_units import ChatSettings, cut_left, dialogue_texts, pack_whole
 from llada_jax.data.dialogues import parse_dialogue
+from llada_jax.data.inputs import Input
 from llada_jax.data.preparation import prepare
 from llada_jax.data.records import Records, read_dataset
 from llada_jax.data.tokenizer import load_tokenizer
@@ -98,6 +99,47 @@ def test_each_answer_can_be_a_document_of_its_own(tmp_path):
     ]
     _, rows = prepared(tmp_path / "all", [TWO_TURNS], turns="all")
     assert documents_of(rows)[0][1] == "bd"
+
+
+def test_only_answers_make_documents_of_their_own(tmp_path):
+    system = {"role": "system", "content": "s"}
+    tool = {"role": "tool", "content": "t"}
+    messages = [system, *TWO_TURNS["messages"][:2], tool, *TWO_TURNS["messages"][2:]]
+    _, rows = prepared(tmp_path, [{"messages": messages}], turns="each", rows="padded")
+    assert [answer for _, answer in documents_of(rows)] == ["b", "d"]
+
+
+@pytest.mark.parametrize("too_long", ["error", "drop", "left"])
+def test_a_dialogue_may_be_as_long_as_a_row(tmp_path, too_long):
+    plain = {"prompt": "p", "response": "r"}
+    _, rows = prepared(tmp_path, [plain])
+    missing = T - int((rows[0]["segment_ids"] > 0).sum())
+    fitting = {**plain, "prompt": "p" * (1 + missing)}
+    content, rows = prepared(tmp_path / "whole", [fitting], too_long=too_long)
+    assert (rows[0]["segment_ids"] == 1).all()
+    assert content["dialogues"]["num_too_long"] == 0
+
+
+def test_a_tokenizer_is_trained_on_what_is_not_held_out_and_on_every_prompt_once(tmp_path):
+    prepared(tmp_path, PAIRS, heldout=0.4)
+    heldout = documents_of(Records(read_dataset(tmp_path / "out"), split="heldout"))
+    answers = {answer for _, answer in heldout}
+    path = tmp_path / "in.jsonl"
+
+    def texts(kind):
+        file = Input(str(path), path.stat().st_size, "")
+        return list(dialogue_texts([file], "jsonl", kind, heldout=0.4, chars=10_000))
+
+    left = [pair for pair in PAIRS if pair["response"] not in answers]
+    assert 0 < len(left) < len(PAIRS)
+    assert texts("dialogues") == [f"{pair['prompt']}\n{pair['response']}" for pair in left]
+    record = {"prompt": "asked", "chosen": "good", "rejected": "bad"}
+    path.write_text(
+        "".join(json.dumps({**record, "prompt": f"asked {n}"}) + "\n" for n in range(20))
+    )
+    found = [text.splitlines() for text in texts("pairs")]
+    assert 0 < len(found) < 20
+    assert all(text[0].startswith("asked") and text[1:] == ["good", "bad"] for text in found)
 
 
 def test_dialogues_are_read_from_parquet_as_from_lines(tmp_path):
