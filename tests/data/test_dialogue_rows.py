@@ -3,11 +3,12 @@
 import collections
 import json
 
+import grain
 import numpy as np
 import pytest
 from support.errors import error_of
 
-from llada_jax.data.dialogue_rows import draw_answers, split_in_two
+from llada_jax.data.dialogue_rows import BucketCut, draw_answers, split_in_two
 from llada_jax.data.dialogue_units import ChatSettings
 from llada_jax.data.loader import describe, heldout_batches, train_batches
 from llada_jax.data.preparation import prepare
@@ -197,6 +198,16 @@ def test_batches_are_cut_to_the_shortest_bucket_that_holds_the_rows_of_all_hosts
             if step in (7, 8):
                 np.testing.assert_array_equal(late[step - 7][name], array)
     assert len(found) > 1
+
+
+def test_a_row_may_fill_its_bucket_exactly():
+    rows = [
+        {"segment_ids": (np.arange(12) < length).astype(np.int32)}
+        for length in (3, 4, 1, 5, 12, 2, 8, 8)
+    ]
+    every_row = grain.MapDataset.source(rows)
+    cut = BucketCut(every_row.batch(2), every_row, num_rows=2, lengths=(4, 8, 12))
+    assert [batch["segment_ids"].shape for batch in cut] == [(2, 4), (2, 8), (2, 12), (2, 8)]
 
 
 def test_buckets_for_rows_that_are_full_are_refused(directory):
