@@ -193,6 +193,7 @@ def test_batches_hold_whole_pairs_in_every_epoch_and_on_every_host(tmp_path):
         ({"attend_across_documents": True}, "answers must not see each other"),
         ({"random_length_probability": 0.1}, "would cut off"),
         ({"eos_padding": 2}, "has others"),
+        ({"split_probability": 0.3}, "would part from their prompts"),
     ],
 )
 def test_settings_that_would_spoil_pairs_are_refused(tmp_path, change, says):
