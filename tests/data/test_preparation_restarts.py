@@ -287,7 +287,7 @@ def test_held_out_documents_that_the_disk_refuses_are_not_lost(tmp_path, is_chat
         message = refusal([str(tmp_path / "a.jsonl")], tmp_path / "out", **args)
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, before)
-    assert "cannot be written (File too large)" in message
+    assert "cannot be written (File too large: raise the limit" in message
     prepare([str(tmp_path / "a.jsonl")], tmp_path / "out", **args)
     assert tree(tmp_path / "out") == tree(tmp_path / "whole")
 
