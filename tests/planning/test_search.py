@@ -88,7 +88,7 @@ def test_a_search_without_a_result_says_so():
 
 def test_slices_are_not_told_to_be_split_less_than_they_are():
     config = load_config(LLADA_8B, ["model.remat=full", "data.batch_size=16", "mesh.data=2"])
-    asked = plan.Asked(config, hardware.machines_named("8xh100"), 2, VOCAB_SIZE)
+    asked = plan.Asked(config, hardware.machines_named("v6e-8"), 2, VOCAB_SIZE)
     compiled = {"needed_bytes": 2**40, "usable_bytes": 2**36}
     sentence = plan.does_not_fit({**plan.estimate(asked), "compiled": compiled}, asked)
     assert "try --config.mesh.tensor=2, then a larger --topology" in sentence
