@@ -316,7 +316,7 @@ def parse_json(content: str | bytes, *, file) -> dict:
     """
     try:
         parsed = json.loads(content)
-        json.dumps(parsed, ensure_ascii=False).encode()
+        json.dumps(parsed, ensure_ascii=False).encode()  # fails for half of a surrogate pair
     except ValueError as error:
         raise UserError(
             f"{file} is not valid JSON ({one_line(str(error))}); fetch it again."

@@ -342,7 +342,8 @@ def train_on(
                 check_finite(sums, step=step, saved=saved, rate=rate_knob)
                 check_skipped(sums, limit, step=step, saved=saved, rate=rate_knob)
             except NumericsError:
-                # `rollback` leaves out the data up to the last line
+                # `rollback` leaves out the data up to the last line. A disk that refuses it must
+                # not hide what is wrong with the numbers.
                 with contextlib.suppress(UserError):
                     writer.write(step, {"not_finite": {"num_steps": sums["skipped"][1]}})
                     writer.flush()
